@@ -1,0 +1,331 @@
+"""The run's configuration: typed, frozen, parsed once, never mutated.
+
+Precedence: defaults < YAML file < `a.b=c` overrides. An unknown key is an error that names its nearest neighbour.
+Nothing here imports torch, so `ecar-dist check` answers at once on a login node.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ecar_dist.errors import ConfigError
+
+GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: block covariance is singular there
+GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its directory")
+    dir: str = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, sample order and all keyed randomness")
+
+
+class ModelSection(Section):
+    kind: Literal["ecar"] = "ecar"
+    preset: Literal["T", "S", "B", "L", "XL", "XXL", "3B", "7B"] = Field("T", description="row of models/presets.py")
+    patch_size: int = Field(2, ge=1, description="latent pixels per token side")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of training samples that get the null label")
+
+
+class ContextSection(Section):
+    mode: Literal["noisy_state", "gamma_relaxed", "class_only"] = Field(
+        "noisy_state", description="what the AR transformer sees of the coarser stages"
+    )
+    tau: float = Field(0.3, ge=0, description="std of fresh noise added to the fed-back state")
+    allow_unsafe: bool = Field(False, description="accept the degenerate setting (negative control only)")
+
+
+class FlowSection(Section):
+    num_stages: int = Field(3, ge=1, le=6, description="K, resolutions from coarse to fine, each twice the last")
+    ends: tuple[float, ...] | None = Field(None, description="data coefficient e_k at each stage's end; null: (k+1)/K")
+    gamma: float = Field(GAMMA_EXTREME, description="correlation inside a block of jump noise, in [-1/3, 0)")
+    context: ContextSection = ContextSection()
+    stage_weights: tuple[float, ...] | None = Field(None, description="loss weight of each stage; null: 1/K each")
+
+    @property
+    def resolved_ends(self) -> tuple[float, ...]:
+        return self.ends or tuple((k + 1) / self.num_stages for k in range(self.num_stages))
+
+    @property
+    def resolved_stage_weights(self) -> tuple[float, ...]:
+        return self.stage_weights or (1.0 / self.num_stages,) * self.num_stages
+
+    @model_validator(mode="after")
+    def _check(self) -> FlowSection:
+        ends, K, gamma, context = self.resolved_ends, self.num_stages, self.gamma, self.context
+        if len(ends) != K:
+            raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
+        if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K")
+        if len(self.resolved_stage_weights) != K or min(self.resolved_stage_weights) < 0:
+            raise ValueError(f"flow.stage_weights must be {K} numbers >= 0; null gives 1/K each")
+        if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
+            raise ValueError(f"flow.gamma={gamma} is outside [-1/3, 0); -0.3333333333333333 is the least renoising")
+        if K > 1 and not context.allow_unsafe:
+            self._check_context(gamma, context)
+        return self
+
+    @staticmethod
+    def _check_context(gamma: float, context: ContextSection) -> None:
+        relaxed = gamma > GAMMA_EXTREME + GAMMA_SAFE_MARGIN
+        if context.mode == "noisy_state" and context.tau == 0:
+            raise ValueError(
+                "flow.context.mode=noisy_state with tau=0 feeds exact states back: samples lose their low-frequency "
+                "variance; set flow.context.tau=0.3 (or flow.context.allow_unsafe=true for a negative control)"
+            )
+        if context.mode == "gamma_relaxed" and (context.tau != 0 or not relaxed):
+            raise ValueError(
+                f"flow.context.mode=gamma_relaxed needs tau=0 and gamma > {GAMMA_EXTREME + GAMMA_SAFE_MARGIN:.4f}, got "
+                f"tau={context.tau} and gamma={gamma:.4f}; set flow.context.tau=0 and flow.gamma=-0.2"
+            )
+
+
+class VaeSection(Section):
+    kind: Literal["kl", "dct"] = Field("kl", description="kl: diffusers AutoencoderKL; dct: weight-free block DCT")
+    path: str | None = Field(None, description="local folder or hub name of the autoencoder (kl only)")
+    downsample: int = Field(8, description="image pixels per latent pixel side")
+
+    @model_validator(mode="after")
+    def _check(self) -> VaeSection:
+        if self.kind == "kl" and not self.path:
+            raise ValueError("vae.kind=kl needs vae.path, a local folder or a hub name; or set vae.kind=dct")
+        return self
+
+
+class DataSection(Section):
+    latents: str = Field(description="folder or URL that holds the latent shards and their manifest.json")
+    num_classes: int = Field(ge=1, description="labels are 0 .. num_classes-1; the null label is num_classes")
+    latent_channels: int = Field(4, ge=1)
+    latent_size: int = Field(32, ge=1, description="latent side at the finest stage")
+    train_images: str | None = Field(None, description="image shards that trained the scoring classifier")
+    heldout_images: str | None = Field(None, description="image shards that samples are scored against")
+    prefetch: int = Field(4, ge=1, description="micro-batches read ahead per rank")
+
+
+class BatchSection(Section):
+    global_batch_size: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
+    micro_batch_size: int = Field(32, ge=1, description="samples per rank and forward pass")
+
+
+class OptimSection(Section):
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.02, ge=0, description="on matrices only")
+    clip_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    schedule: Literal["constant", "cosine", "cooldown"] = Field(
+        "constant", description="after warm-up; cooldown is constant, then linear to final_learning_rate"
+    )
+    warmup_samples: int = Field(0, ge=0, description="samples of linear warm-up")
+    cooldown_samples: int = Field(0, ge=0, description="samples of the final linear decay (schedule=cooldown)")
+    final_learning_rate: float = Field(0.0, ge=0)
+
+
+class EmaSection(Section):
+    half_life_samples: int = Field(1_000_000, ge=1, description="samples after which a weight's share has halved")
+    rampup: float = Field(0.1, gt=0, description="half-life is at most this share of samples seen")
+
+
+class DeepSpeedSection(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed's ZeRO stage")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on an accelerator, else fp32")
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    raw: dict[str, Any] = Field(default_factory=dict, description="merged last into DeepSpeed's own config")
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedSection:
+        derived = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} & set(self.raw)
+        if derived:
+            raise ValueError(f"deepspeed.raw.{sorted(derived)[0]} is derived from batch.*; set it there, remove it here")
+        if self.offload_params and self.zero_stage != 3:
+            raise ValueError(f"deepspeed.offload_params needs zero_stage=3, got {self.zero_stage}")
+        return self
+
+
+class TrainSection(Section):
+    total_samples: int = Field(ge=1, description="the run ends when this many samples were seen")
+
+
+class CheckpointSection(Section):
+    every_samples: int = Field(1_000_000, ge=1)
+    keep: int = Field(3, ge=2, description="newest committed checkpoints that are kept")
+
+
+class SampleSection(Section):
+    solver: Literal["euler", "midpoint", "heun"] = "midpoint"
+    steps_per_stage: int = Field(8, ge=1, description="solver steps in each stage; midpoint and heun call twice a step")
+    guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
+    guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 at stage 0 to the scale")
+    every_samples: int = Field(0, ge=0, description="samples between image strips in TensorBoard; 0 switches them off")
+
+
+class LogSection(Section):
+    every_steps: int = Field(10, ge=1)
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """All that defines a run. The resolved copy is written to the run directory."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    flow: FlowSection = FlowSection()
+    vae: VaeSection
+    data: DataSection
+    batch: BatchSection = BatchSection()
+    optim: OptimSection = OptimSection()
+    ema: EmaSection = EmaSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    sample: SampleSection = SampleSection()
+    log: LogSection = LogSection()
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def stage_sizes(self) -> tuple[int, ...]:
+        """Latent side of every stage, coarse to fine."""
+        K = self.flow.num_stages
+        return tuple(self.data.latent_size >> (K - 1 - k) for k in range(K))
+
+    @property
+    def stage_tokens(self) -> tuple[int, ...]:
+        return tuple((side // self.model.patch_size) ** 2 for side in self.stage_sizes)
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.train.total_samples / self.batch.global_batch_size)
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
+        total, micro = self.batch.global_batch_size, self.batch.micro_batch_size
+        if total % (micro * world_size) == 0:
+            return total // (micro * world_size)
+        unit = micro * world_size
+        below, above = total // unit * unit, -(-total // unit) * unit
+        fits = " or ".join(str(value) for value in (below, above) if value)
+        raise ConfigError(
+            f"batch.global_batch_size = micro_batch_size x grad_accum_steps x world_size, but {total} is not a multiple of "
+            f"{micro} x {world_size} = {unit}; use batch.global_batch_size={fits}"
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        divisor = self.model.patch_size * 2 ** (self.flow.num_stages - 1)
+        if self.data.latent_size % divisor:
+            raise ValueError(
+                f"data.latent_size={self.data.latent_size} must be a multiple of patch_size x 2^(num_stages-1) = "
+                f"{self.model.patch_size} x {2 ** (self.flow.num_stages - 1)} = {divisor}; change one of the three"
+            )
+        if self.optim.warmup_samples + self.optim.cooldown_samples > self.train.total_samples:
+            raise ValueError(
+                f"optim.warmup_samples + cooldown_samples = {self.optim.warmup_samples + self.optim.cooldown_samples} exceed "
+                f"train.total_samples={self.train.total_samples}; shorten them"
+            )
+        self.grad_accum_steps(world_size=1)
+        return self
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, with two differences: `1e-4` is a number, and a key given twice is an error."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=c` overrides. Raises ConfigError, one line, for whatever is wrong."""
+    try:
+        tree = yaml.load(Path(path).read_text(), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}; mend that line") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (run:, data:, train:, ...), got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: dict[str, Any]) -> RunConfig:
+    """Validate a nested dict. Raises ConfigError with the first broken rule."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r} must look like section.field=value, e.g. train.total_samples=4096")
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section; check the dotted name")
+    try:
+        node[leaf] = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown config key {dotted}{_nearest(first['loc'])}"
+    if first["type"] == "missing":
+        return f"config key {dotted} is required and has no default; set it in the YAML or as {dotted}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{dotted}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(location: tuple[str | int, ...]) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])}?"
+    return f"; known here: {', '.join(known)}"

@@ -1,0 +1,17 @@
+"""The errors a user can fix. Each message is one line: what was got, the rule with its numbers, the fix."""
+
+
+class EcarError(Exception):
+    """Base of the user-fixable errors; the command line prints the message alone and exits with 1."""
+
+
+class ConfigError(EcarError):
+    """The configuration, or a value on the command line, breaks a rule."""
+
+
+class DataError(EcarError):
+    """An image, a shard or a manifest is missing, damaged, or not what the run expects."""
+
+
+class CheckpointError(EcarError):
+    """A checkpoint is missing, damaged, or belongs to another model."""

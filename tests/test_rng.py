@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from ecar_dist.rng import Purpose, normal, philox4x32, uniform
+
+# Known-answer vectors of the reference implementation (Random123, kat_vectors, philox4x32 with 10 rounds).
+KNOWN = [
+    ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        (0xA4093822, 0x299F31D0),
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_matches_the_published_vectors(counter, key, expected):
+    words = philox4x32([torch.tensor([word]) for word in counter], key)
+    assert [int(word) for word in words] == expected
+
+
+def test_a_draw_depends_on_its_position_alone():
+    together = normal(7, torch.arange(10), Purpose.NOISE, (3, 5))
+    for position in (0, 3, 9):
+        alone = normal(7, torch.tensor([position]), Purpose.NOISE, (3, 5))
+        assert torch.equal(alone[0], together[position])
+
+
+def test_seed_purpose_stream_and_high_positions_all_matter():
+    base = normal(7, torch.tensor([5]), Purpose.NOISE, (64,))
+    others = [
+        normal(8, torch.tensor([5]), Purpose.NOISE, (64,)),
+        normal(7 + 2**32, torch.tensor([5]), Purpose.NOISE, (64,)),
+        normal(7, torch.tensor([5 + 2**32]), Purpose.NOISE, (64,)),
+        normal(7, torch.tensor([5]), Purpose.CONTEXT, (64,)),
+        normal(7, torch.tensor([5]), Purpose.NOISE, (64,), stream=1),
+    ]
+    for other in others:
+        assert (base != other).float().mean() > 0.99
+
+
+def test_moments_and_independence():
+    draws = normal(1, torch.arange(4000), Purpose.NOISE, (50,)).double()
+    assert abs(draws.mean()) < 0.01
+    assert abs(draws.var() - 1) < 0.01
+    assert abs((draws**4).mean() - 3) < 0.06
+    correlation = np.corrcoef(draws[:, :8].numpy().T) - np.eye(8)
+    assert np.abs(correlation).max() < 0.06
+    u = uniform(1, torch.arange(200_000), Purpose.TIME)
+    assert 0 < u.min() < 1e-4
+    assert 1 - 1e-4 < u.max() < 1
+    assert abs(u.double().mean() - 0.5) < 3e-3
