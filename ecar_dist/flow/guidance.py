@@ -1,0 +1,21 @@
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), on all channels, ramped over the stages."""
+
+from __future__ import annotations
+
+import torch
+
+
+def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """v = v_null + w (v_cond - v_null). Exactly v_cond at w = 1 and v_null at w = 0."""
+    if guidance_scale == 1.0:
+        return conditional
+    if guidance_scale == 0.0:
+        return null
+    return null + guidance_scale * (conditional - null)
+
+
+def stage_guidance_scales(guidance_scale: float, num_stages: int, ramp: str) -> tuple[float, ...]:
+    """w_k of every stage. `linear`: w_k = 1 + (w - 1) k / (K - 1), so stage 0 needs no null pass; `constant`: w."""
+    if ramp == "constant" or num_stages == 1:
+        return (guidance_scale,) * num_stages
+    return tuple(1.0 + (guidance_scale - 1.0) * k / (num_stages - 1) for k in range(num_stages))

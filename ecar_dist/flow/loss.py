@@ -1,0 +1,19 @@
+"""The flow-matching loss of all stages, eq. (5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean squared error per sample and stage, float32 [B, K]; inputs are K of [B, C, h_k, w_k]."""
+    errors = [(v.float() - d).square().flatten(1).mean(1) for v, d in zip(velocities, targets, strict=True)]
+    return torch.stack(errors, dim=1)
+
+
+def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> torch.Tensor:
+    """sum_k w_k L_k, averaged over the batch, from `stage_losses` [B, K]."""
+    weights = torch.as_tensor(stage_weights, dtype=per_stage.dtype, device=per_stage.device)
+    return (per_stage.mean(0) * weights).sum()

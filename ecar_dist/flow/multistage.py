@@ -1,0 +1,45 @@
+"""The sampler: K stages of flow, each from where the last one ended; section 8 of docs/ecar.md.
+
+It knows neither networks nor labels: a stage's velocity comes from `begin_stage`, every random number from `draw`.
+The exact tests put closed-form velocities through this very function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ecar_dist.flow.pyramid import stage_jump
+from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.flow.solvers import Solver, VelocityFn
+from ecar_dist.rng import Purpose
+
+BeginStage = Callable[[int, torch.Tensor | None], VelocityFn]
+Draw = Callable[[Purpose, int], torch.Tensor]
+
+
+def sample_stages(
+    schedule: StageSchedule,
+    begin_stage: BeginStage,
+    draw: Draw,
+    *,
+    tau: float,
+    solver: Solver,
+    steps_per_stage: Sequence[int],
+) -> list[torch.Tensor]:
+    """Draw a batch; returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
+
+    begin_stage(k, context) is called once per stage, in order, with C_{k-1} = X^e_{k-1} + tau xi (None at stage 0), and
+    returns that stage's velocity_fn(x, u). draw(purpose, k) returns N(0, I) noise of stage k's shape.
+    """
+    x = draw(Purpose.GENERATE_START, 0)
+    ends: list[torch.Tensor] = []
+    for stage in range(schedule.num_stages):
+        context = None
+        if stage > 0:
+            context = x + tau * draw(Purpose.GENERATE_CONTEXT, stage - 1) if tau else x
+            x = stage_jump(x, draw(Purpose.GENERATE_JUMP, stage), stage, schedule)
+        x = solver(begin_stage(stage, context), x, steps_per_stage[stage])
+        ends.append(x)
+    return ends

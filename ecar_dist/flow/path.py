@@ -1,0 +1,70 @@
+"""From clean latents to what the network sees and must predict, eq. (1)-(4) and section 7.1 of docs/ecar.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ecar_dist.flow.pyramid import latent_pyramid, noise_pyramid, upsample
+from ecar_dist.flow.schedule import StageSchedule
+
+
+@dataclass(frozen=True)
+class TrainingPoints:
+    """One training example per stage and sample; lists run from the coarsest stage to the finest."""
+
+    contexts: list[torch.Tensor]  # K-1 of [B, C, h_k, w_k]: C_k, what is fed back of stage k
+    states: list[torch.Tensor]  # K of [B, C, h_k, w_k]: x_u, the point on the path
+    times: list[torch.Tensor]  # K of [B]: model time
+    targets: list[torch.Tensor]  # K of [B, C, h_k, w_k]: d_k, the velocity
+
+
+def stage_endpoints(
+    schedule: StageSchedule, latents: list[torch.Tensor], noises: list[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(X^s_k, X^e_k) of every stage, eq. (1)-(3), from the pyramids of latents and noise (K of [B, C, h_k, w_k])."""
+    endpoints = []
+    for k, (start, end) in enumerate(zip(schedule.starts, schedule.ends, strict=True)):
+        state_end = end * latents[k] + (1.0 - end) * noises[k]
+        if k == 0:
+            state_start = noises[0]
+        else:
+            state_start = start * upsample(latents[k - 1], schedule.factor) + (1.0 - start) * noises[k]
+        endpoints.append((state_start, state_end))
+    return endpoints
+
+
+def interpolate(start: torch.Tensor, end: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """x_u = (1 - u) X^s + u X^e, eq. (4), for u [B] and states [B, C, H, W]."""
+    weight = u.view(-1, 1, 1, 1)
+    return (1.0 - weight) * start + weight * end
+
+
+def model_time(schedule: StageSchedule, stage: int, u: torch.Tensor) -> torch.Tensor:
+    """mt_k(u) in [0, 1], distinct between stages; float32, same shape as u."""
+    low, high = schedule.model_windows[stage]
+    return low + u.float() * (high - low)
+
+
+def training_points(
+    schedule: StageSchedule,
+    latents: torch.Tensor,
+    noise_draws: list[torch.Tensor],
+    times: list[torch.Tensor],
+    context_draws: list[torch.Tensor],
+    tau: float,
+) -> TrainingPoints:
+    """Build the K training examples of a batch.
+
+    latents: [B, C, H, W], normalised. noise_draws: K of N(0, I) at each stage's size. times: K of u in [0, 1], [B].
+    context_draws: K-1 of N(0, I), independent of everything else, for C_k = X^e_k + tau xi_k (section 5: the trap).
+    """
+    pyramid = latent_pyramid(latents, schedule.num_stages, schedule.factor)
+    endpoints = stage_endpoints(schedule, pyramid, noise_pyramid(noise_draws, schedule))
+    return TrainingPoints(
+        contexts=[end + tau * xi for (_, end), xi in zip(endpoints, context_draws, strict=False)],
+        states=[interpolate(start, end, u) for (start, end), u in zip(endpoints, times, strict=True)],
+        times=[model_time(schedule, k, u) for k, u in enumerate(times)],
+        targets=[end - start for start, end in endpoints],
+    )

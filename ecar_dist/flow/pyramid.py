@@ -1,0 +1,58 @@
+"""Down, up, and the noise that joins two resolutions. All tensors are [B, C, H, W]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ecar_dist.flow.schedule import StageSchedule
+
+
+def downsample(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """D: the factor x factor mean. Pool twice by 2 for a quarter; one bilinear call by 4 is not the mean."""
+    return F.avg_pool2d(x, factor)
+
+
+def upsample(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """U: nearest neighbour, the only upsampling for which the jump's algebra holds. D(U(x)) = x."""
+    return F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def latent_pyramid(latents: torch.Tensor, num_stages: int, factor: int = 2) -> list[torch.Tensor]:
+    """z_0 .. z_{K-1}, coarse to fine; the last is `latents` itself."""
+    pyramid = [latents]
+    for _ in range(num_stages - 1):
+        pyramid.insert(0, downsample(pyramid[0], factor))
+    return pyramid
+
+
+def block_noise(white: torch.Tensor, gamma: float, factor: int = 2) -> torch.Tensor:
+    """n' of eq. (15): unit variance, correlation `gamma` inside each factor x factor block, from N(0, I) noise.
+
+    No Cholesky: at the extreme gamma the covariance is singular, and this form is exact there.
+    """
+    mean = upsample(downsample(white, factor), factor)
+    common = max(0.0, 1.0 + (factor**2 - 1) * gamma)
+    return math.sqrt(1.0 - gamma) * (white - mean) + math.sqrt(common) * mean
+
+
+def noise_pyramid(white: list[torch.Tensor], schedule: StageSchedule) -> list[torch.Tensor]:
+    """n_0 .. n_{K-1}, each N(0, I), from independent N(0, I) draws of every stage's size; eq. (14).
+
+    Built coarse to fine, so that X^s_k, which uses n_k, and X^e_{k-1}, which uses n_{k-1}, have the joint law that
+    sampling meets. At the extreme gamma it obeys n_{k-1} = r D(n_k), eq. (12), and eq. (13) holds for every sample.
+    """
+    gamma, factor = schedule.gamma, schedule.factor
+    noises = [white[0]]
+    for draw in white[1:]:
+        inherited = math.sqrt(-gamma / (1.0 - gamma)) * upsample(noises[-1], factor)
+        noises.append(inherited + block_noise(draw, gamma, factor) / math.sqrt(1.0 - gamma))
+    return noises
+
+
+def stage_jump(x: torch.Tensor, white: torch.Tensor, stage: int, schedule: StageSchedule) -> torch.Tensor:
+    """From the end of stage - 1 to the start of `stage`, eq. (6): upsample, rescale, renoise with `white` ~ N(0, I)."""
+    scale, alpha = schedule.jump(stage)
+    return scale * upsample(x, schedule.factor) + alpha * block_noise(white, schedule.gamma, schedule.factor)
