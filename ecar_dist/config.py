@@ -214,6 +214,23 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         return math.ceil(self.train.total_samples / self.batch.global_batch_size)
 
+    @property
+    def model_identity(self) -> dict[str, Any]:
+        """What a checkpoint's weights mean, by dotted key; JSON values only. Compared whenever one is loaded."""
+        return {
+            "model.kind": self.model.kind,
+            "model.preset": self.model.preset,
+            "model.patch_size": self.model.patch_size,
+            "data.num_classes": self.data.num_classes,
+            "data.latent_channels": self.data.latent_channels,
+            "data.latent_size": self.data.latent_size,
+            "flow.num_stages": self.flow.num_stages,
+            "flow.ends": list(self.flow.resolved_ends),
+            "flow.gamma": self.flow.gamma,
+            "flow.context.mode": self.flow.context.mode,
+            "flow.context.tau": self.flow.context.tau,
+        }
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
         total, micro = self.batch.global_batch_size, self.batch.micro_batch_size

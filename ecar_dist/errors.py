@@ -15,3 +15,7 @@ class DataError(EcarError):
 
 class CheckpointError(EcarError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class TrainingError(EcarError):
+    """Training cannot go on: the loss is no longer finite."""

@@ -1,0 +1,313 @@
+"""`ecar-dist`: parse, build, call. Every command imports what it needs when it runs, so --help and check are instant.
+
+Exit status: 0 done; 1 an error the user can fix, one line on stderr; 75 stopped early on a signal with a committed
+checkpoint (EX_TEMPFAIL: run the same command again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.config import RunConfig, config_to_yaml, load_config
+from ecar_dist.errors import ConfigError, EcarError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.sample.load import TrainedModel
+
+EX_TEMPFAIL = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except EcarError as error:
+        if os.environ.get("ECAR_TRACEBACK"):
+            raise
+        print(f"ecar-dist: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment] # the reader (head, less) has gone; nothing is left to flush
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, help in (
+        ("check", check, "validate a config and print its arithmetic (no torch)"),
+        ("plan", plan, "parameters, FLOPs, memory per rank, time and checkpoint size (no torch)"),
+        ("train", train, "train, or go on training: alone, or under torchrun, deepspeed or srun"),
+    ):
+        with_config = command(name, run, help)
+        with_config.add_argument("config", help="YAML file of the run")
+        with_config.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+        if name == "plan":
+            with_config.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
+            with_config.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
+
+    drawing = command("sample", sample, "draw images with the EMA weights of a run or an export")
+    drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all)")
+    drawing.add_argument("--count", type=int, help="images in all, over the labels in turn (default: 8 of each)")
+    drawing.add_argument("--out", required=True, type=Path, help="folder for grid.png, stages.png and images/")
+
+    scoring = command("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
+    scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
+    scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
+    scoring.add_argument("--count", type=int, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
+    for sampling in (drawing, scoring):
+        sampling.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
+        sampling.add_argument("--seed", type=int, default=0)
+        sampling.add_argument("--guidance-scale", type=float, help="default: sample.guidance_scale of the run")
+        sampling.add_argument("--batch-size", type=int, default=64)
+
+    checkpoint = commands.add_parser("checkpoint", help="list, inspect, verify or export a run's checkpoints")
+    verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
+    for name, run, help in (
+        ("list", checkpoint_list, "committed checkpoints, newest first"),
+        ("inspect", checkpoint_inspect, "what the newest checkpoint holds"),
+        ("verify", checkpoint_verify, "check every file of every checkpoint against its hash"),
+        ("export", checkpoint_export, "EMA weights of the newest checkpoint as safetensors"),
+    ):
+        verb = verbs.add_parser(name, help=help, description=help)
+        verb.set_defaults(run=run)
+        verb.add_argument("run_directory", type=Path, metavar="RUN")
+        if name == "export":
+            verb.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
+    return parser
+
+
+def check(parsed: argparse.Namespace) -> int:
+    from ecar_dist.flow.schedule import StageSchedule
+
+    config = load_config(parsed.config, parsed.overrides)
+    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    print(config_to_yaml(config))
+    for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
+        window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
+        print(f"# stage {k}: {size}x{size} latent, {tokens} tokens, data coefficient {window}")
+    batch = config.batch
+    print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
+    for world_size in (2**power for power in range(11)):
+        if batch.global_batch_size % (batch.micro_batch_size * world_size) == 0:
+            print(
+                f"#   R = {world_size}: {batch.global_batch_size} = {batch.micro_batch_size} x "
+                f"{config.grad_accum_steps(world_size)} x {world_size}"
+            )
+    return 0
+
+
+def plan(parsed: argparse.Namespace) -> int:
+    from ecar_dist.plan.report import plan_lines
+
+    print("\n".join(plan_lines(load_config(parsed.config, parsed.overrides), parsed.world_size, parsed.device)))
+    return 0
+
+
+def train(parsed: argparse.Namespace) -> int:
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+    except ConfigError:
+        if os.environ.get("RANK", "0") == "0":  # every rank reads the same file; one says so
+            raise
+        return 1
+    from ecar_dist.plan.flops import FLOPS_PER_MAC, training_macs_per_sample
+    from ecar_dist.runtime.world import RemoteError, start_world, stop_world
+    from ecar_dist.sample.preview import make_preview
+    from ecar_dist.train.loop import train as run_training
+    from ecar_dist.train.start import start_training
+
+    world = start_world()
+    try:
+        flops = FLOPS_PER_MAC * training_macs_per_sample(config)
+        run, progress = start_training(config, world, training_flops_per_sample=flops, preview_factory=make_preview)
+        with run.loader:
+            end = run_training(run, progress)
+        if run.writer:
+            run.writer.close()
+        finished = end.samples_seen >= config.train.total_samples
+        if world.is_first:
+            print(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
+    except RemoteError:
+        return 1
+    stop_world()
+    return 0 if finished else EX_TEMPFAIL
+
+
+def sample(parsed: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from ecar_dist.sample.pictures import decode_stages, enlarge, labelled_grid
+    from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
+
+    trained = _open(parsed)
+    if parsed.out.exists() and any(parsed.out.iterdir()):
+        raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
+    classes = _labels(parsed.labels, trained.config.data.num_classes)
+    count = parsed.count or 8 * len(classes)
+    labels = [classes[i % len(classes)] for i in range(count)]
+    columns: dict[int, list[Any]] = {label: [] for label in classes}
+    first_stages: list[Any] = []
+    (parsed.out / "images").mkdir(parents=True)
+    done = 0
+    for stages in _draw(trained, parsed, labels):
+        pictures = decode_stages(trained.codec, stages)
+        first_stages = first_stages or [stage[: len(classes)] for stage in pictures]
+        for picture in pictures[-1]:
+            Image.fromarray(picture).save(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png")
+            columns[labels[done]].append(picture)
+            done += 1
+    scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
+    grid = labelled_grid([columns[label] for label in classes if columns[label]], [str(c) for c in classes], scale)
+    Image.fromarray(grid).save(parsed.out / "grid.png")
+    Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")
+    Image.fromarray(enlarge(columns[labels[0]][0], scale)).save(parsed.out / "first.png")
+    print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
+    return 0
+
+
+def evaluate(parsed: argparse.Namespace) -> int:
+    from ecar_dist.data.atomic import write_json
+    from ecar_dist.evaluate.images import read_images
+    from ecar_dist.evaluate.score import score
+
+    trained = _open(parsed)
+    config = trained.config
+    folders = {
+        "--train-images": parsed.train_images or config.data.train_images,
+        "--heldout-images": parsed.heldout_images or config.data.heldout_images,
+    }
+    for flag, folder in folders.items():
+        if folder is None:
+            raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+    size = config.data.latent_size * trained.codec.identity.downsample
+    (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
+    labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
+    samples = _drawn_images(trained, parsed, labels)
+    scores = score(samples, _reconstruct(trained, real), real, heldout, source)
+    scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
+    scores.update(guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.samples_seen)
+    out = parsed.out or parsed.run_or_export / "scores.json"
+    write_json(out, scores)
+    print(json.dumps(scores, indent=1))
+    print(f"scores written to {out}")
+    return 0
+
+
+def checkpoint_list(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint import committed, read_manifest
+    from ecar_dist.runtime.run_directory import RunDirectory
+
+    for path in committed(RunDirectory(parsed.run_directory).checkpoints):
+        manifest = read_manifest(path)
+        size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
+        print(f"{path}  {manifest['progress']['samples_seen']:,} samples  {size:.1f} MiB  {len(manifest['files'])} files")
+    return 0
+
+
+def checkpoint_inspect(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint import newest, read_manifest
+    from ecar_dist.runtime.run_directory import RunDirectory
+
+    print(json.dumps(read_manifest(newest(RunDirectory(parsed.run_directory).checkpoints)), indent=1))
+    return 0
+
+
+def checkpoint_verify(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint import committed, verify
+    from ecar_dist.runtime.run_directory import RunDirectory
+
+    for path in committed(RunDirectory(parsed.run_directory).checkpoints):
+        verify(path)
+        print(f"{path}  whole")
+    return 0
+
+
+def checkpoint_export(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.export import export_run
+
+    print(export_run(parsed.run_directory, parsed.out or parsed.run_directory / "export"))
+    return 0
+
+
+def _open(parsed: argparse.Namespace) -> TrainedModel:
+    import torch
+
+    from ecar_dist.sample.load import open_trained
+
+    return open_trained(parsed.run_or_export, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _labels(text: str | None, num_classes: int) -> list[int]:
+    try:
+        classes = list(range(num_classes)) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--labels {text!r} must be class numbers with commas, e.g. 0,1,2") from None
+    outside = [label for label in classes if not 0 <= label < num_classes]
+    if outside:
+        raise ConfigError(f"--labels {outside[0]} is outside 0..{num_classes - 1}; the model knows {num_classes} classes")
+    return classes
+
+
+def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> Any:
+    """Stages of batch after batch, with a progress bar."""
+    import torch
+    from tqdm import tqdm
+
+    from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
+
+    bf16 = trained.device.type == "cuda"
+    settings = SamplingPlan.from_config(trained.config, bf16=bf16, guidance_scale=parsed.guidance_scale)
+    wanted = torch.tensor(labels, device=trained.device)
+    with tqdm(total=len(labels), unit="image", desc="sampling", mininterval=2) as bar:
+        for stages in generate_in_batches(trained.model, settings, wanted, parsed.seed, parsed.batch_size):
+            yield stages
+            bar.update(stages[-1].shape[0])
+
+
+def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> LabelledImages:
+    import numpy as np
+
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.sample.pictures import to_pixels
+
+    pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in _draw(trained, parsed, labels)]
+    return LabelledImages(np.concatenate(pixels), np.array(labels))
+
+
+def _reconstruct(trained: TrainedModel, images: LabelledImages) -> LabelledImages:
+    """The images after the autoencoder alone: encoded, posterior sampled, decoded."""
+    import numpy as np
+    import torch
+
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.rng import Purpose, normal
+    from ecar_dist.sample.pictures import to_pixels
+    from ecar_dist.vae.codec import normalise
+
+    codec, shape = trained.codec, (trained.config.data.latent_channels, *[trained.config.data.latent_size] * 2)
+
+    def through(rows: torch.Tensor) -> np.ndarray:
+        pixels = torch.from_numpy(images.pixels[rows.numpy()]).to(trained.device)
+        moments = codec.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
+        noise = normal(0, rows.to(trained.device), Purpose.POSTERIOR, shape)
+        return to_pixels(codec.decode(normalise(codec.identity, moments, noise)))
+
+    chunks = torch.arange(len(images.pixels)).split(256)
+    return LabelledImages(np.concatenate([through(rows) for rows in chunks]), images.labels)

@@ -1,0 +1,26 @@
+"""Variance by spatial frequency: the alarm for samples that lose their low frequencies (docs/ecar.md, the trap)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def band_variances(images: torch.Tensor) -> dict[str, float]:
+    """Variance over the set of each octave of images [N, C, H, W], by block side: `8px` is the mean over 8x8 blocks less
+    the mean over 16x16 blocks, and so on; the coarsest band is the mean of the whole image. They add up to the total.
+    """
+    bands: dict[str, float] = {}
+    current, side = images.double(), 1
+    while current.shape[-1] > 1 and current.shape[-1] % 2 == 0:
+        coarser = F.avg_pool2d(current, 2)
+        detail = current - F.interpolate(coarser, scale_factor=2, mode="nearest")
+        bands[f"{side}px"] = _variance(detail)
+        current, side = coarser, side * 2
+    bands[f"{side}px"] = _variance(current)
+    return bands
+
+
+def _variance(field: torch.Tensor) -> float:
+    """Over samples, averaged over places and channels."""
+    return float(field.var(dim=0).mean())

@@ -1,0 +1,72 @@
+"""The scoring classifier: a small convolutional network trained on the user's own real images, and never on samples.
+
+Its penultimate layer is the feature space of the Frechet distance. The name is part of every score it gives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CLASSIFIER_NAME = "convnet64-v1"
+INPUT_SIDE, FEATURES = 32, 64
+
+
+class ScoringClassifier(nn.Module):
+    """uint8 [B, H, W, 3] -> 64 features, and logits over the classes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * (INPUT_SIDE // 8) ** 2, FEATURES), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # [B, 3, H, W]
+        if x.shape[-1] != INPUT_SIDE:
+            x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True)
+        return self.trunk(x)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(pixels))
+
+
+def train_classifier(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0, epochs: int = 20, batch_size: int = 64
+) -> ScoringClassifier:
+    """Train on real images uint8 [N, H, W, 3] with labels [N]; shifts by up to 2 pixels of 32 are the only augmentation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ScoringClassifier(num_classes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+        steps = epochs * -(-len(images) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+        pixels, targets = torch.from_numpy(images), torch.from_numpy(labels).long()
+        for _ in range(epochs):
+            for rows in torch.randperm(len(pixels)).split(batch_size):
+                loss = F.cross_entropy(model(_shift(pixels[rows])), targets[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def _shift(pixels: torch.Tensor) -> torch.Tensor:
+    """Roll the whole batch by a few pixels; borders of the images are background or continue smoothly."""
+    reach = max(1, pixels.shape[1] // 16)
+    down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
+    return pixels.roll((down, right), dims=(1, 2))
+
+
+@torch.no_grad()
+def features_and_predictions(model: ScoringClassifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, 64] and predicted classes [N] of images uint8 [N, H, W, 3]."""
+    features = torch.cat([model.features(chunk) for chunk in torch.from_numpy(images).split(256)])
+    return features.numpy(), model.head(features).argmax(1).numpy()

@@ -1,0 +1,217 @@
+"""The DeepSpeed engine, and a plain view of what this rank holds of the model. The one home of deepspeed.
+
+Whatever the ZeRO stage, a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says which
+slice of which parameter lies where in them. The EMA, the checkpoints and the export are written against that view alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecar_dist.config import RunConfig
+from ecar_dist.runtime.world import World
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of the flattened parameter `name`, at `offset` in flat partition `partition`."""
+
+    name: str
+    start: int
+    numel: int
+    partition: int
+    offset: int
+
+    def of(self, partitions: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The view of this fragment in a list of flat tensors laid out like the master partitions."""
+        return partitions[self.partition].view(-1).narrow(0, self.offset, self.numel)
+
+
+class Engine:
+    """A module trained by DeepSpeed: forward, backward, step, and access to the sharded state.
+
+    `objective` is the module whose forward returns the loss; `model` is the part of it whose parameters are trained.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        model: nn.Module,
+        parameter_groups: list[dict[str, Any]],
+        config: RunConfig,
+        world: World,
+        precision: str,
+    ) -> None:
+        deepspeed = _import_deepspeed(world)
+        self.world, self.zero_stage = world, config.deepspeed.zero_stage
+        optim = config.optim
+        optimizer = torch.optim.AdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=deepspeed_config(config, world.size, precision)
+        )
+        self._adam: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._parameters = dict(model.named_parameters())
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        self.partitions = self._master_partitions()
+        self.fragments = self._find_fragments()
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """After every micro-batch; the optimizer moves on the last one of a global batch."""
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient norm of the last optimizer step, before clipping, over all ranks."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all of the state (ZeRO stage 0)."""
+        return self.zero_stage == 0
+
+    def moments(self, name: str) -> list[torch.Tensor]:
+        """AdamW's `exp_avg` or `exp_avg_sq`, laid out like `partitions`; zeros before the first step."""
+        return [self._adam_state(partition)[name] for partition in self.partitions]
+
+    def set_optimizer_step(self, step: int) -> None:
+        for partition in self.partitions:
+            self._adam_state(partition)["step"].fill_(step)
+
+    def _adam_state(self, partition: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self._adam.state[partition]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state.update({name: torch.zeros_like(partition, requires_grad=False) for name in ADAM_MOMENTS})
+        return state
+
+    def gather(self, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter in full, one at a time, fp32 on this rank's device, from `partitions`. Collective."""
+        held: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        for fragment in self.fragments:
+            held[fragment.name].append(fragment)
+        for name, shape in self.shapes.items():
+            full = torch.zeros(shape, dtype=torch.float32, device=self.world.device).view(-1)
+            for fragment in held[name]:
+                full.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(partitions).detach())
+            yield name, (full if self.replicated else self.world.sum(full)).view(shape)
+
+    @torch.no_grad()
+    def publish_master_weights(self) -> None:
+        """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads."""
+        for name, full in self.gather(self.partitions):
+            parameter = self._parameters[name]
+            if self.zero_stage == 3:
+                share = parameter.ds_tensor
+                local = full.view(-1)[share.ds_numel * self.world.rank :][: share.ds_numel]
+                share.data.view(-1)[: local.numel()].copy_(local)
+            else:
+                parameter.data.copy_(full)
+
+    def _master_partitions(self) -> list[torch.Tensor]:
+        optimizer = self._optimizer
+        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            if hasattr(optimizer, attribute):  # ZeRO 1 and 2; ZeRO 3
+                return list(getattr(optimizer, attribute))
+        for attribute in ("fp32_groups_flat_partition", "fp32_groups_flat"):
+            if hasattr(optimizer, attribute):  # bf16 with ZeRO 1; bf16 with ZeRO 0
+                return list(getattr(optimizer, attribute))
+        return [parameter for group in self._adam.param_groups for parameter in group["params"]]
+
+    def _find_fragments(self) -> list[Fragment]:
+        if self.zero_stage == 0:
+            return self._replicated_fragments()
+        find = self._zero3_fragment if self.zero_stage == 3 else self._zero12_fragment
+        found = (find(name, parameter) for name, parameter in self._parameters.items())
+        return [fragment for fragment in found if fragment is not None and fragment.numel > 0]
+
+    def _replicated_fragments(self) -> list[Fragment]:
+        """ZeRO 0: whole parameters, one after the other in their group's flat tensor, or each its own tensor (fp32)."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        groups = getattr(self._optimizer, "fp16_groups", None) or [[partition] for partition in self.partitions]
+        fragments = []
+        for index, group in enumerate(groups):
+            offset = 0
+            for parameter in group:
+                fragments.append(Fragment(names[id(parameter)], 0, parameter.numel(), index, offset))
+                offset += parameter.numel()
+        return fragments
+
+    @staticmethod
+    def _zero12_fragment(name: str, parameter: Any) -> Fragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # no element of this parameter lies on this rank
+            return None
+        source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Fragment(name, source.start, target.numel, mapping.param_group_index, target.start)
+
+    def _zero3_fragment(self, name: str, parameter: Any) -> Fragment | None:
+        optimizer: Any = self._optimizer
+        partition, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = padded * self.world.rank
+        return Fragment(name, start, min(padded, parameter.ds_numel - start), partition, int(offset))
+
+
+def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration; `deepspeed.raw` is merged last."""
+    zero_stage, bf16 = config.deepspeed.zero_stage, precision == "bf16"
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.deepspeed.offload_params:
+        zero["offload_param"] = {"device": "cpu"}
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**31,
+    }
+    if bf16 and zero_stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(settings, config.deepspeed.raw)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _import_deepspeed(world: World) -> Any:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # The shared-memory collective is compiled at first start, and a process killed in that build leaves a lock on which
+    # every later start waits for ever. Only inference uses it: do without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

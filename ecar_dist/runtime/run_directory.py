@@ -1,0 +1,63 @@
+"""The run directory: config.yaml, lineage.json, metrics.jsonl, tb/, samples/, logs/, checkpoints/."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist import __version__
+from ecar_dist.config import RunConfig, config_to_yaml, load_config
+from ecar_dist.data.atomic import atomic_write, write_json
+from ecar_dist.errors import ConfigError
+
+
+class RunDirectory:
+    """Paths of one run. Reading needs no more than the path; `open_for_training` claims it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config, self.lineage = self.path / "config.yaml", self.path / "lineage.json"
+        self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
+        self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
+
+    def open_for_training(self, config: RunConfig) -> None:
+        """Make the directory, or take up the one an earlier attempt of this run left. Call on rank 0 only.
+
+        Raises ConfigError where the directory holds something that is not a run.
+        """
+        if self.path.exists() and any(self.path.iterdir()) and not self.lineage.exists():
+            raise ConfigError(
+                f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
+            )
+        for folder in (self.samples, self.logs, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.lineage, self.attempts())
+        with atomic_write(self.config) as file:
+            file.write(config_to_yaml(config).encode())
+
+    def attempts(self) -> list[dict[str, Any]]:
+        return json.loads(self.lineage.read_text()) if self.lineage.exists() else []
+
+    def record_attempt(self, **facts: Any) -> None:
+        """Append one start of the run, with the versions it ran under, to lineage.json. Call on rank 0 only."""
+        attempt = {
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "ecar_dist": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **facts,
+        }
+        write_json(self.lineage, [*self.attempts(), attempt])
+
+    def load_config(self) -> RunConfig:
+        """The resolved config of the run. Raises ConfigError where this is not a run directory."""
+        if not self.config.exists():
+            raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
+        return load_config(self.config)
+

@@ -1,0 +1,122 @@
+"""The train loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ecar_dist.config import RunConfig
+from ecar_dist.data.loader import LatentLoader, MicroBatch
+from ecar_dist.errors import TrainingError
+from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.metrics import MetricsWriter
+from ecar_dist.runtime.stop import StopRequest
+from ecar_dist.runtime.world import World
+from ecar_dist.train.learning_rate import learning_rate
+from ecar_dist.train.telemetry import StepResult, Telemetry, progress_line
+
+Preview = Callable[[dict[str, torch.Tensor]], np.ndarray]  # full EMA weights -> picture, uint8 [H, W, 3]
+
+
+@dataclass
+class Training:
+    """All parts of one attempt at a run; `writer` and `preview` are rank 0's alone."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    ema: ShardedEma
+    store: CheckpointStore
+    loader: LatentLoader
+    telemetry: Telemetry
+    stop: StopRequest
+    writer: MetricsWriter | None = None
+    preview: Preview | None = None
+
+
+def train(run: Training, progress: Progress) -> Progress:
+    """Train from `progress` to the end, or to the step after a stop signal. Either way the last step is committed."""
+    config, batch = run.config, run.config.batch.global_batch_size
+    saved, stopped = progress, False
+    batches = iter(run.loader)
+    while progress.samples_seen < config.train.total_samples and not stopped:
+        result = train_step(run, batches, progress)
+        progress = Progress(progress.samples_seen + batch, progress.step + 1)
+        run.ema.update(progress.samples_seen, batch)
+        stopped = result.stop
+        if progress.step % config.log.every_steps == 0:
+            log(run, progress, result)
+        if crossed(config.sample.every_samples, progress.samples_seen, batch):
+            draw_preview(run, progress)
+        if crossed(config.checkpoint.every_samples, progress.samples_seen, batch):
+            run.store.save(progress, run.engine, run.ema)
+            saved = progress
+    if saved != progress:
+        run.store.save(progress, run.engine, run.ema)
+    return progress
+
+
+def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress) -> StepResult:
+    """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks on a non-finite loss."""
+    config, device = run.config, run.world.device
+    rate = learning_rate(
+        config.optim, progress.samples_seen + config.batch.global_batch_size, config.train.total_samples
+    )
+    run.engine.set_learning_rate(rate)
+    sums = torch.zeros(config.flow.num_stages + 1, dtype=torch.float64, device=device)  # per stage, and stop requests
+    accumulate = config.grad_accum_steps(run.world.size)
+    for micro_step in range(accumulate):
+        micro = next(batches)
+        loss, per_stage = run.engine(micro.moments.to(device), micro.labels.to(device), micro.positions.to(device))
+        run.engine.backward(loss)
+        sums[:-1] += per_stage.double().sum(0)
+        if micro_step == accumulate - 1:
+            sums[-1] = float(bool(run.stop))
+            run.world.sum(sums)  # every rank knows the loss before any weight moves
+            _refuse_non_finite(sums, progress)
+        run.engine.step()
+    *losses, stops = sums.tolist()
+    stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
+    loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
+    return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
+
+
+def _refuse_non_finite(sums: torch.Tensor, progress: Progress) -> None:
+    if not torch.isfinite(sums).all():
+        raise TrainingError(
+            f"the loss of step {progress.step + 1} (samples from {progress.samples_seen}) is not finite; the last "
+            f"checkpoint is whole: lower optim.learning_rate or set deepspeed.precision=fp32, and run again"
+        )
+
+
+def log(run: Training, progress: Progress, result: StepResult) -> None:
+    values = run.telemetry.report(result, progress.samples_seen, run.loader.wait_seconds)
+    if run.writer is None:
+        return
+    run.writer.log(progress.step, progress.samples_seen, values)
+    config = run.config
+    print(
+        progress_line(progress.step, config.total_steps, progress.samples_seen, config.train.total_samples, values),
+        flush=True,
+    )
+
+
+def draw_preview(run: Training, progress: Progress) -> None:
+    """Rank 0 draws a strip of all stages with the EMA weights; the others only help to gather them."""
+    weights = {}
+    for name, full in run.engine.gather(run.ema.partitions):
+        if run.world.is_first:
+            weights[name] = full.cpu()
+    if run.writer and run.preview:
+        run.writer.image("samples/stages", run.preview(weights), progress.step)
+
+
+def crossed(every: int, samples_seen: int, batch: int) -> bool:
+    """Whether the last `batch` samples took the run past a multiple of `every`; 0 means never."""
+    return every > 0 and samples_seen // every > (samples_seen - batch) // every
+
