@@ -61,6 +61,7 @@ class Engine:
         self._adam: torch.optim.Optimizer = self._engine.basic_optimizer
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        self._replicated_norm = float("nan")
         self.partitions = self._master_partitions()
         self.fragments = self._find_fragments()
 
@@ -72,13 +73,16 @@ class Engine:
 
     def step(self) -> None:
         """After every micro-batch; the optimizer moves on the last one of a global batch."""
+        if self.replicated and self._engine.is_gradient_accumulation_boundary():
+            # Without ZeRO, DeepSpeed clips but keeps no norm; here the gradients are already averaged over ranks.
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            self._replicated_norm = float(nn.utils.get_total_norm(gradients))
         self._engine.step()
 
     @property
     def grad_norm(self) -> float:
         """The gradient norm of the last optimizer step, before clipping, over all ranks."""
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return self._replicated_norm if self.replicated else float(self._engine.get_global_grad_norm())
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._adam.param_groups:
@@ -129,11 +133,12 @@ class Engine:
 
     def _master_partitions(self) -> list[torch.Tensor]:
         optimizer = self._optimizer
-        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            if hasattr(optimizer, attribute):  # ZeRO 1 and 2; ZeRO 3
-                return list(getattr(optimizer, attribute))
-        for attribute in ("fp32_groups_flat_partition", "fp32_groups_flat"):
-            if hasattr(optimizer, attribute):  # bf16 with ZeRO 1; bf16 with ZeRO 0
+        for attribute in (
+            "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+            "fp32_groups_flat_partition",  # ZeRO 1 in bf16
+            "fp32_partitioned_groups_flat",  # ZeRO 3
+        ):
+            if hasattr(optimizer, attribute):
                 return list(getattr(optimizer, attribute))
         return [parameter for group in self._adam.param_groups for parameter in group["params"]]
 
@@ -145,16 +150,11 @@ class Engine:
         return [fragment for fragment in found if fragment is not None and fragment.numel > 0]
 
     def _replicated_fragments(self) -> list[Fragment]:
-        """ZeRO 0: whole parameters, one after the other in their group's flat tensor, or each its own tensor (fp32)."""
+        """ZeRO 0: one partition per parameter, in the optimizer's order; in bf16 it is the fp32 copy of one."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        groups = getattr(self._optimizer, "fp16_groups", None) or [[partition] for partition in self.partitions]
-        fragments = []
-        for index, group in enumerate(groups):
-            offset = 0
-            for parameter in group:
-                fragments.append(Fragment(names[id(parameter)], 0, parameter.numel(), index, offset))
-                offset += parameter.numel()
-        return fragments
+        trained = getattr(self._optimizer, "fp16_groups", None) or [self.partitions]
+        in_order = [parameter for group in trained for parameter in group]
+        return [Fragment(names[id(p)], 0, p.numel(), index, 0) for index, p in enumerate(in_order)]
 
     @staticmethod
     def _zero12_fragment(name: str, parameter: Any) -> Fragment | None:
