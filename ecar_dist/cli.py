@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecar_dist.config import RunConfig, config_to_yaml, load_config
+from ecar_dist.config import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError, EcarError
 
 if TYPE_CHECKING:
-    import torch
-
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
 
@@ -36,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ecar-dist: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment] # the reader (head, less) has gone; nothing is left to flush
+        # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -184,7 +183,7 @@ def sample(parsed: argparse.Namespace) -> int:
 
 def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.data.atomic import write_json
-    from ecar_dist.evaluate.images import read_images
+    from ecar_dist.evaluate.images import read_images, reconstruct
     from ecar_dist.evaluate.score import score
 
     trained = _open(parsed)
@@ -200,7 +199,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
     (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
     samples = _drawn_images(trained, parsed, labels)
-    scores = score(samples, _reconstruct(trained, real), real, heldout, source)
+    scores = score(samples, reconstruct(trained.codec, real, trained.device), real, heldout, source)
     scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     scores.update(guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.samples_seen)
     out = parsed.out or parsed.run_or_export / "scores.json"
@@ -217,7 +216,9 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
     for path in committed(RunDirectory(parsed.run_directory).checkpoints):
         manifest = read_manifest(path)
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
-        print(f"{path}  {manifest['progress']['samples_seen']:,} samples  {size:.1f} MiB  {len(manifest['files'])} files")
+        print(
+            f"{path}  {manifest['progress']['samples_seen']:,} samples  {size:.1f} MiB  {len(manifest['files'])} files"
+        )
     return 0
 
 
@@ -261,7 +262,9 @@ def _labels(text: str | None, num_classes: int) -> list[int]:
         raise ConfigError(f"--labels {text!r} must be class numbers with commas, e.g. 0,1,2") from None
     outside = [label for label in classes if not 0 <= label < num_classes]
     if outside:
-        raise ConfigError(f"--labels {outside[0]} is outside 0..{num_classes - 1}; the model knows {num_classes} classes")
+        raise ConfigError(
+            f"--labels {outside[0]} is outside 0..{num_classes - 1}; the model knows {num_classes} classes"
+        )
     return classes
 
 
@@ -285,29 +288,7 @@ def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: lis
     import numpy as np
 
     from ecar_dist.evaluate.score import LabelledImages
-    from ecar_dist.sample.pictures import to_pixels
+    from ecar_dist.vae.pixels import to_pixels
 
     pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in _draw(trained, parsed, labels)]
     return LabelledImages(np.concatenate(pixels), np.array(labels))
-
-
-def _reconstruct(trained: TrainedModel, images: LabelledImages) -> LabelledImages:
-    """The images after the autoencoder alone: encoded, posterior sampled, decoded."""
-    import numpy as np
-    import torch
-
-    from ecar_dist.evaluate.score import LabelledImages
-    from ecar_dist.rng import Purpose, normal
-    from ecar_dist.sample.pictures import to_pixels
-    from ecar_dist.vae.codec import normalise
-
-    codec, shape = trained.codec, (trained.config.data.latent_channels, *[trained.config.data.latent_size] * 2)
-
-    def through(rows: torch.Tensor) -> np.ndarray:
-        pixels = torch.from_numpy(images.pixels[rows.numpy()]).to(trained.device)
-        moments = codec.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
-        noise = normal(0, rows.to(trained.device), Purpose.POSTERIOR, shape)
-        return to_pixels(codec.decode(normalise(codec.identity, moments, noise)))
-
-    chunks = torch.arange(len(images.pixels)).split(256)
-    return LabelledImages(np.concatenate([through(rows) for rows in chunks]), images.labels)

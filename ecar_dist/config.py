@@ -7,6 +7,7 @@ Nothing here imports torch, so `ecar-dist check` answers at once on a login node
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -69,8 +70,10 @@ class FlowSection(Section):
         ends, K, gamma, context = self.resolved_ends, self.num_stages, self.gamma, self.context
         if len(ends) != K:
             raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
-        if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
-            raise ValueError(f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K")
+        if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in itertools.pairwise(ends)):
+            raise ValueError(
+                f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
+            )
         if len(self.resolved_stage_weights) != K or min(self.resolved_stage_weights) < 0:
             raise ValueError(f"flow.stage_weights must be {K} numbers >= 0; null gives 1/K each")
         if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
@@ -151,7 +154,9 @@ class DeepSpeedSection(Section):
     def _check(self) -> DeepSpeedSection:
         derived = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} & set(self.raw)
         if derived:
-            raise ValueError(f"deepspeed.raw.{sorted(derived)[0]} is derived from batch.*; set it there, remove it here")
+            raise ValueError(
+                f"deepspeed.raw.{sorted(derived)[0]} is derived from batch.*; set it there, remove it here"
+            )
         if self.offload_params and self.zero_stage != 3:
             raise ValueError(f"deepspeed.offload_params needs zero_stage=3, got {self.zero_stage}")
         return self
@@ -240,8 +245,8 @@ class RunConfig(Section):
         below, above = total // unit * unit, -(-total // unit) * unit
         fits = " or ".join(str(value) for value in (below, above) if value)
         raise ConfigError(
-            f"batch.global_batch_size = micro_batch_size x grad_accum_steps x world_size, but {total} is not a multiple of "
-            f"{micro} x {world_size} = {unit}; use batch.global_batch_size={fits}"
+            "batch.global_batch_size = micro_batch_size x grad_accum_steps x world_size, "
+            f"but {total} is not a multiple of {micro} x {world_size} = {unit}; use batch.global_batch_size={fits}"
         )
 
     @model_validator(mode="after")
@@ -254,8 +259,8 @@ class RunConfig(Section):
             )
         if self.optim.warmup_samples + self.optim.cooldown_samples > self.train.total_samples:
             raise ValueError(
-                f"optim.warmup_samples + cooldown_samples = {self.optim.warmup_samples + self.optim.cooldown_samples} exceed "
-                f"train.total_samples={self.train.total_samples}; shorten them"
+                f"optim.warmup_samples + cooldown_samples = {self.optim.warmup_samples + self.optim.cooldown_samples} "
+                f"exceed train.total_samples={self.train.total_samples}; shorten them"
             )
         self.grad_accum_steps(world_size=1)
         return self
@@ -275,7 +280,9 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     return seen
 
 
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
@@ -288,7 +295,9 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}; mend that line") from None
+        raise ConfigError(
+            f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}; mend that line"
+        ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (run:, data:, train:, ...), got {type(tree).__name__}")
     for override in overrides:

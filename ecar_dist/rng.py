@@ -1,7 +1,7 @@
 """Random numbers that are a pure function of (seed, position, purpose, stream, element).
 
-Every sample of the run has a position, 0, 1, 2, ...; what is drawn for it never depends on rank, micro-batch or history,
-so a checkpoint holds no generator state and another number of ranks sees the same noise.
+Every sample of the run has a position, 0, 1, 2, ...; what is drawn for it never depends on rank, micro-batch or
+history, so a checkpoint holds no generator state and another number of ranks sees the same noise.
 
 The bits are Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
 in int64 tensor operations: the same words on every device. Counter = (block of elements, position low, position high,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ecar_dist.vae.pixels import from_pixels
+
 CLASSIFIER_NAME = "convnet64-v1"
 INPUT_SIDE, FEATURES = 32, 64
 
@@ -28,7 +30,7 @@ class ScoringClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # [B, 3, H, W]
+        x = from_pixels(pixels)  # [B, 3, H, W]
         if x.shape[-1] != INPUT_SIDE:
             x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True)
         return self.trunk(x)
@@ -40,7 +42,7 @@ class ScoringClassifier(nn.Module):
 def train_classifier(
     images: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0, epochs: int = 20, batch_size: int = 64
 ) -> ScoringClassifier:
-    """Train on real images uint8 [N, H, W, 3] with labels [N]; shifts by up to 2 pixels of 32 are the only augmentation."""
+    """Train on real images uint8 [N, H, W, 3] with labels [N]; small shifts are the only augmentation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ScoringClassifier(num_classes)

@@ -1,12 +1,16 @@
-"""Real images for scoring, brought to the size of the samples."""
+"""Real images for scoring: brought to the size of the samples, and what the autoencoder makes of them."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import open_decoder
 from ecar_dist.evaluate.score import LabelledImages
+from ecar_dist.rng import Purpose, normal
+from ecar_dist.vae.codec import LatentCodec, normalise
+from ecar_dist.vae.pixels import from_pixels, to_pixels
 
 
 def read_images(folder: str, image_size: int, decoder: str = "dali") -> tuple[LabelledImages, str]:
@@ -18,3 +22,18 @@ def read_images(folder: str, image_size: int, decoder: str = "dali") -> tuple[La
     pixels = [converter.decode_to_batch([r.data for r in c], [r.where for r in c], image_size) for c in chunks]
     labels = np.array([record.label for record in records], dtype=np.int64)
     return LabelledImages(np.concatenate(pixels), labels), shards.manifest.source
+
+
+def reconstruct(codec: LatentCodec, images: LabelledImages, device: torch.device) -> LabelledImages:
+    """The images after the autoencoder alone: encoded, the posterior sampled, decoded."""
+    chunks = torch.arange(len(images.pixels)).split(256)
+    return LabelledImages(
+        np.concatenate([_through(codec, images.pixels, rows, device) for rows in chunks]), images.labels
+    )
+
+
+def _through(codec: LatentCodec, pixels: np.ndarray, rows: torch.Tensor, device: torch.device) -> np.ndarray:
+    moments = codec.encode(from_pixels(pixels[rows.numpy()]).to(device))
+    shape = (codec.identity.latent_channels, *moments.shape[2:])
+    noise = normal(0, rows.to(device), Purpose.POSTERIOR, shape)
+    return to_pixels(codec.decode(normalise(codec.identity, moments, noise)))

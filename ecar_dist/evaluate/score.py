@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import CLASSIFIER_NAME, features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
+from ecar_dist.vae.pixels import from_pixels
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,16 @@ class LabelledImages:
 
 
 def score(
-    samples: LabelledImages, reconstructions: LabelledImages, train: LabelledImages, heldout: LabelledImages, source: str
+    samples: LabelledImages,
+    reconstructions: LabelledImages,
+    train: LabelledImages,
+    heldout: LabelledImages,
+    source: str,
 ) -> dict[str, Any]:
     """Every distance is to the held-out images, in the features of a classifier trained on `train` alone.
 
-    `reconstructions` are the train images after the autoencoder: what the generator could reach at best. The name of the
-    distance carries the data set (FD-digits): it is no FID and not comparable with one.
+    `reconstructions` are the train images after the autoencoder: what the generator could reach at best. The name of
+    the distance carries the data set (FD-digits): it is no FID and not comparable with one.
     """
     num_classes = int(max(train.labels.max(), heldout.labels.max())) + 1
     classifier = train_classifier(train.pixels, train.labels, num_classes)
@@ -37,7 +41,7 @@ def score(
         features[name], predictions = features_and_predictions(classifier, images.pixels)
         accuracy[name] = float((predictions == images.labels).mean())
     distance = {name: frechet_distance(features[name], features["heldout"]) for name in list(sets)[:3]}
-    bands = {name: band_variances(_as_tensor(sets[name])) for name in ("samples", "heldout")}
+    bands = {name: band_variances(from_pixels(sets[name].pixels)) for name in ("samples", "heldout")}
     return {
         f"FD-{source}": distance["samples"],
         f"FD-{source} real-vs-real floor": distance["train"],
@@ -52,7 +56,3 @@ def score(
         "heldout": len(heldout.labels),
         "classifier": CLASSIFIER_NAME,
     }
-
-
-def _as_tensor(images: LabelledImages) -> torch.Tensor:
-    return torch.from_numpy(images.pixels).permute(0, 3, 1, 2).double() / 127.5 - 1.0

@@ -4,9 +4,9 @@
                               checkpoint.json                    progress, identity, hash of every file
                               COMMITTED                          hash of checkpoint.json, written last
 
-A rank's file holds, for every fragment it owns, four fp32 tensors keyed `kind:parameter:start`: the master weight, AdamW's
-two moments and the EMA. A fragment names its place in the flattened parameter, so the reader's layout need not be the
-writer's. Only safetensors and JSON are read: nothing in a checkpoint is ever executed.
+A rank's file holds, for every fragment it owns, four fp32 tensors keyed `kind:parameter:start`: the master weight,
+AdamW's two moments and the EMA. A fragment names its place in the flattened parameter, so the reader's layout need not
+be the writer's. Only safetensors and JSON are read: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class CheckpointStore:
         try:
             entry = self._write_share(temporary, engine, ema)
         except (OSError, RuntimeError) as failure:
-            error = CheckpointError(f"cannot write {temporary}: {failure}; free space there, the last checkpoint is whole")
+            error = CheckpointError(
+                f"cannot write {temporary}: {failure}; free space there, the last checkpoint is whole"
+            )
         self._agree_or_remove(error, temporary)
         entries = self._world.gather(entry)
         if self._world.is_first:
@@ -72,8 +74,8 @@ class CheckpointStore:
     def restore(self, engine: Engine, ema: ShardedEma) -> Progress | None:
         """Load the newest whole checkpoint into engine and EMA; None where there is none yet.
 
-        A damaged checkpoint is reported and the one before it is taken. Raises CheckpointError where all are damaged, or
-        where the checkpoint is of another model, stage schedule or data set.
+        A damaged checkpoint is reported and the one before it is taken. Raises CheckpointError where all are damaged,
+        or where the checkpoint is of another model, stage schedule or data set.
         """
         candidates = self._world.broadcast(committed(self.folder) if self._world.is_first else None)
         for path in candidates:
@@ -107,7 +109,9 @@ class CheckpointStore:
 
     def _write_share(self, folder: Path, engine: Engine, ema: ShardedEma) -> dict[str, Any]:
         rank, size = self._world.rank, self._world.size
-        partitions = dict(zip(KINDS, (engine.partitions, *map(engine.moments, ADAM_MOMENTS), ema.partitions), strict=True))
+        partitions = dict(
+            zip(KINDS, (engine.partitions, *map(engine.moments, ADAM_MOMENTS), ema.partitions), strict=True)
+        )
         owned = engine.fragments[rank::size] if engine.replicated else engine.fragments
         tensors = {
             f"{kind}:{fragment.name}:{fragment.start}": fragment.of(flat).detach().cpu().clone()
@@ -180,7 +184,9 @@ class FragmentReader:
                 value[low - start : high - start] = handle.get_slice(key)[low - piece_start : high - piece_start]
                 filled += high - low
         if filled != numel:
-            raise CheckpointError(f"checkpoint holds {filled} of {numel} values of {kind} {name}; it is of another model")
+            raise CheckpointError(
+                f"checkpoint holds {filled} of {numel} values of {kind} {name}; it is of another model"
+            )
         return value
 
     def full(self, kind: str, name: str) -> torch.Tensor:
@@ -249,4 +255,3 @@ def _first_problem(path: Path, rank: int, size: int) -> str | None:
     except OSError as error:
         return f"{error.filename or path}: {error.strerror}"
     return None
-

@@ -1,7 +1,7 @@
 """The DeepSpeed engine, and a plain view of what this rank holds of the model. The one home of deepspeed.
 
-Whatever the ZeRO stage, a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says which
-slice of which parameter lies where in them. The EMA, the checkpoints and the export are written against that view alone.
+Whatever the ZeRO stage, a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says
+which slice of which parameter lies where in them. The EMA and the checkpoints are written against that view alone.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Engine:
     def publish_master_weights(self) -> None:
         """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads."""
         for name, full in self.gather(self.partitions):
-            parameter = self._parameters[name]
+            parameter: Any = self._parameters[name]
             if self.zero_stage == 3:
                 share = parameter.ds_tensor
                 local = full.view(-1)[share.ds_numel * self.world.rank :][: share.ds_numel]

@@ -60,4 +60,3 @@ class RunDirectory:
         if not self.config.exists():
             raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
-

@@ -50,7 +50,9 @@ class SamplingPlan:
 
 
 @torch.no_grad()
-def generate(model: ECAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def generate(
+    model: ECAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
+) -> list[torch.Tensor]:
     """Draw one sample per label; returns X^e_k of every stage, [B, C, h_k, w_k], the last one the normalised latent.
 
     labels int64 [B]; indices int64 [B] name the samples: sample i of a seed is the same whatever the batch around it.

@@ -34,7 +34,7 @@ class TrainedModel:
 
 
 def open_trained(path: Path, device: torch.device) -> TrainedModel:
-    """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is neither, or not whole."""
+    """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is not, or not whole."""
     if (path / EXPORT_FACTS).exists():
         source, facts = path, json.loads((path / EXPORT_FACTS).read_text())
         config, weights = load_config(path / "config.yaml"), load_file(path / EXPORT_WEIGHTS)

@@ -10,17 +10,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from ecar_dist.vae.codec import LatentCodec
+from ecar_dist.vae.pixels import to_pixels
 
 MARGIN, LABEL_HEIGHT = 2, 14
 
 
-def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def decode_stages(codec: LatentCodec, stages: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """X^e_k of every stage as pictures at full size, uint8 [B, H, W, 3]; coarse states are upsampled before decoding."""
+    """X^e_k of every stage as full-size pictures, uint8 [B, H, W, 3]; coarse states are upsampled, then decoded."""
     size = stages[-1].shape[-2:]
     return [to_pixels(codec.decode(F.interpolate(state, size=size, mode="nearest"))) for state in stages]
 

@@ -62,7 +62,7 @@ def train(run: Training, progress: Progress) -> Progress:
 
 
 def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress) -> StepResult:
-    """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks on a non-finite loss."""
+    """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks if the loss is NaN."""
     config, device = run.config, run.world.device
     rate = learning_rate(
         config.optim, progress.samples_seen + config.batch.global_batch_size, config.train.total_samples
@@ -119,4 +119,3 @@ def draw_preview(run: Training, progress: Progress) -> None:
 def crossed(every: int, samples_seen: int, batch: int) -> bool:
     """Whether the last `batch` samples took the run past a multiple of `every`; 0 means never."""
     return every > 0 and samples_seen // every > (samples_seen - batch) // every
-

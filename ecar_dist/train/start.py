@@ -150,10 +150,14 @@ def opening_lines(
     tokens = " + ".join(map(str, config.stage_tokens))
     total, seen = config.train.total_samples, progress.samples_seen
     return [
-        f"run {config.run_directory}: {config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters, "
-        f"{tokens} tokens in {config.flow.num_stages} stages",
-        f"{world.size} ranks on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
-        f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {world.size} ranks",
+        (
+            f"run {config.run_directory}: {config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters, "
+            f"{tokens} tokens in {config.flow.num_stages} stages"
+        ),
+        (
+            f"{world.size} ranks on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
+            f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {world.size} ranks"
+        ),
         f"data {manifest.count:,} samples, {total:,} to see = {total / manifest.count:.1f} epochs, "
         f"{config.total_steps:,} steps; "
         + (f"resuming at step {progress.step:,} ({seen:,} samples)" if seen else "from the start"),

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The whole path on real images: shard, autoencoder, latents, training on two ranks, samples, scores.
+# Everything lands in demo/. A step whose result stands is not done again, so `make demo` goes on where it was stopped.
+set -euo pipefail
+
+PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
+OUT=demo
+CONFIG=configs/digits_cpu.yaml
+RUN=$OUT/runs/digits
+# Two ranks on CPU; on a machine with GPUs one rank a GPU, two at most, with NCCL and bf16.
+RANKS=$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')
+STEPS=7
+number=0
+
+step() { # step NAME DONE_FILE COMMAND...
+  number=$((number + 1))
+  printf '\n[%d/%d] %s (%dm%02ds so far)\n' "$number" "$STEPS" "$1" $((SECONDS / 60)) $((SECONDS % 60))
+  if [ -e "$2" ]; then
+    echo "stands already: $2"
+    return
+  fi
+  local began=$SECONDS
+  echo "\$ ${*:3}"
+  "${@:3}"
+  printf '%s took %ds\n' "$1" $((SECONDS - began))
+}
+
+step "image shards" $OUT/images/heldout/manifest.json \
+  ecar-data shard digits $OUT/images --holdout 0.2
+step "autoencoder" $OUT/vae/config.json \
+  ecar-data train-vae $OUT/images/train $OUT/vae
+step "latent shards" $OUT/latents/000000.json \
+  ecar-data encode $OUT/images/train $OUT/latents --vae $OUT/vae --image-size 32
+step "manifest" $OUT/latents/manifest.json \
+  ecar-data finalize $OUT/latents
+step "training" $RUN/scores.json \
+  torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG
+step "samples" $OUT/samples/stages.png \
+  ecar-dist sample $RUN --out $OUT/samples --count 80
+step "scores" $RUN/scores.json \
+  ecar-dist evaluate $RUN
+
+cat <<TEXT
+
+done in $((SECONDS / 60))m$((SECONDS % 60))s
+  pictures     $OUT/samples/grid.png (classes 0-9), $OUT/samples/stages.png (coarse to fine)
+  scores       $RUN/scores.json
+  TensorBoard  ${VENV:-.venv}/bin/tensorboard --logdir $OUT/runs
+TEXT

@@ -1,0 +1,109 @@
+"""The KL autoencoder of latent diffusion: `diffusers.AutoencoderKL`, from a hub name or a local folder.
+
+diffusers takes seconds to import, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist.errors import ConfigError
+from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, denormalise, hash_config, hash_state_dict
+
+_MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
+
+
+class KlCodec:
+    """An AutoencoderKL behind `LatentCodec`; computes in `dtype`, returns float32."""
+
+    def __init__(self, model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        if dtype == torch.float16:
+            raise ConfigError("fp16 overflows inside KL autoencoders and gives NaN; compute in fp32 or bf16")
+        self.identity = _identity(model, name)
+        self._dtype = dtype
+        self._model = model.to(device, dtype).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        posterior = self._model.encode(images.to(self._dtype)).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float().clamp(*LOGVAR_RANGE)
+        return torch.cat((mean, logvar), dim=1)  # [B, 2C, h, w]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raw = denormalise(self.identity, latents)
+        return self._model.decode(raw.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
+
+
+def open_kl(path: str, device: torch.device, dtype: torch.dtype) -> KlCodec:
+    """Load from a local folder or a hub name. Raises ConfigError, one line, where there is no such autoencoder."""
+    _check_local(path)
+    try:
+        model = _autoencoder_class().from_pretrained(path, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"cannot load autoencoder {path!r} ({reason}); give a local folder, or {_MAKE_ONE}") from None
+    return KlCodec(model, path, device, dtype)
+
+
+def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_block: int) -> Any:
+    """An untrained AutoencoderKL for RGB; it shrinks by 2^(len(channels) - 1). `channels` run from fine to coarse."""
+    depth = len(channels)
+    return _autoencoder_class()(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers_per_block,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+    )
+
+
+def save_autoencoder(model: Any, folder: Path, scaling_factor: float, shift_factor: float) -> None:
+    """Write what `open_kl` reads; the normalisation becomes part of the autoencoder's own config."""
+    model.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    model.save_pretrained(folder)
+
+
+def _autoencoder_class() -> Any:
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # its advice on loading is about pipelines
+    return diffusers.AutoencoderKL
+
+
+def _check_local(path: str) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # a hub name is `owner/name`
+            raise ConfigError(f"autoencoder folder {path} does not exist; give a local folder, or {_MAKE_ONE}")
+        return
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"{path} has no readable config.json of an autoencoder; {_MAKE_ONE}") from None
+    if found != "AutoencoderKL":
+        raise ConfigError(f"{path} holds {found}, vae.kind=kl needs AutoencoderKL; {_MAKE_ONE}")
+
+
+def _identity(model: Any, name: str) -> EncoderIdentity:
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return EncoderIdentity(
+        kind="kl",
+        name=name,
+        weights_sha256=hash_state_dict(model.state_dict()),
+        config_sha256=hash_config(config),
+        latent_channels=config["latent_channels"],
+        downsample=2 ** (len(config["block_out_channels"]) - 1),
+        scaling_factor=float(config["scaling_factor"]),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        deterministic=False,
+    )
