@@ -1,0 +1,93 @@
+"""Self-attention, and the rules of who may look at whom.
+
+All models of the family obey one rule on group ids, `allow(query, key) = group[query] >= group[key]`: ECAR's groups
+are its stages, causal AR has one group a token, masked AR has one group. `Attention` leaves the rule to an `attend`
+function, so the mask-free training form, the masked reference and the cached sampling form share every weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ecar_dist.models.layers import Linear, RMSNorm
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q, k, v, out: [B, heads, T, D / heads]
+
+
+def group_mask(groups: torch.Tensor) -> torch.Tensor:
+    """Who may attend to whom: int [T] -> bool [T, T], True = attend; query on the first axis."""
+    return groups[:, None] >= groups[None, :]
+
+
+def block_causal_mask(stage_tokens: Sequence[int]) -> torch.Tensor:
+    """Own stage and coarser ones are visible: bool [T, T], T = sum(stage_tokens)."""
+    return group_mask(torch.arange(len(stage_tokens)).repeat_interleave(torch.tensor(stage_tokens)))
+
+
+def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Everything sees everything."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def masked_attention(mask: torch.Tensor) -> Attend:
+    """Attention under a boolean mask [T, T]: the reference that the faster forms are tested against."""
+    return functools.partial(_masked, mask)
+
+
+def _masked(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+
+
+def block_causal_attention(stage_tokens: Sequence[int]) -> Attend:
+    """`masked_attention(block_causal_mask(...))` as one mask-free call a stage, which keeps the fused kernels."""
+    return functools.partial(_block_causal, tuple(stage_tokens))
+
+
+def _block_causal(stage_tokens: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    outputs, end = [], 0
+    for count in stage_tokens:
+        start, end = end, end + count
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+    return torch.cat(outputs, dim=2)
+
+
+class KVCache:
+    """Keys and values of all stages made so far, one pair of [B, heads, T, D / heads] a layer. For one batch."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_stages = 0
+        self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+
+    def attends(self) -> list[Attend]:
+        """One function a layer: remembers the new stage's keys and values, and attends to them and all before."""
+        return [functools.partial(self._attend, layer) for layer in range(len(self._layers))]
+
+    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        held = self._layers[layer]
+        if held is not None:
+            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
+        self._layers[layer] = (k, v)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RMS-normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
+        self.out = Linear(width, width)
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+        heads_out = attend(self.query_norm(q), self.key_norm(k), v)
+        return self.out(heads_out.transpose(1, 2).flatten(2))  # [B, T, D]

@@ -1,0 +1,100 @@
+"""The AR transformer: token maps of all stages from the class and the coarser stages' states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from ecar_dist.flow.pyramid import upsample
+from ecar_dist.models.attention import (
+    Attend,
+    KVCache,
+    block_causal_attention,
+    block_causal_mask,
+    masked_attention,
+)
+from ecar_dist.models.layers import Embedding, Linear, patchify, position_table
+from ecar_dist.models.presets import Preset
+from ecar_dist.models.transformer import Transformer
+
+
+class TokenMapTransformer(nn.Module):
+    """Block k of the sequence is stage k: made of C_{k-1} upsampled to its grid, attending to blocks 0 .. k.
+
+    Block 0, and every block when `feeds_state` is false, is the class embedding plus learned positions.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        grid_sides: Sequence[int],
+        token_channels: int,
+        patch_size: int,
+        num_classes: int,
+        context_scales: Sequence[float],
+        feeds_state: bool,
+    ) -> None:
+        super().__init__()
+        width, num_stages = preset.ar_width, len(grid_sides)
+        self.grid_sides, self.width, self.patch_size = tuple(grid_sides), width, patch_size
+        self.stage_tokens = tuple(side**2 for side in grid_sides)
+        self.stage_starts = (0, *accumulate(self.stage_tokens))
+        self.context_scales, self.feeds_state = tuple(context_scales), feeds_state
+        self.class_embedding = Embedding(num_classes + 1, width)
+        self.stage_embedding = Embedding(num_stages, width)
+        self.start_positions = Embedding(self.stage_tokens[0] if feeds_state else sum(self.stage_tokens), width)
+        if feeds_state and num_stages > 1:
+            self.context_projection = Linear(token_channels, width)
+        self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared")
+        self.output_positions = Embedding(sum(self.stage_tokens), width)
+
+    def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> list[torch.Tensor]:
+        """All stages in one pass. `masked` takes the reference attention instead of the mask-free one."""
+        if masked:
+            attend = masked_attention(block_causal_mask(self.stage_tokens))
+        else:
+            attend = block_causal_attention(self.stage_tokens)
+        classes = self.class_embedding(labels)  # [B, D]
+        sources = [None, *contexts] if self.feeds_state else [None] * len(self.grid_sides)
+        inputs = [self._stage_input(stage, source, classes) for stage, source in enumerate(sources)]
+        outputs = self._run(torch.cat(inputs, dim=1), classes, [attend] * self.depth, start=0)
+        return list(outputs.split(self.stage_tokens, dim=1))
+
+    def next_stage(
+        self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """The token map of `stage` alone; `cache` holds, and after the call includes, the keys and values before it."""
+        assert cache.num_stages == stage, f"the cache holds {cache.num_stages} stages, stage {stage} needs {stage}"
+        cache.num_stages += 1
+        classes = self.class_embedding(labels)  # [B, D]
+        tokens = self._stage_input(stage, context, classes)
+        return self._run(tokens, classes, cache.attends(), start=self.stage_starts[stage])
+
+    @property
+    def depth(self) -> int:
+        return len(self.transformer.blocks)
+
+    def _stage_input(self, stage: int, context: torch.Tensor | None, classes: torch.Tensor) -> torch.Tensor:
+        """inp_k of eq. (16) with positions and stage, [B, T_k, D]."""
+        device = classes.device
+        if stage == 0 or not self.feeds_state:
+            start = self.stage_starts[stage]
+            tokens = classes[:, None] + self.start_positions(_range(start, self.stage_tokens[stage], device))
+        else:
+            assert context is not None, f"stage {stage} needs the state of stage {stage - 1}"
+            scaled = self.context_scales[stage - 1] * context
+            tokens = self.context_projection(patchify(upsample(scaled), self.patch_size))
+        position = position_table(self.grid_sides[stage], self.width, device)
+        return tokens + position + self.stage_embedding(_range(stage, 1, device))
+
+    def _run(self, tokens: torch.Tensor, classes: torch.Tensor, attends: Sequence[Attend], start: int) -> torch.Tensor:
+        positions = self.output_positions(_range(start, tokens.shape[1], tokens.device))  # [T, D]
+        return self.transformer(tokens, classes, attends) + positions
+
+
+def _range(start: int, count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(start, start + count, device=device)

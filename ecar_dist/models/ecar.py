@@ -1,0 +1,101 @@
+"""ECAR: an AR transformer makes each stage's token map, a velocity network flows each stage's latent under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ecar_dist.models.attention import KVCache
+from ecar_dist.models.autoregressive import TokenMapTransformer
+from ecar_dist.models.presets import Preset
+from ecar_dist.models.velocity import VelocityNetwork
+
+
+class ECAR(nn.Module):
+    """Both networks, trained end to end.
+
+    Arguments:
+        preset: depths, widths and heads.
+        stage_sizes: latent side of each of the K stages, coarse to fine, each twice the last.
+        latent_channels: C.
+        patch_size: p; a stage of side h has (h / p)^2 tokens.
+        num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
+        context_scales: K - 1 factors that bring the contexts to unit variance.
+        feeds_state: False ignores the contexts (`class_only`).
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        stage_sizes: Sequence[int],
+        latent_channels: int,
+        patch_size: int,
+        num_classes: int,
+        context_scales: Sequence[float],
+        feeds_state: bool,
+    ) -> None:
+        super().__init__()
+        sides = [size // patch_size for size in stage_sizes]
+        channels = latent_channels * patch_size**2
+        self.ar = TokenMapTransformer(
+            preset,
+            grid_sides=sides,
+            token_channels=channels,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            context_scales=context_scales,
+            feeds_state=feeds_state,
+        )
+        self.flow = VelocityNetwork(
+            preset, grid_sides=sides, token_channels=channels, patch_size=patch_size, num_classes=num_classes
+        )
+
+    def forward(
+        self,
+        contexts: Sequence[torch.Tensor],
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Velocities of all stages, one AR pass; float32, K of [B, C, h_k, w_k].
+
+        Arguments:
+            contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]; C_k feeds the token map of stage k + 1.
+            states: x_u of every stage, [B, C, h_k, w_k].
+            times: model time of every stage in [0, 1], float32 [B].
+            labels: int64 [B]; num_classes is the null label.
+        """
+        token_maps = self.token_maps(contexts, labels)
+        return [
+            self.velocity(state, time, stage, self.condition(token_map), labels)
+            for stage, (state, time, token_map) in enumerate(zip(states, times, token_maps, strict=True))
+        ]
+
+    def token_maps(
+        self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool = False
+    ) -> list[torch.Tensor]:
+        """M_0 .. M_{K-1}, [B, T_k, d_a], in one pass. `masked` selects the slower reference attention."""
+        return self.ar(contexts, labels, masked=masked)
+
+    def start_cache(self) -> KVCache:
+        """An empty cache for `next_token_map`; one for each batch that is sampled."""
+        return KVCache(self.ar.depth)
+
+    def next_token_map(
+        self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """M_stage, [B, T_k, d_a], from C_{stage-1} (None at stage 0) and the cache; stages must come in order."""
+        return self.ar.next_stage(stage, context, labels, cache)
+
+    def condition(self, token_map: torch.Tensor) -> torch.Tensor:
+        """W_m M_k, [B, T_k, d_f]: what `velocity` adds to its tokens. Once a stage, not once a solver call."""
+        return self.flow.condition_projection(token_map)
+
+    def velocity(
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]. `condition` is from `condition`."""
+        return self.flow(x, time, stage, condition, labels)

@@ -1,0 +1,144 @@
+"""Parts shared by the transformers: projections, embeddings, adaLN, patches and positions.
+
+Every part initialises its own weights in its own constructor, so a module whose weights are partitioned as soon as it
+is built (ZeRO-3) starts from the same distribution. Norms, positions and times are float32 whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INIT_STD = 0.02
+NORM_EPS = 1e-6
+TIME_FREQUENCIES = 128  # of each of cos and sin
+TIME_SCALE = 1000.0  # model time in [0, 1] becomes DiT's range before the sinusoid
+POSITION_SPAN = 32.0  # radians across the image at the highest frequency: one radian a token on a 32 x 32 grid
+POSITION_RATIO = 100.0  # highest over lowest frequency
+
+
+class Linear(nn.Linear):
+    """A projection with N(0, 0.02) weights and zero bias; casts its input down to the type of its weights.
+
+    Weights may be bf16 without autocast (DeepSpeed's bf16), while norms and latents are float32.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype.itemsize < x.dtype.itemsize:
+            x = x.to(self.weight.dtype)
+        return super().forward(x)
+
+
+class ZeroLinear(Linear):
+    """A projection that starts at zero: adaLN and the velocity output."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A learned table with N(0, 0.02) rows."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last axis, computed in float32, returned in the input's type."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class MLP(nn.Sequential):
+    """D -> 4 D -> D with tanh-approximated GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(Linear(width, 4 * width), nn.GELU(approximate="tanh"), Linear(4 * width, width))
+
+
+class AdaLN(nn.Module):
+    """`parts` modulation vectors from a conditioning vector: [B, D] -> [B, parts * D]. Zero at the start."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.project = ZeroLinear(width, parts * width)
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return self.project(F.silu(conditioning))
+
+
+class AdaLNOffset(nn.Module):
+    """One block's learned offset to modulation vectors shared by all blocks: [B, N] -> [B, N]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(size))
+
+    def forward(self, shared: torch.Tensor) -> torch.Tensor:
+        return shared + self.offset
+
+
+def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Layer norm without weights, then (1 + scale) and shift. x [B, T, D], shift and scale [B, 1, D]; float32 out."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1.0 + scale) + shift
+
+
+class TimeEmbedding(nn.Module):
+    """Model time in [0, 1], float32 [B] -> [B, D]. Rounding the time to bf16 first would merge neighbouring steps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        return self.mlp(sinusoid(time.float() * TIME_SCALE, TIME_FREQUENCIES, ratio=10_000.0))
+
+
+def sinusoid(x: torch.Tensor, num_frequencies: int, ratio: float) -> torch.Tensor:
+    """cos and sin of x at geometric frequencies 1 .. 1/ratio: float32 [N] -> [N, 2 * num_frequencies]."""
+    exponents = torch.arange(num_frequencies, dtype=torch.float32, device=x.device) / num_frequencies
+    angles = x[:, None] * torch.exp(-math.log(ratio) * exponents)
+    return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
+    """Fixed 2-D sin-cos positions of a side x side token grid, float32 [side * side, width]; width a multiple of 4.
+
+    Half the channels encode the row, half the column, as the token's centre in (0, 1): the centre of a coarse token is
+    the mean of the centres of the four finer ones it covers. Not a buffer, because casting a module casts its buffers.
+    """
+    with torch.inference_mode(False):  # a table first met while sampling must serve training too
+        centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
+        axis = sinusoid(centres * POSITION_SPAN, width // 4, POSITION_RATIO)  # [side, D / 2]
+        rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+        return torch.cat((rows, columns), dim=-1).reshape(side * side, width)  # [T, D]
+
+
+def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, T, C * p * p], tokens in row-major order."""
+    batch, channels, height, width = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)  # [B, T, C * p * p]
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of `patchify` on a square grid: [B, T, C * p * p] -> [B, C, H, W]."""
+    batch, count, size = tokens.shape
+    side, channels = math.isqrt(count), size // patch_size**2
+    x = tokens.reshape(batch, side, side, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, channels, side * patch_size, side * patch_size)  # [B, C, H, W]

@@ -1,0 +1,37 @@
+"""Sizes of ECAR, one row each. No torch: `ecar-dist plan` reads them on a login node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AdaLNKind = Literal["per_block", "shared"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Depth, width and heads of the AR transformer and of the velocity network.
+
+    flow_adaln: `per_block` gives every velocity block its own adaLN matrix (DiT); `shared` gives all of them one matrix
+    and each a learned offset, which is what keeps the largest rows from spending a third of their weights there.
+    """
+
+    ar_depth: int
+    ar_width: int
+    ar_heads: int
+    flow_depth: int
+    flow_width: int
+    flow_heads: int
+    flow_adaln: AdaLNKind = "per_block"
+
+
+PRESETS: dict[str, Preset] = {
+    "T": Preset(4, 128, 4, 3, 128, 4),
+    "S": Preset(12, 384, 6, 12, 384, 6),
+    "B": Preset(12, 768, 12, 12, 768, 12),
+    "L": Preset(16, 1024, 16, 20, 1024, 16),
+    "XL": Preset(14, 1152, 16, 28, 1152, 16),  # velocity network = the trunk of DiT-XL
+    "XXL": Preset(24, 1536, 24, 28, 1536, 24),
+    "3B": Preset(24, 2048, 16, 36, 2048, 16, "shared"),
+    "7B": Preset(28, 3072, 24, 34, 3072, 24, "shared"),
+}

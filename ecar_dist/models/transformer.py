@@ -1,0 +1,52 @@
+"""The pre-norm adaLN transformer that both networks are made of (block of DiT, Peebles and Xie, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ecar_dist.models.attention import Attend, Attention
+from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, modulated_norm
+from ecar_dist.models.presets import AdaLNKind
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a modulated norm and a gate; gates start at zero, so the block starts as identity.
+
+    `modulation` maps what the transformer hands to its blocks onto six vectors, [B, 6 D].
+    """
+
+    def __init__(self, width: int, heads: int, modulation: nn.Module) -> None:
+        super().__init__()
+        self.modulation = modulation
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width)
+
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        parts = self.modulation(conditioning)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = parts
+        x = x + gate_attention * self.attention(modulated_norm(x, shift_attention, scale_attention), attend)
+        return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks, then a modulated norm. adaLN is a matrix per block, or one for all blocks plus offsets."""
+
+    def __init__(self, depth: int, width: int, heads: int, adaln: AdaLNKind) -> None:
+        super().__init__()
+        shared = adaln == "shared"
+        self.shared_modulation: nn.Module = AdaLN(width, 6) if shared else nn.Identity()
+        modulations = (AdaLNOffset(6 * width) if shared else AdaLN(width, 6) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, modulation) for modulation in modulations)
+        self.head_modulation = AdaLN(width, 2)
+
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attends: Sequence[Attend]) -> torch.Tensor:
+        """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D]."""
+        for_blocks = self.shared_modulation(conditioning)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x = block(x, for_blocks, attend)
+        shift, scale = self.head_modulation(conditioning)[:, None].chunk(2, dim=-1)  # each [B, 1, D]
+        return modulated_norm(x, shift, scale)

@@ -1,0 +1,42 @@
+"""The velocity network: one DiT trunk for all stages, told its stage, time and class, and guided token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ecar_dist.models.attention import full_attention
+from ecar_dist.models.layers import Embedding, Linear, TimeEmbedding, ZeroLinear, patchify, position_table, unpatchify
+from ecar_dist.models.presets import Preset
+from ecar_dist.models.transformer import Transformer
+
+
+class VelocityNetwork(nn.Module):
+    """dx/du of a stage from its state, its model time and its token map. Exactly zero before training."""
+
+    def __init__(
+        self, preset: Preset, *, grid_sides: Sequence[int], token_channels: int, patch_size: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        width = preset.flow_width
+        self.grid_sides, self.width, self.patch_size = tuple(grid_sides), width, patch_size
+        self.state_projection = Linear(token_channels, width)
+        self.condition_projection = Linear(preset.ar_width, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.stage_embedding = Embedding(len(grid_sides), width)
+        self.class_embedding = Embedding(num_classes + 1, width)
+        self.transformer = Transformer(preset.flow_depth, width, preset.flow_heads, preset.flow_adaln)
+        self.output = ZeroLinear(width, token_channels)
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """x [B, C, h, w], time [B], condition [B, T, D], labels [B] -> float32 [B, C, h, w]."""
+        position = position_table(self.grid_sides[stage], self.width, x.device)
+        tokens = self.state_projection(patchify(x, self.patch_size)) + position + condition  # [B, T, D]
+        stage_index = torch.full((1,), stage, device=x.device)
+        conditioning = self.time_embedding(time) + self.stage_embedding(stage_index) + self.class_embedding(labels)
+        tokens = self.transformer(tokens, conditioning, [full_attention] * len(self.transformer.blocks))
+        return unpatchify(self.output(tokens).float(), self.patch_size)

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import pytest
+
+from ecar_dist.errors import ConfigError
+from ecar_dist.flow.guidance import stage_guidance_scales
+from ecar_dist.models.presets import PRESETS
+from ecar_dist.plan.flops import ecar_sampling_macs
+from ecar_dist.plan.report import guidance_scales, plan_lines, sampling_macs
+
+
+def line(lines, start):
+    (found,) = [text for text in lines if text.strip().startswith(start)]
+    return found
+
+
+def test_report_states_the_run(make_config):
+    lines = plan_lines(make_config(), world_size=8, device="H100")
+    assert line(lines, "model XL") == "model XL: 911.6 M parameters = 235.4 M AR + 676.2 M velocity network"
+    assert line(lines, "tokens") == "tokens per stage: 16 + 64 + 256 = 336"
+    assert "256 = 32 micro x 1 accumulation x 8 ranks; 3907 optimizer steps" in line(lines, "batch")
+    assert "700.1 GMAC" in line(lines, "training")
+    assert "16 velocity calls in each of 3 stages (midpoint), guidance 2 (linear)" in line(lines, "sampling")
+    assert line(lines, "checkpoint").startswith("checkpoint: 13.6 GiB")
+    assert "40% of the dense bf16 peak (an assumption" in line(lines, "time")
+    marked = [text for text in lines if "<- this config" in text]
+    assert len(marked) == 1
+    assert marked[0].startswith("  zero_stage 2: 3.61 GiB")
+
+
+def test_unguided_ratio_is_the_headline(make_config):
+    lines = plan_lines(make_config(sample={"guidance_scale": 1.0}), 1, None)
+    assert "11.6x at 250 steps and 2.32x at 50 steps as many MACs (both unguided" in line(lines, "DiT-XL/2 needs")
+    guided = plan_lines(make_config(sample={"guidance_scale": 2.0, "guidance_ramp": "constant"}), 1, None)
+    assert "11.6x at 250 steps and 2.32x at 50 steps as many MACs (both guided" in line(guided, "DiT-XL/2 needs")
+
+
+def test_ratio_needs_the_same_latent(make_config):
+    config = make_config(data={"latents": "nowhere", "num_classes": 10, "latent_size": 16})
+    assert not any("DiT" in text for text in plan_lines(config, 1, None))
+
+
+def test_no_device_no_time(make_config):
+    assert not any(text.startswith("time") for text in plan_lines(make_config(), 1, None))
+    with pytest.raises(ConfigError, match="no known peak"):
+        plan_lines(make_config(), 1, "abacus")
+
+
+def test_impossible_batch_is_refused(make_config):
+    with pytest.raises(ConfigError, match="not a multiple of 32 x 3 = 96"):
+        plan_lines(make_config(), 3, None)
+
+
+@pytest.mark.parametrize("ramp", ["linear", "constant"])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_guidance_is_the_samplers(make_config, ramp, num_stages):
+    config = make_config(flow={"num_stages": num_stages}, sample={"guidance_scale": 3.0, "guidance_ramp": ramp})
+    assert guidance_scales(config) == stage_guidance_scales(3.0, num_stages, ramp)
+
+
+@pytest.mark.parametrize(("solver", "calls"), [("euler", 5), ("midpoint", 10), ("heun", 10)])
+def test_solver_sets_the_calls(make_config, solver, calls):
+    config = make_config("T", sample={"solver": solver, "steps_per_stage": 5, "guidance_scale": 1.0})
+    assert sampling_macs(config) == ecar_sampling_macs(PRESETS["T"], (16, 64, 256), 16, (calls,) * 3)
+
+
+def test_planning_imports_no_torch():
+    script = "import sys, ecar_dist.plan.report; print({'torch', 'numpy', 'deepspeed'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
