@@ -126,7 +126,8 @@ def train(parsed: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":  # every rank reads the same file; one says so
             raise
         return 1
-    from ecar_dist.plan.flops import FLOPS_PER_MAC, training_macs_per_sample
+    from ecar_dist.plan.flops import FLOPS_PER_MAC
+    from ecar_dist.plan.report import training_macs
     from ecar_dist.runtime.world import RemoteError, start_world, stop_world
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
@@ -134,7 +135,7 @@ def train(parsed: argparse.Namespace) -> int:
 
     world = start_world()
     try:
-        flops = FLOPS_PER_MAC * training_macs_per_sample(config)
+        flops = FLOPS_PER_MAC * training_macs(config)
         run, progress = start_training(config, world, training_flops_per_sample=flops, preview_factory=make_preview)
         with run.loader:
             end = run_training(run, progress)

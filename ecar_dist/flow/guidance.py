@@ -1,8 +1,14 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), on all channels, ramped over the stages."""
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), on all channels, ramped over the stages.
+
+Plain arithmetic: torch is imported for the types alone, so that `ecar-dist plan` can count guided passes without it.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) -> torch.Tensor:

@@ -6,11 +6,13 @@ The grid is uniform and closed: num_steps intervals, no evaluation wasted at the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-VelocityFn = Callable[[torch.Tensor, float], torch.Tensor]
-Solver = Callable[[VelocityFn, torch.Tensor, int], torch.Tensor]
+VelocityFn: TypeAlias = "Callable[[torch.Tensor, float], torch.Tensor]"
+Solver: TypeAlias = "Callable[[VelocityFn, torch.Tensor, int], torch.Tensor]"
 
 
 def euler(velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:

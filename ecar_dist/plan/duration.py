@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ecar_dist.errors import ConfigError
 from ecar_dist.plan.flops import FLOPS_PER_MAC
+from ecar_dist.runtime.devices import PEAK_BF16_FLOPS, peak_bf16_flops
 
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, per second, NVIDIA data sheets (SXM)
 ASSUMED_MFU = 0.40
 
 
 def training_seconds(macs_per_image: int, num_images: int, world_size: int, device: str) -> float:
     """Wall time at ASSUMED_MFU of the peak of `world_size` devices. Raises ConfigError for a device without a peak."""
-    peak = PEAK_BF16_FLOPS.get(device.upper())
+    peak = peak_bf16_flops(device)
     if peak is None:
         known = ", ".join(PEAK_BF16_FLOPS)
         raise ConfigError(f"device {device!r} has no known peak; use one of {known}, or leave --device out")

@@ -15,7 +15,6 @@ from ecar_dist.plan.parameters import SINUSOID_WIDTH
 
 FLOPS_PER_MAC = 2
 BACKWARD_PER_FORWARD = 2  # one pass for the gradient of activations, one for that of weights
-SOLVER_CALLS = {"euler": 1, "midpoint": 2, "heun": 2}  # calls of the velocity network a step
 
 
 def block_macs(tokens: int, width: int, depth: int, *, keys: int | None = None, linears_only: bool = False) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ecar_dist.config import RunConfig
+from ecar_dist.flow.guidance import stage_guidance_scales
+from ecar_dist.flow.solvers import CALLS_PER_STEP
 from ecar_dist.models.presets import PRESETS, Preset
 from ecar_dist.plan.duration import ASSUMED_MFU, training_seconds
 from ecar_dist.plan.flops import (
     FLOPS_PER_MAC,
-    SOLVER_CALLS,
     dit_macs,
     ecar_sampling_macs,
     ecar_training_macs,
@@ -67,23 +68,16 @@ def training_macs(config: RunConfig) -> int:
     )
 
 
-def guidance_scales(config: RunConfig) -> tuple[float, ...]:
-    """w_k of every stage, as the sampler ramps them: w_k = 1 + (w - 1) k / (K - 1), or w everywhere."""
-    scale, num_stages = config.sample.guidance_scale, config.flow.num_stages
-    if config.sample.guidance_ramp == "constant" or num_stages == 1:
-        return (scale,) * num_stages
-    return tuple(1.0 + (scale - 1.0) * stage / (num_stages - 1) for stage in range(num_stages))
-
-
 def sampling_macs(config: RunConfig) -> int:
     """MACs for one image with the solver and the guidance of `config.sample`."""
-    calls = config.sample.steps_per_stage * SOLVER_CALLS[config.sample.solver]
+    sample = config.sample
+    calls = sample.steps_per_stage * CALLS_PER_STEP[sample.solver]
     return ecar_sampling_macs(
         preset_of(config),
         config.stage_tokens,
         token_channels(config),
         (calls,) * config.flow.num_stages,
-        guidance_scales=guidance_scales(config),
+        guidance_scales=stage_guidance_scales(sample.guidance_scale, config.flow.num_stages, sample.guidance_ramp),
         feeds_state=feeds_state(config),
     )
 
@@ -105,7 +99,7 @@ def _training_line(config: RunConfig) -> str:
 
 def _sampling_lines(config: RunConfig) -> list[str]:
     sample, macs = config.sample, sampling_macs(config)
-    calls = sample.steps_per_stage * SOLVER_CALLS[sample.solver]
+    calls = sample.steps_per_stage * CALLS_PER_STEP[sample.solver]
     how = f"({sample.solver}), guidance {sample.guidance_scale:g} ({sample.guidance_ramp})"
     stages = f"{calls} velocity calls in each of {config.flow.num_stages} stages"
     lines = [f"sampling: {macs / 1e9:.4g} GMAC per image; {stages} {how}"]

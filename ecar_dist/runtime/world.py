@@ -55,11 +55,10 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
 
 def first_host(node_list: str) -> str:
     """The first host of Slurm's compressed node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?([^,]*)", node_list)
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", node_list)
     if not match:
         raise ConfigError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the first node's name")
-    suffix = re.sub(r"^[^\]]*\]", "", match[3]) if match[2] else ""
-    return match[1] + (match[2] or "") + suffix
+    return "".join(part or "" for part in match.groups())
 
 
 class World:

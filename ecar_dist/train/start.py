@@ -147,13 +147,11 @@ def opening_lines(
     """The arithmetic of the run, said once."""
     batch, accumulate = config.batch, config.grad_accum_steps(world.size)
     parameters = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
-    tokens = " + ".join(map(str, config.stage_tokens))
+    tokens = f"{' + '.join(map(str, config.stage_tokens))} tokens in {config.flow.num_stages} stages"
+    model = f"{config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters"
     total, seen = config.train.total_samples, progress.samples_seen
     return [
-        (
-            f"run {config.run_directory}: {config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters, "
-            f"{tokens} tokens in {config.flow.num_stages} stages"
-        ),
+        f"run {config.run_directory}: {model}, {tokens}",
         (
             f"{world.size} ranks on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
             f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {world.size} ranks"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16; an unknown device has no MFU
+from ecar_dist.runtime.devices import peak_bf16_flops
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Telemetry:
     def __init__(self, device: torch.device, world_size: int, training_flops_per_sample: float) -> None:
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        peak = peak_bf16_flops(name)
         self._peak = peak and peak * world_size
         self._flops_per_sample = training_flops_per_sample
         self._since, self._samples, self._waited = time.monotonic(), 0, 0.0

@@ -3,12 +3,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecar_dist.flow.solvers import CALLS_PER_STEP
 from ecar_dist.models.build import build_model
 from ecar_dist.models.presets import PRESETS
 from ecar_dist.plan.flops import (
     FLOPS_PER_MAC,
-    SOLVER_CALLS,
     ar_macs,
     condition_macs,
     dit_macs,
@@ -100,7 +98,3 @@ def test_guidance_doubles_what_it_must():
     assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(2.0, 2.0, 2.0)) == 2 * plain
     spared = 16 * velocity_macs(preset, 16, 16) + condition_macs(preset, 16)
     assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(1.0, 1.5, 2.0)) == 2 * plain - spared
-
-
-def test_solver_calls_are_those_of_the_solvers():
-    assert SOLVER_CALLS == CALLS_PER_STEP

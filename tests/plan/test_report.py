@@ -4,10 +4,9 @@ import sys
 import pytest
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.models.presets import PRESETS
 from ecar_dist.plan.flops import ecar_sampling_macs
-from ecar_dist.plan.report import guidance_scales, plan_lines, sampling_macs
+from ecar_dist.plan.report import plan_lines, sampling_macs
 
 
 def line(lines, start):
@@ -50,13 +49,6 @@ def test_no_device_no_time(make_config):
 def test_impossible_batch_is_refused(make_config):
     with pytest.raises(ConfigError, match="not a multiple of 32 x 3 = 96"):
         plan_lines(make_config(), 3, None)
-
-
-@pytest.mark.parametrize("ramp", ["linear", "constant"])
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_guidance_is_the_samplers(make_config, ramp, num_stages):
-    config = make_config(flow={"num_stages": num_stages}, sample={"guidance_scale": 3.0, "guidance_ramp": ramp})
-    assert guidance_scales(config) == stage_guidance_scales(3.0, num_stages, ramp)
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("euler", 5), ("midpoint", 10), ("heun", 10)])

@@ -1,0 +1,139 @@
+"""The two manifests: `ecar-latents-v1` (what training reads) and `ecar-images-v1` (what encoding reads).
+
+A manifest is the only proof of what belongs to a set: a tar that ends early, or a shard that is not there, looks like a
+smaller set to every tar reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import fsspec
+from pydantic import TypeAdapter, ValidationError
+
+from ecar_dist.data.atomic import write_json
+from ecar_dist.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as it must be found: file name, size in bytes, samples, the first one's global row, hashes."""
+
+    name: str
+    bytes: int
+    count: int
+    first_index: int
+    xxh3_128: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImageManifest:
+    """Labelled encoded images in WebDataset shards."""
+
+    SCHEMA: ClassVar[str] = "ecar-images-v1"
+    MADE_BY: ClassVar[str] = "ecar-data shard SOURCE OUT"
+
+    source: str
+    count: int
+    num_classes: int
+    class_names: list[str]
+    shards: list[ShardEntry]
+
+    @property
+    def dataset_id(self) -> str:
+        return _dataset_id(self)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Latent shards: raw moments, labels, and everything needed to interpret them."""
+
+    SCHEMA: ClassVar[str] = "ecar-latents-v1"
+    MADE_BY: ClassVar[str] = "ecar-data finalize FOLDER"
+
+    count: int
+    num_classes: int
+    class_names: list[str]
+    moments_shape: tuple[int, ...]  # (2C, H, W): mean, logvar; or (C, H, W) of a deterministic encoder
+    has_flip: bool  # every sample also stores the moments of its mirrored image
+    encoder: dict[str, Any]  # vae.codec.EncoderIdentity.to_dict()
+    preprocessing: dict[str, Any]
+    statistics: dict[str, Any]
+    shards: list[ShardEntry]
+    failures: dict[str, Any] = field(default_factory=lambda: {"count": 0, "file": None})
+
+    @property
+    def dataset_id(self) -> str:
+        return _dataset_id(self)
+
+
+AnyManifest = TypeVar("AnyManifest", Manifest, ImageManifest)
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of latent shards from a folder or fsspec URL. Raises DataError as `_load` does."""
+    return _load(folder, Manifest)
+
+
+def load_image_manifest(folder: str | Path) -> ImageManifest:
+    """Read the manifest of image shards from a folder or fsspec URL. Raises DataError as `_load` does."""
+    return _load(folder, ImageManifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
+    write_json(folder / MANIFEST_NAME, _to_dict(manifest))
+
+
+def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
+    """Raises DataError: no manifest, not JSON, another schema, a missing field, or edited after it was written."""
+    where = f"{str(folder).rstrip('/')}/{MANIFEST_NAME}"
+    tree = _read_json(where, kind)
+    if not isinstance(tree, dict) or tree.get("schema") != kind.SCHEMA:
+        found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
+        raise DataError(f"{where} has schema {found}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
+    stated = tree.pop("dataset_id", None)
+    del tree["schema"]
+    try:
+        manifest = TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{where}: {place}: {first['msg'].lower()}; run `{kind.MADE_BY}` again") from None
+    if manifest.dataset_id != stated:
+        raise DataError(
+            f"{where} was changed: dataset_id is {stated}, its content gives {manifest.dataset_id}; restore it"
+        )
+    return manifest
+
+
+def _read_json(where: str, kind: type[AnyManifest]) -> Any:
+    try:
+        with fsspec.open(where, "r") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise DataError(f"{where} does not exist; make it with `{kind.MADE_BY}`") from None
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); run `{kind.MADE_BY}` again") from None
+    except OSError as error:
+        raise DataError(f"cannot read {where} ({error}); check the path and its permissions") from None
+
+
+def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
+    return {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest)}
+
+
+def _dataset_id(manifest: Manifest | ImageManifest) -> str:
+    """sha256 of the canonical JSON of everything but itself."""
+    return hashlib.sha256(json.dumps(_content(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _to_dict(manifest: Manifest | ImageManifest) -> dict[str, Any]:
+    return {**_content(manifest), "dataset_id": manifest.dataset_id}

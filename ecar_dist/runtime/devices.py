@@ -1,0 +1,8 @@
+"""Peak rates of known devices. A device that is not here has no MFU and no time estimate, rather than a wrong one."""
+
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, per second, NVIDIA data sheets (SXM)
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """FLOP/s of the first known device whose name is part of `device_name`, e.g. "NVIDIA H200"; else None."""
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name.upper()), None)

@@ -1,0 +1,88 @@
+"""Shared fixtures: real digits as latent shards, and a launcher of real ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_tools.cli import main as ecar_data
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Folder with `images/train`, `images/heldout` (scikit-learn's digits) and `latents` (dct-f8: [12, 4, 4])."""
+    folder = tmp_path_factory.mktemp("digits")
+    assert ecar_data(["shard", "digits", str(folder / "images"), "--holdout", "0.2"]) == 0
+    encode = ["encode", str(folder / "images/train"), str(folder / "latents"), "--vae", "dct-f8", "--image-size", "32"]
+    assert ecar_data([*encode, "--samples-per-shard", "512"]) == 0
+    assert ecar_data(["finalize", str(folder / "latents")]) == 0
+    return folder
+
+
+@pytest.fixture
+def tree(digits, tmp_path):
+    """The config of a tiny run on the digits, as a dict; a test changes what it is about."""
+    return {
+        "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
+        "model": {"preset": "T", "patch_size": 1},
+        "vae": {"kind": "dct", "downsample": 8},
+        "data": {"latents": str(digits / "latents"), "num_classes": 10, "latent_channels": 12, "latent_size": 4},
+        "batch": {"global_batch_size": 16, "micro_batch_size": 4},
+        "optim": {"learning_rate": 1e-3},
+        "deepspeed": {"precision": "fp32"},
+        "train": {"total_samples": 96},
+        "checkpoint": {"every_samples": 32},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+@pytest.fixture
+def write_config(tree, tmp_path):
+    """Write `tree` to a YAML file and return its path."""
+
+    def write() -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(ranks, config, *overrides, **environment):
+    """Start `ecar-dist train` on real ranks under torchrun; returns the Popen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port()), "-m", "ecar_dist", "train", str(config), *overrides]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def train_on_ranks(ranks, config, *overrides):
+    """Run to the end; returns the lines of metrics.jsonl."""
+    process = start_ranks(ranks, config, *overrides)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, out + error
+    return read_metrics(config, *overrides)
+
+
+def read_metrics(config, *overrides):
+    from ecar_dist.config import load_config
+
+    path = load_config(config, overrides).run_directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(metrics):
+    return [line["train/loss"] for line in metrics]

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ecar_dist.config import config_from_dict, config_to_yaml, load_config
+from ecar_dist.errors import ConfigError
+from ecar_dist.models.presets import PRESETS
+
+SHIPPED = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run: {name: a}\nvae: {kind: dct}\ndata: {latents: x, num_classes: 10}\ntrain: {total_samples: 1e4}\n"
+        "optim: {learning_rate: 1e-4}\n"
+    )
+    return path
+
+
+def test_numbers_in_exponent_notation_are_numbers(path):
+    config = load_config(path, ["optim.final_learning_rate=2e-5"])
+    assert (config.optim.learning_rate, config.optim.final_learning_rate) == (1e-4, 2e-5)
+    assert config.train.total_samples == 10_000
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(path):
+    config = load_config(path, ["train.total_samples=512", "flow.context.tau=0.5"])
+    assert config.train.total_samples == 512
+    assert config.flow.context.tau == 0.5
+    assert config.optim.betas == (0.9, 0.95)
+
+
+def test_a_config_is_frozen(path):
+    with pytest.raises(ValidationError):
+        load_config(path).run.name = "b"
+
+
+def test_the_resolved_config_reads_back_equal(path, tmp_path):
+    config = load_config(path, ["flow.num_stages=2", "flow.gamma=-0.2"])
+    (tmp_path / "again.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch.microbatch=3", "unknown config key batch.microbatch; did you mean batch.micro_batch_size?"),
+        ("flow.context.tua=1", "unknown config key flow.context.tua; did you mean flow.context.tau?"),
+        ("trian.total_samples=1", "unknown config key trian; did you mean train?"),
+        ("run.name=a/b", "run.name='a/b'"),
+        ("train.total_samples=soon", "train.total_samples='soon'"),
+        ("deepspeed.zero_stage=4", "deepspeed.zero_stage=4: input should be 0, 1, 2 or 3"),
+        ("batch.global_batch_size=100", "100 is not a multiple of 32 x 1 = 32; use batch.global_batch_size=96 or 128"),
+        ("flow.ends=[0.5, 0.4, 1.0]", "must rise strictly"),
+        ("flow.ends=[0.5, 1.0]", "has 2 values, flow.num_stages is 3"),
+        ("flow.ends=[0.3, 0.6, 0.9]", "end at 1"),
+        ("flow.gamma=-0.5", "outside [-1/3, 0)"),
+        ("flow.gamma=0", "outside [-1/3, 0)"),
+        ("data.latent_size=30", "patch_size x 2^(num_stages-1) = 2 x 4 = 8"),
+        ("flow.context.tau=0", "set flow.context.tau=0.3"),
+        ("flow.context.mode=gamma_relaxed", "needs tau=0 and gamma >"),
+        ("deepspeed.raw.train_batch_size=8", "derived from batch.*"),
+        ("optim.warmup_samples=20000", "exceed train.total_samples=10000"),
+        ("vae.kind=kl", "needs vae.path"),
+        ("no-equals", "must look like section.field=value"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(path, override, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_unsafe_context_needs_an_explicit_word(path):
+    config = load_config(path, ["flow.context.tau=0", "flow.context.allow_unsafe=true"])
+    assert config.flow.context.tau == 0
+    assert load_config(path, ["flow.context.tau=0", "flow.context.mode=gamma_relaxed", "flow.gamma=-0.2"])
+    assert load_config(path, ["flow.context.tau=0", "flow.num_stages=1"])  # one stage feeds nothing back
+
+
+def test_batch_arithmetic_over_ranks(path):
+    config = load_config(path)
+    assert [config.grad_accum_steps(world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match=r"32 x 3 = 96; use batch.global_batch_size=192 or 288"):
+        config.grad_accum_steps(3)
+
+
+@pytest.mark.parametrize("text", ["run: [", "run: {name: a}\nrun: {name: b}", "- a", "run: !!python/object:os.system {}"])
+def test_files_that_are_no_config(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_missing_file_and_a_missing_key(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"config key vae is required|config key data is required"):
+        config_from_dict({"run": {"name": "a"}, "train": {"total_samples": 1}})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_says_how_to_run_it(path):
+    assert load_config(path).model.preset in PRESETS
+    header = path.read_text().split("\nrun:")[0]
+    for word in ("Command", "Runtime", "Result"):
+        assert f"# {word}:" in header
+
+
+def test_there_are_shipped_configs():
+    assert len(SHIPPED) >= 2
+
+
+def test_check_and_plan_import_neither_torch_nor_deepspeed(path):
+    script = (
+        "import sys; from ecar_dist.cli import main\n"
+        f"codes = [main(['check', {str(path)!r}]), main(['plan', {str(path)!r}])]\n"
+        "assert codes == [0, 0], codes\n"
+        "heavy = {'torch', 'deepspeed', 'diffusers', 'nvidia'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "# stage 2: 32x32 latent, 256 tokens" in done.stdout
+
+
+def test_yaml_is_loaded_safely(path):
+    assert yaml.safe_load(config_to_yaml(load_config(path)))["run"]["name"] == "a"

@@ -1,0 +1,82 @@
+"""The layer rule of the code base, proven on its imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"rng"},
+    {"flow"},
+    {"models", "vae", "data"},
+    {"runtime"},
+    {"train", "sample", "evaluate", "plan"},
+    {"cli", "__main__", "data_tools"},
+]
+HOMES = {
+    "deepspeed": {"ecar_dist/runtime/engine.py"},
+    "torch.distributed": {"ecar_dist/runtime/world.py"},
+    "diffusers": {"ecar_dist/vae/kl.py"},
+    "nvidia": {"ecar_dist/data/images.py"},
+    "fsspec": {"ecar_dist/data/manifest.py"},
+    "webdataset": {"data_tools/shard.py"},
+}
+FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(module):
+    parts = module.split(".")
+    return parts[0] if parts[0] == "data_tools" else parts[1] if len(parts) > 1 else None
+
+
+def layer_of(room):
+    return next((level for level, rooms in enumerate(LAYERS) if room in rooms), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_module_imports_only_lower_layers_and_its_own_room(path):
+    room = room_of(".".join(path.with_suffix("").parts))
+    level = layer_of(room)
+    if path.parts[-1] == "__init__.py":
+        assert not [name for name in imports(path) if name.startswith("ecar_dist.")], "package files stay empty"
+        return
+    assert level is not None, f"{path} is in no layer"
+    for module in imports(path):
+        if module.split(".")[0] not in ("ecar_dist", "data_tools") or module == "ecar_dist":
+            continue
+        other = room_of(module)
+        if other in (room, "__version__") or (room == "__main__" and other == "cli"):
+            continue
+        assert layer_of(other) < level, f"{path} imports {module} of the same or a higher layer"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_foreign_library_is_imported_in_one_place(library):
+    users = {str(path) for path in FILES if any(f"{name}.".startswith(f"{library}.") for name in imports(path))}
+    assert users == HOMES[library]
+
+
+def test_no_drawers_and_no_long_files():
+    for path in FILES:
+        assert path.stem not in {"utils", "util", "misc", "common", "helpers"}
+        assert len((ROOT / path).read_text().splitlines()) <= 400, f"{path} is too long"
+
+
+def test_no_long_functions():
+    for path in FILES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno} {node.name} is too long"

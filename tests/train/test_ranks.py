@@ -1,0 +1,109 @@
+"""Real ranks under the real DeepSpeed engine: the same losses however the work is cut, and after every kind of stop."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from ecar_dist.runtime.checkpoint import MARKER, committed
+from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks
+
+FP32_TOLERANCE = 1e-6
+
+
+@pytest.fixture
+def reference(write_config):
+    """Metrics of the run on one rank, ZeRO-2, 4 micro-batches of 4."""
+    return train_on_ranks(1, write_config(), "run.name=reference", "deepspeed.zero_stage=2")
+
+
+def test_losses_do_not_depend_on_ranks_or_micro_batches_or_zero_stage(write_config, reference):
+    config = write_config()
+    variants = {
+        "two ranks": (2, "batch.micro_batch_size=4"),
+        "four ranks": (4, "batch.micro_batch_size=2"),
+        "one micro-batch": (1, "batch.micro_batch_size=16"),
+        "zero 0": (2, "deepspeed.zero_stage=0"),
+        "zero 1": (2, "deepspeed.zero_stage=1"),
+        "zero 3": (2, "deepspeed.zero_stage=3"),
+    }
+    for name, (ranks, override) in variants.items():
+        metrics = train_on_ranks(ranks, config, f"run.name={name.replace(' ', '-')}", override)
+        assert len(metrics) == len(reference) == 6
+        assert losses(metrics) == pytest.approx(losses(reference), abs=FP32_TOLERANCE), name
+        norms = [[line["train/grad_norm"] for line in run] for run in (metrics, reference)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4), name
+        assert metrics[-1]["samples_seen"] == 96
+
+
+def test_bf16_stays_near_fp32(write_config, reference):
+    bf16 = train_on_ranks(2, write_config(), "run.name=bf16", "deepspeed.precision=bf16")
+    assert losses(bf16) == pytest.approx(losses(reference), rel=5e-3)
+    assert losses(bf16) != losses(reference)
+
+
+def wait_for_step(process, run, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and sum(1 for _ in metrics.open()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came: {process.communicate()}")
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, tree, tmp_path):
+    """kill -9 of a rank in the middle of things; the same command again; losses, weights, moments and EMA are equal."""
+    tree["train"]["total_samples"] = 256
+    config = write_config()
+    straight = train_on_ranks(2, config, "run.name=straight")
+    run = tmp_path / "runs/killed"
+    for at_step in (3, 9):
+        process = start_ranks(2, config, "run.name=killed")
+        wait_for_step(process, run, at_step)
+        os.kill(process.pid, signal.SIGSTOP)  # the launcher must not tidy up first
+        children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        assert len(read_metrics(config, "run.name=killed")) < 16
+    resumed = train_on_ranks(2, config, "run.name=killed")
+    assert losses(resumed) == losses(straight)
+    assert [line["step"] for line in resumed] == list(range(1, 17))
+    attempts = json.loads((run / "lineage.json").read_text())
+    assert len(attempts) == 3
+    assert attempts[-1]["resumed_from_step"] >= 8
+    newest = [committed(tmp_path / "runs" / name / "checkpoints")[0] for name in ("straight", "killed")]
+    for shard in newest[0].glob("*.safetensors"):
+        ours, theirs = load_file(shard), load_file(newest[1] / shard.name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_a_resume_on_other_ranks_and_another_zero_stage_goes_on_the_same(write_config, reference):
+    config = write_config()
+    train_on_ranks(4, config, "run.name=moved", "train.total_samples=32", "deepspeed.zero_stage=3", "batch.micro_batch_size=2")
+    train_on_ranks(1, config, "run.name=moved", "train.total_samples=64", "deepspeed.zero_stage=0")
+    metrics = train_on_ranks(2, config, "run.name=moved", "deepspeed.zero_stage=1")
+    assert losses(metrics) == pytest.approx(losses(reference), abs=FP32_TOLERANCE)
+
+
+def test_a_signal_ends_the_run_with_a_committed_checkpoint_and_status_75(write_config, tree, tmp_path):
+    tree["train"]["total_samples"] = 16 * 10_000
+    tree["checkpoint"]["every_samples"] = 16 * 10_000
+    config = write_config()
+    process = start_ranks(1, config)
+    run = tmp_path / "runs/tiny"
+    wait_for_step(process, run, 2)
+    worker = int(open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()[0])
+    os.kill(worker, signal.SIGUSR1)
+    out, error = process.communicate(timeout=60)
+    assert "exitcode  : 75" in error
+    assert "stopped on a signal at step" in out
+    (checkpoint,) = committed(run / "checkpoints")
+    assert (checkpoint / MARKER).exists()
+    assert int(checkpoint.name[5:]) == read_metrics(config)[-1]["step"]
