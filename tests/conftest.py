@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -26,33 +25,43 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_tree(digits):
+    """The config of a tiny run on the digits, as a dict, whose run directory is `folder`/runs/tiny."""
+
+    def make(folder):
+        return {
+            "run": {"name": "tiny", "dir": str(folder / "runs")},
+            "model": {"preset": "T", "patch_size": 1},
+            "vae": {"kind": "dct", "downsample": 8},
+            "data": {"latents": str(digits / "latents"), "num_classes": 10, "latent_channels": 12, "latent_size": 4},
+            "batch": {"global_batch_size": 16, "micro_batch_size": 4},
+            "optim": {"learning_rate": 1e-3},
+            "deepspeed": {"precision": "fp32"},
+            "train": {"total_samples": 96},
+            "checkpoint": {"every_samples": 32},
+            "log": {"every_steps": 1, "tensorboard": False},
+        }
+
+    return make
+
+
 @pytest.fixture
-def tree(digits, tmp_path):
-    """The config of a tiny run on the digits, as a dict; a test changes what it is about."""
-    return {
-        "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
-        "model": {"preset": "T", "patch_size": 1},
-        "vae": {"kind": "dct", "downsample": 8},
-        "data": {"latents": str(digits / "latents"), "num_classes": 10, "latent_channels": 12, "latent_size": 4},
-        "batch": {"global_batch_size": 16, "micro_batch_size": 4},
-        "optim": {"learning_rate": 1e-3},
-        "deepspeed": {"precision": "fp32"},
-        "train": {"total_samples": 96},
-        "checkpoint": {"every_samples": 32},
-        "log": {"every_steps": 1, "tensorboard": False},
-    }
+def tree(make_tree, tmp_path):
+    """A tiny run's config for one test to change."""
+    return make_tree(tmp_path)
 
 
 @pytest.fixture
 def write_config(tree, tmp_path):
     """Write `tree` to a YAML file and return its path."""
+    return lambda: write_yaml(tree, tmp_path)
 
-    def write() -> Path:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
 
-    return write
+def write_yaml(tree, folder):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 def free_port() -> int:

@@ -63,7 +63,7 @@ def training_points(
     pyramid = latent_pyramid(latents, schedule.num_stages, schedule.factor)
     endpoints = stage_endpoints(schedule, pyramid, noise_pyramid(noise_draws, schedule))
     return TrainingPoints(
-        contexts=[end + tau * xi for (_, end), xi in zip(endpoints, context_draws, strict=False)],
+        contexts=[end + tau * xi for (_, end), xi in zip(endpoints[:-1], context_draws, strict=True)],
         states=[interpolate(start, end, u) for (start, end), u in zip(endpoints, times, strict=True)],
         times=[model_time(schedule, k, u) for k, u in enumerate(times)],
         targets=[end - start for start, end in endpoints],

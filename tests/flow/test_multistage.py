@@ -179,14 +179,19 @@ def contract(x: torch.Tensor, u: float) -> torch.Tensor:
 
 
 def test_stages_run_in_order_and_return_their_ends() -> None:
-    schedule, begun = StageSchedule(uniform_ends(3)), []
+    schedule, begun, steps = StageSchedule(uniform_ends(3)), [], []
 
     def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
         begun.append((stage, None if context is None else context.shape[-1]))
         return contract
 
+    def solver(velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:
+        steps.append(num_steps)
+        return SOLVERS["euler"](velocity_fn, x, num_steps)
+
     draw = basis_draws(schedule, 4)
-    ends = sample_stages(schedule, begin_stage, draw, tau=TAU, solver=SOLVERS["euler"], steps_per_stage=(1, 2, 3))
+    ends = sample_stages(schedule, begin_stage, draw, tau=TAU, solver=solver, steps_per_stage=(1, 2, 3))
+    assert steps == [1, 2, 3]
     assert begun == [(0, None), (1, 1), (2, 2)]  # contexts have the size of the stage that made them
     assert [tuple(end.shape[1:]) for end in ends] == [(1, 1, 1), (1, 2, 2), (1, 4, 4)]
     assert torch.equal(ends[0], torch.zeros_like(ends[0]))  # one Euler step of dx/du = -x

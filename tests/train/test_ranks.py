@@ -4,20 +4,22 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from ecar_dist.runtime.checkpoint import MARKER, committed
-from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks
+from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks, write_yaml
 
 FP32_TOLERANCE = 1e-6
 
 
-@pytest.fixture
-def reference(write_config):
+@pytest.fixture(scope="module")
+def reference(make_tree, tmp_path_factory):
     """Metrics of the run on one rank, ZeRO-2, 4 micro-batches of 4."""
-    return train_on_ranks(1, write_config(), "run.name=reference", "deepspeed.zero_stage=2")
+    folder = tmp_path_factory.mktemp("reference")
+    return train_on_ranks(1, write_yaml(make_tree(folder), folder))
 
 
 def test_losses_do_not_depend_on_ranks_or_micro_batches_or_zero_stage(write_config, reference):
@@ -45,6 +47,11 @@ def test_bf16_stays_near_fp32(write_config, reference):
     assert losses(bf16) != losses(reference)
 
 
+def workers_of(process):
+    """Process ids of the ranks under a launcher."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def wait_for_step(process, run, step):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -65,9 +72,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, t
         process = start_ranks(2, config, "run.name=killed")
         wait_for_step(process, run, at_step)
         os.kill(process.pid, signal.SIGSTOP)  # the launcher must not tidy up first
-        children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        for worker in workers_of(process):
+            os.kill(worker, signal.SIGKILL)
         process.kill()
         process.communicate()
         assert len(read_metrics(config, "run.name=killed")) < 16
@@ -86,7 +92,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, t
 
 def test_a_resume_on_other_ranks_and_another_zero_stage_goes_on_the_same(write_config, reference):
     config = write_config()
-    train_on_ranks(4, config, "run.name=moved", "train.total_samples=32", "deepspeed.zero_stage=3", "batch.micro_batch_size=2")
+    first = ("train.total_samples=32", "deepspeed.zero_stage=3", "batch.micro_batch_size=2")
+    train_on_ranks(4, config, "run.name=moved", *first)
     train_on_ranks(1, config, "run.name=moved", "train.total_samples=64", "deepspeed.zero_stage=0")
     metrics = train_on_ranks(2, config, "run.name=moved", "deepspeed.zero_stage=1")
     assert losses(metrics) == pytest.approx(losses(reference), abs=FP32_TOLERANCE)
@@ -99,8 +106,7 @@ def test_a_signal_ends_the_run_with_a_committed_checkpoint_and_status_75(write_c
     process = start_ranks(1, config)
     run = tmp_path / "runs/tiny"
     wait_for_step(process, run, 2)
-    worker = int(open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()[0])
-    os.kill(worker, signal.SIGUSR1)
+    os.kill(workers_of(process)[0], signal.SIGUSR1)
     out, error = process.communicate(timeout=60)
     assert "exitcode  : 75" in error
     assert "stopped on a signal at step" in out

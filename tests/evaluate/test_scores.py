@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from ecar_dist.evaluate.bands import band_variances
+from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
+from ecar_dist.evaluate.frechet import frechet_distance
+from ecar_dist.evaluate.images import read_images, reconstruct
+from ecar_dist.evaluate.score import LabelledImages, score
+from ecar_dist.vae.dct import DctCodec
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    white = rng.standard_normal((200_000, 3))
+    first, second = white * [1.0, 2.0, 3.0], rng.standard_normal((200_000, 3)) * [2.0, 2.0, 1.0] + [1.0, 0.0, 2.0]
+    expected = (1 + 4) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2  # means, then (std - std)^2 of commuting covariances
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_frechet_distance_is_invariant_under_rotation():
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((500, 4)) * [1, 2, 3, 4], rng.standard_normal((500, 4)) + 1
+    rotation = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    turned = frechet_distance(first @ rotation, second @ rotation)
+    assert turned == pytest.approx(frechet_distance(first, second))
+
+
+def test_bands_add_up_and_name_the_right_octave():
+    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    bands = band_variances(noise)
+    assert list(bands) == ["1px", "2px", "4px", "8px"]
+    assert sum(bands.values()) == pytest.approx(1.0, abs=0.02)
+    assert bands["8px"] == pytest.approx(1 / 64, rel=0.1)
+    flat = torch.randn(500, 1, 1, 1).expand(-1, -1, 8, 8)
+    assert band_variances(flat)["8px"] == pytest.approx(float(flat[:, 0, 0, 0].var()), rel=1e-4)
+    assert band_variances(flat)["1px"] == 0
+
+
+def test_losing_the_low_frequencies_shows_in_its_band():
+    smooth = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, -1)
+    images = smooth.repeat_interleave(2, -2)
+    collapsed = images - 0.5 * images.mean(dim=(-1, -2), keepdim=True)
+    before, after = band_variances(images), band_variances(collapsed)
+    assert after["8px"] == pytest.approx(before["8px"] / 4, rel=1e-4)
+    assert after["4px"] == pytest.approx(before["4px"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def real(digits):
+    train, source = read_images(str(digits / "images/train"), 32, decoder="pil")
+    heldout, _ = read_images(str(digits / "images/heldout"), 32, decoder="pil")
+    assert source == "digits"
+    return train, heldout
+
+
+def test_the_classifier_learns_the_digits(real):
+    train, heldout = real
+    model = train_classifier(train.pixels, train.labels, 10)
+    features, predictions = features_and_predictions(model, heldout.pixels)
+    assert features.shape == (359, 64)
+    assert (predictions == heldout.labels).mean() > 0.96
+    again = train_classifier(train.pixels, train.labels, 10)
+    assert np.array_equal(features_and_predictions(again, heldout.pixels)[0], features)
+
+
+def test_scores_order_good_and_bad_samples(real):
+    train, heldout = real
+    codec = DctCodec(8, torch.device("cpu"))
+    rebuilt = reconstruct(codec, train, torch.device("cpu"))
+    wrong = LabelledImages(train.pixels, (train.labels + 1) % 10)
+    good, bad = score(train, rebuilt, train, heldout, "digits"), score(wrong, rebuilt, train, heldout, "digits")
+    assert good["FD-digits"] == good["FD-digits real-vs-real floor"]
+    assert good["ratio to floor"] == 1.0
+    assert good["class accuracy"] > 0.99
+    assert bad["class accuracy"] < 0.01
+    noise = np.random.default_rng(0).integers(0, 255, train.pixels.shape).astype(np.uint8)
+    noisy = score(LabelledImages(noise, train.labels), rebuilt, train, heldout, "digits")
+    assert noisy["FD-digits"] > 5 * good["FD-digits"]
+    assert noisy["band variance ratio"]["32px"] < 0.5 < good["band variance ratio"]["32px"] < 1.5

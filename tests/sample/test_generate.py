@@ -1,0 +1,162 @@
+"""The trained model behind the production sampler."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ecar_dist.flow.path import model_time
+from ecar_dist.flow.schedule import StageSchedule, uniform_ends
+from ecar_dist.models.ecar import ECAR
+from ecar_dist.models.presets import PRESETS
+from ecar_dist.rng import Purpose, normal
+from ecar_dist.sample.generate import SamplingPlan, generate, generate_in_batches
+
+SEED = 3
+
+
+def make_model(num_stages, feeds_state=True):
+    torch.manual_seed(0)
+    schedule = StageSchedule(uniform_ends(num_stages))
+    model = ECAR(
+        PRESETS["T"],
+        stage_sizes=[8 >> (num_stages - 1 - k) for k in range(num_stages)],
+        latent_channels=4,
+        patch_size=1,
+        num_classes=10,
+        context_scales=schedule.context_scales(0.3),
+        feeds_state=feeds_state,
+    )
+    for parameter in model.parameters():  # as if trained: nothing is zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def make_plan(num_stages, **changes):
+    plan = SamplingPlan(
+        schedule=StageSchedule(uniform_ends(num_stages)),
+        stage_sizes=tuple(8 >> (num_stages - 1 - k) for k in range(num_stages)),
+        channels=4,
+        null_label=10,
+        tau=0.3,
+        solver="midpoint",
+        steps_per_stage=2,
+        guidance_scale=1.0,
+        guidance_ramp="linear",
+        bf16=False,
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+LABELS = torch.tensor([1, 7, 7, 0])
+INDICES = torch.tensor([0, 1, 2, 30])
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_every_stage_comes_out_at_its_size(num_stages):
+    stages = generate(make_model(num_stages), make_plan(num_stages), LABELS, INDICES, SEED)
+    assert [tuple(stage.shape) for stage in stages] == [(4, 4, size, size) for size in make_plan(num_stages).stage_sizes]
+    assert all(torch.isfinite(stage).all() for stage in stages)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_sample_does_not_depend_on_the_batch_around_it(guidance_scale):
+    model, plan = make_model(3), make_plan(3, guidance_scale=guidance_scale)
+    together = generate(model, plan, LABELS, INDICES, SEED)[-1]
+    alone = generate(model, plan, LABELS[3:], INDICES[3:], SEED)[-1]
+    assert torch.allclose(together[3:], alone, atol=1e-4)
+    batches = torch.cat([stages[-1] for stages in generate_in_batches(model, plan, LABELS, SEED, batch_size=3)])
+    assert torch.allclose(batches[:3], generate(model, plan, LABELS[:3], torch.arange(3), SEED)[-1], atol=1e-4)
+    assert batches.shape[0] == 4
+
+
+def test_labels_indices_and_seed_all_matter():
+    model, plan = make_model(3), make_plan(3)
+    base = generate(model, plan, LABELS, INDICES, SEED)[-1]
+    for labels, indices, seed in [(LABELS.flip(0), INDICES, SEED), (LABELS, INDICES + 1, SEED), (LABELS, INDICES, 4)]:
+        assert not torch.allclose(generate(model, plan, labels, indices, seed)[-1], base, atol=1e-3)
+
+
+def test_guidance_0_is_the_unconditional_model_and_1_the_conditional():
+    model = make_model(3)
+    constant = make_plan(3, guidance_ramp="constant")
+    null = generate(model, constant, torch.full_like(LABELS, 10), INDICES, SEED)[-1]
+    zero = generate(model, dataclasses.replace(constant, guidance_scale=0.0), LABELS, INDICES, SEED)[-1]
+    assert torch.allclose(zero, null, atol=1e-4)
+    one = generate(model, dataclasses.replace(constant, guidance_scale=1.0), LABELS, INDICES, SEED)[-1]
+    assert not torch.allclose(one, null, atol=1e-2)
+
+
+def count_velocity_rows(model):
+    """Rows that went through the velocity network, by stage."""
+    rows = {}
+    original = model.velocity
+
+    def counting(x, time, stage, condition, labels):
+        rows[stage] = rows.get(stage, 0) + x.shape[0]
+        return original(x, time, stage, condition, labels)
+
+    model.velocity = counting
+    return rows
+
+
+def test_the_null_pass_is_skipped_where_the_scale_is_1_with_the_same_result(monkeypatch):
+    """E14: under the linear ramp stage 0 has scale 1; evaluating the null pass there changes nothing."""
+    model, plan = make_model(3), make_plan(3, guidance_scale=3.0)
+    rows = count_velocity_rows(model)
+    skipped = generate(model, plan, LABELS, INDICES, SEED)[-1]
+    assert rows == {0: 16, 1: 32, 2: 32}  # 4 samples x 2 steps x 2 calls, twice where guided
+    barely = 1.0 + 1e-9  # not 1, so the null pass is made, but the same number in float32
+    monkeypatch.setattr(
+        "ecar_dist.sample.generate.stage_guidance_scales", lambda scale, stages, ramp: (barely, 2.0, 3.0)
+    )
+    rows.clear()
+    in_full = generate(model, plan, LABELS, INDICES, SEED)[-1]
+    assert rows[0] == 32
+    assert torch.allclose(skipped, in_full, atol=1e-4)
+
+
+def test_without_guidance_there_is_no_null_pass_at_all():
+    model = make_model(3)
+    rows = count_velocity_rows(model)
+    generate(model, make_plan(3), LABELS, INDICES, SEED)
+    assert rows == {0: 16, 1: 16, 2: 16}
+
+
+def test_one_stage_is_plain_flow_matching():
+    """E16: with K = 1 a sample is the ODE of the velocity from N(0, I) on [0, 1], by the same solver, bit for bit."""
+    model, plan = make_model(1), make_plan(1, solver="euler", steps_per_stage=4)
+    (ours,) = generate(model, plan, LABELS, INDICES, SEED)
+    with torch.no_grad():
+        x = normal(SEED, INDICES, Purpose.GENERATE_START, (4, 8, 8))
+        condition = model.condition(model.token_maps([], LABELS)[0])
+        for step in range(4):
+            time = model_time(plan.schedule, 0, torch.full((4,), step / 4))
+            x = x + 0.25 * model.velocity(x, time, 0, condition, LABELS)
+    assert torch.equal(ours, x)
+
+
+def test_the_cached_sampler_sees_what_training_sees():
+    """The token map of the last stage equals that of one full pass over the contexts that sampling made."""
+    model, plan = make_model(3), make_plan(3)
+    contexts, maps = [], []
+    original = model.next_token_map
+
+    def spy(stage, context, labels, cache):
+        contexts.append(context)
+        maps.append(original(stage, context, labels, cache))
+        return maps[-1]
+
+    model.next_token_map = spy
+    stages = generate(model, plan, LABELS, INDICES, SEED)
+    with torch.no_grad():
+        in_one_pass = model.token_maps(contexts[1:], LABELS)
+    for cached, full in zip(maps, in_one_pass, strict=True):
+        assert torch.allclose(cached, full, atol=1e-5)
+    for stage, context in zip(stages[:-1], contexts[1:], strict=True):  # C_k = X^e_k + tau xi, before upsampling
+        assert float((context - stage).std()) == pytest.approx(0.3, rel=0.4)
+
+
+def test_class_only_ignores_the_states():
+    model, plan = make_model(3, feeds_state=False), make_plan(3)
+    assert torch.isfinite(generate(model, plan, LABELS, INDICES, SEED)[-1]).all()
