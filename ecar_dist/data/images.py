@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ecar_dist.errors import ConfigError, DataError
@@ -23,7 +24,8 @@ _DEEP_MODES = ("I", "F")  # PIL would clip these to 8 bits
 class ImageDecoder(ABC):
     """Raises DataError naming the first bad image by its key; the decoder stays usable afterwards."""
 
-    name: str
+    name: str  # what a manifest calls it
+    library: str  # name and version of the code that decides on the pixels
 
     def decode(self, blobs: Sequence[bytes], keys: Sequence[str]) -> list[np.ndarray]:
         """One uint8 [H, W, 3] for each blob."""
@@ -71,6 +73,7 @@ class PilDecoder(ImageDecoder):
     """The reference: single-threaded, exact, everywhere."""
 
     name = "pil"
+    library = f"pillow {PIL.__version__}"
 
     def _convert(self, blobs: Sequence[bytes], image_size: int | None) -> list[np.ndarray]:
         return [self._convert_one(blob, image_size) for blob in blobs]
@@ -95,13 +98,14 @@ class DaliDecoder(ImageDecoder):
 
     def __init__(self, device: str) -> None:
         try:
+            import nvidia.dali
             import nvidia.dali.experimental.dynamic as dynamic
             from nvidia.dali import types
         except ImportError as error:
             raise ConfigError(
                 f"DALI does not import ({error}); install nvidia-dali-cuda130 or use --decoder pil"
             ) from None
-        self.name = f"dali-{device}"
+        self.name, self.library = f"dali-{device}", f"dali {nvidia.dali.__version__}"
         self._device = "gpu" if device == "mixed" else "cpu"
         self._dynamic: Any = dynamic
         self._types: Any = types

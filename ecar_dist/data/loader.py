@@ -16,9 +16,9 @@ import torch
 
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.data.order import rank_positions, sample_indices
-from ecar_dist.data.shard_files import check_size
+from ecar_dist.data.shard_files import check_size, local_folder
 from ecar_dist.data.shards import LatentShard
-from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
 
 
@@ -138,13 +138,3 @@ class LatentLoader:
             entry = self.manifest.shards[owner]
             self._shards[owner] = LatentShard(self._folder / entry.name, entry, self.manifest)
         return self._shards[owner]
-
-
-def local_folder(folder: str | Path) -> Path:
-    """Raises DataError for a URL: shards are mapped, so they must lie on a file system."""
-    text = str(folder).removeprefix("file://")
-    if "://" in text:
-        raise DataError(
-            f"latent shards must be on a local or mounted file system, got {folder}; copy them and give the folder"
-        )
-    return Path(text)

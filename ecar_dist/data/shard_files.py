@@ -25,6 +25,16 @@ def describe_shard(path: Path, count: int, first_index: int) -> ShardEntry:
     return ShardEntry(path.name, size, count, first_index, fast.hexdigest(), strong.hexdigest())
 
 
+def local_folder(folder: str | Path) -> Path:
+    """Raises DataError for a URL: shards are mapped, so they must lie on a file system."""
+    text = str(folder).removeprefix("file://")
+    if "://" in text:
+        raise DataError(
+            f"shards must be on a local or mounted file system, got {folder}; copy them and give the folder"
+        )
+    return Path(text)
+
+
 def check_size(path: Path, entry: ShardEntry) -> None:
     """The cheap check. Raises DataError where the shard is missing or was cut."""
     try:

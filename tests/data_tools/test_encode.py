@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from data_tools import encode as encode_module
-from data_tools.encode import to_model_range
 from data_tools.encode_plan import read_plan
 from data_tools.finalize import finalize
 from ecar_dist.data import shard_writer
@@ -18,6 +17,7 @@ from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shards import LatentShard
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.dct import DctCodec
+from ecar_dist.vae.pixels import from_pixels
 from tests.data_tools.image_folders import content, encode_small, write_image_shards
 
 
@@ -49,14 +49,9 @@ def test_rows_are_the_shuffled_source(images, whole):
     moments, labels = rows_of(whole)
     records = [source.read(int(index)) for index in order]
     pixels = decoder.decode_to_batch([record.data for record in records], [record.key for record in records], 16)
-    expected = DctCodec(8, torch.device("cpu")).encode(to_model_range(pixels, torch.device("cpu"))).numpy()
+    expected = DctCodec(8, torch.device("cpu")).encode(from_pixels(pixels)).numpy()
     np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-3)
     assert labels.tolist() == [record.label for record in records]
-
-
-def test_to_model_range():
-    values = to_model_range(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1), torch.device("cpu"))
-    assert values.flatten().tolist() == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1::2])

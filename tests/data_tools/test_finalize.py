@@ -69,3 +69,9 @@ def test_statistics_of_a_posterior():
     assert np.allclose(whole["normalised_mean"], 1.0, atol=0.05)
     assert np.allclose(whole["normalised_std"], np.sqrt(4.0 + 0.01) * 0.5, atol=0.03)
     assert whole["posterior_sharpness"] == pytest.approx(0.05, rel=0.05)
+
+
+def test_a_damaged_marker_counts_as_missing(encoded):
+    (encoded / "000003.json").write_text("{")
+    with pytest.raises(DataError, match=r"lacks 1 of 5 shards \(000003\)"):
+        finalize(encoded)

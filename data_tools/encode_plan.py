@@ -1,0 +1,119 @@
+"""What an encoding will produce, decided before the first image: any worker then makes any shard, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from ecar_dist.data.atomic import temporary_beside, write_json
+from ecar_dist.data.order import sample_indices
+from ecar_dist.errors import DataError
+from ecar_dist.vae.codec import hash_config
+
+PLAN_NAME = "plan.json"
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """Output shard i holds rows i x samples_per_shard ... of the source, permuted once by `seed`."""
+
+    source_folder: str  # a hint for people; the identity is the data set's id
+    source_dataset_id: str
+    count: int
+    num_classes: int
+    class_names: list[str]
+    samples_per_shard: int
+    seed: int
+    image_size: int
+    moments_shape: tuple[int, ...]
+    encoder: dict[str, Any]
+    decoder: str
+    precision: str
+    flip: str
+    versions: dict[str, str]  # of the libraries that decide on the numbers
+
+    @property
+    def plan_id(self) -> str:
+        """sha256 of all that decides on the bytes: the names of places do not."""
+        return hash_config(self.content())
+
+    def content(self) -> dict[str, Any]:
+        encoder = {key: value for key, value in self.encoder.items() if key != "name"}
+        return {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.count // self.samples_per_shard)
+
+    @property
+    def has_flip(self) -> bool:
+        return self.flip == "store"
+
+    def rows(self, shard_index: int) -> range:
+        """Global rows of a shard."""
+        first = shard_index * self.samples_per_shard
+        return range(first, min(first + self.samples_per_shard, self.count))
+
+    def source_indices(self, shard_index: int) -> np.ndarray:
+        """Source sample of each row of a shard, int64."""
+        return sample_indices(np.array(self.rows(shard_index), dtype=np.int64), self.count, self.seed)
+
+    def command(self, out: Path, task: int, tasks: int) -> str:
+        """The command that makes shards task, task + tasks, ..."""
+        return (
+            f"ecar-data encode {self.source_folder} {out} --vae {self.encoder['name']} --image-size {self.image_size} "
+            f"--samples-per-shard {self.samples_per_shard} --seed {self.seed} --decoder {self.decoder.split('-')[0]} "
+            f"--precision {self.precision} --flip {self.flip} --task {task} --tasks {tasks}"
+        )
+
+
+def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
+    """Write the plan if OUT is new; else return the one there. Raises DataError where OUT belongs to something else."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / PLAN_NAME
+    if not path.exists() and any(not name.startswith(".") for name in os.listdir(out)):
+        raise DataError(f"{out} is not empty and has no {PLAN_NAME}; remove it or give another folder")
+    _create(path, {**dataclasses.asdict(plan), "plan_id": plan.plan_id})
+    settled = read_plan(out)
+    if settled.plan_id != plan.plan_id:
+        ours, theirs = plan.content(), settled.content()
+        name = next(key for key in ours if ours[key] != theirs[key])
+        raise DataError(
+            f"{out} is occupied by another plan: its {name} is {theirs[name]}, this command's {ours[name]}; "
+            "repeat the first command, or give another folder"
+        )
+    return settled
+
+
+def read_plan(out: Path) -> EncodePlan:
+    """Raises DataError where there is no plan."""
+    path = out / PLAN_NAME
+    try:
+        tree = json.loads(path.read_text())
+        tree.pop("plan_id", None)
+        return TypeAdapter(EncodePlan).validate_python(tree)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist; make the shards with `ecar-data encode SHARDS {out} --vae ...`"
+        ) from None
+    except (ValueError, ValidationError, AttributeError):
+        raise DataError(f"{path} is damaged; remove {out} and encode again") from None
+
+
+def _create(path: Path, tree: dict[str, Any]) -> None:
+    """Write unless it is there. A link fails on an existing name, so the first of several tasks wins whole."""
+    temporary = temporary_beside(path)
+    write_json(temporary, tree)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    finally:
+        temporary.unlink()
