@@ -92,7 +92,9 @@ def test_batch_arithmetic_over_ranks(path):
         config.grad_accum_steps(3)
 
 
-@pytest.mark.parametrize("text", ["run: [", "run: {name: a}\nrun: {name: b}", "- a", "run: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text", ["run: [", "run: {name: a}\nrun: {name: b}", "- a", "run: !!python/object:os.system {}"]
+)
 def test_files_that_are_no_config(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecar_dist.data.manifest import load_image_manifest
-from ecar_dist.data.shard_files import check_size, local_folder, map_verified
+from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
 from ecar_dist.data.tar_index import TarMember, index_tar, split_name
 from ecar_dist.errors import DataError
 
@@ -44,8 +44,7 @@ class ImageShards:
         self.manifest = load_image_manifest(folder)
         self._firsts = [entry.first_index for entry in self.manifest.shards]
         self._open: dict[int, _OpenShard] = {}
-        for entry in self.manifest.shards:
-            check_size(self.folder / entry.name, entry)
+        check_presence(self.folder, self.manifest.shards)
 
     def __len__(self) -> int:
         return self.manifest.count

@@ -16,7 +16,7 @@ import torch
 
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.data.order import rank_positions, sample_indices
-from ecar_dist.data.shard_files import check_size, local_folder
+from ecar_dist.data.shard_files import check_presence, local_folder
 from ecar_dist.data.shards import LatentShard
 from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
@@ -63,8 +63,7 @@ class LatentLoader:
         self._global_batch_size, self._micro_batch_size, self._start = global_batch_size, micro_batch_size, start
         self._firsts = np.array([entry.first_index for entry in self.manifest.shards], dtype=np.int64)
         self._shards: dict[int, LatentShard] = {}
-        for entry in self.manifest.shards:
-            check_size(self._folder / entry.name, entry)
+        check_presence(self._folder, self.manifest.shards)
         self._queue: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="latent-loader", daemon=True)

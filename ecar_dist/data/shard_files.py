@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
@@ -43,6 +44,12 @@ def check_size(path: Path, entry: ShardEntry) -> None:
         raise DataError(f"cannot read shard {path} ({error.strerror}), the manifest lists it; {_mend(path)}") from None
     if size != entry.bytes:
         raise DataError(f"shard {path} has {size} bytes, the manifest says {entry.bytes}; {_mend(path)}")
+
+
+def check_presence(folder: str | Path, entries: Sequence[ShardEntry]) -> None:
+    """Every shard of a set is there and has its size. Raises DataError naming the first that is not."""
+    for entry in entries:
+        check_size(local_folder(folder) / entry.name, entry)
 
 
 def map_verified(path: Path, entry: ShardEntry) -> mmap.mmap:

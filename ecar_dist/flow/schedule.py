@@ -6,6 +6,7 @@ Equation numbers are those of docs/ecar.md; the construction is Pyramid Flow's (
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,7 @@ class StageSchedule:
         """[lo_k, hi_k]: [0, 1] split in proportion to e_k - s_k, so that no two stages share a model time."""
         lengths = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
         edges = [sum(lengths[:k]) / sum(lengths) for k in range(self.num_stages)] + [1.0]
-        return tuple(zip(edges[:-1], edges[1:], strict=True))
+        return tuple(itertools.pairwise(edges))
 
     def context_scales(self, tau: float) -> tuple[float, ...]:
         """1 / std of C_k = X^e_k + tau xi for unit-variance latents, for every stage that is fed back (k < K-1)."""

@@ -223,7 +223,7 @@ def verify(path: Path) -> None:
 
 def check_identity(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, stage schedule or data order. Raises CheckpointError."""
-    for key in sorted(found.keys() | expected.keys()):
+    for key in [*expected, *(found.keys() - expected.keys())]:
         if found.get(key) != expected.get(key):
             raise CheckpointError(
                 f"{where} was made with {key}={found.get(key)}, this run has {key}={expected.get(key)}; "

@@ -26,7 +26,7 @@ class RunDirectory:
         self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
         self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
 
-    def open_for_training(self, config: RunConfig) -> None:
+    def open_for_training(self) -> None:
         """Make the directory, or take up the one an earlier attempt of this run left. Call on rank 0 only.
 
         Raises ConfigError where the directory holds something that is not a run.
@@ -38,14 +38,14 @@ class RunDirectory:
         for folder in (self.samples, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(self.lineage, self.attempts())
-        with atomic_write(self.config) as file:
-            file.write(config_to_yaml(config).encode())
 
     def attempts(self) -> list[dict[str, Any]]:
         return json.loads(self.lineage.read_text()) if self.lineage.exists() else []
 
-    def record_attempt(self, **facts: Any) -> None:
-        """Append one start of the run, with the versions it ran under, to lineage.json. Call on rank 0 only."""
+    def record_attempt(self, config: RunConfig, **facts: Any) -> None:
+        """Write the resolved config, and append this start with its versions to lineage.json. Call on rank 0 only."""
+        with atomic_write(self.config) as file:
+            file.write(config_to_yaml(config).encode())
         attempt = {
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "ecar_dist": __version__,

@@ -12,6 +12,7 @@ from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import LatentLoader
 from ecar_dist.data.manifest import Manifest, load_manifest
 from ecar_dist.data.order import ORDER_NAME
+from ecar_dist.data.shard_files import check_presence
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
@@ -51,6 +52,7 @@ def start_training(
     run = Training(config, world, engine, ema, store, loader, telemetry, stop)
     if world.is_first:
         directory.record_attempt(
+            config,
             world_size=world.size,
             zero_stage=config.deepspeed.zero_stage,
             precision=precision,
@@ -65,7 +67,7 @@ def start_training(
 
 
 def check_data(config: RunConfig) -> Manifest:
-    """The manifest of the latents. Raises DataError where it does not fit the config."""
+    """The manifest of the latents. Raises DataError where it does not fit the config, or a shard is not there."""
     manifest = load_manifest(config.data.latents)
     identity = EncoderIdentity.from_dict(manifest.encoder)
     data, shape = config.data, manifest.moments_shape
@@ -78,6 +80,7 @@ def check_data(config: RunConfig) -> Manifest:
         configured = getattr(data, key.removeprefix("data."))
         if configured != value:
             raise DataError(f"{key}={configured}, but the latents in {data.latents} have {value}; set {key}={value}")
+    check_presence(data.latents, manifest.shards)
     return manifest
 
 
@@ -85,7 +88,7 @@ def claim(directory: RunDirectory, config: RunConfig, manifest: Manifest) -> Lat
     """Rank 0: check that the config's autoencoder made the latents, then take the run directory."""
     codec = open_codec(config.vae)
     check_same_encoder(codec.identity, EncoderIdentity.from_dict(manifest.encoder), config.data.latents)
-    directory.open_for_training(config)
+    directory.open_for_training()
     return codec
 
 

@@ -9,7 +9,14 @@ def test_alone():
 
 def test_under_torchrun():
     found = placement_from_environment(
-        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "7"}
+        {
+            "RANK": "5",
+            "WORLD_SIZE": "8",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": "n1",
+            "MASTER_PORT": "7",
+        }
     )
     assert found == Placement(5, 8, 1, 4, "n1", 7)
 
@@ -34,7 +41,13 @@ def test_an_interactive_allocation_without_srun_is_one_process():
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],cpu1", "gpu03"), ("a[7,9]", "a7"), ("rack1-n[2-4]-ib", "rack1-n2-ib")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("a[7,9]", "a7"),
+        ("rack1-n[2-4]-ib", "rack1-n2-ib"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host

@@ -55,7 +55,9 @@ INDICES = torch.tensor([0, 1, 2, 30])
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_every_stage_comes_out_at_its_size(num_stages):
     stages = generate(make_model(num_stages), make_plan(num_stages), LABELS, INDICES, SEED)
-    assert [tuple(stage.shape) for stage in stages] == [(4, 4, size, size) for size in make_plan(num_stages).stage_sizes]
+    assert [tuple(stage.shape) for stage in stages] == [
+        (4, 4, size, size) for size in make_plan(num_stages).stage_sizes
+    ]
     assert all(torch.isfinite(stage).all() for stage in stages)
 
 

@@ -1,0 +1,224 @@
+"""`ecar-dist` as a user meets it: what works, and one line with the fix for what does not."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ecar_dist.cli import main
+from ecar_dist.data.manifest import load_manifest, write_manifest
+from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
+from ecar_dist.data.shards import LatentShard
+from ecar_dist.runtime.checkpoint import committed
+from tests.conftest import write_yaml
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail; returns its one line. Training gets a process of its own, as it has in life."""
+    command = [str(argument) for argument in arguments]
+    if command[0] == "train":
+        done = subprocess.run([sys.executable, "-m", "ecar_dist", *command], capture_output=True, text=True)
+        status, said = done.returncode, done.stderr
+    else:
+        capsys.readouterr()
+        status, said = main(command), capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("ecar-dist: ")]
+    assert status == 1, said
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(digits, make_tree, tmp_path_factory):
+    """A finished tiny run: config path and run directory."""
+    folder = tmp_path_factory.mktemp("trained")
+    tree = make_tree(folder)
+    tree["data"].update(train_images=str(digits / "images/train"), heldout_images=str(digits / "images/heldout"))
+    tree["sample"] = {"steps_per_stage": 2, "every_samples": 48}
+    tree["log"]["tensorboard"] = True
+    config = write_yaml(tree, folder)
+    done = subprocess.run([sys.executable, "-m", "ecar_dist", "train", str(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return config, folder / "runs/tiny", done.stdout
+
+
+def test_training_says_what_it_does_and_leaves_the_documented_directory(trained):
+    _, run, out = trained
+    assert "global batch 16 = 4 x 4 x 1 ranks" in out
+    assert "step 6/6" in out
+    assert "left" in out
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "lineage.json",
+        "metrics.jsonl",
+        "tb",
+        "checkpoints",
+    }
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step", "samples_seen", "train/loss", "train/loss_stage0", "train/loss_stage2", "train/grad_norm"} <= set(
+        line
+    )
+    assert {"train/lr", "perf/samples_per_second", "perf/data_wait_fraction", "mem/peak_gib"} <= set(line)
+
+
+def test_tensorboard_holds_the_curve_and_the_stage_strips(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[1] / "tb"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [point.step for point in events.Images("samples/stages")] == [3, 6]
+    logged = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [point.value for point in events.Scalars("train/loss")] == pytest.approx([x["train/loss"] for x in logged])
+
+
+def test_a_finished_run_is_done_when_run_again(trained):
+    config, run, _ = trained
+    before = (run / "metrics.jsonl").read_text()
+    done = subprocess.run([sys.executable, "-m", "ecar_dist", "train", str(config)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "resuming at step 6" in done.stdout
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_sample_from_a_run_and_from_its_export_gives_the_same_pictures(trained, tmp_path):
+    _, run, _ = trained
+    assert main(["checkpoint", "export", str(run), "--out", str(tmp_path / "export")]) == 0
+    for source, out in ((run, "a"), (tmp_path / "export", "b")):
+        options = ["--labels", "3,1", "--count", "6", "--out", str(tmp_path / out), "--seed", "5", "--batch-size", "4"]
+        assert main(["sample", str(source), *options]) == 0
+    names = sorted(path.name for path in (tmp_path / "a/images").iterdir())
+    assert names == [f"{i:06d}-class{(3, 1)[i % 2]}.png" for i in range(6)]
+    for name in ("grid.png", "stages.png", *(f"images/{name}" for name in names)):
+        ours, theirs = (np.asarray(Image.open(tmp_path / out / name)) for out in ("a", "b"))
+        assert np.array_equal(ours, theirs), name
+    assert Image.open(tmp_path / "a/images" / names[0]).size == (32, 32)
+
+
+def test_evaluate_writes_scores(trained, tmp_path):
+    _, run, _ = trained
+    assert main(["evaluate", str(run), "--count", "128", "--out", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["FD-digits"] > scores["FD-digits real-vs-real floor"] > 0
+    assert 0 <= scores["class accuracy"] < 0.9 < scores["class accuracy real heldout"]
+    assert (scores["samples"], scores["heldout"], scores["samples_seen"]) == (128, 359, 96)
+
+
+def test_checkpoint_verbs(trained, capsys):
+    _, run, _ = trained
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert capsys.readouterr().out.count("samples") == 3
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert main(["checkpoint", "inspect", str(run)]) == 0
+    assert '"flow.num_stages": 3' in capsys.readouterr().out
+
+
+def test_check_says_what_a_typo_meant(write_config, capsys):
+    assert "did you mean train.total_samples?" in fails(capsys, "check", write_config(), "train.total_sample=1")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_missing_or_truncated_shard(write_config, tree, digits, tmp_path, capsys, damage):
+    latents = shutil.copytree(digits / "latents", tmp_path / "latents")
+    shard = latents / "000001.tar"
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-512])
+    tree["data"]["latents"] = str(latents)
+    assert "000001.tar" in fails(capsys, "train", write_config())
+    assert not (tmp_path / "runs/tiny/checkpoints").exists() or not committed(tmp_path / "runs/tiny/checkpoints")
+
+
+def test_no_manifest(write_config, tree, tmp_path, capsys):
+    tree["data"]["latents"] = str(tmp_path)
+    assert "make it with `ecar-data finalize" in fails(capsys, "train", write_config())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_latents_of_another_autoencoder(write_config, tree, digits, tmp_path, capsys):
+    latents = shutil.copytree(digits / "latents", tmp_path / "latents")
+    manifest = load_manifest(latents)
+    write_manifest(latents, dataclasses.replace(manifest, encoder={**manifest.encoder, "scaling_factor": 7.0}))
+    tree["data"]["latents"] = str(latents)
+    said = fails(capsys, "train", write_config())
+    assert "scaling_factor=7.0" in said
+    assert "encode them again" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_latents_of_another_shape(write_config, tree, capsys):
+    tree["data"]["latent_channels"] = 4
+    assert "set data.latent_channels=12" in fails(capsys, "train", write_config())
+
+
+def test_a_label_outside_the_range(write_config, tree, digits, tmp_path, capsys):
+    source, folder = load_manifest(digits / "latents"), tmp_path / "latents"
+    folder.mkdir()
+    shard = LatentShard(digits / "latents/000000.tar", source.shards[0], source)
+    labels = shard.labels.copy()
+    labels[17] = 10
+    entry = write_latent_shard(folder, 0, ShardContent(0, np.array(shard.moments), labels), {}, {})
+    write_manifest(folder, dataclasses.replace(source, count=len(labels), shards=[entry]))
+    tree["data"]["latents"] = str(folder)
+    said = fails(capsys, "train", write_config())
+    assert "000000000017" in said
+    assert "10" in said
+    assert not committed(tmp_path / "runs/tiny/checkpoints")
+
+
+def test_an_occupied_directory(write_config, tmp_path, capsys):
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tiny/thesis.tex").write_text("mine")
+    assert "is not empty and holds no run" in fails(capsys, "train", write_config())
+    assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_a_batch_that_does_not_multiply_out(write_config, capsys):
+    said = fails(capsys, "train", write_config(), "batch.global_batch_size=18")
+    assert "use batch.global_batch_size=16 or 20" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("flow.num_stages=2", "flow.num_stages"),
+        ("flow.context.tau=0.5", "flow.context.tau"),
+        ("run.seed=1", "run.seed"),
+    ],
+)
+def test_a_checkpoint_of_another_model(trained, capsys, override, key):
+    config, run, _ = trained
+    before = {path: path.read_bytes() for path in (run / "config.yaml", run / "metrics.jsonl")}
+    said = fails(capsys, "train", config, override)
+    assert key in said
+    assert "choose another run.name" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_sampling_what_is_no_run(tmp_path, capsys):
+    assert "holds no config.yaml" in fails(capsys, "sample", tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_a_class_that_does_not_exist(trained, tmp_path, capsys):
+    said = fails(capsys, "sample", trained[1], "--labels", "3,10", "--out", tmp_path / "out")
+    assert "--labels 10 is outside 0..9" in said
+
+
+def test_sampling_into_an_occupied_folder(trained, tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    assert "is not empty" in fails(capsys, "sample", trained[1], "--out", tmp_path)
+
+
+def test_help_of_every_command(capsys):
+    for command in ([], ["train"], ["sample"], ["evaluate"], ["plan"], ["checkpoint"], ["checkpoint", "export"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--help"])
+        assert caught.value.code == 0
