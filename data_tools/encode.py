@@ -52,7 +52,7 @@ def encode(
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)
     codec = open_codec_by_spec(vae, target, _PRECISIONS[precision])
-    image_decoder = open_decoder(decoder)
+    image_decoder = open_decoder(decoder, "mixed" if decoder == "dali" and target.type == "cuda" else "cpu")
     shape = _moments_shape(codec.identity, image_size)
     plan = settle_plan(
         out,

@@ -202,6 +202,12 @@ def test_a_checkpoint_of_another_model(trained, capsys, override, key):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(write_config, tmp_path, capsys):
+    said = fails(capsys, "train", write_config(), "optim.learning_rate=1e30", "checkpoint.every_samples=1000")
+    assert "is not finite" in said
+    assert not committed(tmp_path / "runs/tiny/checkpoints")
+
+
 def test_sampling_what_is_no_run(tmp_path, capsys):
     assert "holds no config.yaml" in fails(capsys, "sample", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def train(run: Training, progress: Progress) -> Progress:
 
 
 def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress) -> StepResult:
-    """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks if the loss is NaN."""
+    """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks if it is not finite."""
     config, device = run.config, run.world.device
     rate = learning_rate(
         config.optim, progress.samples_seen + config.batch.global_batch_size, config.train.total_samples
@@ -78,18 +79,20 @@ def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress)
         if micro_step == accumulate - 1:
             sums[-1] = float(bool(run.stop))
             run.world.sum(sums)  # every rank knows the loss before any weight moves
-            _refuse_non_finite(sums, progress)
+            _refuse_non_finite("loss", bool(torch.isfinite(sums).all()), progress)
         run.engine.step()
+    _refuse_non_finite("gradient norm", math.isfinite(run.engine.grad_norm), progress)
     *losses, stops = sums.tolist()
     stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
     loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
     return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
 
 
-def _refuse_non_finite(sums: torch.Tensor, progress: Progress) -> None:
-    if not torch.isfinite(sums).all():
+def _refuse_non_finite(what: str, finite: bool, progress: Progress) -> None:
+    """Both are the same on all ranks, so all ranks stop; nothing is saved from this step on."""
+    if not finite:
         raise TrainingError(
-            f"the loss of step {progress.step + 1} (samples from {progress.samples_seen}) is not finite; the last "
+            f"the {what} of step {progress.step + 1} (samples from {progress.samples_seen}) is not finite; the last "
             f"checkpoint is whole: lower optim.learning_rate or set deepspeed.precision=fp32, and run again"
         )
 
