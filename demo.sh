@@ -28,7 +28,7 @@ step() { # step NAME DONE_FILE COMMAND...
 step "image shards" $OUT/images/heldout/manifest.json \
   ecar-data shard digits $OUT/images --holdout 0.2
 step "autoencoder" $OUT/vae/config.json \
-  ecar-data train-vae $OUT/images/train $OUT/vae
+  ecar-data train-vae $OUT/images/train $OUT/vae --latent-channels 2
 step "latent shards" $OUT/latents/000000.json \
   ecar-data encode $OUT/images/train $OUT/latents --vae $OUT/vae --image-size 32
 step "manifest" $OUT/latents/manifest.json \
