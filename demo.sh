@@ -11,6 +11,7 @@ RUN=$OUT/runs/digits
 RANKS=$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')
 STEPS=7
 number=0
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 step() { # step NAME DONE_FILE COMMAND...
   number=$((number + 1))
@@ -34,13 +35,15 @@ step "latent shards" $OUT/latents/000000.json \
 step "manifest" $OUT/latents/manifest.json \
   ecar-data finalize $OUT/latents
 step "training" $RUN/scores.json \
-  torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG
+  env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG
 step "samples" $OUT/samples/stages.png \
   ecar-dist sample $RUN --out $OUT/samples --count 80
 step "scores" $RUN/scores.json \
   ecar-dist evaluate $RUN
 
 cat <<TEXT
+
+$(grep -E '"(FD-|ratio|class accuracy)' $RUN/scores.json)
 
 done in $((SECONDS / 60))m$((SECONDS % 60))s
   pictures     $OUT/samples/grid.png (classes 0-9), $OUT/samples/stages.png (coarse to fine)

@@ -186,6 +186,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.data.atomic import write_json
     from ecar_dist.evaluate.images import read_images, reconstruct
     from ecar_dist.evaluate.score import score
+    from ecar_dist.runtime.metrics import log_scores
+    from ecar_dist.runtime.run_directory import RunDirectory
 
     trained = _open(parsed)
     config = trained.config
@@ -202,9 +204,13 @@ def evaluate(parsed: argparse.Namespace) -> int:
     samples = _drawn_images(trained, parsed, labels)
     scores = score(samples, reconstruct(trained.codec, real, trained.device), real, heldout, source)
     scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
-    scores.update(guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.samples_seen)
+    scores.update(
+        guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen
+    )
     out = parsed.out or parsed.run_or_export / "scores.json"
     write_json(out, scores)
+    if (directory := RunDirectory(parsed.run_or_export)).lineage.exists():
+        log_scores(directory, trained.progress.step, scores)
     print(json.dumps(scores, indent=1))
     print(f"scores written to {out}")
     return 0

@@ -51,6 +51,16 @@ class MetricsWriter:
             file.write("".join(line + "\n" for line in kept).encode())
 
 
+def log_scores(directory: RunDirectory, step: int, scores: dict[str, Any]) -> None:
+    """Put the numbers of an evaluation beside the run's curves, as `eval/...`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory.tensorboard)) as board:
+        for name, value in scores.items():
+            if isinstance(value, float):
+                board.add_scalar(f"eval/{name}", value, step)
+
+
 def _step_of(line: str) -> float:
     """The step of one line; a line cut by a kill counts as later than everything."""
     try:

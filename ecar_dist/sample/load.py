@@ -14,7 +14,7 @@ from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.runtime.checkpoint import FragmentReader, check_identity, newest, read_manifest
+from ecar_dist.runtime.checkpoint import FragmentReader, Progress, check_identity, newest, read_manifest
 from ecar_dist.runtime.export import EXPORT_FACTS, EXPORT_WEIGHTS
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.vae.build import open_codec
@@ -29,7 +29,7 @@ class TrainedModel:
     model: ECAR
     codec: LatentCodec
     device: torch.device
-    samples_seen: int
+    progress: Progress
     source: Path
 
 
@@ -52,7 +52,7 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
             f"{path / 'config.yaml'} to the one that encoded them"
         )
     model = load_weights(config, weights, device)
-    return TrainedModel(config, model, codec, device, facts["progress"]["samples_seen"], source)
+    return TrainedModel(config, model, codec, device, Progress(**facts["progress"]), source)
 
 
 def load_weights(config: RunConfig, weights: dict[str, torch.Tensor], device: torch.device) -> ECAR:
