@@ -1,8 +1,10 @@
 """`ecar-dist` as a user meets it: what works, and one line with the fix for what does not."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -85,6 +87,16 @@ def test_a_finished_run_is_done_when_run_again(trained):
     assert done.returncode == 0
     assert "resuming at step 6" in done.stdout
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_one_process_needs_no_port(write_config):
+    """Two single-process runs on one machine must not meet on the default port."""
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it: just as well
+            taken.bind(("127.0.0.1", 29500))
+            taken.listen()
+        command = [sys.executable, "-m", "ecar_dist", "train", str(write_config()), "train.total_samples=16"]
+        assert subprocess.run(command, capture_output=True).returncode == 0
 
 
 def test_sample_from_a_run_and_from_its_export_gives_the_same_pictures(trained, tmp_path):

@@ -139,8 +139,13 @@ def start_world(environment: Mapping[str, str] | None = None) -> World:
         MASTER_PORT=str(placement.master_port),
     )
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=placement.rank, world_size=placement.size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore() if placement.size == 1 else None,  # alone, no port is opened that could be taken
+            rank=placement.rank,
+            world_size=placement.size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
     return World(placement, device)
 
 
