@@ -7,6 +7,7 @@ checkpoint (EX_TEMPFAIL: run the same command again).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.config import config_to_yaml, load_config
-from ecar_dist.errors import ConfigError, EcarError
+from ecar_dist.errors import CheckpointError, ConfigError, DataError, EcarError
 
 if TYPE_CHECKING:
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
 
 EX_TEMPFAIL = 75
+EX_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it: the command may not have done its work
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EX_BROKEN_PIPE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,24 +59,24 @@ def _parser() -> argparse.ArgumentParser:
         with_config.add_argument("config", help="YAML file of the run")
         with_config.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
         if name == "plan":
-            with_config.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
+            with_config.add_argument("--world-size", type=_positive, default=8, help="ranks (default 8)")
             with_config.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
 
     drawing = command("sample", sample, "draw images with the EMA weights of a run or an export")
     drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all)")
-    drawing.add_argument("--count", type=int, help="images in all, over the labels in turn (default: 8 of each)")
+    drawing.add_argument("--count", type=_positive, help="images in all, over the labels in turn (default: 8 of each)")
     drawing.add_argument("--out", required=True, type=Path, help="folder for grid.png, stages.png and images/")
 
     scoring = command("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
     scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
-    scoring.add_argument("--count", type=int, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument("--count", type=_positive, help="samples to draw (default: as many as there are train images)")
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
     for sampling in (drawing, scoring):
         sampling.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
         sampling.add_argument("--seed", type=int, default=0)
         sampling.add_argument("--guidance-scale", type=float, help="default: sample.guidance_scale of the run")
-        sampling.add_argument("--batch-size", type=int, default=64)
+        sampling.add_argument("--batch-size", type=_positive, default=64)
 
     checkpoint = commands.add_parser("checkpoint", help="list, inspect, verify or export a run's checkpoints")
     verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
@@ -90,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             verb.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
     return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def check(parsed: argparse.Namespace) -> int:
@@ -123,7 +131,7 @@ def train(parsed: argparse.Namespace) -> int:
     try:
         config = load_config(parsed.config, parsed.overrides)
     except ConfigError:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same file; one says so
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # all ranks read this file; one says so
             raise
         return 1
     from ecar_dist.plan.flops import FLOPS_PER_MAC
@@ -137,10 +145,8 @@ def train(parsed: argparse.Namespace) -> int:
     try:
         flops = FLOPS_PER_MAC * training_macs(config)
         run, progress = start_training(config, world, training_flops_per_sample=flops, preview_factory=make_preview)
-        with run.loader:
+        with run.loader, contextlib.closing(run.writer) if run.writer else contextlib.nullcontext():
             end = run_training(run, progress)
-        if run.writer:
-            run.writer.close()
         finished = end.samples_seen >= config.train.total_samples
         if world.is_first:
             print(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
@@ -153,12 +159,12 @@ def train(parsed: argparse.Namespace) -> int:
 def sample(parsed: argparse.Namespace) -> int:
     from PIL import Image
 
-    from ecar_dist.sample.pictures import decode_stages, enlarge, labelled_grid
+    from ecar_dist.sample.pictures import decode_stages, labelled_grid
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
 
-    trained = _open(parsed)
     if parsed.out.exists() and any(parsed.out.iterdir()):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
+    trained = _open(parsed)
     classes = _labels(parsed.labels, trained.config.data.num_classes)
     count = parsed.count or 8 * len(classes)
     labels = [classes[i % len(classes)] for i in range(count)]
@@ -177,7 +183,6 @@ def sample(parsed: argparse.Namespace) -> int:
     grid = labelled_grid([columns[label] for label in classes if columns[label]], [str(c) for c in classes], scale)
     Image.fromarray(grid).save(parsed.out / "grid.png")
     Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")
-    Image.fromarray(enlarge(columns[labels[0]][0], scale)).save(parsed.out / "first.png")
     print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
     return 0
 
@@ -200,6 +205,11 @@ def evaluate(parsed: argparse.Namespace) -> int:
             raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
     size = config.data.latent_size * trained.codec.identity.downsample
     (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
+    if real.labels.max() >= config.data.num_classes:
+        raise DataError(
+            f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
+            f"{config.data.num_classes - 1}; give images of its classes"
+        )
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
     samples = _drawn_images(trained, parsed, labels)
     scores = score(samples, reconstruct(trained.codec, real, trained.device), real, heldout, source)
@@ -208,19 +218,19 @@ def evaluate(parsed: argparse.Namespace) -> int:
         guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen
     )
     out = parsed.out or parsed.run_or_export / "scores.json"
+    print(json.dumps(scores, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, scores)
     if (directory := RunDirectory(parsed.run_or_export)).lineage.exists():
         log_scores(directory, trained.progress.step, scores)
-    print(json.dumps(scores, indent=1))
     print(f"scores written to {out}")
     return 0
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint import committed, read_manifest
-    from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.runtime.checkpoint import read_manifest
 
-    for path in committed(RunDirectory(parsed.run_directory).checkpoints):
+    for path in _committed(parsed.run_directory):
         manifest = read_manifest(path)
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
         print(
@@ -238,13 +248,30 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint import committed, verify
+    from ecar_dist.runtime.checkpoint import verify
+
+    damaged = 0
+    for path in _committed(parsed.run_directory):
+        try:
+            verify(path)
+            print(f"{path}  whole")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"ecar-dist: {error}", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def _committed(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, newest first. Raises ConfigError or CheckpointError where there are none."""
+    from ecar_dist.runtime.checkpoint import committed
     from ecar_dist.runtime.run_directory import RunDirectory
 
-    for path in committed(RunDirectory(parsed.run_directory).checkpoints):
-        verify(path)
-        print(f"{path}  whole")
-    return 0
+    directory = RunDirectory(run)
+    directory.load_config()
+    found = committed(directory.checkpoints)
+    if not found:
+        raise CheckpointError(f"{directory.checkpoints} holds no checkpoint; train first, or wait for the first save")
+    return found
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:
@@ -282,8 +309,7 @@ def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) 
 
     from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
 
-    bf16 = trained.device.type == "cuda"
-    settings = SamplingPlan.from_config(trained.config, bf16=bf16, guidance_scale=parsed.guidance_scale)
+    settings = SamplingPlan.from_config(trained.config, trained.device, guidance_scale=parsed.guidance_scale)
     wanted = torch.tensor(labels, device=trained.device)
     with tqdm(total=len(labels), unit="image", desc="sampling", mininterval=2) as bar:
         for stages in generate_in_batches(trained.model, settings, wanted, parsed.seed, parsed.batch_size):

@@ -46,7 +46,7 @@ class ContextSection(Section):
     mode: Literal["noisy_state", "gamma_relaxed", "class_only"] = Field(
         "noisy_state", description="what the AR transformer sees of the coarser stages"
     )
-    tau: float = Field(0.3, ge=0, description="std of fresh noise added to the fed-back state")
+    tau: float = Field(0.3, ge=0, allow_inf_nan=False, description="std of fresh noise added to the fed-back state")
     allow_unsafe: bool = Field(False, description="accept the degenerate setting (negative control only)")
 
 
@@ -59,11 +59,11 @@ class FlowSection(Section):
 
     @property
     def resolved_ends(self) -> tuple[float, ...]:
-        return self.ends or tuple((k + 1) / self.num_stages for k in range(self.num_stages))
+        return tuple((k + 1) / self.num_stages for k in range(self.num_stages)) if self.ends is None else self.ends
 
     @property
     def resolved_stage_weights(self) -> tuple[float, ...]:
-        return self.stage_weights or (1.0 / self.num_stages,) * self.num_stages
+        return (1.0 / self.num_stages,) * self.num_stages if self.stage_weights is None else self.stage_weights
 
     @model_validator(mode="after")
     def _check(self) -> FlowSection:
@@ -74,8 +74,9 @@ class FlowSection(Section):
             raise ValueError(
                 f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
             )
-        if len(self.resolved_stage_weights) != K or min(self.resolved_stage_weights) < 0:
-            raise ValueError(f"flow.stage_weights must be {K} numbers >= 0; null gives 1/K each")
+        weights = self.resolved_stage_weights
+        if len(weights) != K or min(weights) < 0 or not 0 < sum(weights) < math.inf:  # a NaN compares false
+            raise ValueError(f"flow.stage_weights must be {K} numbers >= 0, not all 0; null gives 1/K each")
         if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
             raise ValueError(f"flow.gamma={gamma} is outside [-1/3, 0); -0.3333333333333333 is the least renoising")
         if K > 1 and not context.allow_unsafe:
@@ -100,7 +101,7 @@ class FlowSection(Section):
 class VaeSection(Section):
     kind: Literal["kl", "dct"] = Field("kl", description="kl: diffusers AutoencoderKL; dct: weight-free block DCT")
     path: str | None = Field(None, description="local folder or hub name of the autoencoder (kl only)")
-    downsample: int = Field(8, description="image pixels per latent pixel side")
+    downsample: int = Field(8, ge=1, description="image pixels per latent pixel side")
 
     @model_validator(mode="after")
     def _check(self) -> VaeSection:
@@ -137,6 +138,17 @@ class OptimSection(Section):
     cooldown_samples: int = Field(0, ge=0, description="samples of the final linear decay (schedule=cooldown)")
     final_learning_rate: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimSection:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must both lie in [0, 1); [0.9, 0.95] is the default")
+        if (self.schedule == "cooldown") != (self.cooldown_samples > 0):
+            raise ValueError(
+                f"optim.schedule={self.schedule} with cooldown_samples={self.cooldown_samples}: cooldown_samples > 0 "
+                "and schedule=cooldown go together; change one of the two"
+            )
+        return self
+
 
 class EmaSection(Section):
     half_life_samples: int = Field(1_000_000, ge=1, description="samples after which a weight's share has halved")
@@ -156,6 +168,11 @@ class DeepSpeedSection(Section):
         if derived:
             raise ValueError(
                 f"deepspeed.raw.{sorted(derived)[0]} is derived from batch.*; set it there, remove it here"
+            )
+        zero, bf16 = (self.raw.get(name) for name in ("zero_optimization", "bf16"))
+        if "stage" in (zero or {}) or "enabled" in (bf16 or {}):
+            raise ValueError(
+                "deepspeed.raw sets the ZeRO stage or bf16; use deepspeed.zero_stage and precision instead"
             )
         if self.offload_params and self.zero_stage != 3:
             raise ValueError(f"deepspeed.offload_params needs zero_stage=3, got {self.zero_stage}")
@@ -236,6 +253,12 @@ class RunConfig(Section):
             "flow.context.tau": self.flow.context.tau,
         }
 
+    def precision_on(self, device_type: str) -> Literal["fp32", "bf16"]:
+        """`auto` is bf16 on an accelerator and fp32 on CPU."""
+        if self.deepspeed.precision == "auto":
+            return "fp32" if device_type == "cpu" else "bf16"
+        return self.deepspeed.precision
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
         total, micro = self.batch.global_batch_size, self.batch.micro_batch_size
@@ -274,6 +297,8 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no name", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)
@@ -289,20 +314,25 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=c` overrides. Raises ConfigError, one line, for whatever is wrong."""
     try:
-        tree = yaml.load(Path(path).read_text(), Loader=_StrictLoader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file; give the path of a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}; mend that line"
-        ) from None
+        raise ConfigError(f"{path}{where} is not valid YAML: {_problem(error)}; mend that line") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (run:, data:, train:, ...), got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, on one line: not every YAML error has a `problem`."""
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def config_from_dict(tree: dict[str, Any]) -> RunConfig:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ecar_dist.cli import main
 from ecar_dist.config import config_from_dict, config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.models.presets import PRESETS
@@ -135,3 +136,89 @@ def test_check_and_plan_import_neither_torch_nor_deepspeed(path):
 
 def test_yaml_is_loaded_safely(path):
     assert yaml.safe_load(config_to_yaml(load_config(path)))["run"]["name"] == "a"
+
+
+RELAXED = "flow.context.mode=gamma_relaxed"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [RELAXED, "flow.gamma=-0.2"],  # tau is still 0.3
+        [RELAXED, "flow.context.tau=0"],  # gamma is still -1/3
+        ["flow.stage_weights=[1, -1, 1]"],
+        ["deepspeed.offload_params=true"],
+    ],
+)
+def test_what_goes_only_together(path, overrides):
+    with pytest.raises(ConfigError):
+        load_config(path, overrides)
+
+
+def test_the_last_override_wins(path):
+    assert load_config(path, ["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_a_key_given_twice_is_named(path):
+    path.write_text(path.read_text() + "optim: {weight_decay: 0}\n")
+    with pytest.raises(ConfigError, match=r"line 6 .*'optim' is given twice"):
+        load_config(path)
+
+
+def test_the_last_batch_counts_as_a_step(path):
+    assert load_config(path, ["train.total_samples=257"]).total_steps == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.preset=S",
+        "model.patch_size=1",
+        "data.num_classes=11",
+        "data.latent_channels=5",
+        "data.latent_size=64",
+        "flow.num_stages=2",
+        "flow.ends=[0.2, 0.5, 1.0]",
+        "flow.gamma=-0.2",
+        "flow.context.mode=class_only",
+        "flow.context.tau=0.4",
+    ],
+)
+def test_what_the_weights_mean_is_in_the_identity(path, override):
+    key = override.partition("=")[0]
+    assert load_config(path).model_identity[key] != load_config(path, [override]).model_identity[key]
+
+
+@pytest.mark.parametrize("content", [b"run: {name: a\x07}\n", b"\xff\xfe\x00bad", b"run: {[1, 2]: 3}\n"])
+def test_bytes_that_are_no_config(tmp_path, content):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "inspect"])
+def test_what_is_no_run_has_no_checkpoints_to_praise(tmp_path, capsys, verb):
+    assert main(["checkpoint", verb, str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("ecar-dist: ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "flow.ends=[]",
+        "flow.stage_weights=[]",
+        "flow.stage_weights=[.nan, 1, 1]",
+        "flow.stage_weights=[0, 0, 0]",
+        "flow.context.tau=.inf",
+        "optim.betas=[2, 3]",
+        "vae.downsample=0",
+        "optim.schedule=cooldown",
+        "optim.cooldown_samples=100",
+        "deepspeed.raw={zero_optimization: {stage: 3}}",
+        "deepspeed.raw={bf16: {enabled: true}}",
+    ],
+)
+def test_values_that_would_be_ignored_or_make_no_sense(path, override):
+    with pytest.raises(ConfigError):
+        load_config(path, [override])

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 def band_variances(images: torch.Tensor) -> dict[str, float]:
     """Variance over the set of each octave of images [N, C, H, W], by block side.
 
-    `8px` is the mean over 8x8 blocks less the mean over 16x16 blocks, and so on; the coarsest band is the mean of the
-    whole image. They add up to the total variance.
+    `8px` is the mean over 8x8 blocks less the mean over 16x16 blocks, and so on; the coarsest band is what no longer
+    halves (the mean of the whole image for a power of two). They add up to the total variance.
     """
     bands: dict[str, float] = {}
     current, side = images.double(), 1

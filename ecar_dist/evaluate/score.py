@@ -46,7 +46,8 @@ def score(
         f"FD-{source}": distance["samples"],
         f"FD-{source} real-vs-real floor": distance["train"],
         f"FD-{source} reconstructions": distance["reconstructions"],
-        "ratio to floor": distance["samples"] / distance["train"],
+        # A Frechet distance depends on the number of samples: no ratio where they differ.
+        "ratio to floor": distance["samples"] / distance["train"] if len(samples.labels) == len(train.labels) else None,
         "class accuracy": accuracy["samples"],
         "class accuracy real heldout": accuracy["heldout"],
         "class accuracy reconstructions": accuracy["reconstructions"],

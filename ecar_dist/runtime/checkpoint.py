@@ -16,13 +16,14 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ecar_dist.data.atomic import sync_to_disk
@@ -31,9 +32,9 @@ from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
 from ecar_dist.runtime.world import World
 
-KINDS = ("master", *ADAM_MOMENTS, "ema")
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
 SCHEMA = "ecar-checkpoint-v1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,16 @@ class CheckpointStore:
         final = self.folder / f"step-{progress.step:08d}"
         attempt = self._world.broadcast(uuid.uuid4().hex[:8])
         temporary = self.folder / f"tmp-{final.name}-{attempt}"
-        temporary.mkdir(parents=True, exist_ok=True)
-        entry, error = None, None
         try:
-            entry = self._write_share(temporary, engine, ema)
-        except (OSError, RuntimeError) as failure:
-            error = CheckpointError(
-                f"cannot write {temporary}: {failure}; free space there, the last checkpoint is whole"
+            entry = self._world.together(lambda: _writing(temporary, lambda: self._write_share(temporary, engine, ema)))
+            entries = self._world.gather(entry)
+            self._world.on_first_rank(
+                lambda: _writing(temporary, lambda: self._commit(temporary, final, progress, engine, entries))
             )
-        self._agree_or_remove(error, temporary)
-        entries = self._world.gather(entry)
-        if self._world.is_first:
-            self._commit(temporary, final, progress, engine, [entry for entry in entries if entry])
-            self._prune()
-        self._world.barrier()
+        except Exception:
+            if self._world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return final
 
     def restore(self, engine: Engine, ema: ShardedEma) -> Progress | None:
@@ -93,43 +90,37 @@ class CheckpointStore:
         return None
 
     def _load(self, path: Path, engine: Engine, ema: ShardedEma) -> Progress:
+        progress = self._world.together(lambda: self._read_share(path, engine, ema))
+        engine.set_optimizer_step(progress.step)
+        engine.publish_master_weights()
+        return progress
+
+    def _read_share(self, path: Path, engine: Engine, ema: ShardedEma) -> Progress:
         manifest = read_manifest(path)
         check_identity(path, manifest["identity"], self._identity)
         reader = FragmentReader(path)
-        targets = dict(zip(KINDS, (engine.partitions, *map(engine.moments, ADAM_MOMENTS), ema.partitions), strict=True))
+        targets = _by_kind(engine, ema)
         with torch.no_grad():
             for fragment in engine.fragments:
                 for kind, partitions in targets.items():
                     value = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                     fragment.of(partitions).copy_(value)
-        progress = Progress(**manifest["progress"])
-        engine.set_optimizer_step(progress.step)
-        engine.publish_master_weights()
-        return progress
+        return Progress(**manifest["progress"])
 
     def _write_share(self, folder: Path, engine: Engine, ema: ShardedEma) -> dict[str, Any]:
         rank, size = self._world.rank, self._world.size
-        partitions = dict(
-            zip(KINDS, (engine.partitions, *map(engine.moments, ADAM_MOMENTS), ema.partitions), strict=True)
-        )
+        partitions = _by_kind(engine, ema)
         owned = engine.fragments[rank::size] if engine.replicated else engine.fragments
         tensors = {
             f"{kind}:{fragment.name}:{fragment.start}": fragment.of(flat).detach().cpu().clone()
             for fragment in owned
             for kind, flat in partitions.items()
         }
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"state-{rank:05d}-of-{size:05d}.safetensors"
         save_file(tensors, path)
         sync_to_disk(path)
         return {"name": path.name, "bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-
-    def _agree_or_remove(self, error: Exception | None, temporary: Path) -> None:
-        try:
-            self._world.agree(error)
-        except Exception:
-            if self._world.is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
     def _commit(
         self, temporary: Path, final: Path, progress: Progress, engine: Engine, files: list[dict[str, Any]]
@@ -148,17 +139,20 @@ class CheckpointStore:
             (temporary / name).write_text(content)
             sync_to_disk(temporary / name)
         sync_to_disk(temporary)
-        if final.exists():  # the same step, from an attempt that this one has gone back behind
-            shutil.rmtree(final)
+        if final.exists():
+            _remove(final)  # the same step, from an attempt that this one has gone back behind
         os.rename(temporary, final)
         sync_to_disk(self.folder)
+        self._prune(final)
 
-    def _prune(self) -> None:
-        for path in committed(self.folder)[self._keep :]:
-            (path / MARKER).unlink()  # from here on it does not exist for a reader
-            shutil.rmtree(path)
-        for leftover in self.folder.glob("tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _prune(self, newest_whole: Path) -> None:
+        """Keep the newest; what lies after them was damaged, or this attempt would have begun there."""
+        found = committed(self.folder)
+        at = found.index(newest_whole)
+        keep = found[at : at + self._keep]
+        for path in [*self.folder.glob("step-*"), *self.folder.glob("tmp-*")]:
+            if path not in keep:
+                _remove(path)
 
 
 class FragmentReader:
@@ -166,8 +160,9 @@ class FragmentReader:
 
     def __init__(self, path: Path) -> None:
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        self.shapes = {name: tuple(shape) for name, shape in read_manifest(path)["shapes"].items()}
-        for entry in read_manifest(path)["files"]:
+        manifest = read_manifest(path)
+        self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        for entry in manifest["files"]:
             handle = safe_open(path / entry["name"], framework="pt")
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 kind, name, start = key.split(":")
@@ -193,6 +188,12 @@ class FragmentReader:
         """A whole parameter in its own shape."""
         shape = torch.Size(self.shapes[name])
         return self.read(kind, name, 0, shape.numel()).view(shape)
+
+
+def _by_kind(engine: Engine, ema: ShardedEma) -> dict[str, list[torch.Tensor]]:
+    """What a checkpoint holds: lists of flat tensors of one layout."""
+    moments = {name: engine.moments(name) for name in ADAM_MOMENTS}
+    return {"master": engine.partitions, **moments, "ema": ema.partitions}
 
 
 def committed(folder: Path) -> list[Path]:
@@ -231,6 +232,22 @@ def check_identity(where: Path, found: dict[str, Any], expected: dict[str, Any])
             )
 
 
+def _writing(where: Path, write: Callable[[], T]) -> T:
+    """Run `write`; what it cannot write is an error that the user can mend. safetensors has an error of its own."""
+    try:
+        return write()
+    except (OSError, RuntimeError, SafetensorError) as failure:
+        raise CheckpointError(
+            f"cannot write {where}: {failure}; free space there, then run again: it goes on from the one before"
+        ) from failure
+
+
+def _remove(path: Path) -> None:
+    """The marker goes first: from then on the checkpoint does not exist for a reader."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def hash_file(path: Path) -> str:
     """xxh3_128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
@@ -243,8 +260,8 @@ def hash_file(path: Path) -> str:
 def _first_problem(path: Path, rank: int, size: int) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files, or None."""
     try:
-        text = (path / MANIFEST).read_text()
-        if xxhash.xxh3_128_hexdigest(text.encode()) != (path / MARKER).read_text():
+        text = (path / MANIFEST).read_bytes()
+        if xxhash.xxh3_128_hexdigest(text).encode() != (path / MARKER).read_bytes():
             return f"{MANIFEST} does not match {MARKER}"
         for entry in json.loads(text)["files"][rank::size]:
             file = path / entry["name"]

@@ -13,7 +13,7 @@ import torch
 
 from ecar_dist import __version__
 from ecar_dist.config import RunConfig, config_to_yaml, load_config
-from ecar_dist.data.atomic import atomic_write, write_json
+from ecar_dist.data.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 from ecar_dist.errors import ConfigError
 
 
@@ -31,13 +31,14 @@ class RunDirectory:
 
         Raises ConfigError where the directory holds something that is not a run.
         """
-        if self.path.exists() and any(self.path.iterdir()) and not self.lineage.exists():
+        if not self.lineage.exists() and any(not path.name.endswith(TEMPORARY_SUFFIX) for path in self.path.glob("*")):
             raise ConfigError(
                 f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
             )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.lineage, self.attempts())  # first: a start that is cut short here may be made again
         for folder in (self.samples, self.logs, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.lineage, self.attempts())
+            folder.mkdir(exist_ok=True)
 
     def attempts(self) -> list[dict[str, Any]]:
         return json.loads(self.lineage.read_text()) if self.lineage.exists() else []

@@ -33,7 +33,8 @@ class SamplingPlan:
     bf16: bool
 
     @staticmethod
-    def from_config(config: RunConfig, *, bf16: bool, guidance_scale: float | None = None) -> SamplingPlan:
+    def from_config(config: RunConfig, device: torch.device, *, guidance_scale: float | None = None) -> SamplingPlan:
+        """The plan of `config.sample`, in the run's precision; `guidance_scale` overrides."""
         sample = config.sample
         return SamplingPlan(
             schedule=StageSchedule(config.flow.resolved_ends, config.flow.gamma),
@@ -45,7 +46,7 @@ class SamplingPlan:
             steps_per_stage=sample.steps_per_stage,
             guidance_scale=sample.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_ramp=sample.guidance_ramp,
-            bf16=bf16,
+            bf16=config.precision_on(device.type) == "bf16",
         )
 
 

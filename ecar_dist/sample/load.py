@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ecar_dist.config import RunConfig, load_config
@@ -37,7 +38,7 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
     """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is not, or not whole."""
     if (path / EXPORT_FACTS).exists():
         source, facts = path, json.loads((path / EXPORT_FACTS).read_text())
-        config, weights = load_config(path / "config.yaml"), load_file(path / EXPORT_WEIGHTS)
+        config, weights = load_config(path / "config.yaml"), _read_export(path / EXPORT_WEIGHTS)
     else:
         config = RunDirectory(path).load_config()
         source = newest(RunDirectory(path).checkpoints)
@@ -53,6 +54,13 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
         )
     model = load_weights(config, weights, device)
     return TrainedModel(config, model, codec, device, Progress(**facts["progress"]), source)
+
+
+def _read_export(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); export the run again") from None
 
 
 def load_weights(config: RunConfig, weights: dict[str, torch.Tensor], device: torch.device) -> ECAR:

@@ -21,7 +21,7 @@ def make_preview(
     config: RunConfig, codec: LatentCodec, device: torch.device
 ) -> Callable[[dict[str, torch.Tensor]], np.ndarray]:
     """A function from full weights to the strip: one row per stage, one column per sample; always the same noise."""
-    plan = SamplingPlan.from_config(config, bf16=device.type == "cuda")
+    plan = SamplingPlan.from_config(config, device)
     indices = torch.arange(PREVIEW_SAMPLES, device=device)
 
     def preview(weights: dict[str, torch.Tensor]) -> np.ndarray:

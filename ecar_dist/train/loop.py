@@ -52,7 +52,7 @@ def train(run: Training, progress: Progress) -> Progress:
         stopped = result.stop
         if progress.step % config.log.every_steps == 0:
             log(run, progress, result)
-        if crossed(config.sample.every_samples, progress.samples_seen, batch):
+        if config.log.tensorboard and crossed(config.sample.every_samples, progress.samples_seen, batch):
             draw_preview(run, progress)
         if crossed(config.checkpoint.every_samples, progress.samples_seen, batch):
             run.store.save(progress, run.engine, run.ema)
@@ -79,22 +79,23 @@ def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress)
         if micro_step == accumulate - 1:
             sums[-1] = float(bool(run.stop))
             run.world.sum(sums)  # every rank knows the loss before any weight moves
-            _refuse_non_finite("loss", bool(torch.isfinite(sums).all()), progress)
+            _refuse_non_finite(run.world, "loss", bool(torch.isfinite(sums).all()), progress)
         run.engine.step()
-    _refuse_non_finite("gradient norm", math.isfinite(run.engine.grad_norm), progress)
+    _refuse_non_finite(run.world, "gradient norm", math.isfinite(run.engine.grad_norm), progress)
     *losses, stops = sums.tolist()
     stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
     loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
     return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
 
 
-def _refuse_non_finite(what: str, finite: bool, progress: Progress) -> None:
-    """Both are the same on all ranks, so all ranks stop; nothing is saved from this step on."""
+def _refuse_non_finite(world: World, what: str, finite: bool, progress: Progress) -> None:
+    """Both numbers are the same on all ranks, so all stop here, and nothing is saved from this step on."""
     if not finite:
-        raise TrainingError(
+        error = TrainingError(
             f"the {what} of step {progress.step + 1} (samples from {progress.samples_seen}) is not finite; the last "
             f"checkpoint is whole: lower optim.learning_rate or set deepspeed.precision=fp32, and run again"
         )
+        world.agree(error)
 
 
 def log(run: Training, progress: Progress, result: StepResult) -> None:

@@ -37,11 +37,12 @@ def start_training(
 ) -> tuple[Training, Progress]:
     """Everything `train` needs, and the progress to go on from. Raises EcarError, on all ranks, before any step."""
     stop = StopRequest()
-    config.grad_accum_steps(world.size)
+    world.together(lambda: config.grad_accum_steps(world.size))
     directory = RunDirectory(config.run_directory)
     manifest = world.together(lambda: check_data(config))
     codec = world.on_first_rank(lambda: claim(directory, config, manifest))
-    precision = resolve_precision(config, world.device)
+    precision = config.precision_on(world.device.type)
+    world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, manifest, world, precision)
     ema = ShardedEma(engine.partitions, config.ema.half_life_samples, config.ema.rampup)
     store = CheckpointStore(directory.checkpoints, world, config.checkpoint.keep, run_identity(config, manifest))
@@ -50,20 +51,28 @@ def start_training(
     loader = world.together(lambda: open_loader(config, world, progress))
     telemetry = Telemetry(world.device, world.size, training_flops_per_sample)
     run = Training(config, world, engine, ema, store, loader, telemetry, stop)
-    if world.is_first:
-        directory.record_attempt(
-            config,
-            world_size=world.size,
-            zero_stage=config.deepspeed.zero_stage,
-            precision=precision,
-            device=world.device.type,
-            dataset_id=manifest.dataset_id,
-            resumed_from_step=progress.step if restored else None,
-        )
-        run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
-        run.preview = preview_factory(config, codec, world.device) if codec and config.sample.every_samples else None
-        print("\n".join(opening_lines(config, world, manifest, engine, precision, progress)), flush=True)
+    world.on_first_rank(lambda: begin_record(run, directory, manifest, precision, restored))
+    if codec and config.sample.every_samples and config.log.tensorboard:
+        run.preview = preview_factory(config, codec, world.device)
     return run, progress
+
+
+def begin_record(
+    run: Training, directory: RunDirectory, manifest: Manifest, precision: str, restored: Progress | None
+) -> None:
+    """Rank 0: from here on the attempt is on record."""
+    config, world, progress = run.config, run.world, restored or Progress()
+    directory.record_attempt(
+        config,
+        world_size=world.size,
+        zero_stage=config.deepspeed.zero_stage,
+        precision=precision,
+        device=world.device.type,
+        dataset_id=manifest.dataset_id,
+        resumed_from_step=restored and restored.step,
+    )
+    run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
+    print("\n".join(opening_lines(config, world, manifest, run.engine, precision, progress)), flush=True)
 
 
 def check_data(config: RunConfig) -> Manifest:
@@ -92,14 +101,6 @@ def claim(directory: RunDirectory, config: RunConfig, manifest: Manifest) -> Lat
     return codec
 
 
-def resolve_precision(config: RunConfig, device: torch.device) -> str:
-    """`auto` is bf16 on an accelerator and fp32 on CPU."""
-    wanted = config.deepspeed.precision
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
 def open_loader(config: RunConfig, world: World, progress: Progress) -> LatentLoader:
     return LatentLoader(
         config.data.latents,
@@ -113,13 +114,17 @@ def open_loader(config: RunConfig, world: World, progress: Progress) -> LatentLo
     )
 
 
-def build_engine(config: RunConfig, manifest: Manifest, world: World, precision: str) -> Engine:
-    """The model, from the run's seed alone, the objective around it, and DeepSpeed around both."""
+def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
+    """Raises ConfigError where DeepSpeed would add up micro-batches in bf16."""
     if config.deepspeed.zero_stage == 0 and precision == "bf16" and config.grad_accum_steps(world.size) > 1:
         raise ConfigError(
             "deepspeed.zero_stage=0 with bf16 sums gradients over micro-batches in bf16; "
             "use deepspeed.zero_stage=1, or precision=fp32, or one micro-batch per rank and step"
         )
+
+
+def build_engine(config: RunConfig, manifest: Manifest, world: World, precision: str) -> Engine:
+    """The model, from the run's seed alone, the objective around it, and DeepSpeed around both."""
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
     torch.manual_seed(config.run.seed)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))

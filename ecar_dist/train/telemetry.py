@@ -37,7 +37,8 @@ class Telemetry:
         """The values of this step by TensorBoard tag. `waited`: seconds waited for data since the start of the run."""
         now = time.monotonic()
         elapsed = max(1e-9, now - self._since)
-        rate = (samples_seen - self._samples) / elapsed if self._samples else float("nan")
+        # The first interval holds the start-up: its rate says nothing.
+        rate = (samples_seen - self._samples) / elapsed if self._samples else None
         values = {
             "train/loss": result.loss,
             **{f"train/loss_stage{k}": loss for k, loss in enumerate(result.stage_losses)},
@@ -46,7 +47,7 @@ class Telemetry:
             "perf/data_wait_fraction": min(1.0, (waited - self._waited) / elapsed),
             "mem/peak_gib": self._peak_memory(),
         }
-        if rate == rate:
+        if rate is not None:
             values["perf/samples_per_second"] = rate
             if self._peak:
                 values["perf/mfu"] = rate * self._flops_per_sample / self._peak

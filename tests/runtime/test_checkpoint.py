@@ -1,12 +1,18 @@
 """What is on disk: whole or not there, proven before use, and refused when it is another run's."""
 
 import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ecar_dist.errors import CheckpointError
+from ecar_dist.runtime import checkpoint as module
 from ecar_dist.runtime.checkpoint import (
     MANIFEST,
     MARKER,
@@ -19,6 +25,7 @@ from ecar_dist.runtime.checkpoint import (
 )
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
+from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.world import Placement, World
 
 SHAPES = {"a": (4, 6), "b": (10,), "c": (3,)}
@@ -218,3 +225,145 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     names = sorted(path.name for path in (tmp_path / "step-00000004").iterdir())
     assert names == [MARKER, MANIFEST, "state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
     assert set(load_file(tmp_path / "step-00000004" / names[2])) >= {"master:a:0", "exp_avg:a:0", "ema:a:0"}
+
+
+def test_the_marker_is_written_last_and_the_name_given_after_it(tmp_path, monkeypatch):
+    order, sync, rename = [], module.sync_to_disk, os.rename
+    monkeypatch.setattr(module, "sync_to_disk", lambda path: (order.append(path.name), sync(path)))
+    monkeypatch.setattr(module.os, "rename", lambda old, new: (order.append("rename"), rename(old, new)))
+    save_on(tmp_path, 1, seed=1, step=4)
+    assert order[:3] == ["state-00000-of-00001.safetensors", MANIFEST, MARKER]
+    assert order[3].startswith("tmp-step-00000004")
+    assert order[4:] == ["rename", tmp_path.name]
+
+
+def test_damage_seen_by_another_rank_alone_is_damage(tmp_path, monkeypatch):
+    save_on(tmp_path, 1, seed=1, step=4)
+    save_on(tmp_path, 1, seed=2, step=8)
+    gather, calls = OneOf.gather, []
+
+    def first_time_rank_1_objects(self, value):
+        calls.append(value)
+        return [None, "state-00001 is bad"] if len(calls) == 1 else gather(self, value)
+
+    monkeypatch.setattr(OneOf, "gather", first_time_rank_1_objects)
+    assert restore_on(tmp_path, 0, 1)[0].step == 4
+
+
+def test_a_checkpoint_that_fixes_more_than_this_run_knows_is_refused(tmp_path):
+    save_on(tmp_path, 1, seed=1, step=4, identity={"flow.num_stages": 3, "flow.twist": 1})
+    with pytest.raises(CheckpointError, match=r"flow\.twist=1, this run has flow\.twist=None"):
+        restore_on(tmp_path, 0, 1, identity={"flow.num_stages": 3})
+
+
+def test_what_a_kill_left_behind_is_removed_by_the_next_save(tmp_path):
+    (tmp_path / "tmp-step-00000004-dead").mkdir()
+    (tmp_path / "step-00000002").mkdir()  # its marker was gone before its files were
+    save_on(tmp_path, 1, seed=1, step=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_checkpoint_loses_its_marker_before_anything_else(tmp_path, monkeypatch):
+    save_on(tmp_path, 1, seed=1, step=1)
+    save_on(tmp_path, 1, seed=1, step=2)
+    gone, rmtree = [], shutil.rmtree
+    monkeypatch.setattr(
+        module.shutil, "rmtree", lambda path, **more: (gone.append((path / MARKER).exists()), rmtree(path, **more))
+    )
+    save_on(tmp_path, 1, seed=1, step=3, keep=2)
+    assert gone == [False]
+
+
+def test_a_gap_in_a_parameter_is_an_error(tmp_path):
+    save_on(tmp_path, 1, seed=1, step=4)
+    with pytest.raises(CheckpointError, match="holds 24 of 25 values of ema a; it is of another model"):
+        FragmentReader(newest(tmp_path)).read("ema", "a", 0, 25)
+
+
+def test_restored_weights_are_published_after_they_are_read(tmp_path, monkeypatch):
+    save_on(tmp_path, 1, seed=1, step=4)
+    seen = []
+    monkeypatch.setattr(
+        PartitionedState, "publish_master_weights", lambda self: seen.append(self.partitions[0].clone())
+    )
+    restore_on(tmp_path, 0, 1)
+    assert torch.equal(seen[0], PartitionedState(0, 1, seed=1).partitions[0])
+
+
+def test_replicated_state_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(PartitionedState, "replicated", True)
+    entries = {}
+    for rank in (1, 0):
+        state = PartitionedState(0, 1, seed=1)
+        store = CheckpointStore(tmp_path, OneOf(rank, 2, tmp_path, entries), 3, {"flow.num_stages": 3})
+        store.save(module.Progress(64, 4), state, module.ShardedEma(state.partitions, 100, 1.0))
+    reader = FragmentReader(newest(tmp_path))
+    assert torch.equal(reader.full("master", "c"), PartitionedState(0, 1, seed=1).full["master"][34:])
+
+
+def test_a_manifest_that_is_no_text_any_more_is_damage(tmp_path):
+    save_on(tmp_path, 1, seed=1, step=4)
+    save_on(tmp_path, 1, seed=2, step=8)
+    content = bytearray((tmp_path / "step-00000008" / MANIFEST).read_bytes())
+    content[30] ^= 0x80
+    (tmp_path / "step-00000008" / MANIFEST).write_bytes(content)
+    assert restore_on(tmp_path, 0, 1)[0].step == 4
+
+
+def test_a_new_checkpoint_is_never_dropped_for_damaged_ones_ahead_of_it(tmp_path):
+    for step in (4, 8, 12):
+        save_on(tmp_path, 1, seed=step, step=step)
+    damage_flip(tmp_path / "step-00000008")
+    damage_flip(tmp_path / "step-00000012")
+    save_on(tmp_path, 1, seed=6, step=6, keep=2)
+    assert [path.name for path in committed(tmp_path)] == ["step-00000006", "step-00000004"]
+
+
+def test_a_full_disk_as_safetensors_reports_it(tmp_path):
+    save_on(tmp_path, 1, seed=1, step=4)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))  # bytes: the files cannot be written to their ends
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            save_on(tmp_path, 1, seed=2, step=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_commit_that_fails_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    save_on(tmp_path, 1, seed=1, step=4)
+
+    def no_rename(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "rename", no_rename)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_on(tmp_path, 1, seed=2, step=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    verify(tmp_path / "step-00000004")
+
+
+def test_a_start_killed_while_it_claims_the_directory_can_be_made_again(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path / "run")
+    monkeypatch.setattr("pathlib.Path.mkdir", dying_after_one(monkeypatch))
+    with pytest.raises(KeyboardInterrupt):
+        directory.open_for_training()
+    monkeypatch.undo()
+    (directory.path / ".lineage.json.host.1.ab.tmp").write_text("")
+    directory.open_for_training()
+    assert directory.attempts() == []
+
+
+def dying_after_one(monkeypatch):
+    mkdir, calls = Path.mkdir, []
+
+    def make(self, *options, **more):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(self)
+        mkdir(self, *options, **more)
+
+    return make

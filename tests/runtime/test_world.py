@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from ecar_dist.runtime.world import Placement, RemoteError, World, first_host, placement_from_environment
 
@@ -72,3 +73,17 @@ def test_the_first_failing_rank_says_why_and_the_others_say_nothing():
         raised.append(type(caught.value))
     assert raised == [RemoteError, ValueError, RemoteError]
     PretendWorld(0, [None, None]).agree(None)
+
+
+def test_an_error_without_words_is_an_error():
+    with pytest.raises(RemoteError):
+        PretendWorld(0, [None, ValueError()]).agree(None)
+
+
+def test_together_gives_the_value_or_the_error():
+    world = World(Placement(), torch.device("cpu"))
+    assert world.together(lambda: 3) == world.on_first_rank(lambda: 3) == 3
+    with pytest.raises(ValueError, match="mine"):
+        world.together(lambda: (_ for _ in ()).throw(ValueError("mine")).__next__())
+    with pytest.raises(RemoteError):
+        PretendWorld(0, [None, ValueError("theirs")]).together(lambda: 3)

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+import ecar_dist.sample.generate as module
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.models.ecar import ECAR
 from ecar_dist.models.presets import PRESETS
 from ecar_dist.rng import Purpose, normal
 from ecar_dist.sample.generate import SamplingPlan, generate, generate_in_batches
+from tests.train.test_objective import make_config
 
 SEED = 3
 
@@ -162,3 +164,37 @@ def test_the_cached_sampler_sees_what_training_sees():
 def test_class_only_ignores_the_states():
     model, plan = make_model(3, feeds_state=False), make_plan(3)
     assert torch.isfinite(generate(model, plan, LABELS, INDICES, SEED)[-1]).all()
+
+
+def test_the_second_batch_goes_on_counting():
+    model, plan = make_model(1), make_plan(1)
+    labels = torch.tensor([7, 7, 7, 7])
+    batches = torch.cat([stages[-1] for stages in generate_in_batches(model, plan, labels, SEED, batch_size=2)])
+    assert torch.allclose(batches, generate(model, plan, labels, torch.arange(4), SEED)[-1], atol=1e-4)
+    assert not torch.allclose(batches[2:], batches[:2], atol=1e-2)
+
+
+def test_every_draw_of_a_sample_has_its_own_stream(monkeypatch):
+    keys, original = [], module.normal
+
+    def spy(seed, positions, purpose, shape, *, stream=0):
+        keys.append((purpose, stream))
+        return original(seed, positions, purpose, shape, stream=stream)
+
+    monkeypatch.setattr(module, "normal", spy)
+    generate(make_model(3), make_plan(3), LABELS, INDICES, SEED)
+    jumps = [(Purpose.GENERATE_JUMP, k) for k in (1, 2)]
+    contexts = [(Purpose.GENERATE_CONTEXT, k) for k in (0, 1)]
+    assert sorted(keys) == sorted([(Purpose.GENERATE_START, 0), *jumps, *contexts])
+
+
+def test_the_plan_is_the_configs_unless_told_otherwise():
+    config = make_config(num_stages=2)
+    changed = config.sample.model_copy(
+        update={"guidance_ramp": "constant", "guidance_scale": 4.0, "solver": "heun", "steps_per_stage": 3}
+    )
+    config = config.model_copy(update={"sample": changed})
+    plan = SamplingPlan.from_config(config, torch.device("cpu"))
+    assert (plan.null_label, plan.tau, plan.channels, plan.stage_sizes) == (10, 0.3, 4, (4, 8))
+    assert (plan.guidance_ramp, plan.guidance_scale, plan.solver, plan.steps_per_stage) == ("constant", 4.0, "heun", 3)
+    assert SamplingPlan.from_config(config, torch.device("cpu"), guidance_scale=0.0).guidance_scale == 0.0

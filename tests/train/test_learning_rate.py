@@ -26,3 +26,9 @@ def test_cooldown_is_constant_then_linear():
     found = rates(schedule="cooldown", cooldown_samples=200, final_learning_rate=0.1)
     assert (found[550], found[800], found[1000]) == (1.0, 1.0, pytest.approx(0.1))
     assert found[900] == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "cosine"}, {"schedule": "cooldown", "cooldown_samples": 200}])
+def test_a_last_batch_past_the_end_stays_at_the_final_rate(fields):
+    optim = OptimSection(learning_rate=1.0, final_learning_rate=0.1, **fields)
+    assert learning_rate(optim, 1060, 1000) == pytest.approx(0.1)

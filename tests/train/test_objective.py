@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+import ecar_dist.train.objective as module
 from ecar_dist.config import config_from_dict
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule
@@ -116,7 +117,33 @@ def test_bf16_touches_the_network_alone():
     model = build_model(config, StageSchedule(config.flow.resolved_ends).context_scales(0.3))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    full, _ = objective(config, model)(*batch(range(8)))
-    half, _ = objective(config, model, "bf16")(*batch(range(8)))
+    with torch.no_grad():
+        full, _ = objective(config, model)(*batch(range(8)))
+        half, _ = objective(config, model, "bf16")(*batch(range(8)))
     assert half.dtype == torch.float32
     assert 0 < abs(float(full - half)) < 0.02 * float(full)
+
+
+def test_every_draw_has_its_own_stream(monkeypatch):
+    """Stages, purposes: no two draws of a sample use the same numbers."""
+    keys = []
+    for name in ("normal", "uniform"):
+        original = getattr(module, name)
+
+        def spy(seed, positions, purpose, *shape, stream=0, original=original):
+            keys.append((seed, purpose, stream))
+            return original(seed, positions, purpose, *shape, stream=stream)
+
+        monkeypatch.setattr(module, name, spy)
+    config = make_config(num_stages=3)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    objective(config, Recorder())(*batch(range(4)))
+    expected = [(Purpose.POSTERIOR, 0), (Purpose.LABEL_DROP, 0)]
+    expected += [(purpose, k) for purpose in (Purpose.NOISE, Purpose.TIME) for k in range(3)]
+    expected += [(Purpose.CONTEXT, k) for k in range(2)]
+    assert sorted(keys) == sorted((5, purpose, stream) for purpose, stream in expected)
+
+
+def test_stage_weights_weigh():
+    loss, per_stage = objective(make_config(num_stages=2, stage_weights=[0.0, 3.0]), Recorder())(*batch(range(8)))
+    assert float(loss) == pytest.approx(3 * float(per_stage[:, 1].mean()), rel=1e-6)

@@ -113,3 +113,10 @@ def test_a_signal_ends_the_run_with_a_committed_checkpoint_and_status_75(write_c
     (checkpoint,) = committed(run / "checkpoints")
     assert (checkpoint / MARKER).exists()
     assert int(checkpoint.name[5:]) == read_metrics(config)[-1]["step"]
+
+
+def test_a_bf16_resume_into_zero_3_is_bit_for_bit(write_config):
+    config, same = write_config(), ("deepspeed.zero_stage=3", "deepspeed.precision=bf16")
+    straight = train_on_ranks(2, config, "run.name=straight", "train.total_samples=64", *same)
+    train_on_ranks(2, config, "run.name=parted", "train.total_samples=32", *same)
+    assert losses(train_on_ranks(2, config, "run.name=parted", "train.total_samples=64", *same)) == losses(straight)
