@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ecar_dist.config import config_to_yaml, load_config
 from ecar_dist.errors import CheckpointError, ConfigError, DataError, EcarError
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 EX_TEMPFAIL = 75
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it: the command may not have done its work
+
+
+def entry() -> NoReturn:
+    """The console script: `main`, then out at once.
+
+    When a rank's work is done and on disk, the interpreter's teardown of communication threads can still abort the
+    process (SIGABRT, about once in 15 CPU runs), and the launcher would take the whole job for failed.
+    """
+    status = main()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
