@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ecar_dist.config import config_to_yaml, load_config
+from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import CheckpointError, ConfigError, DataError, EcarError
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"config"},
+    {"config_file"},
     {"rng"},
     {"flow"},
     {"models", "vae", "data"},

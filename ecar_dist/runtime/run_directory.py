@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ecar_dist import __version__
-from ecar_dist.config import RunConfig, config_to_yaml, load_config
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.data.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 from ecar_dist.errors import ConfigError
 

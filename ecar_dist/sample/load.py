@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ecar_dist.config import RunConfig, load_config
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import load_config
 from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig, config_from_dict
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import config_from_dict
 from ecar_dist.models.build import build_model, weight_decay_groups
 
 MILLIONS = {  # AR, velocity network, total: docs/ecar.md section 10

@@ -2,7 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ecar_dist.config import RunConfig, config_from_dict
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import config_from_dict
 
 
 @pytest.fixture

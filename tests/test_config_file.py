@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from ecar_dist.cli import main
-from ecar_dist.config import config_from_dict, config_to_yaml, load_config
+from ecar_dist.config_file import config_from_dict, config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.models.presets import PRESETS
 
