@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
+    # The deepspeed launcher passes this to whatever it starts; the rank is read from LOCAL_RANK, under every launcher.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:

@@ -235,6 +235,10 @@ def test_sampling_into_an_occupied_folder(trained, tmp_path, capsys):
     assert "is not empty" in fails(capsys, "sample", trained[1], "--out", tmp_path)
 
 
+def test_the_deepspeed_launchers_argument_is_accepted(write_config, capsys):
+    assert main(["--local_rank=1", "check", str(write_config())]) == 0
+
+
 def test_help_of_every_command(capsys):
     for command in ([], ["train"], ["sample"], ["evaluate"], ["plan"], ["checkpoint"], ["checkpoint", "export"]):
         with pytest.raises(SystemExit) as caught:
