@@ -49,7 +49,7 @@ class RunDirectory:
         with atomic_write(self.config) as file:
             file.write(config_to_yaml(config).encode())
         attempt = {
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "ecar_dist": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
