@@ -195,7 +195,8 @@ def sample(parsed: argparse.Namespace) -> int:
             columns[labels[done]].append(picture)
             done += 1
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
-    grid = labelled_grid([columns[label] for label in classes if columns[label]], [str(c) for c in classes], scale)
+    drawn = [label for label in classes if columns[label]]  # fewer images than classes leave some out
+    grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
     Image.fromarray(grid).save(parsed.out / "grid.png")
     Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")
     print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
