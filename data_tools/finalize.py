@@ -8,7 +8,7 @@ from data_tools.encode import is_committed, read_marker
 from data_tools.encode_plan import EncodePlan, read_plan
 from data_tools.moments_statistics import combine
 from ecar_dist.data.atomic import TEMPORARY_SUFFIX
-from ecar_dist.data.manifest import Manifest, ShardEntry, write_manifest
+from ecar_dist.data.manifest import LatentEntry, Manifest, write_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import EncoderIdentity
 
@@ -22,7 +22,7 @@ def finalize(out: Path) -> None:
         command = plan.command(out, 0, 1)
         raise DataError(f"{out} lacks {len(missing)} of {plan.num_shards} shards ({listed}); make them with: {command}")
     markers = [read_marker(out, index) or {} for index in range(plan.num_shards)]
-    entries = [ShardEntry(**marker["entry"]) for marker in markers]
+    entries = [LatentEntry(**marker["entry"]) for marker in markers]
     for index, entry in enumerate(entries):
         _check_entry(out, entry, plan, index)
     identity = EncoderIdentity.from_dict(plan.encoder)
@@ -43,7 +43,7 @@ def finalize(out: Path) -> None:
     print(f"{out}: {plan.count} samples in {plan.num_shards} shards, dataset_id {manifest.dataset_id}")
 
 
-def _check_entry(out: Path, entry: ShardEntry, plan: EncodePlan, index: int) -> None:
+def _check_entry(out: Path, entry: LatentEntry, plan: EncodePlan, index: int) -> None:
     rows = plan.rows(index)
     found, wanted = (entry.name, entry.first_index, entry.count), (f"{index:06d}.tar", rows.start, len(rows))
     if found != wanted:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import fsspec
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ecar_dist.data.atomic import write_json
@@ -32,6 +33,23 @@ class ShardEntry:
     first_index: int
     xxh3_128: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class LatentEntry(ShardEntry):
+    """A latent shard. Its keys are rows of the encode plan from `first_row` on.
+
+    An image that could not be encoded leaves a gap, so the row of a sample never depends on the fate of another.
+    """
+
+    first_row: int
+    missing: tuple[int, ...] = ()  # rows left out, rising
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The plan's row of each sample of the shard, int64 [count]."""
+        reserved = np.arange(self.first_row, self.first_row + self.count + len(self.missing), dtype=np.int64)
+        return np.setdiff1d(reserved, np.array(self.missing, dtype=np.int64), assume_unique=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Manifest:
     encoder: dict[str, Any]  # vae.codec.EncoderIdentity.to_dict()
     preprocessing: dict[str, Any]
     statistics: dict[str, Any]
-    shards: list[ShardEntry]
+    shards: list[LatentEntry]
     failures: dict[str, Any] = field(default_factory=lambda: {"count": 0, "file": None})
 
     @property

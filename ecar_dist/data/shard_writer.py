@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ecar_dist.data.atomic import atomic_write, write_json
-from ecar_dist.data.manifest import ShardEntry
+from ecar_dist.data.manifest import LatentEntry
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
@@ -43,7 +43,7 @@ class ShardContent:
 
 def write_latent_shard(
     folder: Path, shard_index: int, content: ShardContent, description: dict[str, Any], marker: dict[str, Any]
-) -> ShardEntry:
+) -> LatentEntry:
     """`description` joins the layout inside the tar (encoder, plan id); `marker` joins the entry in the marker file."""
     path = folder / f"{shard_index:06d}.tar"
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -52,7 +52,8 @@ def write_latent_shard(
                 _add(tar, f"{sample_key(content.first_index + row)}.{extension}", payload)
         _add(tar, DESCRIPTION_NAME, json.dumps({**_describe(content), **description}, sort_keys=True).encode())
     write_dali_index(path.with_suffix(".idx"), index_tar(path))
-    entry = describe_shard(path, len(content.labels), content.first_index)
+    described = describe_shard(path, len(content.labels), content.first_index)
+    entry = LatentEntry(**dataclasses.asdict(described), first_row=content.first_index)
     write_json(path.with_suffix(".json"), {**marker, "entry": dataclasses.asdict(entry)})
     return entry
 

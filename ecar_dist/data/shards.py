@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ecar_dist.data.manifest import Manifest, ShardEntry
+from ecar_dist.data.manifest import LatentEntry, Manifest
 from ecar_dist.data.shard_files import map_verified
 from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
@@ -34,7 +34,7 @@ class LatentShard:
     Raises DataError, naming shard and member, where size, hash, structure or a label differ from the manifest.
     """
 
-    def __init__(self, path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    def __init__(self, path: Path, entry: LatentEntry, manifest: Manifest) -> None:
         self.path, self.entry = path, entry
         self.layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
         self._mapped = map_verified(path, entry)
