@@ -1,20 +1,22 @@
-"""`ecar-data`: images -> image shards -> autoencoder -> latent shards. Exit status 1 is an error a user can fix."""
+"""`ecar-data`: images -> latent shards -> a bucket. Exit status 1 is an error a user can fix."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ecar_dist.errors import EcarError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     values = vars(_parser().parse_args(argv))
-    run = values.pop("run")
+    # imported now: torch, DALI and diffusers take seconds, and --help needs none of them
+    module, _, function = values.pop("run").partition(":")
+    run = getattr(importlib.import_module(f"data_tools.{module}"), function)
     try:
         run(**values)
     except EcarError as error:
@@ -28,34 +30,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecar-data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_shard(commands)
-    _add_train_vae(commands)
-    _add_encode(commands)
-    _add_inspection(commands)
+    for add in (_add_index, _add_shard, _add_train_vae, _add_plan, _add_encode, _add_status, _add_finalize):
+        add(commands)
+    for name, help_text in (
+        ("verify", "hashes, structure and decodability of every sample"),
+        ("stats", "what the manifest says"),
+    ):
+        _command(commands, name, f"inspection:{name}", help_text).add_argument("folder", type=Path)
+    _add_preview(commands)
+    _add_push(commands)
     return parser
 
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
 
-def _command(commands: Commands, name: str, run: object, help_text: str) -> argparse.ArgumentParser:
+def _command(commands: Commands, name: str, run: str, help_text: str) -> argparse.ArgumentParser:
+    """`run` is module:function in data_tools; the function takes the arguments by name."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=formatter)
     command.set_defaults(run=run)
     return command
 
 
-def _add_shard(commands: Commands) -> None:
-    command = _command(commands, "shard", _run_shard, "image folder or `digits` -> image shards")
-    command.add_argument("source", help="folder with a directory per class, or `digits`")
+def _add_source(command: argparse.ArgumentParser, also: str = "") -> None:
+    what = f"folder with a directory per class, or tars (folder, a-{{000..123}}.tar), local or s3://{also}"
+    command.add_argument("source", help=what)
     command.add_argument("out", type=Path)
+    command.add_argument("--label", default="cls", help="tars: member that holds the label: cls, json:FIELD or none")
+    command.add_argument("--classes", type=Path, default=None, help="text file with a class name a line")
+
+
+def _add_index(commands: Commands) -> None:
+    _add_source(_command(commands, "index", "index:index", "say where each image of a source lies; copies nothing"))
+
+
+def _add_shard(commands: Commands) -> None:
+    command = _command(commands, "shard", "shard:shard", "images -> image shards of our own")
+    _add_source(command, ", or an index, or `digits`")
     command.add_argument("--holdout", type=float, default=0.0, help="share of each class that goes to OUT/heldout")
-    command.add_argument("--seed", type=int, default=0, help="of the choice of held-out images")
+    command.add_argument("--shuffle", action="store_true", help="mix the images; for training straight from them")
+    command.add_argument("--seed", type=int, default=0, help="of the choice of held-out images, and of --shuffle")
     command.add_argument("--samples-per-shard", type=int, default=10_000)
+    _add_max_bad(command)
 
 
 def _add_train_vae(commands: Commands) -> None:
-    command = _command(commands, "train-vae", _run_train_vae, "train a small KL autoencoder on image shards")
+    command = _command(commands, "train-vae", "train_vae:train_vae", "train a small KL autoencoder on image shards")
     command.add_argument("shards", type=Path)
     command.add_argument("out", type=Path, help="folder for the autoencoder")
     command.add_argument("--image-size", type=int, default=32)
@@ -74,18 +95,37 @@ def _add_train_vae(commands: Commands) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
+def _add_plan(commands: Commands) -> None:
+    command = _command(commands, "plan", "encode:plan", "settle what encode will make, and print it")
+    _add_encoding(command)
+    command.add_argument("--tasks", type=int, default=1, help="number of workers there will be")
+
+
 def _add_encode(commands: Commands) -> None:
-    command = _command(commands, "encode", _run_encode, "image shards -> latent shards; run again to resume")
-    command.add_argument("shards", type=Path)
-    command.add_argument("out", type=Path)
-    command.add_argument("--vae", required=True, help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL")
-    command.add_argument("--image-size", type=int, default=256)
+    command = _command(commands, "encode", "encode:encode", "images -> latent shards; run again to resume")
+    _add_encoding(command)
     command.add_argument("--task", type=int, default=0, help="this worker's number, from 0")
     command.add_argument("--tasks", type=int, default=1, help="number of workers")
+    command.add_argument("--batch-size", type=int, default=64)
+    _add_max_bad(command)
+
+
+def _add_encoding(command: argparse.ArgumentParser) -> None:
+    """All that decides on the bytes."""
+    command.add_argument("shards", help="image shards or an index, local or s3://")
+    command.add_argument("out", type=Path)
+    command.add_argument(
+        "--vae", required=True, help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL or AutoencoderDC"
+    )
+    command.add_argument("--image-size", type=int, default=256)
     command.add_argument("--samples-per-shard", type=int, default=4096)
     command.add_argument("--seed", type=int, default=0, help="of the shuffle at write time")
-    command.add_argument("--batch-size", type=int, default=64)
-    command.add_argument("--decoder", choices=("dali", "pil"), default="dali")
+    command.add_argument(
+        "--decoder", choices=("auto", "dali", "dali-cpu", "pil"), default="auto", help="auto: DALI; PIL for adm"
+    )
+    command.add_argument(
+        "--resize", choices=("cubic", "adm"), default="cubic", help="adm: the reference of ADM and DiT, on CPU threads"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the autoencoder's arithmetic"
@@ -93,59 +133,33 @@ def _add_encode(commands: Commands) -> None:
     command.add_argument("--flip", choices=("none", "store"), default="none", help="store: also the mirrored images")
 
 
-def _add_inspection(commands: Commands) -> None:
-    finalize = _command(commands, "finalize", _run_finalize, "prove that all shards are there, write manifest.json")
-    finalize.add_argument("out", type=Path)
-    verify = _command(commands, "verify", _run_verify, "hashes, structure and decodability of every sample")
-    verify.add_argument("folder", type=Path)
-    stats = _command(commands, "stats", _run_stats, "what the manifest says")
-    stats.add_argument("folder", type=Path)
-    preview = _command(commands, "preview", _run_preview, "decode 64 samples into one PNG")
-    preview.add_argument("folder", type=Path)
-    preview.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    preview.add_argument("--vae", default=None, help="where the autoencoder is now, if it has moved")
+def _add_max_bad(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-bad", type=float, default=1e-3, help="share of images that may be left out and listed")
 
 
-# The imports below wait for their command: torch, DALI and diffusers take seconds, and --help needs none of them.
+def _add_status(commands: Commands) -> None:
+    command = _command(commands, "status", "status:status", "how far an encoding is: shards, rates, time left")
+    command.add_argument("out", type=Path)
+    command.add_argument("--tasks", type=int, default=None, help="number of workers: shows the share of each")
 
 
-def _run_shard(**values: Any) -> None:
-    from data_tools.shard import shard
-
-    shard(**values)
-
-
-def _run_train_vae(**values: Any) -> None:
-    from data_tools.train_vae import train_vae
-
-    train_vae(**values)
+def _add_finalize(commands: Commands) -> None:
+    command = _command(
+        commands, "finalize", "finalize:finalize", "prove that all samples are there, write manifest.json"
+    )
+    command.add_argument("out", type=Path)
+    _add_max_bad(command)
 
 
-def _run_encode(**values: Any) -> None:
-    from data_tools.encode import encode
-
-    encode(**values)
-
-
-def _run_finalize(**values: Any) -> None:
-    from data_tools.finalize import finalize
-
-    finalize(**values)
+def _add_preview(commands: Commands) -> None:
+    command = _command(commands, "preview", "inspection:preview", "decode 64 samples into one PNG")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    command.add_argument("--vae", default=None, help="where the autoencoder is now, if it has moved")
 
 
-def _run_verify(**values: Any) -> None:
-    from data_tools.inspection import verify
-
-    verify(**values)
-
-
-def _run_stats(**values: Any) -> None:
-    from data_tools.inspection import stats
-
-    stats(**values)
-
-
-def _run_preview(**values: Any) -> None:
-    from data_tools.inspection import preview
-
-    preview(**values)
+def _add_push(commands: Commands) -> None:
+    command = _command(commands, "push", "push:push", "send a finished set to a bucket; run again to resume")
+    command.add_argument("folder", type=Path)
+    command.add_argument("url", help="s3://bucket/set, or another fsspec URL")
+    command.add_argument("--threads", type=int, default=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ecar_dist.data.atomic import temporary_beside, write_json
 from ecar_dist.data.order import sample_indices
+from ecar_dist.data.shard_writer import claim_name
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import hash_config
 
@@ -35,6 +37,7 @@ class EncodePlan:
     moments_shape: tuple[int, ...]
     encoder: dict[str, Any]
     decoder: str
+    resize: str
     precision: str
     flip: str
     versions: dict[str, str]  # of the libraries that decide on the numbers
@@ -67,11 +70,20 @@ class EncodePlan:
 
     def command(self, out: Path, task: int, tasks: int) -> str:
         """The command that makes shards task, task + tasks, ..."""
-        return (
-            f"ecar-data encode {self.source_folder} {out} --vae {self.encoder['name']} --image-size {self.image_size} "
-            f"--samples-per-shard {self.samples_per_shard} --seed {self.seed} --decoder {self.decoder.split('-')[0]} "
-            f"--precision {self.precision} --flip {self.flip} --task {task} --tasks {tasks}"
-        )
+        settings = {
+            "vae": self.encoder["name"],
+            "image-size": self.image_size,
+            "samples-per-shard": self.samples_per_shard,
+            "seed": self.seed,
+            "decoder": "dali" if self.decoder == "dali-mixed" else self.decoder,
+            "resize": self.resize,
+            "precision": self.precision,
+            "flip": self.flip,
+            "task": task,
+            "tasks": tasks,
+        }
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return shlex.join(["ecar-data", "encode", self.source_folder, str(out), *words])
 
 
 def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
@@ -108,12 +120,10 @@ def read_plan(out: Path) -> EncodePlan:
 
 
 def _create(path: Path, tree: dict[str, Any]) -> None:
-    """Write unless it is there. A link fails on an existing name, so the first of several tasks wins whole."""
+    """Write unless it is there: the first of several tasks wins whole."""
     temporary = temporary_beside(path)
     write_json(temporary, tree)
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return
+        claim_name(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)

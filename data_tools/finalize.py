@@ -1,62 +1,89 @@
-"""`ecar-data finalize`: prove that the shards are exactly the plan, then write the manifest."""
+"""`ecar-data finalize`: prove that shards and failures are exactly the plan, then write the manifest."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.encode import is_committed, read_marker
+import numpy as np
+
+from data_tools.commit import is_committed
 from data_tools.encode_plan import EncodePlan, read_plan
+from data_tools.failures import ERRORS_NAME, FailureTally
+from data_tools.markers import Marker, read_marker
 from data_tools.moments_statistics import combine
 from ecar_dist.data.atomic import TEMPORARY_SUFFIX
+from ecar_dist.data.images import RESIZES
 from ecar_dist.data.manifest import LatentEntry, Manifest, write_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import EncoderIdentity
 
 
-def finalize(out: Path) -> None:
-    """Raises DataError listing the shards that are missing, or naming one that is not what the plan says."""
+def finalize(out: Path, *, max_bad: float = 1e-3) -> None:
+    """Raises DataError listing the shards that are missing, naming one that is not the plan's, or for bad images past
+    max_bad x count."""
     plan = read_plan(out)
     missing = [index for index in range(plan.num_shards) if not is_committed(out, index, plan)]
     if missing:
         listed = ", ".join(f"{index:06d}" for index in missing[:10]) + (", ..." if len(missing) > 10 else "")
         command = plan.command(out, 0, 1)
         raise DataError(f"{out} lacks {len(missing)} of {plan.num_shards} shards ({listed}); make them with: {command}")
-    markers = [read_marker(out, index) or {} for index in range(plan.num_shards)]
-    entries = [LatentEntry(**marker["entry"]) for marker in markers]
-    for index, entry in enumerate(entries):
-        _check_entry(out, entry, plan, index)
-    identity = EncoderIdentity.from_dict(plan.encoder)
-    manifest = Manifest(
-        count=plan.count,
+    markers = [marker for index in range(plan.num_shards) if (marker := read_marker(out, index)) is not None]
+    prove_coverage(out, plan, markers)
+    tally = FailureTally(out, plan.count, max_bad)
+    failures = tally.write()
+    tally.check()
+    manifest = _manifest(plan, markers, failures)
+    write_manifest(out, manifest)
+    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of workers that were killed
+        leftover.unlink(missing_ok=True)
+    bad = f", {failures} images failed ({out / ERRORS_NAME})" if failures else ""
+    print(f"{out}: {manifest.count} samples in {plan.num_shards} shards{bad}, dataset_id {manifest.dataset_id}")
+
+
+def prove_coverage(out: Path, plan: EncodePlan, markers: Sequence[Marker]) -> None:
+    """Every row of the plan is the row of one sample or of one failure. Raises DataError naming the first other one."""
+    sampled = [marker.entry.rows for marker in markers]
+    failed = [np.array([failure.row for failure in marker.failures], dtype=np.int64) for marker in markers]
+    found, times = np.unique(np.concatenate([*sampled, *failed]), return_counts=True)
+    wanted = np.arange(plan.count, dtype=np.int64)
+    if np.array_equal(found, wanted) and (times == 1).all():
+        return
+    wrong = np.union1d(np.setxor1d(found, wanted), found[times > 1])
+    index = int(np.clip(wrong[0] // plan.samples_per_shard, 0, plan.num_shards - 1))
+    raise DataError(
+        f"{out}: shards and failures are not the plan: {len(wrong)} rows are missing, twice there or outside 0.."
+        f"{plan.count - 1}, the first is {wrong[0]}; delete {index:06d}.* and run: "
+        f"{plan.command(out, index, plan.num_shards)}"
+    )
+
+
+def _manifest(plan: EncodePlan, markers: Sequence[Marker], failures: int) -> Manifest:
+    return Manifest(
+        count=plan.count - failures,
         num_classes=plan.num_classes,
         class_names=plan.class_names,
         moments_shape=plan.moments_shape,
         has_flip=plan.has_flip,
         encoder=plan.encoder,
         preprocessing=_preprocessing(plan),
-        statistics=combine([marker["statistics"] for marker in markers], identity),
-        shards=entries,
+        statistics=combine([marker.statistics for marker in markers], EncoderIdentity.from_dict(plan.encoder)),
+        shards=_dense([marker.entry for marker in markers]),
+        failures={"count": failures, "file": ERRORS_NAME if failures else None},
     )
-    write_manifest(out, manifest)
-    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of workers that were killed
-        leftover.unlink(missing_ok=True)
-    print(f"{out}: {plan.count} samples in {plan.num_shards} shards, dataset_id {manifest.dataset_id}")
 
 
-def _check_entry(out: Path, entry: LatentEntry, plan: EncodePlan, index: int) -> None:
-    rows = plan.rows(index)
-    found, wanted = (entry.name, entry.first_index, entry.count), (f"{index:06d}.tar", rows.start, len(rows))
-    if found != wanted:
-        raise DataError(
-            f"marker {out}/{index:06d}.json says (name, first row, count) = {found}, the plan says {wanted}; "
-            f"delete {index:06d}.* and run: {plan.command(out, index, plan.num_shards)}"
-        )
+def _dense(entries: Sequence[LatentEntry]) -> list[LatentEntry]:
+    """The entries with `first_index` counted over what is there."""
+    ends = np.cumsum([entry.count for entry in entries]).tolist()
+    return [dataclasses.replace(entry, first_index=end - entry.count) for entry, end in zip(entries, ends, strict=True)]
 
 
 def _preprocessing(plan: EncodePlan) -> dict[str, object]:
     return {
         "image_size": plan.image_size,
-        "resize": "shorter side, cubic, antialiased",
+        "resize": f"{plan.resize}: {RESIZES[plan.resize]}",
         "crop": "centre",
         "decoder": plan.decoder,
         "precision": plan.precision,

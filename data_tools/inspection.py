@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.images import PilDecoder
-from ecar_dist.data.loader import LatentLoader
+from ecar_dist.data.image_shards import ImageRecord, ImageShards
+from ecar_dist.data.images import ImageDecoder, PilDecoder
 from ecar_dist.data.manifest import MANIFEST_NAME, ImageManifest, Manifest, ShardEntry, load_manifest
+from ecar_dist.data.remote import is_remote, local_path
 from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.data.shards import LatentShard
+from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.data.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import DataError
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels
 
 _SHEET_SIDE = 8
+_READ_BATCH = 256
 
 
 def verify(folder: Path) -> None:
@@ -43,25 +45,51 @@ def stats(folder: Path) -> None:
     print(f"scale, shift        {encoder['scaling_factor']:.6g} {encoder['shift_factor']:.6g}")
     for name in ("raw_mean", "raw_std", "normalised_mean", "normalised_std"):
         print(f"{name:<20}" + " ".join(f"{value:.4f}" for value in numbers[name]))
-    print(f"posterior_sharpness {numbers['posterior_sharpness']:.5f}")
+    print(f"saturated           {numbers['saturated_mean_share']:.2e} of means at the limit of fp16, ", end="")
+    print(f"{numbers['clamped_logvar_share']:.2e} of logvars at their clamp")
+    print(f"posterior_sharpness {_say_sharpness(numbers['posterior_sharpness'], encoder['deterministic'])}")
+    print(f"preprocessing       {manifest.preprocessing['decoder']}, resize {manifest.preprocessing['resize']}")
+    print(
+        f"failures            {manifest.failures['count']}"
+        + (f", {manifest.failures['file']}" * bool(manifest.failures["file"]))
+    )
     print(f"dataset_id          {manifest.dataset_id}")
 
 
 def preview(folder: Path, out: Path, vae: str | None = None) -> None:
-    """Decode the first 64 samples of the training order into one sheet. Raises DataError for another autoencoder."""
+    """Decode the first 64 samples into one sheet; they are in a random order since they were written.
+
+    Raises DataError for another autoencoder.
+    """
     manifest = load_manifest(folder)
     identity = EncoderIdentity.from_dict(manifest.encoder)
     codec = open_codec_by_spec(vae or identity.name)
     check_same_encoder(identity, codec.identity, str(folder))
-    number = _SHEET_SIDE**2
-    with LatentLoader(folder, seed=0, global_batch_size=number, micro_batch_size=number) as loader:
-        moments = next(loader).moments
-    shape = (number, identity.latent_channels, *moments.shape[2:])
-    pixels = to_pixels(codec.decode(normalise(identity, moments, torch.zeros(shape))))  # [64, S, S, 3]
+    moments = torch.from_numpy(_first_moments(folder, manifest, _SHEET_SIDE**2))
+    shape = (len(moments), identity.latent_channels, *moments.shape[2:])
+    decoded = to_pixels(codec.decode(normalise(identity, moments, torch.zeros(shape))))  # [N, S, S, 3]
+    pixels = np.zeros((_SHEET_SIDE**2, *decoded.shape[1:]), np.uint8)  # places past the end of a small set stay black
+    pixels[: len(decoded)] = decoded
     side = _SHEET_SIDE * pixels.shape[1]
     rows = pixels.reshape(_SHEET_SIDE, _SHEET_SIDE, *pixels.shape[1:]).swapaxes(1, 2)  # [row, S, column, S, 3]
     Image.fromarray(rows.reshape(side, side, 3)).save(out)
-    print(f"{out}: {number} decoded samples of {folder}")
+    print(f"{out}: {len(decoded)} decoded samples of {folder}")
+
+
+def _first_moments(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
+    """At most `number` samples from the beginning of the set, fp16 [N, *shape]."""
+    shards = (open_latent_shard(folder / entry.name, entry, manifest) for entry in manifest.shards)
+    parts: list[np.ndarray] = []
+    while sum(map(len, parts)) < min(number, manifest.count):
+        parts.append(next(shards).moments)
+    return np.concatenate(parts)[:number]
+
+
+def _say_sharpness(sharpness: float, deterministic: bool) -> str:
+    if deterministic:
+        return "none, the encoder is deterministic"
+    point = f", below {POINT_SHARPNESS:g}: a point; the logvars, half of the bytes, say next to nothing"
+    return f"{sharpness:.5f}" + point * (sharpness < POINT_SHARPNESS)
 
 
 def _gigabytes(manifest: Manifest) -> float:
@@ -69,42 +97,59 @@ def _gigabytes(manifest: Manifest) -> float:
 
 
 def _verify_images(folder: Path) -> int:
-    shards, decoder = ImageShards(folder), PilDecoder()
+    shards, decoder, bad = ImageShards(folder), PilDecoder(), []
+    home = shards.manifest.home(folder)
     for entry in shards.manifest.shards:
-        _check_sha256(folder, entry)
+        if entry.kind == "tar" and not is_remote(home):  # elsewhere each image's own hash must do
+            _check_sha256(local_path(home), entry)
     with progress(len(shards), "image", "verify") as bar:
-        for index in range(len(shards)):
-            record = shards.read(index)
-            decoder.decode([record.data], [record.where])
-            bar.update()
+        for first in range(0, len(shards), _READ_BATCH):
+            for record in shards.read_many(range(first, min(first + _READ_BATCH, len(shards)))):
+                bad += _fault(decoder, record)
+                bar.update()
+    if bad:
+        raise DataError(f"{folder}: {len(bad)} of {len(shards)} images cannot be used, the first: {bad[0]}")
     return len(shards)
+
+
+def _fault(decoder: ImageDecoder, record: ImageRecord) -> list[str]:
+    try:
+        decoder.decode([record.data], [record.where])
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _verify_latents(folder: Path) -> int:
     manifest = load_manifest(folder)
+    expected = EncoderIdentity.from_dict(manifest.encoder)
+    first_index = 0
     with progress(manifest.count, "sample", "verify") as bar:
         for entry in manifest.shards:
+            if entry.first_index != first_index:
+                raise DataError(
+                    f"{folder}: {entry.name} begins at {entry.first_index}, not {first_index}; finalize again"
+                )
             _check_sha256(folder, entry)
-            _verify_shard(LatentShard(folder / entry.name, entry, manifest), manifest)
+            _check_dali_index(folder / entry.name)
+            shard = open_latent_shard(folder / entry.name, entry, manifest)
+            check_same_encoder(expected, EncoderIdentity.from_dict(shard.description()["encoder"]), shard.where)
+            shard.check_samples()
+            first_index += entry.count
             bar.update(entry.count)
-    if sum(entry.count for entry in manifest.shards) != manifest.count:
+    if first_index != manifest.count:
         raise DataError(f"{folder}: shards do not add up to {manifest.count} samples; run `ecar-data finalize` again")
     return manifest.count
 
 
-def _verify_shard(shard: LatentShard, manifest: Manifest) -> None:
-    described = shard.description()
-    expected, found = EncoderIdentity.from_dict(manifest.encoder), EncoderIdentity.from_dict(described["encoder"])
-    check_same_encoder(expected, found, str(shard.path))
-    sums = np.frombuffer(base64.b64decode(described["crc32"]), dtype="<u4")
-    for row in range(shard.entry.count):
-        if zlib.crc32(shard.sample_bytes(row)) != sums[row]:
-            raise DataError(
-                f"{shard.path}: CRC-32 of row {row} is wrong; write the shard again with `ecar-data encode`"
-            )
-    arrays = [shard.moments] if shard.flipped is None else [shard.moments, shard.flipped]
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise DataError(f"{shard.path}: moments are not finite; check the autoencoder and encode again")
+def _check_dali_index(path: Path) -> None:
+    """The index beside a tar, where there is one, is the tar's."""
+    beside = path.with_suffix(".idx")
+    with tempfile.TemporaryDirectory() as scratch:
+        derived = Path(scratch) / beside.name
+        write_dali_index(derived, index_tar(path))
+        if beside.exists() and beside.read_bytes() != derived.read_bytes():
+            raise DataError(f"{beside} is not the index of its tar; delete it, or restore it")
 
 
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:

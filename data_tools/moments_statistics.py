@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from ecar_dist.vae.codec import EncoderIdentity
+from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity
+
+FP16_MAX = float(np.finfo(np.float16).max)
+POINT_SHARPNESS = 1e-3  # below it the posterior is a point in all but name
 
 
 def measure(moments: np.ndarray, identity: EncoderIdentity) -> dict[str, Any]:
     """Sums over one shard's moments, fp16 [N, 2C or C, H, W], per channel in float64."""
-    channels, values = identity.latent_channels, moments.astype(np.float64)
-    mean = values[:, :channels]
-    sigma = np.zeros_like(mean) if identity.deterministic else np.exp(0.5 * values[:, channels:])
+    values = moments.astype(np.float64)
+    mean, logvar = values[:, : identity.latent_channels], values[:, identity.latent_channels :]
+    sigma = np.zeros_like(mean) if identity.deterministic else np.exp(0.5 * logvar)
     axes = (0, 2, 3)
     return {
         "values_per_channel": mean[:, 0].size,
@@ -21,11 +24,13 @@ def measure(moments: np.ndarray, identity: EncoderIdentity) -> dict[str, Any]:
         "mean_square_sum": np.square(mean).sum(axes).tolist(),
         "sigma_sum": sigma.sum(axes).tolist(),
         "sigma_square_sum": np.square(sigma).sum(axes).tolist(),
+        "saturated_means": int((np.abs(mean) >= FP16_MAX).sum()),
+        "clamped_logvars": int(((logvar <= LOGVAR_RANGE[0]) | (logvar >= LOGVAR_RANGE[1])).sum()),
     }
 
 
 def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str, Any]:
-    """Statistics of the set. `posterior_sharpness` is mean(sigma) / std(mean): below 1e-3 the posterior is a point."""
+    """Statistics of the set. `posterior_sharpness` is mean(sigma) / std(mean); shares are of all means or logvars."""
     number = sum(shard["values_per_channel"] for shard in shards)
     average = {
         name: np.sum([shard[name] for shard in shards], axis=0) / number
@@ -40,5 +45,7 @@ def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str
         "raw_std": np.sqrt(variance).tolist(),
         "normalised_mean": ((mean - identity.shift_factor) * identity.scaling_factor).tolist(),
         "normalised_std": (np.sqrt(sampled) * identity.scaling_factor).tolist(),
+        "saturated_mean_share": sum(shard["saturated_means"] for shard in shards) / (number * len(mean)),
+        "clamped_logvar_share": sum(shard["clamped_logvars"] for shard in shards) / (number * len(mean)),
         "posterior_sharpness": float(average["sigma_sum"].mean()) / spread if spread else 0.0,
     }

@@ -7,9 +7,34 @@ from typing import Any
 
 from tqdm import tqdm
 
+_LOG_SECONDS = 30.0
+
 
 def progress(total: int, unit: str, label: str) -> tqdm[Any]:
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total, unit=unit, desc=label, mininterval=0.2 if terminal else 30.0, ascii=not terminal, leave=True
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, desc=label, mininterval=0.2)
+    return _LogLines(
+        total=total,
+        unit=unit,
+        desc=label,
+        mininterval=_LOG_SECONDS,
+        maxinterval=_LOG_SECONDS,
+        bar_format="{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
     )
+
+
+class _LogLines(tqdm):
+    """Whole lines, for a file that nobody watches: no carriage returns, no bar."""
+
+    disable: bool  # tqdm's; set once it is closed
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """tqdm gives a `msg` only to rub out what is there."""
+        if msg is None:
+            print(self, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.refresh()
+        self.leave = False
+        super().close()

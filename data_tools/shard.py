@@ -1,9 +1,15 @@
-"""`ecar-data shard`: images -> WebDataset image shards, whole or not at all."""
+"""`ecar-data shard`: images -> WebDataset image shards of our own, whole or not at all.
+
+Bytes are copied as they are. Only the first bytes of an image are looked at, to name its format: decoding 1.28 million
+images to find the broken ones takes hours, and encoding does it anyway.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +17,53 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from data_tools.image_reader import ImageReader, image_extension, open_images
+from data_tools.index import new_folder, read_class_names
 from data_tools.progress import progress
-from data_tools.sources import Source, open_source
-from ecar_dist.data.atomic import temporary_beside
-from ecar_dist.data.manifest import ImageManifest, ShardEntry, write_manifest
-from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.data.tar_index import index_tar, write_dali_index
+from data_tools.tar_samples import LabelRule, index_image_tar
+from ecar_dist.data.atomic import atomic_write
+from ecar_dist.data.image_shards import ImageRecord
+from ecar_dist.data.image_table import write_table
+from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
+from ecar_dist.data.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
 
+ERRORS_NAME = "errors.jsonl"
+_BATCH = 256  # images in memory: one batch is written while the next is read
 
-def shard(source: str, out: Path, *, holdout: float = 0.0, seed: int = 0, samples_per_shard: int = 10_000) -> None:
+
+def shard(
+    source: str,
+    out: Path,
+    *,
+    holdout: float = 0.0,
+    seed: int = 0,
+    samples_per_shard: int = 10_000,
+    shuffle: bool = False,
+    max_bad: float = 1e-3,
+    label: str = "cls",
+    classes: Path | None = None,
+) -> None:
     """Write OUT, or with `holdout` in (0, 1) OUT/train and OUT/heldout: disjoint, the same share of every class.
 
-    Raises DataError for an occupied OUT or an unreadable image, ConfigError for a share outside [0, 1).
+    `shuffle` mixes each part by `seed`; otherwise source order is kept. Files of no known image format are left out
+    and listed in errors.jsonl, up to the share `max_bad` of a part. Raises DataError for an occupied OUT, an unreadable
+    source or too many such files, ConfigError for settings outside their range.
     """
     if not 0.0 <= holdout < 1.0:
         raise ConfigError(f"--holdout {holdout} is outside [0, 1); give the share of images to hold out, e.g. 0.2")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is not empty; remove it or give another folder")
-    images = open_source(source)
-    parts = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
-    working = temporary_beside(out)
-    try:
+    if not 0.0 <= max_bad < 1.0:
+        raise ConfigError(f"--max-bad {max_bad} is outside [0, 1); give the share of images that may be left out")
+    rule = LabelRule.parse(label, read_class_names(classes))
+    counts = {}
+    with new_folder(out) as working, open_images(source, rule) as images:
+        parts = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
+        if shuffle:
+            parts = {name: np.random.default_rng(seed).permutation(indices) for name, indices in parts.items()}
         with progress(len(images.labels), "image", "shard") as bar:
             for name, indices in parts.items():
-                _write_part(images, indices, working / name, samples_per_shard, bar)
-        os.rename(working, out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    print(f"{out}: " + ", ".join(f"{len(indices)} images {name}".strip() for name, indices in parts.items()))
+                counts[name] = _Part(images, working / name, samples_per_shard, bar).write(indices, max_bad)
+    print(f"{out}: " + ", ".join(f"{count} images {name}".strip() for name, count in counts.items()))
 
 
 def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarray]:
@@ -54,22 +78,72 @@ def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarra
     return {"train": np.flatnonzero(~held), "heldout": np.flatnonzero(held)}
 
 
-def _write_part(images: Source, indices: np.ndarray, folder: Path, samples_per_shard: int, bar: tqdm[Any]) -> None:
-    folder.mkdir(parents=True)
-    entries: list[ShardEntry] = []
-    for first in range(0, len(indices), samples_per_shard):
-        chosen = indices[first : first + samples_per_shard]
-        entries.append(_write_shard(images, chosen, folder / f"{len(entries):06d}.tar", first, bar))
-    manifest = ImageManifest(images.name, len(indices), len(images.class_names), images.class_names, entries)
-    write_manifest(folder, manifest)
+class _Part:
+    """One folder of shards on its way."""
+
+    def __init__(self, images: ImageReader, folder: Path, samples_per_shard: int, bar: tqdm[Any]) -> None:
+        self.images, self.folder, self.samples_per_shard, self.bar = images, folder, samples_per_shard, bar
+        self.entries: list[ImageEntry] = []
+        self.failures: list[dict[str, Any]] = []
+
+    def write(self, indices: np.ndarray, max_bad: float) -> int:
+        """The number of images written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        samples = _read_ahead(self.images, indices)
+        for _ in range(0, len(indices), self.samples_per_shard):
+            self._write_shard(itertools.islice(samples, self.samples_per_shard), int(max_bad * len(indices)))
+        if self.failures:
+            with atomic_write(self.folder / ERRORS_NAME) as file:
+                file.write("".join(json.dumps(failure, sort_keys=True) + "\n" for failure in self.failures).encode())
+        count, names = sum(entry.count for entry in self.entries), self.images.class_names
+        if not count:
+            raise DataError(f"{self.images.name}: no image of {len(indices)} is of a known format; check the source")
+        write_manifest(self.folder, ImageManifest(self.images.name, count, len(names), names, self.entries))
+        return count
+
+    def _write_shard(self, samples: Iterable[tuple[int, ImageRecord]], allowed: int) -> None:
+        """Keys are places in the source, so the parts of a split never share one."""
+        path, written = self.folder / f"{len(self.entries):06d}.tar", 0
+        with webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
+            for index, record in samples:
+                self.bar.update()
+                extension = image_extension(record.data)
+                if extension is None:
+                    self._leave_out(index, record, allowed)
+                    continue
+                writer.write({"__key__": f"{index:012d}", extension: record.data, "cls": str(record.label).encode()})
+                written += 1
+        if written:
+            self.entries.append(self._describe(path))
+        else:
+            path.unlink()
+
+    def _describe(self, path: Path) -> ImageEntry:
+        tar = index_image_tar(self.folder, path.name, path.stat().st_size, LabelRule("cls"), foreign=False)
+        write_dali_index(path.with_suffix(".idx"), tar.members)
+        table = path.with_suffix(".npy")
+        digest = write_table(table, tar.rows)
+        first = sum(entry.count for entry in self.entries)
+        hashes = tar.xxh3_128, tar.sha256
+        return ImageEntry(path.name, tar.size, len(tar.rows), first, *hashes, table.name, digest, "tar")
+
+    def _leave_out(self, index: int, record: ImageRecord, allowed: int) -> None:
+        error = f"no known image format in its first bytes ({record.data[:4].hex()})"
+        self.failures.append({"index": index, "key": record.key, "shard": record.shard, "error": error})
+        if len(self.failures) > allowed:
+            raise DataError(
+                f"image {record.where} cannot be read ({error}), {len(self.failures)} are bad and --max-bad allows "
+                f"{allowed}; remove them, or raise --max-bad"
+            )
 
 
-def _write_shard(images: Source, indices: np.ndarray, path: Path, first: int, bar: tqdm[Any]) -> ShardEntry:
-    """Keys are places in the source, so the parts of a split never share one."""
-    with webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
-        for index in indices:
-            extension, data = images.read(int(index))
-            writer.write({"__key__": f"{index:012d}", extension: data, "cls": str(images.labels[index]).encode()})
-            bar.update()
-    write_dali_index(path.with_suffix(".idx"), index_tar(path))
-    return describe_shard(path, len(indices), first)
+def _read_ahead(images: ImageReader, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord]]:
+    """Images in the order of the indices; while the caller works on a batch, the next one is read."""
+    batches = [indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH)]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(images.read_many, batches[0])
+        for place, batch in enumerate(batches):
+            records = coming.result()
+            if place + 1 < len(batches):
+                coming = pool.submit(images.read_many, batches[place + 1])
+            yield from zip(batch, records, strict=True)

@@ -1,72 +1,182 @@
-"""Where images come from: a folder with one directory per class, or the digits that ship with scikit-learn."""
+"""What an image source consists of: tars, or a directory per class, on a file system or behind a URL.
+
+Names are sorted by code point on either, so the enumeration is the same wherever a set was copied to.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+import fnmatch
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from braceexpand import braceexpand
 
+from ecar_dist.data import remote
 from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
-from ecar_dist.data.images import PilDecoder
+from ecar_dist.data.redaction import redact
 from ecar_dist.errors import DataError
 
-DIGITS = "digits"
+_LOOKUPS = 16  # at once
 
 
 @dataclass(frozen=True)
-class Source:
-    """A stable enumeration of labelled images; `read(i)` gives the extension and the encoded bytes of image i."""
-
-    name: str
-    class_names: list[str]
-    labels: np.ndarray  # int64 [count]
-    read: Callable[[int], tuple[str, bytes]]
+class FoundFile:
+    name: str  # relative to its folder
+    size: int
 
 
-def open_source(text: str) -> Source:
-    """`digits`, or the path of an image folder. Raises DataError where there is neither."""
-    return _digits() if text == DIGITS else _folder(Path(text))
+@dataclass(frozen=True)
+class Tars:
+    location: str  # absolute path or URL of the folder that holds them
+    files: list[FoundFile]
 
 
-def _digits() -> Source:
-    """1,797 handwritten 8x8 digits; values 0..16 become 0..255, kept lossless as grey PNG."""
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    pixels = np.round(loaded.images * (255.0 / 16.0)).astype(np.uint8)  # [N, 8, 8]
-
-    def read(index: int) -> tuple[str, bytes]:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels[index]).save(buffer, "PNG")
-        return "png", buffer.getvalue()
-
-    return Source(DIGITS, [str(name) for name in loaded.target_names], loaded.target.astype(np.int64), read)
+@dataclass(frozen=True)
+class ClassFolders:
+    location: str  # absolute path or URL of the folder that holds the class directories
+    classes: dict[str, list[FoundFile]]
+    skipped: int  # files in them that are no images
 
 
-def _folder(root: Path) -> Source:
-    """Classes are the sorted names of the directories; inside each, images in the order of their sorted names."""
+def find_source(text: str) -> Tars | ClassFolders:
+    """A tar, a brace or glob pattern of tars, a folder of tars, or a folder with a directory per class.
+
+    Raises DataError for a folder that is neither or both, and for images that such a reading would leave out.
+    """
+    name = text.rstrip("/").rpartition("/")[2]
+    if name.endswith(".tar") or any(mark in text for mark in "{*?"):
+        return _match_tars(text)
+    location = _absolute(text)
+    top, classes = _remote_tree(location) if remote.is_remote(location) else _local_tree(Path(location), text)
+    tars = [file for file in top if file.name.endswith(".tar")]
+    loose = next((file.name for file in top if is_image(file.name)), None)
+    if tars and any(classes.values()):
+        raise DataError(f"{text} holds both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
+    if tars:
+        return Tars(location, tars)
+    if loose and classes:
+        raise DataError(f"{text} holds the image {loose} beside its class folders; move it into one of them")
+    return _class_folders(location, classes, text)
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _class_folders(location: str, found: dict[str, list[FoundFile]], text: str) -> ClassFolders:
+    if not found:
+        raise DataError(f"{text} has no class folders and no tars; put the images of each class into its own directory")
+    classes = {name: [file for file in found[name] if is_image(file.name)] for name in sorted(found)}
+    for name, files in classes.items():
+        if not files:
+            listed = ", ".join(IMAGE_EXTENSIONS)
+            raise DataError(f"class folder {text}/{name} has no image ({listed}); fill or remove it")
+    return ClassFolders(location, classes, sum(map(len, found.values())) - sum(map(len, classes.values())))
+
+
+def _local_tree(root: Path, text: str) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
+    """Files of the folder, and of each directory in it; names that begin with a dot are left out."""
     if not root.is_dir():
-        raise DataError(f"image source {root} is no folder; give one with a directory per class, or `{DIGITS}`")
-    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files, labels = [], []
-    for label, folder in enumerate(classes):
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
-        if not found:
-            raise DataError(f"class folder {folder} has no image ({', '.join(IMAGE_EXTENSIONS)}); fill or remove it")
-        files += found
-        labels += [label] * len(found)
+        raise DataError(f"image source {text} is no folder; give one of tars or of a directory per class, or `digits`")
+    top: list[FoundFile] = []
+    classes: dict[str, list[FoundFile]] = {}
+    for entry in _visible(root):
+        if entry.is_dir():
+            classes[entry.name] = [_file_in_class(file, root) for file in _visible(Path(entry.path))]
+        else:
+            top.append(FoundFile(entry.name, entry.stat().st_size))
+    return top, classes
+
+
+def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"cannot list {folder} ({error.strerror}); check its permissions") from None
+
+
+def _file_in_class(entry: os.DirEntry[str], root: Path) -> FoundFile:
+    if entry.is_dir():
+        raise _too_deep(str(root), os.path.relpath(entry.path, root))
+    try:
+        return FoundFile(entry.name, entry.stat().st_size)
+    except OSError as error:
+        raise DataError(f"cannot read {entry.path} ({error.strerror}); restore or remove it") from None
+
+
+def _remote_tree(url: str) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
+    top: list[FoundFile] = []
+    classes: dict[str, list[FoundFile]] = {}
+    for path, size in remote.list_files(url):
+        parts = path.split("/")
+        if any(part.startswith(".") for part in parts):
+            continue
+        if len(parts) > 2:
+            raise _too_deep(redact(url), "/".join(parts[:2]))
+        if len(parts) == 1:
+            top.append(FoundFile(path, size))
+        else:
+            classes.setdefault(parts[0], []).append(FoundFile(parts[1], size))
+    return top, {name: sorted(files, key=lambda file: file.name) for name, files in classes.items()}
+
+
+def _too_deep(root: str, folder: str) -> DataError:
+    return DataError(
+        f"{root}: {folder} is a folder inside a class folder; give the folder that holds the class directories"
+    )
+
+
+def _match_tars(text: str) -> Tars:
+    """The tars that a path, brace or glob pattern means, in the order of their names."""
+    try:
+        patterns = list(braceexpand(text))
+    except ValueError as error:
+        raise DataError(f"{text} is no brace pattern ({error}); give e.g. train-{{000..123}}.tar") from None
+    folders = {pattern.rpartition("/")[0] if "/" in pattern else "." for pattern in patterns}
+    folder = folders.pop()
+    if folders or any(mark in folder for mark in "*?"):
+        raise DataError(f"{text} names tars in several folders; index each folder by itself")
+    location = _absolute(folder)
+    names = [pattern.rpartition("/")[2] for pattern in patterns]
+    globs = [name for name in names if "*" in name or "?" in name]
+    plain = [name for name in names if name not in globs]
+    with ThreadPoolExecutor(_LOOKUPS) as pool:
+        files = list(pool.map(lambda name: FoundFile(name, _size(remote.join(location, name))), plain))
+    if globs:
+        files += [file for file in _files_in(location, text) if any(fnmatch.fnmatchcase(file.name, g) for g in globs)]
     if not files:
-        raise DataError(f"{root} has no class folders; put the images of each class into a directory of its own")
-    decoder = PilDecoder()
+        raise DataError(f"no file matches {text}; check the pattern")
+    ordered = sorted(files, key=lambda file: file.name)
+    twice = next((a.name for a, b in itertools.pairwise(ordered) if a.name == b.name), None)
+    if twice:
+        raise DataError(f"{text} names {twice} twice; mend the pattern")
+    return Tars(location, ordered)
 
-    def read(index: int) -> tuple[str, bytes]:
-        data = files[index].read_bytes()
-        decoder.decode([data], [str(files[index])])
-        extension = files[index].suffix.lower()[1:]
-        return ("jpg" if extension == "jpeg" else extension), data
 
-    return Source(str(root), [folder.name for folder in classes], np.array(labels, dtype=np.int64), read)
+def _files_in(location: str, text: str) -> list[FoundFile]:
+    if remote.is_remote(location):
+        return [FoundFile(name, size) for name, size in remote.list_files(location) if "/" not in name]
+    if not Path(location).is_dir():
+        raise DataError(f"no file matches {text}; check the pattern")
+    return [FoundFile(entry.name, entry.stat().st_size) for entry in _visible(Path(location)) if entry.is_file()]
+
+
+def _size(path: str) -> int:
+    if not remote.is_remote(path):
+        try:
+            return os.stat(path).st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
+    size = remote.stat(path).size
+    if size is None:
+        raise DataError(f"the store does not say how long {redact(path)} is; copy the data to one that does")
+    return size
+
+
+def _absolute(text: str) -> str:
+    return text.rstrip("/") if remote.is_remote(text) else str(remote.local_path(text).absolute())

@@ -19,8 +19,8 @@ from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder, open_decoder
 from ecar_dist.data.order import sample_indices
 from ecar_dist.errors import ConfigError, DataError
-from ecar_dist.vae.kl import new_autoencoder, save_autoencoder
 from ecar_dist.vae.pixels import from_pixels
+from ecar_dist.vae.pretrained import new_autoencoder, save_autoencoder
 
 _HELD_BACK = 256  # images that never train the autoencoder, at most a tenth of them
 

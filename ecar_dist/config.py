@@ -94,25 +94,72 @@ class FlowSection(Section):
 
 
 class VaeSection(Section):
-    kind: Literal["kl", "dct"] = Field("kl", description="kl: diffusers AutoencoderKL; dct: weight-free block DCT")
-    path: str | None = Field(None, description="local folder or hub name of the autoencoder (kl only)")
+    kind: Literal["kl", "dc", "dct"] = Field(
+        "kl", description="diffusers AutoencoderKL; AutoencoderDC; weight-free block DCT"
+    )
+    path: str | None = Field(None, description="local folder or hub name of the autoencoder (kl and dc)")
     downsample: int = Field(8, ge=1, description="image pixels per latent pixel side")
 
     @model_validator(mode="after")
     def _check(self) -> VaeSection:
-        if self.kind == "kl" and not self.path:
-            raise ValueError("vae.kind=kl needs vae.path, a local folder or a hub name; or set vae.kind=dct")
+        if self.kind != "dct" and not self.path:
+            raise ValueError(f"vae.kind={self.kind} needs vae.path, a local folder or a hub name; or set vae.kind=dct")
         return self
 
 
+class MixtureSource(Section):
+    latents: str = Field(description="folder or URL of one set of latent shards")
+    weight: float = Field(gt=0, allow_inf_nan=False, description="its share of the samples, against the other weights")
+
+
+class CacheSection(Section):
+    """Where the shards of a URL are kept on each node."""
+
+    dir: str | None = Field(None, description="folder on a local disk; null: $ECAR_CACHE_DIR, or the temporary folder")
+    gib: float | None = Field(None, gt=0, description="GiB for each data set, then the least needed go; null: no limit")
+    threads: int = Field(8, ge=1, le=64, description="ranges of 8 MiB that a rank downloads at once")
+
+
 class DataSection(Section):
-    latents: str = Field(description="folder or URL that holds the latent shards and their manifest.json")
+    latents: str | None = Field(None, description="folder or URL that holds the latent shards and their manifest.json")
+    mixture: tuple[MixtureSource, ...] = Field((), description="several sets of latents instead, with weights")
+    mixture_by: Literal["sample", "step"] = Field(
+        "sample", description="step: each global batch comes from one set (resolution buckets)"
+    )
+    images: str | None = Field(None, description="folder or URL of image shards instead: encoded while training")
+    flip_images: bool = Field(False, description="mirror half of the images (latents: `ecar-data encode --flip store`)")
     num_classes: int = Field(ge=1, description="labels are 0 .. num_classes-1; the null label is num_classes")
     latent_channels: int = Field(4, ge=1)
     latent_size: int = Field(32, ge=1, description="latent side at the finest stage")
     train_images: str | None = Field(None, description="image shards that trained the scoring classifier")
     heldout_images: str | None = Field(None, description="image shards that samples are scored against")
+    backend: Literal["gather", "dali"] = Field("gather", description="who reads: strided gather (images: PIL), or DALI")
     prefetch: int = Field(4, ge=1, description="micro-batches read ahead per rank")
+    lanes: int | None = Field(None, ge=1, description="streams of the sample order; null: from the number of shards")
+    window_shards: int = Field(4, ge=0, description="shards of a lane that are shuffled together; 0: all of them")
+    cache: CacheSection = CacheSection()
+    on_bad: Literal["fail", "substitute"] = Field(
+        "fail", description="substitute: a damaged shard's (or image's) samples are replaced by others, and listed"
+    )
+    max_bad: float | None = Field(
+        None, ge=0, le=1, description="share of samples that may be replaced; null: 1e-5 of latents, 1e-3 of images"
+    )
+
+    @property
+    def latent_sources(self) -> tuple[MixtureSource, ...]:
+        """The sets of latents, one or several; empty where the run reads images."""
+        return (MixtureSource(latents=self.latents, weight=1.0),) if self.latents is not None else self.mixture
+
+    @property
+    def resolved_max_bad(self) -> float:
+        return self.max_bad if self.max_bad is not None else 1e-3 if self.images else 1e-5
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        given = [name for name in ("latents", "mixture", "images") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"data has {' and '.join(given) or 'no source'}; give one of latents, mixture and images")
+        return self
 
 
 class BatchSection(Section):

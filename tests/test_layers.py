@@ -20,9 +20,9 @@ LAYERS = [
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/world.py"},
-    "diffusers": {"ecar_dist/vae/kl.py"},
-    "nvidia": {"ecar_dist/data/images.py"},
-    "fsspec": {"ecar_dist/data/manifest.py"},
+    "diffusers": {"ecar_dist/vae/pretrained.py"},
+    "nvidia": {"ecar_dist/data/dali.py"},
+    "fsspec": {"ecar_dist/data/remote.py"},
     "webdataset": {"data_tools/shard.py"},
 }
 FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))

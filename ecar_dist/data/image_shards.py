@@ -1,24 +1,37 @@
-"""Random access to labelled encoded images in WebDataset shards."""
+"""Random access to labelled encoded images: WebDataset tars and image folders, through the tables of their index.
+
+An image is handed out only where its size, and in tars its hash, are those of the table. That proves exactly what was
+read, so no worker has to read a whole tar first; a `ShardStore` proves whole tars on top.
+"""
 
 from __future__ import annotations
 
 import bisect
 import mmap
+from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecar_dist.data.manifest import load_image_manifest
-from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
-from ecar_dist.data.tar_index import TarMember, index_tar, split_name
+import numpy as np
+import xxhash
+
+from ecar_dist.data import remote
+from ecar_dist.data.image_table import UNKNOWN_HASH, decode_table, key_of
+from ecar_dist.data.manifest import ImageEntry, load_image_manifest
+from ecar_dist.data.redaction import redact
+from ecar_dist.data.shard_files import check_presence
+from ecar_dist.data.shard_store import ShardStore
 from ecar_dist.errors import DataError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    key: str
-    shard: str  # file name
+    key: str  # of the sample in its tar; the file name in a class directory
+    shard: str  # the tar's name, or the directory's
     label: int
     data: bytes  # as encoded by its maker
 
@@ -27,63 +40,116 @@ class ImageRecord:
         return f"{self.key} in {self.shard}"
 
 
-@dataclass(frozen=True)
-class _OpenShard:
-    mapped: mmap.mmap
-    samples: list[tuple[str, TarMember, TarMember]]  # key, image, label
-
-
 class ImageShards:
-    """Sample i of a folder of image shards, i in [0, count). Sizes are checked at once, content on first use.
+    """Sample i of a set of images, i in [0, count). Where they are local, presence and sizes are checked at once.
 
-    Raises DataError naming the shard for whatever is missing, damaged or out of range.
+    Raises DataError naming shard and key for whatever is missing, damaged or out of range. With a `store`, whole tars
+    come through it; without one, each image is read from its own place. Safe to use from several threads.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = local_folder(folder)
+    def __init__(self, folder: str | Path, store: ShardStore | None = None) -> None:
         self.manifest = load_image_manifest(folder)
+        self._folder, self._home, self._store = folder, self.manifest.home(folder), store
         self._firsts = [entry.first_index for entry in self.manifest.shards]
-        self._open: dict[int, _OpenShard] = {}
-        check_presence(self.folder, self.manifest.shards)
+        self._tables: dict[int, np.ndarray] = {}
+        self._maps: dict[int, mmap.mmap] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        if store is None and not remote.is_remote(self._home):
+            _check_presence(self._home, self.manifest.shards)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def read(self, sample_index: int) -> ImageRecord:
+        return self.read_many([sample_index])[0]
+
+    def read_many(self, sample_indices: Sequence[int]) -> list[ImageRecord]:
+        """The samples in the order asked, read side by side."""
+        places = [self._place(int(index)) for index in sample_indices]
+        owners = sorted({owner for owner, _ in places})
+        if self._store is not None or len(places) == 1:
+            for owner in owners:
+                self._prepare(owner)
+            return [self._record(*place) for place in places]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="images")
+        list(self._pool.map(self._prepare, owners))
+        return list(self._pool.map(lambda place: self._record(*place), places))
+
+    def labels(self) -> np.ndarray:
+        """int64 [count], from the tables alone."""
+        for owner in range(len(self._firsts)):
+            self._prepare_table(owner)
+        return np.concatenate([self._tables[owner]["label"] for owner in range(len(self._firsts))]).astype(np.int64)
+
+    def forget(self, needed: Container[int]) -> None:
+        """Let go of the maps and tables of shards that are not needed soon."""
+        self._tables = {owner: table for owner, table in self._tables.items() if owner in needed}
+        self._maps = {owner: mapped for owner, mapped in self._maps.items() if owner in needed}
+
+    def _place(self, sample_index: int) -> tuple[int, int]:
+        """Shard, and row in its table."""
+        if not 0 <= sample_index < len(self):
+            raise DataError(f"{self._folder}: sample {sample_index} is outside 0..{len(self) - 1}; ask for one inside")
         owner = bisect.bisect_right(self._firsts, sample_index) - 1
-        shard, name = self._shard(owner), self.manifest.shards[owner].name
-        key, image, label = shard.samples[sample_index - self._firsts[owner]]
-        text = shard.mapped[label.offset : label.offset + label.size]
-        if not text.isdigit() or int(text) >= self.manifest.num_classes:
-            classes = self.manifest.num_classes
-            raise DataError(f"{name}: label {text!r} of {key} is not in 0..{classes - 1}; write the image shards again")
-        return ImageRecord(key, name, int(text), shard.mapped[image.offset : image.offset + image.size])
+        return owner, sample_index - self._firsts[owner]
 
-    def _shard(self, owner: int) -> _OpenShard:
-        if owner not in self._open:
+    def _prepare(self, owner: int) -> None:
+        self._prepare_table(owner)
+        if self._store is not None and self.manifest.shards[owner].kind == "tar" and owner not in self._maps:
+            self._maps[owner] = self._store.open(owner)
+
+    def _prepare_table(self, owner: int) -> None:
+        if owner not in self._tables:
             entry = self.manifest.shards[owner]
-            path = self.folder / entry.name
-            shard = _OpenShard(map_verified(path, entry), _samples(path))
-            if len(shard.samples) != entry.count:
-                raise DataError(
-                    f"{path} holds {len(shard.samples)} samples, the manifest says {entry.count}; write it again"
-                )
-            self._open[owner] = shard
-        return self._open[owner]
+            where = remote.join(self._folder, entry.table)
+            data = remote.read_bytes(where)
+            self._tables[owner] = decode_table(data, entry, self.manifest.num_classes, redact(where))
+
+    def _record(self, owner: int, row: int) -> ImageRecord:
+        entry, place = self.manifest.shards[owner], self._tables[owner][row]
+        key, start, stop = key_of(place), int(place["offset"]), int(place["offset"]) + int(place["size"])
+        mapped = self._maps.get(owner)
+        data = self._read(entry, key, start, stop) if mapped is None else mapped[start:stop]
+        if len(data) != stop - start:
+            raise self._wrong(owner, key, start, "bytes", len(data), stop - start)
+        expected = int(place["xxh3_64"])
+        if expected != UNKNOWN_HASH and (found := xxhash.xxh3_64_intdigest(data)) != expected:
+            raise self._wrong(owner, key, start, "xxh3_64", f"{found:016x}", f"{expected:016x}")
+        return ImageRecord(key, entry.name, int(place["label"]), data)
+
+    def _read(self, entry: ImageEntry, key: str, start: int, stop: int) -> bytes:
+        """A range of a tar; a file in a directory whole, so that one that has grown is noticed."""
+        where = remote.join(self._home, entry.name)
+        if entry.kind == "files":
+            return remote.read_bytes(remote.join(where, key))
+        if remote.is_remote(where):
+            return remote.read_range(where, start, stop) if stop > start else b""
+        return _read_local(where, start, stop)
+
+    def _wrong(self, owner: int, key: str, offset: int, what: str, found: object, expected: object) -> DataError:
+        entry = self.manifest.shards[owner]
+        store = self._store if entry.kind == "tar" else None
+        where = store.where(owner) if store else redact(remote.join(self._home, entry.name))
+        return DataError(
+            f"{where}: image {key} at byte {offset} has {what} {found}, its table says {expected}; restore it, or run "
+            f"`{self.manifest.MADE_BY}` again"
+        )
 
 
-def _samples(path: Path) -> list[tuple[str, TarMember, TarMember]]:
-    """Members grouped by key: each sample has one image and one `.cls`."""
-    grouped: dict[str, dict[str, TarMember]] = {}
-    for member in index_tar(path):
-        key, extension = split_name(member.name)
-        grouped.setdefault(key, {})[extension.lower()] = member
-    samples = []
-    for key, parts in grouped.items():
-        images = [parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts]
-        if len(images) != 1 or "cls" not in parts:
-            raise DataError(
-                f"{path}: sample {key} has parts {sorted(parts)}, needs one image and cls; write the shard again"
-            )
-        samples.append((key, images[0], parts["cls"]))
-    return samples
+def _read_local(path: str, start: int, stop: int) -> bytes:
+    """Opened for each read: a set may have more tars than a process may hold files, and no fork shares a place."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(stop - start)
+    except OSError as error:
+        raise DataError(f"cannot read shard {path} ({error.strerror}); restore it") from None
+
+
+def _check_presence(home: str | Path, entries: Sequence[ImageEntry]) -> None:
+    check_presence(home, [entry for entry in entries if entry.kind == "tar"])
+    for entry in entries:
+        if entry.kind == "files" and not (remote.local_path(home) / entry.name).is_dir():
+            folder = remote.join(home, entry.name)
+            raise DataError(f"class directory {folder} is missing, the manifest lists it; restore it")

@@ -7,62 +7,84 @@ EXIF orientation is applied, grey becomes three equal channels, alpha is dropped
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ecar_dist.data.dali import import_dali
 from ecar_dist.errors import ConfigError, DataError
 
 MAX_PIXELS = 64 << 20  # a decompression bomb is refused before it is decoded
+RESIZES = {
+    "cubic": "shorter side to the target, cubic, antialiased",
+    "adm": "halved by box means while the shorter side is twice the target or more, then bicubic, as ADM and DiT do",
+}
 _DEEP_MODES = ("I", "F")  # PIL would clip these to 8 bits
 
 
+@dataclass(frozen=True)
+class Separated:
+    """The good and the bad of a batch of encoded images."""
+
+    pixels: np.ndarray  # uint8 [G, S, S, 3], of the good ones
+    good: list[int]  # their places in the batch, rising
+    failures: dict[int, str]  # by the places of the bad ones: a sentence that names the image
+
+
 class ImageDecoder(ABC):
-    """Raises DataError naming the first bad image by its key; the decoder stays usable afterwards."""
+    """A bad image never spoils another one, and leaves the decoder usable."""
 
     name: str  # what a manifest calls it
+    resize: str  # of RESIZES
     library: str  # name and version of the code that decides on the pixels
 
     def decode(self, blobs: Sequence[bytes], keys: Sequence[str]) -> list[np.ndarray]:
-        """One uint8 [H, W, 3] for each blob."""
-        self._check(blobs, keys)
-        return self._run(blobs, keys, None)
+        """One uint8 [H, W, 3] for each blob. Raises DataError naming the first bad image by its key."""
+        arrays, failures = self._try_all(blobs, keys, None)
+        _raise_first(failures)
+        return list(arrays.values())
 
     def decode_to_batch(self, blobs: Sequence[bytes], keys: Sequence[str], image_size: int) -> np.ndarray:
-        """uint8 [B, S, S, 3]: the shorter side resized to S (cubic, antialiased), then the centre cropped."""
-        self._check(blobs, keys)
-        return np.stack(self._run(blobs, keys, image_size))
+        """uint8 [B, S, S, 3]: the shorter side resized to S, then the centre cropped. Raises as `decode` does."""
+        separated = self.separate(blobs, keys, image_size)
+        _raise_first(separated.failures)
+        return separated.pixels
 
-    def _check(self, blobs: Sequence[bytes], keys: Sequence[str]) -> None:
-        """Read the headers only."""
-        for blob, key in zip(blobs, keys, strict=True):
-            try:
-                with Image.open(io.BytesIO(blob)) as image:
-                    (width, height), mode = image.size, image.mode
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise _unreadable(key, error) from None
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink or remove it"
-                )
-            if mode.startswith(_DEEP_MODES):
-                raise DataError(f"image {key} has mode {mode}, more than 8 bits a channel; convert it to 8 bits")
+    def separate(self, blobs: Sequence[bytes], keys: Sequence[str], image_size: int) -> Separated:
+        """As `decode_to_batch`, but of the good images only, and with a sentence on each bad one."""
+        arrays, failures = self._try_all(blobs, keys, image_size)
+        pixels = np.stack(list(arrays.values())) if arrays else np.empty((0, image_size, image_size, 3), np.uint8)
+        return Separated(pixels, list(arrays), failures)
 
-    def _run(self, blobs: Sequence[bytes], keys: Sequence[str], image_size: int | None) -> list[np.ndarray]:
-        """All at once where that works; otherwise one by one, to learn which image is the bad one."""
+    def _try_all(
+        self, blobs: Sequence[bytes], keys: Sequence[str], image_size: int | None
+    ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+        """Arrays and failures by place. All at once where that works; else one by one, to learn which are bad."""
+        faults = [_header_fault(blob, key) for blob, key in zip(blobs, keys, strict=True)]
+        failures = {place: fault for place, fault in enumerate(faults) if fault is not None}
+        places = [place for place in range(len(blobs)) if place not in failures]
+        if not places:
+            return {}, failures
         try:
-            return self._convert(blobs, image_size)
-        except Exception:
-            for blob, key in zip(blobs, keys, strict=True):
-                try:
-                    self._convert([blob], image_size)
-                except Exception as error:
-                    raise _unreadable(key, error) from None
-            raise
+            converted = self._convert([blobs[place] for place in places], image_size)
+            return dict(zip(places, converted, strict=True)), failures
+        except Exception as error:
+            _raise_if_device_fault(error)
+        arrays = {}
+        for place in places:
+            try:
+                (arrays[place],) = self._convert([blobs[place]], image_size)
+            except Exception as error:
+                _raise_if_device_fault(error)
+                failures[place] = _unreadable(keys[place], error)
+        return arrays, failures
 
     @abstractmethod
     def _convert(self, blobs: Sequence[bytes], image_size: int | None) -> list[np.ndarray]:
@@ -70,24 +92,33 @@ class ImageDecoder(ABC):
 
 
 class PilDecoder(ImageDecoder):
-    """The reference: single-threaded, exact, everywhere."""
+    """The reference, everywhere: an image a thread, as PIL lets go of the interpreter's lock."""
 
     name = "pil"
     library = f"pillow {PIL.__version__}"
 
-    def _convert(self, blobs: Sequence[bytes], image_size: int | None) -> list[np.ndarray]:
-        return [self._convert_one(blob, image_size) for blob in blobs]
+    def __init__(self, resize: str = "cubic") -> None:
+        self.resize = resize
 
-    @staticmethod
-    def _convert_one(blob: bytes, image_size: int | None) -> np.ndarray:
+    def _convert(self, blobs: Sequence[bytes], image_size: int | None) -> list[np.ndarray]:
+        convert_one = partial(self._convert_one, image_size=image_size)
+        return list((self._threads.map if len(blobs) > 1 else map)(convert_one, blobs))
+
+    def _convert_one(self, blob: bytes, image_size: int | None) -> np.ndarray:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(blob))).convert("RGB")
-        if image_size is not None:
-            scale = image_size / min(image.size)
-            width, height = (max(image_size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - image_size) // 2, (height - image_size) // 2
-            image = image.crop((left, top, left + image_size, top + image_size))
-        return np.asarray(image)
+        if image_size is None:
+            return np.asarray(image)
+        if self.resize == "adm":
+            image = _halve(image, image_size)
+        scale = image_size / min(image.size)
+        width, height = (max(image_size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="pil-decoder")
 
 
 class DaliDecoder(ImageDecoder):
@@ -96,19 +127,13 @@ class DaliDecoder(ImageDecoder):
     `device="cpu"` needs neither GPU nor driver; `"mixed"` decodes and resizes on the GPU.
     """
 
+    resize = "cubic"
+
     def __init__(self, device: str) -> None:
-        try:
-            import nvidia.dali
-            import nvidia.dali.experimental.dynamic as dynamic
-            from nvidia.dali import types
-        except ImportError as error:
-            raise ConfigError(
-                f"DALI does not import ({error}); install nvidia-dali-cuda130 or use --decoder pil"
-            ) from None
-        self.name, self.library = f"dali-{device}", f"dali {nvidia.dali.__version__}"
+        dali = import_dali()
+        self.name, self.library = f"dali-{device}", f"dali {dali.version}"
         self._device = "gpu" if device == "mixed" else "cpu"
-        self._dynamic: Any = dynamic
-        self._types: Any = types
+        self._dynamic, self._types = dali.dynamic, dali.types
 
     def _convert(self, blobs: Sequence[bytes], image_size: int | None) -> list[np.ndarray]:
         dynamic, types = self._dynamic, self._types
@@ -121,14 +146,54 @@ class DaliDecoder(ImageDecoder):
         return [np.array(image) for image in images.cpu().tensors]
 
 
-def open_decoder(kind: str, device: str = "cpu") -> ImageDecoder:
-    """`kind` is "dali" or "pil"; `device` ("cpu" or "mixed") is DALI's. Raises ConfigError for another name."""
+def open_decoder(kind: str, device: str = "cpu", resize: str = "cubic") -> ImageDecoder:
+    """`kind` is "dali" or "pil"; `device` ("cpu" or "mixed") is DALI's; `resize` is one of RESIZES.
+
+    Raises ConfigError for another name, and for "adm", whose two filters only PIL has, on DALI.
+    """
     if kind not in ("dali", "pil") or device not in ("cpu", "mixed"):
         raise ConfigError(f"decoder {kind!r} on {device!r}: use dali or pil, on cpu or (dali only) mixed")
-    return PilDecoder() if kind == "pil" else DaliDecoder(device)
+    if resize not in RESIZES or (kind == "dali" and resize != "cubic"):
+        raise ConfigError(f"resize {resize!r} with decoder {kind}: use cubic, or adm with decoder pil")
+    return PilDecoder(resize) if kind == "pil" else DaliDecoder(device)
 
 
-def _unreadable(key: str, error: Exception) -> DataError:
+def _halve(image: Image.Image, image_size: int) -> Image.Image:
+    """The first half of `center_crop_arr` (openai/guided-diffusion, guided_diffusion/image_datasets.py)."""
+    while min(image.size) >= 2 * image_size:
+        width, height = image.size
+        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    return image
+
+
+def _header_fault(blob: bytes, key: str) -> str | None:
+    """What the header alone tells against an image."""
+    try:
+        with Image.open(io.BytesIO(blob)) as image:
+            (width, height), mode = image.size, image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return _unreadable(key, error)
+    if width * height > MAX_PIXELS:
+        return f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink or remove it"
+    if mode.startswith(_DEEP_MODES):
+        return f"image {key} has mode {mode}, more than 8 bits a channel; convert it to 8 bits"
+    return None
+
+
+def _unreadable(key: str, error: Exception) -> str:
     known = not isinstance(error, UnidentifiedImageError)  # its own text holds a memory address
-    reason = (str(error).strip().split("\n")[0] or type(error).__name__) if known else "no known image format"
-    return DataError(f"image {key} cannot be decoded ({reason}); repair or remove it")
+    reason = (
+        (str(error).strip().split("\n")[0].rstrip(" :") or type(error).__name__) if known else "no known image format"
+    )
+    return f"image {key} cannot be decoded ({reason}); repair or remove it"
+
+
+def _raise_first(failures: dict[int, str]) -> None:
+    if failures:
+        raise DataError(failures[min(failures)])
+
+
+def _raise_if_device_fault(error: Exception) -> None:
+    """A machine at its limits says nothing about an image."""
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("cuda", "out of memory")):
+        raise error

@@ -1,4 +1,4 @@
-"""Endless micro-batches of stored moments, in the order of `order.py`, read ahead by one thread."""
+"""Endless micro-batches in the order of `stream.py`, read ahead by one thread."""
 
 from __future__ import annotations
 
@@ -6,67 +6,104 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ecar_dist.data.manifest import load_manifest
-from ecar_dist.data.order import rank_positions, sample_indices
-from ecar_dist.data.shard_files import check_presence, local_folder
-from ecar_dist.data.shards import LatentShard
+from ecar_dist.data.order import rank_positions
+from ecar_dist.data.stream import Places, SampleStream
+from ecar_dist.data.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
+
+_BLOCK = 4096  # positions whose places are worked out at once: the order costs numpy calls, not samples
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`moments` fp16 [m, *shape], raw as stored; `labels` int64 [m]; `positions` int64 [m] in the run's order."""
+    """`values`: raw moments fp16 [m, *shape], or pixels uint8 [m, S, S, 3]; all else is int64 [m].
 
-    moments: torch.Tensor
+    `positions` are places in the run's order; `sample_ids` say which sample of which source, as one number.
+    """
+
+    values: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    sample_ids: torch.Tensor
 
 
-class LatentLoader:
+class Source(Protocol):
+    """Samples in shards behind one way of reading them."""
+
+    @property
+    def can_flip(self) -> bool:
+        """Whether half the samples are to be mirrored."""
+        ...
+
+    def read(self, places: Places, flip: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and labels. Raises BadSamples for samples that cannot be used, DataError for all else."""
+        ...
+
+    def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
+        """Bring the shards of `soon`, in that order, and let go of others: `future` has the place of each shard in the
+        order in which this node will next use it; an absent one is not needed here."""
+        ...
+
+    def traffic(self) -> Mapping[str, float]:
+        """Counters of what came over the network, as TransferStats.snapshot()."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of every global batch, and the ranks that share its node and so its cache."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    node_ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x world_size = "
+                f"{self.micro_batch_size} x {self.world_size}; change one of the three"
+            )
+
+
+class SampleLoader:
     """Iterates for ever. In step s, rank r takes positions start + s x global + r + world_size x j, in micro-batches.
 
     Equal `positions` give equal samples for every world size and micro-batch size, and `start=k` continues any run that
-    has seen k samples. Every shard's presence and size is checked at construction; its content when first touched.
-    Raises DataError for missing or damaged data, in the consumer, wherever the reading thread met it.
+    has seen k samples. Raises DataError in the consumer, wherever the reading thread met it. Owns its sources.
     """
 
     def __init__(
         self,
-        latents: str | Path,
+        sources: Sequence[Source],
+        stream: SampleStream,
+        share: Share,
         *,
         seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         start: int = 0,
         prefetch: int = 4,
+        max_bad: float = 0.0,
+        pin_memory: bool = False,
     ) -> None:
-        if global_batch_size % (micro_batch_size * world_size):
-            raise ConfigError(
-                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x world_size = "
-                f"{micro_batch_size} x {world_size}; change one of the three"
-            )
-        self.manifest = load_manifest(latents)
+        self.stream, self.sources = stream, sources
         self.wait_seconds = 0.0  # total time the consumer has waited for data
-        self._folder = local_folder(latents)
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._global_batch_size, self._micro_batch_size, self._start = global_batch_size, micro_batch_size, start
-        self._firsts = np.array([entry.first_index for entry in self.manifest.shards], dtype=np.int64)
-        self._shards: dict[int, LatentShard] = {}
-        check_presence(self._folder, self.manifest.shards)
+        self._share, self._seed, self._start, self._pin_memory = share, seed, start, pin_memory
+        self._substitutes = Substitutes(stream, seed, max_bad)
         self._queue: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, name="latent-loader", daemon=True)
+        self._thread = threading.Thread(target=self._read_ahead, name="sample-loader", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -81,16 +118,22 @@ class LatentLoader:
         self._queue.put(item)  # the end stays the end for a caller that asks again
         raise StopIteration if item is None else item
 
+    def substitutions(self) -> list[Substitution]:
+        """Samples replaced since the last call (only with `max_bad`)."""
+        return self._substitutes.drain()
+
     def close(self) -> None:
-        """End the reading thread. Safe to call twice."""
+        """End the reading thread and close the sources. Safe to call twice."""
         self._stopping.set()
         while self._thread.is_alive():
             self._drain()
             self._thread.join(timeout=0.01)
         self._drain()
         self._queue.put(None)
+        for source in self.sources:
+            source.close()
 
-    def __enter__(self) -> LatentLoader:
+    def __enter__(self) -> SampleLoader:
         return self
 
     def __exit__(
@@ -105,35 +148,65 @@ class LatentLoader:
 
     def _read_ahead(self) -> None:
         try:
-            step_start = self._start
-            while True:
-                positions = rank_positions(step_start, self._global_batch_size, self._rank, self._world_size)
-                for micro_positions in positions.reshape(-1, self._micro_batch_size):
+            for places in self._blocks():
+                for first in range(0, len(places), self._share.micro_batch_size):
                     if self._stopping.is_set():
                         return
-                    self._queue.put(self._read(micro_positions))
-                step_start += self._global_batch_size
+                    self._queue.put(self._read(places.take(slice(first, first + self._share.micro_batch_size))))
         except BaseException as error:
             self._queue.put(error)
 
-    def _read(self, positions: np.ndarray) -> MicroBatch:
-        """Gather a micro-batch shard by shard."""
-        indices = sample_indices(positions, self.manifest.count, self._seed)
-        at = torch.from_numpy(positions)
-        flip = uniform(self._seed, at, Purpose.FLIP).numpy() < 0.5 if self.manifest.has_flip else None
-        moments = np.empty((len(indices), *self.manifest.moments_shape), dtype=np.float16)
-        labels = np.empty(len(indices), dtype=np.int64)
-        owners = np.searchsorted(self._firsts, indices, side="right") - 1
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            shard, rows = self._shard(int(owner)), indices[places] - self._firsts[owner]
-            moments[places] = shard.gather(rows, None if flip is None else flip[places])
-            labels[places] = shard.labels[rows]
-        return MicroBatch(torch.from_numpy(moments), torch.from_numpy(labels), at)
+    def _blocks(self) -> Iterator[Places]:
+        """Places of this rank's next whole steps, some thousands at a time; shards are fetched and dropped by plan."""
+        share, at = self._share, self._start
+        steps = max(1, _BLOCK * share.world_size // share.global_batch_size)
+        while True:
+            end = at + steps * share.global_batch_size
+            self._plan_shards(at)
+            yield self.stream.locate(rank_positions(at, end - at, share.rank, share.world_size))
+            at = end
 
-    def _shard(self, owner: int) -> LatentShard:
-        """Open, prove and keep."""
-        if owner not in self._shards:
-            entry = self.manifest.shards[owner]
-            self._shards[owner] = LatentShard(self._folder / entry.name, entry, self.manifest)
-        return self._shards[owner]
+    def _plan_shards(self, at: int) -> None:
+        """What comes next is known exactly: this rank's shards of the next window, and all the node needs for long."""
+        share, soon = self._share, at + self.stream.window
+        first = at % share.world_size  # a rank's positions keep their remainder, which starts here
+        mine = self.stream.upcoming(at, soon, [(first + share.rank) % share.world_size], share.world_size)
+        node = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
+        later = self.stream.upcoming(at, at + self.stream.count, node, share.world_size)
+        for source, soon_shards, node_shards in zip(self.sources, mine, later, strict=True):
+            source.plan(soon_shards, {shard: place for place, shard in enumerate(node_shards)})
+
+    def _read(self, places: Places) -> MicroBatch:
+        while True:
+            try:
+                values, labels = self._read_once(places)
+            except BadSamples as error:
+                places = self._substitutes.replace(places, error)
+                continue
+            positions, sample_ids = torch.from_numpy(places.positions), torch.from_numpy(places.sample_ids)
+            if self._pin_memory and values.device.type == "cpu":
+                values = values.pin_memory()
+            return MicroBatch(values, labels, positions, sample_ids)
+
+    def _read_once(self, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each source reads its own part, and the parts are laid back into their places."""
+        chosen = np.unique(places.sources).tolist()
+        if len(chosen) == 1:
+            return self._read_from(chosen[0], places)
+        values, labels = None, torch.empty(len(places), dtype=torch.int64)
+        for number in chosen:
+            at = np.flatnonzero(places.sources == number)
+            try:
+                part, labels[at] = self._read_from(number, places.take(at))
+            except BadSamples as error:
+                raise BadSamples({int(at[i]): why for i, why in error.reasons.items()}, error.lost_each) from None
+            values = part.new_empty((len(places), *part.shape[1:])) if values is None else values
+            values[at] = part
+        assert values is not None
+        return values, labels
+
+    def _read_from(self, number: int, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        source, flip = self.sources[number], None
+        if source.can_flip:
+            flip = uniform(self._seed, torch.from_numpy(places.positions), Purpose.FLIP).numpy() < 0.5
+        return source.read(places, flip)

@@ -11,13 +11,15 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-import fsspec
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ecar_dist.data.atomic import write_json
+from ecar_dist.data.redaction import redact
+from ecar_dist.data.remote import join, read_bytes
+from ecar_dist.data.retries import ObjectMissing
 from ecar_dist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -53,21 +55,44 @@ class LatentEntry(ShardEntry):
 
 
 @dataclass(frozen=True)
+class ImageEntry(ShardEntry):
+    """One tar, or one class directory, of encoded images, with the table that says where each image lies.
+
+    Of a directory (`kind` "files") `bytes` is the sum of its images' sizes, and the hashes are empty: nobody read them.
+    """
+
+    table: str  # file name beside the manifest
+    table_xxh3_128: str
+    kind: Literal["tar", "files"]
+
+
+@dataclass(frozen=True)
 class ImageManifest:
-    """Labelled encoded images in WebDataset shards."""
+    """Labelled encoded images: WebDataset tars, or files in a directory per class."""
 
     SCHEMA: ClassVar[str] = "ecar-images-v1"
-    MADE_BY: ClassVar[str] = "ecar-data shard SOURCE OUT"
+    MADE_BY: ClassVar[str] = "ecar-data shard|index SOURCE OUT"
 
     source: str
     count: int
     num_classes: int
     class_names: list[str]
-    shards: list[ShardEntry]
+    shards: list[ImageEntry]
+    location: str | None = None  # folder or URL of the tars or directories; None: beside the manifest
 
     @property
     def dataset_id(self) -> str:
-        return _dataset_id(self)
+        """Covers the images and their order; where they lie may change, and be corrected in the file."""
+        return _dataset_id(dataclasses.replace(self, source="", location=None))
+
+    @property
+    def in_tars(self) -> bool:
+        """Whether the images come in whole shards, which a `ShardStore` can bring; else each is a file of its own."""
+        return all(entry.kind == "tar" for entry in self.shards)
+
+    def home(self, folder: str | Path) -> str | Path:
+        """Where the tars or class directories are, for a manifest found in `folder`."""
+        return folder if self.location is None else self.location
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,8 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     """Raises DataError: no manifest, not JSON, another schema, a missing field, or edited after it was written."""
-    where = f"{str(folder).rstrip('/')}/{MANIFEST_NAME}"
-    tree = _read_json(where, kind)
+    url = join(folder, MANIFEST_NAME)
+    tree, where = _read_json(url, kind), redact(url)
     if not isinstance(tree, dict) or tree.get("schema") != kind.SCHEMA:
         found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
         raise DataError(f"{where} has schema {found}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
@@ -132,16 +157,13 @@ def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     return manifest
 
 
-def _read_json(where: str, kind: type[AnyManifest]) -> Any:
+def _read_json(url: str, kind: type[AnyManifest]) -> Any:
     try:
-        with fsspec.open(where, "r") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise DataError(f"{where} does not exist; make it with `{kind.MADE_BY}`") from None
+        return json.loads(read_bytes(url))
+    except ObjectMissing:
+        raise DataError(f"{redact(url)} does not exist; make it with `{kind.MADE_BY}`") from None
     except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); run `{kind.MADE_BY}` again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {where} ({error}); check the path and its permissions") from None
+        raise DataError(f"{redact(url)} is not JSON ({error}); run `{kind.MADE_BY}` again") from None
 
 
 def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:

@@ -1,23 +1,27 @@
-"""Write one latent shard: `NNNNNN.tar`, then `NNNNNN.idx`, then the commit marker `NNNNNN.json`, each atomically.
+"""Write one latent shard: `NNNNNN.tar`, then `NNNNNN.idx`, then the commit marker `NNNNNN.json`.
 
-The bytes depend on the content alone (no time, user or host), so any worker may write a shard again.
+The bytes of the tar depend on its content alone (no time, user or host), and index and marker on the tar alone. So any
+worker may write a shard, and after a death between the files any other can finish it from the tar that is there.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import io
 import json
+import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ecar_dist.data.atomic import atomic_write, write_json
+from ecar_dist.data.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.data.manifest import LatentEntry
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shard_layout import (
@@ -28,34 +32,108 @@ from ecar_dist.data.shard_layout import (
     npy_header,
     sample_key,
 )
-from ecar_dist.data.tar_index import index_tar, write_dali_index
+from ecar_dist.data.shards import parse_description
+from ecar_dist.data.tar_index import BLOCK, TarMember, index_tar, write_dali_index
+from ecar_dist.errors import DataError
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """Rows first_index .. first_index + N - 1 of the set."""
+    """N samples of the plan's rows first_row .. first_row + N + len(missing) - 1."""
 
-    first_index: int
+    first_row: int
     moments: np.ndarray  # fp16 [N, *shape], raw
     labels: np.ndarray  # int64 [N]
     flipped: np.ndarray | None = None  # fp16 [N, *shape], moments of the mirrored images
+    missing: tuple[int, ...] = ()  # rows without a sample, rising
+
+    def keys(self) -> list[str]:
+        reserved = range(self.first_row, self.first_row + len(self.labels) + len(self.missing))
+        left_out = frozenset(self.missing)
+        return [sample_key(row) for row in reserved if row not in left_out]
 
 
 def write_latent_shard(
-    folder: Path, shard_index: int, content: ShardContent, description: dict[str, Any], marker: dict[str, Any]
-) -> LatentEntry:
-    """`description` joins the layout inside the tar (encoder, plan id); `marker` joins the entry in the marker file."""
+    folder: Path, shard_index: int, content: ShardContent, description: dict[str, Any]
+) -> LatentEntry | None:
+    """Write tar, index and marker. None, and nothing written, where another worker's tar has the name already.
+
+    `description` joins the layout inside the tar; all of it but the encoder is repeated in the marker.
+    """
     path = folder / f"{shard_index:06d}.tar"
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row in range(len(content.labels)):
-            for extension, payload in _parts(content, row):
-                _add(tar, f"{sample_key(content.first_index + row)}.{extension}", payload)
-        _add(tar, DESCRIPTION_NAME, json.dumps({**_describe(content), **description}, sort_keys=True).encode())
-    write_dali_index(path.with_suffix(".idx"), index_tar(path))
-    described = describe_shard(path, len(content.labels), content.first_index)
-    entry = LatentEntry(**dataclasses.asdict(described), first_row=content.first_index)
-    write_json(path.with_suffix(".json"), {**marker, "entry": dataclasses.asdict(entry)})
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            _write_tar(file, content, description)
+            file.flush()
+            os.fsync(file.fileno())
+        won = claim_name(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return seal(path) if won else None
+
+
+def seal(path: Path) -> LatentEntry:
+    """Write the index and then the marker of a whole tar. Raises DataError where the tar is not whole."""
+    members = index_tar(path)
+    entry, described = describe_latent_shard(path, members)
+    write_dali_index(path.with_suffix(".idx"), members)
+    write_json(path.with_suffix(".json"), marker_of(described, entry))
     return entry
+
+
+def describe_latent_shard(path: Path, members: Sequence[TarMember]) -> tuple[LatentEntry, dict[str, Any]]:
+    """What a tar says of itself. The entry's `first_index` is as if no sample were missing anywhere.
+
+    Raises DataError where its last member is no description.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(members[-1].offset - BLOCK)
+            described = parse_description(file.read())
+        first_row, missing, count = described["first_row"], tuple(described["missing"]), described["layout"]["count"]
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} does not end with a whole {DESCRIPTION_NAME} ({reason}); write it again") from None
+    shard = describe_shard(path, count, first_row)
+    return LatentEntry(**dataclasses.asdict(shard), first_row=first_row, missing=missing), described
+
+
+def marker_of(described: dict[str, Any], entry: LatentEntry) -> dict[str, Any]:
+    """The marker of a tar with this description and this entry."""
+    of_the_tar = ("schema", "layout", "first_row", "missing", "first_key", "last_key", "crc32", "encoder")
+    rest = {name: value for name, value in described.items() if name not in of_the_tar}
+    return {**rest, "entry": {**dataclasses.asdict(entry), "missing": list(entry.missing)}}
+
+
+def claim_name(temporary: Path, path: Path) -> bool:
+    """Give a finished, synced file its name, unless the name is taken: the first of several writers wins, whole.
+
+    A hard link fails on an existing name in one step. File systems without hard links get a look and a rename; two
+    writers that finish between these two then replace one whole file by another.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.rename(temporary, path)
+    sync_to_disk(path.parent)
+    return True
+
+
+def _write_tar(file: BinaryIO, content: ShardContent, description: dict[str, Any]) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, key in enumerate(content.keys()):
+            for extension, payload in _parts(content, row):
+                _add(tar, f"{key}.{extension}", payload)
+        _add(tar, DESCRIPTION_NAME, json.dumps({**_describe(content), **description}, sort_keys=True).encode())
 
 
 def _parts(content: ShardContent, row: int) -> list[tuple[str, bytes]]:
@@ -78,13 +156,15 @@ def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
 
 
 def _describe(content: ShardContent) -> dict[str, Any]:
-    """Layout, key range and the CRC-32 of each sample's members laid end to end."""
-    count, shape = len(content.labels), content.moments.shape[1:]
-    sums = [zlib.crc32(b"".join(payload for _, payload in _parts(content, row))) for row in range(count)]
+    """Layout, keys and the CRC-32 of each sample's members laid end to end."""
+    keys, shape = content.keys(), content.moments.shape[1:]
+    sums = [zlib.crc32(b"".join(payload for _, payload in _parts(content, row))) for row in range(len(keys))]
     return {
         "schema": "ecar-latents-v1",
-        "layout": ShardLayout.of(count, shape, content.flipped is not None).to_dict(),
-        "first_key": sample_key(content.first_index),
-        "last_key": sample_key(content.first_index + count - 1),
+        "layout": ShardLayout.of(len(keys), shape, content.flipped is not None).to_dict(),
+        "first_row": content.first_row,
+        "missing": list(content.missing),
+        "first_key": keys[0],
+        "last_key": keys[-1],
         "crc32": base64.b64encode(np.array(sums, dtype="<u4").tobytes()).decode(),
     }

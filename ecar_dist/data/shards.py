@@ -1,16 +1,18 @@
-"""Read one latent shard: prove it once, then gather rows from a strided view of the mapped tar."""
+"""Read one latent shard: prove it once; then its samples are a strided array over the mapped tar."""
 
 from __future__ import annotations
 
+import base64
 import json
 import mmap
 import tarfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ecar_dist.data.manifest import LatentEntry, Manifest
+from ecar_dist.data.manifest import LatentEntry
 from ecar_dist.data.shard_files import map_verified
 from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
@@ -28,38 +30,69 @@ from ecar_dist.errors import DataError
 _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
 
 
-class LatentShard:
-    """A verified, mapped shard. `moments` is fp16 [count, *shape] without a copy; `labels` is int64 [count].
+class SetFormat(Protocol):
+    """What holds for every shard of a set. A manifest says it, and so does the plan of an encoding."""
 
-    Raises DataError, naming shard and member, where size, hash, structure or a label differ from the manifest.
+    @property
+    def moments_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def has_flip(self) -> bool: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+
+class LatentShard:
+    """A mapped shard of proven structure. `moments` is fp16 [count, *shape] without a copy; `labels` int64 [count].
+
+    `mirrored` holds the moments of the mirrored images where the set stores them; elsewhere it is `moments`.
+    `mapped` holds the bytes that `entry` describes: a ShardStore, or `open_latent_shard`, has checked size and hash.
+    `where` is its place, for messages. Raises DataError, naming shard and member, where structure, keys or labels are
+    not what `entry` and `manifest` say.
     """
 
-    def __init__(self, path: Path, entry: LatentEntry, manifest: Manifest) -> None:
-        self.path, self.entry = path, entry
+    def __init__(self, mapped: mmap.mmap, where: str, entry: LatentEntry, manifest: SetFormat) -> None:
+        self.where, self.entry = where, entry
         self.layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
-        self._mapped = map_verified(path, entry)
+        self._mapped = mapped
+        keys = np.array([sample_key(row) for row in entry.rows.tolist()], "S12")
+        if len(keys) != entry.count:
+            raise self._wrong(f"has {entry.count} samples by its manifest entry, but {len(keys)} keys")
         if len(self._mapped) < self.layout.end + BLOCK:
             raise self._wrong(f"has room for fewer than {entry.count} samples of {self.layout.stride} bytes")
         for member in self.layout.members:
-            self._check_headers(member)
+            self._check_headers(member, keys)
         arrays = [self._array_view(member) for member in self.layout.members if member.npy_header_len]
-        self.moments, self.flipped = arrays[0], arrays[1] if manifest.has_flip else None
+        self.moments, self.mirrored = arrays[0], arrays[-1]
         self.labels = self._read_labels(manifest.num_classes)
 
-    def gather(self, rows: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
-        """Copy rows (int64 [N], within the shard): fp16 [N, *shape], mirrored where `flip` (bool [N]) is set."""
-        gathered = self.moments[rows]
-        if flip is not None and self.flipped is not None:
-            gathered[flip] = self.flipped[rows[flip]]
-        return gathered
+    def encoded(self, mirrored: bool) -> np.ndarray:
+        """The npy files themselves, for a reader that decodes them: uint8 [count, nbytes], without a copy."""
+        arrays = [member for member in self.layout.members if member.npy_header_len]
+        member = arrays[-1 if mirrored else 0]
+        return self._strided(member.rel_offset, member.npy_header_len + self.moments[0].nbytes)
 
     def description(self) -> dict[str, Any]:
         """The content of `.ecar.json`: layout, keys, CRCs, encoder, plan id."""
-        header = tarfile.TarInfo.frombuf(self._mapped[self.layout.end : self.layout.end + BLOCK], "ascii", "strict")
-        if header.name != DESCRIPTION_NAME:
-            raise self._wrong(f"ends with member {header.name!r} instead of {DESCRIPTION_NAME}")
-        start = self.layout.end + BLOCK
-        return json.loads(self._mapped[start : start + header.size])
+        try:
+            return parse_description(self._mapped[self.layout.end :])
+        except ValueError as error:
+            raise self._wrong(f"does not end with a whole {DESCRIPTION_NAME} ({error})") from None
+
+    def check_samples(self) -> None:
+        """Read every sample. Raises DataError for one that is not what was written, or whose moments are not finite."""
+        try:
+            sums = np.frombuffer(base64.b64decode(self.description()["crc32"]), dtype="<u4")
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._wrong(f"has no readable CRC-32 list ({error})") from None
+        if len(sums) != self.entry.count:
+            raise self._wrong(f"lists {len(sums)} CRC-32 for {self.entry.count} samples")
+        for row in range(self.entry.count):
+            if zlib.crc32(self.sample_bytes(row)) != sums[row]:
+                raise self._wrong(f"has another CRC-32 at key {self._key(row)} than when it was written")
+        if not (np.isfinite(self.moments).all() and np.isfinite(self.mirrored).all()):
+            raise self._wrong("has moments that are not finite")
 
     def sample_bytes(self, row: int) -> bytes:
         """The payloads of one sample laid end to end: what its CRC-32 covers."""
@@ -84,13 +117,10 @@ class LatentShard:
         shape = (self.layout.count, *member.shape)
         return _view(self._mapped, shape, MOMENTS_DTYPE, self.layout, member.rel_offset + member.npy_header_len)
 
-    def _check_headers(self, member: Member) -> None:
+    def _check_headers(self, member: Member, keys: np.ndarray) -> None:
         """Names, sizes, checksums and types of one member of all samples at once."""
         headers = self._strided(member.rel_offset - BLOCK, BLOCK)
-        first = self.entry.first_index
-        wanted = np.array(
-            [f"{sample_key(first + row)}.{member.ext}".encode() for row in range(self.layout.count)], "S100"
-        )
+        wanted = np.char.add(keys, f".{member.ext}".encode())
         sums = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
         faults = {
             "name": _text(headers, 0, 100) != wanted,
@@ -112,12 +142,33 @@ class LatentShard:
         outside = (labels < 0) | (labels >= num_classes)
         if outside.any():
             row = int(outside.argmax())
-            key = sample_key(self.entry.first_index + row)
-            raise self._wrong(f"has label {labels[row]} at key {key}, labels are 0..{num_classes - 1}")
+            raise self._wrong(f"has label {labels[row]} at key {self._key(row)}, labels are 0..{num_classes - 1}")
         return labels
 
+    def _key(self, row: int) -> str:
+        return sample_key(int(self.entry.rows[row]))
+
     def _wrong(self, what: str) -> DataError:
-        return DataError(f"shard {self.path} {what}; write it again with `ecar-data encode`, or restore the file")
+        return DataError(f"shard {self.where} {what}; write it again with `ecar-data encode`, or restore the file")
+
+
+def parse_description(tail: bytes) -> dict[str, Any]:
+    """The tree in `.ecar.json`, from the bytes of a shard that begin with this member's header. Raises ValueError."""
+    try:
+        header = tarfile.TarInfo.frombuf(tail[:BLOCK], "ascii", "strict")
+    except tarfile.HeaderError as error:
+        raise ValueError(f"no tar header: {error}") from None
+    if header.name != DESCRIPTION_NAME:
+        raise ValueError(f"the last member is {header.name!r}")
+    tree = json.loads(tail[BLOCK : BLOCK + header.size])
+    if not isinstance(tree, dict):
+        raise ValueError("not a tree")
+    return tree
+
+
+def open_latent_shard(path: Path, entry: LatentEntry, manifest: SetFormat) -> LatentShard:
+    """A shard on a local file system, its size and hash checked. Raises DataError naming it for any difference."""
+    return LatentShard(map_verified(path, entry), str(path), entry, manifest)
 
 
 def _view(

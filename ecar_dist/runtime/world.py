@@ -66,6 +66,8 @@ class World:
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self.rank, self.size, self.local_rank = placement.rank, placement.size, placement.local_rank
+        first = placement.rank - placement.local_rank
+        self.node_ranks = tuple(range(first, min(first + placement.local_size, placement.size)))
         self.device = device
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ import numpy as np
 import torch
 
 from ecar_dist.config import RunConfig
-from ecar_dist.data.loader import LatentLoader, MicroBatch
+from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.errors import TrainingError
 from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
+from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.train.learning_rate import learning_rate
@@ -33,9 +36,11 @@ class Training:
     engine: Engine
     ema: ShardedEma
     store: CheckpointStore
-    loader: LatentLoader
+    loader: SampleLoader
     telemetry: Telemetry
     stop: StopRequest
+    directory: RunDirectory
+    replaced_samples: int = 0  # by all ranks since this attempt began
     writer: MetricsWriter | None = None
     preview: Preview | None = None
 
@@ -69,23 +74,36 @@ def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress)
         config.optim, progress.samples_seen + config.batch.global_batch_size, config.train.total_samples
     )
     run.engine.set_learning_rate(rate)
-    sums = torch.zeros(config.flow.num_stages + 1, dtype=torch.float64, device=device)  # per stage, and stop requests
+    # per stage, then stop requests and replaced samples
+    sums = torch.zeros(config.flow.num_stages + 2, dtype=torch.float64, device=device)
     accumulate = config.grad_accum_steps(run.world.size)
     for micro_step in range(accumulate):
         micro = next(batches)
-        loss, per_stage = run.engine(micro.moments.to(device), micro.labels.to(device), micro.positions.to(device))
+        parts = (micro.values, micro.labels, micro.positions)
+        values, labels, positions = (part.to(device, non_blocking=True) for part in parts)
+        loss, per_stage = run.engine(values, labels, positions)
         run.engine.backward(loss)
-        sums[:-1] += per_stage.double().sum(0)
+        sums[:-2] += per_stage.double().sum(0)
         if micro_step == accumulate - 1:
-            sums[-1] = float(bool(run.stop))
+            sums[-2], sums[-1] = float(bool(run.stop)), float(note_substitutions(run))
             run.world.sum(sums)  # every rank knows the loss before any weight moves
             _refuse_non_finite(run.world, "loss", bool(torch.isfinite(sums).all()), progress)
         run.engine.step()
     _refuse_non_finite(run.world, "gradient norm", math.isfinite(run.engine.grad_norm), progress)
-    *losses, stops = sums.tolist()
+    *losses, stops, replaced = sums.tolist()
+    run.replaced_samples += int(replaced)
     stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
     loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
     return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
+
+
+def note_substitutions(run: Training) -> int:
+    """Write down the samples this rank had to replace (data.on_bad=substitute); their number."""
+    made = run.loader.substitutions()
+    if made:
+        with open(run.directory.logs / f"substituted.rank-{run.world.rank:05d}.jsonl", "a") as file:
+            file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in made)
+    return len(made)
 
 
 def _refuse_non_finite(world: World, what: str, finite: bool, progress: Progress) -> None:
@@ -100,6 +118,7 @@ def _refuse_non_finite(world: World, what: str, finite: bool, progress: Progress
 
 def log(run: Training, progress: Progress, result: StepResult) -> None:
     values = run.telemetry.report(result, progress.samples_seen, run.loader.wait_seconds)
+    values |= data_values(run)
     if run.writer is None:
         return
     run.writer.log(progress.step, progress.samples_seen, values)
@@ -108,6 +127,16 @@ def log(run: Training, progress: Progress, result: StepResult) -> None:
         progress_line(progress.step, config.total_steps, progress.samples_seen, config.train.total_samples, values),
         flush=True,
     )
+
+
+def data_values(run: Training) -> dict[str, float]:
+    """How the data came, where there is something to say: replaced samples of all ranks, rank 0's downloads."""
+    values = {"data/replaced_samples": float(run.replaced_samples)} if run.replaced_samples else {}
+    counts = [source.traffic() for source in run.loader.sources]
+    if any(count.get("requests") for count in counts):
+        values["data/downloaded_gib"] = sum(count["bytes"] for count in counts) / 2**30
+        values["data/retries"] = sum(count["retries"] for count in counts)
+    return values
 
 
 def draw_preview(run: Training, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What one micro-batch computes: stored moments in, the loss out. Section 7.1 of docs/ecar.md."""
+"""What one micro-batch computes: values of the loader in, the loss out. Section 7.1 of docs/ecar.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ecar_dist.flow.path import training_points
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.rng import Purpose, normal, uniform
 
-Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (moments, N(0, I) noise) -> latents
+Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (values as read, N(0, I) noise) -> latents
 
 
 class FlowObjective(nn.Module):
@@ -36,12 +36,13 @@ class FlowObjective(nn.Module):
         self._label_dropout, self._bf16 = config.model.label_dropout, precision == "bf16"
 
     def forward(
-        self, moments: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+        self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """moments [B, 2C or C, H, W] raw, labels int64 [B], positions int64 [B] -> loss [], stage losses [B, K]."""
+        """A batch as read (raw moments [B, 2C or C, H, W], or pixels for a normaliser that encodes them), labels and
+        positions int64 [B] -> loss [], stage losses [B, K]."""
         points = training_points(
             self._schedule,
-            self._normalise(moments, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0)),
+            self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0)),
             [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)],
             [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))],
             [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(self._sizes[:-1])],
@@ -49,7 +50,7 @@ class FlowObjective(nn.Module):
         )
         dropped = uniform(self._seed, positions, Purpose.LABEL_DROP) < self._label_dropout
         labels = torch.where(dropped, self._null_label, labels)
-        with torch.autocast(moments.device.type, torch.bfloat16, enabled=self._bf16):
+        with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(points.contexts, points.states, points.times, labels)
         per_stage = stage_losses(velocities, points.targets)
         return multistage_loss(per_stage, self._weights), per_stage.detach()

@@ -10,11 +10,11 @@ from ecar_dist.config import VaeSection
 from ecar_dist.errors import ConfigError
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.dct import KEPT_SIDE, DctCodec
-from ecar_dist.vae.kl import open_kl
+from ecar_dist.vae.pretrained import open_pretrained
 
 
-def _open_kl(section: VaeSection, device: torch.device, dtype: torch.dtype) -> LatentCodec:
-    return open_kl(section.path or "", device, dtype)
+def _open_pretrained(section: VaeSection, device: torch.device, dtype: torch.dtype) -> LatentCodec:
+    return open_pretrained(section.path or "", device, dtype, section.kind)
 
 
 def _open_dct(section: VaeSection, device: torch.device, dtype: torch.dtype) -> LatentCodec:
@@ -25,7 +25,11 @@ def _open_dct(section: VaeSection, device: torch.device, dtype: torch.dtype) -> 
     return DctCodec(section.downsample, device)
 
 
-_OPENERS: dict[str, Callable[[VaeSection, torch.device, torch.dtype], LatentCodec]] = {"kl": _open_kl, "dct": _open_dct}
+_OPENERS: dict[str, Callable[[VaeSection, torch.device, torch.dtype], LatentCodec]] = {
+    "kl": _open_pretrained,
+    "dc": _open_pretrained,
+    "dct": _open_dct,
+}
 
 
 def open_codec(
@@ -44,8 +48,8 @@ def open_codec(
 def open_codec_by_spec(
     spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
-    """`dct-f8`, `dct-f32`, or the folder or hub name of a KL autoencoder. Raises ConfigError as `open_codec` does."""
+    """`dct-f8`, `dct-f32`, or folder or hub name of a KL or DC autoencoder. Raises ConfigError as `open_codec` does."""
     for downsample in KEPT_SIDE:
         if spec == f"dct-f{downsample}":
             return DctCodec(downsample, torch.device(device))
-    return open_kl(spec, torch.device(device), dtype)
+    return open_pretrained(spec, torch.device(device), dtype)

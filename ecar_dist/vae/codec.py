@@ -27,7 +27,7 @@ class EncoderIdentity:
     Two encoders are the same when every field but `name` agrees: a hub name and a local copy are one encoder.
     """
 
-    kind: str  # "kl" or "dct"
+    kind: str  # "kl", "dc" or "dct"
     name: str  # hub name or folder; for people
     weights_sha256: str  # of the sorted state dict, see `hash_state_dict`
     config_sha256: str  # of the canonical JSON of the architecture

@@ -25,7 +25,7 @@ def write_set(folder: Path, *, flip: bool = False, labels: np.ndarray | None = N
         rows = slice(first, first + count)
         mirrored = moments[rows, ..., ::-1] if flip else None
         content = ShardContent(first, moments[rows], labels[rows], mirrored)
-        entries.append(write_latent_shard(folder, index, content, {"encoder": {}, "plan_id": "p"}, {"plan_id": "p"}))
+        entries.append(write_latent_shard(folder, index, content, {"encoder": {}, "plan_id": "p"}))
         first += count
     names = [str(label) for label in range(NUM_CLASSES)]
     write_manifest(folder, Manifest(total, NUM_CLASSES, names, SHAPE, flip, {}, {}, {}, entries))

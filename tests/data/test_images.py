@@ -92,6 +92,71 @@ def test_a_bad_image_is_named_and_the_decoder_lives_on(decoder, kind):
     assert np.array_equal(decoder.decode([BLOBS["png"]], ["good"])[0], FLOWER)
 
 
+def test_the_good_are_separated_from_the_bad(decoder):
+    """The good ones are the same arrays that a batch without the bad ones gives."""
+    blobs, keys = [*BLOBS.values(), *BAD.values()], [*BLOBS, *BAD]
+    mixed = np.random.default_rng(0).permutation(len(blobs)).tolist()
+    blobs, keys = [blobs[place] for place in mixed], [keys[place] for place in mixed]
+    separated = decoder.separate(blobs, keys, 32)
+    assert separated.good == [place for place, key in enumerate(keys) if key in BLOBS]
+    assert sorted(separated.failures) == [place for place, key in enumerate(keys) if key in BAD]
+    for place, text in separated.failures.items():
+        assert text.startswith(f"image {keys[place]} ")
+    alone = decoder.decode_to_batch([blobs[place] for place in separated.good], [keys[p] for p in separated.good], 32)
+    assert np.array_equal(separated.pixels, alone)
+
+
+def test_a_batch_of_bad_images_only(decoder):
+    separated = decoder.separate(list(BAD.values()), list(BAD), 16)
+    assert separated.pixels.shape == (0, 16, 16, 3)
+    assert separated.good == []
+    assert sorted(separated.failures) == list(range(len(BAD)))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error 2: out of memory")])
+def test_a_machine_at_its_limits_is_no_bad_image(decoder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(type(decoder), "_convert", fail)
+    with pytest.raises(type(error)):
+        decoder.separate([BLOBS["jpeg"]], ["good"], 32)
+
+
+def center_crop_arr(pixels, size):
+    """What ADM and DiT do to an image, in one pass of numpy and PIL; odd sides lose a row when they are halved."""
+    while min(pixels.shape[:2]) >= 2 * size:
+        half = (pixels.shape[1] // 2, pixels.shape[0] // 2)
+        pixels = np.asarray(Image.fromarray(pixels).resize(half, Image.Resampling.BOX))
+    scale = size / min(pixels.shape[:2])
+    target = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    pixels = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("size", [32, 100, 213, 256])
+def test_adm_is_box_halving_then_bicubic(size):
+    """213 is half of the shorter side: halved once, and then of the right size."""
+    names = ["jpeg", "jpeg of odd sides", "png"]
+    batch = open_decoder("pil", resize="adm").decode_to_batch([BLOBS[name] for name in names], names, size)
+    for name, found in zip(names, batch, strict=True):
+        assert np.array_equal(found, center_crop_arr(open_decoder("pil").decode([BLOBS[name]], [name])[0], size))
+
+
+# dB between ADM's resize and DALI's cubic with antialiasing, on the two photographs
+ADM_AGAINST_CUBIC = {256: (45.37, 51.86), 128: (38.55, 41.79)}
+
+
+@pytest.mark.parametrize("size", ADM_AGAINST_CUBIC)
+def test_the_difference_between_the_two_resizes(size):
+    blobs, keys = [BLOBS["jpeg"], BLOBS["png"]], ["china", "flower"]
+    adm = open_decoder("pil", resize="adm").decode_to_batch(blobs, keys, size).astype(float)
+    cubic = open_decoder("dali").decode_to_batch(blobs, keys, size)
+    psnr = 10 * np.log10(255**2 / np.square(adm - cubic).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(psnr, ADM_AGAINST_CUBIC[size], atol=0.5)
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(decoder, monkeypatch):
     monkeypatch.setattr(images_module, "MAX_PIXELS", 427 * 640 - 1)
     monkeypatch.setattr(type(decoder), "_convert", lambda *_: pytest.fail("decoded"))
@@ -103,3 +168,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(decoder, monkeypatch):
 def test_unknown_decoders(kind, device):
     with pytest.raises(ConfigError, match="use dali or pil"):
         open_decoder(kind, device)
+
+
+@pytest.mark.parametrize(("kind", "resize"), [("dali", "adm"), ("pil", "lanczos")])
+def test_resizes_that_a_decoder_does_not_have(kind, resize):
+    with pytest.raises(ConfigError, match="use cubic, or adm with decoder pil"):
+        open_decoder(kind, resize=resize)

@@ -1,30 +1,54 @@
+import dataclasses
 import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from ecar_dist.data import loader as loader_module
-from ecar_dist.data.loader import LatentLoader
-from ecar_dist.data.order import sample_indices
+from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
+from ecar_dist.data.loader import SampleLoader, Share
+from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError, DataError
-from tests.data.latent_sets import SHAPE, write_set
+from tests.data.latent_sets import COUNTS, write_set
 from tests.data.test_shards import flip_a_byte, truncate
 
-SEED = 5
+SEED, BATCH = 5, 24
 
 
-def read(folder, steps, *, world_size=1, micro=4, global_batch=24, start=0):
-    """Everything all ranks see in `steps` steps: position -> (moments, label)."""
+def open_loader(folders, *, micro=4, batch=BATCH, rank=0, world_size=1, start=0, dali=False, **options):
+    """A loader over one folder or several, with weights 2 : 1 : 1 ... for several."""
+    folders = folders if isinstance(folders, list) else [folders]
+    sources = [LatentSource(folder) for folder in folders]
+    weights = [2.0, *[1.0] * (len(folders) - 1)] if len(folders) > 1 else [1.0]
+    by_step = options.pop("by_step", False)
+    counts = [source.shard_counts for source in sources]
+    stream = SampleStream(
+        counts, seed=SEED, global_batch_size=batch, weights=weights, by_step=by_step, lanes=2, window_shards=1
+    )
+    share = Share(batch, micro, rank, world_size)
+    if dali:
+        sources = [DaliLatentSource(source, micro, loader_module.torch.device("cpu")) for source in sources]
+    return SampleLoader(sources, stream, share, seed=SEED, start=start, **options)
+
+
+def read(folders, steps, *, world_size=1, micro=4, batch=BATCH, **options):
+    """Everything all ranks see in `steps` steps: position -> (moments, label, sample id)."""
     seen = {}
     for rank in range(world_size):
-        settings = {"seed": SEED, "global_batch_size": global_batch, "micro_batch_size": micro, "start": start}
-        with LatentLoader(folder, **settings, rank=rank, world_size=world_size) as loader:
-            for batch in itertools.islice(loader, steps * global_batch // (micro * world_size)):
-                assert batch.moments.shape == (micro, *SHAPE)
-                for moments, label, position in zip(batch.moments, batch.labels, batch.positions, strict=True):
+        with open_loader(folders, rank=rank, world_size=world_size, micro=micro, batch=batch, **options) as loader:
+            for read in itertools.islice(loader, steps * batch // (micro * world_size)):
+                assert len(read.values) == len(read.labels) == len(read.sample_ids) == micro
+                for values, label, position, sample in zip(
+                    read.values, read.labels, read.positions, read.sample_ids, strict=True
+                ):
                     assert int(position) not in seen
-                    seen[int(position)] = (moments.numpy().tobytes(), int(label))
+                    seen[int(position)] = (values.numpy().tobytes(), int(label), int(sample))
     return seen
 
 
@@ -34,16 +58,26 @@ def latents(request, tmp_path_factory):
     return folder, *write_set(folder, flip=request.param), request.param
 
 
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("mixed") for _ in range(2)]
+    for folder in folders:
+        write_set(folder)
+    return folders
+
+
 def test_samples_are_those_of_the_order(latents):
     folder, moments, labels, flip = latents
     seen = read(folder, steps=9)  # 216 positions: more than two epochs of 97
     assert sorted(seen) == list(range(216))
-    indices = sample_indices(np.arange(216), 97, SEED)
+    order = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH, lanes=2, window_shards=1).orders[0]
+    indices = order.sample_indices(np.arange(216))
+    assert sorted(indices[:97]) == list(range(97))
     mirrored = 0
     for position, index in enumerate(indices):
         straight, back = moments[index].tobytes(), np.ascontiguousarray(moments[index][..., ::-1]).tobytes()
         assert seen[position][0] in ((straight, back) if flip else (straight,))
-        assert seen[position][1] == labels[index]
+        assert seen[position][1:] == (labels[index], index)
         mirrored += seen[position][0] == back
     assert (70 < mirrored < 146) if flip else mirrored == 0
 
@@ -53,6 +87,13 @@ def test_every_world_size_and_split_sees_the_same(latents, world_size, micro):
     assert read(latents[0], 5, world_size=world_size, micro=micro) == read(latents[0], 5)
 
 
+def test_blocks_of_the_order_leave_no_seam(latents, monkeypatch):
+    whole = read(latents[0], 8)
+    monkeypatch.setattr(loader_module, "_BLOCK", 30)
+    assert read(latents[0], 8) == whole
+    assert read(latents[0], 8, world_size=3) == whole
+
+
 def test_start_continues_the_sequence(latents):
     whole = read(latents[0], 8)
     late = read(latents[0], 5, start=72, world_size=2)
@@ -60,15 +101,31 @@ def test_start_continues_the_sequence(latents):
 
 
 def test_positions_inside_a_rank_are_in_order(latents):
-    settings = {"seed": SEED, "global_batch_size": 24, "micro_batch_size": 6}
-    with LatentLoader(latents[0], **settings, rank=1, world_size=2, start=7) as loader:
+    with open_loader(latents[0], micro=6, rank=1, world_size=2, start=7) as loader:
         positions = np.concatenate([batch.positions.numpy() for batch in itertools.islice(loader, 4)])
     assert positions.tolist() == [*range(8, 31, 2), *range(32, 55, 2)]
 
 
-def open_loader(folder, **changes):
-    settings = {"seed": SEED, "global_batch_size": 8, "micro_batch_size": 8, **changes}
-    return LatentLoader(folder, **settings)
+def test_dali_gives_the_same_batches(latents):
+    assert read(latents[0], 3, dali=True) == read(latents[0], 3)
+
+
+def test_a_mixture_keeps_its_proportions_and_its_samples(two_sets):
+    seen = read(two_sets, 16, world_size=2)  # 384 positions
+    samples = [seen[position][2] for position in range(384)]
+    first = [sample for sample in samples if sample < 97]
+    second = [sample - 97 for sample in samples if sample >= 97]
+    assert len(first) == 256
+    assert len(second) == 128
+    assert sorted(first[:97]) == sorted(second[:97]) == list(range(97))
+    assert read(two_sets, 8, start=192) == {position: seen[position] for position in range(192, 384)}
+
+
+def test_by_step_every_batch_comes_from_one_set(two_sets):
+    seen = read(two_sets, 12, world_size=3, by_step=True)
+    kinds = [{seen[position][2] < 97 for position in range(step * BATCH, (step + 1) * BATCH)} for step in range(12)]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert sum(kind == {True} for kind in kinds) == 8
 
 
 @pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink()])
@@ -85,7 +142,33 @@ def test_an_error_in_the_thread_reaches_the_consumer_and_stays(tmp_path):
     with open_loader(tmp_path) as loader:
         for _ in range(2):
             with pytest.raises(DataError, match=r"000001\.tar.*xxh3_128"):
-                list(itertools.islice(loader, 20))
+                list(itertools.islice(loader, 40))
+
+
+def test_substitutes_are_the_same_everywhere_and_listed(tmp_path):
+    write_set(tmp_path)
+    whole = read(tmp_path, 8)
+    flip_a_byte(tmp_path / "000002.tar")  # samples 80..96
+    patched = read(tmp_path, 8, max_bad=0.2)
+    assert patched == read(tmp_path, 8, world_size=4, micro=2, max_bad=0.2)
+    assert all(sample < 80 for _, _, sample in patched.values())
+    assert {position for position in whole if whole[position] != patched[position]} == {
+        position for position, (_, _, sample) in whole.items() if sample >= 80
+    }
+    with open_loader(tmp_path, micro=BATCH, max_bad=0.2) as loader:
+        batches = list(itertools.islice(loader, 8))
+        made = [one for one in loader.substitutions() if one.position < 192]
+    assert len(batches) == 8
+    replaced = {one.position: one.replaced_by for one in made}  # the last one, where a substitute was bad too
+    assert replaced == {position: patched[position][2] for position, (_, _, sample) in whole.items() if sample >= 80}
+    assert all("000002.tar" in one.reason for one in made)
+
+
+def test_substitution_is_bounded(tmp_path):
+    write_set(tmp_path)
+    flip_a_byte(tmp_path / "000002.tar")
+    with pytest.raises(DataError, match=r"000002\.tar.*17 of 97 samples are bad, data\.max_bad allows 0\.1"):
+        read(tmp_path, 8, max_bad=0.1)
 
 
 def test_close_is_prompt_with_a_full_queue_and_ends_iteration(latents):
@@ -102,14 +185,14 @@ def test_close_is_prompt_with_a_full_queue_and_ends_iteration(latents):
 
 def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
     calls = []
-    real = loader_module.sample_indices
+    real = LatentSource.read
 
     def slow(*values):
         calls.append(1)
         time.sleep(0.05)
         return real(*values)
 
-    monkeypatch.setattr(loader_module, "sample_indices", slow)
+    monkeypatch.setattr(LatentSource, "read", slow)
     with open_loader(latents[0], prefetch=2) as loader:
         next(loader)
         assert loader.wait_seconds > 0.03
@@ -120,13 +203,74 @@ def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
         assert loader.wait_seconds - before < 0.03
 
 
-def test_batch_numbers_must_multiply_out(latents):
+def test_batch_numbers_must_multiply_out():
     with pytest.raises(ConfigError, match="not a multiple of micro_batch_size x world_size = 3 x 2"):
-        open_loader(latents[0], micro_batch_size=3, world_size=2)
+        Share(8, 3, 0, 2)
 
 
-def test_a_remote_folder_is_refused_clearly(latents, monkeypatch):
-    manifest = loader_module.load_manifest(latents[0])
-    monkeypatch.setattr(loader_module, "load_manifest", lambda _: manifest)
-    with pytest.raises(DataError, match="must be on a local or mounted file system, got s3://bucket/x"):
-        open_loader("s3://bucket/x")
+def test_shards_are_planned_a_window_ahead_and_dropped_behind(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    source = LatentSource(tmp_path)
+    asked, retired = [], []
+    monkeypatch.setattr(source, "plan", lambda soon, future: (asked.append(soon), retired.append(future)))
+    monkeypatch.setattr(loader_module, "_BLOCK", 24)
+    stream = SampleStream([source.shard_counts], seed=SEED, global_batch_size=BATCH, lanes=1, window_shards=1)
+    with SampleLoader([source], stream, Share(BATCH, 24), seed=SEED) as loader:
+        used = [set(np.unique(stream.locate(batch.positions.numpy()).shards)) for batch in itertools.islice(loader, 8)]
+    for step, shards in enumerate(used):
+        assert shards <= set(asked[step])
+        assert sorted(retired[step], key=retired[step].get)[0] == asked[step][0]
+        assert sorted(retired[step].values()) == list(range(len(retired[step])))
+
+
+CONSUMER = """
+import itertools, json, sys
+from tests.data.test_loader import open_loader
+folder, out, start, rank, world_size, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+with open_loader([folder], micro=2, rank=rank, world_size=world_size, start=start) as loader, open(out, "w") as log:
+    for batch in itertools.islice(loader, steps * 24 // (2 * world_size)):
+        rows = zip(batch.positions.tolist(), batch.sample_ids.tolist(), strict=True)
+        log.write("".join(json.dumps(row) + "\\n" for row in rows))
+        log.flush()
+"""
+
+
+def consume(folder, out, start, world_size, *, steps, kill_after=None):
+    """Run all ranks as processes; kill -9 them once each wrote `kill_after` lines. What was written, by position."""
+    logs = [out / f"{start}-{rank}.jsonl" for rank in range(world_size)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONSUMER, folder, log, *map(str, (start, rank, world_size, steps))],
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        )
+        for rank, log in enumerate(logs)
+    ]
+    if kill_after is not None:
+        while any(not log.exists() or log.read_text().count("\n") < kill_after for log in logs):
+            assert all(process.poll() is None for process in ranks)
+            time.sleep(0.01)
+        for process in ranks:
+            os.kill(process.pid, signal.SIGKILL)
+    assert all(process.wait() == (0 if kill_after is None else -9) for process in ranks)
+    lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return dict(json.loads(line) for line in lines)
+
+
+def test_killed_and_resumed_at_another_world_size_the_sequence_goes_on(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_set(folder)
+    first = consume(folder, tmp_path, 0, 2, steps=10**6, kill_after=60)
+    order = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH, lanes=2, window_shards=1).orders[0]
+    whole = dict(enumerate(order.sample_indices(np.arange(max(first) + 1000 * BATCH)).tolist()))
+    assert first.items() <= whole.items()
+    start = 2 * BATCH  # a run goes on from its last checkpoint
+    second = consume(folder, tmp_path, start, 3, steps=50)
+    assert second == {position: whole[position] for position in range(start, start + 50 * BATCH)}
+
+
+def test_places_are_value_objects(latents):
+    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)
+    places = stream.locate(np.arange(10))
+    assert all(getattr(places, field.name).shape == (10,) for field in dataclasses.fields(places))
+    assert len(places.take(slice(2, 5))) == 3

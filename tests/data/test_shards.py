@@ -1,4 +1,6 @@
 import base64
+import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -12,17 +14,17 @@ import pytest
 import webdataset
 
 from ecar_dist.data import shard_writer
-from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.manifest import Manifest, load_manifest
 from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
-from ecar_dist.data.shards import LatentShard
+from ecar_dist.data.shard_writer import ShardContent, seal, write_latent_shard
+from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import COUNTS, NUM_CLASSES, SHAPE, restate, write_set
 
 
 def open_shard(folder, index=0):
     manifest = load_manifest(folder)
-    return LatentShard(folder / manifest.shards[index].name, manifest.shards[index], manifest)
+    return open_latent_shard(folder / manifest.shards[index].name, manifest.shards[index], manifest)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -31,12 +33,27 @@ def test_what_went_in_comes_out(tmp_path, flip):
     shard = open_shard(tmp_path, 1)
     assert np.array_equal(shard.moments, moments[40:80])
     assert np.array_equal(shard.labels, labels[40:80])
+    assert np.array_equal(shard.mirrored, moments[40:80, ..., ::-1] if flip else moments[40:80])
     rows = np.array([5, 0, 39, 5])
-    mirror = np.array([True, False, True, False])
-    expected = moments[40 + rows].copy()
-    if flip:
-        expected[mirror] = expected[mirror][..., ::-1]
-    assert np.array_equal(shard.gather(rows, mirror), expected)
+    assert np.array_equal(shard.moments[rows], moments[40 + rows])
+    assert not shard.moments.flags.writeable
+    shard.check_samples()
+
+
+def test_rows_with_gaps(tmp_path):
+    """Keys are the plan's rows; the place in the shard counts only what is there."""
+    moments, labels = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float16), np.array([4, 5, 6])
+    entry = write_latent_shard(tmp_path, 0, ShardContent(70, moments, labels, missing=(71, 72)), {})
+    assert (entry.count, entry.first_row, entry.missing) == (3, 70, (71, 72))
+    assert entry.rows.tolist() == [70, 73, 74]
+    form = Manifest(3, NUM_CLASSES, [], SHAPE, False, {}, {}, {}, [entry])
+    shard = open_latent_shard(tmp_path / "000000.tar", entry, form)
+    assert np.array_equal(shard.moments, moments)
+    assert shard.labels.tolist() == [4, 5, 6]
+    assert (tmp_path / "000000.idx").read_text().split()[1] == "3"
+    for wrong in ((71, 73), (73, 74), ()):
+        with pytest.raises(DataError, match=r"000000\.tar has (a wrong tar name at 0000000000|3 samples .*, but)"):
+            open_latent_shard(tmp_path / "000000.tar", dataclasses.replace(entry, missing=wrong), form)
 
 
 def test_the_tar_describes_itself(tmp_path):
@@ -182,23 +199,70 @@ def test_a_label_outside_the_classes_names_its_key(tmp_path, bad):
         open_shard(tmp_path, 1)
 
 
+def small_content():
+    return ShardContent(0, np.zeros((2, *SHAPE), np.float16), np.array([0, 1]))
+
+
 def test_the_marker_comes_last(tmp_path, monkeypatch):
     """A worker that dies at any point leaves either no marker or a whole shard."""
 
     def die(*_):
         raise KeyboardInterrupt
 
-    content = ShardContent(0, np.zeros((2, *SHAPE), np.float16), np.array([0, 1]))
-    for place in ("_add", "write_dali_index", "write_json"):
+    for place in ("_add", "claim_name", "write_dali_index", "write_json"):
+        folder = tmp_path / place
+        folder.mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(shard_writer, place, die)
             with pytest.raises(KeyboardInterrupt):
-                write_latent_shard(tmp_path, 0, content, {}, {})
-        names = {path.name for path in tmp_path.iterdir()}
+                write_latent_shard(folder, 0, small_content(), {})
+        names = {path.name for path in folder.iterdir()}
         assert "000000.json" not in names
         assert not any(name.endswith(".tmp") for name in names)
-        assert ("000000.tar" in names) == (place != "_add")
-    entry = write_latent_shard(tmp_path, 0, content, {}, {"plan_id": "p"})
-    marker = json.loads((tmp_path / "000000.json").read_text())
-    assert marker["plan_id"] == "p"
+        assert ("000000.tar" in names) == (place in ("write_dali_index", "write_json"))
+        if "000000.tar" not in names:
+            write_latent_shard(folder, 0, small_content(), {"plan_id": "p"})
+            assert json.loads((folder / "000000.json").read_text())["plan_id"] == "p"
+
+
+def test_index_and_marker_are_those_of_the_tar(tmp_path):
+    entry = write_latent_shard(tmp_path, 0, small_content(), {"plan_id": "p", "statistics": {"x": 0.1}})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("000000.idx", "000000.json"):
+        (tmp_path / name).unlink()
+    assert seal(tmp_path / "000000.tar") == entry
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    marker = json.loads(before["000000.json"])
+    assert set(marker) == {"entry", "plan_id", "statistics"}
     assert marker["entry"]["sha256"] == entry.sha256
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_first_tar_with_the_name_stays(tmp_path, monkeypatch, hard_links):
+    def no_link(*_):
+        raise OSError(errno.ENOTSUP, "no hard links here")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_link)
+    assert write_latent_shard(tmp_path, 0, small_content(), {}) is not None
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = ShardContent(0, np.ones((2, *SHAPE), np.float16), np.array([0, 1]))
+    assert write_latent_shard(tmp_path, 0, other, {}) is None
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["other", "cut", "no json", "no tree"])
+def test_a_tar_that_does_not_describe_itself(tmp_path, damage):
+    write_latent_shard(tmp_path, 0, small_content(), {})
+    path = tmp_path / "000000.tar"
+    data = path.read_bytes()
+    at = data.index(b".ecar.json")
+    changed = {
+        "other": data[:at] + b"readme.txt" + data[at + 10 :],
+        "cut": data[: at - 512] + bytes(1024),
+        "no json": data[: at + 512] + b"x" + data[at + 513 :],
+        "no tree": data[: at + 512] + data[at + 512 :].replace(b'"first_row": 0', b'"first_ro": 12'),
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(DataError, match=r"000000\.tar"):
+        seal(path)

@@ -1,23 +1,23 @@
-import dataclasses
 import itertools
 import os
+import shlex
 
 import numpy as np
 import pytest
 import torch
 
 from data_tools import encode as encode_module
+from data_tools.encode import encode, plan
 from data_tools.encode_plan import read_plan
 from data_tools.finalize import finalize
-from ecar_dist.data import shard_writer
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import open_decoder
-from ecar_dist.data.manifest import load_manifest, write_manifest
-from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.data.shards import LatentShard
+from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.dct import DctCodec
 from ecar_dist.vae.pixels import from_pixels
+from ecar_dist.vae.pretrained import new_autoencoder, save_autoencoder
 from tests.data_tools.image_folders import content, encode_small, write_image_shards
 
 
@@ -37,7 +37,7 @@ def whole(images, tmp_path_factory):
 
 def rows_of(folder):
     manifest = load_manifest(folder)
-    shards = [LatentShard(folder / entry.name, entry, manifest) for entry in manifest.shards]
+    shards = [open_latent_shard(folder / entry.name, entry, manifest) for entry in manifest.shards]
     return [np.concatenate([getattr(shard, name) for shard in shards]) for name in ("moments", "labels")]
 
 
@@ -62,34 +62,6 @@ def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(images, whole, tm
     assert content(tmp_path / "out") == content(whole)
 
 
-@pytest.mark.parametrize("place", ["write_dali_index", "describe_shard", "write_json"])
-def test_killed_between_tar_and_marker_a_rerun_gives_the_same_set(images, whole, tmp_path, monkeypatch, place):
-    calls = []
-
-    def die_at_third(*values):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*values)
-
-    original = getattr(shard_writer, place)
-    with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, place, die_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            encode_small(images, tmp_path / "out")
-    assert (tmp_path / "out/000002.tar").exists()
-    (tmp_path / "out/.000002.tar.host.1.abc.tmp").write_text("left by a killed worker")
-    with pytest.raises(
-        DataError, match=r"lacks 3 of 5 shards \(000002, 000003, 000004\).*ecar-data encode .* --task 0"
-    ):
-        finalize(tmp_path / "out")
-    stamp = (tmp_path / "out/000000.tar").stat().st_mtime_ns
-    encode_small(images, tmp_path / "out")
-    assert (tmp_path / "out/000000.tar").stat().st_mtime_ns == stamp  # finished work is not repeated
-    finalize(tmp_path / "out")
-    assert content(tmp_path / "out") == content(whole)
-
-
 def test_a_cut_shard_is_made_again(images, whole, tmp_path):
     encode_small(images, tmp_path / "out")
     os.truncate(tmp_path / "out/000001.tar", 1000)
@@ -100,7 +72,15 @@ def test_a_cut_shard_is_made_again(images, whole, tmp_path):
     assert content(tmp_path / "out") == content(whole)
 
 
-CHANGES = {"image_size": 24, "seed": 1, "samples_per_shard": 6, "flip": "store", "decoder": "dali", "precision": "bf16"}
+CHANGES = {
+    "image_size": 24,
+    "seed": 1,
+    "samples_per_shard": 6,
+    "flip": "store",
+    "decoder": "dali",
+    "precision": "bf16",
+    "resize": "adm",
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -124,52 +104,10 @@ def test_flips_are_moments_of_mirrored_images(images, tmp_path):
     encode_small(images, tmp_path / "out", flip="store")
     finalize(tmp_path / "out")
     manifest = load_manifest(tmp_path / "out")
-    shard = LatentShard(tmp_path / "out/000000.tar", manifest.shards[0], manifest)
+    shard = open_latent_shard(tmp_path / "out/000000.tar", manifest.shards[0], manifest)
     # mirroring an image mirrors its blocks and flips the sign of odd horizontal frequencies (every second channel)
     signs = np.array([1, -1] * 6, np.float32)[:, None, None]
-    np.testing.assert_allclose(shard.flipped, shard.moments[..., ::-1] * signs, atol=0.02)
-
-
-def damage_an_image(images, tmp_path, index):
-    """A copy of the image shards in which one JPEG is cut short; hashes agree, the picture does not decode."""
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    source = ImageShards(images)
-    for path in images.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    record = source.read(index)
-    path = folder / record.shard
-    path.write_bytes(path.read_bytes().replace(record.data, record.data[:40] + bytes(len(record.data) - 40)))
-    entries = [describe_shard(folder / entry.name, entry.count, entry.first_index) for entry in source.manifest.shards]
-    write_manifest(folder, dataclasses.replace(source.manifest, shards=entries))
-    return folder, record
-
-
-@pytest.mark.parametrize("decoder", ["pil", "dali"])
-def test_an_unreadable_image_names_key_and_shard_and_finished_shards_stay(images, tmp_path, decoder):
-    encode_small(images, tmp_path / "probe")
-    victim = int(read_plan(tmp_path / "probe").source_indices(2)[1])
-    damaged, record = damage_an_image(images, tmp_path, victim)
-    with pytest.raises(DataError, match=rf"image {record.key} in {record.shard} cannot be decoded"):
-        encode_small(damaged, tmp_path / "out", decoder=decoder)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    finished = {f"{index:06d}.{kind}" for index in (0, 1) for kind in ("tar", "idx", "json")}
-    assert names == finished | {"plan.json"}
-
-
-@pytest.mark.parametrize("value", [float("nan"), 1e5])
-def test_moments_that_fp16_cannot_hold_are_refused(images, tmp_path, monkeypatch, value):
-    class Broken(DctCodec):
-        def encode(self, images):
-            moments = super().encode(images)
-            moments[1, 0, 0, 0] = value
-            return moments
-
-    monkeypatch.setattr(encode_module, "open_codec_by_spec", lambda *_: Broken(8, torch.device("cpu")))
-    encoded_second = r"moments of image \d{12} in 00000\d.tar are not finite in fp16"
-    with pytest.raises(DataError, match=encoded_second):
-        encode_small(images, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json"}
+    np.testing.assert_allclose(shard.mirrored, shard.moments[..., ::-1] * signs, atol=0.02)
 
 
 def test_settings_that_do_not_fit(images, tmp_path):
@@ -177,4 +115,87 @@ def test_settings_that_do_not_fit(images, tmp_path):
         encode_small(images, tmp_path / "out", image_size=20)
     with pytest.raises(ConfigError, match=r"--task 3 is outside 0\.\.2"):
         encode_small(images, tmp_path / "out", task=3, tasks=3)
+    with pytest.raises(ConfigError, match=r"--max-bad 1.5 is outside \[0, 1\]"):
+        encode_small(images, tmp_path / "out", max_bad=1.5)
+    with pytest.raises(ConfigError, match="resize 'adm' with decoder dali"):
+        encode_small(images, tmp_path / "out", decoder="dali", resize="adm")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_is_settled_and_printed_without_an_image(images, whole, tmp_path, capsys):
+    settings = {"vae": "dct-f8", "image_size": 16, "samples_per_shard": 5, "decoder": "pil", "device": "cpu"}
+    plan(images, tmp_path / "out", tasks=3, **settings)
+    printed = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    assert "samples   24 of 12x2x2 fp16\n" in printed
+    assert "shards    5 of at most 5 samples" in printed
+    assert "bytes     0.000 GB, 2048 a sample" in printed
+    assert "tasks     3, at most 2 shards each" in printed
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[:4] == ["ecar-data", "encode", str(images), str(tmp_path / "out")]
+    assert command[-4:] == ["--task", "i", "--tasks", "3"]
+    named = dict(zip(command[4::2], command[5::2], strict=True))
+    for task in range(3):
+        values = {name[2:].replace("-", "_"): value for name, value in named.items()}
+        numbers = {name: int(values[name]) for name in ("image_size", "samples_per_shard", "seed", "tasks")}
+        encode(images, tmp_path / "out", **{**values, **numbers, "task": task, "device": "cpu", "batch_size": 3})
+    finalize(tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_a_plan_for_gpus_needs_none(images, tmp_path, capsys):
+    plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cuda")
+    assert read_plan(tmp_path / "out").decoder == "dali-mixed"
+    assert "--decoder dali --resize cubic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("decoder", "resize", "device", "name"),
+    [
+        ("auto", "cubic", "cpu", "dali-cpu"),
+        ("dali", "cubic", "cuda", "dali-mixed"),
+        ("dali-cpu", "cubic", "cuda", "dali-cpu"),
+        ("auto", "adm", "cuda", "pil"),
+    ],
+)
+def test_which_decoder_a_plan_has(images, tmp_path, decoder, resize, device, name):
+    plan(images, tmp_path / "out", vae="dct-f8", image_size=16, decoder=decoder, resize=resize, device=device)
+    settled = read_plan(tmp_path / "out")
+    assert (settled.decoder, settled.resize) == (name, resize)
+
+
+def test_adm_decides_on_the_bytes_and_is_in_the_manifest(images, whole, tmp_path):
+    encode_small(images, tmp_path / "out", resize="adm", image_size=8)
+    encode_small(images, tmp_path / "cubic", image_size=8)
+    for name in ("out", "cubic"):
+        finalize(tmp_path / name)
+    ours, theirs = load_manifest(tmp_path / "out"), load_manifest(tmp_path / "cubic")
+    assert ours.preprocessing["resize"].startswith("adm: halved by box means")
+    assert ours.preprocessing["plan_id"] != theirs.preprocessing["plan_id"]
+    assert np.abs(rows_of(tmp_path / "out")[0] - rows_of(tmp_path / "cubic")[0]).max() > 0.01
+
+
+def test_a_signed_url_of_the_source_is_not_written(images, tmp_path, monkeypatch, capsys):
+    class Remote(ImageShards):
+        def __init__(self, folder):
+            super().__init__(images)
+
+    monkeypatch.setattr(encode_module, "ImageShards", Remote)
+    url = "https://user:s3cret@host/bucket/images?X-Amz-Signature=s3cret"
+    plan(url, tmp_path / "out", vae="dct-f8", image_size=16)
+    assert "s3cret" not in capsys.readouterr().out + (tmp_path / "out/plan.json").read_text()
+    assert read_plan(tmp_path / "out").source_folder == "https://host/bucket/images"
+
+
+def test_an_autoencoder_from_diffusers(images, tmp_path):
+    """bf16 arithmetic on a 16-channel KL autoencoder: moments fp16, finite, near those of fp32."""
+    save_autoencoder(new_autoencoder((8, 8), 16, layers_per_block=1), tmp_path / "vae", 0.5, 0.0)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        encode_small(images, out, vae=str(tmp_path / "vae"), precision=precision)
+        finalize(out)
+        assert load_manifest(out).moments_shape == (32, 8, 8)
+        assert "diffusers" in load_manifest(out).preprocessing["versions"]
+        found[precision] = rows_of(out)[0].astype(np.float32)
+    assert 0 < np.abs(found["bf16"] - found["fp32"]).max() < 0.2

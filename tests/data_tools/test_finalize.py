@@ -1,15 +1,18 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from data_tools.finalize import finalize
+from data_tools.encode_plan import read_plan
+from data_tools.finalize import finalize, prove_coverage
+from data_tools.markers import Failure, read_marker
 from data_tools.moments_statistics import combine, measure
-from ecar_dist.data.loader import LatentLoader
 from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import EncoderIdentity
-from tests.data_tools.image_folders import encode_small, write_image_shards
+from tests.data_tools.image_folders import content, encode_small, write_image_shards
 
 
 @pytest.fixture
@@ -26,9 +29,10 @@ def test_the_manifest_says_all(encoded):
     assert [entry.first_index for entry in manifest.shards] == [0, 5, 10, 15, 20]
     assert manifest.class_names == ["bird", "cat", "dog"]
     assert manifest.preprocessing["decoder"] == "pil"
+    assert manifest.preprocessing["resize"].startswith("cubic: ")
     assert manifest.failures == {"count": 0, "file": None}
-    with LatentLoader(encoded, seed=0, global_batch_size=24, micro_batch_size=24) as loader:
-        moments = next(loader).moments.numpy().astype(np.float64)
+    shards = [open_latent_shard(encoded / entry.name, entry, manifest) for entry in manifest.shards]
+    moments = np.concatenate([shard.moments for shard in shards]).astype(np.float64)
     assert np.allclose(manifest.statistics["raw_mean"], moments.mean((0, 2, 3)))
     assert np.allclose(manifest.statistics["raw_std"], moments.std((0, 2, 3)))
     scale = manifest.encoder["scaling_factor"]
@@ -40,14 +44,55 @@ def test_a_folder_without_plan(tmp_path):
         finalize(tmp_path)
 
 
-@pytest.mark.parametrize(("field", "value"), [("first_index", 6), ("count", 4), ("name", "000002.tar")])
-def test_a_marker_that_is_not_the_plans(encoded, field, value):
-    marker = json.loads((encoded / "000001.json").read_text())
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("first_index", 6), ("first_row", 6), ("count", 4), ("missing", [7]), ("bytes", 10240), ("name", "000002.tar")],
+)
+def test_a_marker_that_is_not_its_tars_counts_as_missing_and_is_made_again(encoded, field, value):
+    before = (encoded / "000001.json").read_bytes()
+    marker = json.loads(before)
     marker["entry"][field] = value
     (encoded / "000001.json").write_text(json.dumps(marker))
-    with pytest.raises(DataError, match=r"000001\.json says .*the plan says .*--task 1 --tasks 5"):
+    with pytest.raises(DataError, match=r"lacks 1 of 5 shards \(000001\)"):
         finalize(encoded)
     assert not (encoded / "manifest.json").exists()
+    encode_small(encoded.parent / "images", encoded)
+    assert (encoded / "000001.json").read_bytes() == before
+
+
+def test_a_shard_in_the_place_of_another_is_made_again(encoded):
+    """Equal sizes: only what the tar says of itself tells."""
+    before = content(encoded)
+    for kind in ("tar", "idx", "json"):
+        (encoded / f"000001.{kind}").write_bytes((encoded / f"000002.{kind}").read_bytes())
+    with pytest.raises(DataError, match=r"lacks 1 of 5 shards \(000001\)"):
+        finalize(encoded)
+    encode_small(encoded.parent / "images", encoded)
+    assert content(encoded) == before
+
+
+def changed(marker, **changes):
+    return dataclasses.replace(marker, entry=dataclasses.replace(marker.entry, **changes))
+
+
+def test_shards_and_failures_must_be_the_plan(encoded):
+    """Rows 5..9 are shard 1's."""
+    plan, markers = read_plan(encoded), [read_marker(encoded, index) for index in range(5)]
+    prove_coverage(encoded, plan, markers)
+    failed = dataclasses.replace(changed(markers[1], count=4, missing=(7,)), failures=(Failure(7, "k", "s", "", ""),))
+    prove_coverage(encoded, plan, [markers[0], failed, *markers[2:]])
+    wrong = {
+        "lost": (5, markers[:1] + markers[2:]),
+        "lost in a shard": (9, [markers[0], changed(markers[1], count=4), *markers[2:]]),
+        "no failure for a gap": (7, [markers[0], changed(markers[1], count=4, missing=(7,)), *markers[2:]]),
+        "twice": (5, [*markers, markers[1]]),
+        "sampled and failed": (7, [markers[0], dataclasses.replace(failed, entry=markers[1].entry), *markers[2:]]),
+        "outside": (24, [*markers[:4], changed(markers[4], count=5)]),
+    }
+    for name, (row, found) in wrong.items():
+        with pytest.raises(DataError, match=rf"the first is {row}; delete .*ecar-data encode"):
+            prove_coverage(encoded, plan, found)
+        assert name
 
 
 def test_a_marker_of_another_plan_counts_as_missing(encoded):
@@ -69,6 +114,18 @@ def test_statistics_of_a_posterior():
     assert np.allclose(whole["normalised_mean"], 1.0, atol=0.05)
     assert np.allclose(whole["normalised_std"], np.sqrt(4.0 + 0.01) * 0.5, atol=0.03)
     assert whole["posterior_sharpness"] == pytest.approx(0.05, rel=0.05)
+    assert whole["saturated_mean_share"] == whole["clamped_logvar_share"] == 0
+
+
+def test_saturation_is_counted():
+    identity = EncoderIdentity("kl", "n", "w", "c", 2, 8, scaling_factor=0.5, shift_factor=1.0, deterministic=False)
+    moments = np.zeros((10, 4, 5, 2), np.float16)  # 200 means and 200 logvars
+    moments[0, :2, 0] = [65504, -65504]
+    moments[1, 2:, 0] = [-30, 20]
+    moments[2, 2, :, 0] = -30
+    whole = combine([measure(moments[:1], identity), measure(moments[1:], identity)], identity)
+    assert whole["saturated_mean_share"] == 4 / 200
+    assert whole["clamped_logvar_share"] == 9 / 200
 
 
 def test_a_damaged_marker_counts_as_missing(encoded):

@@ -10,6 +10,7 @@ from data_tools.inspection import preview, stats, verify
 from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.errors import DataError
+from tests.data_tools.bad_images import write_bad_image_shards
 from tests.data_tools.image_folders import encode_small, write_image_shards
 
 
@@ -40,7 +41,10 @@ def test_verify_finds_damage(sets, which, damage):
         verify(sets[which])
 
 
-@pytest.mark.parametrize(("at", "message"), [(700, r"CRC-32 of row 0"), (512 + 128 + 1, "CRC-32 of row 0")])
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [(700, r"another CRC-32 at key 000000000000"), (512 + 128 + 1, "another CRC-32 at key 000000000000")],
+)
 def test_verify_finds_what_hashes_hide(sets, at, message):
     """A payload changed before the hashes were taken: only the sample's own checksum knows."""
     _, latents = sets
@@ -49,7 +53,8 @@ def test_verify_finds_what_hashes_hide(sets, at, message):
     data[at] ^= 1
     path.write_bytes(data)
     manifest = load_manifest(latents)
-    entries = [describe_shard(path, 5, 0), *manifest.shards[1:]]
+    hashes = {"xxh3_128": describe_shard(path, 5, 0).xxh3_128, "sha256": describe_shard(path, 5, 0).sha256}
+    entries = [dataclasses.replace(manifest.shards[0], **hashes), *manifest.shards[1:]]
     write_manifest(latents, dataclasses.replace(manifest, shards=entries))
     with pytest.raises(DataError, match=message):
         verify(latents)
@@ -66,6 +71,41 @@ def test_stats_prints_the_manifest(sets, capsys):
     assert "24 in 5 shards" in printed
     assert "[12, 2, 2]" in printed
     assert load_manifest(sets[1]).dataset_id in printed
+    assert "posterior_sharpness none, the encoder is deterministic" in printed
+    assert "0.00e+00 of means at the limit of fp16" in printed
+    assert "failures            0\n" in printed
+
+
+@pytest.mark.parametrize(("sharpness", "said"), [(0.0009, "0.00090, below 0.001: a point; "), (0.0011, "0.00110\n")])
+def test_stats_says_when_the_posterior_is_a_point(sets, capsys, sharpness, said):
+    manifest = load_manifest(sets[1])
+    numbers = {**manifest.statistics, "posterior_sharpness": sharpness}
+    encoder = {**manifest.encoder, "deterministic": False}
+    write_manifest(sets[1], dataclasses.replace(manifest, statistics=numbers, encoder=encoder))
+    stats(sets[1])
+    assert f"posterior_sharpness {said}" in capsys.readouterr().out
+
+
+def test_verify_reads_dalis_index(sets):
+    path = sets[1] / "000001.idx"
+    path.write_text(path.read_text().replace("latent.npy 512", "latent.npy 513"))
+    with pytest.raises(DataError, match=r"000001\.idx is not the index of its tar"):
+        verify(sets[1])
+    path.unlink()
+    verify(sets[1])
+
+
+def test_verify_counts_bad_images(tmp_path):
+    images = write_bad_image_shards(tmp_path)
+    with pytest.raises(DataError, match=r"3 of 24 images cannot be used, the first: image 000000000002 in 000000\.tar"):
+        verify(images)
+
+
+def test_preview_of_fewer_samples_than_places(sets, tmp_path):
+    preview(sets[1], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(8, 16, 8, 16, 3).swapaxes(1, 2)
+    filled = sheet.reshape(64, -1).any(axis=1)
+    assert filled.tolist() == [place < 24 for place in range(64)]
 
 
 def test_preview_shows_the_digits(digits, tmp_path):

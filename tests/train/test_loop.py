@@ -38,8 +38,9 @@ def run_step(engine, stop=False):
     config = config.model_copy(
         update={"batch": config.batch.model_copy(update={"global_batch_size": 4, "micro_batch_size": 4})}
     )
-    batch = SimpleNamespace(moments=torch.zeros(4), labels=torch.zeros(4), positions=torch.zeros(4))
-    run = SimpleNamespace(config=config, world=ALONE, engine=engine, stop=stop)
+    batch = SimpleNamespace(values=torch.zeros(4), labels=torch.zeros(4), positions=torch.zeros(4))
+    loader = SimpleNamespace(substitutions=list)
+    run = SimpleNamespace(config=config, world=ALONE, engine=engine, stop=stop, loader=loader, replaced_samples=0)
     return train_step(run, iter([batch]), Progress(8, 2))
 
 

@@ -1,0 +1,223 @@
+"""Our loader against the others that stream such samples, as ratios taken in one run.
+
+`python benchmarks/loader.py` takes under two minutes; `--full` is the real thing. `--peers-python` names an interpreter
+with the libraries this one lacks (benchmarks/peers.txt). The last line is JSON. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cold
+import growth
+import rounds
+import traffic
+from contenders import BATCH, CONTENDERS, NUM_CLASSES, SEED, SHAPE
+
+REFERENCE = "ours"
+
+
+@dataclass(frozen=True)
+class Plan:
+    samples: int
+    rounds: int
+    seconds: float  # of one contender in one round
+    cold_repeats: int
+    set_sizes: tuple[int, ...]
+
+
+QUICK = Plan(20_480, 5, 0.5, 3, (10_000, 1_000_000, 10_000_000))
+FULL = Plan(81_920, 15, 3.0, 9, (10_000, 1_000_000, 10_000_000, 100_000_000))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Every one of `values` must be at least (or, with `at_most`, no more than) `bound`. None was not measured."""
+
+    what: str
+    values: dict[str, float] | None
+    bound: float
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        if self.values is None:
+            return f"NOT MEASURED  {self.what}"
+        met = all(value <= self.bound if self.at_most else value >= self.bound for value in self.values.values())
+        found = ", ".join(f"{value:.3g} {name}".strip() for name, value in self.values.items())
+        wanted = f"{'<=' if self.at_most else '>='} {self.bound:g}"
+        return f"{'met   ' if met else 'MISSED'}  {self.what}: {found}; wanted {wanted}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    with _work_folder(options.work) as work:
+        result = _measure(work, FULL if options.full else QUICK, (sys.executable, options.peers_python))
+    result["hardware"] = options.hardware or rounds.hardware()
+    result["command"] = " ".join(["python", *sys.argv])
+    _report(result)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "contenders"}))
+
+
+def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
+    _write_arrays(work, plan.samples)
+    homes, missing = _prepare(work, pythons)
+    speed = _compare(work, homes, missing, plan)
+
+    def first_pass() -> float:
+        return rounds.run_contender("epoch", REFERENCE, sys.executable, work)["seconds"]
+
+    return {
+        **speed,
+        "not_measured": missing,
+        "cold": cold.cold_share(sorted((work / "ours").glob("*.tar")), first_pass, plan.cold_repeats),
+        "start_up": growth.start_up(work, plan.set_sizes),
+        "bytes_per_sample_held_while_reading": growth.held_while_reading(work),
+        "bytes_fetched_over_needed": {
+            f"planned, {traffic.PLANNED_SHARDS} shards, 8 ranks a node": traffic.planned_traffic((1, 2, 3, 4, 8, 16)),
+            f"measured, {traffic.MEASURED_SHARDS} shards, 1 rank a node": traffic.measured_traffic(work, (1, 2, 3)),
+        },
+    }
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="more samples, more and longer rounds")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter for peers that are missing here")
+    parser.add_argument("--work", type=Path, help="empty folder for the data, kept (default: temporary, removed)")
+    parser.add_argument("--save", type=Path, help="also write everything measured to this JSON file")
+    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
+    return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def _work_folder(named: Path | None) -> Iterator[Path]:
+    if named:
+        named.mkdir(parents=True, exist_ok=True)
+        yield named
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ecar-benchmark-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _write_arrays(work: Path, samples: int) -> None:
+    """Random moments and labels: the content that every contender writes in its own format."""
+    folder = work / "arrays"
+    folder.mkdir()
+    generator = np.random.default_rng(SEED)
+    moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (samples, *SHAPE))
+    for first in range(0, samples, 4096):
+        part = moments[first : first + 4096]
+        part[:] = generator.standard_normal(part.shape, dtype=np.float32)
+    moments.flush()
+    np.save(folder / "labels.npy", generator.integers(0, NUM_CLASSES, samples))
+
+
+def _prepare(work: Path, pythons: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Write every contender's files. The interpreter of each that can be measured; for the others, why not."""
+    homes, missing = {}, {}
+    for name, contender in CONTENDERS.items():
+        python = rounds.interpreter_with(contender.modules[0], pythons)
+        if python is None:
+            missing[name] = f"{contender.modules[0]} is not installed; see benchmarks/peers.txt and --peers-python"
+            continue
+        print(f"writing {name} ...", flush=True)
+        try:
+            rounds.run_contender("write", name, python, work)
+            homes[name] = python
+        except RuntimeError as error:
+            _excuse(name, error, missing)
+    return homes, missing
+
+
+def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: Plan) -> dict[str, Any]:
+    """Rounds in turns; medians by contender, and ratios to ours within rounds."""
+    print(f"{plan.rounds} rounds of {plan.seconds} s each, batches of {BATCH}, {plan.samples} samples", flush=True)
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for name, python in homes.items():
+            try:
+                contestants.append(stack.enter_context(rounds.Contestant(name, python, work)))
+            except RuntimeError as error:
+                _excuse(name, error, missing)
+        measured = rounds.take_turns(contestants, plan.rounds, plan.seconds)
+    ours = measured[REFERENCE]
+    return {
+        "contenders": {one.name: rounds.summary(measured[one.name]) | one.opened for one in contestants},
+        "times_ours": {name: rounds.ratio(theirs, ours) for name, theirs in measured.items()},
+        "times_ours_in_cpu": {name: rounds.ratio(theirs, ours, "cpu") for name, theirs in measured.items()},
+    }
+
+
+def _excuse(name: str, error: RuntimeError, missing: dict[str, str]) -> None:
+    """A peer that fails is said to be missing; what the ratios are made of may not fail."""
+    if name in (REFERENCE, "memcpy"):
+        raise error
+    missing[name] = str(error)
+
+
+def _targets(result: dict[str, Any]) -> list[Target]:
+    """Speed counts as met by the clock and in CPU time both: a busy machine flatters one or the other."""
+    clock, cpu = result["times_ours"], result["times_ours_in_cpu"]
+    cold_rate, start = result["cold"], result["start_up"]
+    return [
+        Target("speed over webdataset (shuffle, decode, batch)", _best(clock, cpu, ("webdataset",)), 30),
+        Target("speed over the better of MDS and litdata", _best(clock, cpu, ("mds", "litdata")), 5),
+        Target("time over memcpy", {"by the clock": 1 / clock["memcpy"], "in CPU time": 1 / cpu["memcpy"]}, 3, True),
+        Target("cold-file rate over the disk's own", cold_rate and {"": cold_rate["share_of_disk"]}, 0.7),
+        Target("memory per sample at start, bytes", {"": start["bytes_per_sample"]}, 16, True),
+        Target("memory per sample held, bytes", {"": result["bytes_per_sample_held_while_reading"]}, 16, True),
+    ]
+
+
+def _best(clock: dict[str, float], cpu: dict[str, float], names: Sequence[str]) -> dict[str, float] | None:
+    """The fastest of the named over ours; None unless all were measured."""
+    if not set(names) <= set(clock):
+        return None
+    return {"by the clock": min(clock[name] for name in names), "in CPU time": min(cpu[name] for name in names)}
+
+
+def _report(result: dict[str, Any]) -> None:
+    columns = ("us/sample", "x ours", "CPU-s/M", "x ours", "p50 ms", "p99 ms", "start s", "own MiB")
+    print("\n" + " " * 20 + "".join(f"{column:>10}" for column in columns) + "  version")
+    for name, row in result["contenders"].items():
+        wall, cpu = result["times_ours"][name], result["times_ours_in_cpu"][name]
+        figures = (row["us_per_sample"], wall, row["cpu_seconds_per_million"], cpu)
+        figures += tuple(row[what] for what in ("batch_p50_ms", "batch_p99_ms", "start_seconds", "private_mib"))
+        print(
+            f"{name:20}" + "".join(f"{figure:10.2f}" for figure in figures), _version(name, row["versions"]), sep="  "
+        )
+    for name, why in result["not_measured"].items():
+        print(f"{name:20}NOT MEASURED: {why}")
+    starts = ", ".join(f"{size:,} samples {spent:.3f} s" for size, spent in result["start_up"]["seconds"].items())
+    print(f"\nfrom the manifest to the first places, resumed half-way: {starts}")
+    for how, shares in result["bytes_fetched_over_needed"].items():
+        said = ", ".join(f"{nodes} nodes {share:.2f}" for nodes, share in shares.items()) if shares else "NOT MEASURED"
+        print(f"bytes fetched over bytes needed in an epoch, {how}: {said}")
+    print(*_targets(result), sep="\n")
+
+
+def _version(name: str, versions: dict[str, str]) -> str:
+    return next((f"{key} {versions[key]}" for key in CONTENDERS[name].distributions if key in versions), "")
+
+
+if __name__ == "__main__":
+    main()

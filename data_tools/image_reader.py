@@ -1,0 +1,86 @@
+"""Labelled images to copy: an indexed or image-shard folder, a source not yet indexed, or scikit-learn's digits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_tools.index import write_index
+from data_tools.tar_samples import LabelRule
+from ecar_dist.data import remote
+from ecar_dist.data.image_shards import ImageRecord, ImageShards
+from ecar_dist.data.manifest import MANIFEST_NAME
+from ecar_dist.data.redaction import redact
+from ecar_dist.data.retries import ObjectMissing
+
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """A stable enumeration of labelled images; `read_many` gives any of them in the order asked."""
+
+    name: str
+    class_names: list[str]
+    labels: np.ndarray  # int64 [count]
+    read_many: Callable[[Sequence[int]], list[ImageRecord]]
+
+
+@contextlib.contextmanager
+def open_images(source: str, rule: LabelRule) -> Iterator[ImageReader]:
+    """`digits`, a folder with a manifest of images, or anything that `index` takes. Raises DataError as they do."""
+    if source == DIGITS:
+        yield _digits()
+    elif _has_manifest(source):
+        yield _indexed(source, ImageShards(source))
+    else:
+        with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
+            write_index(source, Path(folder), rule)
+            yield _indexed(source, ImageShards(folder))
+
+
+def image_extension(data: bytes) -> str | None:
+    """The extension of a known image format, from the first bytes: names lie, in ImageNet too."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else None
+
+
+def _has_manifest(source: str) -> bool:
+    if remote.is_remote(source):
+        try:
+            remote.stat(remote.join(source, MANIFEST_NAME))
+        except ObjectMissing:
+            return False
+        return True
+    return (remote.local_path(source) / MANIFEST_NAME).exists()
+
+
+def _indexed(source: str, images: ImageShards) -> ImageReader:
+    return ImageReader(redact(source), images.manifest.class_names, images.labels(), images.read_many)
+
+
+def _digits() -> ImageReader:
+    """1,797 handwritten 8x8 digits; values 0..16 become 0..255, kept lossless as grey PNG."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    pixels = np.round(loaded.images * (255.0 / 16.0)).astype(np.uint8)  # [N, 8, 8]
+    labels = loaded.target.astype(np.int64)
+
+    def read(index: int) -> ImageRecord:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[index]).save(buffer, "PNG")
+        return ImageRecord(f"{index:012d}", DIGITS, int(labels[index]), buffer.getvalue())
+
+    names = [str(name) for name in loaded.target_names]
+    return ImageReader(DIGITS, names, labels, lambda indices: [read(int(index)) for index in indices])

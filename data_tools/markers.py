@@ -1,0 +1,47 @@
+"""The commit marker of one shard, `NNNNNN.json`: what its tar says of itself, for those who do not open the tar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ecar_dist.data.manifest import LatentEntry
+from ecar_dist.data.shard_writer import marker_of
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One image of the plan without a sample."""
+
+    row: int  # of the plan
+    key: str  # in the source
+    shard: str  # of the source
+    stage: str  # "decode" or "encode"
+    error: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    plan_id: str
+    entry: LatentEntry
+    statistics: dict[str, Any]  # moments_statistics.measure
+    failures: tuple[Failure, ...]
+
+
+def read_marker(out: Path, shard_index: int) -> Marker | None:
+    """A marker that is not whole proves nothing, so it counts as none."""
+    try:
+        return _MARKER.validate_json((out / f"{shard_index:06d}.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def marker_from(described: dict[str, Any], entry: LatentEntry) -> Marker:
+    """What the marker of a tar with this description must be. Raises ValueError where the description has gaps."""
+    return _MARKER.validate_python(marker_of(described, entry))
+
+
+_MARKER = TypeAdapter(Marker)

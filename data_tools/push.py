@@ -1,0 +1,162 @@
+"""A finished set to an object store: everything else first, `manifest.json` last, so no reader ever sees half a set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.progress import progress
+from ecar_dist.data.manifest import (
+    MANIFEST_NAME,
+    ImageEntry,
+    ImageManifest,
+    Manifest,
+    ShardEntry,
+    load_image_manifest,
+    load_manifest,
+    write_manifest,
+)
+from ecar_dist.data.redaction import redact
+from ecar_dist.data.remote import ObjectVersion, is_remote, join, stat, upload
+from ecar_dist.data.retries import ObjectMissing, Transfer
+from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
+from ecar_dist.errors import DataError
+
+_CHUNK = 1 << 20
+_PART_SIZES = tuple(size << 20 for size in (5, 8, 15, 16, 25, 32, 50, 64, 100, 128))  # of the usual S3 clients
+
+
+def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = None) -> None:
+    """Send a set of latent or image shards. Run again after a failure: what the store proves to have is kept.
+
+    That proof is an ETag made of the bytes' MD5, as S3 gives; a size alone proves nothing, since all shards of a shape
+    have the same one. Raises DataError for a damaged set, a place that holds another set, or a failing store.
+    """
+    transfer = transfer or Transfer()
+    if not is_remote(url):
+        raise DataError(f"push sends to a URL such as s3://bucket/set, got {url}; copy to a folder with cp")
+    manifest = _load(folder)
+    _refuse_another_set(url, manifest)
+    files = {file.name: file for file in _files_of(folder, manifest)}.values()
+    total = sum(file.path.stat().st_size for file in files)
+    with progress(total, "B", "push") as bar, ThreadPoolExecutor(threads) as pool:
+        sending = {pool.submit(_send, file, url, transfer): file for file in files}
+        try:
+            for done in as_completed(sending):
+                done.result()
+                bar.update(sending[done].path.stat().st_size)
+        except BaseException:
+            transfer.stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    _send_manifest(manifest, url, transfer)
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str  # in the set
+    path: Path
+    entry: ShardEntry | None = None  # of a shard: it is proven before it is sent
+
+
+def _load(folder: Path) -> Manifest | ImageManifest:
+    try:
+        return load_manifest(folder)
+    except DataError as not_latents:
+        try:
+            return load_image_manifest(folder)
+        except DataError:
+            raise not_latents from None
+
+
+def _refuse_another_set(url: str, manifest: Manifest | ImageManifest) -> None:
+    try:
+        stat(join(url, MANIFEST_NAME))
+    except ObjectMissing:
+        return
+    there = (load_manifest if isinstance(manifest, Manifest) else load_image_manifest)(url)
+    if there.dataset_id != manifest.dataset_id:
+        raise DataError(
+            f"{redact(url)} holds data set {there.dataset_id[:12]}, not {manifest.dataset_id[:12]}; push to another URL"
+        )
+
+
+def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_File]:
+    """Shards with their sidecars; tables of image sets; the list of failures of latent sets."""
+    home = local_folder(folder if isinstance(manifest, Manifest) else manifest.home(folder))
+    if any(isinstance(entry, ImageEntry) and entry.kind != "tar" for entry in manifest.shards):
+        raise DataError(f"{folder} indexes single image files; pack them with `ecar-data shard` and push the result")
+    check_presence(home, manifest.shards)
+    for entry in manifest.shards:
+        yield _File(entry.name, home / entry.name, entry)
+        for suffix in (".idx", ".json"):
+            name = str(Path(entry.name).with_suffix(suffix))
+            if (home / name).exists():
+                yield _File(name, home / name)
+        if isinstance(entry, ImageEntry):
+            yield _File(entry.table, folder / entry.table)
+    if isinstance(manifest, Manifest) and manifest.failures["file"]:
+        yield _File(manifest.failures["file"], folder / manifest.failures["file"])
+
+
+def _send(file: _File, folder_url: str, transfer: Transfer) -> None:
+    url = join(folder_url, file.name)
+    if file.entry is not None:
+        map_verified(file.path, file.entry).close()
+    try:
+        if _same_bytes(file.path, stat(url, transfer)):
+            return
+    except ObjectMissing:
+        pass
+    upload(file.path, url, transfer)
+    if _same_bytes(file.path, stat(url, transfer)) is False:
+        raise DataError(
+            f"{redact(url)} is not what was sent from {file.path}; end what else writes there, and push again"
+        )
+
+
+def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Transfer) -> None:
+    """Beside the shards now, wherever they were before; and read back as a reader will."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(manifest, ImageManifest):
+            manifest = dataclasses.replace(manifest, location=None)
+        write_manifest(Path(folder), manifest)
+        _send(_File(MANIFEST_NAME, Path(folder) / MANIFEST_NAME), url, transfer)
+    _refuse_another_set(url, manifest)
+
+
+def _same_bytes(path: Path, version: ObjectVersion) -> bool | None:
+    """Whether the object has the file's bytes; None where its ETag is no MD5 of them."""
+    size = path.stat().st_size
+    if version.size != size:
+        return False
+    matched = re.fullmatch(r'"?([0-9a-f]{32})(?:-(\d+))?"?', version.tag or "")
+    if matched is None:
+        return None
+    parts = int(matched[2] or 0)
+    if parts == 0:
+        return _md5(path, size).hex() == matched[1]
+    # S3's rule for parts: MD5 of their MD5s; the part size is the client's choice and not recorded
+    fitting = [part for part in _PART_SIZES if -(-size // part) == parts]
+    same = any(hashlib.md5(_md5(path, part)).hexdigest() == matched[1] for part in fitting)
+    return same or None
+
+
+def _md5(path: Path, part: int) -> bytes:
+    """The MD5s of the file's parts, end to end."""
+    digests: list[bytes] = []
+    with open(path, "rb") as file:
+        while True:
+            digest, left = hashlib.md5(), part
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+            if left == part:
+                return b"".join(digests)
+            digests.append(digest.digest())

@@ -1,0 +1,207 @@
+"""Objects behind fsspec URLs, by the rule of `retries.py`. The only home of fsspec.
+
+fsspec's file systems each retry in their own way, some not at all, and none bounds a body that drips: their retries are
+off here. They are made on first use in each process, since their event loops do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import fsspec.asyn
+
+from ecar_dist.data.redaction import redact, scrub
+from ecar_dist.data.retries import ObjectMissing, Transfer, insist
+from ecar_dist.errors import DataError
+
+T = TypeVar("T")
+_LISTING_THREADS = 16
+
+
+@dataclass(frozen=True)
+class ObjectVersion:
+    """What tells an object from the one that replaces it, as far as its store says."""
+
+    size: int | None
+    tag: str | None  # ETag, generation or time of change
+
+
+# what object stores call it, the surest first
+_VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "Last-Modified")
+
+
+def is_remote(folder: str | Path) -> bool:
+    """True for a URL other than file://."""
+    text = str(folder)
+    return "://" in text and not text.startswith("file://")
+
+
+def local_path(folder: str | Path) -> Path:
+    """A local path or file:// URL as a path."""
+    return Path(str(folder).removeprefix("file://"))
+
+
+def join(folder: str | Path, name: str) -> str:
+    """Where `name` lies in a folder or URL; a query string (a signature) stays behind the path."""
+    if not is_remote(folder):
+        return str(local_path(folder) / name)
+    base, mark, query = str(folder).partition("?")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def read_bytes(url: str | Path, transfer: Transfer | None = None) -> bytes:
+    """A small object or local file, whole. Raises ObjectMissing where there is none, DataError for other failures."""
+    if not is_remote(url):
+        return _read_file(local_path(url))
+    size = stat(str(url), transfer).size
+    if size is not None:
+        return read_range(str(url), 0, size, transfer) if size else b""
+    return _insist("reading", str(url), transfer, lambda place, timeout: place.call("cat_file", timeout))
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ObjectMissing(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from None
+
+
+def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None) -> bytes:
+    """Bytes [start, stop) of an object, exactly. Raises DataError, one line, when the policy's deadline is over."""
+
+    def attempt(place: _Place, timeout: float) -> bytes:
+        body: bytes = place.call("cat_file", timeout, start=start, end=stop)
+        if len(body) > stop - start:
+            raise DataError(f"{redact(url)}: the server ignores byte ranges; copy the data to a store that has them")
+        if len(body) < stop - start:
+            raise EOFError(f"a body of {len(body)} bytes where {stop - start} were asked for")
+        return body
+
+    transfer = transfer or Transfer()
+    body = _insist(f"reading bytes {start}..{stop - 1} of", url, transfer, attempt, stop - start)
+    transfer.stats.add(bytes=len(body))
+    return body
+
+
+def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
+    """Size and version. Raises ObjectMissing where there is none, DataError for other failures."""
+    info = _insist("looking up", url, transfer, lambda place, timeout: place.call("info", timeout))
+    tags = (info.get(name) for name in _VERSION_FIELDS)
+    return ObjectVersion(info.get("size"), next((str(tag) for tag in tags if tag), None))
+
+
+def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, int]]:
+    """(name relative to `url`, bytes) of every object under it, sorted by name.
+
+    Folder by folder, so that a failed page repeats one folder and not the whole listing. Raises as `stat` does.
+    """
+    found: list[tuple[str, int]] = []
+    root = _Place(url).path.rstrip("/")
+    folders = [root]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        while folders:
+            listings = pool.map(lambda folder: _list_folder(url, folder, transfer), folders)
+            entries = [entry for listing in listings for entry in listing]
+            folders = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
+            files = [entry for entry in entries if entry["type"] != "directory" and not entry["name"].endswith("/")]
+            found += [(entry["name"][len(root) + 1 :], entry["size"]) for entry in files]
+    return sorted(found)
+
+
+def _list_folder(url: str, folder: str, transfer: Transfer | None) -> list[dict[str, Any]]:
+    transfer = transfer or Transfer()
+
+    def attempt(place: _Place, _: float) -> list[dict[str, Any]]:
+        # a folder may have any number of pages: its time is the deadline's
+        entries = place.call("ls", transfer.policy.deadline, path=folder, detail=True)
+        return [entry for entry in entries if entry["name"].rstrip("/") != folder]  # stores list a folder's own marker
+
+    return _insist("listing", url, transfer, attempt)
+
+
+def upload(path: Path, url: str, transfer: Transfer | None = None) -> None:
+    """Send a file. It appears whole on stores that replace objects atomically, as S3 does. Raises as `stat` does."""
+    transfer, size = transfer or Transfer(), path.stat().st_size
+
+    def attempt(place: _Place, timeout: float) -> None:
+        place.call("put_file", timeout, before=(str(path),))
+
+    _insist("writing", url, transfer, attempt, size)
+    transfer.stats.add(bytes=size)
+
+
+class _Place:
+    """A file system and a path in it."""
+
+    def __init__(self, url: str) -> None:
+        protocol = url.partition("://")[0]
+        if "::" in protocol:
+            raise DataError(f"{redact(url)} is a chained URL; give the plain URL of the data, it is cached anyway")
+        if protocol in _OPTIONS and redact(url) != url.partition("?")[0]:
+            raise DataError(f"the URL of {redact(url)} holds credentials; set them in the environment or in a profile")
+        try:
+            kind: Any = fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"cannot reach {redact(url)} ({scrub(str(error))}); install what it needs") from None
+        self.path: str = kind._strip_protocol(url)
+        self._filesystem = _filesystem(protocol, kind, kind._get_kwargs_from_urls(url))
+
+    def call(self, name: str, timeout: float, *, before: tuple[Any, ...] = (), **options: Any) -> Any:
+        """The file system's method on this path; bounded in time wherever the file system is asynchronous."""
+        path = options.pop("path", self.path)
+        if not self._filesystem.async_impl:
+            return getattr(self._filesystem, name)(*before, path, **options)
+        method = getattr(self._filesystem, f"_{name}")
+        return fsspec.asyn.sync(self._filesystem.loop, method, *before, path, timeout=timeout, **options)
+
+
+def _insist(what: str, url: str, transfer: Transfer | None, attempt: Callable[[_Place, float], T], size: int = 0) -> T:
+    return insist(
+        what,
+        url,
+        transfer or Transfer(),
+        lambda timeout: attempt(_Place(url), timeout),
+        size=size,
+        renew=_forget_filesystems,
+    )
+
+
+_S3_OPTIONS: dict[str, Any] = {
+    "config_kwargs": {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "max_pool_connections": 64,
+    }
+}
+_OPTIONS = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
+_filesystems: dict[Any, Any] = {}
+_filesystems_lock = threading.Lock()
+
+
+def _filesystem(protocol: str, kind: Any, options: dict[str, Any]) -> Any:
+    """This process's own instance: never one that another library made with its own retries."""
+    key = (os.getpid(), protocol, repr(sorted(options.items())))
+    with _filesystems_lock:
+        if key not in _filesystems:
+            own = {"skip_instance_cache": True, "use_listings_cache": False}
+            made = kind(**{**_OPTIONS.get(protocol, {}), **options, **own})
+            if hasattr(made, "retries"):
+                made.retries = 1
+            _filesystems[key] = made
+        return _filesystems[key]
+
+
+def _forget_filesystems() -> None:
+    """The next request makes them again and so reads the credentials again."""
+    with _filesystems_lock:
+        _filesystems.clear()

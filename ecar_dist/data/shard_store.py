@@ -1,0 +1,74 @@
+"""Where the shards of a set come from: a local folder mapped in place, or a URL through a node-local cache."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ecar_dist.data.manifest import ShardEntry
+from ecar_dist.data.remote import is_remote
+from ecar_dist.data.retries import TransferStats
+from ecar_dist.data.shard_cache import CacheOptions, ShardCache
+from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
+
+
+class ShardStore(Protocol):
+    """The shards of one set, by their place in its manifest. Safe to use from many threads."""
+
+    entries: Sequence[ShardEntry]
+    stats: TransferStats
+
+    def open(self, shard_index: int) -> mmap.mmap:
+        """The whole shard, mapped read-only; waits until it is here. Size and xxh3_128 were checked on the way.
+
+        Raises DataError naming the shard where it is missing, damaged or out of reach. The map belongs to the caller.
+        """
+
+    def where(self, shard_index: int) -> str:
+        """Local path, or URL without secrets, for messages."""
+
+    def prefetch(self, shard_indices: Sequence[int]) -> None:
+        """Start bringing shards, in the order of need; returns at once. An error waits for the `open` of its shard."""
+
+    def retire(self, future: Mapping[int, int]) -> None:
+        """Evict down to the budget; `future[shard_index]` is its place in the order of next use (0 is next).
+
+        A shard that is absent is not needed by this node. Maps already handed out stay valid.
+        """
+
+    def close(self) -> None:
+        """End what runs in the background. Safe to call twice."""
+
+
+def open_store(folder: str | Path, dataset_id: str, entries: Sequence[ShardEntry], cache: CacheOptions) -> ShardStore:
+    """The store of a set. Raises DataError where a local shard is missing or cut; a URL's are checked on arrival."""
+    if is_remote(folder):
+        return ShardCache(str(folder), dataset_id, entries, cache)
+    return LocalShards(folder, entries)
+
+
+class LocalShards:
+    """Shards on a local or mounted file system, mapped where they lie."""
+
+    def __init__(self, folder: str | Path, entries: Sequence[ShardEntry]) -> None:
+        self.entries = entries
+        self.stats = TransferStats()
+        self._folder = local_folder(folder)
+        check_presence(folder, entries)
+
+    def open(self, shard_index: int) -> mmap.mmap:
+        return map_verified(self._folder / self.entries[shard_index].name, self.entries[shard_index])
+
+    def where(self, shard_index: int) -> str:
+        return str(self._folder / self.entries[shard_index].name)
+
+    def prefetch(self, shard_indices: Sequence[int]) -> None:
+        """Nothing to bring."""
+
+    def retire(self, future: Mapping[int, int]) -> None:
+        """Nothing of ours to evict."""
+
+    def close(self) -> None:
+        """Nothing runs."""

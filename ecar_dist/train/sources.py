@@ -1,0 +1,151 @@
+"""The data of a run: proven to fit the config before anything is allocated, then opened as one loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist.config import DataSection, RunConfig
+from ecar_dist.data.image_source import ImageSource
+from ecar_dist.data.images import open_decoder
+from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
+from ecar_dist.data.loader import SampleLoader, Share, Source
+from ecar_dist.data.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
+from ecar_dist.data.shard_files import check_presence
+from ecar_dist.data.shard_store import CacheOptions
+from ecar_dist.data.stream import SampleStream
+from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.runtime.world import World
+from ecar_dist.train.objective import Normalise
+from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
+from ecar_dist.vae.pixels import from_pixels
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the manifests say: one or several sets of latents, or one set of images."""
+
+    places: tuple[str, ...]  # folders or URLs
+    manifests: tuple[Manifest, ...] | tuple[ImageManifest, ...]
+    encoder: EncoderIdentity | None  # None: images, which the run's own autoencoder encodes
+
+    @property
+    def count(self) -> int:
+        return sum(manifest.count for manifest in self.manifests)
+
+    @property
+    def dataset_ids(self) -> list[str]:
+        return [manifest.dataset_id for manifest in self.manifests]
+
+
+def check_data(config: RunConfig) -> TrainingData:
+    """Read the manifests. Raises DataError where a set does not fit the config, or a local shard is not there."""
+    data = config.data
+    if data.images is not None:
+        images = load_image_manifest(data.images)
+        _check_fits(data.images, {"data.num_classes": images.num_classes}, data)
+        return TrainingData((data.images,), (images,), None)
+    places = tuple(source.latents for source in data.latent_sources)
+    manifests = tuple(load_manifest(place) for place in places)
+    encoders = [EncoderIdentity.from_dict(manifest.encoder) for manifest in manifests]
+    for place, manifest, encoder in zip(places, manifests, encoders, strict=True):
+        check_same_encoder(encoders[0], encoder, place)
+        found = {
+            "data.latent_channels": encoder.latent_channels,
+            "data.latent_size": _side(place, manifest),
+            "data.num_classes": manifest.num_classes,
+        }
+        _check_fits(place, found, data)
+        check_presence(place, manifest.shards)
+    return TrainingData(places, manifests, encoders[0])
+
+
+def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> None:
+    """Raises DataError where the config's autoencoder did not make the latents, ConfigError where it fits no images."""
+    if data.encoder is not None:
+        check_same_encoder(codec.identity, data.encoder, data.places[0])
+    elif codec.identity.latent_channels != config.data.latent_channels:
+        channels = codec.identity.latent_channels
+        raise ConfigError(
+            f"data.latent_channels={config.data.latent_channels}, but {codec.identity.name} has {channels}; "
+            f"set data.latent_channels={channels}"
+        )
+
+
+def open_stream(config: RunConfig, data: TrainingData) -> SampleStream:
+    """The order of the run's samples. Raises ConfigError where the lanes do not fit the shards."""
+    return SampleStream(
+        [[entry.count for entry in manifest.shards] for manifest in data.manifests],
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        weights=[source.weight for source in config.data.latent_sources] or [1.0],
+        by_step=config.data.mixture_by == "step" and len(data.manifests) > 1,
+        lanes=config.data.lanes,
+        window_shards=config.data.window_shards,
+    )
+
+
+def open_loader(config: RunConfig, world: World, stream: SampleStream, start: int) -> SampleLoader:
+    """This rank's samples from position `start` on."""
+    data = config.data
+    return SampleLoader(
+        _open_sources(config, world.device),
+        stream,
+        Share(config.batch.global_batch_size, config.batch.micro_batch_size, world.rank, world.size, world.node_ranks),
+        seed=config.run.seed,
+        start=start,
+        prefetch=data.prefetch,
+        max_bad=data.resolved_max_bad if data.on_bad == "substitute" else 0.0,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def normaliser(data: TrainingData, codec: LatentCodec | None) -> Normalise:
+    """What turns a batch as read into latents: scale and shift of the moments; for images, `codec` before that."""
+    if data.encoder is not None:
+        return partial(normalise, data.encoder)
+    assert codec is not None
+    return partial(_encode, codec)
+
+
+def _encode(codec: LatentCodec, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Pixels uint8 [B, S, S, 3] -> latents; the same posterior draw as from stored moments."""
+    return normalise(codec.identity, codec.encode(from_pixels(pixels)), noise)
+
+
+def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
+    data, cache = config.data, cache_options(config.data)
+    if data.images is not None:
+        kind = "dali" if data.backend == "dali" else "pil"
+        decoder = open_decoder(kind, "mixed" if kind == "dali" and device.type == "cuda" else "cpu")
+        size = data.latent_size * config.vae.downsample
+        return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
+    sources = [LatentSource(source.latents, cache) for source in data.latent_sources]
+    if data.backend == "dali":
+        return [DaliLatentSource(source, config.batch.micro_batch_size, device) for source in sources]
+    return sources
+
+
+def cache_options(data: DataSection) -> CacheOptions:
+    cache = data.cache
+    budget = None if cache.gib is None else int(cache.gib * 2**30)
+    return CacheOptions(Path(cache.dir) if cache.dir else None, budget, cache.threads)
+
+
+def _side(place: str, manifest: Manifest) -> int:
+    height, width = manifest.moments_shape[-2:]
+    if height != width:
+        raise DataError(f"{place} has latents of {height} x {width}; the models take squares: leave this set out")
+    return height
+
+
+def _check_fits(place: str, found: dict[str, Any], data: DataSection) -> None:
+    for key, value in found.items():
+        configured = getattr(data, key.removeprefix("data."))
+        if configured != value:
+            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")

@@ -1,0 +1,156 @@
+"""Autoencoders of latent diffusion, by diffusers, from a hub name or a local folder: AutoencoderKL and AutoencoderDC.
+
+diffusers takes seconds to import, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist.errors import ConfigError
+from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, denormalise, hash_config, hash_state_dict
+
+CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
+_MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
+
+
+class _PretrainedCodec(ABC):
+    """What both kinds share: computes in `dtype`, returns float32."""
+
+    def __init__(self, model: Any, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> None:
+        if dtype == torch.float16:
+            raise ConfigError("fp16 overflows inside autoencoders and gives NaN; compute in fp32 or bf16")
+        self.identity = identity
+        self._dtype = dtype
+        self._model = model.to(device, dtype).eval().requires_grad_(False)
+
+    @abstractmethod
+    def encode(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raw = denormalise(self.identity, latents)
+        return self._model.decode(raw.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
+
+
+class KlCodec(_PretrainedCodec):
+    """An AutoencoderKL behind `LatentCodec`: moments are mean and logvar."""
+
+    def __init__(self, model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        downsample = 2 ** (len(model.config["block_out_channels"]) - 1)
+        super().__init__(model, _identity("kl", model, name, downsample), device, dtype)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        posterior = self._model.encode(images.to(self._dtype)).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float().clamp(*LOGVAR_RANGE)
+        return torch.cat((mean, logvar), dim=1)  # [B, 2C, h, w]
+
+
+class DcCodec(_PretrainedCodec):
+    """An AutoencoderDC behind `LatentCodec`: deterministic, so the moments are the latent itself."""
+
+    def __init__(self, model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        downsample = 2 ** (len(model.config["encoder_block_out_channels"]) - 1)
+        super().__init__(model, _identity("dc", model, name, downsample), device, dtype)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self._model.encode(images.to(self._dtype)).latent.float()  # [B, C, h, w]
+
+
+_CODECS: dict[str, type[KlCodec | DcCodec]] = {"kl": KlCodec, "dc": DcCodec}
+
+
+def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: str | None = None) -> LatentCodec:
+    """Load from a local folder or a hub name; its config names its class, which `kind` may insist on.
+
+    Raises ConfigError, one line, where there is no such autoencoder.
+    """
+    found = _kind_of(path)
+    if kind is not None and found != kind:
+        raise ConfigError(f"{path} holds {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
+    try:
+        model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_loaded(path, error) from None
+    return _CODECS[found](model, path, device, dtype)
+
+
+def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_block: int) -> Any:
+    """An untrained AutoencoderKL for RGB; it shrinks by 2^(len(channels) - 1). `channels` run from fine to coarse."""
+    depth = len(channels)
+    return _autoencoder_class("AutoencoderKL")(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers_per_block,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+    )
+
+
+def save_autoencoder(model: Any, folder: Path, scaling_factor: float, shift_factor: float) -> None:
+    """Write what `open_pretrained` reads; the normalisation becomes part of the autoencoder's own config."""
+    model.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    model.save_pretrained(folder)
+
+
+def _autoencoder_class(name: str) -> Any:
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # its advice on loading is about pipelines
+    return getattr(diffusers, name)
+
+
+def _kind_of(path: str) -> str:
+    """The kind whose class the autoencoder's config names."""
+    name = _class_name(path)
+    for kind, class_name in CLASSES.items():
+        if name == class_name:
+            return kind
+    raise ConfigError(f"{path} holds {name}, not {' or '.join(CLASSES.values())}; {_MAKE_ONE}")
+
+
+def _class_name(path: str) -> str | None:
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # a hub name is `owner/name`
+            raise ConfigError(f"autoencoder folder {path} does not exist; give a local folder, or {_MAKE_ONE}")
+        try:
+            return _autoencoder_class("AutoencoderKL").load_config(path).get("_class_name")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _not_loaded(path, error) from None
+    try:
+        return json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"{path} has no readable config.json of an autoencoder; {_MAKE_ONE}") from None
+
+
+def _not_loaded(path: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().split("\n")[0]
+    return ConfigError(f"cannot load autoencoder {path!r} ({reason}); give a local folder, or {_MAKE_ONE}")
+
+
+def _identity(kind: str, model: Any, name: str, downsample: int) -> EncoderIdentity:
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return EncoderIdentity(
+        kind=kind,
+        name=name,
+        weights_sha256=hash_state_dict(model.state_dict()),
+        config_sha256=hash_config(config),
+        latent_channels=config["latent_channels"],
+        downsample=downsample,
+        scaling_factor=float(config["scaling_factor"]),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        deterministic=kind == "dc",
+    )

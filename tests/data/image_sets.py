@@ -1,0 +1,52 @@
+"""Small encoded images and tars of them, by every writer that people use."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+NUM_CLASSES = 10
+
+
+def encoded(seed: int, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8 + seed % 3, 9, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def samples(count: int, first: int = 0) -> list[tuple[str, bytes, int]]:
+    """Key, image and label of `count` samples."""
+    return [(f"{index:06d}", encoded(index), index % NUM_CLASSES) for index in range(first, first + count)]
+
+
+def members_of(content: list[tuple[str, bytes, int]]) -> list[tuple[str, bytes]]:
+    """Two members a sample: the image, then its label."""
+    return [member for key, data, label in content for member in ((f"{key}.jpg", data), (f"{key}.cls", b"%d" % label))]
+
+
+def write_tar(
+    path: Path, members: list[tuple[str, bytes]], *, format: int = tarfile.USTAR_FORMAT, mtime: float = 0
+) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime = len(data), mtime
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def write_webdataset_tar(path: Path, content: list[tuple[str, bytes, int]]) -> Path:
+    """As people do: with the time of writing, which puts a PAX header before every member."""
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, data, label in content:
+            writer.write({"__key__": key, "jpg": data, "cls": label})
+    return path
+
+
+def what_webdataset_sees(path: Path) -> int:
+    """Samples in a tar for plain webdataset; it may raise."""
+    return sum(1 for _ in webdataset.WebDataset(str(path), shardshuffle=False))

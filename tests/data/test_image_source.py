@@ -1,0 +1,82 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.index import index
+from ecar_dist.data.image_shards import ImageShards
+from ecar_dist.data.image_source import ImageSource
+from ecar_dist.data.images import open_decoder
+from ecar_dist.data.loader import SampleLoader, Share
+from ecar_dist.data.manifest import load_image_manifest
+from ecar_dist.data.stream import SampleStream
+from ecar_dist.errors import DataError
+from ecar_dist.rng import Purpose, uniform
+from tests.data.image_sets import members_of, samples, write_tar
+
+SIZE, SEED = 32, 3
+
+
+def write_set_with_a_bad_image(folder):
+    """40 images in one tar, number 7 is garbage behind a JPEG's first bytes; indexed in folder/index."""
+    content = samples(40)
+    content[7] = ("000007", b"\xff\xd8\xff\xe0 and nothing more", 7)
+    (folder / "tars").mkdir()
+    write_tar(folder / "tars/0.tar", members_of(content))
+    index(str(folder / "tars"), folder / "index")
+    return folder / "index"
+
+
+def open_loader(folder, *, decoder="pil", flip=False, rank=0, world_size=1, **options):
+    counts = [entry.count for entry in load_image_manifest(folder).shards]
+    stream = SampleStream([counts], seed=SEED, global_batch_size=8)
+    source = ImageSource(folder, open_decoder(decoder), SIZE, flip=flip)
+    return SampleLoader([source], stream, Share(8, 4, rank, world_size), seed=SEED, **options)
+
+
+def read(folder, batches, **options):
+    with open_loader(folder, **options) as loader:
+        return list(itertools.islice(loader, batches))
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_pixels_and_labels_are_those_of_the_images_in_order(digits, decoder):
+    folder = digits / "images/train"
+    images = ImageShards(folder)
+    for batch in read(folder, 3, decoder=decoder):
+        assert batch.values.dtype == torch.uint8
+        assert batch.values.shape == (4, SIZE, SIZE, 3)
+        records = images.read_many(batch.sample_ids.tolist())
+        wanted = open_decoder(decoder).decode_to_batch([r.data for r in records], [r.where for r in records], SIZE)
+        np.testing.assert_array_equal(batch.values.numpy(), wanted)
+        assert batch.labels.tolist() == [record.label for record in records]
+
+
+def test_flips_are_keyed_by_position(digits):
+    folder = digits / "images/train"
+    straight, flipped = read(folder, 8), read(folder, 8, flip=True)
+    mirrored = []
+    for plain, maybe in zip(straight, flipped, strict=True):
+        assert plain.sample_ids.tolist() == maybe.sample_ids.tolist()
+        for one, other in zip(plain.values, maybe.values, strict=True):
+            mirrored.append(bool((one != other).any()))
+            assert torch.equal(other, one.flip(1) if mirrored[-1] else one)
+    positions = torch.cat([batch.positions for batch in flipped])
+    assert mirrored == (uniform(SEED, positions, Purpose.FLIP) < 0.5).tolist()
+    assert 4 < sum(mirrored) < 28
+
+
+def test_a_bad_image_ends_the_run_or_is_replaced_as_asked(tmp_path):
+    folder = write_set_with_a_bad_image(tmp_path)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read(folder, 20)
+    with open_loader(folder, max_bad=0.03) as loader:
+        batches = list(itertools.islice(loader, 20))  # two epochs
+        made = [one for one in loader.substitutions() if one.position < 80]
+    assert [one.sample_id for one in made] == [7, 7]
+    assert 7 not in torch.cat([batch.sample_ids for batch in batches])
+    again = read(folder, 20, max_bad=0.03)
+    assert all(torch.equal(one.values, other.values) for one, other in zip(batches, again, strict=True))
+    with pytest.raises(DataError, match="1 of 40 samples are bad"):
+        read(folder, 20, max_bad=0.02)

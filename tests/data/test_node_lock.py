@@ -1,0 +1,72 @@
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from ecar_dist.data.atomic import temporary_beside
+from ecar_dist.data.node_lock import node_lock, owned_temporary, sweep_temporaries
+from ecar_dist.data.retries import Transfer
+from ecar_dist.errors import DataError
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(path, held):
+    with node_lock(path, Transfer()):
+        held.set()
+        time.sleep(60)
+
+
+def count_alone(path, counter, rounds):
+    """Not atomic: two at a time would lose a count."""
+    for _ in range(rounds):
+        with node_lock(path, Transfer()):
+            value = int(counter.read_text())
+            time.sleep(0.001)
+            counter.write_text(str(value + 1))
+
+
+def test_one_at_a_time_and_nothing_left(tmp_path):
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    workers = [FORK.Process(target=count_alone, args=(tmp_path / "lock", counter, 10)) for _ in range(3)]
+    workers += [threading.Thread(target=count_alone, args=(tmp_path / "lock", counter, 10)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert counter.read_text() == "50"
+    assert os.listdir(tmp_path) == ["counter"]
+
+
+def test_a_killed_holder_frees_it(tmp_path):
+    held = FORK.Event()
+    holder = FORK.Process(target=hold, args=(tmp_path / "lock", held))
+    holder.start()
+    assert held.wait(10)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with node_lock(tmp_path / "lock", Transfer()):
+        pass
+
+
+def test_waiting_ends_when_told(tmp_path):
+    transfer = Transfer()
+    with node_lock(tmp_path / "lock", Transfer()):
+        threading.Timer(0.1, transfer.stopping.set).start()
+        with pytest.raises(DataError, match="was stopped"), node_lock(tmp_path / "lock", transfer):
+            pass
+
+
+def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
+    dead = temporary_beside(tmp_path / "a.tar")
+    dead.write_bytes(b"left")
+    elsewhere = tmp_path / ".a.tar.another-host.1.abcd.tmp"
+    elsewhere.write_bytes(b"left")
+    with owned_temporary(tmp_path / "a.tar") as (living, _):
+        sweep_temporaries(tmp_path)
+        assert {living, elsewhere} == set(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [elsewhere]

@@ -1,0 +1,86 @@
+import threading
+import time
+
+import pytest
+
+from ecar_dist.data.retries import RetryPolicy, Transfer, TransferStats, insist
+from ecar_dist.errors import DataError
+
+
+def test_pauses_double_to_their_longest_with_jitter():
+    policy = RetryPolicy(first_delay=1.0, longest_delay=10.0)
+    for attempt, longest in [(1, 1), (2, 2), (4, 8), (5, 10), (5000, 10)]:
+        pauses = [policy.delay(attempt) for _ in range(50)]
+        assert all(longest / 2 <= pause <= longest for pause in pauses)
+        assert len(set(pauses)) > 40
+
+
+def test_a_request_may_take_its_size_at_the_slowest_rate():
+    assert RetryPolicy(request_seconds=5.0, slowest=1000).request_timeout(20_000) == 25.0
+
+
+def test_the_last_attempt_ends_with_the_deadline():
+    given = []
+
+    def attempt(timeout):
+        given.append(timeout)
+        time.sleep(0.1)
+        raise ConnectionResetError("reset")
+
+    policy = RetryPolicy(deadline=0.5, request_seconds=0.4, first_delay=0.05, longest_delay=0.05)
+    with pytest.raises(DataError, match=r"^reading s3://b/k failed after \d attempts in \d s: ConnectionResetError"):
+        insist("reading", "s3://b/k", Transfer(policy), attempt)
+    assert given[0] == pytest.approx(0.4, abs=0.01)
+    assert given[-1] < 0.3
+
+
+def test_stopping_ends_a_pause_at_once():
+    transfer = Transfer(RetryPolicy(first_delay=60.0, longest_delay=60.0))
+    threading.Timer(0.2, transfer.stopping.set).start()
+    began = time.monotonic()
+
+    def attempt(timeout):
+        raise TimeoutError
+
+    with pytest.raises(DataError, match="was stopped"):
+        insist("reading", "s3://b/k", transfer, attempt)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), ImportError("x"), PermissionError("x"), KeyError("x")])
+def test_mistakes_are_not_tried_again(error):
+    transfer = Transfer()
+
+    def attempt(timeout):
+        raise error
+
+    with pytest.raises(DataError, match="at once"):
+        insist("reading", "s3://b/k", transfer, attempt)
+    assert transfer.stats.snapshot()["requests"] == 1
+
+
+def test_the_cause_decides_over_what_wraps_it():
+    """fsspec's http turns a broken connection into FileNotFoundError."""
+    outcomes = iter([FileNotFoundError("gone"), None])
+
+    def attempt(timeout):
+        if error := next(outcomes):
+            raise error from ConnectionResetError("reset")
+        return "read"
+
+    assert insist("reading", "http://h/k", Transfer(RetryPolicy(first_delay=0.01)), attempt) == "read"
+
+
+def test_counters_add_up_over_threads():
+    stats = TransferStats()
+
+    def count():
+        for _ in range(2000):
+            stats.add(bytes=2, requests=1)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (stats.snapshot()["bytes"], stats.snapshot()["requests"]) == (32_000, 16_000)

@@ -1,0 +1,18 @@
+"""An image folder in which some files are no whole images any more, as shards."""
+
+from pathlib import Path
+
+from data_tools.shard import shard
+from tests.data_tools.image_folders import CLASSES, PER_CLASS, write_image_folder
+
+BAD = (2, 11, 13)  # in the order of the source: a JPEG, and two PNGs
+
+
+def write_bad_image_shards(root: Path, bad: tuple[int, ...] = BAD) -> Path:
+    folder = write_image_folder(root / "folder")
+    files = [path for name in CLASSES for path in sorted((folder / name).iterdir())]
+    assert len(files) == len(CLASSES) * PER_CLASS
+    for index in bad:
+        files[index].write_bytes(files[index].read_bytes()[:-300])
+    shard(str(folder), root / "images", samples_per_shard=10)
+    return root / "images"

@@ -1,0 +1,136 @@
+import fsspec
+import pytest
+
+from data_tools.sources import ClassFolders, FoundFile, Tars, find_source
+from ecar_dist.errors import DataError
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def names(found):
+    return [file.name for file in found.files]
+
+
+@pytest.fixture
+def bucket():
+    filesystem = fsspec.filesystem("memory")
+
+    def put(*paths):
+        for path in paths:
+            filesystem.pipe_file(f"/bucket/{path}", path.encode())
+        return "memory:///bucket"
+
+    yield put
+    filesystem.store.clear()
+
+
+IMAGENET = (
+    "n02/b_2.JPEG",
+    "n02/a_10.JPEG",
+    "n02/a_9.jpeg",
+    "n01/c.JPG",
+    "n01/.hidden.jpg",
+    "n01/notes.txt",
+    ".git/x.png",
+)
+
+
+def check_imagenet(found):
+    assert isinstance(found, ClassFolders)
+    assert list(found.classes) == ["n01", "n02"]
+    assert found.classes["n01"] == [FoundFile("c.JPG", len("n01/c.JPG"))]
+    assert [file.name for file in found.classes["n02"]] == ["a_10.JPEG", "a_9.jpeg", "b_2.JPEG"]
+    assert found.skipped == 1
+
+
+def test_class_folders_on_disk_and_behind_a_url(tmp_path, bucket, monkeypatch):
+    check_imagenet(find_source(str(touch(tmp_path, *IMAGENET))))
+    check_imagenet(find_source(f"file://{tmp_path}"))
+    check_imagenet(find_source(bucket(*IMAGENET)))
+    monkeypatch.chdir(tmp_path.parent)
+    assert find_source(tmp_path.name).location == str(tmp_path), "a worker may start in another folder"
+
+
+def test_linked_class_folders_count(tmp_path):
+    touch(tmp_path, "real/a.png", "set/b/b.png")
+    (tmp_path / "set/a").symlink_to(tmp_path / "real")
+    assert list(find_source(str(tmp_path / "set")).classes) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (
+            ("train/n01/a.png", "val/n01/a.png"),
+            "train/n01 is a folder inside a class folder; give the folder that holds",
+        ),
+        (("a/x.png", "b/x.txt"), "class folder .*/b has no image"),
+        (("a/x.png", "loose.png"), "holds the image loose.png beside its class folders"),
+        (("a/x.png", "0.tar"), "holds both 0.tar and class folders"),
+        (("a.png", "b.png"), "has no class folders"),
+        (("readme.txt",), "has no class folders"),
+    ],
+)
+def test_trees_that_would_lose_images_are_refused(tmp_path, bucket, present, message):
+    for source in (str(touch(tmp_path, *present)), bucket(*present)):
+        with pytest.raises(DataError, match=message) as caught:
+            find_source(source)
+        assert "\n" not in str(caught.value)
+
+
+TARS = ("t/train-000.tar", "t/train-001.tar", "t/val-000.tar", "t/notes.txt", "t/deep/x.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("t", ["train-000.tar", "train-001.tar", "val-000.tar"]),
+        ("t/train-{000..001}.tar", ["train-000.tar", "train-001.tar"]),
+        ("t/{val,train}-000.tar", ["train-000.tar", "val-000.tar"]),
+        ("t/train-*.tar", ["train-000.tar", "train-001.tar"]),
+        ("t/{val,train}-*.tar", ["train-000.tar", "train-001.tar", "val-000.tar"]),
+        ("t/val-00?.tar", ["val-000.tar"]),
+        ("t/val-000.tar", ["val-000.tar"]),
+    ],
+)
+def test_tars_by_folder_and_pattern(tmp_path, bucket, pattern, expected):
+    touch(tmp_path, *TARS[:-1])
+    found = find_source(f"{tmp_path}/{pattern}")
+    assert isinstance(found, Tars)
+    assert names(found) == expected
+    assert (found.location, found.files[0].size) == (str(tmp_path / "t"), len(f"t/{expected[0]}"))
+    there = find_source(f"{bucket(*TARS[:-1])}/{pattern}")
+    assert there == Tars("memory:///bucket/t", found.files)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("t/none-*.tar", "no file matches"),
+        ("none/*.tar", "no file matches|check the URL"),
+        ("t/train-{000..002}.tar", r"train-002\.tar"),
+        ("{t,u}/train-000.tar", "several folders"),
+        ("*/train-000.tar", "several folders"),
+        ("t/{train,train}-000.tar", r"names train-000\.tar twice"),
+        ("t/train-{000..001.tar", "train-"),
+    ],
+)
+def test_patterns_that_match_nothing_or_too_much(tmp_path, bucket, pattern, message):
+    touch(tmp_path, *TARS)
+    for source in (f"{tmp_path}/{pattern}", f"{bucket(*TARS)}/{pattern}"):
+        with pytest.raises(DataError, match=message) as caught:
+            find_source(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_is_not_there(tmp_path, bucket):
+    with pytest.raises(DataError, match=r"none is no folder; give one of tars or of a directory per class"):
+        find_source(str(tmp_path / "none"))
+    bucket("a/x.png")
+    with pytest.raises(DataError):
+        find_source("memory:///other")
