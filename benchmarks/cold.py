@@ -14,7 +14,7 @@ _CHUNK = 4 << 20
 def cold_share(files: Sequence[Path], first_pass: Callable[[], float], repeats: int) -> dict[str, float] | None:
     """`first_pass` reads all `files` in a process of its own and returns its seconds; alternated with plain reading.
 
-    None where pages cannot be dropped (a file system in memory), which makes the question moot.
+    None where pages cannot be dropped: a file system in memory, or files that someone else has mapped.
     """
     total = sum(path.stat().st_size for path in files)
     shares, rates = [], []
@@ -22,7 +22,8 @@ def cold_share(files: Sequence[Path], first_pass: Callable[[], float], repeats: 
         if not drop_pages(files):
             return None
         disk = read_sequentially(files)
-        drop_pages(files)
+        if not drop_pages(files):
+            return None
         shares.append(disk / first_pass())
         rates.append(total / disk / 1e6)
     return {"share_of_disk": statistics.median(shares), "disk_mb_per_second": statistics.median(rates)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ SEED = 0
 DALI_THREADS = 2
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # fp16 [256, *SHAPE] contiguous, int64 [256]
+Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Contender:
     distributions: tuple[str, ...]  # whose versions to state
     folder: str
     write: Callable[[Path, Path], None]
-    batches: Callable[[Path], Iterator[Batch]]
+    batches: Callable[[Path], Batches]
 
 
 def load_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +86,7 @@ def open_ours(folder: str | Path, cache: Path | None = None, node: int = 0, node
     return SampleLoader([source], stream, Share(BATCH * nodes, BATCH, node, nodes), seed=SEED, start=start)
 
 
-def ours(folder: Path) -> Iterator[Batch]:
+def ours(folder: Path) -> Batches:
     with open_ours(folder) as loader:
         for batch in loader:
             yield batch.values, batch.labels
@@ -98,7 +99,7 @@ def already_written(arrays: Path, out: Path) -> None:
     """Reads the tars that `ours` wrote."""
 
 
-def webdataset(folder: Path) -> Iterator[Batch]:
+def webdataset(folder: Path) -> Batches:
     """Plain webdataset as its users write it: shard shuffle, sample shuffle, decode, batched."""
     import webdataset as wds
 
@@ -109,7 +110,7 @@ def webdataset(folder: Path) -> Iterator[Batch]:
             yield torch.from_numpy(np.asarray(moments)), torch.as_tensor(labels, dtype=torch.int64)
 
 
-def dali(folder: Path) -> Iterator[Batch]:
+def dali(folder: Path) -> Batches:
     """DALI's C++ reader with our index: shuffle buffer, npy header cut off and reshaped in the graph."""
     library: Any = importlib.import_module("nvidia.dali")  # its stubs know no pipeline without a device
     fn = library.fn
@@ -155,7 +156,7 @@ def write_mds(arrays: Path, out: Path) -> None:
             writer.write({"moments": np.ascontiguousarray(row), "label": int(label)})
 
 
-def mds(folder: Path) -> Iterator[Batch]:
+def mds(folder: Path) -> Batches:
     """mosaicml-streaming with its default shuffle, py1e."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
@@ -178,14 +179,14 @@ def write_litdata(arrays: Path, out: Path) -> None:
     cache.merge()
 
 
-def litdata(folder: Path) -> Iterator[Batch]:
+def litdata(folder: Path) -> Batches:
     """litdata's StreamingDataset with its own shuffle."""
     from litdata import StreamingDataset
 
     yield from stacked(StreamingDataset(str(folder), shuffle=True, seed=SEED, drop_last=False))
 
 
-def stacked(dataset: Any) -> Iterator[Batch]:
+def stacked(dataset: Any) -> Batches:
     """Batches of a dataset of {moments, label}, by the cheapest collation there is."""
     while True:
         moments, labels = [], []
@@ -208,7 +209,7 @@ def write_pyarrow(arrays: Path, out: Path) -> None:
         writer.write_table(table)
 
 
-def pyarrow(folder: Path) -> Iterator[Batch]:
+def pyarrow(folder: Path) -> Batches:
     """The honest limit: a mapped Arrow column, gathered at random. No integrity, no resume, no shards."""
     import pyarrow as pa
 
@@ -228,7 +229,7 @@ def write_plain(arrays: Path, out: Path) -> None:
         os.link(arrays / name, out / name)
 
 
-def memcpy(folder: Path) -> Iterator[Batch]:
+def memcpy(folder: Path) -> Batches:
     """The physical limit: shard after shard into one buffer that is used again. No order, no batches."""
     moments, labels = load_arrays(folder)
     target = np.empty((SHARD_SAMPLES, *SHAPE), dtype=np.float16)
@@ -252,7 +253,6 @@ CONTENDERS: dict[str, Contender] = {
     "memcpy": Contender(("numpy",), ("numpy",), "plain", write_plain, memcpy),
 }
 
-WARM_UP = "ours, small shards"
 WARM_UP = "ours, small shards"
 
 

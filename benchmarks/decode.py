@@ -11,6 +11,7 @@ import importlib.util
 import io
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import tarfile
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "not_measured": missing,
         "jpeg_bytes": int(np.mean([len(blob) for blob in blobs])),
         "hardware": options.hardware or rounds.hardware(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
     _report(result)
     if options.save:

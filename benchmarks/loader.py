@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -39,8 +40,8 @@ class Plan:
     set_sizes: tuple[int, ...]
 
 
-QUICK = Plan(20_480, 5, 0.5, 3, (10_000, 1_000_000, 10_000_000))
-FULL = Plan(81_920, 15, 3.0, 9, (10_000, 1_000_000, 10_000_000, 100_000_000))
+QUICK = Plan(20_480, 5, 0.5, 7, (10_000, 1_000_000, 10_000_000))
+FULL = Plan(81_920, 15, 3.0, 15, (10_000, 1_000_000, 10_000_000, 100_000_000))
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with _work_folder(options.work) as work:
         result = _measure(work, FULL if options.full else QUICK, (sys.executable, options.peers_python))
     result["hardware"] = options.hardware or rounds.hardware()
-    result["command"] = " ".join(["python", *sys.argv])
+    result["command"] = shlex.join(["python", *sys.argv])
     _report(result)
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +80,10 @@ def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
     homes, missing = _prepare(work, pythons)
     speed = _compare(work, homes, missing, plan)
 
-    def first_pass() -> float:
-        return rounds.run_contender("epoch", REFERENCE, sys.executable, work)["seconds"]
-
     return {
         **speed,
         "not_measured": missing,
-        "cold": cold.cold_share(sorted((work / "ours").glob("*.tar")), first_pass, plan.cold_repeats),
+        "cold": _first_pass(work, plan.cold_repeats),
         "start_up": growth.start_up(work, plan.set_sizes),
         "bytes_per_sample_held_while_reading": growth.held_while_reading(work),
         "bytes_fetched_over_needed": {
@@ -141,7 +139,7 @@ def _prepare(work: Path, pythons: Sequence[str]) -> tuple[dict[str, str], dict[s
             continue
         print(f"writing {name} ...", flush=True)
         try:
-            rounds.run_contender("write", name, python, work)
+            rounds.write_files(name, python, work)
             homes[name] = python
         except RuntimeError as error:
             _excuse(name, error, missing)
@@ -165,6 +163,13 @@ def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: P
         "times_ours": {name: rounds.ratio(theirs, ours) for name, theirs in measured.items()},
         "times_ours_in_cpu": {name: rounds.ratio(theirs, ours, "cpu") for name, theirs in measured.items()},
     }
+
+
+def _first_pass(work: Path, repeats: int) -> dict[str, float] | None:
+    files = sorted((work / CONTENDERS[REFERENCE].folder).glob("*.tar"))
+    with rounds.Contestant(REFERENCE, sys.executable, work, "epochs") as contestant:
+        contestant.measure()  # makes every call once, so that what follows is reading
+        return cold.cold_share(files, lambda: contestant.measure()["seconds"], repeats)
 
 
 def _excuse(name: str, error: RuntimeError, missing: dict[str, str]) -> None:

@@ -32,17 +32,17 @@ def interpreter_with(module: str, pythons: Sequence[str]) -> str | None:
 
 
 class Contestant:
-    """A `serving.py serve` process: opened and proven at construction, then measured on demand.
+    """A `serving.py serve` (or `epochs`) process: opened and proven at construction, then measured on demand.
 
     Raises RuntimeError with the end of what the process said where it died.
     """
 
-    def __init__(self, name: str, python: str, work: Path) -> None:
+    def __init__(self, name: str, python: str, work: Path, action: str = "serve") -> None:
         self.name = name
         self._log = work / f"{name.replace(', ', '-').replace(' ', '-')}.log"
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                [python, str(SCRIPT), "serve", name, str(work)],
+                [python, str(SCRIPT), action, name, str(work)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -51,7 +51,8 @@ class Contestant:
             )
         self.opened = self._answer()
 
-    def measure(self, seconds: float) -> dict[str, Any]:
+    def measure(self, seconds: float = 0.0) -> dict[str, Any]:
+        """One round of at least `seconds`, or one pass."""
         assert self._process.stdin is not None
         print(json.dumps({"seconds": seconds}), file=self._process.stdin, flush=True)
         return self._answer()
@@ -110,12 +111,11 @@ def per_sample(rounds: Sequence[dict[str, Any]], what: str) -> list[float]:
     return [measured[what] / measured["samples"] * 1e6 for measured in rounds]
 
 
-def run_contender(action: str, name: str, python: str, work: Path) -> dict[str, Any]:
-    """`write` or `epoch` in a fresh process; raises RuntimeError with the end of what it said where it failed."""
-    done = _run([python, str(SCRIPT), action, name, str(work)], capture_output=True, text=True)
+def write_files(name: str, python: str, work: Path) -> None:
+    """Raises RuntimeError with the end of what the process said where it failed."""
+    done = _run([python, str(SCRIPT), "write", name, str(work)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{action} of {name} failed: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
-    return json.loads(done.stdout) if done.stdout else {}
+        raise RuntimeError(f"writing {name} failed: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
 
 
 def environment() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """One contender in a process of its own, in the interpreter that has its library.
 
 `serving.py write NAME WORK` lays its files down; `serve` answers each JSON line on stdin, a round, with one on stdout;
-`epoch` times one pass.
+`epochs` takes each line for one pass over everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, WARM_UP, Batch, Contender, import_all, load_arrays
+from contenders import CONTENDERS, Batch, Contender, import_all, load_arrays
 
 UNTIMED_BATCHES = 6  # at the start of each round: what was read ahead while others ran is not this round's work
 
@@ -84,25 +86,24 @@ def serve(contender: Contender, work: Path, reply: Any) -> None:
         print(json.dumps(measured), file=reply, flush=True)
 
 
-def epoch(contender: Contender, work: Path, reply: Any) -> None:
-    """Time one pass over samples that this process has not read; opening counts, imports and first calls do not.
-
-    The first calls are made on the set of `WARM_UP`, which is not the one that is timed.
-    """
+def epochs(contender: Contender, work: Path, reply: Any) -> None:
+    """For each line of stdin one pass over all samples, opening and closing included. In between no file is held."""
     import_all(contender)
-    warm_up = CONTENDERS[WARM_UP]
-    next(warm_up.batches(work / warm_up.folder))
     total = len(load_arrays(work / "arrays")[1])
-    began, seen = time.perf_counter(), 0
-    batches = contender.batches(work / contender.folder)
-    while seen < total:
-        seen += len(next(batches)[1])
-    print(json.dumps({"seconds": time.perf_counter() - began, "samples": seen}), file=reply, flush=True)
+    print(json.dumps({"versions": versions(contender)}), file=reply, flush=True)
+    for _ in sys.stdin:
+        began, seen = time.perf_counter(), 0
+        with contextlib.closing(contender.batches(work / contender.folder)) as batches:
+            while seen < total:
+                seen += len(next(batches)[1])
+        passed = time.perf_counter() - began
+        gc.collect()  # before the answer: its files must be let go of by then
+        print(json.dumps({"seconds": passed}), file=reply, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("write", "serve", "epoch"))
+    parser.add_argument("action", choices=("write", "serve", "epochs"))
     parser.add_argument("name", choices=tuple(CONTENDERS))
     parser.add_argument("work", type=Path)
     options = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> None:
         out.mkdir(exist_ok=True)
         contender.write(options.work / "arrays", out)
     else:
-        {"serve": serve, "epoch": epoch}[options.action](contender, options.work, reply)
+        {"serve": serve, "epochs": epochs}[options.action](contender, options.work, reply)
     # Reading threads of some libraries outlive their dataset.
     reply.flush()
     os._exit(0)

@@ -53,7 +53,7 @@ def measured_traffic(work: Path, nodes: tuple[int, ...]) -> dict[int, float] | N
     from data_tools.push import push
 
     small = work / "remote_set"
-    growth.write_part_of_set(work / contenders.CONTENDERS[contenders.WARM_UP].folder, small, MEASURED_SHARDS)
+    growth.write_part_of_set(work / contenders.CONTENDERS["ours, small shards"].folder, small, MEASURED_SHARDS)
     needed = sum(path.stat().st_size for path in small.glob("*.tar"))
     with _object_store() as bucket:
         push(small, f"{bucket}/set")

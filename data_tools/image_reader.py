@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from data_tools.index import write_index
+from data_tools.sources import names_tars
 from data_tools.tar_samples import LabelRule
 from ecar_dist.data import remote
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.manifest import MANIFEST_NAME
 from ecar_dist.data.redaction import redact
 from ecar_dist.data.retries import ObjectMissing
+from ecar_dist.errors import ConfigError
 
 DIGITS = "digits"
 
@@ -35,11 +37,15 @@ class ImageReader:
 
 @contextlib.contextmanager
 def open_images(source: str, rule: LabelRule) -> Iterator[ImageReader]:
-    """`digits`, a folder with a manifest of images, or anything that `index` takes. Raises DataError as they do."""
-    if source == DIGITS:
-        yield _digits()
-    elif _has_manifest(source):
-        yield _indexed(source, ImageShards(source))
+    """`digits`, a folder with a manifest of images, or anything that `index` takes. Raises DataError as they do.
+
+    Raises ConfigError for a `rule` of labels where they are settled already.
+    """
+    settled = source == DIGITS or (not names_tars(source) and _has_manifest(source))
+    if settled and rule != LabelRule("cls"):
+        raise ConfigError(f"the labels of {redact(source)} are settled; leave out --label and --classes")
+    if settled:
+        yield _digits() if source == DIGITS else _indexed(source, ImageShards(source))
     else:
         with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
             write_index(source, Path(folder), rule)

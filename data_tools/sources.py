@@ -47,8 +47,7 @@ def find_source(text: str) -> Tars | ClassFolders:
 
     Raises DataError for a folder that is neither or both, and for images that such a reading would leave out.
     """
-    name = text.rstrip("/").rpartition("/")[2]
-    if name.endswith(".tar") or any(mark in text for mark in "{*?"):
+    if names_tars(text):
         return _match_tars(text)
     location = _absolute(text)
     top, classes = _remote_tree(location) if remote.is_remote(location) else _local_tree(Path(location), text)
@@ -61,6 +60,11 @@ def find_source(text: str) -> Tars | ClassFolders:
     if loose and classes:
         raise DataError(f"{text} holds the image {loose} beside its class folders; move it into one of them")
     return _class_folders(location, classes, text)
+
+
+def names_tars(text: str) -> bool:
+    """Whether the text is a tar, or a pattern of them, rather than a folder."""
+    return text.endswith(".tar") or any(mark in text for mark in "{*?")
 
 
 def is_image(name: str) -> bool:

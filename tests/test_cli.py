@@ -15,7 +15,7 @@ from PIL import Image
 from ecar_dist.cli import main
 from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
-from ecar_dist.data.shards import LatentShard
+from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.runtime.checkpoint import committed
 from tests.conftest import write_yaml
 
@@ -173,10 +173,10 @@ def test_latents_of_another_shape(write_config, tree, capsys):
 def test_a_label_outside_the_range(write_config, tree, digits, tmp_path, capsys):
     source, folder = load_manifest(digits / "latents"), tmp_path / "latents"
     folder.mkdir()
-    shard = LatentShard(digits / "latents/000000.tar", source.shards[0], source)
+    shard = open_latent_shard(digits / "latents/000000.tar", source.shards[0], source)
     labels = shard.labels.copy()
     labels[17] = 10
-    entry = write_latent_shard(folder, 0, ShardContent(0, np.array(shard.moments), labels), {}, {})
+    entry = write_latent_shard(folder, 0, ShardContent(0, np.array(shard.moments), labels), {})
     write_manifest(folder, dataclasses.replace(source, count=len(labels), shards=[entry]))
     tree["data"]["latents"] = str(folder)
     said = fails(capsys, "train", write_config())

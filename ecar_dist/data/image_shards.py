@@ -83,7 +83,7 @@ class ImageShards:
         return np.concatenate([self._tables[owner]["label"] for owner in range(len(self._firsts))]).astype(np.int64)
 
     def forget(self, needed: Container[int]) -> None:
-        """Let go of the maps and tables of shards that are not needed soon."""
+        """Let go of the maps and tables of shards that are not needed soon. Not while another thread reads."""
         self._tables = {owner: table for owner, table in self._tables.items() if owner in needed}
         self._maps = {owner: mapped for owner, mapped in self._maps.items() if owner in needed}
 

@@ -11,6 +11,7 @@ import torch
 
 from ecar_dist.data.dali import NpyDecoder
 from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.recycled import RecycledArrays
 from ecar_dist.data.shard_files import ShardDamaged
 from ecar_dist.data.shard_layout import MOMENTS_DTYPE
 from ecar_dist.data.shard_store import CacheOptions, open_store
@@ -27,6 +28,7 @@ class LatentSource:
         self.store = open_store(folder, self.manifest.dataset_id, self.manifest.shards, cache or CacheOptions())
         self.shard_counts = [entry.count for entry in self.manifest.shards]
         self.can_flip = self.manifest.has_flip
+        self._arrays = RecycledArrays(MOMENTS_DTYPE)
         self._open: dict[int, LatentShard] = {}
         self._damaged: dict[int, str] = {}  # why; not fetched again at every sample
 
@@ -36,15 +38,17 @@ class LatentSource:
         Raises BadSamples for the places whose shard is damaged, DataError where one is out of reach.
         """
         shards = self.open_shards(places)
-        moments = np.empty((len(places), *self.manifest.moments_shape), dtype=MOMENTS_DTYPE)
-        labels = np.empty(len(places), dtype=np.int64)
         owners, rows = places.shards.tolist(), places.rows.tolist()
+        moments = self._arrays.empty((len(places), *self.manifest.moments_shape))
         # one copy a sample: the rows of a batch lie in many shards, so there is little for a fancy index to do at once
-        for at, (owner, row) in enumerate(zip(owners, rows, strict=True)):
-            shard = shards[owner]
-            moments[at] = (shard.moments if flip is None or not flip[at] else shard.mirrored)[row]
-            labels[at] = shard.labels[row]
-        return torch.from_numpy(moments), torch.from_numpy(labels)
+        if flip is None:
+            for at, (owner, row) in enumerate(zip(owners, rows, strict=True)):
+                moments[at] = shards[owner].moments[row]
+        else:
+            for at, (owner, row, back) in enumerate(zip(owners, rows, flip.tolist(), strict=True)):
+                moments[at] = (shards[owner].mirrored if back else shards[owner].moments)[row]
+        labels = [shards[owner].labels[row] for owner, row in zip(owners, rows, strict=True)]
+        return torch.from_numpy(moments), torch.from_numpy(np.array(labels, dtype=np.int64))
 
     def open_shards(self, places: Places) -> dict[int, LatentShard]:
         """Every shard of these places, proven and mapped."""

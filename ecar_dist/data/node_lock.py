@@ -10,24 +10,24 @@ import contextlib
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ecar_dist.data.atomic import TEMPORARY_SUFFIX, temporary_beside
-from ecar_dist.data.retries import Transfer
 from ecar_dist.errors import DataError
 
 _POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
-def node_lock(path: Path, transfer: Transfer) -> Iterator[None]:
+def node_lock(path: Path, stopping: threading.Event) -> Iterator[None]:
     """Hold the lock file `path` alone, among all threads and processes of the node; it is gone afterwards.
 
-    Raises DataError when `transfer` ends while waiting, or where the file system has no flock.
+    Raises DataError when `stopping` is set while waiting, or where the file system has no flock.
     """
-    handle = _acquire(path, transfer)
+    handle = _acquire(path, stopping)
     try:
         yield
     finally:
@@ -36,9 +36,9 @@ def node_lock(path: Path, transfer: Transfer) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path, transfer: Transfer) -> int:
+def _acquire(path: Path, stopping: threading.Event) -> int:
     # polled: nothing could end the wait of a blocking flock
-    while not transfer.ended:
+    while not stopping.is_set():
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         held = False
         try:
@@ -48,7 +48,7 @@ def _acquire(path: Path, transfer: Transfer) -> int:
                 os.close(handle)
         if held:
             return handle
-        transfer.pause(_POLL_SECONDS)
+        stopping.wait(_POLL_SECONDS)
     raise DataError(f"waiting for {path} was stopped; start again to go on")
 
 

@@ -73,17 +73,6 @@ class Transfer:
     stats: TransferStats = field(default_factory=TransferStats)
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def ended(self) -> bool:
-        """Told to stop, or the program is over: threads of a pool would otherwise hold the interpreter's exit."""
-        return self.stopping.is_set() or not threading.main_thread().is_alive()
-
-    def pause(self, seconds: float) -> None:
-        """Sleep, but not beyond the end."""
-        until = time.monotonic() + seconds
-        while not self.ended and (left := until - time.monotonic()) > 0:
-            self.stopping.wait(min(left, 0.5))
-
 
 @dataclass(frozen=True)
 class _Verdict:
@@ -94,6 +83,7 @@ class _Verdict:
     final: bool
     missing: bool
     expired: bool
+    timed_out: bool
 
     @staticmethod
     def of(error: BaseException) -> _Verdict:
@@ -108,9 +98,12 @@ class _Verdict:
         name = code if code and not code.isdigit() else type(root).__name__
         words = scrub(" ".join(str(error).split()))[:160]
         reason = (f"HTTP {status} {name}" if status else name) + (f" ({words})" if words else "")
+        timed_out = status is None and isinstance(error, TimeoutError)
         if missing and status is None:
             reason = "no such object"
-        return _Verdict(reason, status, final, missing, code in _EXPIRED)
+        elif timed_out:
+            reason = "no whole answer in time"
+        return _Verdict(reason, status, final, missing, code in _EXPIRED, timed_out)
 
     @property
     def fix(self) -> str:
@@ -139,7 +132,8 @@ def insist(
     """
     policy, stats = transfer.policy, transfer.stats
     began, attempts, renewed = time.monotonic(), 0, False
-    while not transfer.ended:
+    verdict: _Verdict | None = None
+    while not transfer.stopping.is_set():
         attempts += 1
         left = policy.deadline - (time.monotonic() - began)
         asked = time.monotonic()
@@ -148,7 +142,10 @@ def insist(
         except DataError:
             raise
         except Exception as error:
-            verdict = _Verdict.of(error)
+            now = _Verdict.of(error)
+            # the attempt that our deadline cut short says nothing: the one before does
+            if verdict is None or not now.timed_out or left > policy.request_timeout(size):
+                verdict = now
         finally:
             stats.add(requests=1, seconds=time.monotonic() - asked)
         # what follows is outside the handler: the library's exception may hold secrets and is not chained to ours
@@ -160,7 +157,7 @@ def insist(
             renewed = True
             renew()
         stats.add(retries=1)
-        transfer.pause(pause)
+        transfer.stopping.wait(pause)
     raise DataError(f"{what} {redact(url)} was stopped; start again to go on")
 
 

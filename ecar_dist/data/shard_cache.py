@@ -12,12 +12,13 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+from ecar_dist.data.daemon_pool import DaemonPool
 from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.node_lock import node_lock, sweep_temporaries
 from ecar_dist.data.redaction import redact
@@ -58,8 +59,8 @@ class ShardCache:
             sweep_temporaries(self._folder)
         except OSError as error:
             raise DataError(f"cannot use the cache folder {self._folder} ({error}); set ECAR_CACHE_DIR") from None
-        self._ranges = ThreadPoolExecutor(options.threads, thread_name_prefix="shard-range")
-        self._shards = ThreadPoolExecutor(max(2, options.threads // 4), thread_name_prefix="shard-fetch")
+        self._ranges = DaemonPool(options.threads, "shard-range")
+        self._shards = DaemonPool(max(2, options.threads // 4), "shard-fetch")
         self._underway: dict[int, Future[None]] = {}
         self._lock = threading.RLock()  # of _underway; a callback may come from within
 
@@ -89,7 +90,7 @@ class ShardCache:
     def prefetch(self, shard_indices: Sequence[int]) -> None:
         with self._lock:
             for index in shard_indices:
-                if self._transfer.ended or index in self._underway or self._paths[index].exists():
+                if self._transfer.stopping.is_set() or index in self._underway or self._paths[index].exists():
                     continue
                 self._underway[index] = self._shards.submit(self._bring, index)
                 self._underway[index].add_done_callback(partial(self._tidy, index))
@@ -114,8 +115,8 @@ class ShardCache:
     def close(self) -> None:
         with self._lock:
             self._transfer.stopping.set()
-            for pool in (self._shards, self._ranges):
-                pool.shutdown(wait=False, cancel_futures=True)
+            self._shards.end()
+            self._ranges.end()
 
     def _finish(self, shard_index: int) -> None:
         """Wait for a prefetch of this shard and raise its error; one that still waits its turn is taken over."""
@@ -135,9 +136,9 @@ class ShardCache:
         """Have the shard in the cache. `damaged` is a file there that must go; it counts as the first download."""
         path, entry = self._paths[shard_index], self.entries[shard_index]
         try:
-            if self._transfer.ended:
+            if self._transfer.stopping.is_set():
                 raise CancelledError
-            with node_lock(path.with_name(f".{path.name}.lock"), self._transfer):
+            with node_lock(path.with_name(f".{path.name}.lock"), self._transfer.stopping):
                 if damaged is not None and path.exists() and _same_file(path.stat(), damaged):
                     path.unlink(missing_ok=True)
                 if not path.exists():

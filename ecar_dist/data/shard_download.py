@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ecar_dist.data.daemon_pool import DaemonPool
 from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.node_lock import owned_temporary
 from ecar_dist.data.redaction import redact
@@ -29,7 +29,7 @@ class Download:
     path: Path
     entry: ShardEntry
     transfer: Transfer
-    ranges: Executor  # its threads carry the ranges of several downloads
+    ranges: DaemonPool  # its threads carry the ranges of several downloads
 
     def __str__(self) -> str:
         return f"shard {redact(self.url)}"

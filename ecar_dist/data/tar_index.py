@@ -147,7 +147,7 @@ def _check_pax(file: SequentialFile, member: TarMember, where: str) -> None:
         length = int(digits) if digits.isdigit() and len(digits) <= 7 else 0
         record, rest = rest[:length], rest[length:]
         key, equals, _ = record[len(digits) + 1 :].partition(b"=")
-        if not record.endswith(b"\n") or not equals:
+        if len(record) != length or not record.endswith(b"\n") or not equals:
             raise _damaged(where, f"PAX header at byte {member.offset} is malformed")
         if key.decode("utf-8", "replace") not in _HARMLESS_PAX:
             text = key[:40].decode("utf-8", "replace")

@@ -3,7 +3,9 @@
 `object_store` is an empty bucket for one test; AWS_ENDPOINT_URL points to the proxy while the test runs.
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -69,18 +71,21 @@ def call(method: str, url: str, body: bytes | None = None) -> bytes:
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """URLs of the server and of the proxy before it, each in its own process."""
+    """URLs of the server and of the proxy before it."""
+    return start_servers()
+
+
+@functools.cache  # one pair for a whole test process: connections are made once, and know one endpoint
+def start_servers() -> tuple[str, str]:
     port = free_port()
     moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(moto, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        proxy_command = [sys.executable, str(Path(__file__).with_name("fault_proxy.py")), str(port)]
-        with subprocess.Popen(proxy_command, stdout=subprocess.PIPE, text=True) as proxy:
-            try:
-                wait_for(f"http://127.0.0.1:{port}/moto-api/")
-                yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{int(proxy.stdout.readline())}"
-            finally:
-                server.kill()
-                proxy.kill()
+    server = subprocess.Popen(moto, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    proxy_command = [sys.executable, str(Path(__file__).with_name("fault_proxy.py")), str(port)]
+    proxy = subprocess.Popen(proxy_command, stdout=subprocess.PIPE, text=True)
+    atexit.register(proxy.kill)
+    wait_for(f"http://127.0.0.1:{port}/moto-api/")
+    return f"http://127.0.0.1:{port}", f"http://127.0.0.1:{int(proxy.stdout.readline())}"
 
 
 def wait_for(url: str) -> None:

@@ -8,14 +8,13 @@ import pytest
 
 from ecar_dist.data.atomic import temporary_beside
 from ecar_dist.data.node_lock import node_lock, owned_temporary, sweep_temporaries
-from ecar_dist.data.retries import Transfer
 from ecar_dist.errors import DataError
 
 FORK = multiprocessing.get_context("fork")
 
 
 def hold(path, held):
-    with node_lock(path, Transfer()):
+    with node_lock(path, threading.Event()):
         held.set()
         time.sleep(60)
 
@@ -23,7 +22,7 @@ def hold(path, held):
 def count_alone(path, counter, rounds):
     """Not atomic: two at a time would lose a count."""
     for _ in range(rounds):
-        with node_lock(path, Transfer()):
+        with node_lock(path, threading.Event()):
             value = int(counter.read_text())
             time.sleep(0.001)
             counter.write_text(str(value + 1))
@@ -49,15 +48,15 @@ def test_a_killed_holder_frees_it(tmp_path):
     assert held.wait(10)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with node_lock(tmp_path / "lock", Transfer()):
+    with node_lock(tmp_path / "lock", threading.Event()):
         pass
 
 
 def test_waiting_ends_when_told(tmp_path):
-    transfer = Transfer()
-    with node_lock(tmp_path / "lock", Transfer()):
-        threading.Timer(0.1, transfer.stopping.set).start()
-        with pytest.raises(DataError, match="was stopped"), node_lock(tmp_path / "lock", transfer):
+    stopping = threading.Event()
+    with node_lock(tmp_path / "lock", threading.Event()):
+        threading.Timer(0.1, stopping.set).start()
+        with pytest.raises(DataError, match="was stopped"), node_lock(tmp_path / "lock", stopping):
             pass
 
 

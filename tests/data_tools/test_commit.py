@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from data_tools import commit as commit_module
 from data_tools.commit import is_committed, recover
 from data_tools.encode_plan import read_plan
+from data_tools.encode_worker import EncodeWorker
 from data_tools.finalize import finalize
 from data_tools.inspection import verify
 from ecar_dist.data.manifest import load_manifest
@@ -53,8 +55,9 @@ def test_killed_anywhere_a_rerun_gives_the_same_files(images, whole, tmp_path, p
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items()), "finished work was repeated"
 
 
-def test_an_orphaned_tar_is_kept_not_made_again(images, whole, tmp_path):
+def test_an_orphaned_tar_is_kept_not_made_again(images, whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "latents")
+    monkeypatch.setattr(EncodeWorker, "encode_shard", lambda *_: pytest.fail("encoded again"))
     for name in (f"{SHARD:06d}.idx", f"{SHARD:06d}.json"):
         (out / name).unlink()
     stamp = (out / f"{SHARD:06d}.tar").stat()
@@ -85,6 +88,24 @@ def test_a_tar_without_marker_that_is_not_whole_is_made_again(images, whole, tmp
     DAMAGES[damage](out / f"{SHARD:06d}.tar")
     (out / f"{SHARD:06d}.json").unlink()
     encode_small(images, out, max_bad=0.2)
+    assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize("left", ["a whole tar", *DAMAGES])
+def test_a_tar_that_appears_while_the_shard_is_encoded(images, whole, tmp_path, monkeypatch, left):
+    """Another worker was faster and died at once. Its tar is finished, or dropped for ours."""
+    out, original = tmp_path / "latents", EncodeWorker.encode_shard
+
+    def slow(worker, plan, shard_index):
+        content = original(worker, plan, shard_index)
+        if shard_index == SHARD:
+            path = shutil.copy(whole / f"{SHARD:06d}.tar", out)
+            DAMAGES.get(left, lambda _: None)(Path(path))
+        return content
+
+    monkeypatch.setattr(EncodeWorker, "encode_shard", slow)
+    encode_small(images, out, max_bad=0.2)
+    finalize(out, max_bad=0.2)
     assert content(out) == content(whole)
 
 

@@ -127,6 +127,14 @@ def test_many_in_a_row_are_no_chance(tmp_path, monkeypatch):
         encode_small(images, tmp_path / "out", max_bad=1.0, samples_per_shard=24, batch_size=3)
 
 
+def test_a_good_image_ends_the_row(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(failures_module, "MAX_IN_A_ROW", 2)
+    encode_small(images, tmp_path / "out", max_bad=0.2)
+    rows = [error["row"] for error in errors_of(tmp_path / "out")]
+    assert len(rows) == 3
+    assert np.diff(rows).max() > 1
+
+
 def test_a_shard_that_would_be_empty(tmp_path):
     images = write_bad_image_shards(tmp_path, bad=tuple(range(24)))
     with pytest.raises(DataError, match="shard 000000 would be empty: none of its 5 images can be encoded"):

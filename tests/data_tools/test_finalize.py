@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from data_tools import finalize as finalize_module
 from data_tools.encode_plan import read_plan
 from data_tools.finalize import finalize, prove_coverage
 from data_tools.markers import Failure, read_marker
@@ -93,6 +94,17 @@ def test_shards_and_failures_must_be_the_plan(encoded):
         with pytest.raises(DataError, match=rf"the first is {row}; delete .*ecar-data encode"):
             prove_coverage(encoded, plan, found)
         assert name
+
+
+def test_finalize_proves_coverage_by_itself(encoded, monkeypatch):
+    """Markers that agree with tars that agree with each other, and yet a row is lost."""
+    marker = json.loads((encoded / "000001.json").read_text())
+    marker["entry"] = {**marker["entry"], "count": 4, "missing": [7]}
+    (encoded / "000001.json").write_text(json.dumps(marker))
+    monkeypatch.setattr(finalize_module, "is_committed", lambda *_: True)
+    with pytest.raises(DataError, match=r"1 rows are missing, .* the first is 7"):
+        finalize(encoded)
+    assert not (encoded / "manifest.json").exists()
 
 
 def test_a_marker_of_another_plan_counts_as_missing(encoded):

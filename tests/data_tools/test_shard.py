@@ -78,11 +78,12 @@ def test_bad_files_within_the_bound_are_left_out_and_listed(tmp_path):
 
 
 def test_a_shard_of_bad_files_alone_is_no_shard(tmp_path):
-    root = with_bad_files(write_image_folder(tmp_path / "in"), "bird/2.jpeg", "bird/3.png")
+    root = with_bad_files(write_image_folder(tmp_path / "in"), "bird/2.jpeg", "bird/3.png", "dog/6.jpeg", "dog/7.png")
     shard(str(root), tmp_path / "out", samples_per_shard=2, max_bad=0.5)
     shards = ImageShards(tmp_path / "out")
-    assert [entry.count for entry in shards.manifest.shards] == [2] * 11
-    assert [entry.name for entry in shards.manifest.shards] == [f"{place:06d}.tar" for place in range(11)]
+    assert [entry.count for entry in shards.manifest.shards] == [2] * 10
+    assert [entry.name for entry in shards.manifest.shards] == [f"{place:06d}.tar" for place in range(10)]
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 10
     assert shards.read(2).key == "000000000004"
 
 
@@ -145,6 +146,12 @@ def test_a_reader_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"dog/7\.png does not exist"):
         shard(str(tmp_path / "index"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "index"]
+
+
+def test_labels_that_are_settled_are_not_chosen_again(tmp_path):
+    for source in ("digits", write_source("index", tmp_path)):
+        with pytest.raises(ConfigError, match="are settled; leave out --label"):
+            shard(source, tmp_path / "out", label="none")
 
 
 @pytest.mark.parametrize("max_bad", [-0.1, 1.0])

@@ -56,6 +56,13 @@ def test_class_folders_on_disk_and_behind_a_url(tmp_path, bucket, monkeypatch):
     assert find_source(tmp_path.name).location == str(tmp_path), "a worker may start in another folder"
 
 
+def test_classes_are_sorted_by_their_names_alone(tmp_path, bucket):
+    """Object stores sort whole paths, where a space comes before the slash."""
+    present = ("a/x.png", "a b/x.png", "B/x.png", "é/x.png")
+    for source in (str(touch(tmp_path, *present)), bucket(*present)):
+        assert list(find_source(source).classes) == ["B", "a", "a b", "é"]
+
+
 def test_linked_class_folders_count(tmp_path):
     touch(tmp_path, "real/a.png", "set/b/b.png")
     (tmp_path / "set/a").symlink_to(tmp_path / "real")

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ecar_dist.data.daemon_pool import DaemonPool
+
+
+def test_results_and_errors_come_back():
+    pool = DaemonPool(2, "test")
+    assert pool.submit(divmod, 7, 2).result(5) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        pool.submit(divmod, 7, 0).result(5)
+    pool.end()
+
+
+def test_first_come_first_served():
+    pool, order = DaemonPool(1, "test"), []
+    futures = [pool.submit(order.append, number) for number in range(20)]
+    for future in futures:
+        future.result(5)
+    assert order == list(range(20))
+    pool.end()
+
+
+def test_the_end_cancels_what_waits_and_lets_go_of_what_runs():
+    pool, running, go = DaemonPool(1, "test"), threading.Event(), threading.Event()
+
+    def work():
+        running.set()
+        return go.wait(5)
+
+    first, second = pool.submit(work), pool.submit(work)
+    assert running.wait(5)
+    pool.end()
+    pool.end()
+    assert second.cancelled()
+    assert pool.submit(work).cancelled()
+    assert not first.done()
+    go.set()
+    assert first.result(5)
+
+
+def test_the_program_does_not_wait():
+    script = """
+import time
+from ecar_dist.data.daemon_pool import DaemonPool
+pool = DaemonPool(1, "test")
+for _ in range(2):
+    pool.submit(time.sleep, 60)
+time.sleep(0.1)
+"""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
+    assert time.monotonic() - began < 20

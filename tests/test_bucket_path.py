@@ -1,0 +1,85 @@
+"""A bucket of images to a trained run, as a user does it: index, encode by two tasks, push, train from the URL."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from data_tools.cli import main as ecar_data
+from ecar_dist.data.latent_source import LatentSource
+from ecar_dist.data.loader import SampleLoader, Share
+from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.shard_store import CacheOptions
+from ecar_dist.data.stream import SampleStream
+from tests.conftest import losses, train_on_ranks
+from tests.data.image_sets import members_of, samples, write_tar
+from tests.data.object_store import object_store, s3_server
+
+__all__ = ["object_store", "s3_server"]
+
+COUNT = 120
+ENCODE = ["--vae", "dct-f8", "--image-size", "32", "--samples-per-shard", "16"]
+
+
+@pytest.fixture
+def bucket(object_store, tmp_path):
+    """Two foreign tars under images/ of the bucket; one image of the 120 is garbage."""
+    content = samples(COUNT)
+    content[77] = ("000077", b"\xff\xd8\xff\xe0 and nothing more", 7)
+    for number, half in enumerate((content[:50], content[50:])):
+        write_tar(tmp_path / "half.tar", members_of(half))
+        object_store.put(f"images/train-{number:03d}.tar", (tmp_path / "half.tar").read_bytes())
+    return object_store
+
+
+def prepare(bucket, folder):
+    """index, encode in two tasks, finalize, push; the URL of the latents."""
+    index, latents = str(folder / "index"), str(folder / "latents")
+    assert ecar_data(["index", f"{bucket.url}/images/train-{{000..001}}.tar", index]) == 0
+    for task in ("0", "1"):
+        encode = ["encode", index, latents, *ENCODE, "--task", task, "--tasks", "2", "--max-bad", "0.01"]
+        assert ecar_data(encode) == 0
+    assert ecar_data(["finalize", latents, "--max-bad", "0.01"]) == 0
+    assert ecar_data(["verify", latents]) == 0
+    assert ecar_data(["push", latents, f"{bucket.url}/latents"]) == 0
+    return f"{bucket.url}/latents"
+
+
+def test_from_a_bucket_of_tars_to_a_run_that_streams(bucket, tree, write_config, tmp_path, capfd):
+    url = prepare(bucket, tmp_path)
+    (failure,) = map(json.loads, (tmp_path / "latents/errors.jsonl").read_text().splitlines())
+    assert failure["key"] == "000077"
+    assert load_manifest(url) == load_manifest(tmp_path / "latents")
+    assert load_manifest(url).count == COUNT - 1
+    tree["data"]["latents"] = url
+    config = write_config()
+    local = train_on_ranks(1, config, "run.name=local", f"data.latents={tmp_path / 'latents'}")
+    bucket.break_on({"kind": "status", "status": 503, "match": "latents/00000", "times": 2})
+    remote = train_on_ranks(2, config, "run.name=remote")
+    assert losses(remote) == pytest.approx(losses(local), abs=1e-6)
+    assert remote[-1]["data/downloaded_gib"] > 0
+    fetched = [entry["path"] for entry in bucket.log("GET", ".tar") if entry["fault"] is None]
+    assert len(bucket.log("GET", ".tar")) == len(fetched) + 2
+    assert len(fetched) == len(set(fetched)) == 8  # both ranks, one cache: every shard once
+    straight = train_on_ranks(1, config, "run.name=images", f"data.images={tmp_path / 'index'}", "data.latents=null",
+                              "data.on_bad=substitute", "data.max_bad=0.01", "data.num_classes=10")  # fmt: skip
+    assert np.isfinite(losses(straight)).all()
+    assert "verysecretvalue" not in "".join(capfd.readouterr())
+
+
+def test_each_node_downloads_its_own_lanes_only(bucket, tmp_path):
+    """Two nodes of one rank each, a cache each: together little more than the set, not twice the set."""
+    url = prepare(bucket, tmp_path)
+    bucket.break_on()
+    needed = sum(entry.bytes for entry in load_manifest(url).shards)
+    for rank in range(2):
+        source = LatentSource(url, CacheOptions(root=tmp_path / f"node{rank}"))
+        counts = [entry.count for entry in source.manifest.shards]
+        stream = SampleStream([counts], seed=0, global_batch_size=8, lanes=2, window_shards=1)
+        share = Share(8, 4, rank, 2, node_ranks=(rank,))
+        with SampleLoader([source], stream, share, seed=0) as loader:
+            for _ in itertools.islice(loader, 10):  # 80 of 119 positions
+                pass
+    fetched = sum(entry["bytes"] for entry in bucket.log("GET", ".tar"))
+    assert fetched < 1.6 * needed
