@@ -112,7 +112,7 @@ def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, in
             listings = pool.map(lambda folder: _list_folder(url, folder, transfer), folders)
             entries = [entry for listing in listings for entry in listing]
             folders = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
-            files = [entry for entry in entries if entry["type"] != "directory" and not entry["name"].endswith("/")]
+            files = [entry for entry in entries if entry["type"] != "directory"]
             found += [(entry["name"][len(root) + 1 :], entry["size"]) for entry in files]
     return sorted(found)
 

@@ -48,9 +48,7 @@ def _first_bad_header(mapped: mmap.mmap) -> int | None:
     while at + BLOCK <= len(mapped):
         block = mapped[at : at + BLOCK]
         if not any(block):
-            return (
-                at if any(mapped[at:]) else None
-            )  # the archive ends in zeros; a zeroed block before its end is damage
+            return at if any(mapped[at:]) else None  # zeros to the last byte are the end
         try:
             size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
         except tarfile.HeaderError:

@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -50,6 +51,19 @@ def test_a_killed_holder_frees_it(tmp_path):
     holder.join()
     with node_lock(tmp_path / "lock", threading.Event()):
         pass
+
+
+def test_a_lock_file_removed_before_it_was_locked_is_not_the_lock(tmp_path, monkeypatch):
+    flock, removals = fcntl.flock, iter([True, False, False])
+
+    def lose_and_lock(handle, operation):
+        if next(removals):
+            (tmp_path / "lock").unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lose_and_lock)
+    with node_lock(tmp_path / "lock", threading.Event()):
+        assert (tmp_path / "lock").exists(), "a second process would make and lock a new file"
 
 
 def test_waiting_ends_when_told(tmp_path):

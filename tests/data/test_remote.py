@@ -146,6 +146,8 @@ def test_listing_is_whole_and_sorted(object_store, transfer):
     object_store.put("set/b/", b"")  # a folder's marker, as some tools leave
     object_store.put("settled/other", b"")
     assert list_files(f"{object_store.url}/set/", transfer) == sorted((name, len(name)) for name in names)
+    object_store.put("set/b/3", b"new")
+    assert ("b/3", 3) in list_files(f"{object_store.url}/set/", transfer), "nothing is remembered"
 
 
 def test_a_failed_page_repeats_one_folder(object_store, transfer):

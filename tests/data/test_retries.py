@@ -34,6 +34,17 @@ def test_the_last_attempt_ends_with_the_deadline():
     assert given[-1] < 0.3
 
 
+def test_the_reason_is_not_that_of_the_attempt_our_deadline_cut():
+    def attempt(timeout):
+        given.append(timeout)
+        raise ConnectionResetError("reset") if len(given) == 1 else TimeoutError
+
+    for errors, reason in [(0, "ConnectionResetError"), (1, "no whole answer in time")]:
+        given = [0.0] * errors
+        with pytest.raises(DataError, match=reason):
+            insist("reading", "s3://b/k", Transfer(RetryPolicy(deadline=0.2, first_delay=0.05)), attempt)
+
+
 def test_stopping_ends_a_pause_at_once():
     transfer = Transfer(RetryPolicy(first_delay=60.0, longest_delay=60.0))
     threading.Timer(0.2, transfer.stopping.set).start()

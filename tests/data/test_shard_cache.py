@@ -207,10 +207,11 @@ def test_a_cache_folder_that_cannot_be(remote, tmp_path):
 
 def test_prefetch_brings_in_the_order_of_need_and_open_waits_for_it(remote):
     store = remote.store(threads=1)
-    remote.objects.break_on({"kind": "delay", "delay": 0.2, "match": ".tar", "times": 2})
+    remote.objects.break_on({"kind": "delay", "delay": 1, "match": ".tar"})
     began = time.monotonic()
     store.prefetch([2, 0, 1])
-    assert time.monotonic() - began < 0.15
+    assert time.monotonic() - began < 0.9
+    wait_until(remote.gets)
     assert store.open(2)[:] == remote.body(2)
     for index in (0, 1):
         assert store.open(index)[:] == remote.body(index)
@@ -243,6 +244,10 @@ def test_an_error_of_a_prefetch_waits_for_its_open(remote, object_store, tmp_pat
     store.prefetch([0, 1, 2])
     assert store.open(0)[:] == remote.body(0)
     assert store.open(2)[:] == remote.body(2)
+    wait_until(lambda: len(object_store.log("HEAD", "000001.tar")) == 1)
+    store.prefetch([1])
+    time.sleep(0.2)
+    assert len(object_store.log("HEAD", "000001.tar")) == 1, "it is not asked for again before somebody heard of it"
     with pytest.raises(ObjectMissing, match=r"partial/000001\.tar"):
         store.open(1)
     object_store.put("partial/000001.tar", (tmp_path / "000001.tar").read_bytes())
