@@ -14,12 +14,12 @@ from typing import Any
 
 from data_tools.encode_plan import EncodePlan
 from data_tools.markers import marker_from, read_marker
-from ecar_dist.data.atomic import temporary_beside
 from ecar_dist.data.shard_layout import ShardLayout
 from ecar_dist.data.shard_writer import ShardContent, describe_latent_shard, seal, write_latent_shard
 from ecar_dist.data.shards import open_latent_shard, parse_description
 from ecar_dist.data.tar_index import index_tar
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import temporary_beside
 
 
 def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:

@@ -18,9 +18,9 @@ from data_tools.moments_statistics import measure
 from data_tools.progress import progress
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder, open_decoder
-from ecar_dist.data.redaction import redact
 from ecar_dist.data.shard_layout import ShardLayout
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.redaction import redact
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ecar_dist.data.atomic import temporary_beside, write_json
 from ecar_dist.data.order import sample_indices
 from ecar_dist.data.shard_writer import claim_name
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import temporary_beside, write_json
 from ecar_dist.vae.codec import hash_config
 
 PLAN_NAME = "plan.json"

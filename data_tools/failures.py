@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.markers import Failure, read_marker
-from ecar_dist.data.atomic import atomic_write
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import atomic_write
 
 ERRORS_NAME = "errors.jsonl"
 MAX_IN_A_ROW = 100  # so many bad images one after the other are a broken source or decoder, not chance

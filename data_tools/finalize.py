@@ -13,10 +13,10 @@ from data_tools.encode_plan import EncodePlan, read_plan
 from data_tools.failures import ERRORS_NAME, FailureTally
 from data_tools.markers import Marker, read_marker
 from data_tools.moments_statistics import combine
-from ecar_dist.data.atomic import TEMPORARY_SUFFIX
 from ecar_dist.data.images import RESIZES
 from ecar_dist.data.manifest import LatentEntry, Manifest, write_manifest
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX
 from ecar_dist.vae.codec import EncoderIdentity
 
 

@@ -15,12 +15,12 @@ from PIL import Image
 from data_tools.index import write_index
 from data_tools.sources import names_tars
 from data_tools.tar_samples import LabelRule
-from ecar_dist.data import remote
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.manifest import MANIFEST_NAME
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.retries import ObjectMissing
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage import remote
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import ObjectMissing
 
 DIGITS = "digits"
 

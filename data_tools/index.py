@@ -13,11 +13,11 @@ from pathlib import Path
 from data_tools.progress import progress
 from data_tools.sources import ClassFolders, FoundFile, Tars, find_source
 from data_tools.tar_samples import LabelRule, index_image_tar
-from ecar_dist.data.atomic import temporary_beside
 from ecar_dist.data.image_table import MAX_IMAGE_BYTES, UNKNOWN_HASH, ImageRow, write_table
 from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
-from ecar_dist.data.redaction import redact
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import temporary_beside
+from ecar_dist.storage.redaction import redact
 
 _TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
 

@@ -14,11 +14,11 @@ from data_tools.progress import progress
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.images import ImageDecoder, PilDecoder
 from ecar_dist.data.manifest import MANIFEST_NAME, ImageManifest, Manifest, ShardEntry, load_manifest
-from ecar_dist.data.remote import is_remote, local_path
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.data.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import DataError
+from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels

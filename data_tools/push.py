@@ -22,11 +22,11 @@ from ecar_dist.data.manifest import (
     load_manifest,
     write_manifest,
 )
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.remote import ObjectVersion, is_remote, join, stat, upload
-from ecar_dist.data.retries import ObjectMissing, Transfer
 from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
 from ecar_dist.errors import DataError
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import ObjectVersion, is_remote, join, stat, upload
+from ecar_dist.storage.retries import ObjectMissing, Transfer
 
 _CHUNK = 1 << 20
 _PART_SIZES = tuple(size << 20 for size in (5, 8, 15, 16, 25, 32, 50, 64, 100, 128))  # of the usual S3 clients

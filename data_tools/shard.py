@@ -21,12 +21,12 @@ from data_tools.image_reader import ImageReader, image_extension, open_images
 from data_tools.index import new_folder, read_class_names
 from data_tools.progress import progress
 from data_tools.tar_samples import LabelRule, index_image_tar
-from ecar_dist.data.atomic import atomic_write
 from ecar_dist.data.image_shards import ImageRecord
 from ecar_dist.data.image_table import write_table
 from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.data.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import atomic_write
 
 ERRORS_NAME = "errors.jsonl"
 _BATCH = 256  # images in memory: one batch is written while the next is read

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from ecar_dist.data import remote
 from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
-from ecar_dist.data.redaction import redact
 from ecar_dist.errors import DataError
+from ecar_dist.storage import remote
+from ecar_dist.storage.redaction import redact
 
 _LOOKUPS = 16  # at once
 

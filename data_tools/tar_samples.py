@@ -13,12 +13,12 @@ from typing import Literal
 
 import xxhash
 
-from ecar_dist.data import remote
 from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
 from ecar_dist.data.image_table import MAX_IMAGE_BYTES, ImageRow
-from ecar_dist.data.redaction import redact
 from ecar_dist.data.tar_index import TarMember, split_name, tar_members
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage import remote
+from ecar_dist.storage.redaction import redact
 
 _CHUNK = 8 << 20
 _AHEAD = 4  # chunks of a remote tar in flight

@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from data_tools.encode import resolve_device
 from data_tools.progress import progress
-from ecar_dist.data.atomic import temporary_beside
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder, open_decoder
 from ecar_dist.data.order import sample_indices
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import temporary_beside
 from ecar_dist.vae.pixels import from_pixels
 from ecar_dist.vae.pretrained import new_autoencoder, save_autoencoder
 

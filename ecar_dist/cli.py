@@ -204,11 +204,11 @@ def sample(parsed: argparse.Namespace) -> int:
 
 
 def evaluate(parsed: argparse.Namespace) -> int:
-    from ecar_dist.data.atomic import write_json
     from ecar_dist.evaluate.images import read_images, reconstruct
     from ecar_dist.evaluate.score import score
     from ecar_dist.runtime.metrics import log_scores
     from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.storage.atomic import write_json
 
     trained = _open(parsed)
     config = trained.config

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
+    {"storage"},
     {"config"},
     {"config_file"},
     {"rng"},
@@ -22,7 +23,7 @@ HOMES = {
     "torch.distributed": {"ecar_dist/runtime/world.py"},
     "diffusers": {"ecar_dist/vae/pretrained.py"},
     "nvidia": {"ecar_dist/data/dali.py"},
-    "fsspec": {"ecar_dist/data/remote.py"},
+    "fsspec": {"ecar_dist/storage/remote.py"},
     "webdataset": {"data_tools/shard.py"},
 }
 FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))

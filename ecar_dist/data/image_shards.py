@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from ecar_dist.data import remote
 from ecar_dist.data.image_table import UNKNOWN_HASH, decode_table, key_of
 from ecar_dist.data.manifest import ImageEntry, load_image_manifest
-from ecar_dist.data.redaction import redact
 from ecar_dist.data.shard_files import check_presence
 from ecar_dist.data.shard_store import ShardStore
 from ecar_dist.errors import DataError
+from ecar_dist.storage import remote
+from ecar_dist.storage.redaction import redact
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms

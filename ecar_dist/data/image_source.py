@@ -11,10 +11,10 @@ import torch
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder
 from ecar_dist.data.manifest import load_image_manifest
-from ecar_dist.data.remote import is_remote
 from ecar_dist.data.shard_store import CacheOptions, open_store
 from ecar_dist.data.stream import Places
 from ecar_dist.data.substitution import BadSamples
+from ecar_dist.storage.remote import is_remote
 
 
 class ImageSource:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from ecar_dist.data.atomic import atomic_write
 from ecar_dist.data.manifest import ImageEntry
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import atomic_write
 
 MAX_IMAGE_BYTES = 256 << 20  # more is no photograph, and would be held in memory whole
 UNKNOWN_HASH = 0  # of files in a directory: nobody read them when the table was made

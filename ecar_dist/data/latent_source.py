@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +63,10 @@ class LatentSource:
         return self._open
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
-        """As Source.plan. What is not needed within twice the window is unmapped."""
-        self._open = {
-            owner: shard
-            for owner, shard in self._open.items()
-            if owner in soon or future.get(owner, inf) < 2 * len(soon)
-        }
+        """As Source.plan. A proven shard stays mapped, unless the store may evict its file."""
+        if self.store.evicts:
+            near = {*soon, *(owner for owner, place in future.items() if place < 2 * len(soon))}
+            self._open = {owner: shard for owner, shard in self._open.items() if owner in near}
         self.store.prefetch(soon)
         self.store.retire(future)
 

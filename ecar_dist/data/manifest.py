@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ecar_dist.data.atomic import write_json
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.remote import join, read_bytes
-from ecar_dist.data.retries import ObjectMissing
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import write_json
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import join, read_bytes
+from ecar_dist.storage.retries import ObjectMissing
 
 MANIFEST_NAME = "manifest.json"
 

@@ -1,7 +1,7 @@
 """Arrays whose memory is used again once nobody holds them.
 
-A batch of some megabytes that is fresh from the system costs a page fault for every page: measured, that took as long as
-the copy into it.
+A batch of some megabytes that is fresh from the system costs a page fault for every page; measured, that took as long
+as the copy into it.
 """
 
 from __future__ import annotations

@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from ecar_dist.data.daemon_pool import DaemonPool
 from ecar_dist.data.manifest import ShardEntry
-from ecar_dist.data.node_lock import node_lock, sweep_temporaries
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.remote import join
-from ecar_dist.data.retries import RetryPolicy, Transfer
 from ecar_dist.data.shard_download import Download, fetch_shard
 from ecar_dist.data.shard_files import ShardDamaged, map_open_file
 from ecar_dist.errors import DataError
+from ecar_dist.storage.daemon_pool import DaemonPool
+from ecar_dist.storage.node_lock import node_lock, sweep_temporaries
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import join
+from ecar_dist.storage.retries import RetryPolicy, Transfer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ShardCache:
     """A ShardStore over a URL. Make it after forking: its threads and connections belong to this process."""
 
     def __init__(self, url: str, dataset_id: str, entries: Sequence[ShardEntry], options: CacheOptions) -> None:
-        self.entries = entries
+        self.entries, self.evicts = entries, options.budget_bytes is not None
         self._url, self._options = url, options
         self._transfer = Transfer(policy=options.retry)
         self.stats = self._transfer.stats

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ecar_dist.data.daemon_pool import DaemonPool
 from ecar_dist.data.manifest import ShardEntry
-from ecar_dist.data.node_lock import owned_temporary
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.remote import ObjectVersion, read_range, stat
-from ecar_dist.data.retries import Transfer
 from ecar_dist.data.shard_damage import describe_damage
 from ecar_dist.data.shard_files import ShardDamaged, hash_file
 from ecar_dist.errors import DataError
+from ecar_dist.storage.daemon_pool import DaemonPool
+from ecar_dist.storage.node_lock import owned_temporary
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import ObjectVersion, read_range, stat
+from ecar_dist.storage.retries import Transfer
 
 RANGE_BYTES = 8 << 20
 

@@ -12,10 +12,10 @@ from typing import BinaryIO
 import xxhash
 
 from ecar_dist.data.manifest import ShardEntry
-from ecar_dist.data.redaction import redact
-from ecar_dist.data.remote import is_remote, local_path
 from ecar_dist.data.shard_damage import describe_damage
 from ecar_dist.errors import DataError
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import is_remote, local_path
 
 _CHUNK = 1 << 20  # small enough to stay in the core's cache between the read and the hash
 

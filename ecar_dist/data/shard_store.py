@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ecar_dist.data.manifest import ShardEntry
-from ecar_dist.data.remote import is_remote
-from ecar_dist.data.retries import TransferStats
 from ecar_dist.data.shard_cache import CacheOptions, ShardCache
 from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
+from ecar_dist.storage.remote import is_remote
+from ecar_dist.storage.retries import TransferStats
 
 
 class ShardStore(Protocol):
@@ -19,6 +19,7 @@ class ShardStore(Protocol):
 
     entries: Sequence[ShardEntry]
     stats: TransferStats
+    evicts: bool  # whether `retire` may remove files: who keeps their maps keeps their disk space
 
     def open(self, shard_index: int) -> mmap.mmap:
         """The whole shard, mapped read-only; waits until it is here. Size and xxh3_128 were checked on the way.
@@ -51,6 +52,8 @@ def open_store(folder: str | Path, dataset_id: str, entries: Sequence[ShardEntry
 
 class LocalShards:
     """Shards on a local or mounted file system, mapped where they lie."""
+
+    evicts = False
 
     def __init__(self, folder: str | Path, entries: Sequence[ShardEntry]) -> None:
         self.entries = entries

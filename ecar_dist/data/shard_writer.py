@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ecar_dist.data.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.data.manifest import LatentEntry
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shard_layout import (
@@ -35,6 +34,7 @@ from ecar_dist.data.shard_layout import (
 from ecar_dist.data.shards import parse_description
 from ecar_dist.data.tar_index import BLOCK, TarMember, index_tar, write_dali_index
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 

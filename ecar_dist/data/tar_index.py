@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ecar_dist.data.atomic import atomic_write
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import atomic_write
 
 BLOCK = tarfile.BLOCKSIZE
 

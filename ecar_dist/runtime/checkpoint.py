@@ -26,11 +26,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ecar_dist.data.atomic import sync_to_disk
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.atomic import sync_to_disk
 
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
 SCHEMA = "ecar-checkpoint-v1"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ecar_dist.data.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint import FragmentReader, newest, read_manifest
 from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 
 EXPORT_WEIGHTS, EXPORT_FACTS = "model.safetensors", "export.json"
 

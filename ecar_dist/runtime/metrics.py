@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ecar_dist.data.atomic import atomic_write
 from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.storage.atomic import atomic_write
 
 
 class MetricsWriter:

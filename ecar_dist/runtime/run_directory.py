@@ -14,8 +14,8 @@ import torch
 from ecar_dist import __version__
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_to_yaml, load_config
-from ecar_dist.data.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 
 
 class RunDirectory:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.data.remote import stat
-from ecar_dist.data.retries import RetryPolicy, Transfer
+from ecar_dist.storage.remote import stat
+from ecar_dist.storage.retries import RetryPolicy, Transfer
 from tests.conftest import free_port
 from tests.data.fault_proxy import CONTROL
 

@@ -12,12 +12,13 @@ from sklearn.datasets import load_digits
 
 from data_tools.index import index
 from data_tools.shard import shard
-from ecar_dist.data import image_shards, remote
+from ecar_dist.data import image_shards
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.manifest import load_image_manifest, write_manifest
 from ecar_dist.data.shard_store import CacheOptions, open_store
 from ecar_dist.errors import DataError
+from ecar_dist.storage import remote
 from tests.data.image_sets import encoded, members_of, samples, write_tar
 
 

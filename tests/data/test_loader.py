@@ -274,3 +274,15 @@ def test_places_are_value_objects(latents):
     places = stream.locate(np.arange(10))
     assert all(getattr(places, field.name).shape == (10,) for field in dataclasses.fields(places))
     assert len(places.take(slice(2, 5))) == 3
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_shards_stay_mapped_unless_their_files_may_go(tmp_path, evicts):
+    write_set(tmp_path)
+    source = LatentSource(tmp_path)
+    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)
+    places = stream.locate(np.arange(97))
+    source.read(places, None)
+    source.store.evicts = evicts
+    source.plan([2], {2: 0, 0: 1, 1: 5})
+    assert sorted(source.open_shards(places.take(slice(0)))) == ([0, 2] if evicts else [0, 1, 2])

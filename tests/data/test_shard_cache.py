@@ -12,11 +12,11 @@ import pytest
 
 from ecar_dist.data import shard_download
 from ecar_dist.data.manifest import load_manifest
-from ecar_dist.data.retries import ObjectMissing, RetryPolicy
 from ecar_dist.data.shard_cache import CacheOptions, ShardCache
 from ecar_dist.data.shard_files import ShardDamaged
 from ecar_dist.data.shard_store import open_store
 from ecar_dist.errors import DataError
+from ecar_dist.storage.retries import ObjectMissing, RetryPolicy
 from tests.data.latent_sets import write_set
 from tests.data.object_store import IMPATIENT, QUICK, SECRETS
 

@@ -9,10 +9,10 @@ import pytest
 from data_tools import tar_samples
 from data_tools.index import index
 from data_tools.tar_samples import LabelRule
-from ecar_dist.data import remote
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.manifest import load_image_manifest
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage import remote
 from tests.data.image_sets import encoded, members_of, samples, what_webdataset_sees, write_tar, write_webdataset_tar
 from tests.data_tools.image_folders import content, encode_small, write_image_folder
 

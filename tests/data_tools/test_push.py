@@ -9,10 +9,10 @@ import pytest
 from data_tools import push as push_module
 from data_tools.push import push
 from ecar_dist.data.manifest import load_image_manifest, load_manifest
-from ecar_dist.data.remote import list_files, stat
-from ecar_dist.data.retries import Transfer
 from ecar_dist.data.shard_store import CacheOptions, open_store
 from ecar_dist.errors import DataError
+from ecar_dist.storage.remote import list_files, stat
+from ecar_dist.storage.retries import Transfer
 from tests.data.latent_sets import write_set
 from tests.data.object_store import QUICK, object_store, s3_server
 
@@ -121,7 +121,7 @@ def test_a_damaged_set_is_not_sent(folder, url, object_store):
 
 def test_parts_are_proven_by_their_md5s(folder, url, object_store, monkeypatch, tmp_path):
     """S3's ETag of an upload in parts is the MD5 of the parts' MD5s; the part size is guessed from the usual ones."""
-    from ecar_dist.data import remote
+    from ecar_dist.storage import remote
 
     (tmp_path / "large").write_bytes(os.urandom(5 << 20) * 2 + b"rest")
     place = remote._Place(f"{url}/large")

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from ecar_dist.data.atomic import temporary_beside
-from ecar_dist.data.node_lock import node_lock, owned_temporary, sweep_temporaries
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import temporary_beside
+from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
 
 FORK = multiprocessing.get_context("fork")
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ecar_dist.data.redaction import redact, scrub
 from ecar_dist.errors import DataError
+from ecar_dist.storage.redaction import redact, scrub
 
 T = TypeVar("T")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.data.remote import (
+from ecar_dist.errors import DataError
+from ecar_dist.storage.remote import (
     is_remote,
     join,
     list_files,
@@ -17,8 +18,7 @@ from ecar_dist.data.remote import (
     stat,
     upload,
 )
-from ecar_dist.data.retries import ObjectMissing, RetryPolicy, Transfer
-from ecar_dist.errors import DataError
+from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
 from tests.conftest import free_port
 from tests.data.object_store import IMPATIENT, QUICK, SECRETS
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ecar_dist.data.redaction import redact, scrub
+from ecar_dist.storage.redaction import redact, scrub
 
 
 @pytest.mark.parametrize(

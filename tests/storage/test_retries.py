@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from ecar_dist.data.retries import RetryPolicy, Transfer, TransferStats, insist
 from ecar_dist.errors import DataError
+from ecar_dist.storage.retries import RetryPolicy, Transfer, TransferStats, insist
 
 
 def test_pauses_double_to_their_longest_with_jitter():

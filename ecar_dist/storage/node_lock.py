@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ecar_dist.data.atomic import TEMPORARY_SUFFIX, temporary_beside
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, temporary_beside
 
 _POLL_SECONDS = 0.05
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.asyn
 
-from ecar_dist.data.redaction import redact, scrub
-from ecar_dist.data.retries import ObjectMissing, Transfer, insist
 from ecar_dist.errors import DataError
+from ecar_dist.storage.redaction import redact, scrub
+from ecar_dist.storage.retries import ObjectMissing, Transfer, insist
 
 T = TypeVar("T")
 _LISTING_THREADS = 16

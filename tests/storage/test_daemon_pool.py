@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ecar_dist.data.daemon_pool import DaemonPool
+from ecar_dist.storage.daemon_pool import DaemonPool
 
 
 def test_results_and_errors_come_back():
@@ -46,7 +46,7 @@ def test_the_end_cancels_what_waits_and_lets_go_of_what_runs():
 def test_the_program_does_not_wait():
     script = """
 import time
-from ecar_dist.data.daemon_pool import DaemonPool
+from ecar_dist.storage.daemon_pool import DaemonPool
 pool = DaemonPool(1, "test")
 for _ in range(2):
     pool.submit(time.sleep, 60)
