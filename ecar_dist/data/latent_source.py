@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,13 +40,10 @@ class LatentSource:
         shards = self.open_shards(places)
         owners, rows = places.shards.tolist(), places.rows.tolist()
         moments = self._arrays.empty((len(places), *self.manifest.moments_shape))
-        # one copy a sample: the rows of a batch lie in many shards, so there is little for a fancy index to do at once
-        if flip is None:
-            for at, (owner, row) in enumerate(zip(owners, rows, strict=True)):
-                moments[at] = shards[owner].moments[row]
-        else:
-            for at, (owner, row, back) in enumerate(zip(owners, rows, flip.tolist(), strict=True)):
-                moments[at] = (shards[owner].mirrored if back else shards[owner].moments)[row]
+        backs = itertools.repeat(False) if flip is None else flip.tolist()
+        # one copy a sample, in one call: the rows of a batch lie in many shards, so there is little for a fancy index
+        records = [shards[owner].records[back][row : row + 1] for owner, row, back in zip(owners, rows, backs)]  # noqa: B905
+        np.concatenate(records, out=moments.reshape(len(places), -1).view(records[0].dtype).reshape(-1))
         labels = [shards[owner].labels[row] for owner, row in zip(owners, rows, strict=True)]
         return torch.from_numpy(moments), torch.from_numpy(np.array(labels, dtype=np.int64))
 
@@ -67,7 +65,7 @@ class LatentSource:
         if self.store.evicts:
             near = {*soon, *(owner for owner, place in future.items() if place < 2 * len(soon))}
             self._open = {owner: shard for owner, shard in self._open.items() if owner in near}
-        self.store.prefetch(soon)
+        self.store.prefetch([owner for owner in soon if owner not in self._open and owner not in self._damaged])
         self.store.retire(future)
 
     def traffic(self) -> Mapping[str, float]:

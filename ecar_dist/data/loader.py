@@ -20,7 +20,7 @@ from ecar_dist.data.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
 
-_BLOCK = 4096  # positions whose places are worked out at once: the order costs numpy calls, not samples
+_BLOCK = 16384  # positions whose places are worked out at once: the order costs numpy calls, not samples
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class SampleLoader:
 
     def _read_once(self, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
         """Each source reads its own part, and the parts are laid back into their places."""
-        chosen = np.unique(places.sources).tolist()
+        chosen = [0] if len(self.sources) == 1 else np.unique(places.sources).tolist()
         if len(chosen) == 1:
             return self._read_from(chosen[0], places)
         values, labels = None, torch.empty(len(places), dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import mmap
 import tarfile
 import zlib
@@ -46,7 +47,8 @@ class SetFormat(Protocol):
 class LatentShard:
     """A mapped shard of proven structure. `moments` is fp16 [count, *shape] without a copy; `labels` int64 [count].
 
-    `mirrored` holds the moments of the mirrored images where the set stores them; elsewhere it is `moments`.
+    `mirrored` holds the moments of the mirrored images where the set stores them; elsewhere it is `moments`. `records`
+    are these two with each sample as one opaque value, [count]: what copies fastest.
     `mapped` holds the bytes that `entry` describes: a ShardStore, or `open_latent_shard`, has checked size and hash.
     `where` is its place, for messages. Raises DataError, naming shard and member, where structure, keys or labels are
     not what `entry` and `manifest` say.
@@ -63,8 +65,9 @@ class LatentShard:
             raise self._wrong(f"has room for fewer than {entry.count} samples of {self.layout.stride} bytes")
         for member in self.layout.members:
             self._check_headers(member, keys)
-        arrays = [self._array_view(member) for member in self.layout.members if member.npy_header_len]
-        self.moments, self.mirrored = arrays[0], arrays[-1]
+        arrays = [member for member in self.layout.members if member.npy_header_len]
+        self.moments, self.mirrored = self._array_view(arrays[0]), self._array_view(arrays[-1])
+        self.records = self._record_view(arrays[0]), self._record_view(arrays[-1])
         self.labels = self._read_labels(manifest.num_classes)
 
     def encoded(self, mirrored: bool) -> np.ndarray:
@@ -116,6 +119,10 @@ class LatentShard:
             raise self._wrong(f"has a {member.ext} that is not npy 1.0 fp16 {list(member.shape)}")
         shape = (self.layout.count, *member.shape)
         return _view(self._mapped, shape, MOMENTS_DTYPE, self.layout, member.rel_offset + member.npy_header_len)
+
+    def _record_view(self, member: Member) -> np.ndarray:
+        record = np.dtype((np.void, math.prod(member.shape) * MOMENTS_DTYPE.itemsize))
+        return _view(self._mapped, (self.layout.count,), record, self.layout, member.rel_offset + member.npy_header_len)
 
     def _check_headers(self, member: Member, keys: np.ndarray) -> None:
         """Names, sizes, checksums and types of one member of all samples at once."""
