@@ -6,6 +6,8 @@ deadline. Every other status is final at once.
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import threading
 import time
@@ -157,8 +159,30 @@ def insist(
             renewed = True
             renew()
         stats.add(retries=1)
+        _NOTICES.say(f"{what} {redact(url)}: {verdict.reason}", attempts, elapsed, policy.deadline)
         transfer.stopping.wait(pause)
     raise DataError(f"{what} {redact(url)} was stopped; start again to go on")
+
+
+class _Notices:
+    """Now and then a line on stderr, from the first long trouble on: a silent wait of minutes looks like a hang."""
+
+    EVERY = 15.0  # seconds, for the whole process
+
+    def __init__(self) -> None:
+        self._lock, self._last = threading.Lock(), -math.inf
+
+    def say(self, trouble: str, attempts: int, elapsed: float, deadline: float) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if elapsed < self.EVERY or now - self._last < self.EVERY:
+                return
+            self._last = now
+        _log.warning("%s; %d attempts in %.0f s, giving up at %.0f s", trouble, attempts, elapsed, deadline)
+
+
+_NOTICES = _Notices()
+_log = logging.getLogger(__name__)
 
 
 def _failure(what: str, verdict: _Verdict, attempts: int, elapsed: float) -> DataError:

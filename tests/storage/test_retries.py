@@ -4,6 +4,7 @@ import time
 import pytest
 
 from ecar_dist.errors import DataError
+from ecar_dist.storage import retries
 from ecar_dist.storage.retries import RetryPolicy, Transfer, TransferStats, insist
 
 
@@ -95,3 +96,22 @@ def test_counters_add_up_over_threads():
     for thread in threads:
         thread.join()
     assert (stats.snapshot()["bytes"], stats.snapshot()["requests"]) == (32_000, 16_000)
+
+
+def test_long_trouble_is_said_now_and_then_and_without_secrets(monkeypatch, caplog):
+    notices = retries._Notices()
+    notices.EVERY = 0.2
+    monkeypatch.setattr(retries, "_NOTICES", notices)
+
+    def attempt(timeout):
+        raise ConnectionResetError("reset")
+
+    policy = RetryPolicy(deadline=0.7, first_delay=0.01, longest_delay=0.01)
+    with pytest.raises(DataError):
+        insist("reading", "https://u:secret@b/k?sig=hidden", Transfer(policy), attempt)
+    lines = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(lines) <= 4
+    assert all(line.startswith("reading https://b/k: ConnectionResetError") for line in lines)
+    assert "giving up at 1 s" in lines[0]
+    assert "secret" not in caplog.text
+    assert "hidden" not in caplog.text
