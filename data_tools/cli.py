@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ecar_dist.errors import EcarError
+from ecar_dist.command_line import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     values = vars(_parser().parse_args(argv))
+    run = values.pop("run")
+    return run_command("ecar-data", lambda: _call(run, values))
+
+
+def _call(run: str, values: dict[str, Any]) -> int:
     # imported now: torch, DALI and diffusers take seconds, and --help needs none of them
-    module, _, function = values.pop("run").partition(":")
-    run = getattr(importlib.import_module(f"data_tools.{module}"), function)
-    try:
-        run(**values)
-    except EcarError as error:
-        if os.environ.get("ECAR_TRACEBACK") == "1":
-            raise
-        print(f"ecar-data: {error}", file=sys.stderr)
-        return 1
+    module, _, function = run.partition(":")
+    getattr(importlib.import_module(f"data_tools.{module}"), function)(**values)
     return 0
 
 
@@ -36,10 +33,31 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "hashes, structure and decodability of every sample"),
         ("stats", "what the manifest says"),
     ):
-        _command(commands, name, f"inspection:{name}", help_text).add_argument("folder", type=Path)
+        _command(commands, name, f"inspection:{name}", help_text).add_argument("folder", type=_local)
     _add_preview(commands)
     _add_push(commands)
     return parser
+
+
+def _local(text: str) -> Path:
+    """A path of this machine. `Path` would make a folder named `s3:` of a URL."""
+    if "://" in text and not text.startswith("file://"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL, this must be a local folder; work there, then `ecar-data push FOLDER URL`"
+        )
+    return Path(text.removeprefix("file://"))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if text.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:N")
+    return text
 
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
@@ -56,9 +74,9 @@ def _command(commands: Commands, name: str, run: str, help_text: str) -> argpars
 def _add_source(command: argparse.ArgumentParser, also: str = "") -> None:
     what = f"folder with a directory per class, or tars (folder, a-{{000..123}}.tar), local or s3://{also}"
     command.add_argument("source", help=what)
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=_local)
     command.add_argument("--label", default="cls", help="tars: member that holds the label: cls, json:FIELD or none")
-    command.add_argument("--classes", type=Path, default=None, help="text file with a class name a line")
+    command.add_argument("--classes", type=_local, default=None, help="text file with a class name a line")
 
 
 def _add_index(commands: Commands) -> None:
@@ -71,54 +89,56 @@ def _add_shard(commands: Commands) -> None:
     command.add_argument("--holdout", type=float, default=0.0, help="share of each class that goes to OUT/heldout")
     command.add_argument("--shuffle", action="store_true", help="mix the images; for training straight from them")
     command.add_argument("--seed", type=int, default=0, help="of the choice of held-out images, and of --shuffle")
-    command.add_argument("--samples-per-shard", type=int, default=10_000)
+    command.add_argument("--samples-per-shard", type=_positive, default=10_000)
     _add_max_bad(command)
 
 
 def _add_train_vae(commands: Commands) -> None:
     command = _command(commands, "train-vae", "train_vae:train_vae", "train a small KL autoencoder on image shards")
-    command.add_argument("shards", type=Path)
-    command.add_argument("out", type=Path, help="folder for the autoencoder")
-    command.add_argument("--image-size", type=int, default=32)
-    command.add_argument("--downsample", type=int, default=4, help="image pixels per latent pixel side, a power of 2")
-    command.add_argument("--latent-channels", type=int, default=4)
+    command.add_argument("shards", type=_local)
+    command.add_argument("out", type=_local, help="folder for the autoencoder")
+    command.add_argument("--image-size", type=_positive, default=32)
     command.add_argument(
-        "--channels", type=int, default=16, help="width at full size; deeper levels have up to twice that"
+        "--downsample", type=_positive, default=4, help="image pixels per latent pixel side, a power of 2"
     )
-    command.add_argument("--steps", type=int, default=250)
-    command.add_argument("--batch-size", type=int, default=32)
+    command.add_argument("--latent-channels", type=_positive, default=4)
+    command.add_argument(
+        "--channels", type=_positive, default=16, help="width at full size; deeper levels have up to twice that"
+    )
+    command.add_argument("--steps", type=_positive, default=250)
+    command.add_argument("--batch-size", type=_positive, default=32)
     command.add_argument("--learning-rate", type=float, default=2e-3)
     command.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL term per latent value")
     command.add_argument("--seed", type=int, default=0)
     # on the CPU, DALI's threads and torch's fight for the cores: measured 3 to 4 times slower steps on 2 cores
     command.add_argument("--decoder", choices=("dali", "pil"), default="pil")
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda")
 
 
 def _add_plan(commands: Commands) -> None:
     command = _command(commands, "plan", "encode:plan", "settle what encode will make, and print it")
     _add_encoding(command)
-    command.add_argument("--tasks", type=int, default=1, help="number of workers there will be")
+    command.add_argument("--tasks", type=_positive, default=1, help="number of workers there will be")
 
 
 def _add_encode(commands: Commands) -> None:
     command = _command(commands, "encode", "encode:encode", "images -> latent shards; run again to resume")
     _add_encoding(command)
     command.add_argument("--task", type=int, default=0, help="this worker's number, from 0")
-    command.add_argument("--tasks", type=int, default=1, help="number of workers")
-    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--tasks", type=_positive, default=1, help="number of workers")
+    command.add_argument("--batch-size", type=_positive, default=64)
     _add_max_bad(command)
 
 
 def _add_encoding(command: argparse.ArgumentParser) -> None:
     """All that decides on the bytes."""
     command.add_argument("shards", help="image shards or an index, local or s3://")
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=_local)
     command.add_argument(
         "--vae", required=True, help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL or AutoencoderDC"
     )
-    command.add_argument("--image-size", type=int, default=256)
-    command.add_argument("--samples-per-shard", type=int, default=4096)
+    command.add_argument("--image-size", type=_positive, default=256)
+    command.add_argument("--samples-per-shard", type=_positive, default=4096)
     command.add_argument("--seed", type=int, default=0, help="of the shuffle at write time")
     command.add_argument(
         "--decoder", choices=("auto", "dali", "dali-cpu", "pil"), default="auto", help="auto: DALI; PIL for adm"
@@ -126,7 +146,9 @@ def _add_encoding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resize", choices=("cubic", "adm"), default="cubic", help="adm: the reference of ADM and DiT, on CPU threads"
     )
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu or cuda; for plan: that of the workers"
+    )
     command.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the autoencoder's arithmetic"
     )
@@ -139,27 +161,27 @@ def _add_max_bad(command: argparse.ArgumentParser) -> None:
 
 def _add_status(commands: Commands) -> None:
     command = _command(commands, "status", "status:status", "how far an encoding is: shards, rates, time left")
-    command.add_argument("out", type=Path)
-    command.add_argument("--tasks", type=int, default=None, help="number of workers: shows the share of each")
+    command.add_argument("out", type=_local)
+    command.add_argument("--tasks", type=_positive, default=None, help="number of workers: shows the share of each")
 
 
 def _add_finalize(commands: Commands) -> None:
     command = _command(
         commands, "finalize", "finalize:finalize", "prove that all samples are there, write manifest.json"
     )
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=_local)
     _add_max_bad(command)
 
 
 def _add_preview(commands: Commands) -> None:
     command = _command(commands, "preview", "inspection:preview", "decode 64 samples into one PNG")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    command.add_argument("folder", type=_local)
+    command.add_argument("--out", type=_local, required=True, help="the PNG to write")
     command.add_argument("--vae", default=None, help="where the autoencoder is now, if it has moved")
 
 
 def _add_push(commands: Commands) -> None:
     command = _command(commands, "push", "push:push", "send a finished set to a bucket; run again to resume")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=_local)
     command.add_argument("url", help="s3://bucket/set, or another fsspec URL")
-    command.add_argument("--threads", type=int, default=8)
+    command.add_argument("--threads", type=_positive, default=8)

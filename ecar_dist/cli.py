@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ecar_dist.command_line import EX_TEMPFAIL, run_command
 from ecar_dist.config_file import config_to_yaml, load_config
-from ecar_dist.errors import CheckpointError, ConfigError, DataError, EcarError
+from ecar_dist.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
-
-EX_TEMPFAIL = 75
-EX_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it: the command may not have done its work
 
 
 def entry() -> NoReturn:
@@ -41,17 +39,7 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
-    try:
-        return parsed.run(parsed)
-    except EcarError as error:
-        if os.environ.get("ECAR_TRACEBACK"):
-            raise
-        print(f"ecar-dist: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EX_BROKEN_PIPE
+    return run_command("ecar-dist", lambda: parsed.run(parsed))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -139,7 +139,7 @@ class DataSection(Section):
     window_shards: int = Field(4, ge=0, description="shards of a lane that are shuffled together; 0: all of them")
     cache: CacheSection = CacheSection()
     on_bad: Literal["fail", "substitute"] = Field(
-        "fail", description="substitute: a damaged shard's (or image's) samples are replaced by others, and listed"
+        "fail", description="substitute: samples of damaged shards, or broken images, are replaced by others and listed"
     )
     max_bad: float | None = Field(
         None, ge=0, le=1, description="share of samples that may be replaced; null: 1e-5 of latents, 1e-3 of images"
@@ -148,7 +148,7 @@ class DataSection(Section):
     @property
     def latent_sources(self) -> tuple[MixtureSource, ...]:
         """The sets of latents, one or several; empty where the run reads images."""
-        return (MixtureSource(latents=self.latents, weight=1.0),) if self.latents is not None else self.mixture
+        return (MixtureSource(latents=self.latents, weight=1.0),) if self.latents else self.mixture
 
     @property
     def resolved_max_bad(self) -> float:
@@ -159,6 +159,11 @@ class DataSection(Section):
         given = [name for name in ("latents", "mixture", "images") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"data has {' and '.join(given) or 'no source'}; give one of latents, mixture and images")
+        if self.flip_images and not self.images:
+            raise ValueError(
+                "data.flip_images=True mirrors images, and the data are latents; set it to false, and encode them with "
+                "`ecar-data encode --flip store`"
+            )
         return self
 
 

@@ -83,3 +83,4 @@ def test_each_node_downloads_its_own_lanes_only(bucket, tmp_path):
                 pass
     fetched = sum(entry["bytes"] for entry in bucket.log("GET", ".tar"))
     assert fetched < 1.6 * needed
+    assert all(list(tmp_path.glob(f"node{rank}/*/*.tar")) for rank in range(2))

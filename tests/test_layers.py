@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
-    {"storage"},
+    {"storage", "command_line"},
     {"config"},
     {"config_file"},
     {"rng"},

@@ -23,6 +23,7 @@ from ecar_dist.data.shard_store import ShardStore
 from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import Transfer
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
@@ -54,6 +55,8 @@ class ImageShards:
         self._tables: dict[int, np.ndarray] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._transfer = Transfer()
+        self.stats = self._transfer.stats  # of what came from a URL without the store
         if store is None and not remote.is_remote(self._home):
             _check_presence(self._home, self.manifest.shards)
 
@@ -87,6 +90,10 @@ class ImageShards:
         self._tables = {owner: table for owner, table in self._tables.items() if owner in needed}
         self._maps = {owner: mapped for owner, mapped in self._maps.items() if owner in needed}
 
+    def close(self) -> None:
+        """End the reads from URLs that are underway: they insist for minutes. Safe to call twice."""
+        self._transfer.stopping.set()
+
     def _place(self, sample_index: int) -> tuple[int, int]:
         """Shard, and row in its table."""
         if not 0 <= sample_index < len(self):
@@ -103,7 +110,7 @@ class ImageShards:
         if owner not in self._tables:
             entry = self.manifest.shards[owner]
             where = remote.join(self._folder, entry.table)
-            data = remote.read_bytes(where)
+            data = remote.read_bytes(where, self._transfer)
             self._tables[owner] = decode_table(data, entry, self.manifest.num_classes, redact(where))
 
     def _record(self, owner: int, row: int) -> ImageRecord:
@@ -122,9 +129,9 @@ class ImageShards:
         """A range of a tar; a file in a directory whole, so that one that has grown is noticed."""
         where = remote.join(self._home, entry.name)
         if entry.kind == "files":
-            return remote.read_bytes(remote.join(where, key))
+            return remote.read_bytes(remote.join(where, key), self._transfer)
         if remote.is_remote(where):
-            return remote.read_range(where, start, stop) if stop > start else b""
+            return remote.read_range(where, start, stop, self._transfer) if stop > start else b""
         return _read_local(where, start, stop)
 
     def _wrong(self, owner: int, key: str, offset: int, what: str, found: object, expected: object) -> DataError:

@@ -31,7 +31,7 @@ class ImageSource:
     ) -> None:
         manifest, self._store, self.can_flip = load_image_manifest(folder), None, flip
         home = manifest.home(folder)
-        if is_remote(home) and all(entry.kind == "tar" for entry in manifest.shards):
+        if is_remote(home) and manifest.in_tars:
             self._store = open_store(home, manifest.dataset_id, manifest.shards, cache or CacheOptions())
         self._images, self._decoder, self._image_size = ImageShards(folder, self._store), decoder, image_size
         self._firsts = np.array([entry.first_index for entry in manifest.shards], dtype=np.int64)
@@ -43,7 +43,7 @@ class ImageSource:
             [record.data for record in records], [record.where for record in records], self._image_size
         )
         if decoded.failures:
-            raise BadSamples(decoded.failures, lost_each=1)
+            raise BadSamples(decoded.failures, whole_shards=False)
         pixels = decoded.pixels
         if flip is not None:
             pixels[flip] = pixels[flip, :, ::-1]
@@ -54,12 +54,13 @@ class ImageSource:
         """As Source.plan. Local images, and images that are files of their own, are read where they are."""
         self._images.forget({*soon, *(owner for owner, place in future.items() if place < 2 * len(soon))})
         if self._store is not None:
-            self._store.prefetch(soon)
             self._store.retire(future)
+            self._store.prefetch(soon)
 
     def traffic(self) -> Mapping[str, float]:
-        return {} if self._store is None else self._store.stats.snapshot()
+        return (self._images if self._store is None else self._store).stats.snapshot()
 
     def close(self) -> None:
+        self._images.close()
         if self._store is not None:
             self._store.close()

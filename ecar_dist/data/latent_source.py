@@ -19,6 +19,8 @@ from ecar_dist.data.shards import LatentShard
 from ecar_dist.data.stream import Places
 from ecar_dist.data.substitution import BadSamples
 
+_MAPPED = 256  # shards: each map holds a file descriptor, and many systems give a process 1,024
+
 
 class LatentSource:
     """Raises DataError for a set that is not whole; content is proven when a shard is first touched."""
@@ -57,16 +59,16 @@ class LatentSource:
                     self._damaged[owner] = str(error)
             if owner in self._damaged:
                 there = np.flatnonzero(places.shards == owner).tolist()
-                raise BadSamples(dict.fromkeys(there, self._damaged[owner]), self.shard_counts[owner])
+                raise BadSamples(dict.fromkeys(there, self._damaged[owner]), whole_shards=True)
         return self._open
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
-        """As Source.plan. A proven shard stays mapped, unless the store may evict its file."""
-        if self.store.evicts:
+        """As Source.plan. A proven shard stays mapped, unless the store may evict its file, or there are too many."""
+        if self.store.evicts or len(self._open) > _MAPPED:
             near = {*soon, *(owner for owner, place in future.items() if place < 2 * len(soon))}
             self._open = {owner: shard for owner, shard in self._open.items() if owner in near}
-        self.store.prefetch([owner for owner in soon if owner not in self._open and owner not in self._damaged])
         self.store.retire(future)
+        self.store.prefetch([owner for owner in soon if owner not in self._open and owner not in self._damaged])
 
     def traffic(self) -> Mapping[str, float]:
         return self.store.stats.snapshot()

@@ -28,12 +28,14 @@ class MicroBatch:
     """`values`: raw moments fp16 [m, *shape], or pixels uint8 [m, S, S, 3]; all else is int64 [m].
 
     `positions` are places in the run's order; `sample_ids` say which sample of which source, as one number.
+    `substitutions` lists the bad samples among them that were replaced (only with `max_bad`).
     """
 
     values: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     sample_ids: torch.Tensor
+    substitutions: tuple[Substitution, ...] = ()
 
 
 class Source(Protocol):
@@ -118,20 +120,16 @@ class SampleLoader:
         self._queue.put(item)  # the end stays the end for a caller that asks again
         raise StopIteration if item is None else item
 
-    def substitutions(self) -> list[Substitution]:
-        """Samples replaced since the last call (only with `max_bad`)."""
-        return self._substitutes.drain()
-
     def close(self) -> None:
         """End the reading thread and close the sources. Safe to call twice."""
         self._stopping.set()
+        for source in self.sources:  # first: it ends a download that the thread would wait for, perhaps for minutes
+            source.close()
         while self._thread.is_alive():
             self._drain()
             self._thread.join(timeout=0.01)
         self._drain()
         self._queue.put(None)
-        for source in self.sources:
-            source.close()
 
     def __enter__(self) -> SampleLoader:
         return self
@@ -159,16 +157,17 @@ class SampleLoader:
     def _blocks(self) -> Iterator[Places]:
         """Places of this rank's next whole steps, some thousands at a time; shards are fetched and dropped by plan."""
         share, at = self._share, self._start
-        steps = max(1, _BLOCK * share.world_size // share.global_batch_size)
+        # two plans a window, so that no position finds its shard only just asked for
+        steps = max(1, min(_BLOCK * share.world_size, self.stream.window // 2) // share.global_batch_size)
         while True:
             end = at + steps * share.global_batch_size
-            self._plan_shards(at)
+            self._plan_shards(at, max(at + self.stream.window, end + share.global_batch_size))
             yield self.stream.locate(rank_positions(at, end - at, share.rank, share.world_size))
             at = end
 
-    def _plan_shards(self, at: int) -> None:
-        """What comes next is known exactly: this rank's shards of the next window, and all the node needs for long."""
-        share, soon = self._share, at + self.stream.window
+    def _plan_shards(self, at: int, soon: int) -> None:
+        """What comes next is known exactly: this rank's shards up to `soon`, and all that the node needs for long."""
+        share = self._share
         first = at % share.world_size  # a rank's positions keep their remainder, which starts here
         mine = self.stream.upcoming(at, soon, [(first + share.rank) % share.world_size], share.world_size)
         node = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
@@ -186,7 +185,7 @@ class SampleLoader:
             positions, sample_ids = torch.from_numpy(places.positions), torch.from_numpy(places.sample_ids)
             if self._pin_memory and values.device.type == "cpu":
                 values = values.pin_memory()
-            return MicroBatch(values, labels, positions, sample_ids)
+            return MicroBatch(values, labels, positions, sample_ids, self._substitutes.take())
 
     def _read_once(self, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
         """Each source reads its own part, and the parts are laid back into their places."""
@@ -199,7 +198,8 @@ class SampleLoader:
             try:
                 part, labels[at] = self._read_from(number, places.take(at))
             except BadSamples as error:
-                raise BadSamples({int(at[i]): why for i, why in error.reasons.items()}, error.lost_each) from None
+                reasons = {int(at[i]): why for i, why in error.reasons.items()}
+                raise BadSamples(reasons, whole_shards=error.whole_shards) from None
             values = part.new_empty((len(places), *part.shape[1:])) if values is None else values
             values[at] = part
         assert values is not None

@@ -187,12 +187,6 @@ class LaneOrder:
         return shards, np.cumsum(self.counts[shards]) - self.counts[shards]
 
 
-def batch_spread(order: LaneOrder, global_batch_size: int, batches: int = 4) -> float:
-    """How well the order shuffles: distinct shards in a global batch, the mean over the first batches of the run."""
-    shards, _ = order.locate(np.arange(batches * global_batch_size))
-    return float(np.mean([np.unique(batch).size for batch in shards.reshape(batches, -1)]))
-
-
 def _ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For ranges of these lengths laid end to end: which range an element is in, and its place in it."""
     which = np.repeat(np.arange(lengths.size), lengths)

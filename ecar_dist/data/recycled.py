@@ -26,9 +26,10 @@ class RecycledArrays:
         block = self._free.pop() if self._free else np.empty(size, self._dtype)
         if block.size < size:
             block = np.empty(size, self._dtype)
-        view = block[:size].reshape(shape)
-        weakref.finalize(view, self._take_back, block).atexit = False
-        return view
+        # every later view has `lent` as its base; of an array it would have the block, and `lent` would die before it
+        lent = np.frombuffer(block.data, self._dtype, size)
+        weakref.finalize(lent, self._take_back, block).atexit = False
+        return lent.reshape(shape)
 
     def _take_back(self, block: np.ndarray) -> None:
         if len(self._free) < _KEPT:

@@ -6,12 +6,13 @@ the node at a time, into a temporary file, and appears under its name when its s
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +64,7 @@ class ShardCache:
         self._shards = DaemonPool(max(2, options.threads // 4), "shard-fetch")
         self._underway: dict[int, Future[None]] = {}
         self._lock = threading.RLock()  # of _underway; a callback may come from within
+        self._future: Mapping[int, int] | None = None  # as `retire` was last told
 
     def where(self, shard_index: int) -> str:
         return redact(join(self._url, self.entries[shard_index].name))
@@ -88,8 +90,9 @@ class ShardCache:
             self._bring(shard_index, damaged)
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
+        fitting = self._fitting()
         with self._lock:
-            for index in shard_indices:
+            for index in filter(fitting.__contains__, shard_indices):
                 if self._transfer.stopping.is_set() or index in self._underway or self._paths[index].exists():
                     continue
                 self._underway[index] = self._shards.submit(self._bring, index)
@@ -101,16 +104,29 @@ class ShardCache:
         `future` must speak for the whole node: the processes share the files. A file that another process still needs
         is fetched again when it opens it.
         """
-        if self._options.budget_bytes is None:
+        self._future = future
+        self._make_room(0)
+
+    def _make_room(self, coming: int) -> None:
+        """Evict until `coming` bytes fit into the budget."""
+        if self._options.budget_bytes is None or self._future is None:
             return
-        names = set(os.listdir(self._folder))
+        future, names = self._future, set(os.listdir(self._folder))
         present = [index for index, path in enumerate(self._paths) if path.name in names]
-        total = sum(self.entries[index].bytes for index in present)
+        total = coming + sum(self.entries[index].bytes for index in present)
         for index in sorted(present, key=lambda index: future.get(index, math.inf), reverse=True):
             if total <= self._options.budget_bytes:
                 return
             self._paths[index].unlink(missing_ok=True)
             total -= self.entries[index].bytes
+
+    def _fitting(self) -> Container[int]:
+        """The shards that the budget holds until their next use: to bring others now would push these out."""
+        if self._options.budget_bytes is None or self._future is None:
+            return range(len(self.entries))
+        order = sorted(self._future, key=self._future.__getitem__)
+        ends = itertools.accumulate(self.entries[index].bytes for index in order)
+        return {index for index, end in zip(order, ends, strict=True) if end <= self._options.budget_bytes}
 
     def close(self) -> None:
         with self._lock:
@@ -142,6 +158,7 @@ class ShardCache:
                 if damaged is not None and path.exists() and _same_file(path.stat(), damaged):
                     path.unlink(missing_ok=True)
                 if not path.exists():
+                    self._make_room(entry.bytes)
                     self.stats.add(refetches=damaged is not None)
                     download = Download(join(self._url, entry.name), path, entry, self._transfer, self._ranges)
                     fetch_shard(download, attempts=1 if damaged is not None else 2)

@@ -75,6 +75,9 @@ class LocalShards:
         return str(self._folder / self.entries[shard_index].name)
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
+        """As ShardStore.prefetch. What is no longer asked for is let go: its map would hold a file descriptor."""
+        for index in self._ahead.keys() - set(shard_indices):
+            self._ahead.pop(index).cancel()
         for index in shard_indices:
             if index not in self._ahead:
                 self._ahead[index] = self._pool.submit(self._prove, index)

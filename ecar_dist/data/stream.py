@@ -53,6 +53,7 @@ class SampleStream:
             LaneOrder(counts, seed + place, lanes or default_lanes(len(counts)), window_shards)
             for place, counts in enumerate(sources)
         ]
+        self._global_batch_size = global_batch_size
         self._split: Buckets | Mixture = Mixture(weights, seed)
         if by_step:
             self._split = Buckets([order.count for order in self.orders], seed, global_batch_size, weights)
@@ -90,6 +91,12 @@ class SampleStream:
             for order, begin, end in zip(self.orders, begins, ends, strict=True)
         ]
 
+    def batch_spread(self, batches: int = 4) -> float:
+        """How well the order shuffles: distinct shards in a global batch, the mean over the run's first batches."""
+        places = self.locate(np.arange(batches * self._global_batch_size))
+        shards = (places.shards * len(self.orders) + places.sources).reshape(batches, -1)
+        return float(np.mean([np.unique(batch).size for batch in shards]))
+
     @property
     def count(self) -> int:
         """Samples of all sources together."""
@@ -97,7 +104,8 @@ class SampleStream:
 
     @property
     def window(self) -> int:
-        """Positions of the run in which every lane of every source goes through about one window."""
+        """Positions of the run in which every lane of every source goes through about one window (where the weights of
+        several sources are their sizes)."""
         return sum(-(-order.count // order.windows) for order in self.orders)
 
     def describe(self) -> dict[str, Any]:

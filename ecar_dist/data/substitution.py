@@ -15,14 +15,11 @@ _KEY = 0x5ABD1 << 40  # sets the substitutes' permutation apart from the order's
 
 
 class BadSamples(DataError):
-    """Some of the places of a read cannot be used: `reasons` by place.
+    """Some places of a read cannot be used: `reasons` by place. With `whole_shards` nothing of their shards can."""
 
-    Each distinct reason costs the set `lost_each` samples: a whole shard, or one image.
-    """
-
-    def __init__(self, reasons: Mapping[int, str], lost_each: int) -> None:
+    def __init__(self, reasons: Mapping[int, str], *, whole_shards: bool) -> None:
         super().__init__(next(iter(reasons.values())))
-        self.reasons, self.lost_each = dict(reasons), lost_each
+        self.reasons, self.whole_shards = dict(reasons), whole_shards
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,42 @@ class Substitutes:
     """
 
     def __init__(self, stream: SampleStream, seed: int, max_bad: float) -> None:
-        self.made: list[Substitution] = []
         self._stream, self._seed, self._max_bad = stream, seed, max_bad
-        self._lost: dict[str, int] = {}  # samples that went with each distinct reason
+        self._lost: list[dict[tuple[int, ...], int]] = [{} for _ in stream.orders]  # samples, by shard or (shard, row)
+        self._made: list[Substitution] = []
         self._attempts: dict[int, int] = {}  # by position
 
     def replace(self, places: Places, error: BadSamples) -> Places:
         """The same positions with other samples, which may be bad too. Raises DataError past the bound."""
-        self._lost.update(dict.fromkeys(error.reasons.values(), error.lost_each))
-        total, lost = sum(order.count for order in self._stream.orders), sum(self._lost.values())
+        if not self._max_bad:
+            raise DataError(str(error))
+        for at in error.reasons:
+            self._count_lost(places, at, error)
+        lost, total = sum(sum(lost.values()) for lost in self._lost), self._stream.count
         if lost > self._max_bad * total:
             raise DataError(
                 f"{error}; with it {lost} of {total} samples are bad, data.max_bad allows {self._max_bad:g} of them"
-                if self._max_bad
-                else str(error)
             )
         replaced = places.take(np.arange(len(places)))  # a copy
         for at, reason in error.reasons.items():
             self._replace_one(replaced, at, reason)
         return replaced
 
-    def drain(self) -> list[Substitution]:
-        """What was replaced since the last call."""
-        made, self.made = self.made, []
+    def take(self) -> tuple[Substitution, ...]:
+        """What was replaced since the last call. Its positions must be done with: they would begin at attempt 0."""
+        made, self._made, self._attempts = tuple(self._made), [], {}
         return made
+
+    def _count_lost(self, places: Places, at: int, error: BadSamples) -> None:
+        """Raises DataError where nothing of the source is left to replace with."""
+        source, shard, row = int(places.sources[at]), int(places.shards[at]), int(places.rows[at])
+        order, lost = self._stream.orders[source], self._lost[source]
+        if error.whole_shards:
+            lost[shard,] = int(order.counts[shard])
+        else:
+            lost[shard, row] = 1
+        if sum(lost.values()) == order.count:
+            raise DataError(f"{error}; with it all {order.count} samples of its set are bad; restore the set")
 
     def _replace_one(self, places: Places, at: int, reason: str) -> None:
         position, source, old = int(places.positions[at]), int(places.sources[at]), int(places.sample_ids[at])
@@ -74,4 +83,4 @@ class Substitutes:
         draw = np.array([attempt * count + position % count], dtype=np.int64)  # an epoch of its own for each attempt
         index = int(sample_indices(draw, count, self._seed ^ _KEY)[0])
         places.shards[at], places.rows[at], places.sample_ids[at] = self._stream.place_of(source, index)
-        self.made.append(Substitution(position, old, int(places.sample_ids[at]), reason))
+        self._made.append(Substitution(position, old, int(places.sample_ids[at]), reason))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
+from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import TrainingError
 from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
 from ecar_dist.runtime.ema import ShardedEma
@@ -77,29 +78,30 @@ def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress)
     # per stage, then stop requests and replaced samples
     sums = torch.zeros(config.flow.num_stages + 2, dtype=torch.float64, device=device)
     accumulate = config.grad_accum_steps(run.world.size)
+    replaced: list[Substitution] = []
     for micro_step in range(accumulate):
         micro = next(batches)
+        replaced += micro.substitutions
         parts = (micro.values, micro.labels, micro.positions)
         values, labels, positions = (part.to(device, non_blocking=True) for part in parts)
         loss, per_stage = run.engine(values, labels, positions)
         run.engine.backward(loss)
         sums[:-2] += per_stage.double().sum(0)
         if micro_step == accumulate - 1:
-            sums[-2], sums[-1] = float(bool(run.stop)), float(note_substitutions(run))
+            sums[-2], sums[-1] = float(bool(run.stop)), float(note_substitutions(run, replaced))
             run.world.sum(sums)  # every rank knows the loss before any weight moves
             _refuse_non_finite(run.world, "loss", bool(torch.isfinite(sums).all()), progress)
         run.engine.step()
     _refuse_non_finite(run.world, "gradient norm", math.isfinite(run.engine.grad_norm), progress)
-    *losses, stops, replaced = sums.tolist()
-    run.replaced_samples += int(replaced)
+    *losses, stops, replacements = sums.tolist()
+    run.replaced_samples += int(replacements)
     stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
     loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
     return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
 
 
-def note_substitutions(run: Training) -> int:
-    """Write down the samples this rank had to replace (data.on_bad=substitute); their number."""
-    made = run.loader.substitutions()
+def note_substitutions(run: Training, made: Sequence[Substitution]) -> int:
+    """Write down the samples this rank had to replace in a step (data.on_bad=substitute); their number."""
     if made:
         with open(run.directory.logs / f"substituted.rank-{run.world.rank:05d}.jsonl", "a") as file:
             file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +94,7 @@ def open_stream(config: RunConfig, data: TrainingData) -> SampleStream:
 
 def open_loader(config: RunConfig, world: World, stream: SampleStream, start: int) -> SampleLoader:
     """This rank's samples from position `start` on."""
+    _allow_many_files()
     data = config.data
     return SampleLoader(
         _open_sources(config, world.device),
@@ -129,6 +132,13 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
     if data.backend == "dali":
         return [DaliLatentSource(source, config.batch.micro_batch_size, device) for source in sources]
     return sources
+
+
+def _allow_many_files() -> None:
+    """A mapped shard holds a file descriptor, and many systems give a process 1,024 until it asks for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # refused: then it is as before
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def cache_options(data: DataSection) -> CacheOptions:

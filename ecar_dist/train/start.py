@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ecar_dist.config import RunConfig
-from ecar_dist.data.order import batch_spread
 from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
@@ -131,7 +130,7 @@ def opening_lines(run: Training, data: TrainingData, precision: str, progress: P
     tokens = f"{' + '.join(map(str, config.stage_tokens))} tokens in {config.flow.num_stages} stages"
     model = f"{config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters"
     total, seen = config.train.total_samples, progress.samples_seen
-    spread = batch_spread(run.loader.stream.orders[0], batch.global_batch_size)
+    spread = run.loader.stream.batch_spread()
     return [
         f"run {config.run_directory}: {model}, {tokens}",
         (

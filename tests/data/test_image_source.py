@@ -1,5 +1,8 @@
 import itertools
+import os
+import time
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from ecar_dist.data.image_source import ImageSource
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.loader import SampleLoader, Share
 from ecar_dist.data.manifest import load_image_manifest
+from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import DataError
 from ecar_dist.rng import Purpose, uniform
@@ -73,10 +77,69 @@ def test_a_bad_image_ends_the_run_or_is_replaced_as_asked(tmp_path):
         read(folder, 20)
     with open_loader(folder, max_bad=0.03) as loader:
         batches = list(itertools.islice(loader, 20))  # two epochs
-        made = [one for one in loader.substitutions() if one.position < 80]
+    made = [one for batch in batches for one in batch.substitutions]
     assert [one.sample_id for one in made] == [7, 7]
     assert 7 not in torch.cat([batch.sample_ids for batch in batches])
     again = read(folder, 20, max_bad=0.03)
     assert all(torch.equal(one.values, other.values) for one, other in zip(batches, again, strict=True))
     with pytest.raises(DataError, match="1 of 40 samples are bad"):
         read(folder, 20, max_bad=0.02)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """40 images in two tars and in ten class directories, behind memory:// URLs; their indices in tmp_path."""
+    store = fsspec.filesystem("memory")
+    for number in range(2):
+        tar = write_tar(tmp_path / "one.tar", members_of(samples(20, first=20 * number)))
+        store.pipe(f"/set/tars/{number}.tar", tar.read_bytes())
+    for key, data, label in samples(40):
+        store.pipe(f"/set/classes/{label}/{key}.jpg", data)
+    for kind in ("tars", "classes"):
+        index(f"memory://set/{kind}", tmp_path / kind)
+    yield store
+    store.rm("/set", recursive=True)
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 10
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert true()
+
+
+def test_tars_behind_a_url_come_through_the_nodes_cache(in_memory, tmp_path):
+    manifest = load_image_manifest(tmp_path / "tars")
+    sizes, kept = [entry.bytes for entry in manifest.shards], tmp_path / "cache" / manifest.dataset_id
+    cache = CacheOptions(tmp_path / "cache", budget_bytes=max(sizes))
+    source = ImageSource(tmp_path / "tars", open_decoder("pil"), SIZE, flip=False, cache=cache)
+    places = SampleStream([[20, 20]], seed=SEED, global_batch_size=8).locate(np.arange(40))
+    source.plan([0], {0: 0, 1: 1})
+    wait_until(lambda: os.listdir(kept) == ["0.tar"])
+    pixels, labels = source.read(places.take(np.flatnonzero(places.shards == 0)), None)
+    assert len(pixels) == len(labels) == 20
+    assert source.traffic()["bytes"] == sizes[0]
+    source.plan([1], {1: 0, 0: 1})
+    assert set(source._images._maps) == {0}, "its next use is near enough"
+    wait_until(lambda: os.listdir(kept) == ["1.tar"])
+    source.plan([1], {1: 0})
+    assert not source._images._maps
+    assert not source._images._tables
+    source.close()
+    with pytest.raises(DataError, match="stopped"):
+        source.read(places.take(np.flatnonzero(places.shards == 0)), None)
+
+
+def test_images_that_are_files_of_their_own_are_read_where_they_are(in_memory, tmp_path):
+    counts = [entry.count for entry in load_image_manifest(tmp_path / "classes").shards]
+    source = ImageSource(tmp_path / "classes", open_decoder("pil"), SIZE, flip=False)
+    places = SampleStream([counts], seed=SEED, global_batch_size=8).locate(np.arange(12))
+    source.plan([0, 1], {0: 0, 1: 1})
+    pixels, labels = source.read(places, None)
+    assert pixels.shape == (12, SIZE, SIZE, 3)
+    assert labels.tolist() == places.shards.tolist()
+    sizes = [len(data) for key, data, label in samples(40)]
+    assert source.traffic()["bytes"] > 12 * min(sizes)
+    source.close()
+    with pytest.raises(DataError, match="stopped"):
+        source.read(places, None)

@@ -5,16 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from ecar_dist.data import latent_source
 from ecar_dist.data import loader as loader_module
 from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share
 from ecar_dist.data.stream import SampleStream
+from ecar_dist.data.substitution import BadSamples
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.retries import TransferStats
 from tests.data.latent_sets import COUNTS, write_set
 from tests.data.test_shards import flip_a_byte, truncate
 
@@ -157,11 +161,26 @@ def test_substitutes_are_the_same_everywhere_and_listed(tmp_path):
     }
     with open_loader(tmp_path, micro=BATCH, max_bad=0.2) as loader:
         batches = list(itertools.islice(loader, 8))
-        made = [one for one in loader.substitutions() if one.position < 192]
-    assert len(batches) == 8
+    for batch in batches:  # with the batch that they are in, however far the thread has read ahead
+        assert {one.position for one in batch.substitutions} <= set(batch.positions.tolist())
+    made = [one for batch in batches for one in batch.substitutions]
     replaced = {one.position: one.replaced_by for one in made}  # the last one, where a substitute was bad too
     assert replaced == {position: patched[position][2] for position, (_, _, sample) in whole.items() if sample >= 80}
     assert all("000002.tar" in one.reason for one in made)
+
+
+def test_a_damaged_shard_of_a_mixture_is_replaced_from_its_own_set(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+        write_set(folder)
+    whole = read(folders, 8)
+    flip_a_byte(folders[1] / "000002.tar")  # samples 97 + 80 and on
+    patched = read(folders, 8, max_bad=0.1)
+    assert patched == read(folders, 8, world_size=3, micro=2, max_bad=0.1)
+    changed = {position for position in whole if whole[position] != patched[position]}
+    assert changed == {position for position, (_, _, sample) in whole.items() if sample >= 177}
+    assert all(97 <= patched[position][2] < 177 for position in changed)
 
 
 def test_substitution_is_bounded(tmp_path):
@@ -183,6 +202,27 @@ def test_close_is_prompt_with_a_full_queue_and_ends_iteration(latents):
     assert list(loader) == []
 
 
+def test_close_does_not_wait_for_what_its_sources_can_end(tmp_path):
+    """A download that insists for minutes ends when its store is closed."""
+    write_set(tmp_path)
+    source = LatentSource(tmp_path)
+    reading, closed = threading.Event(), threading.Event()
+
+    def read(places, flip):
+        reading.set()
+        closed.wait(20)
+        raise DataError("was stopped")
+
+    source.read, source.close = read, closed.set
+    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)
+    loader = SampleLoader([source], stream, Share(BATCH, 4), seed=SEED)
+    assert reading.wait(10)
+    began = time.perf_counter()
+    loader.close()
+    assert time.perf_counter() - began < 5
+    assert list(loader) == []
+
+
 def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
     calls = []
     real = LatentSource.read
@@ -201,6 +241,9 @@ def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
         before = loader.wait_seconds
         next(loader)
         assert loader.wait_seconds - before < 0.03
+        for _ in range(6):
+            next(loader)
+        assert loader.wait_seconds - before > 0.08, "the waits add up"
 
 
 def test_batch_numbers_must_multiply_out():
@@ -276,13 +319,89 @@ def test_places_are_value_objects(latents):
     assert len(places.take(slice(2, 5))) == 3
 
 
+@pytest.mark.parametrize(("batch", "window", "blocks"), [(8, 64, 4), (8, 8, 1), (24, 8, 1)])
+def test_plans_overlap_so_that_shards_are_asked_for_before_their_use(tmp_path, monkeypatch, batch, window, blocks):
+    """A block is half a window at most, and what is asked for reaches beyond its end."""
+    write_set(tmp_path)
+    source, asked = LatentSource(tmp_path), []
+    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=batch)
+    monkeypatch.setattr(SampleStream, "window", window)
+    monkeypatch.setattr(stream, "upcoming", lambda start, stop, ranks, world: asked.append((start, stop)) or [[]])
+    with SampleLoader([source], stream, Share(batch, batch), seed=SEED) as loader:
+        for _ in itertools.islice(loader, 3 * blocks):
+            pass
+    starts, soon = zip(*asked[::2], strict=True)
+    assert starts[:3] == (0, blocks * batch, 2 * blocks * batch)
+    assert soon[0] == max(window, (blocks + 1) * batch)
+
+
+@pytest.mark.parametrize(("node_ranks", "residues"), [((0, 1), [1, 2]), ((), [2])])
+def test_a_plan_is_of_this_ranks_window_and_of_all_that_its_node_needs(tmp_path, monkeypatch, node_ranks, residues):
+    """Rank 1 of a run that goes on at position 5 has the positions t with t % 4 = 2."""
+    write_set(tmp_path)
+    source, asked, planned = LatentSource(tmp_path), [], []
+    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=8, lanes=2, window_shards=1)
+    monkeypatch.setattr(stream, "upcoming", lambda *question: asked.append(question) or [[2, 0, 1]])
+    monkeypatch.setattr(source, "plan", lambda *plan: planned.append(plan))
+    with SampleLoader([source], stream, Share(8, 2, 1, 4, node_ranks), seed=SEED, start=5) as loader:
+        assert next(loader).positions.tolist() == [6, 10]
+    assert asked[:2] == [(5, 5 + stream.window, [2], 4), (5, 5 + 97, residues, 4)]
+    assert planned[0] == ([2, 0, 1], {2: 0, 0: 1, 1: 2})
+
+
 @pytest.mark.parametrize("evicts", [False, True])
-def test_shards_stay_mapped_unless_their_files_may_go(tmp_path, evicts):
+@pytest.mark.parametrize("most", [2, 3])
+def test_shards_stay_mapped_unless_their_files_may_go_or_they_are_too_many(tmp_path, evicts, most, monkeypatch):
+    monkeypatch.setattr(latent_source, "_MAPPED", most)
     write_set(tmp_path)
     source = LatentSource(tmp_path)
     stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)
     places = stream.locate(np.arange(97))
     source.read(places, None)
     source.store.evicts = evicts
-    source.plan([2], {2: 0, 0: 1, 1: 5})
-    assert sorted(source.open_shards(places.take(slice(0)))) == ([0, 2] if evicts else [0, 1, 2])
+    source.plan([2], {2: 7, 0: 1, 1: 5})  # other ranks of the node come first
+    assert sorted(source.open_shards(places.take(slice(0)))) == ([0, 2] if evicts or most == 2 else [0, 1, 2])
+
+
+class HeardStore:
+    """A store that notes what it is told."""
+
+    evicts = False
+
+    def __init__(self, store):
+        self.stats, self.where, self._store, self.heard = TransferStats(), store.where, store, []
+        self.stats.add(bytes=7)
+
+    def open(self, shard_index):
+        self.heard.append(("open", shard_index))
+        return self._store.open(shard_index)
+
+    def prefetch(self, shard_indices):
+        self.heard.append(("prefetch", shard_indices))
+
+    def retire(self, future):
+        self.heard.append(("retire", future))
+
+    def close(self):
+        self.heard.append(("close",))
+
+
+@pytest.mark.parametrize("dali", [False, True])
+def test_a_source_makes_room_and_then_asks_for_what_it_does_not_have(tmp_path, dali):
+    write_set(tmp_path)
+    flip_a_byte(tmp_path / "000002.tar")
+    latents = LatentSource(tmp_path)
+    store = latents.store = HeardStore(latents.store)
+    places = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH).locate(np.arange(97))
+    source = DaliLatentSource(latents, 40, loader_module.torch.device("cpu")) if dali else latents
+    for _ in range(2):
+        source.read(places.take(np.flatnonzero(places.shards == 0)), None)
+        with pytest.raises(BadSamples, match=r"000002\.tar") as caught:
+            source.read(places.take(np.flatnonzero(places.shards != 1)), None)
+        assert len(caught.value.reasons) == 17
+        assert caught.value.whole_shards
+    source.plan([2, 0, 1], {2: 0, 0: 1, 1: 2})
+    assert source.traffic()["bytes"] == 7
+    source.close()
+    future = {2: 0, 0: 1, 1: 2}
+    assert store.heard == [("open", 0), ("open", 2), ("retire", future), ("prefetch", [1]), ("close",)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_dist.data.order import LaneOrder, batch_spread, default_lanes, rank_positions, sample_indices
+from ecar_dist.data.order import LaneOrder, default_lanes, rank_positions, sample_indices
 from ecar_dist.errors import ConfigError, DataError
 
 WORLD_SIZES = [1, 2, 3, 5, 8, 12, 64]
@@ -176,12 +176,6 @@ class TestShuffle:
         assert abs(np.corrcoef(first % 128, second % 128)[0, 1]) < 4 / np.sqrt(order.count)
         for lag in (1, 2, 16, 32):
             assert abs(np.corrcoef(first[lag:] % 128, first[:-lag] % 128)[0, 1]) < 4 / np.sqrt(order.count)
-
-    @pytest.mark.parametrize(("window_shards", "in_a_window"), [(1, 1), (2, 2), (4, 4), (0, 16)])
-    def test_a_batch_is_drawn_from_the_whole_window_of_every_lane(self, window_shards, in_a_window):
-        order = LaneOrder([256] * 128, seed=5, lanes=8, window_shards=window_shards)
-        ideal = 8 * in_a_window * (1 - (1 - 1 / in_a_window) ** 32)  # 32 draws in each of 8 lanes
-        assert batch_spread(order, 256) == pytest.approx(ideal, rel=0.06)
 
 
 @pytest.mark.parametrize(

@@ -262,12 +262,26 @@ def test_the_farthest_goes_first_down_to_the_budget(remote):
     store.retire({0: 1, 1: 2, 2: 0})
     assert names(remote.cached(0).parent) == ["000000.tar", "000002.tar"]
     store.open(1)
+    assert names(remote.cached(0).parent) == ["000001.tar", "000002.tar"], "room is made before a shard comes"
     store.retire({1: 1, 0: 7})  # 2 is not needed any more
-    assert names(remote.cached(0).parent) == ["000001.tar"], "0 and 1 together are over the budget, 0 comes later"
+    store.open(0)
+    assert names(remote.cached(0).parent) == ["000000.tar"], "2 goes first; 0 and 1 together are over the budget"
     assert [mapped[:] for mapped in maps] == [remote.body(index) for index in range(3)], "maps outlive their files"
     remote.objects.break_on()
     assert store.open(2)[:] == remote.body(2)
     assert len(remote.gets(2)) == 2
+    store.close()
+
+
+def test_what_the_budget_does_not_hold_until_its_use_is_not_prefetched(remote):
+    sizes = [entry.bytes for entry in remote.manifest.shards]
+    store = remote.store(budget=sizes[0] + sizes[2])
+    store.retire({0: 0, 2: 1, 1: 2})
+    store.prefetch([1, 0, 2])
+    wait_until(lambda: names(remote.cached(0).parent) == ["000000.tar", "000002.tar"])
+    assert not remote.gets(1)
+    assert store.open(1)[:] == remote.body(1)
+    assert names(remote.cached(0).parent) == ["000001.tar"]
     store.close()
 
 

@@ -42,7 +42,7 @@ def test_what_is_needed_next_is_proven_ahead_and_its_error_waits_for_its_open(tm
     )
     store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
     store.prefetch([2, 1])
-    store.prefetch([2])
+    store.prefetch([1, 2])
     deadline = time.monotonic() + 10
     while len(proven) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -54,3 +54,14 @@ def test_what_is_needed_next_is_proven_ahead_and_its_error_waits_for_its_open(tm
     store.close()
     store.prefetch([0])
     assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
+
+
+def test_what_is_no_longer_asked_for_is_not_held(tmp_path):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
+    store.prefetch([0, 1])
+    store.prefetch([1, 2])
+    assert sorted(store._ahead) == [1, 2]
+    assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
+    store.close()

@@ -1,14 +1,17 @@
 """The loop's decisions, on stand-ins for the engine and the world."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ecar_dist.data.loader import MicroBatch
+from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import TrainingError
 from ecar_dist.runtime.checkpoint import Progress
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.loop import crossed, draw_preview, train_step
+from ecar_dist.train.loop import crossed, data_values, draw_preview, train_step
 from tests.train.test_objective import make_config
 
 ALONE = World(Placement(), torch.device("cpu"))
@@ -33,21 +36,49 @@ class PretendEngine:
         self.rate = rate
 
 
-def run_step(engine, stop=False):
+def make_run(engine, stop=False, micro_batch_size=4, directory=None):
     config = make_config(num_stages=2)
-    config = config.model_copy(
-        update={"batch": config.batch.model_copy(update={"global_batch_size": 4, "micro_batch_size": 4})}
+    sizes = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
+    config = config.model_copy(update={"batch": config.batch.model_copy(update=sizes)})
+    return SimpleNamespace(
+        config=config, world=ALONE, engine=engine, stop=stop, replaced_samples=0, directory=directory
     )
-    batch = SimpleNamespace(values=torch.zeros(4), labels=torch.zeros(4), positions=torch.zeros(4))
-    loader = SimpleNamespace(substitutions=list)
-    run = SimpleNamespace(config=config, world=ALONE, engine=engine, stop=stop, loader=loader, replaced_samples=0)
-    return train_step(run, iter([batch]), Progress(8, 2))
+
+
+def make_batch(size, substitutions=()):
+    numbers = torch.zeros(size)
+    return MicroBatch(numbers, numbers, numbers, numbers, substitutions)
+
+
+def run_step(engine, stop=False):
+    return train_step(make_run(engine, stop), iter([make_batch(4)]), Progress(8, 2))
 
 
 def test_a_step_reports_the_global_loss_and_the_stop():
     result = run_step(PretendEngine(0.5, 2.0), stop=True)
     assert (result.loss, result.stage_losses, result.grad_norm, result.stop) == (0.5, (0.5, 0.5), 2.0, True)
     assert run_step(PretendEngine(0.5, 2.0)).stop is False
+
+
+def test_replaced_samples_are_counted_and_listed_with_the_step_that_used_them(tmp_path):
+    made = [Substitution(position, 7, 70 + position, "shard x is damaged") for position in range(4)]
+    run = make_run(PretendEngine(0.5, 2.0), micro_batch_size=2, directory=SimpleNamespace(logs=tmp_path))
+    parts = [made[:1], made[1:3], [], [], [], made[3:]]
+    batches, run.loader = iter([make_batch(2, tuple(part)) for part in parts]), SimpleNamespace(sources=[])
+    for step, replaced in enumerate([3.0, 3.0, 4.0]):
+        train_step(run, batches, Progress(4 * step, step))
+        assert data_values(run) == {"data/replaced_samples": replaced}
+    lines = (tmp_path / "substituted.rank-00000.jsonl").read_text().splitlines()
+    assert [Substitution(**json.loads(line)) for line in lines] == made
+
+
+def test_what_was_downloaded_is_the_sum_over_the_sources():
+    counts = {"requests": 3, "bytes": 2**30, "retries": 1}
+    sources = [SimpleNamespace(traffic=lambda: counts), SimpleNamespace(traffic=lambda: {**counts, "requests": 0})]
+    run = SimpleNamespace(replaced_samples=0, loader=SimpleNamespace(sources=sources))
+    assert data_values(run) == {"data/downloaded_gib": 2.0, "data/retries": 2}
+    run.loader.sources = [SimpleNamespace(traffic=dict)]
+    assert data_values(run) == {}
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights():

@@ -1,9 +1,18 @@
+import dataclasses
+import resource
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.config_file import config_from_dict
-from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
+from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.train import sources
 from ecar_dist.train.sources import check_codec, check_data, open_stream
 from ecar_dist.vae.build import open_codec
 from tests.conftest import losses, train_on_ranks
@@ -38,6 +47,102 @@ def test_data_has_one_source(tree, digits):
         config_from_dict(tree)
 
 
+def test_an_empty_name_is_no_source(tree, digits):
+    mixture(tree, digits / "latents")
+    tree["data"]["latents"] = ""
+    assert [source.latents for source in config_from_dict(tree).data.latent_sources] == [str(digits / "latents")]
+
+
+def test_latents_cannot_be_mirrored_while_they_are_read(tree):
+    tree["data"]["flip_images"] = True
+    with pytest.raises(ConfigError, match=r"data\.flip_images=True mirrors images.*--flip store"):
+        config_from_dict(tree)
+
+
+def test_the_order_is_that_of_the_config(tree, digits):
+    tree["data"] |= {"lanes": 2, "window_shards": 1, "mixture_by": "step"}  # of one set: no mixture at all
+    config = config_from_dict(tree)
+    described = open_stream(config, check_data(config)).describe()
+    assert described == {"name": "lanes-feistel-v1", "seed": 0, "lanes": 2, "window_shards": 1}
+    mixture(tree, digits / "latents", digits / "latents")
+    config = config_from_dict(tree)
+    described = open_stream(config, check_data(config)).describe()
+    assert (described["name"], described["weights"], described["global_batch_size"]) == ("buckets-v1", [3, 2], 16)
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("gather", LatentSource), ("dali", DaliLatentSource)])
+def test_the_backend_is_that_of_the_config(tree, digits, backend, kind):
+    tree["data"]["backend"] = backend
+    mixture(tree, digits / "latents", digits / "latents")
+    with open_rank(tree) as loader:
+        assert [type(source) for source in loader.sources] == [kind, kind]
+
+
+def open_rank(tree, rank=1, world_size=2, start=0):
+    config = config_from_dict(tree)
+    world = SimpleNamespace(rank=rank, size=world_size, node_ranks=(0, 1), device=torch.device("cpu"))
+    return sources.open_loader(config, world, open_stream(config, check_data(config)), start)
+
+
+def test_a_rank_reads_its_part_from_where_the_run_stands(tree):
+    tree["batch"] = {"global_batch_size": 16, "micro_batch_size": 4}
+    with open_rank(tree, start=40) as loader:
+        positions = [next(loader).positions.tolist() for _ in range(3)]
+        assert positions == [[41, 43, 45, 47], [49, 51, 53, 55], [57, 59, 61, 63]]
+        assert len(next(loader).values) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({}, 0.0),
+        ({"max_bad": 0.2}, 0.0),
+        ({"on_bad": "substitute"}, 1e-5),
+        ({"on_bad": "substitute", "max_bad": 0.2}, 0.2),
+        ({"on_bad": "substitute", "images": True}, 1e-3),
+        ({"images": True, "prefetch": 9}, 0.0),
+    ],
+)
+def test_what_the_loader_is_told(tree, digits, monkeypatch, given, allowed):
+    told = {}
+    monkeypatch.setattr(sources, "SampleLoader", lambda *places, **options: told.update(options, share=places[2]))
+    if given.pop("images", False):
+        images(tree, digits)
+    tree["data"] |= given
+    open_rank(tree)
+    assert told["max_bad"] == allowed
+    assert told["prefetch"] == given.get("prefetch", 4)
+    assert told["seed"] == tree["run"].get("seed", 0)
+    assert (told["share"].rank, told["share"].world_size, told["share"].node_ranks) == (1, 2, (0, 1))
+
+
+@pytest.mark.parametrize(("flip", "backend"), [(False, "gather"), (True, "gather"), (True, "dali")])
+def test_images_are_read_as_the_config_says(tree, digits, flip, backend):
+    images(tree, digits, flip_images=flip, backend=backend)
+    with open_rank(tree) as loader:
+        assert loader.sources[0].can_flip == flip
+        assert loader.sources[0]._decoder.name == {"gather": "pil", "dali": "dali-cpu"}[backend]
+        assert next(loader).values.shape[1:] == (32, 32, 3)
+
+
+def test_a_loader_may_map_as_many_shards_as_the_system_lets_it(tree):
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, 512), most))
+    try:
+        open_rank(tree).close()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
+@pytest.mark.parametrize(("given", "budget"), [({}, None), ({"dir": "/somewhere", "gib": 0.5, "threads": 3}, 2**29)])
+def test_the_cache_is_that_of_the_config(tree, given, budget):
+    tree["data"]["cache"] = given
+    options = sources.cache_options(config_from_dict(tree).data)
+    assert (options.budget_bytes, options.threads) == (budget, given.get("threads", 8))
+    assert options.root == (Path(given["dir"]) if given else None)
+
+
 @pytest.mark.parametrize(("key", "value"), [("num_classes", 9), ("latent_channels", 4), ("latent_size", 8)])
 def test_latents_that_do_not_fit_the_config_are_refused(tree, key, value):
     tree["data"][key] = value
@@ -54,6 +159,20 @@ def test_images_are_checked_against_config_and_autoencoder(tree, digits):
     config = config_from_dict(tree)
     with pytest.raises(ConfigError, match=r"data\.latent_channels=3, but dct-f8 has 12"):
         check_codec(config, check_data(config), open_codec(config.vae))
+
+
+def test_a_set_that_is_not_whole_is_refused_before_anything_is_allocated(tree, digits, tmp_path):
+    tree["data"]["latents"] = str(shutil.copytree(digits / "latents", tmp_path / "cut"))
+    (tmp_path / "cut/000001.tar").unlink()
+    with pytest.raises(DataError, match=r"000001\.tar"):
+        check_data(config_from_dict(tree))
+
+
+def test_latents_that_are_no_squares_are_refused(tree, digits, tmp_path):
+    tree["data"]["latents"] = str(tmp_path)
+    write_manifest(tmp_path, dataclasses.replace(load_manifest(digits / "latents"), moments_shape=(12, 4, 2)))
+    with pytest.raises(DataError, match="has latents of 4 x 2; the models take squares"):
+        check_data(config_from_dict(tree))
 
 
 def test_sets_of_different_encoders_do_not_mix(tree, digits, tmp_path):

@@ -1,0 +1,47 @@
+"""How every command ends: what it could not do is one line on stderr, and its exit status says who can mend it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from ecar_dist.errors import EcarError
+
+EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
+EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
+
+
+def run_command(program: str, action: Callable[[], int]) -> int:
+    """The action's exit status, or 1 for an error that a user can fix. ECAR_TRACEBACK=1 shows where it came from."""
+    try:
+        return action()
+    except BrokenPipeError:
+        # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_BROKEN_PIPE
+    except (EcarError, OSError) as error:
+        if os.environ.get("ECAR_TRACEBACK"):
+            raise
+        print(f"{program}: {error if isinstance(error, EcarError) else _sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
+        return EX_INTERRUPTED
+
+
+def _sentence(error: OSError) -> str:
+    """What the system refused, and the fix for what it refuses most."""
+    fix = {
+        errno.ENOSPC: "free space there, or give another folder",
+        errno.EDQUOT: "free space there, or give another folder",
+        errno.EROFS: "give a folder that can be written",
+        errno.EACCES: "check its permissions, or give another folder",
+        errno.ENOTDIR: "give a folder",
+        errno.EEXIST: "give another name",
+        errno.EMFILE: "raise `ulimit -n`",
+    }.get(error.errno or 0, "ECAR_TRACEBACK=1 shows where it happened")
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {fix}"
