@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from data_tools.commit import commit, is_committed, recover
 from data_tools.encode_plan import EncodePlan, settle_plan
 from data_tools.encode_worker import EncodeWorker
-from data_tools.failures import FailureTally
+from data_tools.failures import MAX_BAD, FailureTally
 from data_tools.moments_statistics import measure
 from data_tools.progress import progress
 from ecar_dist.data.image_shards import ImageShards
@@ -43,7 +45,7 @@ def encode(
     device: str = "auto",
     precision: str = "fp32",
     flip: str = "none",
-    max_bad: float = 1e-3,
+    max_bad: float = MAX_BAD,
 ) -> None:
     """Make the shards task, task + tasks, ... of the plan that are not there yet.
 
@@ -71,15 +73,16 @@ def encode(
     todo = [index for index in range(task, plan.num_shards, tasks) if not is_committed(out, index, plan)]
     with progress(sum(len(plan.rows(index)) for index in todo), "image", "encode") as bar:
         worker = EncodeWorker(images, image_decoder, codec, target, batch_size, tally, bar)
-        try:
-            for index in todo:
-                _encode_shard(worker, plan, out, index)
-        finally:
-            failed = tally.write(worker.open_failures)
-    print(
-        f"{out}: task {task} of {tasks} is done, {len(todo)} of {plan.num_shards} shards by this run, {failed} images "
-        f"failed so far; next: ecar-data finalize {out}"
-    )
+        with contextlib.closing(worker):
+            try:
+                for index in todo:
+                    _encode_shard(worker, plan, out, index)
+            finally:
+                failed = tally.write(worker.open_failures)
+    names = set(os.listdir(out))
+    there = sum(f"{index:06d}.json" in names for index in range(plan.num_shards))
+    said = f"{out}: task {task} of {tasks} is done, {len(todo)} shards by this run, failed images so far: {failed}"
+    print(f"{said}; {_what_next(out, there, plan.num_shards, max_bad)}")
 
 
 def plan(
@@ -102,7 +105,8 @@ def plan(
     Raises as `encode` does. No image is read and no GPU is needed.
     """
     images, codec = ImageShards(shards), open_codec_by_spec(vae, "cpu", _PRECISIONS[precision])
-    image_decoder = _open_decoder(decoder, resize, torch.device(resolve_device(device)))
+    target = torch.device(resolve_device(device))
+    image_decoder = _open_decoder(decoder, resize, target)
     wanted = _plan(
         *(images, codec.identity, image_decoder),
         source_folder=redact(str(shards)),
@@ -113,6 +117,14 @@ def plan(
         flip=flip,
     )
     _print_plan(settle_plan(out, wanted), out, tasks)
+    if device == "auto" and target.type == "cpu":
+        print("This plan is for workers on the CPU (--device cuda if they have a GPU).")
+
+
+def _what_next(out: Path, there: int, num_shards: int, max_bad: float) -> str:
+    if there < num_shards:
+        return f"{there} of {num_shards} shards are there; other tasks make the rest"
+    return f"next: ecar-data finalize {out}" + f" --max-bad {max_bad:g}" * (max_bad != MAX_BAD)
 
 
 def resolve_device(device: str) -> str:
@@ -177,7 +189,8 @@ def _moments_shape(identity: EncoderIdentity, image_size: int) -> tuple[int, int
     side, rest = divmod(image_size, identity.downsample)
     if rest or side < 1:
         raise ConfigError(
-            f"--image-size {image_size} is not a multiple of {identity.downsample}, the autoencoder's factor"
+            f"--image-size {image_size} is not a positive multiple of {identity.downsample}, the autoencoder's factor; "
+            f"take e.g. {max(1, round(image_size / identity.downsample)) * identity.downsample}"
         )
     return (identity.moments_channels, side, side)
 

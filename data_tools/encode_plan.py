@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.failures import MAX_BAD
 from ecar_dist.data.order import sample_indices
 from ecar_dist.data.shard_writer import claim_name
 from ecar_dist.errors import DataError
@@ -68,7 +69,7 @@ class EncodePlan:
         """Source sample of each row of a shard, int64."""
         return sample_indices(np.array(self.rows(shard_index), dtype=np.int64), self.count, self.seed)
 
-    def command(self, out: Path, task: int, tasks: int) -> str:
+    def command(self, out: Path, task: int, tasks: int, max_bad: float = MAX_BAD) -> str:
         """The command that makes shards task, task + tasks, ..."""
         settings = {
             "vae": self.encoder["name"],
@@ -81,6 +82,7 @@ class EncodePlan:
             "flip": self.flip,
             "task": task,
             "tasks": tasks,
+            **({} if max_bad == MAX_BAD else {"max-bad": max_bad}),
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         return shlex.join(["ecar-data", "encode", self.source_folder, str(out), *words])
@@ -97,9 +99,10 @@ def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
     if settled.plan_id != plan.plan_id:
         ours, theirs = plan.content(), settled.content()
         name = next(key for key in ours if ours[key] != theirs[key])
+        same = "the first command" + " (its --decoder and --device decide on this)" * (name == "decoder")
         raise DataError(
             f"{out} is occupied by another plan: its {name} is {theirs[name]}, this command's {ours[name]}; "
-            "repeat the first command, or give another folder"
+            f"repeat {same}, or give another folder"
         )
     return settled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.images import ImageDecoder, Separated
 from ecar_dist.data.shard_writer import ShardContent
 from ecar_dist.errors import DataError
+from ecar_dist.storage.daemon_pool import PATIENCE, DaemonPool
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.pixels import from_pixels
 
@@ -47,6 +47,7 @@ class EncodeWorker:
         self._images, self._decoder, self._codec, self._device = images, decoder, codec, device
         self._batch_size, self._tally, self._bar = batch_size, tally, bar
         self._run: list[Failure] = []  # without a good image between them
+        self._ahead = DaemonPool(1, "encode-read")
 
     def encode_shard(self, plan: EncodePlan, shard_index: int) -> ShardContent:
         """All samples of a shard that can be had; `open_failures` are the others.
@@ -54,7 +55,7 @@ class EncodeWorker:
         Raises DataError for too many failures, for a shard that would be empty, and for a source that is damaged.
         """
         self.open_failures = []
-        encoded = [self._encode(batch, plan) for batch in _one_ahead(self._batches(plan, shard_index))]
+        encoded = [self._encode(batch, plan) for batch in self._one_ahead(self._batches(plan, shard_index))]
         straight, mirrored, labels = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
         if not len(labels):
             raise DataError(
@@ -64,6 +65,18 @@ class EncodeWorker:
         missing = tuple(failure.row for failure in self.open_failures)
         first_row = plan.rows(shard_index).start
         return ShardContent(first_row, straight, labels, mirrored if plan.has_flip else None, missing)
+
+    def close(self) -> None:
+        """End the reading ahead, and with it the images: their reads insist for minutes."""
+        self._images.close()
+        self._ahead.end(PATIENCE)  # a decoder in the middle of its work must not meet the interpreter's end
+
+    def _one_ahead(self, items: Iterator[_Batch]) -> Iterator[_Batch]:
+        """The same items; while one is used, a thread makes the next."""
+        pending = self._ahead.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = self._ahead.submit(next, items, None)
+            yield item
 
     def _batches(self, plan: EncodePlan, shard_index: int) -> Iterator[_Batch]:
         rows, indices = plan.rows(shard_index), plan.source_indices(shard_index)
@@ -112,12 +125,3 @@ class EncodeWorker:
 def _fits_fp16(raw: np.ndarray) -> np.ndarray:
     """Which samples of float32 [B, C, h, w] fp16 can hold, bool [B]."""
     return (np.abs(raw) <= FP16_MAX).all(axis=(1, 2, 3))  # a NaN compares false
-
-
-def _one_ahead(items: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The same items; while one is used, a thread makes the next."""
-    with ThreadPoolExecutor(1, thread_name_prefix="encode-read") as thread:
-        pending = thread.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = thread.submit(next, items, None)
-            yield item

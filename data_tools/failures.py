@@ -13,6 +13,7 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import atomic_write
 
 ERRORS_NAME = "errors.jsonl"
+MAX_BAD = 1e-3  # share of images, unless the user says otherwise
 MAX_IN_A_ROW = 100  # so many bad images one after the other are a broken source or decoder, not chance
 _MARKER_NAME = re.compile(r"(\d{6,})\.json")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.commit import is_committed
 from data_tools.encode_plan import EncodePlan, read_plan
-from data_tools.failures import ERRORS_NAME, FailureTally
+from data_tools.failures import ERRORS_NAME, MAX_BAD, FailureTally
 from data_tools.markers import Marker, read_marker
 from data_tools.moments_statistics import combine
 from ecar_dist.data.images import RESIZES
@@ -20,14 +20,14 @@ from ecar_dist.storage.atomic import TEMPORARY_SUFFIX
 from ecar_dist.vae.codec import EncoderIdentity
 
 
-def finalize(out: Path, *, max_bad: float = 1e-3) -> None:
+def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
     """Raises DataError listing the shards that are missing, naming one that is not the plan's, or for bad images past
     max_bad x count."""
     plan = read_plan(out)
     missing = [index for index in range(plan.num_shards) if not is_committed(out, index, plan)]
     if missing:
         listed = ", ".join(f"{index:06d}" for index in missing[:10]) + (", ..." if len(missing) > 10 else "")
-        command = plan.command(out, 0, 1)
+        command = plan.command(out, 0, 1, max_bad)
         raise DataError(f"{out} lacks {len(missing)} of {plan.num_shards} shards ({listed}); make them with: {command}")
     markers = [marker for index in range(plan.num_shards) if (marker := read_marker(out, index)) is not None]
     prove_coverage(out, plan, markers)
@@ -38,7 +38,7 @@ def finalize(out: Path, *, max_bad: float = 1e-3) -> None:
     write_manifest(out, manifest)
     for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # of workers that were killed
         leftover.unlink(missing_ok=True)
-    bad = f", {failures} images failed ({out / ERRORS_NAME})" if failures else ""
+    bad = f", failed images: {failures} ({out / ERRORS_NAME})" if failures else ""
     print(f"{out}: {manifest.count} samples in {plan.num_shards} shards{bad}, dataset_id {manifest.dataset_id}")
 
 
@@ -53,8 +53,8 @@ def prove_coverage(out: Path, plan: EncodePlan, markers: Sequence[Marker]) -> No
     wrong = np.union1d(np.setxor1d(found, wanted), found[times > 1])
     index = int(np.clip(wrong[0] // plan.samples_per_shard, 0, plan.num_shards - 1))
     raise DataError(
-        f"{out}: shards and failures are not the plan: {len(wrong)} rows are missing, twice there or outside 0.."
-        f"{plan.count - 1}, the first is {wrong[0]}; delete {index:06d}.* and run: "
+        f"{out}: shards and failures are not the plan: rows missing, twice there or outside 0..{plan.count - 1}: "
+        f"{len(wrong)}, the first is {wrong[0]}; delete {index:06d}.* and run: "
         f"{plan.command(out, index, plan.num_shards)}"
     )
 

@@ -45,11 +45,16 @@ def open_images(source: str, rule: LabelRule) -> Iterator[ImageReader]:
     if settled and rule != LabelRule("cls"):
         raise ConfigError(f"the labels of {redact(source)} are settled; leave out --label and --classes")
     if settled:
-        yield _digits() if source == DIGITS else _indexed(source, ImageShards(source))
+        if source == DIGITS:
+            yield _digits()
+            return
+        with contextlib.closing(ImageShards(source)) as images:
+            yield _indexed(source, images)
     else:
         with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
             write_index(source, Path(folder), rule)
-            yield _indexed(source, ImageShards(folder))
+            with contextlib.closing(ImageShards(folder)) as images:
+                yield _indexed(source, images)
 
 
 def image_extension(data: bytes) -> str | None:

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_tools.progress import progress
@@ -17,7 +16,9 @@ from ecar_dist.data.image_table import MAX_IMAGE_BYTES, UNKNOWN_HASH, ImageRow, 
 from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import temporary_beside
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import Transfer
 
 _TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
 
@@ -33,15 +34,16 @@ def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = 
     places = "tars" if manifest.in_tars else "class directories"
     print(
         f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
-        f"next: ecar-data encode {out} LATENTS"
+        f"next: ecar-data encode {out} LATENTS --vae NAME"
     )
 
 
 def write_index(source: str, folder: Path, rule: LabelRule) -> ImageManifest:
     """Index a source into an existing folder."""
-    found = find_source(source)
+    transfer = Transfer()
+    found = find_source(source, transfer)
     if isinstance(found, Tars):
-        entries, names = _index_tars(found, folder, rule)
+        entries, names = _index_tars(found, folder, rule, transfer)
     else:
         entries, names = _index_folders(found, folder, rule)
     count = sum(entry.count for entry in entries)
@@ -78,19 +80,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _index_tars(found: Tars, folder: Path, rule: LabelRule) -> tuple[list[ImageEntry], list[str]]:
+def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) -> tuple[list[ImageEntry], list[str]]:
     """Entries in the order of the tars, whichever is read first."""
     entries: list[ImageEntry] = []
     largest = -1
 
     def read(file: FoundFile) -> tuple[list[ImageRow], ImageEntry]:
-        tar = index_image_tar(found.location, file.name, file.size, rule, foreign=True)
+        tar = index_image_tar(found.location, file.name, file.size, rule, foreign=True, transfer=transfer)
         table = f"{found.files.index(file):06d}.npy"
         digest = write_table(folder / table, tar.rows)
         hashes = tar.xxh3_128, tar.sha256
         return tar.rows, ImageEntry(file.name, tar.size, len(tar.rows), 0, *hashes, table, digest, "tar")
 
-    with ThreadPoolExecutor(_TARS_AT_ONCE) as pool, progress(len(found.files), "tar", "index") as bar:
+    bar, pool = progress(len(found.files), "tar", "index"), DaemonPool(_TARS_AT_ONCE, "index-tar")
+    with bar, pool, transfer.stopped_by_errors():
         for rows, entry in pool.map(read, found.files):
             entries.append(entry)
             largest = max(largest, max((row.label for row in rows), default=-1))

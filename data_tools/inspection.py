@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from ecar_dist.data.manifest import MANIFEST_NAME, ImageManifest, Manifest, Shar
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.data.tar_index import index_tar, write_dali_index
-from ecar_dist.errors import DataError
-from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import is_remote, local_path, meant_url
 from ecar_dist.vae.build import open_codec_by_spec
-from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, normalise
+from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels
 
 _SHEET_SIDE = 8
@@ -29,6 +31,7 @@ _READ_BATCH = 256
 
 def verify(folder: Path) -> None:
     """Sizes, both hashes, structure, CRCs and decodability of every sample of latent or image shards."""
+    _refuse_url(folder)
     text = (folder / MANIFEST_NAME).read_text() if (folder / MANIFEST_NAME).exists() else ""
     count = _verify_images(folder) if ImageManifest.SCHEMA in text else _verify_latents(folder)
     print(f"{folder}: {count} samples verified")
@@ -36,6 +39,7 @@ def verify(folder: Path) -> None:
 
 def stats(folder: Path) -> None:
     """Print what the manifest says."""
+    _refuse_url(folder)
     manifest = load_manifest(folder)
     encoder, numbers = manifest.encoder, manifest.statistics
     print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {_gigabytes(manifest):.3f} GB")
@@ -61,9 +65,10 @@ def preview(folder: Path, out: Path, vae: str | None = None) -> None:
 
     Raises DataError for another autoencoder.
     """
+    _refuse_url(folder)
     manifest = load_manifest(folder)
     identity = EncoderIdentity.from_dict(manifest.encoder)
-    codec = open_codec_by_spec(vae or identity.name)
+    codec = _open_codec(vae, identity)
     check_same_encoder(identity, codec.identity, str(folder))
     moments = torch.from_numpy(_first_moments(folder, manifest, _SHEET_SIDE**2))
     shape = (len(moments), identity.latent_channels, *moments.shape[2:])
@@ -74,6 +79,19 @@ def preview(folder: Path, out: Path, vae: str | None = None) -> None:
     rows = pixels.reshape(_SHEET_SIDE, _SHEET_SIDE, *pixels.shape[1:]).swapaxes(1, 2)  # [row, S, column, S, 3]
     Image.fromarray(rows.reshape(side, side, 3)).save(out)
     print(f"{out}: {len(decoded)} decoded samples of {folder}")
+
+
+def _refuse_url(folder: Path) -> None:
+    if url := meant_url(folder):
+        raise DataError(f"{redact(url)} is a URL; give a local folder: bring the set there first, or give its origin")
+
+
+def _open_codec(vae: str | None, identity: EncoderIdentity) -> LatentCodec:
+    try:
+        return open_codec_by_spec(vae or identity.name)
+    except ConfigError as error:
+        hint = "" if vae else "; if the autoencoder of these latents has moved, give --vae"
+        raise ConfigError(f"{error}{hint}") from None
 
 
 def _first_moments(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
@@ -97,8 +115,12 @@ def _gigabytes(manifest: Manifest) -> float:
 
 
 def _verify_images(folder: Path) -> int:
-    shards, decoder, bad = ImageShards(folder), PilDecoder(), []
-    home = shards.manifest.home(folder)
+    with contextlib.closing(ImageShards(folder)) as shards:
+        return _verify_records(folder, shards)
+
+
+def _verify_records(folder: Path, shards: ImageShards) -> int:
+    decoder, bad, home = PilDecoder(), list[str](), shards.manifest.home(folder)
     for entry in shards.manifest.shards:
         if entry.kind == "tar" and not is_remote(home):  # elsewhere each image's own hash must do
             _check_sha256(local_path(home), entry)
@@ -155,5 +177,8 @@ def _check_dali_index(path: Path) -> None:
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:
     path = folder / entry.name
     found = describe_shard(path, entry.count, entry.first_index) if path.exists() else None
-    if found is None or found.sha256 != entry.sha256 or found.bytes != entry.bytes:
-        raise DataError(f"{path} is missing or differs from the manifest in size or hash; restore it or write it again")
+    if found is None:
+        raise DataError(f"{path} is missing, the manifest lists it; restore it or write it again")
+    for name in ("bytes", "sha256"):
+        if (there := getattr(found, name)) != (expected := getattr(entry, name)):
+            raise DataError(f"{path} has {name} {there}, the manifest says {expected}; restore it or write it again")

@@ -11,15 +11,19 @@ _LOG_SECONDS = 30.0
 
 
 def progress(total: int, unit: str, label: str) -> tqdm[Any]:
+    """`unit` is one thing, or "B" for bytes, which are shown as kB, MB, GB."""
+    in_bytes = unit == "B"
     if sys.stderr.isatty():
-        return tqdm(total=total, unit=unit, desc=label, mininterval=0.2)
+        return tqdm(total=total, unit=unit, desc=label, mininterval=0.2, unit_scale=in_bytes)
+    counted = "{n_fmt}B of {total_fmt}B" if in_bytes else "{n_fmt} of {total_fmt} {unit}s"
     return _LogLines(
         total=total,
         unit=unit,
         desc=label,
         mininterval=_LOG_SECONDS,
         maxinterval=_LOG_SECONDS,
-        bar_format="{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
+        unit_scale=in_bytes,
+        bar_format=f"{{desc}}: {counted}, {{rate_fmt}}, {{elapsed}} gone, {{remaining}} left{{postfix}}",
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ecar_dist.data.manifest import (
 )
 from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
 from ecar_dist.errors import DataError
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import ObjectVersion, is_remote, join, stat, upload
 from ecar_dist.storage.retries import ObjectMissing, Transfer
@@ -44,18 +45,18 @@ def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = N
     manifest = _load(folder)
     _refuse_another_set(url, manifest)
     files = {file.name: file for file in _files_of(folder, manifest)}.values()
-    total = sum(file.path.stat().st_size for file in files)
-    with progress(total, "B", "push") as bar, ThreadPoolExecutor(threads) as pool:
+    bar, pool, sent = (
+        progress(sum(file.path.stat().st_size for file in files), "B", "push"),
+        DaemonPool(threads, "push"),
+        0,
+    )
+    with bar, pool, transfer.stopped_by_errors():
         sending = {pool.submit(_send, file, url, transfer): file for file in files}
-        try:
-            for done in as_completed(sending):
-                done.result()
-                bar.update(sending[done].path.stat().st_size)
-        except BaseException:
-            transfer.stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    _send_manifest(manifest, url, transfer)
+        for done in as_completed(sending):
+            sent += done.result()
+            bar.update(sending[done].path.stat().st_size)
+    sent += _send_manifest(manifest, url, transfer)
+    print(f"{redact(url)}: {len(files) + 1} files, {sent} sent, dataset_id {manifest.dataset_id}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,13 @@ def _refuse_another_set(url: str, manifest: Manifest | ImageManifest) -> None:
 
 def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_File]:
     """Shards with their sidecars; tables of image sets; the list of failures of latent sets."""
-    home = local_folder(folder if isinstance(manifest, Manifest) else manifest.home(folder))
+    home = folder if isinstance(manifest, Manifest) else manifest.home(folder)
+    if is_remote(home):
+        raise DataError(
+            f"{folder} is an index of {redact(home)}, and an index cannot be pushed, only a set with its own shards; "
+            f"copy the images with `ecar-data shard {folder} OUT` and push that"
+        )
+    home = local_folder(home)
     if any(isinstance(entry, ImageEntry) and entry.kind != "tar" for entry in manifest.shards):
         raise DataError(f"{folder} indexes single image files; pack them with `ecar-data shard` and push the result")
     check_presence(home, manifest.shards)
@@ -105,13 +112,14 @@ def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_Fil
         yield _File(manifest.failures["file"], folder / manifest.failures["file"])
 
 
-def _send(file: _File, folder_url: str, transfer: Transfer) -> None:
+def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:
+    """Whether it had to be sent."""
     url = join(folder_url, file.name)
     if file.entry is not None:
         map_verified(file.path, file.entry).close()
     try:
         if _same_bytes(file.path, stat(url, transfer)):
-            return
+            return False
     except ObjectMissing:
         pass
     upload(file.path, url, transfer)
@@ -119,16 +127,18 @@ def _send(file: _File, folder_url: str, transfer: Transfer) -> None:
         raise DataError(
             f"{redact(url)} is not what was sent from {file.path}; end what else writes there, and push again"
         )
+    return True
 
 
-def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Transfer) -> None:
+def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Transfer) -> bool:
     """Beside the shards now, wherever they were before; and read back as a reader will."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(manifest, ImageManifest):
             manifest = dataclasses.replace(manifest, location=None)
         write_manifest(Path(folder), manifest)
-        _send(_File(MANIFEST_NAME, Path(folder) / MANIFEST_NAME), url, transfer)
+        sent = _send(_File(MANIFEST_NAME, Path(folder) / MANIFEST_NAME), url, transfer)
     _refuse_another_set(url, manifest)
+    return sent
 
 
 def _same_bytes(path: Path, version: ObjectVersion) -> bool | None:

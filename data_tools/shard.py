@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.data.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.daemon_pool import DaemonPool
 
 ERRORS_NAME = "errors.jsonl"
 _BATCH = 256  # images in memory: one batch is written while the next is read
@@ -132,15 +132,15 @@ class _Part:
         self.failures.append({"index": index, "key": record.key, "shard": record.shard, "error": error})
         if len(self.failures) > allowed:
             raise DataError(
-                f"image {record.where} cannot be read ({error}), {len(self.failures)} are bad and --max-bad allows "
-                f"{allowed}; remove them, or raise --max-bad"
+                f"image {record.where} cannot be read ({error}); bad images so far: {len(self.failures)}, --max-bad "
+                f"allows {allowed}; remove them, or raise --max-bad"
             )
 
 
 def _read_ahead(images: ImageReader, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord]]:
     """Images in the order of the indices; while the caller works on a batch, the next one is read."""
     batches = [indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH)]
-    with ThreadPoolExecutor(1) as pool:
+    with DaemonPool(1, "read-ahead") as pool:
         coming = pool.submit(images.read_many, batches[0])
         for place, batch in enumerate(batches):
             records = coming.result()

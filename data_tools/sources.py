@@ -8,8 +8,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,12 @@ from braceexpand import braceexpand
 from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
 from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import Transfer
 
 _LOOKUPS = 16  # at once
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,23 @@ class ClassFolders:
     skipped: int  # files in them that are no images
 
 
-def find_source(text: str) -> Tars | ClassFolders:
+def find_source(text: str, transfer: Transfer | None = None) -> Tars | ClassFolders:
     """A tar, a brace or glob pattern of tars, a folder of tars, or a folder with a directory per class.
 
     Raises DataError for a folder that is neither or both, and for images that such a reading would leave out.
     """
+    transfer = transfer or Transfer()
     if names_tars(text):
-        return _match_tars(text)
+        return _match_tars(text, transfer)
+    _refuse_compressed([text])
     location = _absolute(text)
-    top, classes = _remote_tree(location) if remote.is_remote(location) else _local_tree(Path(location), text)
+    top, classes = _remote_tree(location, transfer) if remote.is_remote(location) else _local_tree(Path(location), text)
     tars = [file for file in top if file.name.endswith(".tar")]
     loose = next((file.name for file in top if is_image(file.name)), None)
     if tars and any(classes.values()):
         raise DataError(f"{text} holds both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
+    if not classes:
+        _refuse_compressed([file.name for file in top])
     if tars:
         return Tars(location, tars)
     if loose and classes:
@@ -65,6 +71,13 @@ def find_source(text: str) -> Tars | ClassFolders:
 def names_tars(text: str) -> bool:
     """Whether the text is a tar, or a pattern of them, rather than a folder."""
     return text.endswith(".tar") or any(mark in text for mark in "{*?")
+
+
+def _refuse_compressed(names: Sequence[str]) -> None:
+    name = next((name for name in names if name.endswith(_COMPRESSED)), None)
+    if name is not None:
+        unpack = "gunzip" if name.endswith("gz") else "unpack"
+        raise DataError(f"{redact(name)} is compressed, its images have no places of their own; {unpack} it to a .tar")
 
 
 def is_image(name: str) -> bool:
@@ -85,6 +98,8 @@ def _class_folders(location: str, found: dict[str, list[FoundFile]], text: str) 
 def _local_tree(root: Path, text: str) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
     """Files of the folder, and of each directory in it; names that begin with a dot are left out."""
     if not root.is_dir():
+        if meant := remote.meant_url(text):
+            raise DataError(f"image source {text} is no folder; did you mean {meant}?")
         raise DataError(f"image source {text} is no folder; give one of tars or of a directory per class, or `digits`")
     top: list[FoundFile] = []
     classes: dict[str, list[FoundFile]] = {}
@@ -113,10 +128,10 @@ def _file_in_class(entry: os.DirEntry[str], root: Path) -> FoundFile:
         raise DataError(f"cannot read {entry.path} ({error.strerror}); restore or remove it") from None
 
 
-def _remote_tree(url: str) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
+def _remote_tree(url: str, transfer: Transfer) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
     top: list[FoundFile] = []
     classes: dict[str, list[FoundFile]] = {}
-    for path, size in remote.list_files(url):
+    for path, size in remote.list_files(url, transfer):
         parts = path.split("/")
         if any(part.startswith(".") for part in parts):
             continue
@@ -135,12 +150,13 @@ def _too_deep(root: str, folder: str) -> DataError:
     )
 
 
-def _match_tars(text: str) -> Tars:
+def _match_tars(text: str, transfer: Transfer) -> Tars:
     """The tars that a path, brace or glob pattern means, in the order of their names."""
     try:
         patterns = list(braceexpand(text))
     except ValueError as error:
         raise DataError(f"{text} is no brace pattern ({error}); give e.g. train-{{000..123}}.tar") from None
+    _refuse_compressed(patterns)
     folders = {pattern.rpartition("/")[0] if "/" in pattern else "." for pattern in patterns}
     folder = folders.pop()
     if folders or any(mark in folder for mark in "*?"):
@@ -149,10 +165,11 @@ def _match_tars(text: str) -> Tars:
     names = [pattern.rpartition("/")[2] for pattern in patterns]
     globs = [name for name in names if "*" in name or "?" in name]
     plain = [name for name in names if name not in globs]
-    with ThreadPoolExecutor(_LOOKUPS) as pool:
-        files = list(pool.map(lambda name: FoundFile(name, _size(remote.join(location, name))), plain))
+    with DaemonPool(_LOOKUPS, "look-up") as pool, transfer.stopped_by_errors():
+        files = list(pool.map(lambda name: FoundFile(name, _size(remote.join(location, name), transfer)), plain))
     if globs:
-        files += [file for file in _files_in(location, text) if any(fnmatch.fnmatchcase(file.name, g) for g in globs)]
+        there = _files_in(location, text, transfer)
+        files += [file for file in there if any(fnmatch.fnmatchcase(file.name, glob) for glob in globs)]
     if not files:
         raise DataError(f"no file matches {text}; check the pattern")
     ordered = sorted(files, key=lambda file: file.name)
@@ -162,21 +179,21 @@ def _match_tars(text: str) -> Tars:
     return Tars(location, ordered)
 
 
-def _files_in(location: str, text: str) -> list[FoundFile]:
+def _files_in(location: str, text: str, transfer: Transfer) -> list[FoundFile]:
     if remote.is_remote(location):
-        return [FoundFile(name, size) for name, size in remote.list_files(location) if "/" not in name]
+        return [FoundFile(name, size) for name, size in remote.list_files(location, transfer) if "/" not in name]
     if not Path(location).is_dir():
         raise DataError(f"no file matches {text}; check the pattern")
     return [FoundFile(entry.name, entry.stat().st_size) for entry in _visible(Path(location)) if entry.is_file()]
 
 
-def _size(path: str) -> int:
+def _size(path: str, transfer: Transfer) -> int:
     if not remote.is_remote(path):
         try:
             return os.stat(path).st_size
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
-    size = remote.stat(path).size
+    size = remote.stat(path, transfer).size
     if size is None:
         raise DataError(f"the store does not say how long {redact(path)} is; copy the data to one that does")
     return size

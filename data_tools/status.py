@@ -47,7 +47,7 @@ def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> 
         print(f"newest    {newest.shard_index:06d}, {_duration(now - newest.at)} ago")
     for task in range(tasks or 0):
         shards = range(task, plan.num_shards, tasks or 1)
-        _print_task(task, len(shards), [shard for shard in done if shard.shard_index in shards], begun, now)
+        _print_task(task, len(shards), [shard for shard in done if shard.shard_index in shards], now)
     if (out / MANIFEST_NAME).exists():
         print(f"finalized {load_manifest(out).dataset_id}")
 
@@ -61,9 +61,24 @@ def _look(out: Path, shard_index: int, plan: EncodePlan) -> _Done | None:
     return _Done(shard_index, len(plan.rows(shard_index)), len(marker.failures), at)
 
 
-def _print_task(task: int, num_shards: int, done: Sequence[_Done], begun: float, now: float) -> None:
-    rates = f"{_recent_rate(done, begun, now):.1f} images/s recently, {_rate(done, begun):.1f} overall"
-    print(f"task {task:<4} {len(done)} of {num_shards} shards, {rates}")
+def _print_task(task: int, num_shards: int, done: Sequence[_Done], now: float) -> None:
+    said = f"task {task:<4} {len(done)} of {num_shards} shards"
+    if done:
+        said += f", the newest {_duration(now - max(shard.at for shard in done))} ago"
+    if len(done) > 1:
+        said += f", {_own_rate(done):.1f} images/s between its last shards"
+    print(said)
+
+
+def _own_rate(done: Sequence[_Done]) -> float:
+    """Images per second of one task while it ran, whenever that was: a shard takes from the marker before to its own.
+
+    So the first shard does not count: nobody knows when the task was started.
+    """
+    shards = sorted(done, key=lambda shard: shard.at)
+    recent = [shard for shard in shards if shards[-1].at - shard.at < _RECENT_SECONDS]
+    chosen = recent if len(recent) > 1 else shards[-2:]
+    return sum(shard.images for shard in chosen[1:]) / max(1.0, chosen[-1].at - chosen[0].at)
 
 
 def _rate(done: Sequence[_Done], begun: float) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,9 @@ from ecar_dist.data.image_table import MAX_IMAGE_BYTES, ImageRow
 from ecar_dist.data.tar_index import TarMember, split_name, tar_members
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage import remote
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import Transfer
 
 _CHUNK = 8 << 20
 _AHEAD = 4  # chunks of a remote tar in flight
@@ -81,13 +84,15 @@ class IndexedTar:
     members: list[TarMember]
 
 
-def index_image_tar(location: str | Path, name: str, size: int, rule: LabelRule, *, foreign: bool) -> IndexedTar:
+def index_image_tar(
+    location: str | Path, name: str, size: int, rule: LabelRule, *, foreign: bool, transfer: Transfer | None = None
+) -> IndexedTar:
     """Read a tar of `size` bytes once. Raises DataError naming tar and member for what cannot be read exactly."""
-    path = remote.join(location, name)
-    before, stream = _version(path), HashedStream(_chunks(path, size))
+    path, transfer = remote.join(location, name), transfer or Transfer()
+    before, stream = _version(path, transfer), HashedStream(_chunks(path, size, transfer))
     members: list[TarMember] = []
     rows = list(_rows(stream, size, redact(path), rule, foreign, members))
-    if stream.position != size or _version(path) != before:
+    if stream.position != size or _version(path, transfer) != before:
         raise DataError(f"{redact(path)} changed while it was read; start again when nobody writes to it")
     return IndexedTar(size, stream.fast.hexdigest(), stream.strong.hexdigest(), rows, members)
 
@@ -138,21 +143,22 @@ def _rows(
     """A row for each sample; `members` is filled on the way. Dotfiles and names without extension are no samples."""
     seen: set[str] = set()
     sample: _Sample | None = None
-    for member in tar_members(stream, size, where, foreign=foreign):
+    reading = tar_members(stream, size, where, foreign=foreign)
+    for member in reading:
         members.append(member)
         key, extension = split_name(member.name)
         if not key or key.endswith("/") or not extension:
             continue
         if sample is None or key != sample.key:
             if sample is not None:
-                yield _row(sample, where, rule)
+                yield _row(sample, where, rule, itertools.chain([member], reading))
             if key in seen:
                 raise DataError(f"{where}: members of sample {key!r} are not adjacent, or it is there twice; {_RENAME}")
             seen.add(key)
             sample = _Sample(key)
         _add(sample, member, extension.lower(), stream, where, rule)
     if sample is not None:
-        yield _row(sample, where, rule)
+        yield _row(sample, where, rule, ())
 
 
 def _add(sample: _Sample, member: TarMember, extension: str, stream: HashedStream, where: str, rule: LabelRule) -> None:
@@ -172,9 +178,16 @@ def _add(sample: _Sample, member: TarMember, extension: str, stream: HashedStrea
         sample.image = member, xxhash.xxh3_64_intdigest(payload)
 
 
-def _row(sample: _Sample, where: str, rule: LabelRule) -> ImageRow:
+def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]) -> ImageRow:
+    """`rest` of the tar is looked at where the sample is not whole."""
     if sample.image is None or (sample.label is None and rule.kind != "none"):
         needed = f"one image ({', '.join(IMAGE_EXTENSIONS)})" + ("" if rule.kind == "none" else f" and {rule.kind}")
+        apart = next((member.name for member in rest if split_name(member.name)[0] == sample.key), None)
+        if apart:
+            raise DataError(
+                f"{where}: the parts of sample {sample.key!r} lie apart: {apart!r} comes after others'; write "
+                "the tar again, sorted by name"
+            )
         raise DataError(
             f"{where}: sample {sample.key!r} has parts {sorted(sample.extensions)}, needs {needed}; mend it, or choose "
             "another --label"
@@ -187,29 +200,31 @@ def _row(sample: _Sample, where: str, rule: LabelRule) -> ImageRow:
     return ImageRow(sample.key, label, member.offset, member.size, digest)
 
 
-def _chunks(path: str, size: int) -> Iterator[bytes]:
+def _chunks(path: str, size: int, transfer: Transfer) -> Iterator[bytes]:
     """The file from start to end; of a remote one, the next chunks are already on their way."""
     if not remote.is_remote(path):
         try:
             with open(path, "rb", buffering=0) as file:
                 while chunk := file.read(_CHUNK):
+                    if transfer.stopping.is_set():
+                        raise DataError(f"reading {path} was stopped; start again to go on")
                     yield chunk
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
         return
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    with DaemonPool(_AHEAD, "tar-chunk") as pool:
         waiting: deque[Future[bytes]] = deque()
         for start in range(0, size, _CHUNK):
-            waiting.append(pool.submit(remote.read_range, path, start, min(start + _CHUNK, size)))
+            waiting.append(pool.submit(remote.read_range, path, start, min(start + _CHUNK, size), transfer))
             if len(waiting) == _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _version(path: str) -> remote.ObjectVersion | None:
+def _version(path: str, transfer: Transfer) -> remote.ObjectVersion | None:
     """Local files are open while they are read; a remote one could be replaced between two ranges."""
-    return remote.stat(path) if remote.is_remote(path) else None
+    return remote.stat(path, transfer) if remote.is_remote(path) else None
 
 
 _RENAME = "give every sample a key of its own and write the tar again"

@@ -90,7 +90,7 @@ class _Pictures:
 
 def _levels(image_size: int, downsample: int) -> int:
     levels = int(math.log2(max(1, downsample)))
-    if 2**levels != downsample or downsample < 2 or image_size % downsample:
+    if 2**levels != downsample or downsample < 2 or image_size % downsample or image_size < 1:
         rule = f"must be a power of 2, at least 2, that divides --image-size {image_size}"
         raise ConfigError(f"--downsample {downsample} {rule}; change one of the two")
     return levels

@@ -139,6 +139,7 @@ def train(parsed: argparse.Namespace) -> int:
         return 1
     from ecar_dist.plan.flops import FLOPS_PER_MAC
     from ecar_dist.plan.report import training_macs
+    from ecar_dist.runtime.stop import StoppedEarlyError
     from ecar_dist.runtime.world import RemoteError, start_world, stop_world
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
@@ -155,6 +156,9 @@ def train(parsed: argparse.Namespace) -> int:
             print(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
     except RemoteError:
         return 1
+    except StoppedEarlyError as stopped:
+        print(f"ecar-dist: {stopped}; run the same command again", file=sys.stderr)
+        return EX_TEMPFAIL
     stop_world()
     return 0 if finished else EX_TEMPFAIL
 

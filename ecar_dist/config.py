@@ -128,6 +128,9 @@ class DataSection(Section):
     )
     images: str | None = Field(None, description="folder or URL of image shards instead: encoded while training")
     flip_images: bool = Field(False, description="mirror half of the images (latents: `ecar-data encode --flip store`)")
+    resize: Literal["cubic", "adm"] = Field(
+        "cubic", description="of images: cubic, or the reference of ADM and DiT (PIL)"
+    )
     num_classes: int = Field(ge=1, description="labels are 0 .. num_classes-1; the null label is num_classes")
     latent_channels: int = Field(4, ge=1)
     latent_size: int = Field(32, ge=1, description="latent side at the finest stage")

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +70,19 @@ def test_from_a_bucket_of_tars_to_a_run_that_streams(bucket, tree, write_config,
                               "data.on_bad=substitute", "data.max_bad=0.01", "data.num_classes=10")  # fmt: skip
     assert np.isfinite(losses(straight)).all()
     assert "verysecretvalue" not in "".join(capfd.readouterr())
+
+
+def test_a_stop_signal_ends_a_run_that_waits_for_data(bucket, tree, write_config, tmp_path):
+    tree["data"]["latents"] = prepare(bucket, tmp_path)
+    bucket.break_on({"kind": "status", "status": 503, "match": ".tar", "times": None})
+    command = [sys.executable, "-m", "ecar_dist", "train", str(write_config())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("from the start" in line for line in process.stdout)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=20)
+    assert (process.returncode, out) == (75, f"stopped on a signal at step 0: {tmp_path}/runs/tiny\n"), error
 
 
 def test_each_node_downloads_its_own_lanes_only(bucket, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import mmap
 from collections.abc import Container, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ecar_dist.data.shard_files import check_presence
 from ecar_dist.data.shard_store import ShardStore
 from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import Transfer
 
@@ -54,7 +55,7 @@ class ImageShards:
         self._firsts = [entry.first_index for entry in self.manifest.shards]
         self._tables: dict[int, np.ndarray] = {}
         self._maps: dict[int, mmap.mmap] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonPool | None = None
         self._transfer = Transfer()
         self.stats = self._transfer.stats  # of what came from a URL without the store
         if store is None and not remote.is_remote(self._home):
@@ -75,9 +76,12 @@ class ImageShards:
                 self._prepare(owner)
             return [self._record(*place) for place in places]
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="images")
-        list(self._pool.map(self._prepare, owners))
-        return list(self._pool.map(lambda place: self._record(*place), places))
+            self._pool = DaemonPool(_READERS, "images")
+        try:
+            list(self._pool.map(self._prepare, owners))
+            return list(self._pool.map(lambda place: self._record(*place), places))
+        except CancelledError:
+            raise DataError(f"reading {redact(self._home)} was stopped; start again to go on") from None
 
     def labels(self) -> np.ndarray:
         """int64 [count], from the tables alone."""
@@ -93,6 +97,8 @@ class ImageShards:
     def close(self) -> None:
         """End the reads from URLs that are underway: they insist for minutes. Safe to call twice."""
         self._transfer.stopping.set()
+        if self._pool is not None:
+            self._pool.end()
 
     def _place(self, sample_index: int) -> tuple[int, int]:
         """Shard, and row in its table."""
@@ -129,7 +135,8 @@ class ImageShards:
         """A range of a tar; a file in a directory whole, so that one that has grown is noticed."""
         where = remote.join(self._home, entry.name)
         if entry.kind == "files":
-            return remote.read_bytes(remote.join(where, key), self._transfer)
+            path = remote.join(where, key)
+            return remote.read_object(path, stop, self._transfer) if remote.is_remote(path) else remote.read_bytes(path)
         if remote.is_remote(where):
             return remote.read_range(where, start, stop, self._transfer) if stop > start else b""
         return _read_local(where, start, stop)

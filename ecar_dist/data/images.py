@@ -174,7 +174,7 @@ def _header_fault(blob: bytes, key: str) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return _unreadable(key, error)
     if width * height > MAX_PIXELS:
-        return f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink or remove it"
+        return f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink it or leave it out"
     if mode.startswith(_DEEP_MODES):
         return f"image {key} has mode {mode}, more than 8 bits a channel; convert it to 8 bits"
     return None
@@ -185,7 +185,7 @@ def _unreadable(key: str, error: Exception) -> str:
     reason = (
         (str(error).strip().split("\n")[0].rstrip(" :") or type(error).__name__) if known else "no known image format"
     )
-    return f"image {key} cannot be decoded ({reason}); repair or remove it"
+    return f"image {key} cannot be decoded ({reason}); repair it or leave it out"
 
 
 def _raise_first(failures: dict[int, str]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -21,6 +21,8 @@ from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
 
 _BLOCK = 16384  # positions whose places are worked out at once: the order costs numpy calls, not samples
+
+_POLL_SECONDS = 0.2  # between two looks at whether the consumer still wants to wait
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,29 @@ class SampleLoader:
         return self
 
     def __next__(self) -> MicroBatch:
+        taken = self.take(1)
+        assert taken is not None
+        return taken[0]
+
+    def take(self, count: int, give_up: Callable[[], bool] = lambda: False) -> list[MicroBatch] | None:
+        """The next `count` micro-batches; None where `give_up` turned true while they were awaited."""
+        taken: list[MicroBatch] = []
         began = time.perf_counter()
-        item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - began
-        if isinstance(item, MicroBatch):
-            return item
-        self._queue.put(item)  # the end stays the end for a caller that asks again
-        raise StopIteration if item is None else item
+        try:
+            while len(taken) < count:
+                try:
+                    item = self._queue.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    if give_up():
+                        return None
+                    continue
+                if not isinstance(item, MicroBatch):
+                    self._queue.put(item)  # the end stays the end for a caller that asks again
+                    raise StopIteration if item is None else item
+                taken.append(item)
+            return taken
+        finally:
+            self.wait_seconds += time.perf_counter() - began
 
     def close(self) -> None:
         """End the reading thread and close the sources. Safe to call twice."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import join, read_bytes
+from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
 
 MANIFEST_NAME = "manifest.json"
@@ -160,8 +160,11 @@ def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
 def _read_json(url: str, kind: type[AnyManifest]) -> Any:
     try:
         return json.loads(read_bytes(url))
-    except ObjectMissing:
-        raise DataError(f"{redact(url)} does not exist; make it with `{kind.MADE_BY}`") from None
+    except ObjectMissing as error:
+        if is_remote(url):
+            raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
+        fix = f"did you mean {meant}?" if (meant := meant_url(url)) else f"make it with `{kind.MADE_BY}`"
+        raise DataError(f"{redact(url)} does not exist; {fix}") from None
     except ValueError as error:
         raise DataError(f"{redact(url)} is not JSON ({error}); run `{kind.MADE_BY}` again") from None
 

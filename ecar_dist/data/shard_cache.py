@@ -59,7 +59,7 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             sweep_temporaries(self._folder)
         except OSError as error:
-            raise DataError(f"cannot use the cache folder {self._folder} ({error}); set ECAR_CACHE_DIR") from None
+            raise DataError(f"cannot use the cache folder {self._folder} ({error}); set data.cache.dir") from None
         self._ranges = DaemonPool(options.threads, "shard-range")
         self._shards = DaemonPool(max(2, options.threads // 4), "shard-fetch")
         self._underway: dict[int, Future[None]] = {}
@@ -80,11 +80,11 @@ class ShardCache:
             except FileNotFoundError:  # never here, or evicted by another process since
                 pass
             except OSError as error:
-                raise DataError(f"cannot read {path} ({error.strerror}); set ECAR_CACHE_DIR to a sound disk") from None
+                raise DataError(f"cannot read {path} ({error.strerror}); set data.cache.dir to a sound disk") from None
             except ShardDamaged:
                 if damaged is not None:
                     raise DataError(
-                        f"{path} was damaged again after it was fetched and proven; set ECAR_CACHE_DIR to a sound disk"
+                        f"{path} was damaged again after it was fetched and proven; set data.cache.dir to a sound disk"
                     ) from None
                 damaged = found
             self._bring(shard_index, damaged)
@@ -167,7 +167,7 @@ class ShardCache:
         except OSError as error:
             raise DataError(
                 f"cannot store {self.where(shard_index)} of {entry.bytes} bytes in {self._folder} ({error.strerror}); "
-                "free space there, lower the cache's budget, or set ECAR_CACHE_DIR to another disk"
+                "free space there, lower the cache's budget, or set data.cache.dir to another disk"
             ) from None
 
 

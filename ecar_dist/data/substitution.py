@@ -47,7 +47,7 @@ class Substitutes:
     def replace(self, places: Places, error: BadSamples) -> Places:
         """The same positions with other samples, which may be bad too. Raises DataError past the bound."""
         if not self._max_bad:
-            raise DataError(str(error))
+            raise DataError(f"{error}, or set data.on_bad=substitute")
         for at in error.reasons:
             self._count_lost(places, at, error)
         lost, total = sum(sum(lost.values()) for lost in self._lost), self._stream.count

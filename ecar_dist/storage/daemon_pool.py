@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
+
+PATIENCE = 2.0  # seconds: most of what runs is done by then, and leaves no file half-made
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class DaemonPool:
@@ -37,8 +42,13 @@ class DaemonPool:
             self._queue.put(_Task(future, lambda: run(*args, **options)))
         return future
 
-    def end(self) -> None:
-        """Cancel what waits; the threads end with what they are doing now, and nobody waits for them."""
+    def map(self, run: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
+        """The results in the order of the items, all of which are submitted now."""
+        futures = [self.submit(run, item) for item in items]
+        return (future.result() for future in futures)
+
+    def end(self, patience: float = 0.0) -> None:
+        """Cancel what waits; what runs gets so many seconds, and then nobody waits for it any longer."""
         with self._lock:
             self._ended = True
             while not self._queue.empty():
@@ -47,6 +57,17 @@ class DaemonPool:
                         task.future.cancel()
             for _ in self._threads:
                 self._queue.put(None)
+        deadline = time.monotonic() + patience
+        for thread in self._threads if patience else ():
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> DaemonPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(PATIENCE)
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:

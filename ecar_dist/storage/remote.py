@@ -7,9 +7,9 @@ off here. They are made on first use in each process, since their event loops do
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,9 @@ import fsspec
 import fsspec.asyn
 
 from ecar_dist.errors import DataError
+from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact, scrub
-from ecar_dist.storage.retries import ObjectMissing, Transfer, insist
+from ecar_dist.storage.retries import ObjectMissing, Transfer, insist, status_of
 
 T = TypeVar("T")
 _LISTING_THREADS = 16
@@ -41,6 +42,13 @@ def is_remote(folder: str | Path) -> bool:
     """True for a URL other than file://."""
     text = str(folder)
     return "://" in text and not text.startswith("file://")
+
+
+def meant_url(path: str | Path) -> str | None:
+    """The URL behind a path like s3:/bucket/set: typed so, or taken for a path on the way. None for other paths."""
+    scheme, mark, rest = str(path).partition(":/")
+    lost = mark and not rest.startswith("/") and re.fullmatch(r"[a-z][a-z0-9+.\-]+", scheme)
+    return f"{scheme}://{rest}" if lost else None
 
 
 def local_path(folder: str | Path) -> Path:
@@ -92,6 +100,35 @@ def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None
     return body
 
 
+def read_object(url: str, size: int, transfer: Transfer | None = None) -> bytes:
+    """An object that must have `size` bytes, whole, by one request. Raises as `stat` does, and for another size."""
+    transfer = transfer or Transfer()
+
+    def attempt(place: _Place, timeout: float) -> bytes:
+        body = _up_to(place, size + 1, timeout)  # one byte more shows that it has grown
+        if len(body) == size:
+            return body
+        found = place.call("info", timeout).get("size")  # whose fault is it, the object's or the connection's?
+        if found != size:
+            raise DataError(f"{redact(url)} has {found} bytes, {size} were expected; restore it, or index it again")
+        raise EOFError(f"a body of {len(body)} bytes where {size} were asked for")
+
+    body = _insist("reading", url, transfer, attempt, size)
+    transfer.stats.add(bytes=len(body))
+    return body
+
+
+def _up_to(place: _Place, stop: int, timeout: float) -> bytes:
+    """Bytes [0, stop) of an object, or what there is of them."""
+    try:
+        body: bytes = place.call("cat_file", timeout, start=0, end=stop)
+    except Exception as error:
+        if status_of(error) != 416:
+            raise
+        return b""  # nothing has no first byte
+    return body
+
+
 def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
     """Size and version. Raises ObjectMissing where there is none, DataError for other failures."""
     info = _insist("looking up", url, transfer, lambda place, timeout: place.call("info", timeout))
@@ -102,12 +139,14 @@ def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
 def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, int]]:
     """(name relative to `url`, bytes) of every object under it, sorted by name.
 
-    Folder by folder, so that a failed page repeats one folder and not the whole listing. Raises as `stat` does.
+    Folder by folder, so that a failed page repeats one folder and not the whole listing. Raises as `stat` does, and
+    then ends the transfer.
     """
+    transfer = transfer or Transfer()
     found: list[tuple[str, int]] = []
     root = _Place(url).path.rstrip("/")
     folders = [root]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+    with DaemonPool(_LISTING_THREADS, "list-files") as pool, transfer.stopped_by_errors():
         while folders:
             listings = pool.map(lambda folder: _list_folder(url, folder, transfer), folders)
             entries = [entry for listing in listings for entry in listing]
@@ -117,9 +156,7 @@ def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, in
     return sorted(found)
 
 
-def _list_folder(url: str, folder: str, transfer: Transfer | None) -> list[dict[str, Any]]:
-    transfer = transfer or Transfer()
-
+def _list_folder(url: str, folder: str, transfer: Transfer) -> list[dict[str, Any]]:
     def attempt(place: _Place, _: float) -> list[dict[str, Any]]:
         # a folder may have any number of pages: its time is the deadline's
         entries = place.call("ls", transfer.policy.deadline, path=folder, detail=True)

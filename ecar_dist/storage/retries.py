@@ -1,14 +1,16 @@
 """One rule of retrying for all object stores: what is tried again, how often, and what the user is told in the end.
 
 Transport errors, time-outs, short bodies and the statuses 408, 429 and 5xx are tried again with growing pauses until a
-deadline. Every other status is final at once.
+deadline. Every other status is final at once, and so is a server that cannot be trusted or does not speak TLS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +77,15 @@ class Transfer:
     stats: TransferStats = field(default_factory=TransferStats)
     stopping: threading.Event = field(default_factory=threading.Event)
 
+    @contextlib.contextmanager
+    def stopped_by_errors(self) -> Iterator[None]:
+        """What ends the block early, Ctrl-C too, ends the requests of other threads: they insist for minutes."""
+        try:
+            yield
+        except BaseException:
+            self.stopping.set()
+            raise
+
 
 @dataclass(frozen=True)
 class _Verdict:
@@ -86,26 +97,27 @@ class _Verdict:
     missing: bool
     expired: bool
     timed_out: bool
+    tls: bool  # no trust, or no common language; not a connection that broke
 
     @staticmethod
     def of(error: BaseException) -> _Verdict:
-        status, code = _status(error), _code(error)
+        status, code, tls = status_of(error), _code(error), _tls_fault(error)
         # http's file system turns any failure into FileNotFoundError and keeps the true one as its cause
-        root = list(_chain(error))[-1]
+        root = tls or list(_chain(error))[-1]
         if status is None:
-            final = isinstance(root, _FINAL_TYPES) or type(root).__name__ in _FINAL_NAMES
+            final = tls is not None or isinstance(root, _FINAL_TYPES) or type(root).__name__ in _FINAL_NAMES
         else:
             final = 400 <= status < 500 and status not in (408, 429)
         missing = status == 404 or (final and status is None and isinstance(root, FileNotFoundError))
         name = code if code and not code.isdigit() else type(root).__name__
-        words = scrub(" ".join(str(error).split()))[:160]
+        words = scrub(" ".join(str(tls or error).split()))[:160]
         reason = (f"HTTP {status} {name}" if status else name) + (f" ({words})" if words else "")
         timed_out = status is None and isinstance(error, TimeoutError)
         if missing and status is None:
             reason = "no such object"
         elif timed_out:
             reason = "no whole answer in time"
-        return _Verdict(reason, status, final, missing, code in _EXPIRED, timed_out)
+        return _Verdict(reason, status, final, missing, code in _EXPIRED, timed_out, tls is not None)
 
     @property
     def fix(self) -> str:
@@ -113,6 +125,8 @@ class _Verdict:
             return "check the URL"
         if self.status in (400, 401, 403) or "Credentials" in self.reason:
             return "check the credentials and the rights of this user"
+        if self.tls:
+            return "check the endpoint's http:// or https://, and its certificate"
         if self.final:
             return "check the URL and the settings of the store"
         return "check the network and the store, then start again"
@@ -221,7 +235,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status anywhere in the chain: botocore, aiohttp, gcsfs and azure each keep it elsewhere."""
     for link in _chain(error):
         if any(kind.__name__ == "HttpProcessingError" for kind in type(link).__mro__):
@@ -233,6 +247,20 @@ def _status(error: BaseException) -> int | None:
             if isinstance(value := getattr(link, name, None), int) and 400 <= value < 600:
                 return value
     return None
+
+
+def _tls_fault(error: BaseException) -> ssl.SSLError | None:
+    """Why no TLS connection can be had from this server, wherever the libraries above keep it."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, ssl.SSLError) and not isinstance(link, _BROKEN_TLS) and link.reason not in _BROKEN_RECORDS:
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
+_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # like any connection that ends
+_BROKEN_RECORDS = {"DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "UNEXPECTED_EOF_WHILE_READING"}
 
 
 def _code(error: BaseException) -> str | None:

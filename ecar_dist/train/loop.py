@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.substitution import Substitution
-from ecar_dist.errors import TrainingError
+from ecar_dist.errors import EcarError, TrainingError
 from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
@@ -47,15 +47,13 @@ class Training:
 
 
 def train(run: Training, progress: Progress) -> Progress:
-    """Train from `progress` to the end, or to the step after a stop signal. Either way the last step is committed."""
-    config, batch = run.config, run.config.batch.global_batch_size
-    saved, stopped = progress, False
-    batches = iter(run.loader)
-    while progress.samples_seen < config.train.total_samples and not stopped:
+    """Train from `progress` to the end, or to a stop signal. Either way the last step is committed."""
+    config, batch, saved = run.config, run.config.batch.global_batch_size, progress
+    run.stop.defer()
+    while progress.samples_seen < config.train.total_samples and (batches := next_batches(run)):
         result = train_step(run, batches, progress)
         progress = Progress(progress.samples_seen + batch, progress.step + 1)
         run.ema.update(progress.samples_seen, batch)
-        stopped = result.stop
         if progress.step % config.log.every_steps == 0:
             log(run, progress, result)
         if config.log.tensorboard and crossed(config.sample.every_samples, progress.samples_seen, batch):
@@ -68,36 +66,51 @@ def train(run: Training, progress: Progress) -> Progress:
     return progress
 
 
-def train_step(run: Training, batches: Iterator[MicroBatch], progress: Progress) -> StepResult:
+def next_batches(run: Training) -> list[MicroBatch] | None:
+    """The micro-batches of one step, once every rank has its own: no rank enters a step that another cannot take.
+
+    None on all ranks where any was asked to stop; on all ranks an error where the data of any failed.
+    """
+    batches, error = None, None
+    try:
+        batches = run.loader.take(run.config.grad_accum_steps(run.world.size), lambda: bool(run.stop))
+    except EcarError as failure:
+        error = failure
+    flags = torch.tensor([bool(run.stop), error is not None], dtype=torch.float64, device=run.world.device)
+    stops, errors = run.world.sum(flags).tolist()
+    if errors:
+        run.world.agree(error)
+    return None if stops else batches
+
+
+def train_step(run: Training, batches: Sequence[MicroBatch], progress: Progress) -> StepResult:
     """Micro-batches: loss and backward; then one engine step. Raises TrainingError on all ranks if it is not finite."""
     config, device = run.config, run.world.device
     rate = learning_rate(
         config.optim, progress.samples_seen + config.batch.global_batch_size, config.train.total_samples
     )
     run.engine.set_learning_rate(rate)
-    # per stage, then stop requests and replaced samples
-    sums = torch.zeros(config.flow.num_stages + 2, dtype=torch.float64, device=device)
-    accumulate = config.grad_accum_steps(run.world.size)
-    replaced: list[Substitution] = []
-    for micro_step in range(accumulate):
-        micro = next(batches)
-        replaced += micro.substitutions
+    replaced = [one for micro in batches for one in micro.substitutions]
+    sums = torch.zeros(
+        config.flow.num_stages + 1, dtype=torch.float64, device=device
+    )  # per stage, and replaced samples
+    for micro in batches:
         parts = (micro.values, micro.labels, micro.positions)
         values, labels, positions = (part.to(device, non_blocking=True) for part in parts)
         loss, per_stage = run.engine(values, labels, positions)
         run.engine.backward(loss)
-        sums[:-2] += per_stage.double().sum(0)
-        if micro_step == accumulate - 1:
-            sums[-2], sums[-1] = float(bool(run.stop)), float(note_substitutions(run, replaced))
+        sums[:-1] += per_stage.double().sum(0)
+        if micro is batches[-1]:
+            sums[-1] = note_substitutions(run, replaced)
             run.world.sum(sums)  # every rank knows the loss before any weight moves
             _refuse_non_finite(run.world, "loss", bool(torch.isfinite(sums).all()), progress)
         run.engine.step()
     _refuse_non_finite(run.world, "gradient norm", math.isfinite(run.engine.grad_norm), progress)
-    *losses, stops, replacements = sums.tolist()
+    *losses, replacements = sums.tolist()
     run.replaced_samples += int(replacements)
     stage_losses = tuple(total / config.batch.global_batch_size for total in losses)
     loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
-    return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate, stop=stops > 0)
+    return StepResult(loss_value, stage_losses, run.engine.grad_norm, rate)
 
 
 def note_substitutions(run: Training, made: Sequence[Substitution]) -> int:

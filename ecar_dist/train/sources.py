@@ -125,7 +125,8 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
     data, cache = config.data, cache_options(config.data)
     if data.images is not None:
         kind = "dali" if data.backend == "dali" else "pil"
-        decoder = open_decoder(kind, "mixed" if kind == "dali" and device.type == "cuda" else "cpu")
+        mixed = kind == "dali" and device.type == "cuda"
+        decoder = open_decoder(kind, "mixed" if mixed else "cpu", data.resize)
         size = data.latent_size * config.vae.downsample
         return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
     sources = [LatentSource(source.latents, cache) for source in data.latent_sources]

@@ -118,6 +118,7 @@ def run_identity(
         "dataset_ids": data.dataset_ids,
         **{f"data_order.{name}": value for name, value in stream.describe().items()},
         "data.flip_images": config.data.flip_images,
+        "data.resize": config.data.resize,
         "encoder.weights_sha256": encoder and encoder.weights_sha256,
     }
 

@@ -19,7 +19,6 @@ class StepResult:
     stage_losses: tuple[float, ...]
     grad_norm: float
     learning_rate: float
-    stop: bool  # some rank was asked to stop
 
 
 class Telemetry:

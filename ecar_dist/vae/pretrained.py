@@ -6,6 +6,7 @@ diffusers takes seconds to import, so it is imported where it is used.
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,8 +108,11 @@ def save_autoencoder(model: Any, folder: Path, scaling_factor: float, shift_fact
 
 def _autoencoder_class(name: str) -> Any:
     import diffusers
+    from huggingface_hub.utils import logging as hub_logging
 
     diffusers.utils.logging.set_verbosity_error()  # its advice on loading is about pipelines
+    hub_logging.set_verbosity_error()  # a line for each attempt; the last one's error is ours to tell
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", module="huggingface_hub")  # diffusers' habit
     return getattr(diffusers, name)
 
 
@@ -137,8 +141,19 @@ def _class_name(path: str) -> str | None:
 
 
 def _not_loaded(path: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().split("\n")[0]
-    return ConfigError(f"cannot load autoencoder {path!r} ({reason}); give a local folder, or {_MAKE_ONE}")
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    if Path(path).exists():
+        return ConfigError(f"cannot load autoencoder {path!r} ({reason}); give a local folder, or {_MAKE_ONE}")
+    chain = _chain(error)
+    if any(type(link).__name__ == "LocalEntryNotFoundError" for link in chain):
+        reason = f"cannot reach the hub ({str(chain[-1]).strip()})"  # diffusers says that a file is missing there
+    return ConfigError(f"no local folder {path!r}, and as a hub name: {reason}; give a local folder, or {_MAKE_ONE}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, the root last."""
+    before = error.__cause__ or error.__context__
+    return [error] if before is None else [error, *_chain(before)]
 
 
 def _identity(kind: str, model: Any, name: str, downsample: int) -> EncoderIdentity:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -405,3 +406,16 @@ def test_a_source_makes_room_and_then_asks_for_what_it_does_not_have(tmp_path, d
     source.close()
     future = {2: 0, 0: 1, 1: 2}
     assert store.heard == [("open", 0), ("open", 2), ("retire", future), ("prefetch", [1]), ("close",)]
+
+
+def test_a_consumer_may_give_up_waiting(latents, monkeypatch):
+    monkeypatch.setattr(LatentSource, "read", lambda *_: time.sleep(3600))
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as ends:
+        patch.setattr(loader_module, "_POLL_SECONDS", 0.05)
+        loader = open_loader(latents[0])
+        ends.callback(loader._stopping.set)  # its thread sleeps on: close() would wait for it
+        asked = iter([False, False, True])
+        began = time.perf_counter()
+        assert loader.take(2, lambda: next(asked)) is None
+        assert 0.1 < time.perf_counter() - began < 2
+        assert loader.wait_seconds > 0.1

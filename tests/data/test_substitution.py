@@ -80,7 +80,7 @@ def test_rows_and_shards_of_different_sources_are_told_apart():
 
 
 def test_unasked_the_first_one_is_the_error():
-    with pytest.raises(DataError, match=r"^\(1, 0, \d+\) is bad$"):
+    with pytest.raises(DataError, match=r"^\(1, 0, \d+\) is bad, or set data.on_bad=substitute$"):
         replace_all(lambda source, shard, row: source == 1 and shard == 0, max_bad=0.0)
 
 

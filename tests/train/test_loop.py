@@ -8,10 +8,10 @@ import torch
 
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
-from ecar_dist.errors import TrainingError
+from ecar_dist.errors import DataError, TrainingError
 from ecar_dist.runtime.checkpoint import Progress
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.loop import crossed, data_values, draw_preview, train_step
+from ecar_dist.train.loop import crossed, data_values, draw_preview, next_batches, train_step
 from tests.train.test_objective import make_config
 
 ALONE = World(Placement(), torch.device("cpu"))
@@ -51,22 +51,48 @@ def make_batch(size, substitutions=()):
 
 
 def run_step(engine, stop=False):
-    return train_step(make_run(engine, stop), iter([make_batch(4)]), Progress(8, 2))
+    return train_step(make_run(engine, stop), [make_batch(4)], Progress(8, 2))
 
 
-def test_a_step_reports_the_global_loss_and_the_stop():
-    result = run_step(PretendEngine(0.5, 2.0), stop=True)
-    assert (result.loss, result.stage_losses, result.grad_norm, result.stop) == (0.5, (0.5, 0.5), 2.0, True)
-    assert run_step(PretendEngine(0.5, 2.0)).stop is False
+def test_a_step_reports_the_global_loss():
+    result = run_step(PretendEngine(0.5, 2.0))
+    assert (result.loss, result.stage_losses, result.grad_norm) == (0.5, (0.5, 0.5), 2.0)
+
+
+class PretendLoader:
+    """Gives what it is told, or waits until the consumer gives up."""
+
+    def __init__(self, *given):
+        self.given = list(given)
+
+    def take(self, count, give_up):
+        if not self.given:
+            assert give_up(), "would wait for ever"
+            return None
+        item = self.given.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return [item] * count
+
+
+def test_a_step_begins_when_its_data_is_there_and_nobody_was_asked_to_stop():
+    run, batch = make_run(None, micro_batch_size=2), make_batch(2)
+    run.loader = PretendLoader(batch, DataError("shard x is damaged"), batch)
+    assert next_batches(run) == [batch, batch]
+    with pytest.raises(DataError, match="shard x"):
+        next_batches(run)
+    run.stop = True
+    assert next_batches(run) is None  # its data is there: the step is not begun all the same
+    assert next_batches(run) is None  # no data will come
 
 
 def test_replaced_samples_are_counted_and_listed_with_the_step_that_used_them(tmp_path):
     made = [Substitution(position, 7, 70 + position, "shard x is damaged") for position in range(4)]
     run = make_run(PretendEngine(0.5, 2.0), micro_batch_size=2, directory=SimpleNamespace(logs=tmp_path))
     parts = [made[:1], made[1:3], [], [], [], made[3:]]
-    batches, run.loader = iter([make_batch(2, tuple(part)) for part in parts]), SimpleNamespace(sources=[])
+    batches, run.loader = [make_batch(2, tuple(part)) for part in parts], SimpleNamespace(sources=[])
     for step, replaced in enumerate([3.0, 3.0, 4.0]):
-        train_step(run, batches, Progress(4 * step, step))
+        train_step(run, batches[2 * step : 2 * step + 2], Progress(4 * step, step))
         assert data_values(run) == {"data/replaced_samples": replaced}
     lines = (tmp_path / "substituted.rank-00000.jsonl").read_text().splitlines()
     assert [Substitution(**json.loads(line)) for line in lines] == made
