@@ -116,9 +116,10 @@ def plan(
         precision=precision,
         flip=flip,
     )
-    _print_plan(settle_plan(out, wanted), out, tasks)
+    settled = settle_plan(out, wanted)
     if device == "auto" and target.type == "cpu":
-        print("This plan is for workers on the CPU (--device cuda if they have a GPU).")
+        print("workers   on the CPU, as this machine has no GPU; --device cuda if they have one")
+    _print_plan(settled, out, tasks)
 
 
 def _what_next(out: Path, there: int, num_shards: int, max_bad: float) -> str:

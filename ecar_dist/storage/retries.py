@@ -252,11 +252,12 @@ def status_of(error: BaseException) -> int | None:
 def _tls_fault(error: BaseException) -> ssl.SSLError | None:
     """Why no TLS connection can be had from this server, wherever the libraries above keep it."""
     link: BaseException | None = error
+    root: ssl.SSLError | None = None  # the innermost one: aiohttp's own kind wraps any other
     while link is not None:
-        if isinstance(link, ssl.SSLError) and not isinstance(link, _BROKEN_TLS) and link.reason not in _BROKEN_RECORDS:
-            return link
+        root = link if isinstance(link, ssl.SSLError) else root
         link = link.__cause__ or link.__context__
-    return None
+    broken = isinstance(root, _BROKEN_TLS) or getattr(root, "reason", None) in _BROKEN_RECORDS
+    return None if broken else root
 
 
 _BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # like any connection that ends

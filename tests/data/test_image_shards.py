@@ -3,6 +3,7 @@ import json
 import os
 import random
 import threading
+import time
 from urllib.parse import quote
 
 import fsspec
@@ -222,6 +223,37 @@ def test_an_object_store_that_stumbles(tmp_path, object_store):
     asked = [8, 0, 5, 1, 2]
     assert ImageShards(tmp_path / "there").read_many(asked) == ImageShards(tmp_path / "index").read_many(asked)
     assert len(object_store.log()) == len(asked) + 3
+    assert object_store.log("HEAD") == [], "the table knows the sizes"
+
+
+def test_objects_that_change_or_come_cut(tmp_path, object_store):
+    write_class_folders(tmp_path)
+    before = (tmp_path / "classes/b/1.JPEG").read_bytes()
+    for path in (tmp_path / "classes/b").iterdir():
+        object_store.put(f"classes/b/{path.name}", path.read_bytes())
+    index(f"{object_store.url}/classes", tmp_path / "there")
+    shards = ImageShards(tmp_path / "there")
+    object_store.break_on({"kind": "short", "at": 9}, {"kind": "truncate", "at": 9})
+    assert shards.read(1).data == before, "the connection's fault, not the object's"
+    assert len(object_store.log()) == 3
+    for size in (len(before) + 5, len(before) - 5, 0):
+        object_store.put("classes/b/1.JPEG", (before * 2)[:size])
+        with pytest.raises(DataError, match=rf"b/1\.JPEG has {size} bytes, {len(before)} were expected; restore it"):
+            shards.read(1)
+
+
+def test_closing_ends_reads_that_insist(tmp_path, object_store):
+    write_tars(tmp_path)
+    index(object_store.put_folder(tmp_path / "tars", "tars/"), tmp_path / "there")
+    object_store.break_on({"kind": "status", "status": 503, "times": None})
+    shards = ImageShards(tmp_path / "there")
+    threading.Timer(0.5, shards.close).start()
+    began = time.monotonic()
+    with pytest.raises(DataError, match="was stopped; start again"):
+        shards.read_many(range(12))
+    assert time.monotonic() - began < 10
+    with pytest.raises(DataError, match="was stopped; start again"):
+        shards.read_many(range(12))
 
 
 def test_tars_in_an_object_store_are_read_once(tmp_path, object_store):

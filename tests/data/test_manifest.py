@@ -5,6 +5,9 @@ import pytest
 from ecar_dist.data.manifest import MANIFEST_NAME, load_image_manifest, load_manifest
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
+from tests.data.object_store import object_store, s3_server
+
+__all__ = ["object_store", "s3_server"]
 
 
 def test_round_trip_and_identity(tmp_path):
@@ -20,6 +23,18 @@ def test_round_trip_and_identity(tmp_path):
 def test_missing_names_the_fix(tmp_path):
     with pytest.raises(DataError, match=r"manifest.json does not exist.*ecar-data finalize"):
         load_manifest(tmp_path)
+
+
+def test_missing_behind_a_url_keeps_the_stores_reason(object_store):
+    with pytest.raises(DataError, match=r"no such object; check the URL, or send the set there with `ecar-data push`$"):
+        load_manifest(f"{object_store.url}/set")
+    with pytest.raises(DataError, match=r"s3://nobucket.*NoSuchBucket .*; check the URL, or send the set there"):
+        load_image_manifest("s3://nobucket/set")
+
+
+def test_a_url_that_lost_a_slash():
+    with pytest.raises(DataError, match=r"does not exist; did you mean s3://bucket/set/manifest.json\?"):
+        load_image_manifest("s3:/bucket/set")
 
 
 def test_wrong_schema_names_both(tmp_path):

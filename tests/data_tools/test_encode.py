@@ -93,6 +93,21 @@ def test_another_plan_is_refused_and_nothing_touched(images, whole, name):
     assert content(whole) == before
 
 
+def test_another_decoder_is_often_another_device(images, tmp_path):
+    plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cuda")
+    with pytest.raises(DataError, match=r"its decoder is dali-mixed, this command's dali-cpu; .*--device"):
+        plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cpu")
+
+
+def test_the_last_words_say_what_comes_next(images, tmp_path, capsys):
+    encode_small(images, tmp_path / "out", task=0, tasks=2)
+    assert capsys.readouterr().out.endswith("; 3 of 5 shards are there; other tasks make the rest\n")
+    encode_small(images, tmp_path / "out", task=1, tasks=2, max_bad=0.25)
+    said = capsys.readouterr().out
+    assert said.endswith(f"; next: ecar-data finalize {tmp_path}/out --max-bad 0.25\n")
+    assert "failed images so far: 0" in said
+
+
 def test_an_occupied_folder_is_refused(images, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match=r"is not empty and has no plan\.json"):
@@ -111,8 +126,11 @@ def test_flips_are_moments_of_mirrored_images(images, tmp_path):
 
 
 def test_settings_that_do_not_fit(images, tmp_path):
-    with pytest.raises(ConfigError, match="--image-size 20 is not a multiple of 8"):
+    with pytest.raises(ConfigError, match=r"--image-size 20 is not a positive multiple of 8, .*; take e\.g\. 16"):
         encode_small(images, tmp_path / "out", image_size=20)
+    for image_size in (0, -8):
+        with pytest.raises(ConfigError, match=f"--image-size {image_size} is not a positive multiple of 8, .* e.g. 8"):
+            encode_small(images, tmp_path / "out", image_size=image_size)
     with pytest.raises(ConfigError, match=r"--task 3 is outside 0\.\.2"):
         encode_small(images, tmp_path / "out", task=3, tasks=3)
     with pytest.raises(ConfigError, match=r"--max-bad 1.5 is outside \[0, 1\]"):
@@ -146,7 +164,17 @@ def test_the_plan_is_settled_and_printed_without_an_image(images, whole, tmp_pat
 def test_a_plan_for_gpus_needs_none(images, tmp_path, capsys):
     plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cuda")
     assert read_plan(tmp_path / "out").decoder == "dali-mixed"
-    assert "--decoder dali --resize cubic" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--decoder dali --resize cubic" in printed
+    assert "workers" not in printed
+
+
+def test_a_plan_made_without_a_gpu_says_so(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan(images, tmp_path / "out", vae="dct-f8", image_size=16)
+    assert (
+        "workers   on the CPU, as this machine has no GPU; --device cuda if they have one\n" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_a_shard_in_the_place_of_another_is_made_again(encoded):
     assert content(encoded) == before
 
 
+def test_the_command_for_what_is_missing_keeps_the_bound(encoded):
+    (encoded / "000001.json").unlink()
+    with pytest.raises(DataError, match=r"make them with: ecar-data encode .* --tasks 1 --max-bad 0\.2$"):
+        finalize(encoded, max_bad=0.2)
+    with pytest.raises(DataError, match=r"make them with: ecar-data encode .* --tasks 1$"):
+        finalize(encoded)
+
+
 def changed(marker, **changes):
     return dataclasses.replace(marker, entry=dataclasses.replace(marker.entry, **changes))
 
@@ -102,7 +110,7 @@ def test_finalize_proves_coverage_by_itself(encoded, monkeypatch):
     marker["entry"] = {**marker["entry"], "count": 4, "missing": [7]}
     (encoded / "000001.json").write_text(json.dumps(marker))
     monkeypatch.setattr(finalize_module, "is_committed", lambda *_: True)
-    with pytest.raises(DataError, match=r"1 rows are missing, .* the first is 7"):
+    with pytest.raises(DataError, match=r"rows missing, .*: 1, the first is 7"):
         finalize(encoded)
     assert not (encoded / "manifest.json").exists()
 

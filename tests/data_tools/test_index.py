@@ -30,10 +30,11 @@ def write_tars(folder, count=12, per_tar=5):
     return data
 
 
-def test_tars_stay_where_they_are(tmp_path):
+def test_tars_stay_where_they_are(tmp_path, capsys):
     data = write_tars(tmp_path / "tars")
     before = content(tmp_path / "tars")
     index(str(tmp_path / "tars"), tmp_path / "index")
+    assert f"next: ecar-data encode {tmp_path}/index LATENTS --vae NAME\n" in capsys.readouterr().out
     assert content(tmp_path / "tars") == before
     assert set(content(tmp_path / "index")) == {"manifest.json", "000000.npy", "000001.npy", "000002.npy"}
     assert read_all(tmp_path / "index") == data
@@ -101,7 +102,7 @@ def test_each_byte_is_read_once_and_in_ranges(tmp_path, monkeypatch):
     fsspec.filesystem("memory").pipe_file("/once/0.tar", path.read_bytes())
     ranges, true_read = [], remote.read_range
     monkeypatch.setattr(tar_samples, "_CHUNK", 10_000)
-    monkeypatch.setattr(remote, "read_range", lambda url, a, b: ranges.append((a, b)) or true_read(url, a, b))
+    monkeypatch.setattr(remote, "read_range", lambda url, a, b, _: ranges.append((a, b)) or true_read(url, a, b))
     index("memory:///once/0.tar", tmp_path / "index")
     assert sorted(ranges) == [(start, min(start + 10_000, size)) for start in range(0, size, 10_000)]
     fsspec.filesystem("memory").store.clear()
@@ -111,7 +112,7 @@ def test_an_object_that_changes_while_it_is_read(tmp_path, monkeypatch):
     data = write_tar(tmp_path / "0.tar", members_of(samples(9))).read_bytes()
     fsspec.filesystem("memory").pipe_file("/changing/0.tar", data)
     tags = iter("abc")
-    monkeypatch.setattr(remote, "stat", lambda url: remote.ObjectVersion(len(data), next(tags)))
+    monkeypatch.setattr(remote, "stat", lambda url, _: remote.ObjectVersion(len(data), next(tags)))
     with pytest.raises(DataError, match=r"0\.tar changed while it was read"):
         index("memory:///changing/0.tar", tmp_path / "index")
     fsspec.filesystem("memory").store.clear()
@@ -154,6 +155,7 @@ def test_where_labels_come_from(tmp_path, parts, label, names, expected):
 
 
 TWO = [("a.jpg", b"x"), ("a.cls", b"1")]
+TWO_B = [("b.jpg", b"x"), ("b.cls", b"1")]
 REFUSED = {
     "no label": ([("a.jpg", b"x")], {}, r"sample 'a' has parts \['jpg'\], needs one image .* and cls"),
     "no image": ([("a.cls", b"1")], {}, "sample 'a' has parts"),
@@ -162,6 +164,12 @@ REFUSED = {
     "a part twice": ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], {}, "second cls at 'a.cls'"),
     "a key twice": ([*TWO, ("b.jpg", b"x"), ("b.cls", b"1"), *TWO], {}, "sample 'a' are not adjacent"),
     "apart": ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1")], {"label": "none"}, "not adjacent"),
+    "label far behind": ([("a.jpg", b"x"), *TWO_B, ("a.cls", b"1")], {}, "'a' lie apart: 'a.cls' comes after others"),
+    "sorted by kind": (
+        [("a.cls", b"1"), ("b.cls", b"1"), ("a.jpg", b"x"), ("b.jpg", b"x")],
+        {},
+        "'a' lie apart: 'a.jpg'",
+    ),
     "label is no number": ([("a.jpg", b"x"), ("a.cls", b"dog")], {}, "label 'dog' is no number"),
     "label below zero": ([("a.jpg", b"x"), ("a.cls", b"-1")], {}, "label '-1' is no number"),
     "label too large": ([("a.jpg", b"x"), ("a.cls", b"1" * 5000)], {}, r"is no number in 0\.\.999999"),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from data_tools.finalize import finalize
 from data_tools.inspection import preview, stats, verify
 from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.errors import DataError
+from ecar_dist.errors import ConfigError, DataError
 from tests.data_tools.bad_images import write_bad_image_shards
 from tests.data_tools.image_folders import encode_small, write_image_shards
 
@@ -58,6 +59,24 @@ def test_verify_finds_what_hashes_hide(sets, at, message):
     write_manifest(latents, dataclasses.replace(manifest, shards=entries))
     with pytest.raises(DataError, match=message):
         verify(latents)
+
+
+def test_verify_says_what_it_found(sets):
+    path, entry = sets[1] / "000001.tar", load_manifest(sets[1]).shards[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-700] + b"x" + data[-699:])
+    found = describe_shard(path, entry.count, entry.first_index).sha256
+    with pytest.raises(DataError, match=rf"000001\.tar has sha256 {found}, the manifest says {entry.sha256}; restore"):
+        verify(sets[1])
+    path.write_bytes(data + bytes(512))
+    with pytest.raises(DataError, match=rf"has bytes {len(data) + 512}, the manifest says {len(data)}; restore"):
+        verify(sets[1])
+
+
+@pytest.mark.parametrize("run", [verify, stats, lambda folder: preview(folder, Path("x.png"))])
+def test_a_url_is_no_folder(run):
+    with pytest.raises(DataError, match="s3://bucket/set is a URL; give a local folder"):
+        run(Path("s3://bucket/set"))
 
 
 def test_verify_of_nothing(tmp_path):
@@ -115,6 +134,15 @@ def test_preview_shows_the_digits(digits, tmp_path):
     corners = sheet.reshape(8, 32, 8, 32, 3)[:, :3, :, :3]
     assert sheet.max() > 200
     assert corners.mean() < 40  # digits are light on dark, in the middle of their squares
+
+
+def test_preview_when_the_autoencoder_has_moved(sets, tmp_path):
+    manifest = load_manifest(sets[1])
+    gone = {**manifest.encoder, "name": str(tmp_path / "gone")}
+    write_manifest(sets[1], dataclasses.replace(manifest, encoder=gone))
+    with pytest.raises(ConfigError, match=r"gone does not exist.*; if the autoencoder .* has moved, give --vae"):
+        preview(sets[1], tmp_path / "sheet.png")
+    preview(sets[1], tmp_path / "sheet.png", vae="dct-f8")
 
 
 def test_preview_refuses_another_autoencoder(sets, tmp_path):

@@ -1,6 +1,8 @@
 import io
 import sys
 
+import pytest
+
 from data_tools.progress import progress
 
 
@@ -32,6 +34,15 @@ def test_a_log_gets_whole_lines(monkeypatch):
 def test_a_log_of_a_long_run_gets_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr("data_tools.progress._LOG_SECONDS", 0.0)
     assert len(run(io.StringIO(), monkeypatch).splitlines()) > 4
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_bytes_are_counted_in_large_units(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with progress(3_000_000_000, "B", "push") as bar:
+        bar.update(1_500_000_000)
+    text = sys.stderr.getvalue()
+    assert ("1.50GB of 3.00GB, " if stream is io.StringIO else "1.50G/3.00G") in text
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

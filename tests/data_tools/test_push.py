@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 
 from data_tools import push as push_module
 from data_tools.push import push
-from ecar_dist.data.manifest import load_image_manifest, load_manifest
+from ecar_dist.data.manifest import load_image_manifest, load_manifest, write_manifest
 from ecar_dist.data.shard_store import CacheOptions, open_store
 from ecar_dist.errors import DataError
 from ecar_dist.storage.remote import list_files, stat
@@ -40,8 +41,13 @@ def puts(object_store):
     return [entry["path"].partition("?")[0].rpartition("/")[2] for entry in object_store.log("PUT")]
 
 
-def test_what_was_pushed_streams_back(folder, url, object_store):
+def test_what_was_pushed_streams_back(folder, url, object_store, capsys):
     send(folder, url)
+    files = len(list(folder.iterdir())) - 1
+    said = f"{url}: {files} files, {{}} sent, dataset_id {load_manifest(folder).dataset_id}\n"
+    assert capsys.readouterr().out == said.format(files)
+    send(folder, url)
+    assert capsys.readouterr().out == said.format(0)
     assert puts(object_store)[-1] == "manifest.json"
     manifest = load_manifest(url)
     assert manifest == load_manifest(folder)
@@ -133,6 +139,13 @@ def test_parts_are_proven_by_their_md5s(folder, url, object_store, monkeypatch, 
         file.seek(7 << 20)
         file.write(b"x")
     assert push_module._same_bytes(tmp_path / "large", version) is None
+
+
+def test_an_index_of_what_lies_elsewhere_is_not_sent(digits, url, tmp_path):
+    manifest = load_image_manifest(digits / "images/heldout")
+    write_manifest(tmp_path, dataclasses.replace(manifest, location="s3://elsewhere/images"))
+    with pytest.raises(DataError, match="is an index of s3://elsewhere/images, and an index cannot be pushed, only a"):
+        send(tmp_path, url)
 
 
 def test_image_sets_go_too(digits, url):

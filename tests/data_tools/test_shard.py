@@ -73,7 +73,7 @@ def test_bad_files_within_the_bound_are_left_out_and_listed(tmp_path):
         (0, "bird", "0.jpeg"),
         (21, "dog", "5.png"),
     ]
-    with pytest.raises(DataError, match="2 are bad and --max-bad allows 1"):
+    with pytest.raises(DataError, match="bad images so far: 2, --max-bad allows 1"):
         shard(str(root), tmp_path / "other", max_bad=0.05)
 
 

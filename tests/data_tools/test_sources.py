@@ -135,7 +135,18 @@ def test_patterns_that_match_nothing_or_too_much(tmp_path, bucket, pattern, mess
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["t", "t/0.tar.gz", "t/{0..1}.tar.gz"])
+def test_compressed_tars_are_refused(tmp_path, bucket, pattern):
+    present = ("t/0.tar.gz", "t/1.tar.gz", "t/2.tar")
+    touch(tmp_path, *present)
+    for source in (f"{tmp_path}/{pattern}", f"{bucket(*present)}/{pattern}"):
+        with pytest.raises(DataError, match=r"0\.tar\.gz is compressed, .*; gunzip it to a \.tar"):
+            find_source(source)
+
+
 def test_a_source_that_is_not_there(tmp_path, bucket):
+    with pytest.raises(DataError, match=r"s3:/bucket/x is no folder; did you mean s3://bucket/x\?"):
+        find_source("s3:/bucket/x")
     with pytest.raises(DataError, match=r"none is no folder; give one of tars or of a directory per class"):
         find_source(str(tmp_path / "none"))
     bucket("a/x.png")

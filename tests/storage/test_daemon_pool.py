@@ -25,6 +25,29 @@ def test_first_come_first_served():
     pool.end()
 
 
+def test_a_map_keeps_the_order():
+    with DaemonPool(4, "test") as pool:
+        assert list(pool.map(lambda number: time.sleep(0.01 * (number % 3)) or number, range(20))) == list(range(20))
+        results = pool.map(lambda number: 6 // number, (3, 0))
+        assert next(results) == 2
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+
+def test_the_block_gives_what_runs_a_moment():
+    done = []
+    with DaemonPool(1, "test") as pool:
+        pool.submit(lambda: time.sleep(0.2) or done.append(1))
+        time.sleep(0.1)
+    assert done == [1]
+    stuck, began = threading.Event(), time.monotonic()
+    with DaemonPool(1, "test") as pool:
+        pool.submit(stuck.wait, 60)
+        time.sleep(0.1)
+    assert time.monotonic() - began < 20
+    stuck.set()
+
+
 def test_the_end_cancels_what_waits_and_lets_go_of_what_runs():
     pool, running, go = DaemonPool(1, "test"), threading.Event(), threading.Event()
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from ecar_dist.errors import DataError
+from ecar_dist.storage import remote
 from ecar_dist.storage.remote import (
     is_remote,
     join,
     list_files,
     local_path,
+    meant_url,
     read_bytes,
+    read_object,
     read_range,
     stat,
     upload,
@@ -185,6 +188,37 @@ def test_a_server_that_ignores_ranges_is_refused(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="ignores byte ranges"):
             read_range(url, 0, 10)
         server.shutdown()
+
+
+def test_another_scheme_than_the_servers_is_no_passing_trouble(monkeypatch, tmp_path):
+    """https asked of an http port: S3's and http's libraries each wrap it in their own way."""
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"https://127.0.0.1:{server.server_port}"
+        for name, value in {**SECRETS, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(remote, "_filesystems", {})  # made for one endpoint
+        for url in ("s3://bucket/key", f"{endpoint}/key"):
+            with pytest.raises(
+                DataError, match=r"failed at once: SSLError .*WRONG_VERSION.*; check .* http:// or https"
+            ):
+                stat(url, Transfer(QUICK))
+        server.shutdown()
+
+
+def test_objects_of_a_known_size(tmp_path):
+    (tmp_path / "file").write_bytes(BODY)
+    upload(tmp_path / "file", "memory://known/a")
+    assert read_object("memory://known/a", len(BODY)) == BODY
+    for size in (0, len(BODY) - 1, len(BODY) + 1):
+        with pytest.raises(DataError, match=rf"known/a has {len(BODY)} bytes, {size} were expected"):
+            read_object("memory://known/a", size)
+
+
+def test_urls_that_lost_a_slash():
+    assert meant_url("s3:/bucket/x") == meant_url(Path("s3://bucket/x")) == "s3://bucket/x"
+    assert not any(map(meant_url, ("s3://b/x", "/s3:/x", "a/b:/c", "file", "memory:x")))
 
 
 def test_urls_that_cannot_work_say_so_at_once():

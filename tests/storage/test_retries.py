@@ -1,3 +1,4 @@
+import ssl
 import threading
 import time
 
@@ -81,6 +82,40 @@ def test_the_cause_decides_over_what_wraps_it():
         return "read"
 
     assert insist("reading", "http://h/k", Transfer(RetryPolicy(first_delay=0.01)), attempt) == "read"
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate"), True),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"), True),
+        (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), False),
+        (ssl.SSLZeroReturnError(6, "TLS/SSL connection has been closed"), False),
+    ],
+)
+def test_no_trust_is_final_and_a_broken_connection_is_not(error, final):
+    def attempt(timeout):
+        try:
+            raise error
+        except ssl.SSLError:
+            raise OSError("wrapped by a library without a cause")  # noqa: B904
+
+    transfer = Transfer(RetryPolicy(deadline=0.1, first_delay=0.01))
+    with pytest.raises(DataError) as caught:
+        insist("reading", "s3://b/k", transfer, attempt)
+    assert ("failed at once" in str(caught.value)) == final
+    assert ("and its certificate" in str(caught.value)) == final
+    assert (str(error) in str(caught.value)) == final
+
+
+def test_an_error_ends_the_requests_of_other_threads():
+    transfer = Transfer()
+    with transfer.stopped_by_errors():
+        pass
+    assert not transfer.stopping.is_set()
+    with pytest.raises(KeyboardInterrupt), transfer.stopped_by_errors():
+        raise KeyboardInterrupt
+    assert transfer.stopping.is_set()
 
 
 def test_counters_add_up_over_threads():

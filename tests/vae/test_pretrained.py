@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -174,9 +175,43 @@ def test_a_hub_name_that_gives_nothing_is_one_line(monkeypatch):
             raise OSError(f"{name} does not appear to have a file named config.json.\nmore text")
 
     monkeypatch.setattr(pretrained, "_autoencoder_class", lambda _: Offline)
-    with pytest.raises(ConfigError, match=r"cannot load autoencoder 'owner/model' .*config.json") as caught:
+    with pytest.raises(
+        ConfigError, match=r"no local folder 'owner/model', and as a hub name: .*config.json;"
+    ) as caught:
         open_codec_by_spec("owner/model")
     assert "\n" not in str(caught.value)
+
+
+def test_no_way_to_the_hub_is_the_reason_and_not_a_missing_file(monkeypatch):
+    """diffusers says that the repository has no such file; nothing else is printed, in a process of its own."""
+
+    class LocalEntryNotFoundError(OSError):
+        pass
+
+    class Offline:
+        @staticmethod
+        def load_config(name):
+            try:
+                raise LocalEntryNotFoundError("not in the cache") from OSError("Name or service not known")
+            except LocalEntryNotFoundError:
+                raise OSError(f"{name} does not appear to have a file named config.json.")  # noqa: B904
+
+    monkeypatch.setattr(pretrained, "_autoencoder_class", lambda _: Offline)
+    with pytest.raises(ConfigError, match=r"hub name: cannot reach the hub \(Name or service not known\); give"):
+        open_codec_by_spec("runs/vae")
+
+
+def test_the_hubs_own_noise_is_not_printed():
+    code = (
+        "from ecar_dist.errors import ConfigError\nfrom ecar_dist.vae.build import open_codec_by_spec\n"
+        "try: open_codec_by_spec('owner/model')\nexcept ConfigError as error: print(error)\n"
+        "from huggingface_hub.utils.logging import get_logger\nget_logger('huggingface_hub.any').warning('Retrying')"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=offline)
+    assert result.stderr == ""
+    assert "cannot reach the hub (" in result.stdout
+    assert result.stdout.count("\n") == 1
 
 
 def test_dct_does_not_import_diffusers():
