@@ -105,7 +105,7 @@ def plan(
     Raises as `encode` does. No image is read and no GPU is needed.
     """
     images, codec = ImageShards(shards), open_codec_by_spec(vae, "cpu", _PRECISIONS[precision])
-    target = torch.device(resolve_device(device))
+    target = torch.device(resolve_device(device) if device == "auto" else device)  # it may be elsewhere
     image_decoder = _open_decoder(decoder, resize, target)
     wanted = _plan(
         *(images, codec.identity, image_decoder),
@@ -129,9 +129,11 @@ def _what_next(out: Path, there: int, num_shards: int, max_bad: float) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one. Raises ConfigError for a GPU that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}, but torch sees no GPU here; use --device cpu")
     return device
 
 

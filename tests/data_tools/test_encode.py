@@ -227,3 +227,11 @@ def test_an_autoencoder_from_diffusers(images, tmp_path):
         assert "diffusers" in load_manifest(out).preprocessing["versions"]
         found[precision] = rows_of(out)[0].astype(np.float32)
     assert 0 < np.abs(found["bf16"] - found["fp32"]).max() < 0.2
+
+
+def test_a_gpu_that_is_not_there(tmp_path, digits):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="--device cuda, but torch sees no GPU here; use --device cpu"):
+        encode(digits / "images/train", tmp_path / "out", vae="dct-f8", image_size=32, device="cuda")
+    assert not (tmp_path / "out").exists()
