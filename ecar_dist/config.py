@@ -137,7 +137,7 @@ class DataSection(Section):
     train_images: str | None = Field(None, description="image shards that trained the scoring classifier")
     heldout_images: str | None = Field(None, description="image shards that samples are scored against")
     backend: Literal["gather", "dali"] = Field("gather", description="who reads: strided gather (images: PIL), or DALI")
-    prefetch: int = Field(4, ge=1, description="micro-batches read ahead per rank")
+    prefetch: int = Field(2, ge=1, description="micro-batches read ahead per rank; more than fit a cache cost time")
     lanes: int | None = Field(None, ge=1, description="streams of the sample order; null: from the number of shards")
     window_shards: int = Field(4, ge=0, description="shards of a lane that are shuffled together; 0: all of them")
     cache: CacheSection = CacheSection()

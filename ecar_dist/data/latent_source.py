@@ -51,8 +51,8 @@ class LatentSource:
 
     def open_shards(self, places: Places) -> dict[int, LatentShard]:
         """Every shard of these places, proven and mapped."""
-        for owner in np.unique(places.shards).tolist():
-            if owner not in self._open and owner not in self._damaged:
+        for owner in set(places.shards.tolist()) - self._open.keys():
+            if owner not in self._damaged:
                 try:
                     self._open[owner] = self._prove(owner)
                 except ShardDamaged as error:

@@ -97,7 +97,7 @@ class SampleLoader:
         *,
         seed: int,
         start: int = 0,
-        prefetch: int = 4,
+        prefetch: int = 2,
         max_bad: float = 0.0,
         pin_memory: bool = False,
     ) -> None:

@@ -111,7 +111,7 @@ def test_what_the_loader_is_told(tree, digits, monkeypatch, given, allowed):
     tree["data"] |= given
     open_rank(tree)
     assert told["max_bad"] == allowed
-    assert told["prefetch"] == given.get("prefetch", 4)
+    assert told["prefetch"] == given.get("prefetch", 2)
     assert told["seed"] == tree["run"].get("seed", 0)
     assert (told["share"].rank, told["share"].world_size, told["share"].node_ranks) == (1, 2, (0, 1))
 
