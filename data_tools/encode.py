@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,47 +30,44 @@ from ecar_dist.vae.codec import EncoderIdentity
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What the user decides about the bytes of a set; `device` is that of the workers."""
+
+    vae: str
+    image_size: int
+    samples_per_shard: int = 4096
+    seed: int = 0
+    decoder: str = "auto"
+    resize: str = "cubic"
+    device: str = "auto"
+    precision: str = "fp32"
+    flip: str = "none"
+
+
 def encode(
     shards: str | Path,
     out: Path,
     *,
-    vae: str,
-    image_size: int,
     task: int = 0,
     tasks: int = 1,
-    samples_per_shard: int = 4096,
-    seed: int = 0,
     batch_size: int = 64,
-    decoder: str = "auto",
-    resize: str = "cubic",
-    device: str = "auto",
-    precision: str = "fp32",
-    flip: str = "none",
     max_bad: float = MAX_BAD,
+    **settings: Any,
 ) -> None:
-    """Make the shards task, task + tasks, ... of the plan that are not there yet.
+    """Make the shards task, task + tasks, ... of the plan that are not there yet. `settings`: of EncodeSettings.
 
     A bad image is left out and listed in errors.jsonl. Raises DataError for more than max_bad x count of them, for a
     source that is missing or damaged, and for an occupied OUT; ConfigError for settings that do not fit.
     """
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} is outside 0..{tasks - 1} for --tasks {tasks}; count tasks from 0")
-    target = torch.device(resolve_device(device))
-    images, codec = ImageShards(shards), open_codec_by_spec(vae, target, _PRECISIONS[precision])
-    image_decoder = _open_decoder(decoder, resize, target)
+    chosen = EncodeSettings(**settings)
+    target = torch.device(resolve_device(chosen.device))
+    images, codec = ImageShards(shards), open_codec_by_spec(chosen.vae, target, _PRECISIONS[chosen.precision])
+    image_decoder = _open_decoder(chosen.decoder, chosen.resize, target)
     tally = FailureTally(out, len(images), max_bad)
-    plan = settle_plan(
-        out,
-        _plan(
-            *(images, codec.identity, image_decoder),
-            source_folder=redact(str(shards)),
-            samples_per_shard=samples_per_shard,
-            seed=seed,
-            image_size=image_size,
-            precision=precision,
-            flip=flip,
-        ),
-    )
+    plan = settle_plan(out, _plan(shards, images, codec.identity, image_decoder, chosen))
     todo = [index for index in range(task, plan.num_shards, tasks) if not is_committed(out, index, plan)]
     with progress(sum(len(plan.rows(index)) for index in todo), "image", "encode") as bar:
         worker = EncodeWorker(images, image_decoder, codec, target, batch_size, tally, bar)
@@ -85,39 +83,18 @@ def encode(
     print(f"{said}; {_what_next(out, there, plan.num_shards, max_bad)}")
 
 
-def plan(
-    shards: str | Path,
-    out: Path,
-    *,
-    vae: str,
-    image_size: int,
-    tasks: int = 1,
-    samples_per_shard: int = 4096,
-    seed: int = 0,
-    decoder: str = "auto",
-    resize: str = "cubic",
-    device: str = "auto",
-    precision: str = "fp32",
-    flip: str = "none",
-) -> None:
-    """Settle what `encode` will make, and print it with the command of each task. `device` is that of the workers.
+def plan(shards: str | Path, out: Path, *, tasks: int = 1, **settings: Any) -> None:
+    """Settle what `encode` will make with these `settings`, and print it with the command of each task.
 
     Raises as `encode` does. No image is read and no GPU is needed.
     """
-    images, codec = ImageShards(shards), open_codec_by_spec(vae, "cpu", _PRECISIONS[precision])
-    target = torch.device(resolve_device(device) if device == "auto" else device)  # it may be elsewhere
-    image_decoder = _open_decoder(decoder, resize, target)
-    wanted = _plan(
-        *(images, codec.identity, image_decoder),
-        source_folder=redact(str(shards)),
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-        image_size=image_size,
-        precision=precision,
-        flip=flip,
-    )
-    settled = settle_plan(out, wanted)
-    if device == "auto" and target.type == "cpu":
+    chosen = EncodeSettings(**settings)
+    images, codec = ImageShards(shards), open_codec_by_spec(chosen.vae, "cpu", _PRECISIONS[chosen.precision])
+    # a named device may be elsewhere
+    target = torch.device(resolve_device("auto") if chosen.device == "auto" else chosen.device)
+    image_decoder = _open_decoder(chosen.decoder, chosen.resize, target)
+    settled = settle_plan(out, _plan(shards, images, codec.identity, image_decoder, chosen))
+    if chosen.device == "auto" and target.type == "cpu":
         print("workers   on the CPU, as this machine has no GPU; --device cuda if they have one")
     _print_plan(settled, out, tasks)
 
@@ -159,20 +136,24 @@ def _open_decoder(kind: str, resize: str, device: torch.device) -> ImageDecoder:
 
 
 def _plan(
-    images: ImageShards, identity: EncoderIdentity, decoder: ImageDecoder, image_size: int, **settings: Any
+    shards: str | Path, images: ImageShards, identity: EncoderIdentity, decoder: ImageDecoder, chosen: EncodeSettings
 ) -> EncodePlan:
     return EncodePlan(
+        source_folder=redact(str(shards)),
         source_dataset_id=images.manifest.dataset_id,
         count=len(images),
         num_classes=images.manifest.num_classes,
         class_names=images.manifest.class_names,
-        image_size=image_size,
-        moments_shape=_moments_shape(identity, image_size),
+        samples_per_shard=chosen.samples_per_shard,
+        seed=chosen.seed,
+        image_size=chosen.image_size,
+        moments_shape=_moments_shape(identity, chosen.image_size),
         encoder=identity.to_dict(),
         decoder=decoder.name,
         resize=decoder.resize,
+        precision=chosen.precision,
+        flip=chosen.flip,
         versions=_versions(identity, decoder),
-        **settings,
     )
 
 

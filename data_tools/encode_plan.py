@@ -15,9 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_tools.failures import MAX_BAD
 from ecar_dist.data.order import sample_indices
-from ecar_dist.data.shard_writer import claim_name
 from ecar_dist.errors import DataError
-from ecar_dist.storage.atomic import temporary_beside, write_json
+from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
 from ecar_dist.vae.codec import hash_config
 
 PLAN_NAME = "plan.json"

@@ -55,7 +55,7 @@ class EncodeWorker:
         Raises DataError for too many failures, for a shard that would be empty, and for a source that is damaged.
         """
         self.open_failures = []
-        encoded = [self._encode(batch, plan) for batch in self._one_ahead(self._batches(plan, shard_index))]
+        encoded = [self._encode(batch, plan) for batch in self._ahead.one_ahead(self._batches(plan, shard_index))]
         straight, mirrored, labels = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
         if not len(labels):
             raise DataError(
@@ -70,13 +70,6 @@ class EncodeWorker:
         """End the reading ahead, and with it the images: their reads insist for minutes."""
         self._images.close()
         self._ahead.end(PATIENCE)  # a decoder in the middle of its work must not meet the interpreter's end
-
-    def _one_ahead(self, items: Iterator[_Batch]) -> Iterator[_Batch]:
-        """The same items; while one is used, a thread makes the next."""
-        pending = self._ahead.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = self._ahead.submit(next, items, None)
-            yield item
 
     def _batches(self, plan: EncodePlan, shard_index: int) -> Iterator[_Batch]:
         rows, indices = plan.rows(shard_index), plan.source_indices(shard_index)

@@ -45,11 +45,8 @@ def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = N
     manifest = _load(folder)
     _refuse_another_set(url, manifest)
     files = {file.name: file for file in _files_of(folder, manifest)}.values()
-    bar, pool, sent = (
-        progress(sum(file.path.stat().st_size for file in files), "B", "push"),
-        DaemonPool(threads, "push"),
-        0,
-    )
+    total, sent = sum(file.path.stat().st_size for file in files), 0
+    bar, pool = progress(total, "B", "push"), DaemonPool(threads, "push")
     with bar, pool, transfer.stopped_by_errors():
         sending = {pool.submit(_send, file, url, transfer): file for file in files}
         for done in as_completed(sending):

@@ -16,6 +16,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from data_tools.failures import ERRORS_NAME, MAX_BAD
 from data_tools.image_reader import ImageReader, image_extension, open_images
 from data_tools.index import new_folder, read_class_names
 from data_tools.progress import progress
@@ -28,7 +29,6 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.daemon_pool import DaemonPool
 
-ERRORS_NAME = "errors.jsonl"
 _BATCH = 256  # images in memory: one batch is written while the next is read
 
 
@@ -40,7 +40,7 @@ def shard(
     seed: int = 0,
     samples_per_shard: int = 10_000,
     shuffle: bool = False,
-    max_bad: float = 1e-3,
+    max_bad: float = MAX_BAD,
     label: str = "cls",
     classes: Path | None = None,
 ) -> None:
@@ -139,11 +139,7 @@ class _Part:
 
 def _read_ahead(images: ImageReader, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord]]:
     """Images in the order of the indices; while the caller works on a batch, the next one is read."""
-    batches = [indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH)]
+    batches = (indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH))
     with DaemonPool(1, "read-ahead") as pool:
-        coming = pool.submit(images.read_many, batches[0])
-        for place, batch in enumerate(batches):
-            records = coming.result()
-            if place + 1 < len(batches):
-                coming = pool.submit(images.read_many, batches[place + 1])
+        for batch, records in pool.one_ahead((batch, images.read_many(batch)) for batch in batches):
             yield from zip(batch, records, strict=True)

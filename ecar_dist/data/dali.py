@@ -62,4 +62,4 @@ class NpyDecoder:
         """uint8 [nbytes] each, all of one shape inside -> [n, *shape], memory of its own."""
         self._pipeline.feed_input("npy", list(encoded))
         (arrays,) = self._pipeline.run()
-        return torch.from_dlpack(arrays.as_tensor()).clone()  # the pipeline writes its next batch into this memory
+        return torch.from_dlpack(arrays.as_tensor()).clone()  # whether DALI writes there again is not ours to know

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import errno
 import io
 import json
 import os
@@ -34,9 +33,7 @@ from ecar_dist.data.shard_layout import (
 from ecar_dist.data.shards import parse_description
 from ecar_dist.data.tar_index import BLOCK, TarMember, index_tar, write_dali_index
 from ecar_dist.errors import DataError
-from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
-
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
 
 
 @dataclass(frozen=True)
@@ -106,26 +103,6 @@ def marker_of(described: dict[str, Any], entry: LatentEntry) -> dict[str, Any]:
     of_the_tar = ("schema", "layout", "first_row", "missing", "first_key", "last_key", "crc32", "encoder")
     rest = {name: value for name, value in described.items() if name not in of_the_tar}
     return {**rest, "entry": {**dataclasses.asdict(entry), "missing": list(entry.missing)}}
-
-
-def claim_name(temporary: Path, path: Path) -> bool:
-    """Give a finished, synced file its name, unless the name is taken: the first of several writers wins, whole.
-
-    A hard link fails on an existing name in one step. File systems without hard links get a look and a rename; two
-    writers that finish between these two then replace one whole file by another.
-    """
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        if path.exists():
-            return False
-        os.rename(temporary, path)
-    sync_to_disk(path.parent)
-    return True
 
 
 def _write_tar(file: BinaryIO, content: ShardContent, description: dict[str, Any]) -> None:

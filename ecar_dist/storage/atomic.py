@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -33,6 +35,26 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def claim_name(temporary: Path, path: Path) -> bool:
+    """Give a finished, synced file its name, unless the name is taken: the first of several writers wins, whole.
+
+    A hard link fails on an existing name in one step. File systems without hard links get a look and a rename; two
+    writers that finish between these two then replace one whole file by another.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.rename(temporary, path)
+    sync_to_disk(path.parent)
+    return True
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 PATIENCE = 2.0  # seconds: most of what runs is done by then, and leaves no file half-made
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Item = TypeVar("Item")
+_END = object()
 
 
 class DaemonPool:
@@ -46,6 +47,13 @@ class DaemonPool:
         """The results in the order of the items, all of which are submitted now."""
         futures = [self.submit(run, item) for item in items]
         return (future.result() for future in futures)
+
+    def one_ahead(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; while one is used, the pool makes the next."""
+        pending = self.submit(next, items, _END)
+        while (item := pending.result()) is not _END:
+            pending = self.submit(next, items, _END)
+            yield cast(Item, item)
 
     def end(self, patience: float = 0.0) -> None:
         """Cancel what waits; what runs gets so many seconds, and then nobody waits for it any longer."""

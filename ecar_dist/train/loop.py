@@ -91,9 +91,8 @@ def train_step(run: Training, batches: Sequence[MicroBatch], progress: Progress)
     )
     run.engine.set_learning_rate(rate)
     replaced = [one for micro in batches for one in micro.substitutions]
-    sums = torch.zeros(
-        config.flow.num_stages + 1, dtype=torch.float64, device=device
-    )  # per stage, and replaced samples
+    # of each stage, then of replaced samples
+    sums = torch.zeros(config.flow.num_stages + 1, dtype=torch.float64, device=device)
     for micro in batches:
         parts = (micro.values, micro.labels, micro.positions)
         values, labels, positions = (part.to(device, non_blocking=True) for part in parts)
