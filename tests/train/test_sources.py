@@ -15,7 +15,7 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.train import sources
 from ecar_dist.train.sources import check_codec, check_data, open_stream
 from ecar_dist.vae.build import open_codec
-from tests.conftest import losses, train_on_ranks
+from tests.conftest import losses, start_ranks, train_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +232,41 @@ def test_another_order_is_refused_on_resume_by_name(tree, write_config, digits, 
     train_on_ranks(1, config, "train.total_samples=32")
     assert main(["train", str(config), "data.window_shards=1"]) == 1
     assert "data_order.window_shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resize", ["cubic", "adm"])
+def test_images_are_resized_as_the_config_says(tree, digits, resize):
+    images(tree, digits, resize=resize)
+    (source,) = sources._open_sources(config_from_dict(tree), torch.device("cpu"))
+    assert source._decoder.resize == resize
+    source.close()
+
+
+def broken_reader(folder):
+    """A sitecustomize that makes rank 1's third step fail where it reads."""
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from ecar_dist.data.loader import SampleLoader\n"
+        "    from ecar_dist.errors import DataError\n"
+        "    take, calls = SampleLoader.take, []\n"
+        "    def broken(self, *values):\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 3:\n"
+        "            raise DataError('shard x is damaged; restore it')\n"
+        "        return take(self, *values)\n"
+        "    SampleLoader.take = broken\n"
+    )
+    return folder
+
+
+def test_data_that_fails_on_one_rank_ends_all_of_them_in_one_line(tree, write_config, digits, tmp_path):
+    """Rank 1's reader alone fails: nobody waits for it, nobody sees a torn connection."""
+    process = start_ranks(2, write_config(), PYTHONPATH=str(broken_reader(tmp_path)))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    lines = [line for line in error.splitlines() if line.startswith("ecar-dist:")]
+    assert lines == ["ecar-dist: shard x is damaged; restore it"], error
+    assert "step 2/6" in out
+    assert "step 3/6" not in out
+    assert "closed" not in error.lower()

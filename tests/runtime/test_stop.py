@@ -1,0 +1,38 @@
+import os
+import signal
+
+import pytest
+
+from ecar_dist.runtime.stop import STOP_SIGNALS, StoppedEarlyError, StopRequest
+
+
+@pytest.fixture
+def stop():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield StopRequest()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_before_training_a_signal_ends_the_process_at_once(stop, number):
+    with pytest.raises(StoppedEarlyError, match=f"{number.name} before the first step"):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_in_training_a_signal_only_raises_the_flag(stop, number):
+    stop.defer()
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop
+    assert stop.received is number
+
+
+def test_only_a_second_interrupt_means_it(stop):
+    stop.defer()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert stop.received is signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
