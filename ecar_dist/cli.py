@@ -236,7 +236,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint import read_manifest
+    from ecar_dist.runtime.checkpoint_files import read_manifest
 
     for path in _committed(parsed.run_directory):
         manifest = read_manifest(path)
@@ -248,7 +248,7 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_inspect(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint import newest, read_manifest
+    from ecar_dist.runtime.checkpoint_files import newest, read_manifest
     from ecar_dist.runtime.run_directory import RunDirectory
 
     print(json.dumps(read_manifest(newest(RunDirectory(parsed.run_directory).checkpoints)), indent=1))
@@ -256,7 +256,7 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint import verify
+    from ecar_dist.runtime.checkpoint_files import verify
 
     damaged = 0
     for path in _committed(parsed.run_directory):
@@ -271,7 +271,7 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
 
 def _committed(run: Path) -> list[Path]:
     """The committed checkpoints of a run, newest first. Raises ConfigError or CheckpointError where there are none."""
-    from ecar_dist.runtime.checkpoint import committed
+    from ecar_dist.runtime.checkpoint_files import committed
     from ecar_dist.runtime.run_directory import RunDirectory
 
     directory = RunDirectory(run)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ecar_dist.errors import ConfigError
 
@@ -201,8 +201,27 @@ class OptimSection(Section):
 
 
 class EmaSection(Section):
-    half_life_samples: int = Field(1_000_000, ge=1, description="samples after which a weight's share has halved")
+    half_life_samples: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1_000_000,), description="one or several: samples after which a weight's share has halved; the first is drawn"
+    )
     rampup: float = Field(0.1, gt=0, description="half-life is at most this share of samples seen")
+    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = Field(
+        (), description="further averages of EDM2's power-function form, by relative width, e.g. [0.05, 0.1]"
+    )
+    snapshot_every_samples: int = Field(
+        0, ge=0, description="samples between copies of the averages alone, kept for post-hoc EMA; 0: none"
+    )
+
+    @field_validator("half_life_samples", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> EmaSection:
+        if not self.half_life_samples:
+            raise ValueError("ema.half_life_samples is empty; give at least one, e.g. [1_000_000]")
+        return self
 
 
 class DeepSpeedSection(Section):
@@ -229,13 +248,37 @@ class DeepSpeedSection(Section):
         return self
 
 
+class BadStepsSection(Section):
+    """A step is bad where its loss or gradient norm is not finite, or far above the last ones: no weight moves."""
+
+    spike_factor: float = Field(
+        0.0, ge=0, description="bad above this multiple of the median gradient norm of the last steps; 0: never"
+    )
+    window: int = Field(128, ge=8, description="steps whose median counts")
+    roll_back_after: int = Field(3, ge=1, description="bad steps in a row after which the last checkpoint is restored")
+    stop_after: int = Field(2, ge=0, description="times that a run is rolled back; then it ends with exit status 93")
+
+
 class TrainSection(Section):
     total_samples: int = Field(ge=1, description="the run ends when this many samples were seen")
+    activation_checkpointing: bool = Field(
+        False, description="recompute each block in the backward pass: less memory, about a third more compute"
+    )
+    hang_seconds: float = Field(
+        600.0, ge=0, description="a rank that stays longer in one phase of a step is named and the job ended; 0: never"
+    )
+    bad_steps: BadStepsSection = BadStepsSection()
 
 
 class CheckpointSection(Section):
     every_samples: int = Field(1_000_000, ge=1)
     keep: int = Field(3, ge=2, description="newest committed checkpoints that are kept")
+    keep_every_samples: int = Field(0, ge=0, description="one of each so many samples is kept for good; 0: none")
+    dir: str | None = Field(
+        None, description="folder or URL for checkpoints, in <dir>/<run.name>; null: checkpoints/ in the run directory"
+    )
+    overlap: bool = Field(True, description="training goes on while a checkpoint is written")
+    max_failures: int = Field(3, ge=1, description="saves in a row that may fail before the run ends")
 
 
 class SampleSection(Section):
@@ -248,6 +291,7 @@ class SampleSection(Section):
 
 class LogSection(Section):
     every_steps: int = Field(10, ge=1)
+    time_bins: int = Field(4, ge=1, le=32, description="bins of flow time, in each stage, that the loss is shown by")
     tensorboard: bool = True
 
 

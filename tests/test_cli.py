@@ -16,7 +16,7 @@ from ecar_dist.cli import main
 from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.data.shards import open_latent_shard
-from ecar_dist.runtime.checkpoint import committed
+from ecar_dist.runtime.checkpoint_files import committed
 from tests.conftest import write_yaml
 
 

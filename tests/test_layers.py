@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors"},
+    {"errors", "failpoint"},
     {"storage", "command_line"},
     {"config"},
     {"config_file"},

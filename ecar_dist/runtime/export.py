@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint import FragmentReader, newest, read_manifest
+from ecar_dist.runtime.checkpoint_files import FragmentReader, newest, read_manifest
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 

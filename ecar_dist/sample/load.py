@@ -16,7 +16,7 @@ from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.runtime.checkpoint import FragmentReader, Progress, check_identity, newest, read_manifest
+from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, check_identity, newest, read_manifest
 from ecar_dist.runtime.export import EXPORT_FACTS, EXPORT_WEIGHTS
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.vae.build import open_codec

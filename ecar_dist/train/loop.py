@@ -15,7 +15,8 @@ from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import EcarError, TrainingError
-from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
+from ecar_dist.runtime.checkpoint import CheckpointStore
+from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter

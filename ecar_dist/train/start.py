@@ -12,7 +12,8 @@ from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
-from ecar_dist.runtime.checkpoint import CheckpointStore, Progress
+from ecar_dist.runtime.checkpoint import CheckpointStore
+from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
@@ -43,7 +44,7 @@ def start_training(
     world.on_first_rank(directory.open_for_training)
     world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, normaliser(data, codec), world, precision)
-    ema = ShardedEma(engine.partitions, config.ema.half_life_samples, config.ema.rampup)
+    ema = ShardedEma(engine.partitions, config.ema.half_life_samples[0], config.ema.rampup)
     identity = run_identity(config, data, stream, codec)
     store = CheckpointStore(directory.checkpoints, world, config.checkpoint.keep, identity)
     restored = store.restore(engine, ema)

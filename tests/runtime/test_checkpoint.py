@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime import checkpoint as module
-from ecar_dist.runtime.checkpoint import (
+from ecar_dist.runtime.checkpoint import CheckpointStore
+from ecar_dist.runtime.checkpoint_files import (
     MANIFEST,
     MARKER,
-    CheckpointStore,
     FragmentReader,
     Progress,
     committed,
@@ -296,7 +296,7 @@ def test_replicated_state_is_written_once(tmp_path, monkeypatch):
     for rank in (1, 0):
         state = PartitionedState(0, 1, seed=1)
         store = CheckpointStore(tmp_path, OneOf(rank, 2, tmp_path, entries), 3, {"flow.num_stages": 3})
-        store.save(module.Progress(64, 4), state, module.ShardedEma(state.partitions, 100, 1.0))
+        store.save(Progress(64, 4), state, ShardedEma(state.partitions, 100, 1.0))
     reader = FragmentReader(newest(tmp_path))
     assert torch.equal(reader.full("master", "c"), PartitionedState(0, 1, seed=1).full["master"][34:])
 

@@ -9,7 +9,7 @@ import torch
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import DataError, TrainingError
-from ecar_dist.runtime.checkpoint import Progress
+from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.loop import crossed, data_values, draw_preview, next_batches, train_step
 from tests.train.test_objective import make_config

@@ -1,0 +1,61 @@
+"""Places in the code where a drill or a test may make a fault strike. In a normal run they do nothing.
+
+ECAR_FAILPOINT holds one or several points with commas between: `SITE[:rank=R][:step=S][:nth=N]:ACTION`, for example
+`checkpoint.write:rank=1:nth=2:kill`. ACTION is one of
+
+    kill       SIGKILL to this process          raise      RuntimeError
+    stop       SIGSTOP to this process          enospc     OSError, no space left on device
+    hang       sleep for ever                   eio        OSError, input/output error
+    gil        the same, holding Python's lock  delay=SEC  sleep
+    nan        nothing here: the caller makes its numbers NaN
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import time
+from collections import Counter
+from typing import NoReturn
+
+_reached: Counter[str] = Counter()
+
+
+def failpoint(site: str, step: int | None = None) -> bool:
+    """Do what ECAR_FAILPOINT asks for at `site`; True where its action is `nan`, which is the caller's to do."""
+    points = os.environ.get("ECAR_FAILPOINT")
+    if not points:
+        return False
+    _reached[site] += 1
+    here = {"rank": os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), "nth": str(_reached[site])}
+    if step is not None:
+        here["step"] = str(step)
+    for name, *conditions, action in (point.split(":") for point in points.split(",")):
+        if name == site and all(here.get(key) == value for key, value in (c.split("=") for c in conditions)):
+            return _strike(action, site)
+    return False
+
+
+def _strike(action: str, site: str) -> bool:
+    name, _, value = action.partition("=")
+    if name in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGSTOP)
+    elif name == "delay":
+        time.sleep(float(value))
+    elif name == "hang":
+        _sleep_for_ever()
+    elif name == "gil":
+        ctypes.PyDLL(None).pause()  # a PyDLL call keeps the lock, so no thread of this process runs on
+    elif name in ("enospc", "eio"):
+        number = errno.ENOSPC if name == "enospc" else errno.EIO
+        raise OSError(number, os.strerror(number), site)
+    elif name == "raise":
+        raise RuntimeError(f"failpoint {site}")
+    return name == "nan"
+
+
+def _sleep_for_ever() -> NoReturn:
+    while True:
+        time.sleep(3600)
