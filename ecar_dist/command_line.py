@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 
-from ecar_dist.errors import EcarError
+from ecar_dist.errors import EcarError, FruitlessError
 
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
+EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
 
 def run_command(program: str, action: Callable[[], int]) -> int:
     """The action's exit status, or 1 for an error that a user can fix. ECAR_TRACEBACK=1 shows where it came from."""
+    os.umask(os.umask(0o077) | 0o002)  # whatever the shell allows, nobody else may write what we write
     try:
         return action()
     except BrokenPipeError:
@@ -26,7 +28,7 @@ def run_command(program: str, action: Callable[[], int]) -> int:
         if os.environ.get("ECAR_TRACEBACK"):
             raise
         print(f"{program}: {error if isinstance(error, EcarError) else _sentence(error)}", file=sys.stderr)
-        return 1
+        return EX_FRUITLESS if isinstance(error, FruitlessError) else 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return EX_INTERRUPTED

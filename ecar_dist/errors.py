@@ -19,3 +19,7 @@ class CheckpointError(EcarError):
 
 class TrainingError(EcarError):
     """Training cannot go on: the loss is no longer finite."""
+
+
+class FruitlessError(EcarError):
+    """The run fails again and again without progress: exit status 93, which tells a scheduler not to requeue."""

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import socket
+import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +17,12 @@ import torch
 from ecar_dist import __version__
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_to_yaml, load_config
-from ecar_dist.errors import ConfigError
+from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 
 LOCK_NAME = ".lock"
+GOOD_ENDS = ("done", "signal")
+MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
 
 
 class RunDirectory:
@@ -31,6 +34,7 @@ class RunDirectory:
         self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
         self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
         self._lock: BinaryIO | None = None
+        self._attempt: str | None = None
 
     def open_for_training(self) -> None:
         """Make the directory, or take up the one an earlier attempt of this run left. Call on rank 0 only.
@@ -70,21 +74,73 @@ class RunDirectory:
     def attempts(self) -> list[dict[str, Any]]:
         return json.loads(self.lineage.read_text()) if self.lineage.exists() else []
 
-    def record_attempt(self, config: RunConfig, **facts: Any) -> None:
-        """Write the resolved config, and append this start with its versions to lineage.json. Call on rank 0 only."""
-        with atomic_write(self.config) as file:
-            file.write(config_to_yaml(config).encode())
+    def begin_attempt(self, **facts: Any) -> str:
+        """Append this start to lineage.json, with the versions and `facts`; returns its name. Call on rank 0 only.
+
+        Raises FruitlessError where the job was restarted MAX_FRUITLESS times and `facts["newest_step"]` never rose.
+        """
+        self._attempt = uuid.uuid4().hex[:8]
         attempt = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "attempt": self._attempt,
+            "started": _now(),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID"),
             "ecar_dist": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             **facts,
         }
-        write_json(self.lineage, [*self.attempts(), attempt])
+        attempts = [*self.attempts(), attempt]
+        write_json(self.lineage, attempts)
+        _refuse_fruitless(attempts)
+        return self._attempt
+
+    def note_attempt(self, **facts: Any) -> None:
+        """Add to this attempt's entry in lineage.json. Call on rank 0 only."""
+        attempts = self.attempts()
+        for attempt in attempts:
+            if self._attempt and attempt.get("attempt") == self._attempt:
+                attempt.update(facts)
+        write_json(self.lineage, attempts)
+
+    def end_attempt(self, reason: str) -> None:
+        """Note how this attempt ended: one of GOOD_ENDS, or the error. One without a note was killed."""
+        self.note_attempt(ended=_now(), reason=reason)
+
+    def is_ours(self) -> bool:
+        """Whether no later attempt has begun here: a process that slept through its own end must not write on."""
+        return bool(self._attempt) and self.attempts()[-1].get("attempt") == self._attempt
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved config of the run. Call on rank 0 only."""
+        with atomic_write(self.config) as file:
+            file.write(config_to_yaml(config).encode())
 
     def load_config(self) -> RunConfig:
         """The resolved config of the run. Raises ConfigError where this is not a run directory."""
         if not self.config.exists():
             raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
+    """Raises FruitlessError where this Slurm job was started before from the newest checkpoint of now, and cut short.
+
+    Only of one job: a person who starts again by hand may have mended the cause.
+    """
+    now, earlier = attempts[-1], attempts[-1 - MAX_FRUITLESS : -1]
+    job, step = now["job"], now.get("newest_step")
+    fruitless = [
+        one
+        for one in earlier
+        if one.get("job") == job and one.get("newest_step") == step and one.get("reason") not in GOOD_ENDS
+    ]
+    if job and len(fruitless) == MAX_FRUITLESS:
+        raise FruitlessError(
+            f"job {job} was cut short {MAX_FRUITLESS} times in a row without a new checkpoint after step {step or 0}; "
+            f"see logs/ for the cause, then submit it as a new job"
+        )

@@ -78,7 +78,8 @@ def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: s
     if kind is not None and found != kind:
         raise ConfigError(f"{path} holds {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
     try:
-        model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False)
+        # A pickle can run code: weights that are not in safetensors are not loaded.
+        model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_loaded(path, error) from None
     return _CODECS[found](model, path, device, dtype)

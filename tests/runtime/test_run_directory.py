@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ecar_dist.errors import ConfigError
+from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.runtime.run_directory import RunDirectory
 
 OWNER = """
@@ -36,3 +36,44 @@ def test_a_start_that_was_cut_short_may_be_made_again(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on gone\n")
     RunDirectory(tmp_path).open_for_training()
     assert (tmp_path / "lineage.json").exists()
+
+
+def start(path, step=None):
+    """One more attempt, whose owner has gone without a word."""
+    directory = RunDirectory(path)
+    directory.open_for_training()
+    directory._lock.close()
+    directory.begin_attempt(newest_step=step)
+    return directory
+
+
+def test_a_job_that_never_gets_further_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for _ in range(3):
+        start(tmp_path / "run", step=40)
+    with pytest.raises(
+        FruitlessError, match=r"job 77 was cut short 3 times in a row without .* after step 40; see logs"
+    ):
+        start(tmp_path / "run", step=40)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")  # submitted again by hand
+    start(tmp_path / "run", step=40)
+
+
+@pytest.mark.parametrize("difference", ["progress", "signal", "no job"])
+def test_a_job_that_gets_further_or_was_preempted_or_is_a_persons_goes_on(tmp_path, monkeypatch, difference):
+    if difference == "no job":
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    else:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for attempt in range(5):
+        directory = start(tmp_path / "run", step=40 + (attempt if difference == "progress" else 0))
+        directory.end_attempt("signal" if difference == "signal" else "failed: a shard is damaged")
+    assert len(directory.attempts()) == 5
+    assert all(one["ended"] >= one["started"] for one in directory.attempts())
+
+
+def test_an_attempt_knows_when_a_later_one_has_taken_over(tmp_path):
+    first = start(tmp_path / "run")
+    assert first.is_ours()
+    second = start(tmp_path / "run")
+    assert (first.is_ours(), second.is_ours()) == (False, True)
