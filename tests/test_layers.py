@@ -11,11 +11,12 @@ LAYERS = [
     {"storage", "command_line"},
     {"config"},
     {"config_file"},
-    {"rng"},
+    {"rng", "averaging"},
     {"flow"},
     {"models", "vae", "data"},
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
+    {"drills"},
     {"cli", "__main__", "data_tools"},
 ]
 HOMES = {

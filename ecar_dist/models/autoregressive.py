@@ -37,6 +37,7 @@ class TokenMapTransformer(nn.Module):
         num_classes: int,
         context_scales: Sequence[float],
         feeds_state: bool,
+        recompute: bool,
     ) -> None:
         super().__init__()
         width, num_stages = preset.ar_width, len(grid_sides)
@@ -49,7 +50,7 @@ class TokenMapTransformer(nn.Module):
         self.start_positions = Embedding(self.stage_tokens[0] if feeds_state else sum(self.stage_tokens), width)
         if feeds_state and num_stages > 1:
             self.context_projection = Linear(token_channels, width)
-        self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared")
+        self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared", recompute=recompute)
         self.output_positions = Embedding(sum(self.stage_tokens), width)
 
     def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> list[torch.Tensor]:

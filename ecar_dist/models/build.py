@@ -25,6 +25,7 @@ def _build_ecar(config: RunConfig, context_scales: tuple[float, ...]) -> ECAR:
         num_classes=config.data.num_classes,
         context_scales=context_scales,
         feeds_state=config.flow.context.mode != "class_only",
+        recompute=config.train.activation_checkpointing,
     )
 
 

@@ -24,6 +24,7 @@ class ECAR(nn.Module):
         num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
         context_scales: K - 1 factors that bring the contexts to unit variance.
         feeds_state: False ignores the contexts (`class_only`).
+        recompute: the backward pass recomputes each transformer block instead of keeping its activations.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ECAR(nn.Module):
         num_classes: int,
         context_scales: Sequence[float],
         feeds_state: bool,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         sides = [size // patch_size for size in stage_sizes]
@@ -48,9 +50,15 @@ class ECAR(nn.Module):
             num_classes=num_classes,
             context_scales=context_scales,
             feeds_state=feeds_state,
+            recompute=recompute,
         )
         self.flow = VelocityNetwork(
-            preset, grid_sides=sides, token_channels=channels, patch_size=patch_size, num_classes=num_classes
+            preset,
+            grid_sides=sides,
+            token_channels=channels,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            recompute=recompute,
         )
 
     def forward(

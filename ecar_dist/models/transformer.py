@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ecar_dist.models.attention import Attend, Attention
 from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, modulated_norm
@@ -33,10 +34,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks, then a modulated norm. adaLN is a matrix per block, or one for all blocks plus offsets."""
+    """`depth` blocks, then a modulated norm. adaLN is a matrix per block, or one for all blocks plus offsets.
 
-    def __init__(self, depth: int, width: int, heads: int, adaln: AdaLNKind) -> None:
+    With `recompute` the backward pass computes each block anew from its input, and nothing else of it is kept till then
+    (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174): the same numbers, bit for bit.
+    """
+
+    def __init__(self, depth: int, width: int, heads: int, adaln: AdaLNKind, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         shared = adaln == "shared"
         self.shared_modulation: nn.Module = AdaLN(width, 6) if shared else nn.Identity()
         modulations = (AdaLNOffset(6 * width) if shared else AdaLN(width, 6) for _ in range(depth))
@@ -47,6 +53,10 @@ class Transformer(nn.Module):
         """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D]."""
         for_blocks = self.shared_modulation(conditioning)
         for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, for_blocks, attend)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator to put back.
+                x = checkpoint(block, x, for_blocks, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, for_blocks, attend)
         shift, scale = self.head_modulation(conditioning)[:, None].chunk(2, dim=-1)  # each [B, 1, D]
         return modulated_norm(x, shift, scale)

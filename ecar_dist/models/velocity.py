@@ -17,7 +17,14 @@ class VelocityNetwork(nn.Module):
     """dx/du of a stage from its state, its model time and its token map. Exactly zero before training."""
 
     def __init__(
-        self, preset: Preset, *, grid_sides: Sequence[int], token_channels: int, patch_size: int, num_classes: int
+        self,
+        preset: Preset,
+        *,
+        grid_sides: Sequence[int],
+        token_channels: int,
+        patch_size: int,
+        num_classes: int,
+        recompute: bool,
     ) -> None:
         super().__init__()
         width = preset.flow_width
@@ -27,7 +34,9 @@ class VelocityNetwork(nn.Module):
         self.time_embedding = TimeEmbedding(width)
         self.stage_embedding = Embedding(len(grid_sides), width)
         self.class_embedding = Embedding(num_classes + 1, width)
-        self.transformer = Transformer(preset.flow_depth, width, preset.flow_heads, preset.flow_adaln)
+        self.transformer = Transformer(
+            preset.flow_depth, width, preset.flow_heads, preset.flow_adaln, recompute=recompute
+        )
         self.output = ZeroLinear(width, token_channels)
 
     def forward(

@@ -1,33 +1,46 @@
-"""Exponential moving average of the fp32 master weights, sharded like them: element by element, nothing is gathered."""
+"""Moving averages of the fp32 master weights, sharded like them: element by element, nothing is gathered."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
+from ecar_dist.averaging import Decay, half_life_decay, power_decay, sigma_rel_to_gamma
+from ecar_dist.config import EmaSection
 
-def ema_decay(half_life_samples: float, rampup: float, samples_seen: int, batch: int) -> float:
-    """Weight of the old average after a step of `batch` samples that ended at `samples_seen`.
 
-    beta = 0.5^(batch / h), where the half-life h is at most `rampup` x samples_seen, so that the average forgets the
-    random start (EDM, Karras et al., arXiv 2206.00364, app. F.2). A function of samples seen, not of steps.
+def tracked_decays(section: EmaSection) -> dict[str, Decay]:
+    """The averages that a run keeps, by their names in checkpoints: the half-lives in order, then the power functions.
+
+    The first is `ema`, the one that is drawn and exported; the others are `ema1`, `ema2`, ...
     """
-    half_life = min(float(half_life_samples), rampup * samples_seen)
-    return 0.5 ** (batch / half_life)
+    decays: list[Decay] = [functools.partial(half_life_decay, h, section.rampup) for h in section.half_life_samples]
+    decays += [functools.partial(power_decay, sigma_rel_to_gamma(sigma_rel)) for sigma_rel in section.sigma_rel]
+    return {f"ema{index or ''}": decay for index, decay in enumerate(decays)}
 
 
 class ShardedEma:
-    """The average of this rank's master partitions, in fp32 beside them."""
+    """Averages of this rank's master partitions, in fp32 beside them.
 
-    def __init__(self, masters: Sequence[torch.Tensor], half_life_samples: int, rampup: float) -> None:
-        self._masters = masters
-        self._half_life, self._rampup = half_life_samples, rampup
-        self.partitions = [master.detach().float().clone() for master in masters]
+    `averages` holds one list of flat tensors, laid out like the master partitions, for each name of `tracked_decays`.
+    """
+
+    def __init__(self, masters: Sequence[torch.Tensor], section: EmaSection) -> None:
+        self._masters, self._decays = list(masters), tracked_decays(section)
+        self.averages: dict[str, list[torch.Tensor]] = {
+            name: [master.detach().float().clone() for master in masters] for name in self._decays
+        }
+
+    @property
+    def partitions(self) -> list[torch.Tensor]:
+        """The first average, which is drawn and exported."""
+        return self.averages["ema"]
 
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int) -> None:
-        """Move towards the current master weights; call once after every optimizer step."""
-        decay = ema_decay(self._half_life, self._rampup, samples_seen, batch)
-        for average, master in zip(self.partitions, self._masters, strict=True):
-            average.lerp_(master.detach().to(average.device), 1.0 - decay)
+        """Move towards the current master weights; call once after every step, refused ones included."""
+        for name, average in self.averages.items():
+            decay = float(self._decays[name](samples_seen, batch))
+            torch._foreach_lerp_(average, self._masters, 1.0 - decay)

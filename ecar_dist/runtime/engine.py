@@ -7,9 +7,10 @@ which slice of which parameter lies where in them. The EMA and the checkpoints a
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,25 @@ class Fragment:
         return partitions[self.partition].view(-1).narrow(0, self.offset, self.numel)
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that does nothing where `refused` says so. DeepSpeed's inner optimizer.
+
+    DeepSpeed averages the gradients and takes their norm over all ranks before it calls this, whatever the ZeRO stage,
+    and what it does afterwards copies master weights that have not moved. So a step can be called off here, with
+    numbers that are the same on all ranks and at no cost.
+    """
+
+    def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(parameter_groups, **options)
+        # Until the engine stands: ZeRO 0 in bf16 takes a step at its start, of zero gradients but with weight decay.
+        self.refused: Callable[[], bool] = lambda: True
+        self.applied = False
+
+    def step(self, closure: Any = None) -> Any:
+        self.applied = not self.refused()
+        return super().step(closure) if self.applied else None
+
+
 class Engine:
     """A module trained by DeepSpeed: forward, backward, step, and access to the sharded state.
 
@@ -55,11 +75,13 @@ class Engine:
         deepspeed = _import_deepspeed(world)
         self.world, self.zero_stage = world, config.deepspeed.zero_stage
         optim = config.optim
-        optimizer = torch.optim.AdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
+        self._adam = GuardedAdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=deepspeed_config(config, world.size, precision)
+            model=objective, optimizer=self._adam, config=deepspeed_config(config, world.size, precision)
         )
-        self._adam: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._adam.refused = self._refused
+        self.grad_norm_limit = math.inf  # a step whose gradient norm is above it is refused
+        self._called_off = False
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
         self._replicated_norm = float("nan")
@@ -72,18 +94,43 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """After every micro-batch; the optimizer moves on the last one of a global batch."""
-        if self.replicated and self._engine.is_gradient_accumulation_boundary():
-            # Without ZeRO, DeepSpeed clips but keeps no norm; here the gradients are already averaged over ranks.
+    def refuse_step(self) -> None:
+        """The next optimizer step shall move nothing; to be called on all ranks."""
+        self._called_off = True
+
+    def step(self) -> bool:
+        """After every micro-batch; the optimizer moves on the last one of a global batch.
+
+        False where that step was refused: by `refuse_step`, or because the gradient norm is not finite or above
+        `grad_norm_limit`. Then no weight and no moment has changed, and the gradients are gone; Adam's step counter
+        goes on, because it counts the run's steps.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        if self._keeps_no_norm:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            self._replicated_norm = float(nn.utils.get_total_norm(gradients))
+            self._replicated_norm = float(nn.utils.get_total_norm(gradients))  # averaged over ranks already
+        self._adam.applied = False  # DeepSpeed does not even ask where it finds a gradient that is not finite
         self._engine.step()
+        self._called_off = False
+        if not self._adam.applied:
+            for partition in self.partitions:
+                self._adam_state(partition)["step"] += 1
+        return self._adam.applied
+
+    def _refused(self) -> bool:
+        return self._called_off or not (math.isfinite(self.grad_norm) and self.grad_norm <= self.grad_norm_limit)
 
     @property
     def grad_norm(self) -> float:
-        """The gradient norm of the last optimizer step, before clipping, over all ranks."""
-        return self._replicated_norm if self.replicated else float(self._engine.get_global_grad_norm())
+        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is."""
+        return self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
+
+    @property
+    def _keeps_no_norm(self) -> bool:
+        """Without ZeRO and in fp32, DeepSpeed clips the gradients but forgets their norm."""
+        return self._optimizer is self._adam
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._adam.param_groups:
@@ -129,7 +176,7 @@ class Engine:
                 share = parameter.ds_tensor
                 local = full.view(-1)[share.ds_numel * self.world.rank :][: share.ds_numel]
                 share.data.view(-1)[: local.numel()].copy_(local)
-            else:
+            if parameter.numel():  # ZeRO-3 holds small parameters whole too, after its first step
                 parameter.data.copy_(full)
 
     def _master_partitions(self) -> list[torch.Tensor]:
@@ -215,5 +262,8 @@ def _import_deepspeed(world: World) -> Any:
     # The shared-memory collective is compiled at first start, and a process killed in that build leaves a lock on which
     # every later start waits for ever. Only inference uses it: do without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed knows the optimizers it supports by their exact type. This one is AdamW in all its arithmetic.
+    if GuardedAdamW not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
+        deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -13,7 +13,7 @@ from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint_files import Progress, committed
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
@@ -41,10 +41,10 @@ def start_training(
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
-    world.on_first_rank(directory.open_for_training)
+    world.on_first_rank(lambda: open_attempt(directory, config, world))
     world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, normaliser(data, codec), world, precision)
-    ema = ShardedEma(engine.partitions, config.ema.half_life_samples[0], config.ema.rampup)
+    ema = ShardedEma(engine.partitions, config.ema)
     identity = run_identity(config, data, stream, codec)
     store = CheckpointStore(directory.checkpoints, world, config.checkpoint.keep, identity)
     restored = store.restore(engine, ema)
@@ -58,18 +58,25 @@ def start_training(
     return run, progress
 
 
-def begin_record(run: Training, data: TrainingData, precision: str, restored: Progress | None) -> None:
-    """Rank 0: from here on the attempt is on record."""
-    config, world, directory, progress = run.config, run.world, run.directory, restored or Progress()
-    directory.record_attempt(
-        config,
+def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> None:
+    """Rank 0: the run directory is this process's, and what it starts is on record. Raises EcarError."""
+    directory.open_for_training()
+    found = committed(directory.checkpoints)
+    directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
-        precision=precision,
         device=world.device.type,
-        dataset_ids=data.dataset_ids,
-        resumed_from_step=restored and restored.step,
+        newest_step=int(found[0].name.removeprefix("step-")) if found else None,
     )
+
+
+def begin_record(run: Training, data: TrainingData, precision: str, restored: Progress | None) -> None:
+    """Rank 0: from here on the run is this config's, and its curves go on from here."""
+    config, directory, progress = run.config, run.directory, restored or Progress()
+    directory.note_attempt(
+        dataset_ids=data.dataset_ids, precision=precision, resumed_from_step=restored and restored.step
+    )
+    directory.write_config(config)
     run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
     print("\n".join(opening_lines(run, data, precision, progress)), flush=True)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config import RunConfig, TrainSection
 from ecar_dist.config_file import config_from_dict
 from ecar_dist.models.build import build_model, weight_decay_groups
 
@@ -67,3 +67,13 @@ def test_only_matrices_decay():
     assert "ar.output_positions.weight" not in names
     assert "flow.output.weight" in names
     assert "ar.context_projection.weight" in names
+
+
+def test_activation_checkpointing_reaches_both_networks():
+    plain = build_model(config(), (1.0, 1.0))
+    assert not plain.ar.transformer.recompute
+    assert not plain.flow.transformer.recompute
+    recomputing = config().model_copy(update={"train": TrainSection(total_samples=1, activation_checkpointing=True)})
+    model = build_model(recomputing, (1.0, 1.0))
+    assert model.ar.transformer.recompute
+    assert model.flow.transformer.recompute

@@ -35,3 +35,40 @@ def test_shared_adaln_is_one_matrix_and_an_offset_a_block():
     with torch.no_grad():
         transformer.blocks[0].attention.out.weight.add_(1.0)
     assert torch.equal(run(transformer), moved)
+
+
+def backward(transformer: Transformer) -> tuple[list[torch.Tensor], int]:
+    """Output and gradients, and the bytes that the forward pass kept for them."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = run(transformer)
+    gradients = torch.autograd.grad(out.square().sum(), list(transformer.parameters()))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    return [out, *gradients], sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("adaln", ["per_block", "shared"])
+def test_recomputed_blocks_give_the_same_numbers_and_keep_less(adaln):
+    torch.manual_seed(0)
+    transformer = Transformer(2, 16, 2, adaln)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    kept, whole = backward(transformer)
+    transformer.recompute = True
+    recomputed, left = backward(transformer)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recomputed, kept, strict=True))
+    assert 0 < left < whole / 4
+
+
+def test_nothing_is_recomputed_without_gradients(monkeypatch):
+    """Sampling's cached attention remembers what it sees: a block must run once."""
+    monkeypatch.setattr("ecar_dist.models.transformer.checkpoint", None)
+    transformer = Transformer(2, 16, 2, "shared", recompute=True)
+    with torch.no_grad():
+        assert run(transformer).shape == (2, 4, 16)

@@ -1,34 +1,53 @@
+import numpy as np
+import pytest
 import torch
 
-from ecar_dist.runtime.ema import ShardedEma, ema_decay
+from ecar_dist.averaging import profile
+from ecar_dist.config import EmaSection
+from ecar_dist.runtime.ema import ShardedEma, tracked_decays
+
+SECTION = EmaSection(half_life_samples=(100, 400), rampup=1.0, sigma_rel=(0.1,))
+STEPS, BATCH = 60, 16
 
 
-def test_half_of_a_weight_is_left_after_a_half_life():
-    decay = ema_decay(half_life_samples=1000, rampup=0.1, samples_seen=10**9, batch=10)
-    assert abs(decay**100 - 0.5) < 1e-12
-
-
-def test_the_half_life_ramps_up_with_samples_seen():
-    early = ema_decay(half_life_samples=10**6, rampup=0.1, samples_seen=100, batch=10)
-    assert abs(early - 0.5) < 1e-12  # half-life 10 samples = one batch
-    assert early < ema_decay(10**6, 0.1, 1000, 10) < ema_decay(10**6, 0.1, 10**8, 10)
-
-
-def test_batch_size_does_not_matter_in_the_long_run():
-    small = ema_decay(10**4, 1.0, 10**6, 16) ** 4
-    assert abs(small - ema_decay(10**4, 1.0, 10**6, 64)) < 1e-12
-
-
-def test_the_average_is_fp32_and_follows_its_formula():
-    masters = [torch.zeros(5), torch.ones(3)]
-    ema = ShardedEma(masters, half_life_samples=100, rampup=1.0)
-    expected = [master.clone().double() for master in masters]
-    for step in range(1, 20):
+@pytest.fixture(scope="module")
+def run():
+    """(averages after STEPS steps of two partitions, the partitions after every step, float64)."""
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(shape, generator=generator) for shape in (5, 3)]
+    ema = ShardedEma(masters, SECTION)
+    trajectory = [torch.cat(masters).double().numpy()]
+    for step in range(1, STEPS + 1):
         for master in masters:
-            master.add_(0.1 * step)
-        ema.update(step * 16, 16)
-        decay = 0.5 ** (16 / min(100, step * 16))
-        expected = [decay * old + (1 - decay) * new.double() for old, new in zip(expected, masters, strict=True)]
-    for ours, reference in zip(ema.partitions, expected, strict=True):
-        assert ours.dtype == torch.float32
-        assert torch.allclose(ours.double(), reference, atol=1e-6)
+            master.add_(torch.randn(master.shape, generator=generator))
+        ema.update(step * BATCH, BATCH)
+        trajectory.append(torch.cat(masters).double().numpy())
+    return ema, np.array(trajectory)
+
+
+def test_the_averages_are_the_half_lives_in_order_and_then_the_power_functions():
+    decays = tracked_decays(SECTION)
+    assert list(decays) == ["ema", "ema1", "ema2"]
+    at = (800, BATCH)
+    assert [float(decay(*at)) for decay in decays.values()] == pytest.approx(
+        [0.5 ** (16 / 100), 0.5 ** (16 / 400), (1 - 16 / 800) ** (6.937204 + 1)], rel=1e-6
+    )
+
+
+def test_one_half_life_is_one_average():
+    assert list(ShardedEma([torch.zeros(2)], EmaSection(half_life_samples=7)).averages) == ["ema"]
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema1", "ema2"])
+def test_an_average_is_its_profile_times_the_weights(run, kind):
+    ema, trajectory = run
+    expected = profile(tracked_decays(SECTION)[kind], STEPS, BATCH) @ trajectory
+    assert torch.cat(ema.averages[kind]).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_averages_are_fp32_and_their_own(run):
+    ema, _ = run
+    flats = [flat for average in ema.averages.values() for flat in average]
+    assert {flat.dtype for flat in flats} == {torch.float32}
+    assert len({flat.data_ptr() for flat in flats}) == 6
+    assert ema.partitions is ema.averages["ema"]

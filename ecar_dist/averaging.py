@@ -1,0 +1,134 @@
+"""Averages of the weights over training: what each forgets in a step, and others made afterwards from those kept.
+
+An average moves to beta * average + (1 - beta) * weights after every step, so at any time it is a weighted sum of the
+weights of all steps so far: its `profile`. A sum of kept averages has the sum of their profiles, and the sum whose
+profile comes nearest to that of an average nobody kept stands in for it. That is post-hoc EMA (Karras et al.,
+"Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3 and appendix C), with
+two changes: the profiles are those of the discrete updates, not of their continuous limit, and the coefficients sum to
+one, so that a weight which stood still comes out exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Decay = Callable[[npt.ArrayLike, float], Array]  # (samples_seen, batch) -> weight of the old average
+Snapshot = tuple[int, str]  # (step, name of the average)
+
+CHUNK_STEPS = 1 << 12  # steps whose profiles are held at once
+# Directions in which the snapshots differ by less than this share are noise of their fp32 storage, amplified.
+SMALLEST_DIRECTION = 1e-3
+
+
+def half_life_decay(half_life_samples: float, rampup: float, samples_seen: npt.ArrayLike, batch: float) -> Array:
+    """Weight of the old average after a step of `batch` samples that ended at `samples_seen`; number or array.
+
+    beta = 0.5^(batch / h), where the half-life h is at most `rampup` x samples_seen, so that the average forgets the
+    random start (EDM, Karras et al., arXiv 2206.00364, app. F.2). A function of samples seen, not of steps. While the
+    ramp-up holds, h grows with the samples seen, and the average is `power_decay`'s with gamma + 1 = ln 2 / rampup.
+    """
+    half_life = np.minimum(float(half_life_samples), rampup * np.asarray(samples_seen, dtype=np.float64))
+    return 0.5 ** (batch / half_life)
+
+
+def power_decay(gamma: float, samples_seen: npt.ArrayLike, batch: float) -> Array:
+    """The same for EDM2's power function: a profile that grows like samples_seen^gamma (section 3.1).
+
+    beta = (1 - batch / samples_seen)^(gamma + 1): zero at the first step, so the random start has no share at all.
+    """
+    return (1.0 - batch / np.asarray(samples_seen, dtype=np.float64)) ** (gamma + 1.0)
+
+
+def gamma_to_sigma_rel(gamma: float) -> float:
+    """Standard deviation of a profile t^gamma on [0, 1]: sqrt((g + 1) / ((g + 2)^2 (g + 3)))."""
+    return float(np.sqrt((gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0))))
+
+
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
+    """The gamma > 0 of a relative width in (0, 0.2887): the largest root of g^3 + 7 g^2 + (16 - s) g + 12 - s.
+
+    s = sigma_rel^-2; the cubic is `gamma_to_sigma_rel` multiplied out.
+    """
+    s = float(sigma_rel) ** -2
+    return float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max())
+
+
+def profile(decay: Decay, steps: int, batch: float) -> Array:
+    """Weight of every step's weights in an average after `steps` steps of `batch` samples: float64 [steps + 1].
+
+    Entry 0 belongs to the initial weights. The entries sum to one.
+    """
+    return _History(decay, steps, batch).profile(steps, 0, steps + 1)
+
+
+class _History:
+    """One average through a run. What step i added is, after step n, still there by the product of beta_(i+1 .. n)."""
+
+    def __init__(self, decay: Decay, steps: int, batch: float) -> None:
+        beta = decay(batch * np.arange(1.0, steps + 1.0), batch)
+        self._added = np.concatenate(([1.0], 1.0 - beta))
+        kept = np.maximum(beta, np.finfo(np.float64).tiny)  # the logarithm of 0 would make the differences below NaN
+        self._log_kept = np.concatenate(([0.0], np.cumsum(np.log(kept))))
+
+    def profile(self, step: int, start: int, stop: int) -> Array:
+        """Entries [start, stop) of the profile after `step`; zero for later steps."""
+        weights = np.zeros(stop - start)
+        seen = slice(start, min(stop, step + 1))
+        if seen.start < seen.stop:
+            weights[: seen.stop - start] = self._added[seen] * np.exp(self._log_kept[step] - self._log_kept[seen])
+        return weights
+
+
+@dataclass(frozen=True)
+class PosthocFit:
+    """The sum of snapshots that stands in for an average: its coefficients, which sum to one, and its error.
+
+    `residual` is the L2 distance of the two profiles over the L2 norm of the one that was asked for.
+    """
+
+    coefficients: dict[Snapshot, float]
+    residual: float
+
+
+def fit(
+    snapshots: Sequence[Snapshot], decays: Mapping[str, Decay], target: Decay, step: int, batch: float
+) -> PosthocFit:
+    """Least squares: the sum of `snapshots` nearest to what an average by `target` would be after `step`.
+
+    Arguments:
+        snapshots: what was kept, each once; at least one.
+        decays: of the averages they are snapshots of, by name.
+        target: of the average that was not kept.
+        batch: samples per step.
+
+    Time grows with steps x snapshots^2 (a second or two for 1e6 x 40), memory with steps alone.
+    """
+    last = max(step, *(at for at, _ in snapshots))
+    histories = {name: _History(decays[name], last, batch) for name in {name for _, name in snapshots}}
+    wanted = _History(target, last, batch)
+    triangle = np.empty((0, len(snapshots) + 1))
+    for start in range(0, last + 1, CHUNK_STEPS):
+        stop = min(start + CHUNK_STEPS, last + 1)
+        columns = [histories[name].profile(at, start, stop) for at, name in snapshots]
+        rows = np.stack([*columns, wanted.profile(step, start, stop)], axis=1)  # [steps, snapshots + 1]
+        # The triangular factor of all rows so far: the same inner products in few rows.
+        triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"))
+    coefficients = _sum_to_one_least_squares(triangle[:, :-1], triangle[:, -1])
+    distance = np.linalg.norm(triangle[:, :-1] @ coefficients - triangle[:, -1])
+    named = dict(zip(snapshots, coefficients.tolist(), strict=True))
+    return PosthocFit(named, float(distance / np.linalg.norm(triangle[:, -1])))
+
+
+def _sum_to_one_least_squares(columns: Array, target: Array) -> Array:
+    """Coefficients that sum to one: those of the differences to the nearest column are free."""
+    nearest = int(np.argmin(np.linalg.norm(columns - target[:, None], axis=0)))
+    differences = np.delete(columns, nearest, axis=1) - columns[:, [nearest]]
+    lengths = np.maximum(np.linalg.norm(differences, axis=0), np.finfo(np.float64).tiny)
+    free, *_ = np.linalg.lstsq(differences / lengths, target - columns[:, nearest], rcond=SMALLEST_DIRECTION)
+    free = free / lengths
+    return np.insert(free, nearest, 1.0 - free.sum())

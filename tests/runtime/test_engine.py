@@ -1,0 +1,81 @@
+"""The parts of the engine that need no DeepSpeed; train/test_zero_matrix.py tests the engine itself, on ranks."""
+
+import pytest
+import torch
+
+from ecar_dist.config_file import config_from_dict
+from ecar_dist.runtime.engine import Fragment, GuardedAdamW, deepspeed_config
+
+
+@pytest.fixture
+def parameter():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    parameter.grad = torch.tensor([0.5, 0.5])
+    return parameter
+
+
+def test_the_optimizer_moves_nothing_before_the_engine_stands(parameter):
+    optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1)
+    optimizer.step()
+    assert not optimizer.applied
+    assert parameter.tolist() == [1.0, -2.0]
+    assert not optimizer.state[parameter]
+
+
+def test_a_refused_step_moves_neither_weights_nor_moments(parameter):
+    optimizer, plain = GuardedAdamW([{"params": [parameter]}], lr=0.1), parameter.detach().clone().requires_grad_()
+    reference = torch.optim.AdamW([plain], lr=0.1)
+    for refused in (False, True, False):
+        optimizer.refused = lambda refused=refused: refused
+        optimizer.step()
+        assert optimizer.applied != refused
+        if not refused:
+            plain.grad = parameter.grad.clone()
+            reference.step()
+        assert torch.equal(parameter, plain)
+        for name, value in reference.state[plain].items():
+            assert torch.equal(optimizer.state[parameter][name], value)
+
+
+def test_a_fragment_is_a_view():
+    flat = [torch.zeros(4), torch.arange(6.0)]
+    view = Fragment("weight", start=10, numel=2, partition=1, offset=3).of(flat)
+    assert view.tolist() == [3.0, 4.0]
+    view.zero_()
+    assert flat[1].tolist() == [0.0, 1.0, 2.0, 0.0, 0.0, 5.0]
+
+
+def make_config(**deepspeed):
+    return config_from_dict(
+        {
+            "run": {"name": "test"},
+            "vae": {"kind": "dct"},
+            "data": {"latents": "nowhere", "num_classes": 10},
+            "batch": {"global_batch_size": 64, "micro_batch_size": 8},
+            "train": {"total_samples": 256},
+            "deepspeed": deepspeed,
+        }
+    )
+
+
+def test_batch_sizes_multiply_out():
+    settings = deepspeed_config(make_config(), 4, "fp32")
+    assert settings["train_batch_size"] == 64
+    assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 4 == 64
+
+
+@pytest.mark.parametrize(("zero_stage", "accumulates"), [(0, None), (1, "fp32"), (2, "fp32"), (3, "fp32")])
+def test_bf16_gradients_accumulate_in_fp32_under_zero(zero_stage, accumulates):
+    settings = deepspeed_config(make_config(zero_stage=zero_stage), 4, "bf16")
+    assert settings["bf16"]["enabled"]
+    assert settings.get("data_types", {}).get("grad_accum_dtype") == accumulates
+
+
+def test_offload_goes_to_the_cpu_and_raw_settings_come_last():
+    raw = {"zero_optimization": {"offload_param": {"pin_memory": True}, "reduce_bucket_size": 7}}
+    zero = deepspeed_config(make_config(zero_stage=3, offload_optimizer=True, offload_params=True, raw=raw), 4, "bf16")[
+        "zero_optimization"
+    ]
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 7)

@@ -1,0 +1,166 @@
+"""What each rank of test_zero_matrix.py runs: the same 20 steps under many engine settings, in one process.
+
+torchrun ... -m tests.train.zero_matrix_ranks CONFIG REPORT
+"""
+
+import json
+import math
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import load_config
+from ecar_dist.models.presets import PRESETS, Preset
+from ecar_dist.runtime.ema import ShardedEma, tracked_decays
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
+from ecar_dist.runtime.world import World, start_world, stop_world
+from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
+from ecar_dist.train.start import build_engine
+from tests.train.zero_matrix import BATCH, REFERENCE, SETTINGS, STEPS
+
+Averages = dict[str, torch.Tensor]
+Micro = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def read_batches(config: RunConfig, world: World) -> list[list[Micro]]:
+    """The micro-batches of all steps, read once for all settings."""
+    data = check_data(config)
+    loader = open_loader(config, world, open_stream(config, data), 0)
+    steps = [loader.take(config.grad_accum_steps(world.size)) for _ in range(STEPS)]
+    loader.close()
+    return [[(micro.values, micro.labels, micro.positions) for micro in step] for step in steps]
+
+
+def run_micro_batches(engine: Engine, batches: list[Micro], factor: float = 1.0) -> tuple[float, bool]:
+    """One step, its loss times `factor`: this rank's part of the loss, and whether weights moved."""
+    total, moved = 0.0, True
+    for micro in batches:
+        loss, *_ = engine(*micro)
+        engine.backward(loss * factor)
+        moved = engine.step()
+        total += float(loss.detach()) / len(batches)
+    return total, moved
+
+
+def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
+    """All weights end to end, float64, from every rank's partitions, in one collective."""
+    ends = dict(
+        zip(engine.shapes, accumulate(torch.Size(shape).numel() for shape in engine.shapes.values()), strict=True)
+    )
+    full = torch.zeros(max(ends.values()), dtype=torch.float64)
+    for fragment in engine.fragments:
+        begin = ends[fragment.name] - torch.Size(engine.shapes[fragment.name]).numel() + fragment.start
+        full[begin : begin + fragment.numel] = fragment.of(partitions).detach().double()
+    return full if engine.replicated else engine.world.sum(full)
+
+
+def train(engine: Engine, config: RunConfig, steps: list[list[Micro]]) -> tuple[list[float], ShardedEma, Averages]:
+    """All steps; beside the sharded averages, unsharded ones of the whole weights."""
+    ema, losses = ShardedEma(engine.partitions, config.ema), []
+    unsharded = dict.fromkeys(ema.averages, whole(engine, engine.partitions))
+    for index, batches in enumerate(steps):
+        part, moved = run_micro_batches(engine, batches)
+        assert moved
+        losses.append(float(engine.world.sum(torch.tensor(part / engine.world.size, dtype=torch.float64))))
+        seen = (index + 1) * BATCH
+        ema.update(seen, BATCH)
+        weights = whole(engine, engine.partitions)
+        for kind, decay in tracked_decays(config.ema).items():
+            unsharded[kind] = unsharded[kind].lerp(weights, 1.0 - float(decay(seen, BATCH)))
+    return losses, ema, unsharded
+
+
+def state(engine: Engine) -> list[torch.Tensor]:
+    """All that a refused step must leave as it is: master weights, moments, and what the forward pass reads."""
+    moments = [flat for name in ADAM_MOMENTS for flat in engine.moments(name)]
+    shares = [getattr(parameter, "ds_tensor", parameter) for parameter in engine._parameters.values()]
+    return [tensor.detach().clone() for tensor in (*engine.partitions, *moments, *shares)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
+    """Three kinds of refused step: whether the state stays and the next step is as if nothing had been."""
+    before, found = state(engine), {}
+
+    def refuse(kind: str, factor: float = 1.0) -> None:
+        _, moved = run_micro_batches(engine, batches, factor)
+        found[f"{kind}: refused"] = not moved
+        found[f"{kind}: nothing moved"] = equal(before, state(engine))
+        found[f"{kind}: the counter went on"] = adam_steps(engine) == {STEPS + 1 + len(found) // 3}
+
+    refuse("loss of rank 1 is NaN", math.nan if engine.world.rank == 1 else 1.0)
+    norm_is_finite = math.isfinite(engine.grad_norm)
+    engine.refuse_step()
+    refuse("called off")
+    engine.grad_norm_limit = engine.grad_norm / 2
+    refuse("norm above the limit")
+    engine.grad_norm_limit = math.inf
+    after = step_from(engine, before, batches, restore=False)
+    found["the next step is as if none had been refused"] = equal(
+        after, step_from(engine, before, batches, restore=True)
+    )
+    found["the norm of a NaN loss is not finite"] = not norm_is_finite
+    return found
+
+
+def step_from(engine: Engine, before: list[torch.Tensor], batches: list[Micro], *, restore: bool) -> list[torch.Tensor]:
+    """The state after one good step from `before`; `restore` puts it back first, which a refused step need not."""
+    if restore:
+        flats = [*engine.partitions, *(flat for name in ADAM_MOMENTS for flat in engine.moments(name))]
+        with torch.no_grad():
+            for flat, old in zip(flats, before[: len(flats)], strict=True):
+                flat.copy_(old)
+        engine.publish_master_weights()
+    engine.set_optimizer_step(STEPS)
+    _, moved = run_micro_batches(engine, batches)
+    after = state(engine)
+    assert moved
+    assert not equal(before, after)
+    return after
+
+
+def adam_steps(engine: Engine) -> set[int]:
+    return {int(engine._adam_state(partition)["step"]) for partition in engine.partitions}
+
+
+def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
+    """What this rank has to report, and the weights and averages it ends with."""
+    engine = build_engine(config, normaliser(check_data(config), None), world, config.deepspeed.precision)
+    if config.grad_accum_steps(world.size) == 1:  # the two micro-batches of a step are one
+        steps = [[tuple(torch.cat(parts) for parts in zip(*batches, strict=True))] for batches in steps]
+    losses, ema, unsharded = train(engine, config, steps)
+    results = {kind: whole(engine, flats) for kind, flats in ema.averages.items()}
+    weights = torch.cat([full.double().flatten() for _, full in engine.gather(engine.partitions)])
+    report = {
+        "losses": losses,
+        "sharded EMA against unsharded": max(float((results[kind] - unsharded[kind]).abs().max()) for kind in results),
+        "adam steps": sorted(adam_steps(engine)),
+        "elements": sum(fragment.numel for fragment in engine.fragments),
+        "refusals": refusals(engine, steps[0]),
+    }
+    return report, {"weights": weights, **results}
+
+
+def main(config_path: str, report_path: str) -> None:
+    PRESETS["T"] = Preset(1, 64, 2, 1, 64, 2)  # the cost of a step here is that of its many small operations
+    world = start_world()
+    steps = read_batches(load_config(config_path, []), world)
+    reports, results = {}, {}
+    for name, overrides in SETTINGS.items():
+        report, results[name] = run_setting(load_config(config_path, overrides), world, steps)
+        for kind, reference in results[REFERENCE].items():
+            report[kind] = float((results[name][kind] - reference).norm() / reference.norm())  # relative L2 distance
+        reports[name] = world.gather(report)
+    if world.is_first:
+        Path(report_path).write_text(json.dumps(reports, indent=1))
+    stop_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
