@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.runtime.peers import RemoteError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -123,12 +124,13 @@ class World:
         return self.together(lambda: action() if self.is_first else None)
 
 
-class RemoteError(Exception):
-    """Another rank met an error, and says which: this one ends without a word."""
+def start_world(
+    environment: Mapping[str, str] | None = None, collective_timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
+) -> World:
+    """Join the process group the launcher describes: NCCL on a GPU, gloo on CPU.
 
-
-def start_world(environment: Mapping[str, str] | None = None) -> World:
-    """Join the process group the launcher describes: NCCL on a GPU, gloo on CPU."""
+    `collective_timeout` is for this class's own collectives; DeepSpeed makes groups of its own, which ignore it.
+    """
     placement = placement_from_environment(os.environ if environment is None else environment)
     device = _local_device(placement)
     # DeepSpeed reads the launcher's variables itself; under srun they are ours to set.
@@ -146,7 +148,7 @@ def start_world(environment: Mapping[str, str] | None = None) -> World:
             store=dist.HashStore() if placement.size == 1 else None,  # alone, no port is opened that could be taken
             rank=placement.rank,
             world_size=placement.size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=collective_timeout,
         )
     return World(placement, device)
 
