@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
@@ -16,8 +15,9 @@ from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, check_identity, newest, read_manifest
-from ecar_dist.runtime.export import EXPORT_FACTS, EXPORT_WEIGHTS
+from ecar_dist.runtime.averages import open_average
+from ecar_dist.runtime.checkpoint_files import Progress, check_identity, read_manifest
+from ecar_dist.runtime.export_files import CONFIG, ExportReader, flat_identity, is_export
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
@@ -37,36 +37,52 @@ class TrainedModel:
 
 def open_trained(path: Path, device: torch.device) -> TrainedModel:
     """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is not, or not whole."""
-    if (path / EXPORT_FACTS).exists():
-        source, facts = path, json.loads((path / EXPORT_FACTS).read_text())
-        config, weights = load_config(path / "config.yaml"), _read_export(path / EXPORT_WEIGHTS)
+    weights: Mapping[str, torch.Tensor]
+    if is_export(path):
+        config, source, weights = load_config(path / CONFIG), path, (reader := ExportReader(path))
+        facts = reader.facts
     else:
-        config = RunDirectory(path).load_config()
-        source = newest(RunDirectory(path).checkpoints)
-        facts, reader = read_manifest(source), FragmentReader(source)
-        weights = {name: reader.full("ema", name) for name in reader.shapes}
-    identity = facts["identity"]
+        config, weights = RunDirectory(path).load_config(), (average := open_average(path))
+        source, facts = average.checkpoint, read_manifest(average.checkpoint)
+    progress, identity = _progress(source, facts), flat_identity(facts["identity"])
     check_identity(source, {key: identity.get(key) for key in config.model_identity}, config.model_identity)
     codec = open_codec(config.vae, device)
-    if codec.identity.weights_sha256 != identity["encoder.weights_sha256"]:
+    if codec.identity.weights_sha256 != identity.get("encoder.weights_sha256"):
         raise CheckpointError(
             f"{source} was trained on latents of another autoencoder than {codec.identity.name}; point vae.path in "
-            f"{path / 'config.yaml'} to the one that encoded them"
+            f"{path / CONFIG} to the one that encoded them"
         )
-    model = load_weights(config, weights, device)
-    return TrainedModel(config, model, codec, device, Progress(**facts["progress"]), source)
+    return TrainedModel(config, load_weights(config, weights, device), codec, device, progress, source)
 
 
-def _read_export(path: Path) -> dict[str, torch.Tensor]:
+def _progress(source: Path, facts: dict[str, Any]) -> Progress:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}); export the run again") from None
+        return Progress(**facts["progress"])
+    except TypeError:
+        raise CheckpointError(f"{source} does not say how far it was trained; it is of another release") from None
 
 
-def load_weights(config: RunConfig, weights: dict[str, torch.Tensor], device: torch.device) -> ECAR:
-    """A model in eval mode that holds `weights`, fp32."""
+def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> ECAR:
+    """A model in eval mode that holds `weights`, fp32. Raises CheckpointError where they are of another model."""
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
-    model.load_state_dict(weights)
+    copy_weights(model, weights)
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def copy_weights(model: ECAR, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy `weights` into the model one by one, so that no second model lies in memory."""
+    held = model.state_dict()
+    odd = sorted(held.keys() ^ weights.keys())
+    if odd:
+        where = "in the model alone" if odd[0] in held else "in the weights alone"
+        raise CheckpointError(f"parameter {odd[0]} is {where}; the weights are of another model than the config")
+    for name, parameter in held.items():
+        value = weights[name]
+        if value.shape != parameter.shape:
+            raise CheckpointError(
+                f"parameter {name} is {list(value.shape)} in the weights and {list(parameter.shape)} in the model; "
+                f"the weights are of another model than the config"
+            )
+        parameter.copy_(value)

@@ -1,0 +1,119 @@
+"""What a checkpoint holds, in words for a person. Parameters are read block by block, whatever their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ecar_dist.errors import CheckpointError
+from ecar_dist.runtime.checkpoint_files import MARKER, FragmentReader, committed, newest, read_manifest, verify
+from ecar_dist.runtime.export_files import flat_identity
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.untrusted import file_inside
+
+BLOCK = 1 << 22  # elements read at once
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """`path` is a checkpoint, or a run: then its checkpoint after `step`, by default the newest; proven whole.
+
+    Raises ConfigError or CheckpointError where there is none, or where it is damaged.
+    """
+    if (path / MARKER).is_file():
+        verify(path)
+        return path
+    directory = RunDirectory(path)
+    directory.load_config()
+    if step is None:
+        return newest(directory.checkpoints)
+    by_step = {read_manifest(found)["progress"]["step"]: found for found in committed(directory.checkpoints)}
+    if step not in by_step:
+        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has those of {sorted(by_step) or 'none'}")
+    verify(by_step[step])
+    return by_step[step]
+
+
+def inspect_lines(path: Path) -> list[str]:
+    """How far it is, who wrote it, what it belongs to, and for each kind of state its size and its numbers."""
+    manifest, reader = read_manifest(path), FragmentReader(path)
+    size = sum(entry["bytes"] for entry in manifest["files"])
+    return [
+        f"{path}: {headline(manifest)}; {len(manifest['files'])} files, {size / 2**20:.1f} MiB",
+        f"{sum(map(math.prod, reader.shapes.values())):,} parameters in {len(reader.shapes)} tensors",
+        *table(
+            ("kind", "values", "MiB", "norm", "largest", "not finite"),
+            [(kind, *_Numbers.of(reader, kind).cells()) for kind in kinds_in(path)],
+        ),
+        "identity",
+        *(f"  {name}: {value}" for name, value in flat_identity(manifest["identity"]).items()),
+        *(f"note {name}: {value}" for name, value in manifest.get("notes", {}).items()),
+    ]
+
+
+def kinds_in(path: Path) -> list[str]:
+    """The kinds of state in a checkpoint's files: `master`, Adam's moments, the averages."""
+    keys: list[str] = []
+    for entry in read_manifest(path)["files"]:
+        keys += safe_open(file_inside(path, entry["name"]), framework="pt").keys()
+    return sorted({key.split(":")[0] for key in keys})
+
+
+def headline(manifest: dict[str, Any]) -> str:
+    progress = manifest["progress"]
+    return (
+        f"step {progress['step']:,}, {progress['samples_seen']:,} samples, written by {manifest['world_size']} ranks "
+        f"with ZeRO-{manifest['zero_stage']}"
+    )
+
+
+def blocks(reader: FragmentReader, kind: str, name: str) -> Iterator[torch.Tensor]:
+    """A parameter, flattened, in pieces of at most BLOCK elements."""
+    numel = math.prod(reader.shapes[name])
+    for start in range(0, numel, BLOCK):
+        yield reader.read(kind, name, start, min(BLOCK, numel - start))
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (head, *rows)
+    ]
+
+
+@dataclass
+class _Numbers:
+    """Running sums over the values of one kind; what is not finite is counted and left out of the others."""
+
+    count: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+    not_finite: int = 0
+
+    @staticmethod
+    def of(reader: FragmentReader, kind: str) -> _Numbers:
+        numbers = _Numbers()
+        for name in reader.shapes:
+            for block in blocks(reader, kind, name):
+                numbers._add(block)
+        return numbers
+
+    def _add(self, block: torch.Tensor) -> None:
+        finite = block[block.isfinite()]
+        self.count += block.numel()
+        self.not_finite += block.numel() - finite.numel()
+        self.squares += float(finite.double().square().sum())
+        self.largest = max(self.largest, float(finite.abs().max()) if finite.numel() else 0.0)
+
+    def cells(self) -> tuple[str, ...]:
+        size = f"{self.count * 4 / 2**20:.1f}"
+        return f"{self.count:,}", size, f"{math.sqrt(self.squares):.4g}", f"{self.largest:.4g}", f"{self.not_finite:,}"

@@ -1,0 +1,113 @@
+"""The README.md of an export: what it is, how it was trained, how to draw, what was measured. No number is made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FRONT_MATTER = """\
+---
+library_name: ecar_dist
+tags:
+- ecar
+- image-generation
+- class-conditional
+- flow-matching
+# license: the owner of the weights must choose one before they are passed on
+---
+"""
+_NOT_MEASURED = """\
+Whatever is not in the table above: other guidance scales and solvers, memorisation of the training data, bias, and
+fitness for any purpose."""
+_SETTINGS = ("guidance_scale", "seed", "samples", "train", "heldout", "samples_seen")  # of a score, not scores
+
+
+def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    """Markdown with the hub's front matter. `facts` is the export's config.json, `scores` the run's scores.json."""
+    config = facts["config"]
+    sections = [
+        f"# {config['run']['name']}",
+        _what(facts),
+        "## How it was trained\n\n" + _table(_training(facts)),
+        _drawing(config),
+        "## What was measured\n\n" + _measured(facts, scores),
+        f"## What was not measured\n\n{_NOT_MEASURED}",
+    ]
+    return _FRONT_MATTER + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _what(facts: dict[str, Any]) -> str:
+    config, model = facts["config"], facts["model"]
+    sides = " -> ".join(f"{side}x{side}" for side in model["stage_sizes"])
+    pixels = config["data"]["latent_size"] * config["vae"]["downsample"]
+    return (
+        f"A class-conditional image generator (ECAR, preset {model['preset']}, {model['parameters']:,} parameters) for "
+        f"{config['data']['num_classes']} classes. It draws latents of {pixels}x{pixels} pixel images in "
+        f"{len(model['stage_sizes'])} stages, {sides}, and an autoencoder decodes them "
+        f"({_autoencoder(facts)}; it is not part of these files).\n\n"
+        f"The weights are {facts['dtype']}: {_average(facts['average'])}."
+    )
+
+
+def _autoencoder(facts: dict[str, Any]) -> str:
+    vae = facts["config"]["vae"]
+    return f"`{vae['path']}`, kind {vae['kind']}" if vae["path"] else f"kind {vae['kind']}, which has no weights"
+
+
+def _average(average: dict[str, Any]) -> str:
+    if "sigma_rel" in average:
+        form = f"a power-function average of relative width {average['sigma_rel']}"
+    else:
+        form = f"an exponential moving average with a half-life of {average['half_life_samples']:,} samples"
+    if "relative_residual" not in average:
+        return f"{form}, kept in training"
+    return (
+        f"{form}, rebuilt after training from {average['snapshots']} kept averages "
+        f"(relative residual of its profile {average['relative_residual']:.2%})"
+    )
+
+
+def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    config, source, progress = facts["config"], facts["source"], facts["progress"]
+    return [
+        ("samples seen", f"{progress['samples_seen']:,} of {config['train']['total_samples']:,} planned"),
+        ("optimizer steps", f"{progress['step']:,}"),
+        ("data set ids", ", ".join(f"`{name}`" for name in source["dataset_ids"]) or "not recorded"),
+        ("global batch size", config["batch"]["global_batch_size"]),
+        ("peak learning rate", f"{config['optim']['learning_rate']:g} ({config['optim']['schedule']})"),
+        ("ranks", f"{source['world_size']}, ZeRO-{source['zero_stage']} (at the exported checkpoint)"),
+        ("precision", source["precision"]),
+        ("attempts", source["attempts"]),
+        ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
+    ]
+
+
+def _drawing(config: dict[str, Any]) -> str:
+    sample = config["sample"]
+    return (
+        "## How to draw\n\n"
+        "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
+        f"By default {sample['steps_per_stage']} {sample['solver']} steps a stage and guidance scale "
+        f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
+        "autoencoder is; point it to your copy. `parity.json` says what these files were compared with."
+    )
+
+
+def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    numbers = {name: value for name, value in (scores or {}).items() if _is_number(value) and name not in _SETTINGS}
+    if not scores or not numbers:
+        return "Nothing: the run holds no scores.json (`ecar-dist evaluate`)."
+    seen = scores.get("samples_seen")
+    same = seen == facts["progress"]["samples_seen"] and facts["average"]["kind"] == "ema" and facts["dtype"] == "fp32"
+    whose = "these weights" if same else "the run's first average, not exactly these weights"
+    about = f"Of {whose}, at {seen} samples seen, with " + ", ".join(
+        f"{name}={scores[name]}" for name in _SETTINGS[:-1] if name in scores
+    )
+    return f"{about} (`ecar-dist evaluate`):\n\n" + _table([(name, f"{value:.6g}") for name, value in numbers.items()])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

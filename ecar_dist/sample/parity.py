@@ -1,0 +1,110 @@
+"""The proof of an export: opened as a loader would, it computes what the run's own weights compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import load_config
+from ecar_dist.errors import CheckpointError
+from ecar_dist.flow.path import model_time
+from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.models.ecar import ECAR
+from ecar_dist.rng import Purpose, normal, uniform
+from ecar_dist.runtime.export import Exported
+from ecar_dist.runtime.export_files import CONFIG, ExportReader
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.sample.generate import SamplingPlan, generate
+from ecar_dist.sample.load import load_weights
+from ecar_dist.storage.atomic import write_json
+
+REPORT = "parity.json"
+INPUTS, SEED = 4, 0
+
+Outputs = dict[str, list[torch.Tensor]]  # "velocity" and "samples": K of [INPUTS, C, h_k, w_k]
+
+
+def parity_report(exported: Exported, device: torch.device | None = None) -> str:
+    """Compare an export with the weights it was made from; writes parity.json into it and returns one line.
+
+    The inputs are keyed: noise as states and contexts and a time in each stage, the first classes and the null label
+    for the velocities; then one sample of each of the first classes. An fp32 export must agree to the last bit: where
+    it does not, it is removed and CheckpointError raised. bf16 has rounded the weights: what that changes is stated.
+    `device` is the CPU by default. One model is in memory at a time.
+    """
+    device = device or torch.device("cpu")
+    reader, config = ExportReader(exported.path), RunDirectory(exported.run).load_config()
+    ours = _outputs(config, exported.average, device)
+    theirs = _outputs(load_config(exported.path / CONFIG), reader, device)
+    differences = {"weights": [_weight_difference(exported.average, reader)]} | {
+        name: [_max_difference(a, b) for a, b in zip(values, theirs[name], strict=True)]
+        for name, values in ours.items()
+    }
+    sizes = {name: [float(value.square().mean().sqrt()) for value in values] for name, values in ours.items()}
+    worst = {name: _worst(values) for name, values in differences.items()}
+    dtype = reader.facts["dtype"]
+    if dtype == "fp32" and set(worst.values()) != {0.0}:
+        shutil.rmtree(exported.path)
+        raise CheckpointError(
+            f"{exported.path} is removed: {_said(worst)} from the run, and an fp32 export must be equal; "
+            f"check the disk, then export again"
+        )
+    about = {"dtype": dtype, "inputs": INPUTS, "seed": SEED, "device": device.type, "torch": torch.__version__}
+    write_json(exported.path / REPORT, {**about, "max_abs_difference": differences, "rms": sizes})
+    if dtype == "fp32":
+        return f"parity: weights, velocities of {len(ours['velocity'])} stages and {INPUTS} samples equal the run's"
+    return f"parity: {_said(worst)} from the run; {sizes['samples'][-1]:.3g} is the rms of a sample"
+
+
+def _outputs(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> Outputs:
+    model = load_weights(config, weights, device)
+    return {"velocity": _velocities(model, config, device), "samples": _samples(model, config, device)}
+
+
+@torch.no_grad()
+def _velocities(model: ECAR, config: RunConfig, device: torch.device) -> list[torch.Tensor]:
+    """The velocity of every stage at states, contexts and times that the seed fixes; the last label is the null one."""
+    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    positions = torch.arange(INPUTS, device=device)
+    labels = torch.cat(((positions % config.data.num_classes)[:-1], positions.new_tensor([config.data.num_classes])))
+
+    def noise(purpose: Purpose, stage: int) -> torch.Tensor:
+        size = config.stage_sizes[stage]
+        return normal(SEED, positions, purpose, (config.data.latent_channels, size, size), stream=stage)
+
+    stages = range(config.flow.num_stages)
+    times = [model_time(schedule, stage, uniform(SEED, positions, Purpose.TIME, stream=stage)) for stage in stages]
+    contexts = [noise(Purpose.CONTEXT, stage) for stage in stages[:-1]]
+    return model(contexts, [noise(Purpose.NOISE, stage) for stage in stages], times, labels)
+
+
+def _samples(model: ECAR, config: RunConfig, device: torch.device) -> list[torch.Tensor]:
+    """Every stage of one sample of each of the first classes, by the run's sampler, all in fp32."""
+    plan = dataclasses.replace(SamplingPlan.from_config(config, device), bf16=False)
+    indices = torch.arange(INPUTS, device=device)
+    return generate(model, plan, indices % config.data.num_classes, indices, SEED)
+
+
+def _weight_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    return _worst(_max_difference(ours[name], theirs[name].float()) for name in ours)
+
+
+def _max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max())
+
+
+def _worst(differences: Iterable[float]) -> float:
+    """The largest; not a number where any is none, which Python's max would pass over."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
+
+
+def _said(worst: dict[str, Any]) -> str:
+    return (
+        f"weights differ by {worst['weights']:.3g}, velocities by {worst['velocity']:.3g}, "
+        f"samples by {worst['samples']:.3g}"
+    )

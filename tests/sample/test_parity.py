@@ -1,0 +1,112 @@
+"""An export computes what its run computes, and one that does not is not left lying about."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from ecar_dist.errors import CheckpointError
+from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.models.build import build_model
+from ecar_dist.runtime.averages import Wanted
+from ecar_dist.runtime.export import export_run
+from ecar_dist.runtime.export_files import ExportReader
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.sample.load import load_weights, open_trained
+from ecar_dist.sample.parity import parity_report
+from ecar_dist.vae.build import open_codec
+from tests.runtime.made_runs import DATA, make_checkpoint, make_run
+
+CPU = torch.device("cpu")
+
+
+def random_weights(config, seed):
+    """Of every parameter of the config's model; as if trained: nothing is zero."""
+    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the smallest model that keeps two averages."""
+    folder, config = make_run(tmp_path_factory.mktemp("parity"), ema={"half_life_samples": [1000, 2000]})
+    codec = open_codec(config.vae, CPU)
+    identity = {
+        "model": {**config.model_identity, "encoder.weights_sha256": codec.identity.weights_sha256},
+        "data": DATA,
+    }
+    state = {kind: random_weights(config, seed) for seed, kind in enumerate(("ema", "ema1"))}
+    make_checkpoint(folder / "checkpoints", 6, state, identity=identity)
+    return folder
+
+
+def differences(out):
+    return json.loads((out / "parity.json").read_text())["max_abs_difference"]
+
+
+@pytest.mark.parametrize("max_shard_gib", [5.0, 2**-10])
+def test_fp32_is_equal_to_the_last_bit(run, tmp_path, max_shard_gib):
+    exported = export_run(run, tmp_path / "out", max_shard_gib=max_shard_gib)
+    assert (len(list(exported.path.glob("*.safetensors"))) > 1) == (max_shard_gib < 1)
+    assert parity_report(exported) == "parity: weights, velocities of 3 stages and 4 samples equal the run's"
+    assert differences(exported.path) == {"weights": [0.0], "velocity": [0.0] * 3, "samples": [0.0] * 3}
+    rms = json.loads((exported.path / "parity.json").read_text())["rms"]
+    assert min(rms["velocity"] + rms["samples"]) > 0.1  # the inputs do reach the outputs
+
+
+def test_bf16_states_its_difference(run, tmp_path):
+    exported = export_run(run, tmp_path / "out", dtype="bf16")
+    line = parity_report(exported)
+    found = differences(exported.path)
+    (weights,) = found["weights"]
+    assert 0 < weights < 0.3 * 2**-8  # half a unit in the last of 8 bits, of weights up to about 0.25
+    assert all(0 < value < 0.1 for value in found["velocity"] + found["samples"])
+    assert line.startswith(f"parity: weights differ by {weights:.3g}, velocities by ")
+
+
+@pytest.mark.parametrize("value", [1e-3, math.nan])
+def test_an_export_that_differs_is_removed(run, tmp_path, monkeypatch, value):
+    exported = export_run(run, tmp_path / "out")
+    read = ExportReader.__getitem__
+    monkeypatch.setattr(
+        ExportReader, "__getitem__", lambda self, name: read(self, name) + (value if name.endswith("weight") else 0)
+    )
+    with pytest.raises(CheckpointError, match=r"out is removed: weights differ by (0.001|nan), .*check the disk"):
+        parity_report(exported)
+    assert not exported.path.exists()
+
+
+def test_the_weights_of_another_average_are_seen(run, tmp_path):
+    first, second = export_run(run, tmp_path / "a"), export_run(run, tmp_path / "b", wanted=Wanted(half_life=2000))
+    with pytest.raises(CheckpointError, match="is removed: weights differ by 0"):
+        parity_report(dataclasses.replace(first, average=second.average))
+    assert not first.path.exists()
+
+
+def test_an_export_opens_like_its_run(run, tmp_path):
+    out = export_run(run, tmp_path / "out", max_shard_gib=2**-10).path
+    ours, theirs = open_trained(run, CPU), open_trained(out, CPU)
+    assert theirs.source == out
+    assert ours.source.name == "step-00000006"
+    assert theirs.progress == ours.progress
+    expected = ours.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in theirs.model.state_dict().items())
+
+
+def test_weights_of_another_model_are_refused_in_one_line(run):
+    config = RunDirectory(run).load_config()
+    weights = random_weights(config, 0)
+    name = next(iter(weights))
+    for change, said in [
+        ({name: torch.zeros(3)}, r"is \[3\] in the weights and"),
+        ({"new": torch.zeros(3)}, "parameter new is in the weights alone"),
+    ]:
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(config, {**weights, **change}, CPU)
+    del weights[name]
+    with pytest.raises(CheckpointError, match="is in the model alone"):
+        load_weights(config, weights, CPU)
