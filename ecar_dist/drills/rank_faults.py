@@ -1,0 +1,156 @@
+"""Drills of processes and numbers: a rank is killed, stopped, slowed, asked to end, or computes a NaN."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from signal import SIGKILL, SIGSTOP, SIGTERM
+
+from ecar_dist.drills.evidence import (
+    Finding,
+    ended_well,
+    ended_within,
+    every_step_once,
+    losses,
+    no_orphans,
+    one_line_with,
+    rank_statuses,
+    same_losses,
+    whole_checkpoints,
+)
+from ecar_dist.drills.ground import STEPS, STRIKE_AT, CannotRunError, Ground, Trial
+from ecar_dist.drills.processes import Ended
+from ecar_dist.runtime.checkpoint_files import committed
+
+DEATH_SECONDS = 15.0  # in which a job is over once a rank is gone
+GRACE_SECONDS = 25.0  # in which a job that was asked to end is over; Slurm gives 30 by default
+SHORTEST_HANG = 5.0
+HANG_MARGIN = 15.0  # seconds for the watchdog's reports, the kill, and the launcher's own end
+STOPPED, RUNNING = 0.02, 0.01  # seconds: a rank that gets a third of its time
+
+
+def kill_rank(ground: Ground) -> Iterator[Finding]:
+    trial, victim = Trial(ground, "kill-rank"), ground.ranks - 1
+    with trial.start(failpoint=trial.slow_steps()) as job:
+        job.reach(STRIKE_AT)
+        job.strike(SIGKILL, victim)
+        ended = job.end()
+    yield ended_within(ended, DEATH_SECONDS)
+    yield names_rank(ended, victim)
+    yield no_orphans(ended)
+    yield from resumed_as_quiet(ground, trial)
+
+
+def hang_rank(ground: Ground) -> Iterator[Finding]:
+    trial, victim = Trial(ground, "hang-rank"), ground.ranks - 1
+    patience = max(SHORTEST_HANG, ground.quiet.startup_seconds)
+    with trial.start(f"train.hang_seconds={patience:.1f}", failpoint=trial.slow_steps()) as job:
+        job.reach(STRIKE_AT)
+        job.strike(SIGSTOP, victim)
+        ended = job.end()
+    yield ended_within(ended, patience + HANG_MARGIN)
+    yield names_rank(ended, victim)
+    yield no_orphans(ended)
+    yield from resumed_as_quiet(ground, trial)
+
+
+def slow_rank(ground: Ground) -> Iterator[Finding]:
+    if ground.ranks < 2:
+        raise CannotRunError("a rank is slow beside others; use --ranks 2")
+    trial, victim = Trial(ground, "slow-rank"), ground.ranks - 1
+    with trial.start(failpoint=trial.slow_steps()) as job:
+        job.reach(1)
+        job.hobble(victim, STOPPED, RUNNING)
+        ended = job.end()
+    yield ended_well(ended)
+    found = re.findall(r"rank \d+ is [0-9.]+x slow.*", ended.text)
+    named = {line.split()[1] for line in found} == {str(victim)}
+    yield Finding(f"the log says that rank {victim} is slow, and no other", found[-1] if found else "not a word", named)
+    yield no_orphans(ended)
+    yield from as_quiet(ground, trial)
+
+
+def preempt(ground: Ground) -> Iterator[Finding]:
+    trial = Trial(ground, "preempt")
+    with trial.start(failpoint=trial.slow_steps()) as job:
+        job.reach(STRIKE_AT)
+        job.strike(SIGTERM, *range(ground.ranks))
+        ended = job.end()
+    yield ended_within(ended, GRACE_SECONDS)
+    yield rank_statuses(ended, 75)
+    yield no_orphans(ended)
+    last = trial.metrics()[-1]["step"]
+    saved = trial.newest_step()
+    yield Finding(f"the step it ended with, {last}, is committed", f"step {saved} is", saved == last)
+    yield from resumed_as_quiet(ground, trial)
+
+
+def resize(ground: Ground) -> Iterator[Finding]:
+    """Begun on all ranks, gone on with on another number of them in another ZeRO stage, then again as at first."""
+    trial, was = Trial(ground, "resize"), ground.config.deepspeed.zero_stage
+    ranks, stage = (1, 2)[ground.ranks == 1], 3 if was != 3 else 1
+    changed = [f"deepspeed.zero_stage={stage}", "deepspeed.offload_params=false"]
+    if ranks > 1:
+        changed.append("batch.micro_batch_size=1")
+    for step, number, overrides in ((STRIKE_AT, ground.ranks, []), (2 * STEPS // 3 + 2, ranks, changed)):
+        with trial.start(*overrides, ranks=number, failpoint=trial.slow_steps()) as job:
+            job.reach(step)
+            job.strike(SIGKILL, number - 1)
+            ended = job.end()
+        yield no_orphans(ended)
+    ways = [(ground.ranks, was, ranks, stage), (ranks, stage, ground.ranks, was)]
+    saved = trial.newest_step()
+    last = trial.train()
+    for said, (old, old_stage, new, new_stage) in zip((ended, last), ways, strict=True):
+        words = f"written by {old} ranks with ZeRO-{old_stage}, read by {new} ranks with ZeRO-{new_stage}"
+        found = [line for line in said.text.splitlines() if words in line.replace("1 rank ", "1 ranks ")]
+        yield Finding(f"one line: {words}", found[0] if found else "not a word", len(found) == 1)
+    yield ended_well(last)
+    yield from_step(trial, saved)
+    yield from as_quiet(ground, trial)
+
+
+def nan(ground: Ground) -> Iterator[Finding]:
+    trial, victim = Trial(ground, "nan"), ground.ranks - 1
+    ended = trial.train(failpoint=f"train.loss:rank={victim}:step={STRIKE_AT}:nan")
+    yield ended_well(ended)
+    yield no_orphans(ended)
+    metrics = trial.metrics()
+    before = {step: loss for step, loss in ground.quiet.losses.items() if step < STRIKE_AT}
+    yield same_losses(losses(metrics), before, ground.tolerance)
+    yield every_step_once(metrics, STEPS)
+    skipped = metrics[-1].get("train/skipped_steps") if metrics else None
+    yield Finding("one step is skipped, by all ranks", f"train/skipped_steps is {skipped}", skipped == 1)
+    record = trial.path / "bad_steps.jsonl"
+    found = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    steps = [entry.get("step") for entry in found]
+    yield Finding(f"its samples are written down for step {STRIKE_AT}", f"steps {steps}", steps == [STRIKE_AT])
+    yield whole_checkpoints(trial.checkpoints, committed(trial.checkpoints))
+
+
+def names_rank(ended: Ended, rank: int) -> Finding:
+    return one_line_with(ended, f"one line names rank {rank}", f"rank {rank} ")
+
+
+def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -> Iterator[Finding]:
+    """The same command again goes on from what was saved, and the whole is as if nothing had been."""
+    saved = trial.newest_step()
+    ended = trial.train(prefix=prefix)
+    yield ended_well(ended)
+    yield from_step(trial, saved)
+    yield from as_quiet(ground, trial)
+
+
+def from_step(trial: Trial, saved: int) -> Finding:
+    found = trial.resumed_from()
+    return Finding(
+        f"the same command goes on from the newest checkpoint, step {saved}", f"step {found}", found == saved
+    )
+
+
+def as_quiet(ground: Ground, trial: Trial) -> Iterator[Finding]:
+    metrics = trial.metrics()
+    yield same_losses(losses(metrics), ground.quiet.losses, ground.tolerance)
+    yield every_step_once(metrics, STEPS)
+    yield whole_checkpoints(trial.checkpoints, committed(trial.checkpoints))

@@ -1,0 +1,189 @@
+"""Drills of what lies on disks and in buckets: torn and cut checkpoints, a flipped byte, 503s, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+
+import numpy as np
+
+from ecar_dist.config import RunConfig
+from ecar_dist.data.manifest import MANIFEST_NAME, load_manifest
+from ecar_dist.data.shard_layout import ShardLayout
+from ecar_dist.drills.evidence import (
+    Finding,
+    ended_well,
+    ended_within,
+    every_step_once,
+    no_orphans,
+    one_line_with,
+    rank_statuses,
+    whole_checkpoints,
+)
+from ecar_dist.drills.ground import SAVE_EVERY, STEPS, STRIKE_AT, CannotRunError, Ground, Trial
+from ecar_dist.drills.object_store import ObjectStore, StoreServers
+from ecar_dist.drills.rank_faults import DEATH_SECONDS, as_quiet, from_step, names_rank, resumed_as_quiet
+from ecar_dist.drills.small_disk import NoSmallDiskError, SmallDisk
+from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.train.sources import check_data, open_stream
+
+ENDED_BY_LAUNCHER = -SIGTERM  # torchrun ends the others once one has failed
+LARGEST_BUCKET = 1 << 30  # bytes: the S3 server keeps them in memory
+BURSTS = {MANIFEST_NAME: 2, ".tar": 6}  # 503s in a row by what is asked for
+ACCOUNT = {
+    "AWS_ACCESS_KEY_ID": "drill",
+    "AWS_SECRET_ACCESS_KEY": "drill",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+def torn_checkpoint(ground: Ground) -> Iterator[Finding]:
+    """A rank dies half-way through its second save; later the newest checkpoint is cut."""
+    trial, victim = Trial(ground, "torn-checkpoint"), ground.ranks - 1
+    ended = trial.train(failpoint=f"checkpoint.write:rank={victim}:nth=2:kill")
+    due, last = 2 * SAVE_EVERY, max((entry["step"] for entry in trial.metrics()), default=0)
+    status = ended.rank_statuses.get(victim)
+    seen = f"exit status {status} after step {last}"
+    yield Finding(f"rank {victim} dies in the save of step {due}", seen, status == -SIGKILL and last >= due)
+    yield ended_within(ended, ground.quiet.seconds + DEATH_SECONDS)
+    yield names_rank(ended, victim)
+    yield no_orphans(ended)
+    saved = trial.newest_step()
+    yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
+    yield from resumed_as_quiet(ground, trial)
+    newest, before, *_ = committed(trial.checkpoints)
+    largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    again = trial.train()
+    yield ended_well(again)
+    named = (newest.name, largest.name)
+    yield one_line_with(again, f"one warning names {newest.name} and its cut file", *named, beginning="warning: ")
+    yield from_step(trial, int(before.name.removeprefix("step-")))
+    yield from as_quiet(ground, trial)
+
+
+def corrupt_shard(ground: Ground) -> Iterator[Finding]:
+    spoilt = spoil(ground.config, ground.folder / "spoilt")
+    trial = Trial(ground, "corrupt-shard", (f"data.latents={spoilt.path.parent}",))
+    ended = trial.train()
+    yield ended_within(ended, ground.quiet.seconds + DEATH_SECONDS)
+    yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)
+    yield no_orphans(ended)
+    said = one_line_with(ended, f"one line names {spoilt.path.name}", str(spoilt.path))
+    yield said
+    found = re.search(r"byte (\d+)", said.seen)
+    near = found is not None and spoilt.sample_begins <= int(found[1]) <= spoilt.flipped
+    place = f"its sample, {spoilt.sample_begins} to {spoilt.flipped}"
+    yield Finding(f"it gives the byte: in {place}", f"byte {found[1]}" if found else "no byte", near)
+    flip(spoilt.path, spoilt.flipped)
+    yield from resumed_as_quiet(ground, trial)
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """A shard with one byte flipped, beside links to all other files of its set."""
+
+    path: Path
+    sample_begins: int
+    flipped: int
+
+
+def spoil(config: RunConfig, folder: Path) -> Spoilt:
+    """A set in which the sample that stands in the middle of the run is damaged."""
+    home = local_latents(config)
+    stream = open_stream(config, check_data(config))
+    place = stream.locate(np.array([STRIKE_AT * config.batch.global_batch_size]))
+    manifest = load_manifest(home)
+    entry, row = manifest.shards[int(place.shards[0])], int(place.rows[0])
+    folder.mkdir()
+    for name in (MANIFEST_NAME, *(shard.name for shard in manifest.shards if shard != entry)):
+        (folder / name).symlink_to(home / name)
+    shutil.copyfile(home / entry.name, folder / entry.name)
+    layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
+    begins, member = layout.first_offset + row * layout.stride, layout.members[0]
+    flipped = begins + member.rel_offset + (member.nbytes or 0) // 2
+    flip(folder / entry.name, flipped)
+    return Spoilt(folder / entry.name, begins, flipped)
+
+
+def flip(path: Path, offset: int) -> None:
+    """All bits of one byte; done twice, the file is as before."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+def local_latents(config: RunConfig) -> Path:
+    """The folder of a run that reads one local set of latents. Raises CannotRunError for any other run."""
+    if config.data.latents is None or is_remote(config.data.latents):
+        raise CannotRunError("it needs data.latents to be a local folder; give a config that has one")
+    return local_path(config.data.latents).absolute()
+
+
+def s3_503(ground: Ground) -> Iterator[Finding]:
+    if not all(importlib.util.find_spec(name) for name in ("moto", "flask")):
+        raise CannotRunError("pip install 'ecar_dist[dev]' for its S3 server")
+    home = local_latents(ground.config)
+    shards = load_manifest(home).shards
+    if (size := sum(shard.bytes for shard in shards)) > LARGEST_BUCKET:
+        raise CannotRunError(f"the set has {size / 2**30:.1f} GiB, the S3 server takes 1; give a smaller data.latents")
+    with StoreServers() as servers:
+        bucket = servers.new_bucket()
+        for name in (MANIFEST_NAME, *(shard.name for shard in shards)):
+            bucket.put(f"latents/{name}", (home / name).read_bytes())
+        bucket.break_on(*({"kind": "status", "status": 503, "match": f, "times": n} for f, n in BURSTS.items()))
+        environment = {**ACCOUNT, "AWS_ENDPOINT_URL": bucket.endpoint}
+        trial = Trial(ground, "s3-503", (f"data.latents={bucket.url}/latents",), environment)
+        ended = trial.train()
+        yield ended_well(ended)
+        yield from requests(bucket)
+    yield no_orphans(ended)
+    yield from as_quiet(ground, trial)
+
+
+def requests(bucket: ObjectStore) -> Iterator[Finding]:
+    """What the proxy saw: every 503 was met, and nothing was fetched twice because of it."""
+    entries, burst = bucket.log(), sum(BURSTS.values())
+    met = sum(entry["fault"] == "status" for entry in entries)
+    yield Finding(f"{burst} requests are answered with 503 and made again", f"{met} were", met == burst)
+    fetched = [(entry["path"], entry["range"]) for entry in bucket.log(match=".tar") if entry["fault"] is None]
+    seen = f"{len(fetched)} requests for {len(set(fetched))} ranges of shards"
+    yield Finding("no part of a shard is fetched twice", seen, bool(fetched) and len(fetched) == len(set(fetched)))
+
+
+def disk_full(ground: Ground) -> Iterator[Finding]:
+    """Room for one checkpoint and a half; then room for all, and the same command again."""
+    folder, size = ground.folder / "disk", ground.quiet.checkpoint_bytes
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(SmallDisk(folder, size + size // 2))
+            checkpoints, prefix, failpoint = disk.seen_from_outside / "disk-full", disk.prefix, ""
+        except NoSmallDiskError as reason:
+            disk, checkpoints, prefix = None, folder / "disk-full", []
+            failpoint = ",".join(f"checkpoint.write:nth={save}:enospc" for save in range(2, STEPS // SAVE_EVERY + 1))
+            yield Finding("a disk that is full", f"{reason}: the error comes from a failpoint", True)
+        trial = Trial(ground, "disk-full", (f"checkpoint.dir={folder}",), checkpoints=checkpoints)
+        ended = trial.train(failpoint=failpoint, prefix=prefix)
+        yield every_step_once(trial.metrics(), STEPS)
+        yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)  # the last step is not saved
+        yield no_orphans(ended)
+        said = re.findall(r"^ecar-dist: .*\bneeds?\b.*\bfree\b.*$", ended.text, re.MULTILINE)
+        yield Finding("it says how much is needed and free", said[-1] if said else "not a word", bool(said))
+        yield whole_checkpoints(checkpoints, committed(checkpoints))
+        saved = trial.newest_step()
+        yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
+        if disk is not None:
+            disk.resize(8 * size)
+        yield from resumed_as_quiet(ground, trial, prefix)

@@ -1,0 +1,112 @@
+"""The result of drills as text, JSON and Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ecar_dist.drills.evidence import Finding
+
+Verdict = Literal["as expected", "NOT AS EXPECTED", "not run", "skipped"]
+HEADINGS = ("drill", "fault", "expected", "seen", "s", "verdict")
+WIDTHS = (16, 24, 46, 46, 4, 15)
+FAILED = "!! "
+LONGEST = 240  # characters of one finding; JSON has all of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One drill. `findings` is empty where it did not run; `reason` then says why."""
+
+    name: str
+    fault: str
+    findings: tuple[Finding, ...]
+    seconds: float
+    verdict: Verdict
+    reason: str = ""
+
+    @staticmethod
+    def of(name: str, fault: str, findings: Sequence[Finding], seconds: float) -> Row:
+        """The row of a drill that ran: as expected where it looked at something, and all of it was."""
+        ok = bool(findings) and all(finding.ok for finding in findings)
+        return Row(name, fault, tuple(findings), seconds, "as expected" if ok else "NOT AS EXPECTED")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Expected and seen, a finding each, no longer than a table can hold."""
+        marked = [(finding.expected, ("" if finding.ok else FAILED) + finding.seen) for finding in self.findings]
+        return [(expected, textwrap.shorten(seen, LONGEST)) for expected, seen in marked or [("", self.reason)]]
+
+
+def text_lines(rows: Sequence[Row]) -> list[str]:
+    """A table in columns; what is too long for its column goes on below."""
+    lines = [_line(HEADINGS), _line(["-" * width for width in WIDTHS])]
+    for row in rows:
+        for number, (expected, seen) in enumerate(row.pairs):
+            first = (row.name, row.fault) if number == 0 else ("", "")
+            last = (f"{row.seconds:.0f}", row.verdict) if number == 0 else ("", "")
+            cells = [
+                textwrap.wrap(text, width) for text, width in zip((*first, expected, seen, *last), WIDTHS, strict=True)
+            ]
+            lines += [_line(parts) for parts in itertools.zip_longest(*cells, fillvalue="")]
+        lines.append("")
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+
+
+def summary(rows: Sequence[Row]) -> str:
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in Verdict.__args__}  # type: ignore[attr-defined]
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+
+
+def passed(rows: Sequence[Row]) -> bool:
+    return all(row.verdict in ("as expected", "skipped") for row in rows)
+
+
+def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
+    """The whole document: how it was made, then the table."""
+    table = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
+    for row in rows:
+        for number, (expected, seen) in enumerate(row.pairs):
+            first = (row.name, row.fault) if number == 0 else ("", "")
+            last = (f"{row.seconds:.0f}", row.verdict) if number == 0 else ("", "")
+            table.append(f"| {' | '.join((*first, _escaped(expected), _escaped(seen), *last))} |")
+    head = [f"- {name}: {value}" for name, value in facts.items()]
+    how = (
+        "Each drill trains a small copy of a run on real ranks, lets a real fault strike, and compares with a quiet "
+        "run. All that stands here was measured by the command below, which wrote this file."
+    )
+    return "\n".join(["# Fault drills", "", how, "", *head, f"- result: {summary(rows)}", "", *table, ""])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def tree(rows: Sequence[Row], facts: dict[str, str]) -> dict[str, Any]:
+    """For JSON."""
+    return {**facts, "passed": passed(rows), "drills": [dataclasses.asdict(row) for row in rows]}
+
+
+def circumstances(command: str, ranks: str) -> dict[str, str]:
+    """What a reader needs to judge the result: date, command, versions, machine."""
+    packages = ("ecar-dist", "torch", "deepspeed")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
+        "ranks": ranks,
+        "versions": f"{versions}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}",
+    }
