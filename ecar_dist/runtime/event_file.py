@@ -1,0 +1,136 @@
+"""TensorBoard event files that training never waits for.
+
+torch's SummaryWriter blocks its caller when its queue is full, and raises in it when the disk is. Here what does not
+get through is dropped and counted: the same numbers stand in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+QUEUED = 10_000  # events that may wait to be written, some MiB
+RETRY_SECONDS = 60.0  # between two attempts to begin a new file where writing failed
+PATIENCE = 10.0  # seconds that `close` waits for what is queued
+
+_numbers = itertools.count()
+
+Make = Callable[[], Any]  # -> a Summary protocol buffer
+
+
+class EventFile:
+    """Writes summaries to a folder from a thread of its own.
+
+    After an error it goes on in a new file: a torn record ends a file for its readers, and they go on to the next.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None, dropped: int = 0) -> None:
+        """Readers hide all older events of the folder from `purge_step` on. `dropped`: where the count begins."""
+        # Here, because two threads that import parts of one package at once may each find the other's half done.
+        import torch.utils.tensorboard.summary  # noqa: F401
+
+        self.dropped = dropped
+        self._folder, self._purge_step = folder, purge_step
+        self._queue: queue.Queue[tuple[int, float, Make] | None] = queue.Queue(QUEUED)
+        self._file: BinaryIO | None = None
+        self._failed_at, self._said = -RETRY_SECONDS, False
+        self._lock = threading.Lock()  # of dropped and _said
+        self._thread = threading.Thread(target=self._work, name="event-file", daemon=True)
+        self._thread.start()
+
+    def add(self, step: int, make: Make) -> None:
+        """Queue the summary that `make` will build, in the writing thread. Returns at once, whatever the disk does."""
+        try:
+            self._queue.put_nowait((step, time.time(), make))
+        except queue.Full:
+            self._drop(1, f"{self._folder} is too slow")
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """Write what is queued, as far as `patience` seconds allow. Safe to call twice."""
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=patience)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._drop(self._queue.qsize(), f"{self._folder} is too slow")
+
+    def _work(self) -> None:
+        ended = False
+        if self._purge_step is not None:
+            self._write([])  # what is hidden stays hidden, should the process die before the first event
+        while not ended:
+            batch = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batch.append(self._queue.get_nowait())
+            ended = None in batch
+            self._write([item for item in batch if item is not None])
+        if self._file:
+            self._file.close()
+
+    def _write(self, batch: list[tuple[int, float, Make]]) -> None:
+        """One write for all of them: on a network drive each costs a round trip."""
+        if time.monotonic() - self._failed_at < RETRY_SECONDS:
+            self._drop(len(batch))
+            return
+        try:
+            records = b"".join(_record(summary=make(), step=step, wall_time=at) for step, at, make in batch)
+            if self._file is None:
+                self._file = self._begin()
+            _write_all(self._file, records)
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._failed_at, self._file = time.monotonic(), None
+            self._drop(len(batch), str(error))
+
+    def _begin(self) -> BinaryIO:
+        """A new file, in the order of time by name, with its head."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        head = _record(file_version="brain.Event:2", wall_time=time.time())
+        if self._purge_step is not None:
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            head += _record(
+                session_log=SessionLog(status=SessionLog.START), step=self._purge_step, wall_time=time.time()
+            )
+        file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115 - held until the end, or an error
+        _write_all(file, head)
+        self._purge_step = None  # once: a later file goes on where this one ended
+        return file
+
+    def _drop(self, count: int, why: str = "") -> None:
+        with self._lock:
+            self.dropped += count
+            first, self._said = bool(why) and not self._said, self._said or bool(why)
+        if first:
+            print(
+                f"ecar-dist: TensorBoard events are dropped ({why}); training goes on, metrics.jsonl has the numbers",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Unbuffered: what an error leaves behind is a torn end, and nothing that is written later."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _record(**fields: Any) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(**fields).SerializeToString())
+    return buffer.getvalue()
