@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             with_config.add_argument("--world-size", type=_positive, default=8, help="ranks (default 8)")
             with_config.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
+        if name == "train":
+            with_config.add_argument(
+                "--new-data-order", action="store_true", help="go on although the data, or their order, have changed"
+            )
 
     drawing = command("sample", sample, "draw images with the EMA weights of a run or an export")
     drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all)")
@@ -81,20 +85,45 @@ def _parser() -> argparse.ArgumentParser:
         sampling.add_argument("--guidance-scale", type=float, help="default: sample.guidance_scale of the run")
         sampling.add_argument("--batch-size", type=_positive, default=64)
 
-    checkpoint = commands.add_parser("checkpoint", help="list, inspect, verify or export a run's checkpoints")
-    verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
-    for name, run, help in (
-        ("list", checkpoint_list, "committed checkpoints, newest first"),
-        ("inspect", checkpoint_inspect, "what the newest checkpoint holds"),
-        ("verify", checkpoint_verify, "check every file of every checkpoint against its hash"),
-        ("export", checkpoint_export, "EMA weights of the newest checkpoint as safetensors"),
-    ):
-        verb = verbs.add_parser(name, help=help, description=help)
-        verb.set_defaults(run=run)
-        verb.add_argument("run_directory", type=Path, metavar="RUN")
-        if name == "export":
-            verb.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
+    _add_checkpoint_verbs(commands.add_parser("checkpoint", help="look into a run's checkpoints, or export one"))
+
+    drilling = command(
+        "drill", drill, "let a fault strike a small copy of a run, and see whether it survives as promised"
+    )
+    drilling.add_argument("names", metavar="NAME", help="all, one drill, or several with commas")
+    drilling.add_argument("config", type=Path, help="YAML file of the run")
+    drilling.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+    drilling.add_argument("--ranks", type=_positive, default=2, help="processes to start (default 2)")
+    drilling.add_argument("--keep", type=Path, help="folder for the runs and their logs (default: removed at the end)")
+    drilling.add_argument("--skip", default="", help="drills to leave out, with commas")
+    drilling.add_argument("--json", type=Path, help="file for the table as JSON")
+    drilling.add_argument("--markdown", type=Path, help="file for the table as Markdown")
     return parser
+
+
+def _add_checkpoint_verbs(checkpoint: argparse.ArgumentParser) -> None:
+    verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help: str, *places: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        for place in places or ("RUN",):
+            added.add_argument("run_directory" if place == "RUN" else place.lower(), type=Path, metavar=place)
+        return added
+
+    verb("list", checkpoint_list, "committed checkpoints, newest first")
+    verb("verify", checkpoint_verify, "check every file of every checkpoint against its hash")
+    inspecting = verb("inspect", checkpoint_inspect, "what a checkpoint holds")
+    inspecting.add_argument("--step", type=int, help="default: the newest whole one")
+    inspecting.add_argument("--json", action="store_true", help="its manifest as it is")
+    verb("diff", checkpoint_diff, "how two checkpoints differ: each a run (its newest one) or a checkpoint", "A", "B")
+    exporting = verb("export", checkpoint_export, "an average of the newest checkpoint's weights as safetensors")
+    exporting.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
+    wanted = exporting.add_mutually_exclusive_group()
+    wanted.add_argument("--half-life", type=_positive, help="in samples; one that was not tracked is fitted post hoc")
+    wanted.add_argument("--sigma-rel", type=float, help="the same, by relative width (EDM2)")
+    exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="of one file of weights (default 5)")
 
 
 def _positive(text: str) -> int:
@@ -139,17 +168,28 @@ def train(parsed: argparse.Namespace) -> int:
         return 1
     from ecar_dist.plan.flops import FLOPS_PER_MAC
     from ecar_dist.plan.report import training_macs
+    from ecar_dist.runtime.parent_death import die_with_parent
+    from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.stop import StoppedEarlyError
-    from ecar_dist.runtime.world import RemoteError, start_world, stop_world
+    from ecar_dist.runtime.watchdog import longest_wait
+    from ecar_dist.runtime.world import COLLECTIVE_TIMEOUT, start_world, stop_world
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
 
-    world = start_world()
+    if _is_launched():
+        die_with_parent()
+    world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
     try:
-        flops = FLOPS_PER_MAC * training_macs(config)
-        run, progress = start_training(config, world, training_flops_per_sample=flops, preview_factory=make_preview)
-        with run.loader, contextlib.closing(run.writer) if run.writer else contextlib.nullcontext():
+        with contextlib.ExitStack() as ends:
+            run, progress = start_training(
+                config,
+                world,
+                ends,
+                training_flops_per_sample=FLOPS_PER_MAC * training_macs(config),
+                preview_factory=make_preview,
+                allow_new_data=parsed.new_data_order,
+            )
             end = run_training(run, progress)
         finished = end.samples_seen >= config.train.total_samples
         if world.is_first:
@@ -159,8 +199,18 @@ def train(parsed: argparse.Namespace) -> int:
     except StoppedEarlyError as stopped:
         print(f"ecar-dist: {stopped}; run the same command again", file=sys.stderr)
         return EX_TEMPFAIL
+    except RuntimeError as error:
+        if (said := lost_peer(error)) is None:
+            raise
+        print(f"ecar-dist: rank {world.rank} lost another rank ({said}); run the same command again", file=sys.stderr)
+        return 1
     stop_world()
     return 0 if finished else EX_TEMPFAIL
+
+
+def _is_launched() -> bool:
+    """Whether torchrun, deepspeed or srun started this process as one of several."""
+    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
 def sample(parsed: argparse.Namespace) -> int:
@@ -248,10 +298,19 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_inspect(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import newest, read_manifest
-    from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.runtime.checkpoint_files import read_manifest
+    from ecar_dist.runtime.checkpoint_report import find_checkpoint, inspect_lines
 
-    print(json.dumps(read_manifest(newest(RunDirectory(parsed.run_directory).checkpoints)), indent=1))
+    path = find_checkpoint(parsed.run_directory, parsed.step)
+    print(json.dumps(read_manifest(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
+    return 0
+
+
+def checkpoint_diff(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint_diff import diff_checkpoints
+    from ecar_dist.runtime.checkpoint_report import find_checkpoint
+
+    print("\n".join(diff_checkpoints(find_checkpoint(parsed.a), find_checkpoint(parsed.b)).lines))
     return 0
 
 
@@ -283,10 +342,36 @@ def _committed(run: Path) -> list[Path]:
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.averages import Wanted
     from ecar_dist.runtime.export import export_run
+    from ecar_dist.sample.parity import parity_report
 
-    print(export_run(parsed.run_directory, parsed.out or parsed.run_directory / "export"))
+    exported = export_run(
+        parsed.run_directory,
+        parsed.out or parsed.run_directory / "export",
+        wanted=Wanted(parsed.half_life, parsed.sigma_rel),
+        dtype=parsed.dtype,
+        max_shard_gib=parsed.max_shard_gib,
+    )
+    print(exported.summary)
+    print(parity_report(exported))
+    print(exported.path)
     return 0
+
+
+def drill(parsed: argparse.Namespace) -> int:
+    from ecar_dist.drills.run import run_drills
+
+    return run_drills(
+        parsed.names.split(","),
+        parsed.config,
+        parsed.overrides,
+        ranks=parsed.ranks,
+        keep=parsed.keep,
+        skip=parsed.skip.split(",") if parsed.skip else (),
+        json_file=parsed.json,
+        markdown_file=parsed.markdown,
+    )
 
 
 def _open(parsed: argparse.Namespace) -> TrainedModel:

@@ -1,170 +1,297 @@
-"""Checkpoints that are either whole or do not exist, and that any number of ranks can read (see checkpoint_files)."""
+"""Checkpoints that are either whole or do not exist, and that any number of ranks can read (see checkpoint_files).
+
+A save stops training for a copy into host memory. A thread of every rank then writes that copy; once all have, a thread
+of rank 0 commits. Whether a save stands is decided by all ranks together, in `settle`: a collective that the training
+loop calls on all of them in the same step, when all are `ready`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
+import threading
+import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint_files import (
-    MANIFEST,
-    MARKER,
-    SCHEMA,
-    FragmentReader,
-    Progress,
-    check_identity,
-    committed,
-    first_problem,
-    hash_file,
-    read_manifest,
-)
+from ecar_dist.config import RunConfig
+from ecar_dist.errors import CheckpointError, EcarError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint_files import SCHEMA, Progress, readable
+from ecar_dist.runtime.checkpoint_load import meanings, state_by_kind
+from ecar_dist.runtime.checkpoint_place import Draft, open_ema_place, open_place
+from ecar_dist.runtime.checkpoint_restore import Expected, Restored, restore_newest
+from ecar_dist.runtime.checkpoint_writer import Outcome, Share, commit, outcome_of
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+from ecar_dist.runtime.retention import kept
+from ecar_dist.runtime.snapshot import HostSnapshot
 from ecar_dist.runtime.world import World
-from ecar_dist.storage.atomic import sync_to_disk
+from ecar_dist.storage.daemon_pool import DaemonPool
 
-T = TypeVar("T")
+_PATIENCE = 10.0  # seconds that `close` gives a thread to notice
+_BYTES = 4  # of an fp32 value
+
+
+@dataclass
+class _Save:
+    """One save on its way: what is written, and the thread that is at it."""
+
+    progress: Progress
+    drafts: list[tuple[Draft, tuple[str, ...]]]  # with the kinds that each holds
+    manifest: dict[str, Any]
+    is_checkpoint: bool
+    future: Future[Outcome]
+    files: list[list[dict[str, Any]]] = field(default_factory=list)  # of each draft, once all ranks have written
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every method is called by all ranks together."""
+    """The checkpoints of one run. `begin`, `settle`, `finish` and `restore` are called by all ranks together.
 
-    def __init__(self, folder: Path, world: World, keep: int, identity: dict[str, Any]) -> None:
-        self.folder, self._world, self._keep, self._identity = folder, world, keep, identity
+    `identity`: what a checkpoint's weights mean ("model") and the order of its data ("data"), as JSON. `still_ours` is
+    asked on rank 0 before each commit. For telemetry: `stall_seconds` (time that training was held), `bytes_written`
+    (of committed saves, all ranks), `last_committed` (step of the newest checkpoint of this attempt, or the one it
+    began from), `failures`.
+    """
 
-    def save(self, progress: Progress, engine: Engine, ema: ShardedEma) -> Path:
-        """Write, hash, commit, then drop the oldest beyond `keep`. Raises on all ranks if any rank failed."""
-        final = self.folder / f"step-{progress.step:08d}"
-        attempt = self._world.broadcast(uuid.uuid4().hex[:8])
-        temporary = self.folder / f"tmp-{final.name}-{attempt}"
-        try:
-            entry = self._world.together(lambda: _writing(temporary, lambda: self._write_share(temporary, engine, ema)))
-            entries = self._world.gather(entry)
-            self._world.on_first_rank(
-                lambda: _writing(temporary, lambda: self._commit(temporary, final, progress, engine, entries))
-            )
-        except Exception:
-            if self._world.is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        return final
-
-    def restore(self, engine: Engine, ema: ShardedEma) -> Progress | None:
-        """Load the newest whole checkpoint into engine and EMA; None where there is none yet.
-
-        A damaged checkpoint is reported and the one before it is taken. Raises CheckpointError where all are damaged,
-        or where the checkpoint is of another model, stage schedule or data set.
-        """
-        candidates = self._world.broadcast(committed(self.folder) if self._world.is_first else None)
-        for path in candidates:
-            problems = self._world.gather(first_problem(path, self._world.rank, self._world.size))
-            problem = next((text for text in problems if text), None)
-            if problem is None:
-                return self._load(path, engine, ema)
-            if self._world.is_first:
-                print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before", file=sys.stderr)
-        if candidates:
-            raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints in {self.folder} is whole; restore one from a backup, or "
-                f"remove the folder to train from the start"
-            )
-        return None
-
-    def _load(self, path: Path, engine: Engine, ema: ShardedEma) -> Progress:
-        progress = self._world.together(lambda: self._read_share(path, engine, ema))
-        engine.set_optimizer_step(progress.step)
-        engine.publish_master_weights()
-        return progress
-
-    def _read_share(self, path: Path, engine: Engine, ema: ShardedEma) -> Progress:
-        manifest = read_manifest(path)
-        check_identity(path, manifest["identity"], self._identity)
-        reader = FragmentReader(path)
-        targets = _by_kind(engine, ema)
-        with torch.no_grad():
-            for fragment in engine.fragments:
-                for kind, partitions in targets.items():
-                    value = reader.read(kind, fragment.name, fragment.start, fragment.numel)
-                    fragment.of(partitions).copy_(value)
-        return Progress(**manifest["progress"])
-
-    def _write_share(self, folder: Path, engine: Engine, ema: ShardedEma) -> dict[str, Any]:
-        rank, size = self._world.rank, self._world.size
-        partitions = _by_kind(engine, ema)
-        owned = engine.fragments[rank::size] if engine.replicated else engine.fragments
-        tensors = {
-            f"{kind}:{fragment.name}:{fragment.start}": fragment.of(flat).detach().cpu().clone()
-            for fragment in owned
-            for kind, flat in partitions.items()
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"state-{rank:05d}-of-{size:05d}.safetensors"
-        save_file(tensors, path)
-        sync_to_disk(path)
-        return {"name": path.name, "bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-
-    def _commit(
-        self, temporary: Path, final: Path, progress: Progress, engine: Engine, files: list[dict[str, Any]]
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        identity: dict[str, dict[str, Any]],
+        *,
+        still_ours: Callable[[], bool] = lambda: True,
+        allow_new_data: bool = False,
     ) -> None:
-        manifest = {
+        self.place, self.ema_place = open_place(config), open_ema_place(config)
+        self._section, self._averages, self._world = config.checkpoint, meanings(config.ema), world
+        self._identity, self._still_ours, self._allow_new_data = identity, still_ours, allow_new_data
+        self._precision = config.precision_on(world.device.type)
+        self._pool, self._stopping = DaemonPool(1, "checkpoint-writer"), threading.Event()
+        self._snapshot, self._attempt, self._saves = HostSnapshot(), "", 0
+        self._save: _Save | None = None
+        self._rejected: set[str] = set()  # checkpoints that this attempt found damaged
+        self._failed_in_a_row, self._last_failure = 0, ""
+        self.stall_seconds, self.bytes_written, self.failures = 0.0, 0, 0
+        self.last_committed: int | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is on its way. The same on all ranks."""
+        return self._save is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has done its part of the save that is on its way, and `settle` would not wait for it."""
+        return self._save is not None and self._save.future.done()
+
+    def begin(
+        self,
+        progress: Progress,
+        engine: Engine,
+        ema: ShardedEma,
+        notes: dict[str, Any],
+        *,
+        checkpoint: bool = True,
+        averages: bool = False,
+    ) -> None:
+        """Take a copy of the state, and start to write it: as a checkpoint, as a copy of the averages alone, or both.
+
+        `notes` (JSON, rank 0's) come back from `restore`. A save that is still on its way is finished first. Raises as
+        `settle`.
+        """
+        with self._held():
+            self._drain()
+            failpoint("checkpoint.snapshot", progress.step)
+            state = state_by_kind(engine, ema)
+            wanted = state if checkpoint else ema.averages
+            owned = self._owned(engine)
+            copies = self._snapshot.take(wanted, {fragment.partition for fragment in owned})
+            name = f"state-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
+            share = Share(name, progress.step, owned, copies, self._stopping)
+            drafts = self._drafts(progress.step, tuple(wanted) if checkpoint else (), ema if averages else None)
+            future = self._pool.submit(
+                outcome_of, lambda: [share.write(draft, kinds) for draft, kinds in drafts], self.place.where
+            )
+            self._save = _Save(progress, drafts, self._manifest(progress, engine, notes), checkpoint, future)
+            if not self._section.overlap:
+                self._drain()
+
+    def settle(self) -> None:
+        """All ranks look at what their threads did: a failure anywhere is one for all, else the save goes on or stands.
+
+        Waits for a thread that is not `ready`. A failed save is said in one line, and training goes on; raises
+        CheckpointError on all ranks (RemoteError on those that say nothing) after `checkpoint.max_failures` in a row,
+        and where another attempt has taken over.
+        """
+        with self._held():
+            self._settle()
+
+    def finish(self) -> None:
+        """Wait for the save that is on its way. Raises as `settle`, and where the last save failed."""
+        with self._held():
+            self._drain()
+            if self._last_failure:
+                self._raise(self._last_failure)
+
+    def close(self) -> None:
+        """Give up what is on its way. Not a collective; call it whenever a run ends, however it does."""
+        self._stopping.set()
+        self.place.close()
+        self.ema_place.close()
+        self._pool.end(_PATIENCE)
+
+    def restore(self, engine: Engine, ema: ShardedEma) -> Restored | None:
+        """Load the newest whole checkpoint into engine and averages; None where there is none yet.
+
+        Where one is damaged all ranks together take the one before it. Raises CheckpointError where all are damaged, or
+        where the checkpoint is of another model, stage schedule or, unless that is allowed, order of data.
+        """
+        self._drain()
+        self._snapshot.reserve(state_by_kind(engine, ema), {fragment.partition for fragment in self._owned(engine)})
+        expected = Expected(self._identity, self._averages, self._layout(engine), self._allow_new_data)
+        restored, self._rejected = restore_newest(self.place, self._world, engine, ema, expected)
+        self.last_committed = restored.progress.step if restored else None
+        return restored
+
+    def needed_bytes(self, engine: Engine) -> int:
+        """What one checkpoint takes, all ranks together."""
+        values = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+        return values * _BYTES * (1 + len(ADAM_MOMENTS) + len(self._averages))
+
+    def space_warning(self, engine: Engine) -> str | None:
+        """A line, for rank 0 to say at the start, where the place is too small for all that is to be kept there."""
+        free, one = self.place.free_bytes(), self.needed_bytes(engine)
+        wanted = (self._section.keep + 1 - len(self.place.committed())) * one
+        if free is None or free >= wanted:
+            return None
+        return (
+            f"warning: {self.place.where} has {readable(free)} free, and {readable(max(wanted, one))} more are needed: "
+            f"checkpoint.keep={self._section.keep} and the one being written, {readable(one)} each; free space, or set "
+            f"checkpoint.dir"
+        )
+
+    def _owned(self, engine: Engine) -> list[Fragment]:
+        """The fragments that this rank writes: what all ranks hold is written once."""
+        return engine.fragments[self._world.rank :: self._world.size] if engine.replicated else engine.fragments
+
+    def _drafts(self, step: int, kinds: tuple[str, ...], ema: ShardedEma | None) -> list[tuple[Draft, tuple[str, ...]]]:
+        self._attempt = self._attempt or self._world.broadcast(uuid.uuid4().hex[:8])
+        self._saves += 1
+        attempt = f"{self._attempt}_{self._saves:04d}"
+        drafts = [(self.ema_place.draft(step, attempt), tuple(ema.averages))] if ema else []
+        return [*drafts, *([(self.place.draft(step, attempt), kinds)] if kinds else [])]
+
+    def _manifest(self, progress: Progress, engine: Engine, notes: dict[str, Any]) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "progress": asdict(progress),
+            "notes": json.loads(json.dumps(notes)),  # as it is now: training goes on
             "identity": self._identity,
-            "world_size": self._world.size,
-            "zero_stage": engine.zero_stage,
+            "averages": self._averages,
             "shapes": engine.shapes,
-            "files": files,
+            **self._layout(engine),
         }
-        text = json.dumps(manifest, indent=1)
-        for name, content in ((MANIFEST, text), (MARKER, xxhash.xxh3_128_hexdigest(text.encode()))):
-            (temporary / name).write_text(content)
-            sync_to_disk(temporary / name)
-        sync_to_disk(temporary)
-        if final.exists():
-            _remove(final)  # the same step, from an attempt that this one has gone back behind
-        os.rename(temporary, final)
-        sync_to_disk(self.folder)
-        self._prune(final)
 
-    def _prune(self, newest_whole: Path) -> None:
-        """Keep the newest; what lies after them was damaged, or this attempt would have begun there."""
-        found = committed(self.folder)
-        at = found.index(newest_whole)
-        keep = found[at : at + self._keep]
-        for path in [*self.folder.glob("step-*"), *self.folder.glob("tmp-*")]:
-            if path not in keep:
-                _remove(path)
+    def _layout(self, engine: Engine) -> dict[str, Any]:
+        return {"world_size": self._world.size, "zero_stage": engine.zero_stage, "precision": self._precision}
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stall_seconds += time.monotonic() - began
 
-def _by_kind(engine: Engine, ema: ShardedEma) -> dict[str, list[torch.Tensor]]:
-    """What a checkpoint holds: lists of flat tensors of one layout."""
-    moments = {name: engine.moments(name) for name in ADAM_MOMENTS}
-    return {"master": engine.partitions, **moments, "ema": ema.partitions}
+    def _drain(self) -> None:
+        while self._save is not None:
+            self._settle()
 
+    def _settle(self) -> None:
+        save = self._save
+        if save is None:
+            return
+        outcomes: list[Outcome] = self._world.gather(save.future.result())
+        failed = next(((rank, one) for rank, one in enumerate(outcomes) if one.error), None)
+        if failed is not None:
+            self._save = None
+            self._fail(save, *failed)
+        elif not save.files:
+            save.files = [list(entries) for entries in zip(*(one.files for one in outcomes), strict=True)]
+            save.future = self._start_commit(save)
+        else:
+            self._save = None
+            self._stand(save)
 
-def _writing(where: Path, write: Callable[[], T]) -> T:
-    """Run `write`; what it cannot write is an error that the user can mend. safetensors has an error of its own."""
-    try:
-        return write()
-    except (OSError, RuntimeError, SafetensorError) as failure:
-        raise CheckpointError(
-            f"cannot write {where}: {failure}; free space there, then run again: it goes on from the one before"
-        ) from failure
+    def _start_commit(self, save: _Save) -> Future[Outcome]:
+        if self._world.is_first:
+            return self._pool.submit(outcome_of, lambda: self._commit(save), self.place.where)
+        done: Future[Outcome] = Future()
+        done.set_result(Outcome())
+        return done
 
+    def _commit(self, save: _Save) -> list[dict[str, Any]]:
+        """Rank 0's thread."""
+        manifests = [json.dumps({**save.manifest, "files": files}, indent=1).encode() for files in save.files]
+        drafts = [draft for draft, _ in save.drafts]
+        commit(list(zip(drafts, manifests, strict=True)), self.place, self._still_ours)
+        try:
+            self._sweep(drafts[-1].name if save.is_checkpoint else None)
+        except (OSError, EcarError) as error:
+            print(f"warning: old checkpoints in {self.place.where} could not be removed: {error}", file=sys.stderr)
+        return []
 
-def _remove(path: Path) -> None:
-    """The marker goes first: from then on the checkpoint does not exist for a reader."""
-    (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    def _sweep(self, newest: str | None) -> None:
+        """Drop what is not to be kept. What lies after the newest was damaged: this attempt did not begin there."""
+        self.ema_place.sweep(set(self.ema_place.committed()))
+        if newest is None:
+            return
+        found = [(name, seen) for name, seen in self.place.whole() if name == newest or name not in self._rejected]
+        at = next(index for index, (name, _) in enumerate(found) if name == newest)
+        self.place.sweep(kept(found[at:], self._section.keep, self._section.keep_every_samples))
+
+    def _stand(self, save: _Save) -> None:
+        self._failed_in_a_row, self._last_failure = 0, ""
+        self.bytes_written += sum(entry["bytes"] for files in save.files for entry in files)
+        if save.is_checkpoint:
+            self.last_committed = save.progress.step
+
+    def _fail(self, save: _Save, rank: int, outcome: Outcome) -> None:
+        """The same on all ranks. Raises where it must not go on."""
+        if outcome.taken_over:
+            self._raise(str(outcome.error))
+        self.failures += 1
+        self._failed_in_a_row += 1
+        room = ""
+        if self._world.is_first:
+            for draft, _ in save.drafts:
+                draft.discard()
+            room = self._room(save) if outcome.full else ""
+        whole = (
+            "there is no checkpoint yet"
+            if self.last_committed is None
+            else (f"the one of step {self.last_committed} is whole")
+        )
+        what = f"the {'checkpoint' if save.is_checkpoint else 'copy of the averages'} of step {save.progress.step}"
+        self._last_failure = f"{what} was not saved: rank {rank}: {outcome.error}{room}; {whole}"
+        if self._failed_in_a_row >= self._section.max_failures:
+            self._raise(f"{self._last_failure}; that was failure {self._failed_in_a_row} in a row")
+        if self._world.is_first:
+            print(f"warning: {self._last_failure}; training goes on", file=sys.stderr)
+
+    def _room(self, save: _Save) -> str:
+        free = self.place.free_bytes()
+        kinds = sum(len(kinds) for _, kinds in save.drafts)
+        needed = sum(torch.Size(shape).numel() for shape in save.manifest["shapes"].values()) * kinds * _BYTES
+        return "" if free is None else f" (it needs {readable(needed)}, and {readable(free)} are free)"
+
+    def _raise(self, message: str) -> None:
+        """One line, by rank 0, and the end of the others."""
+        self._world.agree(CheckpointError(message) if self._world.is_first else None)

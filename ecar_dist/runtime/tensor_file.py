@@ -109,4 +109,4 @@ def _bytes_of(entry: TensorEntry) -> memoryview:
         raise ValueError(
             f"{entry.name} was announced as {entry.dtype} {entry.shape} and is {tensor.dtype} {(*tensor.shape,)}"
         )
-    return memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

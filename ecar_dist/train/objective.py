@@ -37,14 +37,15 @@ class FlowObjective(nn.Module):
 
     def forward(
         self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A batch as read (raw moments [B, 2C or C, H, W], or pixels for a normaliser that encodes them), labels and
-        positions int64 [B] -> loss [], stage losses [B, K]."""
+        positions int64 [B] -> loss [], stage losses [B, K], and their times within the stages, in (0, 1) [B, K]."""
+        times = [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))]
         points = training_points(
             self._schedule,
             self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0)),
             [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)],
-            [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))],
+            times,
             [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(self._sizes[:-1])],
             self._tau,
         )
@@ -53,7 +54,7 @@ class FlowObjective(nn.Module):
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(points.contexts, points.states, points.times, labels)
         per_stage = stage_losses(velocities, points.targets)
-        return multistage_loss(per_stage, self._weights), per_stage.detach()
+        return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.stack(times, dim=1)
 
     def _noise(self, positions: torch.Tensor, purpose: Purpose, size: int, stage: int) -> torch.Tensor:
         return normal(self._seed, positions, purpose, (self._channels, size, size), stream=stage)

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from ecar_dist.config import RunConfig
+from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.stream import SampleStream
-from ecar_dist.errors import ConfigError
+from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress, committed
+from ecar_dist.runtime.checkpoint_files import Progress, step_of
+from ecar_dist.runtime.checkpoint_place import open_place
+from ecar_dist.runtime.checkpoint_restore import Restored
+from ecar_dist.runtime.drift import resume_lines
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.runtime.stop import StopRequest
+from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
+from ecar_dist.runtime.watchdog import Watchdog
 from ecar_dist.runtime.world import World
+from ecar_dist.train.bad_step_file import BadStepFile
+from ecar_dist.train.bad_steps import BadSteps
+from ecar_dist.train.goodput import began
 from ecar_dist.train.loop import Preview, Training
 from ecar_dist.train.objective import FlowObjective, Normalise
+from ecar_dist.train.phases import Phases
 from ecar_dist.train.sources import TrainingData, check_codec, check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.telemetry import Telemetry
 from ecar_dist.vae.build import open_codec
@@ -31,9 +44,18 @@ PreviewFactory = Callable[[RunConfig, LatentCodec, torch.device], Preview]
 
 
 def start_training(
-    config: RunConfig, world: World, *, training_flops_per_sample: float, preview_factory: PreviewFactory
+    config: RunConfig,
+    world: World,
+    ends: contextlib.ExitStack,
+    *,
+    training_flops_per_sample: float,
+    preview_factory: PreviewFactory,
+    allow_new_data: bool = False,
 ) -> tuple[Training, Progress]:
-    """Everything `train` needs, and the progress to go on from. Raises EcarError, on all ranks, before any step."""
+    """Everything `train` needs, and the progress to go on from; what is to be closed is put into `ends`.
+
+    Raises EcarError, on all ranks, before any step.
+    """
     stop = StopRequest()
     world.together(lambda: config.grad_accum_steps(world.size))
     directory = RunDirectory(config.run_directory)
@@ -41,44 +63,97 @@ def start_training(
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
-    world.on_first_rank(lambda: open_attempt(directory, config, world))
+    attempt = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
+    watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
+    ends.push(partial(end_attempt, directory, stop))
+    phases = Phases(watchdog.beat)
     world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, normaliser(data, codec), world, precision)
     ema = ShardedEma(engine.partitions, config.ema)
     identity = run_identity(config, data, stream, codec)
-    store = CheckpointStore(directory.checkpoints, world, config.checkpoint.keep, identity)
+    store = CheckpointStore(config, world, identity, still_ours=directory.is_ours, allow_new_data=allow_new_data)
+    ends.callback(store.close)
+    phases.enter("load", 0)
     restored = store.restore(engine, ema)
-    progress = restored or Progress()
-    loader = world.together(lambda: open_loader(config, world, stream, progress.samples_seen))
-    telemetry = Telemetry(world.device, world.size, training_flops_per_sample)
-    run = Training(config, world, engine, ema, store, loader, telemetry, stop, directory)
+    progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
+    phases.enter("start", progress.step)
+
+    def open_at(position: int) -> SampleLoader:
+        return world.together(lambda: open_loader(config, world, stream, position))
+
+    telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
+    bad_step_file = BadStepFile(directory.path / "bad_steps.jsonl", world)
+    bad_steps = BadSteps(config.train.bad_steps, notes.get("bad_steps"), bad_step_file.windows())
+    loader = open_at(progress.samples_seen)
+    run = Training(
+        config, world, engine, ema, store, loader, phases, telemetry, bad_steps, bad_step_file, open_at, stop, directory
+    )
+    ends.callback(lambda: run.loader.close())  # a roll-back opens another one
     world.on_first_rank(lambda: begin_record(run, data, precision, restored))
+    if run.writer:
+        ends.callback(run.writer.close)
     if codec and world.is_first and config.sample.every_samples and config.log.tensorboard:
         run.preview = preview_factory(config, codec, world.device)
     return run, progress
 
 
-def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> None:
-    """Rank 0: the run directory is this process's, and what it starts is on record. Raises EcarError."""
+def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> str:
+    """Rank 0: the run directory is this process's, and what it starts is on record by the name that is returned."""
     directory.open_for_training()
-    found = committed(directory.checkpoints)
-    directory.begin_attempt(
+    place = open_place(config)
+    found, attempts = place.committed(), directory.attempts()
+    before = attempts[-1] if attempts else {}
+    if not found and before.get("newest_step") is not None and before["checkpoints"] != place.where:
+        raise CheckpointError(
+            f"{place.where} holds no checkpoint, and the last attempt kept its own in {before['checkpoints']}; set "
+            f"checkpoint.dir back, bring them over, or choose another run.name to train anew"
+        )
+    return directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
         device=world.device.type,
-        newest_step=int(found[0].name.removeprefix("step-")) if found else None,
+        checkpoints=place.where,
+        newest_step=step_of(found[0]) if found else None,
     )
 
 
-def begin_record(run: Training, data: TrainingData, precision: str, restored: Progress | None) -> None:
+def end_attempt(
+    directory: RunDirectory,
+    stop: StopRequest,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """How the attempt ended goes on record, where it lives to tell. Without effect on the ranks that began none."""
+    early = isinstance(error, StoppedEarlyError)
+    with contextlib.suppress(OSError):
+        directory.end_attempt("signal" if early or (stop and not error) else f"failed: {error}" if error else "done")
+
+
+def begin_record(run: Training, data: TrainingData, precision: str, restored: Restored | None) -> None:
     """Rank 0: from here on the run is this config's, and its curves go on from here."""
-    config, directory, progress = run.config, run.directory, restored or Progress()
+    config, directory = run.config, run.directory
+    progress = restored.progress if restored else Progress()
+    said = resume_notes(run, data, restored) if restored else []
     directory.note_attempt(
-        dataset_ids=data.dataset_ids, precision=precision, resumed_from_step=restored and restored.step
+        dataset_ids=data.dataset_ids, precision=precision, resumed_from_step=restored and restored.progress.step
     )
     directory.write_config(config)
+    run.telemetry.goodput.run_began = began(directory.attempts())
     run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
-    print("\n".join(opening_lines(run, data, precision, progress)), flush=True)
+    warning = run.store.space_warning(run.engine)
+    print("\n".join([*opening_lines(run, data, precision, progress), *said]), flush=True)
+    if warning:
+        print(warning, file=sys.stderr)
+
+
+def resume_notes(run: Training, data: TrainingData, restored: Restored) -> list[str]:
+    """What is not as it was when the checkpoint was made: the layout, the order of the data, the config."""
+    attempts = [one for one in run.directory.attempts() if "dataset_ids" in one]
+    same_data = bool(attempts) and attempts[-1]["dataset_ids"] == data.dataset_ids
+    said = [f"resuming {restored.path}: {restored.conversion}"] if restored.conversion else []
+    said += [restored.new_data_order] if restored.new_data_order else []
+    return said + resume_lines(run.directory.config, run.config, same_data=same_data)
 
 
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
@@ -117,17 +192,21 @@ def build_engine(config: RunConfig, normalise: Normalise, world: World, precisio
 
 def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """What must not change while a run goes on: what the weights mean, and the order of the data."""
     encoder = data.encoder or (codec and codec.identity)
     return {
-        **config.model_identity,
-        "run.seed": config.run.seed,
-        "dataset_ids": data.dataset_ids,
-        **{f"data_order.{name}": value for name, value in stream.describe().items()},
-        "data.flip_images": config.data.flip_images,
-        "data.resize": config.data.resize,
-        "encoder.weights_sha256": encoder and encoder.weights_sha256,
+        "model": {
+            **config.model_identity,
+            "data.resize": config.data.resize,
+            "encoder.weights_sha256": encoder and encoder.weights_sha256,
+        },
+        "data": {
+            "run.seed": config.run.seed,
+            "dataset_ids": data.dataset_ids,
+            **{f"data_order.{name}": value for name, value in stream.describe().items()},
+            "data.flip_images": config.data.flip_images,
+        },
     }
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,127 +10,77 @@ import torch
 from safetensors.torch import load_file
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime import checkpoint as module
-from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import (
-    MANIFEST,
-    MARKER,
-    FragmentReader,
-    Progress,
-    committed,
-    newest,
-    verify,
-)
+from ecar_dist.runtime import checkpoint_place
+from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, FragmentReader, Progress, committed, newest, verify
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.runtime.world import Placement, World
+from tests.runtime.checkpoint_worlds import IDENTITY, Ranks, State, checkpoints, load, make_config, save, store_of
 
-SHAPES = {"a": (4, 6), "b": (10,), "c": (3,)}
-
-
-class PartitionedState:
-    """The view an Engine gives, on made-up numbers: rank `rank` of `size` holds an even cut of all parameters."""
-
-    replicated, zero_stage, shapes = False, 2, SHAPES
-
-    def __init__(self, rank, size, seed):
-        generator = torch.Generator().manual_seed(seed)
-        total = sum(torch.Size(shape).numel() for shape in SHAPES.values())
-        share = -(-total // size)
-        full = {kind: torch.randn(total, generator=generator) for kind in ("master", *ADAM_MOMENTS)}
-        padded = {kind: torch.cat((values, torch.zeros(share * size - total))) for kind, values in full.items()}
-        mine = {kind: values[rank * share : (rank + 1) * share].clone() for kind, values in padded.items()}
-        self.full, self.partitions = full, [mine["master"]]
-        self._moments = {kind: [mine[kind]] for kind in ADAM_MOMENTS}
-        self.fragments, self.optimizer_step, offset = [], None, 0
-        for name, shape in SHAPES.items():
-            low, high = max(offset, rank * share), min(offset + torch.Size(shape).numel(), (rank + 1) * share)
-            if low < high:
-                self.fragments.append(Fragment(name, low - offset, high - low, 0, low - rank * share))
-            offset += torch.Size(shape).numel()
-
-    def moments(self, name):
-        return self._moments[name]
-
-    def set_optimizer_step(self, step):
-        self.optimizer_step = step
-
-    def publish_master_weights(self):
-        pass
+OLD, NEW = "step-00000004", "step-00000008"
 
 
-class OneOf(World):
-    """Ranks that write one after the other: what the others would send is put together by the test."""
-
-    def __init__(self, rank, size, folder, entries):
-        super().__init__(Placement(rank, size), torch.device("cpu"))
-        self._folder, self._entries = folder, entries
-
-    def gather(self, value):
-        if isinstance(value, dict):
-            self._entries[self.rank] = value
-            return [self._entries.get(rank) for rank in range(self.size)]
-        return [value]
-
-    def broadcast(self, value):
-        return "together" if isinstance(value, str) else committed(self._folder)
-
-    def barrier(self):
-        pass
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path)
 
 
-def save_on(folder, size, seed, step, identity=None, keep=3):
-    """A checkpoint of `size` ranks; rank 0 commits last."""
-    entries = {}
-    for rank in reversed(range(size)):
-        state = PartitionedState(rank, size, seed)
-        store = CheckpointStore(folder, OneOf(rank, size, folder, entries), keep, identity or {"flow.num_stages": 3})
-        store.save(Progress(step * 16, step), state, ShardedEma(state.partitions, 100, 1.0))
-
-
-def restore_on(folder, rank, size, identity=None):
-    state = PartitionedState(rank, size, seed=999)
-    ema = ShardedEma(state.partitions, 100, 1.0)
-    store = CheckpointStore(folder, OneOf(rank, size, folder, {}), 3, identity or {"flow.num_stages": 3})
-    return store.restore(state, ema), state, ema
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "tiny/checkpoints"
 
 
 @pytest.mark.parametrize(("written_by", "read_by"), [(1, 1), (3, 2), (2, 5), (4, 1), (1, 7)])
-def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, written_by, read_by):
-    save_on(tmp_path, written_by, seed=1, step=4)
-    for rank in range(read_by):
-        progress, state, ema = restore_on(tmp_path, rank, read_by)
-        expected = PartitionedState(rank, read_by, seed=1)
-        assert progress == Progress(64, 4)
+def test_any_number_of_ranks_reads_what_any_number_wrote(config, written_by, read_by):
+    save(config, written_by, seed=1, step=4)
+    for rank, (restored, state, ema) in enumerate(load(config, read_by)):
+        expected = State(rank, read_by, seed=1)
+        assert restored.progress == Progress(64, 4)
+        assert restored.notes == {"seed": 1}
         assert state.optimizer_step == 4
-        for fragment in state.fragments:
-            for ours, theirs in [
-                (state.partitions, expected.partitions),
-                (ema.partitions, expected.partitions),
-                *((state.moments(name), expected.moments(name)) for name in ADAM_MOMENTS),
-            ]:
-                assert torch.equal(fragment.of(ours), fragment.of(theirs))
+        theirs = expected.numbers(ShardedEma(expected.partitions, config.ema))
+        ours = state.numbers(ema)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert torch.equal(state.published, state.partitions[0])  # after they were read
 
 
-def test_a_whole_parameter_reads_in_its_own_shape(tmp_path):
-    save_on(tmp_path, 3, seed=1, step=4)
-    reader = FragmentReader(newest(tmp_path))
-    full = PartitionedState(0, 1, seed=1).full["master"]
+@pytest.mark.parametrize(("written", "read"), [(True, False), (False, True)])
+def test_replicated_state_is_written_once_and_read_into_any_layout(config, folder, written, read):
+    save(config, 2, seed=1, replicated=written)
+    files = [load_file(path) for path in sorted((folder / OLD).glob("*.safetensors"))]
+    assert not set(files[0]) & set(files[1])
+    for rank, (restored, state, _) in enumerate(load(config, 3, replicated=read)):
+        expected = State(rank, 3, seed=1, replicated=read).numbers()
+        assert all(torch.equal(value, expected[key]) for key, value in state.numbers().items())
+        stages = (0, 2) if written else (2, 0)
+        said = f"written by 2 ranks with ZeRO-{stages[0]}, read by 3 ranks with ZeRO-{stages[1]}"
+        assert restored.conversion == said
+
+
+def test_nothing_is_said_where_nothing_was_converted(config):
+    save(config, 2)
+    assert [restored.conversion for restored, *_ in load(config, 2)] == [None, None]
+
+
+def test_a_whole_parameter_reads_in_its_own_shape(config, folder):
+    save(config, 3, seed=1)
+    reader = FragmentReader(newest(folder))
+    full = State(0, 1, seed=1).full["master"]
     assert torch.equal(reader.full("ema", "a"), full[:24].view(4, 6))
     assert torch.equal(reader.full("master", "c"), full[34:])
+    assert reader.kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
 
 
-def test_no_checkpoint_is_a_fresh_start(tmp_path):
-    assert restore_on(tmp_path, 0, 1)[0] is None
+def test_no_checkpoint_is_a_fresh_start(config):
+    assert load(config)[0][0] is None
 
 
-def test_a_directory_without_its_marker_does_not_exist(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4)
-    save_on(tmp_path, 1, seed=2, step=8)
-    (tmp_path / "step-00000008" / MARKER).unlink()
-    assert [path.name for path in committed(tmp_path)] == ["step-00000004"]
-    assert restore_on(tmp_path, 0, 1)[0].step == 4
+def test_a_directory_without_its_marker_does_not_exist(config, folder):
+    save(config, seed=1, step=4)
+    save(config, seed=2, step=8)
+    (folder / NEW / MARKER).unlink()
+    assert [path.name for path in committed(folder)] == [OLD]
+    assert load(config)[0][0].progress.step == 4
 
 
 def damage_flip(path):
@@ -158,192 +106,221 @@ def damage_swapped(path):
     other.write_bytes(content)
 
 
+def damage_stale(path):
+    for shard in path.glob("*.safetensors"):
+        shutil.copy(path.parent / OLD / shard.name, shard)
+
+
 def damage_manifest(path):
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["progress"]["samples_seen"] += 16
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("damage", [damage_flip, damage_cut, damage_gone, damage_swapped, damage_manifest])
-def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
-    save_on(tmp_path, 1, seed=1, step=4)
-    save_on(tmp_path, 2, seed=2, step=8)
-    damage(tmp_path / "step-00000008")
-    progress, state, _ = restore_on(tmp_path, 0, 1)
-    assert progress.step == 4
-    assert torch.equal(state.partitions[0], PartitionedState(0, 1, seed=1).partitions[0])
-    warning = capsys.readouterr().err
-    assert "step-00000008" in warning
-    assert "is damaged" in warning
-    with pytest.raises(CheckpointError, match="step-00000008"):
-        verify(tmp_path / "step-00000008")
-    assert newest(tmp_path).name == "step-00000004"
+def damage_manifest_gone(path):
+    (path / MANIFEST).unlink()
 
 
-def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4)
-    damage_flip(tmp_path / "step-00000004")
+DAMAGES = [damage_flip, damage_cut, damage_gone, damage_swapped, damage_stale, damage_manifest, damage_manifest_gone]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_damaged_newest_is_named_and_the_one_before_is_used(config, folder, capsys, damage, ranks):
+    save(config, 2, seed=1, step=4)
+    save(config, 2, seed=2, step=8)
+    damage(folder / NEW)
+    for rank, (restored, state, _) in enumerate(load(config, ranks)):
+        assert (restored.progress.step, restored.path) == (4, str(folder / OLD))
+        assert torch.equal(state.partitions[0], State(rank, ranks, seed=1).partitions[0])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{folder / NEW} is damaged" in warning
+    assert warning.endswith(f"{folder / OLD} is used instead")
+    with pytest.raises(CheckpointError, match=NEW):
+        verify(folder / NEW)
+    assert newest(folder).name == OLD
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(config, folder):
+    save(config)
+    damage_flip(folder / OLD)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        restore_on(tmp_path, 0, 1)
+        load(config, 2)
 
 
-def test_a_checkpoint_of_another_stage_schedule_is_refused(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4, identity={"flow.num_stages": 3})
-    with pytest.raises(CheckpointError, match=r"flow\.num_stages=3, this run has flow\.num_stages=2; set it back"):
-        restore_on(tmp_path, 0, 1, identity={"flow.num_stages": 2})
+def identity_with(**changes):
+    return {kind: {**values, **changes.get(kind, {})} for kind, values in IDENTITY.items()}
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_and_no_half_new_one(tmp_path, monkeypatch):
-    save_on(tmp_path, 1, seed=1, step=4)
+@pytest.mark.parametrize("more", [{"flow.num_stages": 2}, {"flow.twist": 1}])
+def test_a_checkpoint_of_another_model_is_refused(config, more):
+    save(config)
+    key, value = next(iter(more.items()))
+    text = f"made with {key}={IDENTITY['model'].get(key)}, this run has {key}={value}; set it back"
+    with pytest.raises(CheckpointError, match=text):
+        load(config, identity=identity_with(model=more))
 
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ecar_dist.runtime.checkpoint.save_file", full_disk)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save_on(tmp_path, 1, seed=2, step=8)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-    verify(tmp_path / "step-00000004")
+def test_another_data_order_needs_a_word(config):
+    save(config)
+    other = identity_with(data={"run.seed": 5})
+    with pytest.raises(CheckpointError, match=r"run\.seed=0, this run has run\.seed=5.*add --new-data-order"):
+        load(config, identity=other)
+    restored = load(config, identity=other, allow_new_data=True)[0][0]
+    assert restored.new_data_order == "new data order from here on: run.seed=0 -> 5"
+    assert load(config)[0][0].new_data_order is None
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(config, folder):
+    save(config)
+    manifest = json.loads((folder / OLD / MANIFEST).read_text()) | {"schema": "ecar-checkpoint-v9"}
+    text = json.dumps(manifest)
+    (folder / OLD / MANIFEST).write_text(text)
+    (folder / OLD / MARKER).write_bytes(checkpoint_place.marker_of(text.encode()))
+    with pytest.raises(CheckpointError, match=r"^[^\n]*schema 'ecar-checkpoint-v9', this version[^\n]*$"):
+        load(config)
 
 
 def test_only_the_newest_are_kept(tmp_path):
+    config = make_config(tmp_path, keep=2)
     for step in range(1, 6):
-        save_on(tmp_path, 1, seed=step, step=step, keep=2)
-    assert [path.name for path in committed(tmp_path)] == ["step-00000005", "step-00000004"]
-    assert len(list(tmp_path.iterdir())) == 2
+        save(config, seed=step, step=step)
+    assert checkpoints(tmp_path) == ["step-00000004", "step-00000005"]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save_on(tmp_path, 2, seed=1, step=4)
-    save_on(tmp_path, 1, seed=2, step=4)
-    verify(tmp_path / "step-00000004")
-    assert torch.equal(restore_on(tmp_path, 0, 1)[1].partitions[0], PartitionedState(0, 1, seed=2).partitions[0])
+def test_some_are_kept_for_good(tmp_path):
+    config = make_config(tmp_path, keep=2, keep_every_samples=48)  # three steps
+    for step in (1, 2, 4, 5, 6, 7, 8):
+        save(config, seed=step, step=step)
+    assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in (4, 6, 7, 8)]
 
 
-def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
-    save_on(tmp_path, 2, seed=1, step=4)
-    names = sorted(path.name for path in (tmp_path / "step-00000004").iterdir())
+def test_a_cut_one_does_not_push_a_whole_one_out(tmp_path, folder):
+    config = make_config(tmp_path, keep=2)
+    for step in (1, 2):
+        save(config, seed=step, step=step)
+    damage_cut(folder / "step-00000002")
+    save(config, seed=3, step=3)
+    assert checkpoints(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_one_found_damaged_at_the_start_does_not_push_a_whole_one_out(tmp_path, folder):
+    config = make_config(tmp_path, keep=2)
+    for step in (1, 2):
+        save(config, seed=step, step=step)
+    damage_flip(folder / "step-00000002")  # its size is right
+    save(config, seed=3, step=3, restore=True)
+    assert checkpoints(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_new_checkpoint_is_never_dropped_for_damaged_ones_ahead_of_it(tmp_path, folder):
+    config = make_config(tmp_path, keep=2)
+    for step in (4, 8, 12):
+        save(config, seed=step, step=step)
+    damage_flip(folder / "step-00000012")
+    damage_flip(folder / NEW)
+    save(make_config(tmp_path, keep=2), seed=6, step=6)
+    assert checkpoints(tmp_path) == ["step-00000006"]
+
+
+def test_saving_a_step_again_replaces_it(config, folder):
+    save(config, 2, seed=1)
+    save(config, 1, seed=2)
+    verify(folder / OLD)
+    assert [path.name for path in folder.iterdir()] == [OLD]
+    assert torch.equal(load(config)[0][1].partitions[0], State(0, 1, seed=2).partitions[0])
+
+
+def test_nothing_in_a_checkpoint_is_pickled(config, folder):
+    save(config, 2)
+    names = sorted(path.name for path in (folder / OLD).iterdir())
     assert names == [MARKER, MANIFEST, "state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
-    assert set(load_file(tmp_path / "step-00000004" / names[2])) >= {"master:a:0", "exp_avg:a:0", "ema:a:0"}
+    assert set(load_file(folder / OLD / names[2])) >= {"master:a:0", "exp_avg:a:0", "ema:a:0"}
 
 
-def test_the_marker_is_written_last_and_the_name_given_after_it(tmp_path, monkeypatch):
-    order, sync, rename = [], module.sync_to_disk, os.rename
-    monkeypatch.setattr(module, "sync_to_disk", lambda path: (order.append(path.name), sync(path)))
-    monkeypatch.setattr(module.os, "rename", lambda old, new: (order.append("rename"), rename(old, new)))
-    save_on(tmp_path, 1, seed=1, step=4)
+def test_all_is_on_disk_before_the_name_is_given(config, folder, monkeypatch):
+    order, fsync, rename = [], os.fsync, os.rename
+
+    def noted(handle):
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", lambda old, new: (order.append("rename"), rename(old, new)))
+    save(config)
     assert order[:3] == ["state-00000-of-00001.safetensors", MANIFEST, MARKER]
-    assert order[3].startswith("tmp-step-00000004")
-    assert order[4:] == ["rename", tmp_path.name]
+    assert order[3].startswith(f"tmp-{OLD}")
+    assert order[4:] == ["rename", "checkpoints"]
 
 
-def test_damage_seen_by_another_rank_alone_is_damage(tmp_path, monkeypatch):
-    save_on(tmp_path, 1, seed=1, step=4)
-    save_on(tmp_path, 1, seed=2, step=8)
-    gather, calls = OneOf.gather, []
-
-    def first_time_rank_1_objects(self, value):
-        calls.append(value)
-        return [None, "state-00001 is bad"] if len(calls) == 1 else gather(self, value)
-
-    monkeypatch.setattr(OneOf, "gather", first_time_rank_1_objects)
-    assert restore_on(tmp_path, 0, 1)[0].step == 4
-
-
-def test_a_checkpoint_that_fixes_more_than_this_run_knows_is_refused(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4, identity={"flow.num_stages": 3, "flow.twist": 1})
-    with pytest.raises(CheckpointError, match=r"flow\.twist=1, this run has flow\.twist=None"):
-        restore_on(tmp_path, 0, 1, identity={"flow.num_stages": 3})
-
-
-def test_what_a_kill_left_behind_is_removed_by_the_next_save(tmp_path):
-    (tmp_path / "tmp-step-00000004-dead").mkdir()
-    (tmp_path / "step-00000002").mkdir()  # its marker was gone before its files were
-    save_on(tmp_path, 1, seed=1, step=4)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+def test_what_a_kill_left_behind_is_removed_by_the_next_save(config, folder):
+    (folder / "tmp-step-00000004-dead").mkdir(parents=True)
+    (folder / "step-00000002").mkdir()  # its marker was gone before its files were
+    save(config)
+    assert [path.name for path in folder.iterdir()] == [OLD]
 
 
 def test_a_checkpoint_loses_its_marker_before_anything_else(tmp_path, monkeypatch):
-    save_on(tmp_path, 1, seed=1, step=1)
-    save_on(tmp_path, 1, seed=1, step=2)
+    config = make_config(tmp_path, keep=2)
+    save(config, step=1)
+    save(config, step=2)
     gone, rmtree = [], shutil.rmtree
     monkeypatch.setattr(
-        module.shutil, "rmtree", lambda path, **more: (gone.append((path / MARKER).exists()), rmtree(path, **more))
+        shutil, "rmtree", lambda path, **more: (gone.append((path / MARKER).exists()), rmtree(path, **more))
     )
-    save_on(tmp_path, 1, seed=1, step=3, keep=2)
+    save(config, step=3)
     assert gone == [False]
 
 
-def test_a_gap_in_a_parameter_is_an_error(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4)
+def test_a_gap_in_a_parameter_is_an_error(config, folder):
+    save(config)
     with pytest.raises(CheckpointError, match="holds 24 of 25 values of ema a; it is of another model"):
-        FragmentReader(newest(tmp_path)).read("ema", "a", 0, 25)
+        FragmentReader(newest(folder)).read("ema", "a", 0, 25)
 
 
-def test_restored_weights_are_published_after_they_are_read(tmp_path, monkeypatch):
-    save_on(tmp_path, 1, seed=1, step=4)
-    seen = []
-    monkeypatch.setattr(
-        PartitionedState, "publish_master_weights", lambda self: seen.append(self.partitions[0].clone())
+def test_the_names_in_a_manifest_may_not_lead_out_of_it(config, folder):
+    save(config)
+    manifest = json.loads((folder / OLD / MANIFEST).read_text())
+    manifest["files"][0]["name"] = "../../secret"
+    text = json.dumps(manifest)
+    (folder / OLD / MANIFEST).write_text(text)
+    (folder / OLD / MARKER).write_bytes(checkpoint_place.marker_of(text.encode()))
+    with pytest.raises(CheckpointError, match="a plain name without folders"):
+        load(config)
+
+
+def test_averages_find_their_own_when_the_config_moves_them(tmp_path):
+    before = make_config(tmp_path, ema={"half_life_samples": [100, 200], "sigma_rel": [0.1]})
+    after = make_config(tmp_path, ema={"half_life_samples": [100, 300, 400], "sigma_rel": [0.1]})
+
+    def numbered(world):
+        state = State(0, 1, seed=1)
+        ema = ShardedEma(state.partitions, before.ema)
+        for number, kind in enumerate(ema.averages):
+            ema.averages[kind][0].fill_(number)
+        with store_of(before, world) as store:
+            store.begin(Progress(64, 4), state, ema, {})
+            store.finish()
+
+    Ranks(1)(numbered)
+    restored, state, ema = load(after)[0]
+    ours = {kind: average[0][0].item() for kind, average in ema.averages.items()}
+    # "ema3" is the power function now, which was "ema2"; "ema1" goes on from the other "ema1"
+    assert ours == {"ema": 0.0, "ema1": 1.0, "ema2": state.partitions[0][0].item(), "ema3": 2.0}
+    assert restored.conversion == (
+        "the average of half-life 300, ramp-up 0.1 goes on from that of half-life 200, ramp-up 0.1; "
+        "the average of half-life 400, ramp-up 0.1 is new and begins from the weights"
     )
-    restore_on(tmp_path, 0, 1)
-    assert torch.equal(seen[0], PartitionedState(0, 1, seed=1).partitions[0])
+    fewer = load(make_config(tmp_path, ema={"half_life_samples": 100}))[0][0]
+    assert "the average of sigma_rel 0.1 is no longer kept" in fewer.conversion
 
 
-def test_replicated_state_is_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(PartitionedState, "replicated", True)
-    entries = {}
-    for rank in (1, 0):
-        state = PartitionedState(0, 1, seed=1)
-        store = CheckpointStore(tmp_path, OneOf(rank, 2, tmp_path, entries), 3, {"flow.num_stages": 3})
-        store.save(Progress(64, 4), state, ShardedEma(state.partitions, 100, 1.0))
-    reader = FragmentReader(newest(tmp_path))
-    assert torch.equal(reader.full("master", "c"), PartitionedState(0, 1, seed=1).full["master"][34:])
-
-
-def test_a_manifest_that_is_no_text_any_more_is_damage(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4)
-    save_on(tmp_path, 1, seed=2, step=8)
-    content = bytearray((tmp_path / "step-00000008" / MANIFEST).read_bytes())
-    content[30] ^= 0x80
-    (tmp_path / "step-00000008" / MANIFEST).write_bytes(content)
-    assert restore_on(tmp_path, 0, 1)[0].step == 4
-
-
-def test_a_new_checkpoint_is_never_dropped_for_damaged_ones_ahead_of_it(tmp_path):
-    for step in (4, 8, 12):
-        save_on(tmp_path, 1, seed=step, step=step)
-    damage_flip(tmp_path / "step-00000008")
-    damage_flip(tmp_path / "step-00000012")
-    save_on(tmp_path, 1, seed=6, step=6, keep=2)
-    assert [path.name for path in committed(tmp_path)] == ["step-00000006", "step-00000004"]
-
-
-def test_a_full_disk_as_safetensors_reports_it(tmp_path):
-    save_on(tmp_path, 1, seed=1, step=4)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))  # bytes: the files cannot be written to their ends
-    try:
-        with pytest.raises(CheckpointError, match="cannot write"):
-            save_on(tmp_path, 1, seed=2, step=8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-
-
-def test_a_commit_that_fails_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
-    save_on(tmp_path, 1, seed=1, step=4)
-
-    def no_rename(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.os, "rename", no_rename)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save_on(tmp_path, 1, seed=2, step=8)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-    verify(tmp_path / "step-00000004")
+def test_precision_is_named_where_it_changes(tmp_path):
+    config = make_config(tmp_path)
+    save(config)
+    bf16 = config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"precision": "bf16"})})
+    said = "written by 1 rank with ZeRO-2 in fp32, read by 1 rank with ZeRO-2 in bf16"
+    assert load(bf16)[0][0].conversion == said
 
 
 def test_a_start_killed_while_it_claims_the_directory_can_be_made_again(tmp_path, monkeypatch):

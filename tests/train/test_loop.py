@@ -1,17 +1,31 @@
 """The loop's decisions, on stand-ins for the engine and the world."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ecar_dist.config import BadStepsSection
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
-from ecar_dist.errors import DataError, TrainingError
+from ecar_dist.errors import DataError, FruitlessError
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.loop import crossed, data_values, draw_preview, next_batches, train_step
+from ecar_dist.train.bad_step_file import BadStepFile
+from ecar_dist.train.bad_steps import BadSteps, Verdict
+from ecar_dist.train.loop import (
+    crossed,
+    data_values,
+    draw_preview,
+    next_batches,
+    roll_back,
+    settle_step,
+    train_step,
+)
+from ecar_dist.train.phases import Phases
+from ecar_dist.train.telemetry import Telemetry
 from tests.train.test_objective import make_config
 
 ALONE = World(Placement(), torch.device("cpu"))
@@ -21,16 +35,20 @@ class PretendEngine:
     """One micro-batch with the given loss of each of two stages, and the given gradient norm."""
 
     def __init__(self, loss, grad_norm):
-        self.loss, self.grad_norm, self.stepped, self.rate = loss, grad_norm, False, None
+        self.loss, self.grad_norm, self.refused, self.rate = loss, grad_norm, False, None
+        self.grad_norm_limit = math.inf
 
     def __call__(self, moments, labels, positions):
-        return torch.tensor(self.loss), torch.full((len(labels), 2), self.loss)
+        return torch.tensor(self.loss), torch.full((len(labels), 2), self.loss), torch.full((len(labels), 2), 0.5)
 
     def backward(self, loss):
         pass
 
+    def refuse_step(self):
+        self.refused = True
+
     def step(self):
-        self.stepped = True
+        return not self.refused and self.grad_norm <= self.grad_norm_limit  # false for a NaN
 
     def set_learning_rate(self, rate):
         self.rate = rate
@@ -40,8 +58,19 @@ def make_run(engine, stop=False, micro_batch_size=4, directory=None):
     config = make_config(num_stages=2)
     sizes = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     config = config.model_copy(update={"batch": config.batch.model_copy(update=sizes)})
+    beats = []
+    phases = Phases(lambda name, step: beats.append((name, step)))
     return SimpleNamespace(
-        config=config, world=ALONE, engine=engine, stop=stop, replaced_samples=0, directory=directory
+        config=config,
+        world=ALONE,
+        engine=engine,
+        stop=stop,
+        replaced_samples=0,
+        directory=directory,
+        phases=phases,
+        beats=beats,
+        telemetry=Telemetry(config, ALONE, phases, 1.0),
+        bad_steps=BadSteps(config.train.bad_steps),
     )
 
 
@@ -56,7 +85,15 @@ def run_step(engine, stop=False):
 
 def test_a_step_reports_the_global_loss():
     result = run_step(PretendEngine(0.5, 2.0))
-    assert (result.loss, result.stage_losses, result.grad_norm) == (0.5, (0.5, 0.5), 2.0)
+    assert (result.loss, result.stage_losses, result.grad_norm, result.applied) == (0.5, (0.5, 0.5), 2.0, True)
+
+
+def test_the_phases_of_a_step_are_entered_in_order():
+    run = make_run(PretendEngine(0.5, 2.0), micro_batch_size=2)
+    run.loader = PretendLoader(make_batch(2))
+    train_step(run, next_batches(run, 3), Progress(8, 2))
+    once = [("forward", 3), ("backward", 3), ("optimizer", 3)]
+    assert run.beats[1:] == [("data", 3), ("forward", 3), *once, *once]
 
 
 class PretendLoader:
@@ -78,12 +115,12 @@ class PretendLoader:
 def test_a_step_begins_when_its_data_is_there_and_nobody_was_asked_to_stop():
     run, batch = make_run(None, micro_batch_size=2), make_batch(2)
     run.loader = PretendLoader(batch, DataError("shard x is damaged"), batch)
-    assert next_batches(run) == [batch, batch]
+    assert next_batches(run, 1) == [batch, batch]
     with pytest.raises(DataError, match="shard x"):
-        next_batches(run)
+        next_batches(run, 1)
     run.stop = True
-    assert next_batches(run) is None  # its data is there: the step is not begun all the same
-    assert next_batches(run) is None  # no data will come
+    assert next_batches(run, 1) is None  # its data is there: the step is not begun all the same
+    assert next_batches(run, 1) is None  # no data will come
 
 
 def test_replaced_samples_are_counted_and_listed_with_the_step_that_used_them(tmp_path):
@@ -109,21 +146,84 @@ def test_what_was_downloaded_is_the_sum_over_the_sources():
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights():
     engine = PretendEngine(float("nan"), 1.0)
-    with pytest.raises(TrainingError, match="the loss of step 3 "):
-        run_step(engine)
-    assert not engine.stepped
+    assert run_step(engine).applied is False
+    assert engine.refused
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run():
-    with pytest.raises(TrainingError, match="the gradient norm of step 3 "):
-        run_step(PretendEngine(1.0, float("inf")))
+@pytest.mark.parametrize(("norm", "applied"), [(2.0, True), (math.nan, False)])
+def test_the_engine_says_whether_weights_moved(norm, applied):
+    assert run_step(PretendEngine(1.0, norm)).applied is applied
+
+
+def test_the_limit_of_the_gradient_norm_is_that_of_the_good_steps():
+    run = make_run(PretendEngine(1.0, 9.0))
+    run.bad_steps = BadSteps(BadStepsSection(spike_factor=4.0, window=8), {"good_norms": [2.0] * 8})
+    assert train_step(run, [make_batch(4)], Progress(8, 2)).applied is False
+    assert run.engine.grad_norm_limit == 8.0
+
+
+class PretendLoaderAt(PretendLoader):
+    def __init__(self, position):
+        super().__init__()
+        self.position, self.closed, self.wait_seconds = position, False, 2.5
+
+    def close(self):
+        self.closed = True
+
+
+def make_bad_run(tmp_path, restored, **section):
+    run = make_run(PretendEngine(math.nan, 1.0))
+    section = BadStepsSection(**section)
+    train_section = run.config.train.model_copy(update={"bad_steps": section})
+    run.config = run.config.model_copy(update={"train": train_section})
+    run.bad_steps, run.bad_step_file = BadSteps(section), BadStepFile(tmp_path / "bad_steps.jsonl", ALONE)
+    run.loader, run.open_loader, run.ema, run.rewound = PretendLoaderAt(0), PretendLoaderAt, None, []
+    run.writer = SimpleNamespace(rewind=run.rewound.append)
+    run.store = SimpleNamespace(restore=lambda engine, ema: restored)
+    return run
+
+
+def bad_step(run, step):
+    batches, begun = [make_batch(4)], Progress(4 * (step - 1), step - 1)
+    return settle_step(run, batches, begun, train_step(run, batches, begun))
+
+
+def test_bad_steps_in_a_row_are_written_down_and_lead_back_to_the_checkpoint(tmp_path):
+    notes = {"bad_steps": {"good_norms": [1.5], "skipped": 7}, "goodput": {"kept_seconds": 9.0}}
+    run = make_bad_run(tmp_path, SimpleNamespace(progress=Progress(12, 3), notes=notes), roll_back_after=2)
+    assert [bad_step(run, 6), bad_step(run, 7)] == [Verdict.SKIPPED, Verdict.ROLL_BACK]
+    first = run.loader
+    assert roll_back(run, 7) == Progress(12, 3)
+    assert [run.bad_steps.passes_over(step) for step in (3, 4, 7, 8)] == [False, True, True, False]
+    assert (run.bad_steps.skipped, run.bad_steps.notes()["good_norms"]) == (7, [1.5])
+    assert run.telemetry.goodput.notes() == {"kept_seconds": 9.0}
+    assert (first.closed, run.loader.position, run.loader.wait_seconds) == (True, 12, 2.5)
+    assert run.rewound == [3]
+    lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("samples_seen")) for line in lines] == [(6, 20), (7, 24), (7, None)]
+    assert lines[0]["sample_ids"] == [[0, 0, 0, 0]]
+
+
+def test_after_the_last_roll_back_the_run_ends(tmp_path):
+    run = make_bad_run(tmp_path, None, roll_back_after=1, stop_after=0)
+    with pytest.raises(FruitlessError, match="step 6: the loss is nan, and the run was rolled back 0 times"):
+        bad_step(run, 6)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
+    run = make_bad_run(tmp_path, None, roll_back_after=1)
+    assert bad_step(run, 6) is Verdict.ROLL_BACK
+    with pytest.raises(FruitlessError, match="no checkpoint was made yet"):
+        roll_back(run, 6)
 
 
 def test_the_preview_is_of_the_average():
     seen = []
     engine = SimpleNamespace(partitions=["master"], gather=lambda partitions: seen.append(partitions) or iter(()))
     average = SimpleNamespace(partitions=["ema"])
-    draw_preview(SimpleNamespace(engine=engine, ema=average, world=ALONE, writer=None, preview=None), Progress(16, 1))
+    phases = Phases(lambda name, step: None)
+    run = SimpleNamespace(engine=engine, ema=average, world=ALONE, writer=None, preview=None, phases=phases)
+    draw_preview(run, Progress(16, 1))
     assert seen == [["ema"]]
 
 

@@ -69,11 +69,20 @@ def test_the_loss_is_the_weighted_mean_over_micro_batches(num_stages):
         torch.nn.init.normal_(parameter, std=0.05)
     compute = objective(config, model)
     with torch.no_grad():
-        loss, per_stage = compute(*batch(range(8)))
+        loss, per_stage, _ = compute(*batch(range(8)))
         halves = [compute(*batch(range(start, start + 4))) for start in (0, 4)]
     assert float(loss) == pytest.approx(float(halves[0][0] + halves[1][0]) / 2, abs=1e-6)
     assert torch.allclose(per_stage, torch.cat([half[1] for half in halves]), atol=1e-5)
     assert float(loss) == pytest.approx(float(per_stage.mean()), abs=1e-6)
+
+
+def test_the_times_are_those_of_the_losses_stage_by_stage():
+    config = make_config(num_stages=3)
+    recorder, schedule = Recorder(), StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    _, per_stage, times = objective(config, recorder)(*batch(range(16)))
+    assert times.shape == per_stage.shape == (16, 3)
+    for k, shown in enumerate(recorder.seen[2]):
+        assert torch.equal(model_time(schedule, k, times[:, k]), shown)
 
 
 def test_labels_are_dropped_to_the_null_label_at_the_configured_rate():
@@ -90,7 +99,7 @@ def test_one_stage_is_plain_flow_matching():
     """E16: with K = 1 the objective is that of SiT, x_u = (1-u) n + u z and d = z - n, to the last bit."""
     config, recorder = make_config(num_stages=1), Recorder()
     moments, labels, positions = batch(range(16))
-    loss, _ = objective(config, recorder)(moments, labels, positions)
+    loss, _, times = objective(config, recorder)(moments, labels, positions)
     z = normalise(IDENTITY, moments, normal(0, positions, Purpose.POSTERIOR, (4, 8, 8)))
     n = normal(0, positions, Purpose.NOISE, (4, 8, 8))
     u = uniform(0, positions, Purpose.TIME)
@@ -98,6 +107,7 @@ def test_one_stage_is_plain_flow_matching():
     assert contexts == []
     assert torch.equal(state, (1 - u.view(-1, 1, 1, 1)) * n + u.view(-1, 1, 1, 1) * z)
     assert torch.equal(time, u)
+    assert torch.equal(times, u.unsqueeze(1))
     assert torch.equal(time, model_time(StageSchedule((1.0,)), 0, u))
     assert float(loss) == pytest.approx(float((z - n).square().mean()), rel=1e-6)
 
@@ -118,8 +128,8 @@ def test_bf16_touches_the_network_alone():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     with torch.no_grad():
-        full, _ = objective(config, model)(*batch(range(8)))
-        half, _ = objective(config, model, "bf16")(*batch(range(8)))
+        full, *_ = objective(config, model)(*batch(range(8)))
+        half, *_ = objective(config, model, "bf16")(*batch(range(8)))
     assert half.dtype == torch.float32
     assert 0 < abs(float(full - half)) < 0.02 * float(full)
 
@@ -145,5 +155,5 @@ def test_every_draw_has_its_own_stream(monkeypatch):
 
 
 def test_stage_weights_weigh():
-    loss, per_stage = objective(make_config(num_stages=2, stage_weights=[0.0, 3.0]), Recorder())(*batch(range(8)))
+    loss, per_stage, _ = objective(make_config(num_stages=2, stage_weights=[0.0, 3.0]), Recorder())(*batch(range(8)))
     assert float(loss) == pytest.approx(3 * float(per_stage[:, 1].mean()), rel=1e-6)

@@ -1,0 +1,189 @@
+"""Checkpoints behind a URL: `<url>/step-00001000-<attempt>/`, the objects first, the marker last.
+
+An object store renames nothing, so the marker object alone makes a checkpoint: a prefix without it does not exist for a
+reader. Files are made on a disk of the node, uploaded whole, and fetched to such a disk again, each once per node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ecar_dist.errors import CheckpointError, DataError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint_download import bring
+from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, DamagedError, marker_of, proven_manifest, step_of
+from ecar_dist.runtime.tensor_file import WrittenFile
+from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import join, list_files, read_bytes, upload
+from ecar_dist.storage.removal import abort_uploads, remove
+from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
+
+_NAME = re.compile(r"step-\d{8,}-\w+")
+_SLOWEST = 8 << 20  # bytes a second; an operation on a large file gets the time that this rate takes
+
+
+class BucketPlace:
+    """The checkpoints of one run under `url`; `scratch` is a folder on a disk of the node."""
+
+    def __init__(self, url: str, scratch: Path, retry: RetryPolicy | None = None) -> None:
+        self._url, self.where, self._retry = url, redact(url), retry or RetryPolicy()
+        self._scratch = scratch / "checkpoints" / xxhash.xxh3_64_hexdigest(url.partition("?")[0].encode())
+        self._stopping = threading.Event()
+        self._underway: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # of transfers
+        self._manifests: dict[str, dict[str, Any]] = {}  # committed ones never change
+
+    def prepare(self) -> None:
+        self.make_scratch()
+        self.put(".writable", b"")
+        remove(join(self._url, ".writable"), self.transfer())
+
+    def committed(self) -> list[str]:
+        return self._committed(self._objects())
+
+    def whole(self) -> list[tuple[str, int]]:
+        self.make_scratch()
+        objects, found = self._objects(), []
+        for name in self._committed(objects):
+            with contextlib.suppress(DamagedError, CheckpointError):
+                if name not in self._manifests:
+                    with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+                        self._manifests[name] = self._manifest(name, Path(folder))
+                manifest = self._manifests[name]
+                if all(objects.get(f"{name}/{entry['name']}") == entry["bytes"] for entry in manifest["files"]):
+                    found.append((name, manifest["progress"]["samples_seen"]))
+        return found
+
+    def fetch(
+        self,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        needed: Callable[[Mapping[str, Any]], bool] = lambda entry: True,
+    ) -> Path:
+        self.make_scratch()
+        folder = self._scratch / name
+        folder.mkdir(exist_ok=True)
+        for entry in self._manifest(name, folder)["files"]:
+            if needed(entry):
+                url, path = join(self._url, f"{name}/{entry['name']}"), folder / entry["name"]
+                with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
+                    bring(url, entry, path, self.transfer)
+        return folder
+
+    def release(self, name: str) -> None:
+        shutil.rmtree(self._scratch / name, ignore_errors=True)
+
+    def draft(self, step: int, attempt: str) -> _BucketDraft:
+        return _BucketDraft(self, f"step-{step:08d}-{attempt}")
+
+    def sweep(self, keep: set[str]) -> None:
+        objects = self._objects()
+        for name in sorted({path.partition("/")[0] for path in objects} - keep):
+            if _NAME.fullmatch(name):
+                files = sorted(path for path in objects if path.startswith(f"{name}/"))
+                self._remove(sorted(files, key=lambda path: not path.endswith(f"/{MARKER}")))
+                self.release(name)
+        with contextlib.suppress(DataError):  # not everybody may list them; then the bucket's lifecycle rule ends them
+            abort_uploads(self._url, self.transfer())
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        self._stopping.set()
+        for stopping in list(self._underway):
+            stopping.set()
+
+    def transfer(self, size: int = 0) -> Transfer:
+        """For one operation on so many bytes; ended by `close`, and by its own failure alone."""
+        patience = dataclasses.replace(self._retry, deadline=self._retry.deadline + size / _SLOWEST)
+        transfer = Transfer(policy=patience)
+        self._underway.add(transfer.stopping)
+        if self._stopping.is_set():
+            transfer.stopping.set()
+        return transfer
+
+    def send(self, name: str, make: Callable[[Path], WrittenFile]) -> WrittenFile:
+        """Make a file on this node and upload it; the bytes on the node are gone afterwards."""
+        self.make_scratch()
+        with owned_temporary(self._scratch / name.replace("/", "-")) as (temporary, _):
+            written = make(temporary)
+            upload(temporary, join(self._url, name), self.transfer(written.bytes))
+        return dataclasses.replace(written, name=name.rpartition("/")[2])
+
+    def put(self, name: str, content: bytes) -> None:
+        """A small object."""
+
+        def make(path: Path) -> WrittenFile:
+            path.write_bytes(content)
+            return WrittenFile(path.name, len(content), "")
+
+        self.send(name, make)
+
+    def make_scratch(self) -> None:
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+            sweep_temporaries(self._scratch)
+        except OSError as error:
+            raise CheckpointError(f"cannot use the folder {self._scratch} ({error}); set data.cache.dir") from None
+
+    def _committed(self, objects: Mapping[str, int]) -> list[str]:
+        names = (path.partition("/")[0] for path in objects if path.endswith(f"/{MARKER}"))
+        return sorted(filter(_NAME.fullmatch, names), key=lambda name: (step_of(name), name), reverse=True)
+
+    def _objects(self) -> dict[str, int]:
+        """Size of every object, by its name under the URL."""
+        try:
+            return dict(list_files(self._url, self.transfer()))
+        except ObjectMissing:
+            return {}
+
+    def _manifest(self, name: str, folder: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself, which is then in `folder` too. Raises DamagedError, CheckpointError."""
+        for file in (MANIFEST, MARKER):
+            try:
+                content = read_bytes(join(self._url, f"{name}/{file}"), self.transfer())
+            except ObjectMissing:
+                raise DamagedError(f"{file} is missing") from None
+            with atomic_write(folder / file) as out:
+                out.write(content)
+        return proven_manifest(folder)
+
+    def _remove(self, paths: list[str]) -> None:
+        """In this order. The marker is the first: from then on the checkpoint does not exist for a reader."""
+        for path in paths:
+            remove(join(self._url, path), self.transfer())
+            failpoint("checkpoint.prune")
+
+
+class _BucketDraft:
+    def __init__(self, place: BucketPlace, name: str) -> None:
+        self.name, self._place, self._marker = name, place, b""
+
+    def write(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
+        return self._place.send(f"{self.name}/{file}", write)
+
+    def prepare(self, manifest: bytes) -> None:
+        self._place.put(f"{self.name}/{MANIFEST}", manifest)
+        self._marker = marker_of(manifest)
+        failpoint("checkpoint.manifest")
+
+    def publish(self) -> None:
+        failpoint("checkpoint.rename")
+        self._place.put(f"{self.name}/{MARKER}", self._marker)
+        failpoint("checkpoint.renamed")
+
+    def discard(self) -> None:
+        """The next commit's sweep removes what is there: a store that fails must not hold up training."""

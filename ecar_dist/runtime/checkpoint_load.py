@@ -1,0 +1,105 @@
+"""From a checkpoint's files into engine and averages, whatever number of ranks and ZeRO stage wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist.config import EmaSection
+from ecar_dist.errors import CheckpointError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint_files import FragmentReader, differences
+from ecar_dist.runtime.ema import ShardedEma, tracked_decays
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+
+MASTER = "master"
+
+
+def state_by_kind(engine: Engine, ema: ShardedEma) -> dict[str, Sequence[torch.Tensor]]:
+    """What a checkpoint holds: lists of flat tensors of one layout."""
+    return {MASTER: engine.partitions, **{name: engine.moments(name) for name in ADAM_MOMENTS}, **ema.averages}
+
+
+def meanings(section: EmaSection) -> dict[str, str]:
+    """What each average is, by its name in checkpoints: names are numbered, and move when the config's lists change."""
+    words = [f"half-life {half_life}, ramp-up {section.rampup}" for half_life in section.half_life_samples]
+    words += [f"sigma_rel {sigma_rel}" for sigma_rel in section.sigma_rel]
+    return dict(zip(tracked_decays(section), words, strict=True))
+
+
+def sources(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str | None]:
+    """For each average of this run the kind in the checkpoint to go on from: its own; else, where that is not the own
+    one of another, that of the same name; else None."""
+    kind_of = {meaning: kind for kind, meaning in found.items()}
+    own = {kind: kind_of[meaning] for kind, meaning in wanted.items() if meaning in kind_of}
+    free = found.keys() - set(own.values())
+    return {kind: own.get(kind, kind if kind in free else None) for kind in wanted}
+
+
+def needed_by(fragments: Sequence[Fragment]) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a file of a checkpoint, by its manifest entry, holds anything of `fragments`."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for fragment in fragments:
+        spans.setdefault(fragment.name, []).append((fragment.start, fragment.start + fragment.numel))
+
+    def needed(entry: Mapping[str, Any]) -> bool:
+        for text in entry["fragments"]:
+            name, start, numel = text.rsplit(":", 2)
+            low, high = int(start), int(start) + int(numel)
+            if any(low < stop and begin < high for begin, stop in spans.get(name, ())):
+                return True
+        return False
+
+    return needed
+
+
+@torch.no_grad()
+def read_share(folder: Path, engine: Engine, ema: ShardedEma, origins: Mapping[str, str | None]) -> None:
+    """This rank's slices, and no more, into its tensors. `origins`: the averages' kinds in the checkpoint."""
+    failpoint("load.read")
+    reader, state = FragmentReader(folder), state_by_kind(engine, ema)
+    for fragment in engine.fragments:
+        for kind, partitions in state.items():
+            source = origins.get(kind, kind) or MASTER
+            value = reader.read(source, fragment.name, fragment.start, fragment.numel)
+            fragment.of(partitions).copy_(value)
+
+
+def check_data(where: str, found: Mapping[str, Any], expected: Mapping[str, Any], allow: bool) -> str | None:
+    """A line where the data, or their order, are others, and may be. Raises CheckpointError where they may not."""
+    changed = differences(found, expected)
+    if not changed:
+        return None
+    if allow:
+        return "new data order from here on: " + ", ".join(f"{k}={found.get(k)} -> {expected.get(k)}" for k in changed)
+    key = changed[0]
+    raise CheckpointError(
+        f"{where} was made with {key}={found.get(key)}, this run has {key}={expected.get(key)}: the order of the data "
+        f"would change; set it back, or add --new-data-order to go on with the new one"
+    )
+
+
+def conversion(
+    manifest: Mapping[str, Any], here: Mapping[str, Any], wanted: Mapping[str, str], origins: Mapping[str, str | None]
+) -> str | None:
+    """One line on what was converted; None where reader and writer are alike."""
+    found = manifest["averages"]
+    parts = []
+    if any(manifest[key] != here[key] for key in ("world_size", "zero_stage", "precision")):
+        parts.append(f"written by {_layout(manifest, here)}, read by {_layout(here, manifest)}")
+    for kind, source in origins.items():
+        if source is None:
+            parts.append(f"the average of {wanted[kind]} is new and begins from the weights")
+        elif found[source] != wanted[kind]:
+            parts.append(f"the average of {wanted[kind]} goes on from that of {found[source]}")
+    dropped = [found[kind] for kind in found if kind not in origins.values()]
+    parts += [f"the average of {meaning} is no longer kept" for meaning in dropped]
+    return "; ".join(parts) or None
+
+
+def _layout(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    ranks = f"{one['world_size']} rank{'s' if one['world_size'] > 1 else ''} with ZeRO-{one['zero_stage']}"
+    return ranks if one["precision"] == other["precision"] else f"{ranks} in {one['precision']}"

@@ -1,0 +1,222 @@
+"""Where checkpoints lie: a folder, or a bucket (checkpoint_bucket), by one protocol.
+
+A checkpoint is put together as a Draft that no reader sees. Its files come first, then the manifest; publishing it is
+one step that cannot be seen half-done: a rename here, the marker object in a bucket.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ecar_dist.config import RunConfig
+from ecar_dist.data.shard_cache import CacheOptions
+from ecar_dist.errors import CheckpointError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint_bucket import BucketPlace
+from ecar_dist.runtime.checkpoint_files import (
+    MANIFEST,
+    MARKER,
+    DamagedError,
+    committed,
+    first_problem,
+    marker_of,
+    none_whole,
+    proven_manifest,
+    sized_file,
+    warn_of_damage,
+)
+from ecar_dist.runtime.tensor_file import WrittenFile
+from ecar_dist.storage.atomic import sync_to_disk
+from ecar_dist.storage.remote import is_remote, join, local_path
+
+Needed = Callable[[Mapping[str, Any]], bool]
+
+
+class Draft(Protocol):
+    """A checkpoint in the making. Methods raise OSError or DataError where the place does not take it."""
+
+    name: str  # once it is published
+
+    def write(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
+        """Any rank: have `write` make a file at the path it is given, and bring that to the place, durably."""
+
+    def prepare(self, manifest: bytes) -> None:
+        """Rank 0, when all files are there."""
+
+    def publish(self) -> None:
+        """Rank 0, last: from here on the checkpoint exists, in the place of one of the same name."""
+
+    def discard(self) -> None:
+        """Rank 0: give the space back, as far as that takes no time."""
+
+
+class CheckpointPlace(Protocol):
+    """The checkpoints of one run. Methods raise OSError or DataError where the place cannot be read or changed."""
+
+    where: str  # for messages, without secrets
+
+    def prepare(self) -> None:
+        """Rank 0, before training: raises where nothing can be written here."""
+
+    def committed(self) -> list[str]:
+        """Names of the committed checkpoints, newest first."""
+
+    def whole(self) -> list[tuple[str, int]]:
+        """(name, samples_seen), newest first, of those that are whole as far as can be seen without reading them."""
+
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
+        """A folder with the manifest and all files that are `needed`, each compared with its hash by somebody.
+
+        Of `share` (rank, world size), where all ranks see the same files, each hashes its part of them. Raises
+        DamagedError, and CheckpointError for a checkpoint of another schema.
+        """
+
+    def release(self, name: str) -> None:
+        """Give back the disk space that fetching took on this node."""
+
+    def draft(self, step: int, attempt: str) -> Draft:
+        """All ranks give the same two."""
+
+    def sweep(self, keep: set[str]) -> None:
+        """Remove all other checkpoints, and what was left half-made; a reader sees each whole, or not at all."""
+
+    def free_bytes(self) -> int | None:
+        """Space for more; None where nobody can tell."""
+
+    def close(self) -> None:
+        """End waiting transfers."""
+
+
+def open_place(config: RunConfig) -> CheckpointPlace:
+    """Where the checkpoints of a run lie."""
+    folder = config.checkpoint.dir
+    return _open(config, join(folder, config.run.name) if folder else str(config.run_directory / "checkpoints"))
+
+
+def open_ema_place(config: RunConfig) -> CheckpointPlace:
+    """Where copies of the averages alone are kept for good (ema.snapshot_every_samples)."""
+    folder = config.checkpoint.dir
+    return _open(config, join(folder, f"{config.run.name}/ema") if folder else str(config.run_directory / "ema"))
+
+
+def _open(config: RunConfig, where: str) -> CheckpointPlace:
+    if not is_remote(where):
+        return LocalPlace(local_path(where))
+    cache = config.data.cache.dir
+    return BucketPlace(where, CacheOptions(root=Path(cache) if cache else None).folder)
+
+
+def newest_whole(place: CheckpointPlace) -> str:
+    """The newest checkpoint that is whole, fetched; damaged ones are warned of. Raises CheckpointError without one."""
+    damaged: list[tuple[str, str]] = []
+    for name in place.committed():
+        try:
+            place.fetch(name)
+        except DamagedError as damage:
+            damaged.append((f"{place.where}/{name}", str(damage)))
+            continue
+        warn_of_damage(damaged, f"{place.where}/{name}")
+        return name
+    raise none_whole(place.where, damaged)
+
+
+class LocalPlace:
+    """A folder that all ranks see."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.where = folder, str(folder)
+
+    def prepare(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not os.access(self._folder, os.W_OK):
+            raise CheckpointError(f"{self._folder} cannot be written to; change its rights, or set checkpoint.dir")
+
+    def committed(self) -> list[str]:
+        return [path.name for path in committed(self._folder)]
+
+    def whole(self) -> list[tuple[str, int]]:
+        found = []
+        for path in committed(self._folder):
+            try:
+                manifest = proven_manifest(path)
+                for entry in manifest["files"]:
+                    sized_file(path, entry)
+            except (DamagedError, CheckpointError, OSError):
+                continue
+            found.append((path.name, manifest["progress"]["samples_seen"]))
+        return found
+
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
+        if problem := first_problem(self._folder / name, *share):
+            raise DamagedError(problem)
+        return self._folder / name
+
+    def release(self, name: str) -> None:
+        """Nothing was copied."""
+
+    def draft(self, step: int, attempt: str) -> Draft:
+        return _LocalDraft(self._folder, f"step-{step:08d}", attempt)
+
+    def sweep(self, keep: set[str]) -> None:
+        for path in sorted([*self._folder.glob("step-*"), *self._folder.glob("tmp-*")]):
+            if path.name not in keep:
+                _remove(path)
+
+    def free_bytes(self) -> int | None:
+        return room(self._folder)
+
+    def close(self) -> None:
+        """No transfer ever waits."""
+
+
+class _LocalDraft:
+    def __init__(self, folder: Path, name: str, attempt: str) -> None:
+        self.name, self._folder = name, folder
+        self._temporary = folder / f"tmp-{name}-{attempt}"
+
+    def write(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
+        self._temporary.mkdir(parents=True, exist_ok=True, mode=0o755)
+        return write(self._temporary / file)
+
+    def prepare(self, manifest: bytes) -> None:
+        self._write(MANIFEST, manifest)
+        failpoint("checkpoint.manifest")
+        self._write(MARKER, marker_of(manifest))
+        sync_to_disk(self._temporary)
+
+    def publish(self) -> None:
+        final = self._folder / self.name
+        failpoint("checkpoint.rename")
+        if final.exists():  # of an attempt that this one has gone back behind
+            os.rename(final, self._temporary.with_name(f"{self._temporary.name}-old"))
+        os.rename(self._temporary, final)
+        sync_to_disk(self._folder)
+        failpoint("checkpoint.renamed")
+
+    def discard(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        (self._temporary / name).write_bytes(content)
+        sync_to_disk(self._temporary / name)
+
+
+def _remove(path: Path) -> None:
+    """The marker goes first: from then on the checkpoint does not exist for a reader."""
+    if (path / MARKER).exists():
+        (path / MARKER).unlink()
+        sync_to_disk(path)
+    failpoint("checkpoint.prune")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def room(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
