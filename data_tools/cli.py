@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ecar_dist.command_line import run_command
+from ecar_dist.command_line import positive, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,12 +48,6 @@ def _local(text: str) -> Path:
     return Path(text.removeprefix("file://"))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
-
-
 def _device(text: str) -> str:
     if text.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:N")
@@ -89,7 +83,7 @@ def _add_shard(commands: Commands) -> None:
     command.add_argument("--holdout", type=float, default=0.0, help="share of each class that goes to OUT/heldout")
     command.add_argument("--shuffle", action="store_true", help="mix the images; for training straight from them")
     command.add_argument("--seed", type=int, default=0, help="of the choice of held-out images, and of --shuffle")
-    command.add_argument("--samples-per-shard", type=_positive, default=10_000)
+    command.add_argument("--samples-per-shard", type=positive, default=10_000)
     _add_max_bad(command)
 
 
@@ -97,16 +91,16 @@ def _add_train_vae(commands: Commands) -> None:
     command = _command(commands, "train-vae", "train_vae:train_vae", "train a small KL autoencoder on image shards")
     command.add_argument("shards", type=_local)
     command.add_argument("out", type=_local, help="folder for the autoencoder")
-    command.add_argument("--image-size", type=_positive, default=32)
+    command.add_argument("--image-size", type=positive, default=32)
     command.add_argument(
-        "--downsample", type=_positive, default=4, help="image pixels per latent pixel side, a power of 2"
+        "--downsample", type=positive, default=4, help="image pixels per latent pixel side, a power of 2"
     )
-    command.add_argument("--latent-channels", type=_positive, default=4)
+    command.add_argument("--latent-channels", type=positive, default=4)
     command.add_argument(
-        "--channels", type=_positive, default=16, help="width at full size; deeper levels have up to twice that"
+        "--channels", type=positive, default=16, help="width at full size; deeper levels have up to twice that"
     )
-    command.add_argument("--steps", type=_positive, default=250)
-    command.add_argument("--batch-size", type=_positive, default=32)
+    command.add_argument("--steps", type=positive, default=250)
+    command.add_argument("--batch-size", type=positive, default=32)
     command.add_argument("--learning-rate", type=float, default=2e-3)
     command.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL term per latent value")
     command.add_argument("--seed", type=int, default=0)
@@ -118,15 +112,15 @@ def _add_train_vae(commands: Commands) -> None:
 def _add_plan(commands: Commands) -> None:
     command = _command(commands, "plan", "encode:plan", "settle what encode will make, and print it")
     _add_encoding(command)
-    command.add_argument("--tasks", type=_positive, default=1, help="number of workers there will be")
+    command.add_argument("--tasks", type=positive, default=1, help="number of workers there will be")
 
 
 def _add_encode(commands: Commands) -> None:
     command = _command(commands, "encode", "encode:encode", "images -> latent shards; run again to resume")
     _add_encoding(command)
     command.add_argument("--task", type=int, default=0, help="this worker's number, from 0")
-    command.add_argument("--tasks", type=_positive, default=1, help="number of workers")
-    command.add_argument("--batch-size", type=_positive, default=64)
+    command.add_argument("--tasks", type=positive, default=1, help="number of workers")
+    command.add_argument("--batch-size", type=positive, default=64)
     _add_max_bad(command)
 
 
@@ -137,8 +131,8 @@ def _add_encoding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--vae", required=True, help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL or AutoencoderDC"
     )
-    command.add_argument("--image-size", type=_positive, default=256)
-    command.add_argument("--samples-per-shard", type=_positive, default=4096)
+    command.add_argument("--image-size", type=positive, default=256)
+    command.add_argument("--samples-per-shard", type=positive, default=4096)
     command.add_argument("--seed", type=int, default=0, help="of the shuffle at write time")
     command.add_argument(
         "--decoder", choices=("auto", "dali", "dali-cpu", "pil"), default="auto", help="auto: DALI; PIL for adm"
@@ -162,7 +156,7 @@ def _add_max_bad(command: argparse.ArgumentParser) -> None:
 def _add_status(commands: Commands) -> None:
     command = _command(commands, "status", "status:status", "how far an encoding is: shards, rates, time left")
     command.add_argument("out", type=_local)
-    command.add_argument("--tasks", type=_positive, default=None, help="number of workers: shows the share of each")
+    command.add_argument("--tasks", type=positive, default=None, help="number of workers: shows the share of each")
 
 
 def _add_finalize(commands: Commands) -> None:
@@ -184,4 +178,4 @@ def _add_push(commands: Commands) -> None:
     command = _command(commands, "push", "push:push", "send a finished set to a bucket; run again to resume")
     command.add_argument("folder", type=_local)
     command.add_argument("url", help="s3://bucket/set, or another fsspec URL")
-    command.add_argument("--threads", type=_positive, default=8)
+    command.add_argument("--threads", type=positive, default=8)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from ecar_dist.errors import EcarError, FruitlessError
 
@@ -13,6 +15,15 @@ EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
+
+AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what it runs, help) -> its parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def run_command(program: str, action: Callable[[], int]) -> int:

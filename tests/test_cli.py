@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -17,20 +18,20 @@ from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.runtime.checkpoint_files import committed
-from tests.conftest import write_yaml
+from tests.conftest import read_metrics, start_ranks, train_on_ranks, write_yaml
 
 
-def fails(capsys, *arguments):
+def fails(capsys, *arguments, status=1):
     """Run a command that must fail; returns its one line. Training gets a process of its own, as it has in life."""
     command = [str(argument) for argument in arguments]
     if command[0] == "train":
         done = subprocess.run([sys.executable, "-m", "ecar_dist", *command], capture_output=True, text=True)
-        status, said = done.returncode, done.stderr
+        ended, said = done.returncode, done.stderr
     else:
         capsys.readouterr()
-        status, said = main(command), capsys.readouterr().err
+        ended, said = main(command), capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("ecar-dist: ")]
-    assert status == 1, said
+    assert ended == status, said
     assert len(lines) == 1, said
     assert "Traceback" not in said
     return lines[0]
@@ -128,7 +129,13 @@ def test_checkpoint_verbs(trained, capsys):
     assert capsys.readouterr().out.count("samples") == 3
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert main(["checkpoint", "inspect", str(run)]) == 0
-    assert '"flow.num_stages": 3' in capsys.readouterr().out
+    assert "flow.num_stages: 3" in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", str(run), "--step", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["progress"] == {"samples_seen": 64, "step": 4}
+    assert main(["checkpoint", "diff", str(run), str(run / "checkpoints/step-00000004")]) == 0
+    assert re.search(r"^all +\d", capsys.readouterr().out, re.MULTILINE)
+    assert main(["checkpoint", "diff", str(run), str(run)]) == 0
+    assert "equal" in capsys.readouterr().out
 
 
 def test_check_says_what_a_typo_meant(write_config, capsys):
@@ -202,7 +209,6 @@ def test_a_batch_that_does_not_multiply_out(write_config, capsys):
     [
         ("flow.num_stages=2", "flow.num_stages"),
         ("flow.context.tau=0.5", "flow.context.tau"),
-        ("run.seed=1", "run.seed"),
     ],
 )
 def test_a_checkpoint_of_another_model(trained, capsys, override, key):
@@ -214,10 +220,27 @@ def test_a_checkpoint_of_another_model(trained, capsys, override, key):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(write_config, tmp_path, capsys):
-    said = fails(capsys, "train", write_config(), "optim.learning_rate=1e30", "checkpoint.every_samples=1000")
-    assert "is not finite" in said
+def test_another_order_of_the_data_needs_the_word(write_config, tmp_path, capsys):
+    config = write_config()
+    train_on_ranks(1, config, "train.total_samples=32")
+    said = fails(capsys, "train", config, "run.seed=1")
+    assert "run.seed=0, this run has run.seed=1: the order of the data would change" in said
+    process = start_ranks(1, config, "run.seed=1", "optim.learning_rate=5e-4", "--new-data-order")
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "new data order from here on: run.seed=0 -> 1" in out
+    assert "config on resume: optim.learning_rate 0.001 -> 0.0005 (changes optimisation)" in out
+    assert [line["step"] for line in read_metrics(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path, capsys):
+    said = fails(
+        capsys, "train", write_config(), "optim.learning_rate=1e30", "checkpoint.every_samples=1000", status=93
+    )
+    assert "step 4 is bad again and no checkpoint was made yet" in said
     assert not committed(tmp_path / "runs/tiny/checkpoints")
+    attempt = json.loads((tmp_path / "runs/tiny/lineage.json").read_text())[-1]
+    assert attempt["reason"].startswith("failed: step 4 is bad again")
 
 
 def test_sampling_what_is_no_run(tmp_path, capsys):

@@ -17,6 +17,7 @@ LAYERS = [
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
     {"drills"},
+    {"commands"},
     {"cli", "__main__", "data_tools"},
 ]
 HOMES = {

@@ -19,7 +19,7 @@ from ecar_dist.runtime.checkpoint_place import CheckpointPlace, Draft
 from ecar_dist.runtime.engine import Fragment
 from ecar_dist.runtime.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 
-_BLOCK = 1 << 20  # values looked at together
+_BLOCK = 1 << 16  # values looked at together: they fit a cache
 
 
 class TakenOverError(CheckpointError):

@@ -119,7 +119,7 @@ def test_a_store_that_refuses_is_a_failed_save_in_one_line(bucket, config, capsy
 def test_a_store_that_is_away_is_never_taken_for_a_damaged_checkpoint(bucket, config):
     save(config, seed=1)
     save(config, seed=2, step=8)
-    bucket.break_on({"kind": "status", "status": 403, "match": "step-00000008", "times": None})
+    bucket.break_on({"kind": "status", "status": 403, "match": "checkpoint.json", "times": None})
     with pytest.raises(DataError, match="HTTP 403"):
         load(config, 2)
 

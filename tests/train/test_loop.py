@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ecar_dist.config import BadStepsSection
+from ecar_dist.config import BadStepsSection, CheckpointSection, EmaSection, LogSection
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import DataError, FruitlessError
@@ -22,6 +22,7 @@ from ecar_dist.train.loop import (
     next_batches,
     roll_back,
     settle_step,
+    train,
     train_step,
 )
 from ecar_dist.train.phases import Phases
@@ -54,6 +55,35 @@ class PretendEngine:
         self.rate = rate
 
 
+class PretendStore:
+    """Remembers what was asked of it; each save needs two calls of `settle`."""
+
+    def __init__(self, restored=None):
+        self.restored, self.calls, self._left = restored, [], 0
+        self.stall_seconds, self.failures = 0.0, 0
+
+    @property
+    def in_flight(self):
+        return self._left > 0
+
+    ready = in_flight
+
+    def begin(self, progress, engine, ema, notes, *, checkpoint, averages):
+        self.calls.append(("begin", progress.step, checkpoint, averages))
+        self._left = 2
+
+    def settle(self):
+        self.calls.append("settle")
+        self._left -= 1
+
+    def finish(self):
+        self.calls.append("finish")
+        self._left = 0
+
+    def restore(self, engine, ema):
+        return self.restored
+
+
 def make_run(engine, stop=False, micro_batch_size=4, directory=None):
     config = make_config(num_stages=2)
     sizes = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
@@ -71,6 +101,9 @@ def make_run(engine, stop=False, micro_batch_size=4, directory=None):
         beats=beats,
         telemetry=Telemetry(config, ALONE, phases, 1.0),
         bad_steps=BadSteps(config.train.bad_steps),
+        store=PretendStore(),
+        data_failed=False,
+        data_error=None,
     )
 
 
@@ -116,9 +149,10 @@ def test_a_step_begins_when_its_data_is_there_and_nobody_was_asked_to_stop():
     run, batch = make_run(None, micro_batch_size=2), make_batch(2)
     run.loader = PretendLoader(batch, DataError("shard x is damaged"), batch)
     assert next_batches(run, 1) == [batch, batch]
-    with pytest.raises(DataError, match="shard x"):
-        next_batches(run, 1)
-    run.stop = True
+    assert next_batches(run, 1) is None
+    assert run.data_failed
+    assert str(run.data_error) == "shard x is damaged"
+    run.data_error, run.stop = None, True
     assert next_batches(run, 1) is None  # its data is there: the step is not begun all the same
     assert next_batches(run, 1) is None  # no data will come
 
@@ -179,7 +213,7 @@ def make_bad_run(tmp_path, restored, **section):
     run.bad_steps, run.bad_step_file = BadSteps(section), BadStepFile(tmp_path / "bad_steps.jsonl", ALONE)
     run.loader, run.open_loader, run.ema, run.rewound = PretendLoaderAt(0), PretendLoaderAt, None, []
     run.writer = SimpleNamespace(rewind=run.rewound.append)
-    run.store = SimpleNamespace(restore=lambda engine, ema: restored)
+    run.store = PretendStore(restored)
     return run
 
 
@@ -204,10 +238,12 @@ def test_bad_steps_in_a_row_are_written_down_and_lead_back_to_the_checkpoint(tmp
     assert lines[0]["sample_ids"] == [[0, 0, 0, 0]]
 
 
-def test_after_the_last_roll_back_the_run_ends(tmp_path):
+def test_after_the_last_roll_back_the_run_ends_once_its_last_save_stands(tmp_path):
     run = make_bad_run(tmp_path, None, roll_back_after=1, stop_after=0)
+    run.store.begin(Progress(16, 4), None, None, {}, checkpoint=True, averages=False)
     with pytest.raises(FruitlessError, match="step 6: the loss is nan, and the run was rolled back 0 times"):
         bad_step(run, 6)
+    assert run.store.calls[1:] == ["settle", "settle"]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
@@ -225,6 +261,48 @@ def test_the_preview_is_of_the_average():
     run = SimpleNamespace(engine=engine, ema=average, world=ALONE, writer=None, preview=None, phases=phases)
     draw_preview(run, Progress(16, 1))
     assert seen == [["ema"]]
+
+
+class NeverAsked:
+    def defer(self):
+        pass
+
+    def __bool__(self):
+        return False
+
+
+def make_whole_run(*given, total=32):
+    """A run of 4 samples a step, whose loader gives a batch for each True and an error for each other item."""
+    run = make_run(PretendEngine(0.5, 2.0), stop=NeverAsked())
+    sections = {
+        "train": run.config.train.model_copy(update={"total_samples": total}),
+        "checkpoint": CheckpointSection(every_samples=12),
+        "ema": EmaSection(snapshot_every_samples=20),
+        "sample": run.config.sample.model_copy(update={"every_samples": 0}),
+        "log": LogSection(every_steps=100, tensorboard=False),
+    }
+    run.config = run.config.model_copy(update=sections)
+    run.engine.partitions = []
+    run.ema = SimpleNamespace(update=lambda seen, batch: None)
+    run.writer, run.preview = None, None
+    run.loader = PretendLoader(*(make_batch(4) if item is True else item for item in given))
+    return run
+
+
+def test_saves_come_when_they_are_due_and_settle_while_training_goes_on():
+    run = make_whole_run(*[True] * 8)
+    assert train(run, Progress()) == Progress(32, 8)
+    saves = [("begin", 3, True, False), ("begin", 5, False, True), ("begin", 6, True, False), ("begin", 8, True, False)]
+    assert [call for call in run.store.calls if call[0] == "begin"] == saves
+    assert run.store.calls[:3] == [saves[0], "settle", "settle"]  # at the beginnings of steps 4 and 5
+    assert run.store.calls[-2:] == [saves[-1], "finish"]
+
+
+def test_data_that_fail_end_the_run_after_what_was_learnt_is_saved():
+    run = make_whole_run(True, True, DataError("shard x is damaged"))
+    with pytest.raises(DataError, match="shard x is damaged"):
+        train(run, Progress())
+    assert run.store.calls == [("begin", 2, True, False), "finish"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,208 @@
+"""What saving costs training: the time a save holds it up, against the bare copy of the state into host memory.
+
+`python benchmarks/checkpoint.py` takes about two minutes; `--full` has more rounds. The last line is JSON.
+See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rounds
+
+from ecar_dist.config import CheckpointSection, RunConfig
+from ecar_dist.config_file import config_from_dict
+from ecar_dist.runtime.checkpoint import CheckpointStore
+from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint_load import state_by_kind
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.world import World, start_world, stop_world
+from ecar_dist.train.start import build_engine
+
+BATCH, CHANNELS, SIDE, CLASSES = 4, 4, 4, 10
+COPY, PLAIN, OVERLAP, SYNCHRONOUS = "bare copy", "no saves", "saves beside training", "saves in between"
+IDENTITY: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory(prefix="ecar-benchmark-", dir=options.work) as folder:
+        world = start_world()
+        result = Measurement(Path(folder), world, options.preset, options.steps).take(12 if options.full else 5)
+        stop_world()
+    result["hardware"] = options.hardware or rounds.hardware()
+    result["device"] = world.device.type
+    result["command"] = shlex.join(["python", *sys.argv])
+    _report(result)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="more rounds")
+    parser.add_argument("--preset", default="S", help="row of models/presets.py")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each contender in a round, with one save")
+    parser.add_argument("--work", help="folder for the checkpoints (default: the temporary one)")
+    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
+    return parser.parse_args(arguments)
+
+
+class Measurement:
+    """The real engine and the real stores on one rank; what is trained on is noise."""
+
+    def __init__(self, folder: Path, world: World, preset: str, steps: int) -> None:
+        self._world, self._steps, self._step = world, steps, 0
+        config = _config(folder, preset)
+        self._engine = build_engine(config, lambda values, _: values, world, config.precision_on(world.device.type))
+        self._ema = ShardedEma(self._engine.partitions, config.ema)
+        self._stores = {
+            name: CheckpointStore(_with_overlap(config, name == OVERLAP), world, IDENTITY)
+            for name in (OVERLAP, SYNCHRONOUS)
+        }
+        self._held = [torch.empty_like(tensor, device="cpu").zero_() for tensor in self._state()]
+        for store in self._stores.values():
+            store.restore(self._engine, self._ema)
+
+    def take(self, count: int) -> dict[str, Any]:
+        """`count` rounds after one that is thrown away: in it memory is touched for the first time."""
+        contenders: dict[str, Callable[[], dict[str, float]]] = {
+            COPY: self._copy,
+            PLAIN: lambda: self._train(None),
+            OVERLAP: lambda: self._train(self._stores[OVERLAP]),
+            SYNCHRONOUS: lambda: self._train(self._stores[SYNCHRONOUS]),
+        }
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        for number in range(count + 1):
+            print(f"round {number} of {count}", flush=True)
+            for name, measure in contenders.items():
+                found = measure()
+                if number:
+                    measured[name].append(found)
+        for store in self._stores.values():
+            store.close()
+        return self._summary(measured)
+
+    def _summary(self, measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+        def ratios(above: str, what: str, below: str, of: str) -> float:
+            pairs = zip(measured[above], measured[below], strict=True)
+            return statistics.median(one[what] / other[of] for one, other in pairs)
+
+        step = statistics.median(found["seconds"] for found in measured[PLAIN]) / self._steps
+        stall = statistics.median(found["stall"] for found in measured[OVERLAP])
+        every = CheckpointSection().every_samples
+        return {
+            "checkpoint_mib": self._stores[OVERLAP].needed_bytes(self._engine) / 2**20,
+            "step_seconds": step,
+            "copy_seconds": statistics.median(found["seconds"] for found in measured[COPY]),
+            "stall_seconds": {
+                name: statistics.median(found["stall"] for found in measured[name]) for name in self._stores
+            },
+            "stall_over_copy": {name: ratios(name, "stall", COPY, "seconds") for name in self._stores},
+            "time_of_steps_with_a_save_over_without": {
+                name: ratios(name, "seconds", PLAIN, "seconds") for name in self._stores
+            },
+            "stall_share_at_default_interval": stall / (every / BATCH * step + stall),
+            "shortest_interval_for_one_percent_seconds": stall * 99,
+            "rounds": len(measured[COPY]),
+        }
+
+    def _state(self) -> list[torch.Tensor]:
+        state = state_by_kind(self._engine, self._ema)
+        return [tensor.detach().view(-1) for partitions in state.values() for tensor in partitions]
+
+    def _copy(self) -> dict[str, float]:
+        began = time.perf_counter()
+        for held, tensor in zip(self._held, self._state(), strict=True):
+            held.copy_(tensor)
+        return {"seconds": time.perf_counter() - began}
+
+    def _train(self, store: CheckpointStore | None) -> dict[str, float]:
+        """So many steps, as the training loop takes them; where there is a store, a save begins after the first."""
+        os.sync()  # what the last contender wrote is its own
+        began, held = time.perf_counter(), store.stall_seconds if store else 0.0
+        for number in range(self._steps):
+            if store and store.ready:
+                store.settle()
+            _train_step(self._engine, self._ema, self._world, self._step)
+            self._step += 1
+            if store and number == 0:
+                store.begin(Progress(self._step * BATCH, self._step), self._engine, self._ema, {})
+        seconds, stall = time.perf_counter() - began, store.stall_seconds - held if store else 0.0
+        if store:
+            if store.in_flight:
+                print(f"a save took longer than {self._steps} steps: give more --steps", file=sys.stderr)
+            store.finish()
+        return {"seconds": seconds, "stall": stall}
+
+
+def _train_step(engine: Engine, ema: ShardedEma, world: World, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    values = torch.randn(BATCH, CHANNELS, SIDE, SIDE, generator=generator).to(world.device)
+    labels = torch.arange(BATCH, device=world.device) % CLASSES
+    positions = torch.arange(BATCH, device=world.device) + step * BATCH
+    engine.set_learning_rate(1e-4)
+    engine.backward(engine(values, labels, positions)[0])
+    engine.step()
+    ema.update((step + 1) * BATCH, BATCH)
+
+
+def _config(folder: Path, preset: str) -> RunConfig:
+    return config_from_dict(
+        {
+            "run": {"name": "benchmark", "dir": str(folder)},
+            "model": {"preset": preset, "patch_size": 1},
+            "vae": {"kind": "dct", "downsample": 8},
+            "data": {"latents": "none", "num_classes": CLASSES, "latent_channels": CHANNELS, "latent_size": SIDE},
+            "batch": {"global_batch_size": BATCH, "micro_batch_size": BATCH},
+            "train": {"total_samples": 1_000_000},
+        }
+    )
+
+
+def _with_overlap(config: RunConfig, overlap: bool) -> RunConfig:
+    """The same run in a folder of its own: two stores do not share one."""
+    folder = str(config.run_directory / ("beside" if overlap else "between"))
+    section = config.checkpoint.model_copy(update={"overlap": overlap, "dir": folder})
+    return config.model_copy(update={"checkpoint": section})
+
+
+def _report(result: dict[str, Any]) -> None:
+    print(
+        f"\na checkpoint of {result['checkpoint_mib']:.0f} MiB, steps of {result['step_seconds']:.3f} s, "
+        f"a bare copy in {result['copy_seconds']:.3f} s"
+    )
+    for name, stall in result["stall_seconds"].items():
+        print(
+            f"{name:24} hold training {stall:.3f} s a save = {result['stall_over_copy'][name]:.2f} x the copy; the "
+            f"steps around it take {result['time_of_steps_with_a_save_over_without'][name]:.3f} x the time of others"
+        )
+    share, stall_over_copy = result["stall_share_at_default_interval"], result["stall_over_copy"][OVERLAP]
+    for what, found, bound in (
+        ("stall of a save beside training over the bare copy", stall_over_copy, 1.5),
+        ("its share of training at the default interval", share, 0.01),
+    ):
+        print(f"{'met   ' if found <= bound else 'MISSED'}  {what}: {found:.3g}; wanted <= {bound:g}")
+    print(f"saves every {result['shortest_interval_for_one_percent_seconds']:.0f} s would take one percent")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`ecar-dist checkpoint`: look into checkpoints, or export one. Each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ecar_dist.command_line import positive
+from ecar_dist.errors import CheckpointError
+
+
+def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
+    verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
+
+    def add(name: str, run: Any, help: str, *places: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        for place in places or ("RUN",):
+            added.add_argument("run_directory" if place == "RUN" else place.lower(), type=Path, metavar=place)
+        return added
+
+    add("list", checkpoint_list, "committed checkpoints, newest first")
+    add("verify", checkpoint_verify, "check every file of every checkpoint against its hash")
+    inspecting = add("inspect", checkpoint_inspect, "what a checkpoint holds")
+    inspecting.add_argument("--step", type=int, help="default: the newest whole one")
+    inspecting.add_argument("--json", action="store_true", help="its manifest as it is")
+    add("diff", checkpoint_diff, "how two checkpoints differ: each a run (its newest one) or a checkpoint", "A", "B")
+    exporting = add("export", checkpoint_export, "an average of the newest checkpoint's weights as safetensors")
+    exporting.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
+    wanted = exporting.add_mutually_exclusive_group()
+    wanted.add_argument("--half-life", type=positive, help="in samples; one that was not tracked is fitted post hoc")
+    wanted.add_argument("--sigma-rel", type=float, help="the same, by relative width (EDM2)")
+    exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="of one file of weights (default 5)")
+
+
+def checkpoint_list(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint_files import read_manifest
+
+    for path in _committed(parsed.run_directory):
+        manifest = read_manifest(path)
+        size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
+        print(
+            f"{path}  {manifest['progress']['samples_seen']:,} samples  {size:.1f} MiB  {len(manifest['files'])} files"
+        )
+    return 0
+
+
+def checkpoint_inspect(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint_files import read_manifest
+    from ecar_dist.runtime.checkpoint_report import find_checkpoint, inspect_lines
+
+    path = find_checkpoint(parsed.run_directory, parsed.step)
+    print(json.dumps(read_manifest(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
+    return 0
+
+
+def checkpoint_diff(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint_diff import diff_checkpoints
+    from ecar_dist.runtime.checkpoint_report import find_checkpoint
+
+    print("\n".join(diff_checkpoints(find_checkpoint(parsed.a), find_checkpoint(parsed.b)).lines))
+    return 0
+
+
+def checkpoint_verify(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.checkpoint_files import verify
+
+    damaged = 0
+    for path in _committed(parsed.run_directory):
+        try:
+            verify(path)
+            print(f"{path}  whole")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"ecar-dist: {error}", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def _committed(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, newest first. Raises ConfigError or CheckpointError where there are none."""
+    from ecar_dist.runtime.checkpoint_files import committed
+    from ecar_dist.runtime.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    directory.load_config()
+    found = committed(directory.checkpoints)
+    if not found:
+        raise CheckpointError(f"{directory.checkpoints} holds no checkpoint; train first, or wait for the first save")
+    return found
+
+
+def checkpoint_export(parsed: argparse.Namespace) -> int:
+    from ecar_dist.runtime.averages import Wanted
+    from ecar_dist.runtime.export import export_run
+    from ecar_dist.sample.parity import parity_report
+
+    exported = export_run(
+        parsed.run_directory,
+        parsed.out or parsed.run_directory / "export",
+        wanted=Wanted(parsed.half_life, parsed.sigma_rel),
+        dtype=parsed.dtype,
+        max_shard_gib=parsed.max_shard_gib,
+    )
+    print(exported.summary)
+    print(parity_report(exported))
+    print(exported.path)
+    return 0

@@ -1,0 +1,150 @@
+"""sample and evaluate: what draws images with trained weights. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.sample.load import TrainedModel
+
+
+def add_commands(add: AddCommand) -> None:
+    drawing = add("sample", sample, "draw images with the EMA weights of a run or an export")
+    drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all)")
+    drawing.add_argument("--count", type=positive, help="images in all, over the labels in turn (default: 8 of each)")
+    drawing.add_argument("--out", required=True, type=Path, help="folder for grid.png, stages.png and images/")
+    scoring = add("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
+    scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
+    scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
+    scoring.add_argument("--count", type=positive, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
+    for command in (drawing, scoring):
+        command.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--guidance-scale", type=float, help="default: sample.guidance_scale of the run")
+        command.add_argument("--batch-size", type=positive, default=64)
+
+
+def sample(parsed: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from ecar_dist.sample.pictures import decode_stages, labelled_grid
+    from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
+
+    if parsed.out.exists() and any(parsed.out.iterdir()):
+        raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
+    trained = _open(parsed)
+    classes = _labels(parsed.labels, trained.config.data.num_classes)
+    count = parsed.count or 8 * len(classes)
+    labels = [classes[i % len(classes)] for i in range(count)]
+    columns: dict[int, list[Any]] = {label: [] for label in classes}
+    first_stages: list[Any] = []
+    (parsed.out / "images").mkdir(parents=True)
+    done = 0
+    for stages in _draw(trained, parsed, labels):
+        pictures = decode_stages(trained.codec, stages)
+        first_stages = first_stages or [stage[: len(classes)] for stage in pictures]
+        for picture in pictures[-1]:
+            Image.fromarray(picture).save(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png")
+            columns[labels[done]].append(picture)
+            done += 1
+    scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
+    drawn = [label for label in classes if columns[label]]  # fewer images than classes leave some out
+    grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
+    Image.fromarray(grid).save(parsed.out / "grid.png")
+    Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")
+    print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
+    return 0
+
+
+def evaluate(parsed: argparse.Namespace) -> int:
+    from ecar_dist.evaluate.images import read_images, reconstruct
+    from ecar_dist.evaluate.score import score
+    from ecar_dist.runtime.metrics import log_scores
+    from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.storage.atomic import write_json
+
+    trained = _open(parsed)
+    config = trained.config
+    folders = {
+        "--train-images": parsed.train_images or config.data.train_images,
+        "--heldout-images": parsed.heldout_images or config.data.heldout_images,
+    }
+    for flag, folder in folders.items():
+        if folder is None:
+            raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+    size = config.data.latent_size * trained.codec.identity.downsample
+    (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
+    if real.labels.max() >= config.data.num_classes:
+        raise DataError(
+            f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
+            f"{config.data.num_classes - 1}; give images of its classes"
+        )
+    labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
+    samples = _drawn_images(trained, parsed, labels)
+    scores = score(samples, reconstruct(trained.codec, real, trained.device), real, heldout, source)
+    scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
+    scores.update(
+        guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen
+    )
+    out = parsed.out or parsed.run_or_export / "scores.json"
+    print(json.dumps(scores, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, scores)
+    if (directory := RunDirectory(parsed.run_or_export)).lineage.exists():
+        log_scores(directory, trained.progress.step, scores)
+    print(f"scores written to {out}")
+    return 0
+
+
+def _open(parsed: argparse.Namespace) -> TrainedModel:
+    import torch
+
+    from ecar_dist.sample.load import open_trained
+
+    return open_trained(parsed.run_or_export, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _labels(text: str | None, num_classes: int) -> list[int]:
+    try:
+        classes = list(range(num_classes)) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--labels {text!r} must be class numbers with commas, e.g. 0,1,2") from None
+    outside = [label for label in classes if not 0 <= label < num_classes]
+    if outside:
+        raise ConfigError(
+            f"--labels {outside[0]} is outside 0..{num_classes - 1}; the model knows {num_classes} classes"
+        )
+    return classes
+
+
+def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> Any:
+    """Stages of batch after batch, with a progress bar."""
+    import torch
+    from tqdm import tqdm
+
+    from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
+
+    settings = SamplingPlan.from_config(trained.config, trained.device, guidance_scale=parsed.guidance_scale)
+    wanted = torch.tensor(labels, device=trained.device)
+    with tqdm(total=len(labels), unit="image", desc="sampling", mininterval=2) as bar:
+        for stages in generate_in_batches(trained.model, settings, wanted, parsed.seed, parsed.batch_size):
+            yield stages
+            bar.update(stages[-1].shape[0])
+
+
+def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> LabelledImages:
+    import numpy as np
+
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.vae.pixels import to_pixels
+
+    pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in _draw(trained, parsed, labels)]
+    return LabelledImages(np.concatenate(pixels), np.array(labels))
