@@ -6,10 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import positive
 from ecar_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ecar_dist.runtime.checkpoint_place import CheckpointPlace
 
 
 def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
@@ -38,14 +41,18 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import read_manifest
+    from ecar_dist.runtime.checkpoint_files import DamagedError
 
-    for path in _committed(parsed.run_directory):
-        manifest = read_manifest(path)
+    place, names = _committed(parsed.run_directory)
+    for name in names:
+        try:
+            manifest = place.manifest(name)
+        except DamagedError as damage:
+            print(f"{place.where}/{name}  damaged: {damage}")
+            continue
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
-        print(
-            f"{path}  {manifest['progress']['samples_seen']:,} samples  {size:.1f} MiB  {len(manifest['files'])} files"
-        )
+        samples = manifest["progress"]["samples_seen"]
+        print(f"{place.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest['files'])} files")
     return 0
 
 
@@ -67,30 +74,32 @@ def checkpoint_diff(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import verify
+    from ecar_dist.runtime.checkpoint_files import DamagedError
 
     damaged = 0
-    for path in _committed(parsed.run_directory):
+    place, names = _committed(parsed.run_directory)
+    for name in names:
         try:
-            verify(path)
-            print(f"{path}  whole")
-        except CheckpointError as error:
+            place.fetch(name)
+            print(f"{place.where}/{name}  whole")
+        except DamagedError as damage:
             damaged += 1
-            print(f"ecar-dist: {error}", file=sys.stderr)
+            print(f"ecar-dist: {place.where}/{name}: {damage}; use an older checkpoint", file=sys.stderr)
+        finally:
+            place.release(name)
     return 1 if damaged else 0
 
 
-def _committed(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, newest first. Raises ConfigError or CheckpointError where there are none."""
-    from ecar_dist.runtime.checkpoint_files import committed
+def _committed(run: Path) -> tuple[CheckpointPlace, list[str]]:
+    """Where a run's checkpoints lie, and their names, newest first. Raises ConfigError or CheckpointError for none."""
+    from ecar_dist.runtime.checkpoint_place import open_place
     from ecar_dist.runtime.run_directory import RunDirectory
 
-    directory = RunDirectory(run)
-    directory.load_config()
-    found = committed(directory.checkpoints)
-    if not found:
-        raise CheckpointError(f"{directory.checkpoints} holds no checkpoint; train first, or wait for the first save")
-    return found
+    place = open_place(RunDirectory(run).load_config(), run)
+    names = place.committed()
+    if not names:
+        raise CheckpointError(f"{place.where} holds no checkpoint; train first, or wait for the first save")
+    return place, names
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:

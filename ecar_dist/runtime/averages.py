@@ -14,14 +14,14 @@ import torch
 from ecar_dist.averaging import Decay, PosthocFit, Snapshot, fit, half_life_decay, power_decay, sigma_rel_to_gamma
 from ecar_dist.config import EmaSection, RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
-from ecar_dist.runtime.checkpoint_files import FragmentReader, committed, first_problem, newest, read_manifest
+from ecar_dist.runtime.checkpoint_files import DamagedError, FragmentReader, read_manifest
+from ecar_dist.runtime.checkpoint_place import CheckpointPlace, newest_whole, open_ema_place, open_place
 from ecar_dist.runtime.checkpoint_report import kinds_in
 from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.run_directory import RunDirectory
 
 MAX_RESIDUAL = 0.1  # of a rebuilt average's profile, relative: beyond it is another average
 BLOCK = 1 << 22  # elements of a parameter that are summed at once, in fp64
-SNAPSHOTS = "ema"  # folder of the run directory that holds copies of the averages alone
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def open_average(run: Path, wanted: Wanted = Wanted(), checkpoint: Path | None =
     """
     directory = RunDirectory(run)
     config = directory.load_config()
-    checkpoint = checkpoint or newest(directory.checkpoints)
+    checkpoint = checkpoint or newest_whole(open_place(config, run))
     kind, facts = wanted.tracked_as(config.ema), wanted.describe(config.ema)
     if kind is not None:
         return Average(checkpoint, ((1.0, FragmentReader(checkpoint), kind),), {"kind": kind, **facts})
@@ -127,10 +127,11 @@ def _rebuilt(directory: RunDirectory, config: RunConfig, wanted: Wanted, checkpo
 def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -> dict[Snapshot, Path]:
     """Where each average lies as of each step that is on disk, whole, up to `last_step`."""
     kept: dict[Snapshot, Path] = {}
-    for path in [*committed(directory.path / SNAPSHOTS), *committed(directory.checkpoints)]:
-        problem = first_problem(path, 0, 1)
-        if problem is not None:
-            print(f"warning: {path} is damaged ({problem}); rebuilding without it", file=sys.stderr)
+    for place, name in _committed(directory, config):
+        try:
+            path = place.fetch(name)
+        except DamagedError as damage:
+            print(f"warning: {place.where}/{name} is damaged ({damage}); rebuilding without it", file=sys.stderr)
             continue
         progress = read_manifest(path)["progress"]
         if progress["samples_seen"] != progress["step"] * config.batch.global_batch_size:
@@ -143,6 +144,11 @@ def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -
             kinds = tracked_decays(config.ema).keys() & set(kinds_in(path))
             kept.update({(progress["step"], kind): path for kind in sorted(kinds)})
     return kept
+
+
+def _committed(directory: RunDirectory, config: RunConfig) -> list[tuple[CheckpointPlace, str]]:
+    places = open_ema_place(config, directory.path), open_place(config, directory.path)
+    return [(place, name) for place in places for name in place.committed()]
 
 
 def _check_residual(found: PosthocFit, facts: dict[str, Any]) -> None:

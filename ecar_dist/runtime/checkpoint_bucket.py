@@ -27,8 +27,7 @@ from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import join, list_files, read_bytes, upload
-from ecar_dist.storage.removal import abort_uploads, remove
+from ecar_dist.storage.remote import abort_uploads, join, list_files, read_bytes, remove, upload
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
 
 _NAME = re.compile(r"step-\d{8,}-\w+")
@@ -53,15 +52,18 @@ class BucketPlace:
     def committed(self) -> list[str]:
         return self._committed(self._objects())
 
+    def manifest(self, name: str) -> dict[str, Any]:
+        if name not in self._manifests:
+            self.make_scratch()
+            with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+                self._manifests[name] = self._manifest(name, Path(folder))
+        return self._manifests[name]
+
     def whole(self) -> list[tuple[str, int]]:
-        self.make_scratch()
         objects, found = self._objects(), []
         for name in self._committed(objects):
             with contextlib.suppress(DamagedError, CheckpointError):
-                if name not in self._manifests:
-                    with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-                        self._manifests[name] = self._manifest(name, Path(folder))
-                manifest = self._manifests[name]
+                manifest = self.manifest(name)
                 if all(objects.get(f"{name}/{entry['name']}") == entry["bytes"] for entry in manifest["files"]):
                     found.append((name, manifest["progress"]["samples_seen"]))
         return found

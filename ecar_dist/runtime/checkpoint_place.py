@@ -65,6 +65,9 @@ class CheckpointPlace(Protocol):
     def committed(self) -> list[str]:
         """Names of the committed checkpoints, newest first."""
 
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a committed checkpoint says of itself. Raises DamagedError, and CheckpointError for another schema."""
+
     def whole(self) -> list[tuple[str, int]]:
         """(name, samples_seen), newest first, of those that are whole as far as can be seen without reading them."""
 
@@ -91,16 +94,20 @@ class CheckpointPlace(Protocol):
         """End waiting transfers."""
 
 
-def open_place(config: RunConfig) -> CheckpointPlace:
-    """Where the checkpoints of a run lie."""
+def open_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
+    """Where the checkpoints of a run lie; `run` is its directory, which may have moved since it was trained."""
     folder = config.checkpoint.dir
-    return _open(config, join(folder, config.run.name) if folder else str(config.run_directory / "checkpoints"))
+    return _open(
+        config, join(folder, config.run.name) if folder else str((run or config.run_directory) / "checkpoints")
+    )
 
 
-def open_ema_place(config: RunConfig) -> CheckpointPlace:
+def open_ema_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
     """Where copies of the averages alone are kept for good (ema.snapshot_every_samples)."""
     folder = config.checkpoint.dir
-    return _open(config, join(folder, f"{config.run.name}/ema") if folder else str(config.run_directory / "ema"))
+    return _open(
+        config, join(folder, f"{config.run.name}/ema") if folder else str((run or config.run_directory) / "ema")
+    )
 
 
 def _open(config: RunConfig, where: str) -> CheckpointPlace:
@@ -110,17 +117,17 @@ def _open(config: RunConfig, where: str) -> CheckpointPlace:
     return BucketPlace(where, CacheOptions(root=Path(cache) if cache else None).folder)
 
 
-def newest_whole(place: CheckpointPlace) -> str:
+def newest_whole(place: CheckpointPlace) -> Path:
     """The newest checkpoint that is whole, fetched; damaged ones are warned of. Raises CheckpointError without one."""
     damaged: list[tuple[str, str]] = []
     for name in place.committed():
         try:
-            place.fetch(name)
+            path = place.fetch(name)
         except DamagedError as damage:
             damaged.append((f"{place.where}/{name}", str(damage)))
             continue
         warn_of_damage(damaged, f"{place.where}/{name}")
-        return name
+        return path
     raise none_whole(place.where, damaged)
 
 
@@ -137,6 +144,12 @@ class LocalPlace:
 
     def committed(self) -> list[str]:
         return [path.name for path in committed(self._folder)]
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        try:
+            return proven_manifest(self._folder / name)
+        except OSError as error:
+            raise DamagedError(f"{error.filename}: {error.strerror}") from None
 
     def whole(self) -> list[tuple[str, int]]:
         found = []

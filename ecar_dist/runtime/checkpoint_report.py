@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint_files import MARKER, FragmentReader, committed, newest, read_manifest, verify
+from ecar_dist.runtime.checkpoint_files import MARKER, DamagedError, FragmentReader, read_manifest, step_of, verify
+from ecar_dist.runtime.checkpoint_place import newest_whole, open_place
 from ecar_dist.runtime.export_files import flat_identity
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.untrusted import file_inside
@@ -28,15 +29,19 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     if (path / MARKER).is_file():
         verify(path)
         return path
-    directory = RunDirectory(path)
-    directory.load_config()
+    config = RunDirectory(path).load_config()
+    place = open_place(config, path)
     if step is None:
-        return newest(directory.checkpoints)
-    by_step = {read_manifest(found)["progress"]["step"]: found for found in committed(directory.checkpoints)}
-    if step not in by_step:
-        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has those of {sorted(by_step) or 'none'}")
-    verify(by_step[step])
-    return by_step[step]
+        return newest_whole(place)
+    names = {step_of(name): name for name in reversed(place.committed())}
+    if step not in names:
+        raise CheckpointError(
+            f"{place.where} has no checkpoint of step {step}; it has those of {sorted(names) or 'none'}"
+        )
+    try:
+        return place.fetch(names[step])
+    except DamagedError as damage:
+        raise CheckpointError(f"{place.where}/{names[step]}: {damage}; use an older checkpoint") from None
 
 
 def inspect_lines(path: Path) -> list[str]:

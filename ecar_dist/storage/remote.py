@@ -201,6 +201,37 @@ class _Place:
         return fsspec.asyn.sync(self._filesystem.loop, method, *before, path, timeout=timeout, **options)
 
 
+def remove(url: str, transfer: Transfer | None = None) -> None:
+    """One object; that it is gone already is no error. Raises DataError, one line, where the store does not do it."""
+    try:
+        _insist("removing", url, transfer, lambda place, timeout: place.call("rm_file", timeout))
+    except ObjectMissing:
+        pass
+
+
+def abort_uploads(url: str, transfer: Transfer | None = None) -> int:
+    """End the multipart uploads under `url` that a killed or timed-out writer left; their number.
+
+    Where the store is S3's; others end them by themselves. Call it only where nobody is writing. Raises as `remove`.
+    """
+    return _insist("ending unfinished uploads under", url, transfer, _abort_each)
+
+
+def _abort_each(place: _Place, timeout: float) -> int:
+    if not hasattr(place._filesystem, "_call_s3"):
+        return 0
+    bucket, _, prefix = place.path.partition("/")
+
+    def ask(method: str, **what: str) -> dict[str, Any]:
+        # after the method's name comes a dict of further arguments, where other calls have the path
+        return place.call("call_s3", timeout, before=(method,), path={}, Bucket=bucket, **what)
+
+    uploads = ask("list_multipart_uploads", Prefix=f"{prefix.rstrip('/')}/").get("Uploads", [])
+    for upload in uploads:  # a page of a thousand; the next call ends the rest
+        ask("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+    return len(uploads)
+
+
 def _insist(what: str, url: str, transfer: Transfer | None, attempt: Callable[[_Place, float], T], size: int = 0) -> T:
     return insist(
         what,

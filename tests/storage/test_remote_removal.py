@@ -4,8 +4,7 @@ import fsspec
 import pytest
 
 from ecar_dist.errors import DataError
-from ecar_dist.storage.remote import list_files
-from ecar_dist.storage.removal import abort_uploads, remove
+from ecar_dist.storage.remote import abort_uploads, list_files, remove
 from ecar_dist.storage.retries import Transfer
 from tests.data.object_store import QUICK
 
