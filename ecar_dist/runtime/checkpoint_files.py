@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.untrusted import file_inside, read_json
@@ -53,7 +53,7 @@ class FragmentReader:
         self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
         for entry in manifest["files"]:
             if (file := file_inside(path, entry["name"])).exists():
-                self._add(safe_open(file, framework="pt"))
+                self._add(_open_tensors(file))
 
     @property
     def kinds(self) -> set[str]:
@@ -85,6 +85,13 @@ class FragmentReader:
             kind, name, start = key.split(":")
             numel = handle.get_slice(key).get_shape()[0]
             self._pieces.setdefault((kind, name), []).append((int(start), numel, handle, key))
+
+
+def _open_tensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no safetensors file ({error}); use an older checkpoint") from None
 
 
 def readable(size: int) -> str:
