@@ -102,11 +102,11 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> st
     directory.open_for_training()
     place = open_place(config)
     found, attempts = place.committed(), directory.attempts()
-    before = attempts[-1] if attempts else {}
-    if not found and before.get("newest_step") is not None and before["checkpoints"] != place.where:
+    before = attempts[-1]["checkpoints"] if attempts else place.where
+    if not found and before != place.where and directory.metrics.exists() and directory.metrics.stat().st_size:
         raise CheckpointError(
-            f"{place.where} holds no checkpoint, and the last attempt kept its own in {before['checkpoints']}; set "
-            f"checkpoint.dir back, bring them over, or choose another run.name to train anew"
+            f"{place.where} holds no checkpoint, and the last attempt kept its own in {before}; set checkpoint.dir "
+            f"back, bring them over, or choose another run.name to train anew"
         )
     return directory.begin_attempt(
         world_size=world.size,
