@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from data_tools.cli import main as ecar_data
+from ecar_dist.cli import main as ecar_dist
 from ecar_dist.data.latent_source import LatentSource
 from ecar_dist.data.loader import SampleLoader, Share
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
+from ecar_dist.storage.remote import list_files
 from tests.conftest import losses, train_on_ranks
 from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.object_store import object_store, s3_server
@@ -70,6 +72,32 @@ def test_from_a_bucket_of_tars_to_a_run_that_streams(bucket, tree, write_config,
                               "data.on_bad=substitute", "data.max_bad=0.01", "data.num_classes=10")  # fmt: skip
     assert np.isfinite(losses(straight)).all()
     assert "verysecretvalue" not in "".join(capfd.readouterr())
+
+
+def test_a_run_keeps_its_checkpoints_in_a_bucket(object_store, write_config, tmp_path, capsys):
+    """Saved through trouble, resumed by more ranks, read by every command that reads a run."""
+    config, there = write_config(), f"checkpoint.dir={object_store.url}/checkpoints"
+    local = train_on_ranks(1, config, "run.name=local")
+    object_store.break_on({"kind": "status", "status": 503, "method": "PUT", "times": 3})
+    train_on_ranks(1, config, "run.name=remote", there, "train.total_samples=64")
+    remote = train_on_ranks(2, config, "run.name=remote", there, "ema.snapshot_every_samples=80")
+    assert losses(remote) == pytest.approx(losses(local), abs=1e-6)
+    assert len(object_store.log("PUT", ".safetensors")) > 3
+    run = tmp_path / "runs/remote"
+    assert not list(run.rglob("*.safetensors"))
+    moved = run.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    for verb in ("list", "verify"):
+        assert ecar_dist(["checkpoint", verb, str(moved)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("/step-")[1][:8] for line in lines] == ["00000006", "00000004", "00000002"]
+        assert all(line.startswith(f"{object_store.url}/checkpoints/remote/") for line in lines)
+    assert ecar_dist(["checkpoint", "inspect", str(moved), "--step", "4"]) == 0
+    assert ecar_dist(["checkpoint", "export", str(moved), "--out", str(tmp_path / "export")]) == 0
+    assert "equal the run's" in capsys.readouterr().out
+    assert ecar_dist(["sample", str(moved), "--labels", "1", "--count", "1", "--out", str(tmp_path / "drawn")]) == 0
+    assert "step-00000006" in capsys.readouterr().out
+    assert [name for name, _ in list_files(f"{object_store.url}/checkpoints/remote/ema") if name.endswith("COMMITTED")]
 
 
 def test_a_stop_signal_ends_a_run_that_waits_for_data(bucket, tree, write_config, tmp_path):
