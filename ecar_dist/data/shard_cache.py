@@ -41,8 +41,13 @@ class CacheOptions:
 
     @property
     def folder(self) -> Path:
-        default = os.environ.get("ECAR_CACHE_DIR") or f"{tempfile.gettempdir()}/ecar-cache-{os.getuid()}"
-        return self.root or Path(default)
+        """Raises DataError where another user has made the default folder, and could change what is proven there."""
+        if chosen := self.root or os.environ.get("ECAR_CACHE_DIR"):
+            return Path(chosen)
+        default = Path(tempfile.gettempdir(), f"ecar-cache-{os.getuid()}")
+        if default.is_symlink() or (default.exists() and default.stat().st_uid != os.getuid()):
+            raise DataError(f"the cache folder {default} is not yours; set data.cache.dir, or ECAR_CACHE_DIR")
+        return default
 
 
 class ShardCache:

@@ -400,3 +400,22 @@ def test_a_killed_downloader_is_replaced(remote, tmp_path):
     assert result.read_text() == " ".join(entry.sha256 for entry in remote.manifest.shards)
     remote.store(root=run / "node").close()  # sweeps what the dead one left
     assert names(node) == ["000000.tar", "000001.tar", "000002.tar"]
+
+
+def test_a_cache_folder_that_somebody_else_made_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("ECAR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    default = CacheOptions().folder
+    assert default == tmp_path / f"ecar-cache-{os.getuid()}"
+    default.mkdir()
+    assert CacheOptions().folder == default
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    other = tmp_path / "ecar-cache-12345"
+    other.mkdir()
+    with pytest.raises(DataError, match=r"is not yours; set data\.cache\.dir"):
+        _ = CacheOptions().folder
+    other.rmdir()
+    other.symlink_to(default)
+    with pytest.raises(DataError, match="is not yours"):
+        _ = CacheOptions().folder
+    assert CacheOptions(root=other).folder == other
