@@ -23,6 +23,14 @@ from typing import NoReturn
 _reached: Counter[str] = Counter()
 
 
+def faults_on_purpose() -> str | None:
+    """A line for the log of a run in which faults are to strike; None in a normal one."""
+    points = os.environ.get("ECAR_FAILPOINT")
+    if not points:
+        return None
+    return f"warning: faults will strike in this run on purpose (ECAR_FAILPOINT={points}); unset it to train"
+
+
 def failpoint(site: str, step: int | None = None) -> bool:
     """Do what ECAR_FAILPOINT asks for at `site`; True where its action is `nan`, which is the caller's to do."""
     points = os.environ.get("ECAR_FAILPOINT")

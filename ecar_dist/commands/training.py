@@ -10,6 +10,7 @@ import sys
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive
 from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
+from ecar_dist.failpoint import faults_on_purpose
 
 
 def add_commands(add: AddCommand) -> None:
@@ -74,6 +75,8 @@ def train(parsed: argparse.Namespace) -> int:
     if _is_launched():
         die_with_parent()
     world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
+    if world.is_first and (line := faults_on_purpose()):
+        print(line, file=sys.stderr, flush=True)
     try:
         with contextlib.ExitStack() as ends:
             run, progress = start_training(

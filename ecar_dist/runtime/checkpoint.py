@@ -37,6 +37,7 @@ from ecar_dist.storage.daemon_pool import DaemonPool
 
 _PATIENCE = 10.0  # seconds that `close` gives a thread to notice
 _BYTES = 4  # of an fp32 value
+_FIX = "see to that, or set checkpoint.dir, and run the same command again"
 
 
 @dataclass
@@ -138,7 +139,7 @@ class CheckpointStore:
         with self._held():
             self._drain()
             if self._last_failure:
-                self._raise(self._last_failure)
+                self._raise(f"{self._last_failure}; {_FIX}")
 
     def close(self) -> None:
         """Give up what is on its way. Not a collective; call it whenever a run ends, however it does."""
@@ -254,8 +255,10 @@ class CheckpointStore:
         if newest is None:
             return
         found = [(name, seen) for name, seen in self.place.whole() if name == newest or name not in self._rejected]
-        at = next(index for index, (name, _) in enumerate(found) if name == newest)
-        self.place.sweep(kept(found[at:], self._section.keep, self._section.keep_every_samples))
+        names = [name for name, _ in found]
+        if newest in names:  # else the place does not show it yet, and nothing is dropped for it
+            found = found[names.index(newest) :]
+            self.place.sweep(kept(found, self._section.keep, self._section.keep_every_samples))
 
     def _stand(self, save: _Save) -> None:
         self._failed_in_a_row, self._last_failure = 0, ""
@@ -274,15 +277,12 @@ class CheckpointStore:
             for draft, _ in save.drafts:
                 draft.discard()
             room = self._room(save) if outcome.full else ""
-        whole = (
-            "there is no checkpoint yet"
-            if self.last_committed is None
-            else (f"the one of step {self.last_committed} is whole")
-        )
+        last = self.last_committed
+        whole = "there is no checkpoint yet" if last is None else f"the one of step {last} is whole"
         what = f"the {'checkpoint' if save.is_checkpoint else 'copy of the averages'} of step {save.progress.step}"
         self._last_failure = f"{what} was not saved: rank {rank}: {outcome.error}{room}; {whole}"
         if self._failed_in_a_row >= self._section.max_failures:
-            self._raise(f"{self._last_failure}; that was failure {self._failed_in_a_row} in a row")
+            self._raise(f"{self._last_failure}; that was failure {self._failed_in_a_row} in a row; {_FIX}")
         if self._world.is_first:
             print(f"warning: {self._last_failure}; training goes on", file=sys.stderr)
 

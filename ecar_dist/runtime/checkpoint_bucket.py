@@ -22,7 +22,15 @@ import xxhash
 from ecar_dist.errors import CheckpointError, DataError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint_download import bring
-from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, DamagedError, marker_of, proven_manifest, step_of
+from ecar_dist.runtime.checkpoint_files import (
+    MANIFEST,
+    MARKER,
+    DamagedError,
+    Needed,
+    marker_of,
+    proven_manifest,
+    step_of,
+)
 from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
@@ -68,12 +76,7 @@ class BucketPlace:
                     found.append((name, manifest["progress"]["samples_seen"]))
         return found
 
-    def fetch(
-        self,
-        name: str,
-        share: tuple[int, int] = (0, 1),
-        needed: Callable[[Mapping[str, Any]], bool] = lambda entry: True,
-    ) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ need not be the writer's. Only safetensors and JSON are read: nothing in a check
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from ecar_dist.runtime.untrusted import file_inside, read_json
 
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
 SCHEMA = "ecar-checkpoint-v2"
+
+Needed = Callable[[Mapping[str, Any]], bool]  # whether a reader wants a file, by its entry in the manifest
 
 
 class DamagedError(Exception):
@@ -43,15 +45,16 @@ class Progress:
 class FragmentReader:
     """Reads any slice of any parameter of a committed checkpoint, whatever layout wrote it.
 
-    A file that was not fetched, because nobody here needs it, is passed over; a gap shows when it is read.
+    A file that is not `needed`, or was not fetched because nobody here needs it, is passed over; a gap shows when it is
+    read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, needed: Needed = lambda entry: True) -> None:
         self._path = path
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         manifest = read_manifest(path)
         self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-        for entry in manifest["files"]:
+        for entry in filter(needed, manifest["files"]):
             if (file := file_inside(path, entry["name"])).exists():
                 self._add(_open_tensors(file))
 
@@ -107,18 +110,6 @@ def step_of(name: str) -> int:
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, newest first. A directory without its marker does not exist."""
     return sorted((path for path in folder.glob("step-*") if (path / MARKER).is_file()), reverse=True)
-
-
-def newest(folder: Path) -> Path:
-    """The newest whole checkpoint of a run. Raises CheckpointError where there is none."""
-    damaged: list[tuple[str, str]] = []
-    for path in committed(folder):
-        problem = first_problem(path, 0, 1)
-        if problem is None:
-            warn_of_damage(damaged, path)
-            return path
-        damaged.append((str(path), problem))
-    raise none_whole(folder, damaged)
 
 
 def warn_of_damage(damaged: Iterable[tuple[str, str]], taken: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from ecar_dist.config import EmaSection
 from ecar_dist.errors import CheckpointError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint_files import FragmentReader, differences
+from ecar_dist.runtime.checkpoint_files import FragmentReader, Needed, differences
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
 
@@ -39,7 +39,7 @@ def sources(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, st
     return {kind: own.get(kind, kind if kind in free else None) for kind in wanted}
 
 
-def needed_by(fragments: Sequence[Fragment]) -> Callable[[Mapping[str, Any]], bool]:
+def needed_by(fragments: Sequence[Fragment]) -> Needed:
     """Whether a file of a checkpoint, by its manifest entry, holds anything of `fragments`."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for fragment in fragments:
@@ -60,7 +60,8 @@ def needed_by(fragments: Sequence[Fragment]) -> Callable[[Mapping[str, Any]], bo
 def read_share(folder: Path, engine: Engine, ema: ShardedEma, origins: Mapping[str, str | None]) -> None:
     """This rank's slices, and no more, into its tensors. `origins`: the averages' kinds in the checkpoint."""
     failpoint("load.read")
-    reader, state = FragmentReader(folder), state_by_kind(engine, ema)
+    # of a large world's files a rank needs a few: their headers alone are megabytes
+    reader, state = FragmentReader(folder, needed_by(engine.fragments)), state_by_kind(engine, ema)
     for fragment in engine.fragments:
         for kind, partitions in state.items():
             source = origins.get(kind, kind) or MASTER

@@ -6,6 +6,7 @@ one step that cannot be seen half-done: a rename here, the marker object in a bu
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from ecar_dist.runtime.checkpoint_files import (
     MANIFEST,
     MARKER,
     DamagedError,
+    Needed,
     committed,
     first_problem,
     marker_of,
@@ -33,8 +35,6 @@ from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import sync_to_disk
 from ecar_dist.storage.remote import is_remote, join, local_path
 
-Needed = Callable[[Mapping[str, Any]], bool]
-
 
 class Draft(Protocol):
     """A checkpoint in the making. Methods raise OSError or DataError where the place does not take it."""
@@ -45,7 +45,7 @@ class Draft(Protocol):
         """Any rank: have `write` make a file at the path it is given, and bring that to the place, durably."""
 
     def prepare(self, manifest: bytes) -> None:
-        """Rank 0, when all files are there."""
+        """Rank 0, when all files are there. Raises CheckpointError where this rank does not see them."""
 
     def publish(self) -> None:
         """Rank 0, last: from here on the checkpoint exists, in the place of one of the same name."""
@@ -196,6 +196,8 @@ class _LocalDraft:
         return write(self._temporary / file)
 
     def prepare(self, manifest: bytes) -> None:
+        for entry in json.loads(manifest)["files"]:
+            self._check_seen(entry)
         self._write(MANIFEST, manifest)
         failpoint("checkpoint.manifest")
         self._write(MARKER, marker_of(manifest))
@@ -212,6 +214,16 @@ class _LocalDraft:
 
     def discard(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _check_seen(self, entry: Mapping[str, Any]) -> None:
+        """A rank of another node may have written to a disk of its own."""
+        try:
+            sized_file(self._temporary, entry)
+        except (OSError, DamagedError):
+            raise CheckpointError(
+                f"{entry['name']} was written and is not in {self._folder} on the node of rank 0; set checkpoint.dir "
+                f"to a folder that all nodes see"
+            ) from None
 
     def _write(self, name: str, content: bytes) -> None:
         (self._temporary / name).write_bytes(content)

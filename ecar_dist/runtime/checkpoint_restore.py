@@ -57,12 +57,12 @@ def restore_newest(
         folder, problem = _fetch(place, name, world, engine)
         if folder is None:
             damaged.append((f"{place.where}/{name}", problem))
+            _release(place, name, world)
             continue
         if world.is_first:
             warn_of_damage(damaged, f"{place.where}/{name}")
         restored = _load(f"{place.where}/{name}", folder, world, engine, ema, expected)
-        if world.local_rank == 0:
-            place.release(name)
+        _release(place, name, world)
         return restored, {path.rpartition("/")[2] for path, _ in damaged}
     if damaged:
         world.agree(none_whole(place.where, damaged) if world.is_first else None)
@@ -86,6 +86,12 @@ def _fetch(place: CheckpointPlace, name: str, world: World, engine: Engine) -> t
     folder, problem = world.together(fetch)
     problems = [text for text in world.gather(problem) if text]
     return (None, problems[0]) if problems else (folder, "")
+
+
+def _release(place: CheckpointPlace, name: str, world: World) -> None:
+    """Once no rank reads it any more: what was fetched is given back, by one process of each node."""
+    if world.local_rank == 0:
+        place.release(name)
 
 
 def _load(where: str, folder: Path, world: World, engine: Engine, ema: ShardedEma, expected: Expected) -> Restored:

@@ -110,7 +110,10 @@ class Engine:
             return True
         if self._keeps_no_norm:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            self._replicated_norm = float(nn.utils.get_total_norm(gradients))  # averaged over ranks already
+            norm = nn.utils.get_total_norm(gradients)  # averaged over ranks already
+            self._replicated_norm = float(
+                self.world.sum(norm * self.world.is_first)
+            )  # rank 0's: all judge the same number
         self._adam.applied = False  # DeepSpeed does not even ask where it finds a gradient that is not finite
         self._engine.step()
         self._called_off = False

@@ -1,4 +1,4 @@
-"""The run directory: config.yaml, lineage.json, metrics.jsonl, tb/, samples/, logs/, checkpoints/."""
+"""The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl, tb/, samples/, logs/, checkpoints/."""
 
 from __future__ import annotations
 
@@ -96,10 +96,12 @@ class RunDirectory:
         return self._attempt
 
     def note_attempt(self, **facts: Any) -> None:
-        """Add to this attempt's entry in lineage.json. Call on rank 0 only."""
+        """Add to this attempt's entry in lineage.json. Who began none, as ranks other than 0, changes nothing."""
+        if self._attempt is None:
+            return
         attempts = self.attempts()
         for attempt in attempts:
-            if self._attempt and attempt.get("attempt") == self._attempt:
+            if attempt.get("attempt") == self._attempt:
                 attempt.update(facts)
         write_json(self.lineage, attempts)
 

@@ -240,11 +240,15 @@ def log(run: Training, progress: Progress, result: StepResult) -> None:
     run.writer.log(progress.step, progress.samples_seen, report.values | data_values(run))
     if report.news:
         run.writer.text("verdict", report.news, progress.step)
-    config = run.config
-    line = progress_line(
-        progress.step, config.total_steps, progress.samples_seen, config.train.total_samples, result, report
-    )
+    total = run.config.train.total_samples
+    line = progress_line(progress.step, last_step(run.config, progress), progress.samples_seen, total, result, report)
     print(line, flush=True)
+
+
+def last_step(config: RunConfig, progress: Progress) -> int:
+    """The number of the run's last step; the steps up to now may have had batches of another size."""
+    left = config.train.total_samples - progress.samples_seen
+    return progress.step + max(0, math.ceil(left / config.batch.global_batch_size))
 
 
 def data_values(run: Training) -> dict[str, float]:

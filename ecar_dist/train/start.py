@@ -6,8 +6,9 @@ import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,14 +26,16 @@ from ecar_dist.runtime.drift import resume_lines
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
+from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.remote import is_remote
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.goodput import began
-from ecar_dist.train.loop import Preview, Training
+from ecar_dist.train.loop import Preview, Training, last_step
 from ecar_dist.train.objective import FlowObjective, Normalise
 from ecar_dist.train.phases import Phases
 from ecar_dist.train.sources import TrainingData, check_codec, check_data, normaliser, open_loader, open_stream
@@ -77,10 +80,7 @@ def start_training(
     restored = store.restore(engine, ema)
     progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
     phases.enter("start", progress.step)
-
-    def open_at(position: int) -> SampleLoader:
-        return world.together(lambda: open_loader(config, world, stream, position))
-
+    open_at = partial(open_together, config, world, stream)
     telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
     bad_step_file = BadStepFile(directory.path / "bad_steps.jsonl", world)
     bad_steps = BadSteps(config.train.bad_steps, notes.get("bad_steps"), bad_step_file.windows())
@@ -92,9 +92,14 @@ def start_training(
     world.on_first_rank(lambda: begin_record(run, data, precision, restored))
     if run.writer:
         ends.callback(run.writer.close)
-    if codec and world.is_first and config.sample.every_samples and config.log.tensorboard:
-        run.preview = preview_factory(config, codec, world.device)
+    if config.sample.every_samples and config.log.tensorboard:
+        run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
     return run, progress
+
+
+def open_together(config: RunConfig, world: World, stream: SampleStream, position: int) -> SampleLoader:
+    """Every rank's loader at a position of the run's sample order. Raises on all ranks where one cannot open it."""
+    return world.together(lambda: open_loader(config, world, stream, position))
 
 
 def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> str:
@@ -102,17 +107,18 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> st
     directory.open_for_training()
     place = open_place(config)
     found, attempts = place.committed(), directory.attempts()
-    before = attempts[-1]["checkpoints"] if attempts else place.where
-    if not found and before != place.where and directory.metrics.exists() and directory.metrics.stat().st_size:
+    where = place.where if is_remote(place.where) else str(Path(place.where).absolute())
+    before = attempts[-1].get("checkpoints", where) if attempts else where
+    if not found and before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
         raise CheckpointError(
-            f"{place.where} holds no checkpoint, and the last attempt kept its own in {before}; set checkpoint.dir "
+            f"{where} holds no checkpoint, and the last attempt kept its own in {before}; set checkpoint.dir "
             f"back, bring them over, or choose another run.name to train anew"
         )
     return directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
         device=world.device.type,
-        checkpoints=place.where,
+        checkpoints=where,
         newest_step=step_of(found[0]) if found else None,
     )
 
@@ -125,9 +131,15 @@ def end_attempt(
     trace: TracebackType | None,
 ) -> None:
     """How the attempt ended goes on record, where it lives to tell. Without effect on the ranks that began none."""
-    early = isinstance(error, StoppedEarlyError)
+    lost = error is not None and lost_peer(error) is not None
+    if isinstance(error, StoppedEarlyError) or (stop and (error is None or lost)):
+        reason = "signal"
+    elif lost:
+        reason = "failed: another rank was lost"
+    else:
+        reason = f"failed: {error}" if error else "done"
     with contextlib.suppress(OSError):
-        directory.end_attempt("signal" if early or (stop and not error) else f"failed: {error}" if error else "done")
+        directory.end_attempt(reason)
 
 
 def begin_record(run: Training, data: TrainingData, precision: str, restored: Restored | None) -> None:
@@ -229,6 +241,6 @@ def opening_lines(run: Training, data: TrainingData, precision: str, progress: P
             f"data {data.count:,} {'samples' if data.encoder else 'images, encoded on the way'}, a global batch from "
             f"about {spread:.0f} of {sum(len(manifest.shards) for manifest in data.manifests)} shards"
         ),
-        f"{total:,} samples to see = {total / data.count:.1f} epochs, {config.total_steps:,} steps; "
+        f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps; "
         + (f"resuming at step {progress.step:,} ({seen:,} samples)" if seen else "from the start"),
     ]

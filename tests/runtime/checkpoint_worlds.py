@@ -9,6 +9,7 @@ import torch
 from ecar_dist.config_file import config_from_dict
 from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint_place import LocalPlace, newest_whole
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
 from ecar_dist.runtime.world import Placement, World
@@ -151,3 +152,8 @@ def load(config, size=1, identity=IDENTITY, ranks=None, **options):
 def checkpoints(folder):
     """Names in the run's folder of checkpoints."""
     return sorted(path.name for path in (folder / "tiny/checkpoints").iterdir())
+
+
+def newest(folder):
+    """The newest whole checkpoint in a folder, as a reader outside training finds it."""
+    return newest_whole(LocalPlace(folder))

@@ -11,10 +11,28 @@ from safetensors.torch import load_file
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime import checkpoint_place
-from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, FragmentReader, Progress, committed, newest, verify
+from ecar_dist.runtime.checkpoint_files import (
+    MANIFEST,
+    MARKER,
+    FragmentReader,
+    Progress,
+    _open_tensors,
+    committed,
+    verify,
+)
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.run_directory import RunDirectory
-from tests.runtime.checkpoint_worlds import IDENTITY, Ranks, State, checkpoints, load, make_config, save, store_of
+from tests.runtime.checkpoint_worlds import (
+    IDENTITY,
+    Ranks,
+    State,
+    checkpoints,
+    load,
+    make_config,
+    newest,
+    save,
+    store_of,
+)
 
 OLD, NEW = "step-00000004", "step-00000008"
 
@@ -256,8 +274,10 @@ def test_all_is_on_disk_before_the_name_is_given(config, folder, monkeypatch):
 def test_what_a_kill_left_behind_is_removed_by_the_next_save(config, folder):
     (folder / "tmp-step-00000004-dead").mkdir(parents=True)
     (folder / "step-00000002").mkdir()  # its marker was gone before its files were
+    (folder.parent / "ema/tmp-step-00000002-dead").mkdir(parents=True)
     save(config)
     assert [path.name for path in folder.iterdir()] == [OLD]
+    assert not list((folder.parent / "ema").iterdir())
 
 
 def test_a_checkpoint_loses_its_marker_before_anything_else(tmp_path, monkeypatch):
@@ -276,6 +296,18 @@ def test_a_gap_in_a_parameter_is_an_error(config, folder):
     save(config)
     with pytest.raises(CheckpointError, match="holds 24 of 25 values of ema a; it is of another model"):
         FragmentReader(newest(folder)).read("ema", "a", 0, 25)
+
+
+def test_a_rank_opens_the_files_that_it_needs_alone(config, monkeypatch):
+    save(config, 4)
+    opened = []
+    monkeypatch.setattr(
+        "ecar_dist.runtime.checkpoint_files._open_tensors",
+        lambda file, open=_open_tensors: (opened.append(file.name), open(file))[1],
+    )
+    load(config, 2)
+    # of 37 values 10 in each file, and 19 for each reader: what lies in the second file both want
+    assert sorted(opened) == [f"state-{rank:05d}-of-00004.safetensors" for rank in (0, 1, 1, 2, 3)]
 
 
 def test_the_names_in_a_manifest_may_not_lead_out_of_it(config, folder):

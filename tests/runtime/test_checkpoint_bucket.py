@@ -149,6 +149,7 @@ def test_a_damaged_object_is_named_and_the_one_before_is_used(bucket, config, ca
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{bucket.url}/runs/tiny/{newest} is damaged" in warning
     assert warning.endswith(f"{before} is used instead")
+    assert not list(open_place(config)._scratch.glob("step-*"))  # what was fetched of either is given back
     assert newest_whole(open_place(config)).name == before
     save(config, 2, seed=3, step=6, restore=True)
     assert steps(config) == [6, 4]  # the damaged one is gone

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress, committed, first_problem, newest
+from ecar_dist.runtime.checkpoint_files import Progress, committed, first_problem
 from ecar_dist.runtime.ema import ShardedEma
 from tests.conftest import free_port
-from tests.runtime.checkpoint_worlds import IDENTITY, State, checkpoints, load, make_config, save
+from tests.runtime.checkpoint_worlds import IDENTITY, State, checkpoints, load, make_config, newest, save
 
 # what a save of step 8 leaves behind where it is killed at this point, and the step that a reader then finds
 KILLS = {

@@ -10,12 +10,13 @@ import torch
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime import checkpoint_writer
-from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, committed, newest, read_manifest, verify
+from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, committed, read_manifest, verify
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.world import RemoteError
-from tests.runtime.checkpoint_worlds import BATCH, Ranks, State, checkpoints, load, make_config, save, store_of
+from tests.runtime.checkpoint_worlds import BATCH, Ranks, State, checkpoints, load, make_config, newest, save, store_of
 
 OLD, NEW = "step-00000004", "step-00000008"
+WHAT_TO_DO = "or set checkpoint.dir, and run the same command again"
 
 
 class Gate:
@@ -23,6 +24,7 @@ class Gate:
 
     def __init__(self, monkeypatch, opened=False):
         self.open, self.failing, write = threading.Event(), {}, checkpoint_writer.write_tensor_file
+        self.written = []
         if opened:
             self.open.set()
 
@@ -30,7 +32,9 @@ class Gate:
             assert self.open.wait(20)
             if path.name in self.failing:
                 raise self.failing[path.name]
-            return write(path, entries, **more)
+            found = write(path, entries, **more)
+            self.written.append(path.name)
+            return found
 
         monkeypatch.setattr(checkpoint_writer, "write_tensor_file", gated)
 
@@ -138,8 +142,9 @@ def test_a_failure_on_one_rank_is_one_for_all_said_once_and_training_goes_on(con
             settled(store, world)
             world.barrier()
             assert (store.failures, store.last_committed) == (1, 4)
-            with pytest.raises(CheckpointError if world.is_first else RemoteError):
+            with pytest.raises(CheckpointError if world.is_first else RemoteError) as error:
                 store.finish()  # the last save of a run has to stand
+            assert not world.is_first or str(error.value).endswith("step 4 is whole; see to that, " + WHAT_TO_DO)
             gate.failing = {}
             store.begin(at(12), state, ema, {})
             settled(store, world)
@@ -175,7 +180,7 @@ def test_the_run_ends_after_so_many_failures_in_a_row(tmp_path, monkeypatch, cap
     message = Ranks(2)(run)[0]
     assert message == (
         "the checkpoint of step 16 was not saved: rank 0: RuntimeError: odd; the one of step 8 is whole; "
-        "that was failure 2 in a row"
+        "that was failure 2 in a row; see to that, or set checkpoint.dir, and run the same command again"
     )
     assert len(capsys.readouterr().err.splitlines()) == 2  # of steps 4 and 12
 
@@ -191,6 +196,31 @@ def test_a_commit_that_fails_is_a_failure_and_leaves_nothing(config, monkeypatch
         save(config, 2, seed=2, step=8)
     assert checkpoints(tmp_path) == [OLD]
     verify(tmp_path / "tiny/checkpoints" / OLD)
+
+
+def test_files_that_another_node_keeps_to_itself_are_never_committed(config, monkeypatch, tmp_path):
+    save(config)
+    write = checkpoint_writer.write_tensor_file
+
+    def elsewhere(path, entries, **more):
+        written = write(path, entries, **more)
+        if "00001-of" in path.name:
+            path.unlink()  # it is on the disk of its own node
+        return written
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensor_file", elsewhere)
+    said = r"rank 0: state-00001-of-00002\S+ was written and is not in \S+ on the node of rank 0; set checkpoint.dir to"
+    with pytest.raises(CheckpointError, match=said):
+        save(config, 2, step=8)
+    assert checkpoints(tmp_path) == [OLD]
+
+
+def test_a_commit_that_its_place_does_not_list_yet_stands_and_drops_nothing(config, monkeypatch, tmp_path):
+    for step in (1, 2, 3):
+        save(config, step=step)
+    monkeypatch.setattr("ecar_dist.runtime.checkpoint_place.LocalPlace.whole", lambda place: [("step-00000003", 48)])
+    assert save(config, step=4).last_committed == 4
+    assert len(checkpoints(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -215,7 +245,7 @@ def test_numbers_that_are_not_finite_are_never_committed(config, tmp_path, kind,
 
 def test_an_attempt_that_was_taken_over_does_not_commit(config, tmp_path):
     save(config)
-    with pytest.raises(CheckpointError, match=f"another attempt has taken over {tmp_path}/tiny/checkpoints"):
+    with pytest.raises(CheckpointError, match=f"^another attempt has taken over {tmp_path}/tiny/checkpoints"):
         save(config, 2, step=8, still_ours=lambda: False)
     assert [path.name for path in committed(tmp_path / "tiny/checkpoints")] == [OLD]
 
@@ -269,6 +299,7 @@ def test_closing_gives_up_what_is_on_its_way(config, gate, tmp_path):
     began = time.monotonic()
     Ranks(2)(run)
     assert time.monotonic() - began < 5
+    assert gate.written == []  # it was noticed in the middle of the file
     assert not committed(tmp_path / "tiny/checkpoints")
     assert "checkpoint-writer" not in {thread.name for thread in threading.enumerate()}
 

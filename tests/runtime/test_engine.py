@@ -1,10 +1,13 @@
 """The parts of the engine that need no DeepSpeed; train/test_zero_matrix.py tests the engine itself, on ranks."""
 
+import math
+
 import pytest
 import torch
 
 from ecar_dist.config_file import config_from_dict
-from ecar_dist.runtime.engine import Fragment, GuardedAdamW, deepspeed_config
+from ecar_dist.runtime.engine import Engine, Fragment, GuardedAdamW, deepspeed_config
+from ecar_dist.runtime.world import Placement, World
 
 
 @pytest.fixture
@@ -35,6 +38,64 @@ def test_a_refused_step_moves_neither_weights_nor_moments(parameter):
         assert torch.equal(parameter, plain)
         for name, value in reference.state[plain].items():
             assert torch.equal(optimizer.state[parameter][name], value)
+
+
+class OneStep:
+    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step; `asks` the optimizer, or does not."""
+
+    def __init__(self, optimizer, asks=True):
+        self.optimizer, self.asks = optimizer, asks
+
+    def is_gradient_accumulation_boundary(self):
+        return True
+
+    def step(self):
+        if self.asks:
+            self.optimizer.step()
+
+
+class Second(World):
+    """Rank 1 of two; rank 0's gradients have the norm 7."""
+
+    def __init__(self):
+        super().__init__(Placement(1, 2), torch.device("cpu"))
+
+    def sum(self, values):
+        return values + 7.0
+
+
+def make_engine(parameter, world):
+    optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1)
+    engine = object.__new__(Engine)
+    engine.world, engine._adam, engine._optimizer = world, optimizer, optimizer
+    engine._engine, engine._parameters, engine.partitions = OneStep(optimizer), {"weight": parameter}, [parameter]
+    engine._called_off, engine.grad_norm_limit, optimizer.refused = False, math.inf, engine._refused
+    return engine
+
+
+def test_a_step_is_refused_once_or_for_its_norm_or_by_deepspeed_and_is_counted_all_the_same(parameter):
+    engine = make_engine(parameter, World(Placement(), torch.device("cpu")))
+    said = [engine.step()]
+    engine.refuse_step()
+    said += [engine.step(), engine.step()]
+    engine.grad_norm_limit = 0.5  # the norm is the root of 0.5
+    said.append(engine.step())
+    engine.grad_norm_limit = 0.75
+    said.append(engine.step())
+    engine._engine.asks = False
+    said.append(engine.step())
+    engine._engine.asks, parameter.grad[0] = True, math.nan
+    said.append(engine.step())
+    assert said == [True, False, True, False, True, False, False]
+    assert engine._adam.state[parameter]["step"] == 7
+    assert parameter.isfinite().all()
+
+
+def test_all_ranks_judge_by_the_norm_that_rank_0_has(parameter):
+    engine = make_engine(parameter, Second())
+    engine.grad_norm_limit = 6.9
+    assert not engine.step()
+    assert engine.grad_norm == 7.0
 
 
 def test_a_fragment_is_a_view():

@@ -1,5 +1,6 @@
 """The loop's decisions, on stand-ins for the engine and the world."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ecar_dist.config import BadStepsSection, CheckpointSection, EmaSection, LogSection
+from ecar_dist.config import BadStepsSection, CheckpointSection, EmaSection, LogSection, OptimSection
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
 from ecar_dist.errors import DataError, FruitlessError
 from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps, Verdict
@@ -19,6 +21,8 @@ from ecar_dist.train.loop import (
     crossed,
     data_values,
     draw_preview,
+    give_up,
+    log,
     next_batches,
     roll_back,
     settle_step,
@@ -26,7 +30,7 @@ from ecar_dist.train.loop import (
     train_step,
 )
 from ecar_dist.train.phases import Phases
-from ecar_dist.train.telemetry import Telemetry
+from ecar_dist.train.telemetry import Report, StepResult, Telemetry
 from tests.train.test_objective import make_config
 
 ALONE = World(Placement(), torch.device("cpu"))
@@ -70,6 +74,7 @@ class PretendStore:
 
     def begin(self, progress, engine, ema, notes, *, checkpoint, averages):
         self.calls.append(("begin", progress.step, checkpoint, averages))
+        self.notes = json.loads(json.dumps(notes))
         self._left = 2
 
     def settle(self):
@@ -81,6 +86,7 @@ class PretendStore:
         self._left = 0
 
     def restore(self, engine, ema):
+        self.calls.append("restore")
         return self.restored
 
 
@@ -264,8 +270,10 @@ def test_the_preview_is_of_the_average():
 
 
 class NeverAsked:
+    deferred = False
+
     def defer(self):
-        pass
+        self.deferred = True
 
     def __bool__(self):
         return False
@@ -278,12 +286,12 @@ def make_whole_run(*given, total=32):
         "train": run.config.train.model_copy(update={"total_samples": total}),
         "checkpoint": CheckpointSection(every_samples=12),
         "ema": EmaSection(snapshot_every_samples=20),
-        "sample": run.config.sample.model_copy(update={"every_samples": 0}),
+        "sample": run.config.sample.model_copy(update={"every_samples": 4}),  # for a board, which there is not
         "log": LogSection(every_steps=100, tensorboard=False),
     }
     run.config = run.config.model_copy(update=sections)
-    run.engine.partitions = []
-    run.ema = SimpleNamespace(update=lambda seen, batch: None)
+    run.averaged = []
+    run.ema = SimpleNamespace(update=lambda seen, batch: run.averaged.append((seen, batch)))
     run.writer, run.preview = None, None
     run.loader = PretendLoader(*(make_batch(4) if item is True else item for item in given))
     return run
@@ -296,6 +304,9 @@ def test_saves_come_when_they_are_due_and_settle_while_training_goes_on():
     assert [call for call in run.store.calls if call[0] == "begin"] == saves
     assert run.store.calls[:3] == [saves[0], "settle", "settle"]  # at the beginnings of steps 4 and 5
     assert run.store.calls[-2:] == [saves[-1], "finish"]
+    assert run.averaged == [(4 * step, 4) for step in range(1, 9)]
+    assert run.stop.deferred
+    assert run.store.notes["goodput"]["kept_seconds"] > 0
 
 
 def test_data_that_fail_end_the_run_after_what_was_learnt_is_saved():
@@ -303,6 +314,186 @@ def test_data_that_fail_end_the_run_after_what_was_learnt_is_saved():
     with pytest.raises(DataError, match="shard x is damaged"):
         train(run, Progress())
     assert run.store.calls == [("begin", 2, True, False), "finish"]
+
+
+class OrderedLoader:
+    """Batches that say of which step they are; `end` takes the place of that step's."""
+
+    def __init__(self, position, end=None):
+        self.step, self.end, self.wait_seconds, self.sources = position // 4, end, 0.0, []
+
+    def take(self, count, give_up):
+        self.step += 1
+        if self.end and self.step == self.end[0]:
+            raise self.end[1]
+        return [dataclasses.replace(make_batch(4), positions=torch.full((4,), self.step))] * count
+
+    def close(self):
+        pass
+
+
+class ScriptedEngine(PretendEngine):
+    """Its loss is NaN in the steps of `bad`."""
+
+    def __init__(self, bad):
+        super().__init__(0.5, 2.0)
+        self.bad, self.steps, self.optimizer_steps = bad, [], []
+
+    def __call__(self, values, labels, positions):
+        self.steps.append(int(positions[0]))
+        self.refused, self.loss = False, math.nan if self.steps[-1] in self.bad else 0.5
+        return super().__call__(values, labels, positions)
+
+    def set_optimizer_step(self, step):
+        self.optimizer_steps.append(step)
+
+
+def make_scripted_run(tmp_path, bad, restored=None, end=None):
+    """12 steps of 4 samples, a checkpoint every 3, back to it after two bad steps in a row."""
+    run = make_whole_run(total=48)
+    section = BadStepsSection(roll_back_after=2)
+    run.config = run.config.model_copy(
+        update={
+            "train": run.config.train.model_copy(update={"bad_steps": section}),
+            "ema": EmaSection(),
+        }
+    )
+    run.engine, run.loader, run.store = ScriptedEngine(bad), OrderedLoader(0), PretendStore(restored)
+    run.bad_steps, run.bad_step_file = BadSteps(section), BadStepFile(tmp_path / "bad_steps.jsonl", ALONE)
+    run.open_loader = lambda position: OrderedLoader(position, end)
+    return run
+
+
+def saved_steps(run):
+    return [call[1] for call in run.store.calls if call[0] == "begin"]
+
+
+def test_a_save_that_falls_into_a_row_of_bad_steps_waits_for_the_next_good_one(tmp_path):
+    run = make_scripted_run(tmp_path, bad={2, 6})
+    train(run, Progress())
+    assert saved_steps(run) == [3, 7, 9, 12]
+    assert run.store.notes["bad_steps"]["skipped"] == 2
+    assert run.averaged == [(4 * step, 4) for step in range(1, 13)]  # steps that moved nothing included
+
+
+def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
+    run = make_scripted_run(tmp_path, {6, 7}, SimpleNamespace(progress=Progress(12, 3), notes={}))
+    assert train(run, Progress()) == Progress(48, 12)
+    assert run.engine.steps == list(range(1, 13))
+    assert run.engine.optimizer_steps == [4, 5, 6, 7]  # Adam counts the steps of the run
+    assert run.store.notes["bad_steps"] == {
+        "good_norms": [2.0] * 5,
+        "in_a_row": 0,
+        "skipped": 4,
+        "windows": [[4, 7]],
+    }
+    assert run.averaged == [(4 * step, 4) for step in [1, 2, 3, 4, 5, 6, *range(4, 13)]]
+    assert saved_steps(run) == [3, 4, 6, 9, 12]  # the one that was due when the row began comes first
+
+
+def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):
+    checkpoint = SimpleNamespace(progress=Progress(8, 2), notes={})  # the one of step 3 was damaged
+    run = make_scripted_run(tmp_path, {6, 7}, checkpoint, end=(3, DataError("shard x is damaged")))
+    with pytest.raises(DataError, match="shard x"):
+        train(run, Progress())
+    assert saved_steps(run) == [3]
+    assert run.store.calls[-2:] == ["restore", "finish"]
+
+
+class Pair(World):
+    """Two ranks: what the other one brings to the next sum is `other`; to a gather it brings the same."""
+
+    def __init__(self, rank=0, other=0.0):
+        super().__init__(Placement(rank, 2), torch.device("cpu"))
+        self.other = other
+
+    def sum(self, values):
+        return values.add_(torch.as_tensor(self.other, dtype=values.dtype))
+
+    def gather(self, value):
+        return [value, value]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "settles", "failed", "begins"),
+    [
+        (False, [0.0, 0.0, 1.0], False, False, True),  # stop asked, data failed, part of the checkpoint written
+        (True, [0.0, 0.0, 0.0], False, False, True),
+        (True, [0.0, 0.0, 1.0], True, False, True),
+        (True, [1.0, 0.0, 1.0], True, False, False),
+        (True, [0.0, 1.0, 1.0], True, True, False),
+    ],
+)
+def test_two_ranks_begin_end_and_settle_together(own, other, settles, failed, begins):
+    run, batch = make_run(None, micro_batch_size=2), make_batch(2)
+    run.world, run.loader, run.store._left = Pair(other=other), PretendLoader(batch), 2 * own
+    assert (next_batches(run, 1) is not None, run.data_failed) == (begins, failed)
+    assert run.store.calls == ["settle"] * settles
+
+
+@pytest.mark.parametrize(
+    ("other", "applied"), [([2.0, 2.0, 0.0], True), ([math.nan, 0.0, 0.0], False), ([0.0, math.inf, 0.0], False)]
+)
+def test_the_loss_is_that_of_all_ranks_and_all_refuse_what_one_cannot_learn_from(other, applied):
+    run = make_run(PretendEngine(0.5, 2.0), micro_batch_size=2)
+    run.world = Pair(other=other)
+    result = train_step(run, [make_batch(2)], Progress(8, 2))
+    assert result.applied is applied
+    if applied:
+        assert result.loss == (2 * 0.5 + 2.0) / 4
+
+
+def test_the_end_of_a_run_without_hope_is_said_by_one_rank():
+    run = make_run(PretendEngine(0.5, 2.0))
+    for rank, kind in enumerate((FruitlessError, RemoteError)):
+        run.world = Pair(rank)
+        with pytest.raises(kind):
+            give_up(run, "no hope")
+
+
+def test_the_learning_rate_is_that_of_the_samples_at_the_end_of_the_step():
+    run = make_run(PretendEngine(0.5, 2.0))
+    optim = OptimSection(learning_rate=0.5, warmup_samples=100)
+    train_section = run.config.train.model_copy(update={"total_samples": 1000})
+    run.config = run.config.model_copy(update={"optim": optim, "train": train_section})
+    assert train_step(run, [make_batch(4)], Progress(8, 2)).learning_rate == run.engine.rate == 0.5 * 12 / 100
+
+
+class PretendWriter:
+    def __init__(self):
+        self.logged, self.texts = [], []
+
+    def log(self, step, samples_seen, values):
+        self.logged.append((step, samples_seen, values))
+
+    def text(self, tag, text, step):
+        self.texts.append((tag, text, step))
+
+
+def test_what_is_logged_and_said_at_the_end(tmp_path, capsys):
+    run = make_scripted_run(tmp_path, bad={2})
+    run.config = run.config.model_copy(update={"log": LogSection(every_steps=4, tensorboard=False)})
+    run.writer, run.replaced_samples, run.store.stall_seconds, run.store.failures = PretendWriter(), 3, 1.5, 2
+    train(run, Progress())
+    assert [(step, seen) for step, seen, _ in run.writer.logged] == [(4, 16), (8, 32), (12, 48)]
+    values = run.writer.logged[-1][2]
+    told = ("train/skipped_steps", "checkpoint/failures", "checkpoint/stall_seconds", "data/replaced_samples")
+    assert [values[name] for name in told] == [1, 2, 1.5, 3]
+    assert values["train/loss_stage0_t2"] == 0.5  # of the times that the engine gave
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith("overall: ")
+    assert ("verdict", out[-1], 12) in run.writer.texts
+
+
+def test_news_are_said_and_the_last_step_is_counted_from_here(capsys):
+    run = make_whole_run()
+    run.loader = OrderedLoader(0)
+    run.telemetry, run.writer = SimpleNamespace(report=lambda *_: Report({}, "data-bound: 30%")), PretendWriter()
+    log(run, Progress(16, 9), StepResult(0.5, (0.5, 0.5), 2.0, 1e-3))  # 9 steps, some of a smaller batch; 16 to go
+    assert run.writer.texts == [("verdict", "data-bound: 30%", 9)]
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("step 9/13  ")
+    assert line.endswith("data-bound: 30%")
 
 
 @pytest.mark.parametrize(
