@@ -1,23 +1,35 @@
 """Nothing that a user may be handed can run code, write elsewhere, or fill the memory; no secret is written down."""
 
 import ast
+import io
 import json
 import os
 import pickle
 import re
 import stat
+import subprocess
+import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.command_line import run_command
 from ecar_dist.config_file import load_config
-from ecar_dist.errors import ConfigError
+from ecar_dist.data import manifest as manifest_module
+from ecar_dist.data.manifest import MANIFEST_NAME, ShardEntry, load_image_manifest, load_manifest
+from ecar_dist.data.shard_cache import CacheOptions, ShardCache
+from ecar_dist.errors import CheckpointError, ConfigError, DataError
+from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, marker_of, read_manifest
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.pretrained import new_autoencoder
 from tests.conftest import read_metrics, start_ranks, train_on_ranks
+from tests.data.image_sets import encoded, write_tar
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = sorted(path for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))
@@ -100,10 +112,143 @@ def test_a_pickled_autoencoder_is_not_opened(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def pickled(canary):
+    return pickle.dumps(Canary(canary))
+
+
+def test_what_is_pickled_in_a_tar_of_images_is_never_loaded(tmp_path):
+    """As a member that WebDataset would decode by its name, as an image, and as the label."""
+    canary = tmp_path / "canary"
+    hostile = {
+        "a part of a sample": [("a.jpg", encoded(1)), ("a.cls", b"1"), ("a.pyd", pickled(canary))],
+        "an image": [("a.pickle", pickled(canary)), ("a.cls", b"1")],
+        "an image by name": [("a.jpg", pickled(canary)), ("a.cls", b"1")],
+        "a label": [("a.jpg", encoded(1)), ("a.cls", pickled(canary))],
+    }
+    for number, members in enumerate(hostile.values()):
+        write_tar(tmp_path / f"{number}.tar", members)
+        for command in ("shard", "index"):
+            made = tmp_path / f"{command}{number}"
+            status = ecar_data([command, str(tmp_path / f"{number}.tar"), str(made)])
+            assert status in (0, 1)
+            if status == 0:
+                ecar_data(["encode", str(made), str(tmp_path / f"{command}{number}-x"), "--vae", "dct-f8"])
+    assert not canary.exists()
+
+
+def test_an_array_of_objects_is_not_loaded(tmp_path):
+    """A table of images, or an array of evaluation, whose file is an object array: numpy would unpickle it."""
+    canary, file = tmp_path / "canary", io.BytesIO()
+    np.save(file, np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    write_tar(tmp_path / "0.tar", [("a.jpg", encoded(1)), ("a.cls", b"1")])
+    assert ecar_data(["index", str(tmp_path / "0.tar"), str(tmp_path / "index")]) == 0
+    table, path = tmp_path / "index/000000.npy", tmp_path / "index" / MANIFEST_NAME
+    table.write_bytes(file.getvalue())
+    tree = json.loads(path.read_text())
+    tree["shards"][0]["table_xxh3_128"] = xxhash.xxh3_128_hexdigest(file.getvalue())
+    write_manifest_tree(path, tree)
+    assert ecar_data(["encode", str(tmp_path / "index"), str(tmp_path / "latents"), "--vae", "dct-f8"]) == 1
+    assert not canary.exists()
+
+
+def write_manifest_tree(path, tree):
+    """With the identity that its content has: as somebody writes who knows how."""
+    del tree["dataset_id"]
+    kind = manifest_module.ImageManifest
+    content = {name: value for name, value in tree.items() if name != "schema"}
+    manifest_module.write_manifest(path.parent, manifest_module.TypeAdapter(kind).validate_python(content))
+
+
+@pytest.mark.parametrize(
+    "source", ["pipe:touch {}", "pipe::touch {}", "simplecache::pipe:touch {}", "!touch {}", "|touch {}"]
+)
+def test_no_place_of_data_is_a_command(tmp_path, source, capsys):
+    canary = tmp_path / "canary"
+    place = source.format(canary)
+    with pytest.raises(DataError):
+        load_manifest(place)
+    assert ecar_data(["index", place, str(tmp_path / "index")]) == 1
+    assert ecar_data(["shard", place, str(tmp_path / "shards")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert not canary.exists()
+
+
+LINKS = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "fifo": tarfile.FIFOTYPE}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_and_devices_in_a_tar_are_refused_before_anything_is_read_or_made(tmp_path, kind, capsys):
+    (tmp_path / "secret").write_bytes(encoded(1))
+    before = sorted(tmp_path.iterdir())
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.type, member.linkname = LINKS[kind], str(tmp_path / "secret")
+        tar.addfile(member)
+    for command in ("index", "shard"):
+        assert ecar_data([command, str(tmp_path / "0.tar"), str(tmp_path / "made")]) == 1
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("ecar-data: ")
+        assert str(tmp_path / "0.tar") in line
+        assert not [path for path in (tmp_path / "made").glob("*") if path.is_file()]
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name not in ("0.tar", "made")] == before
+
+
+def test_a_remote_shard_is_cached_in_its_folder_whatever_it_is_named(tmp_path):
+    names = ["../../up.tar", "/etc/up.tar", "a/b.tar", "..\\up.tar"]
+    entries = [ShardEntry(name, 1, 1, index, "0" * 32, "0" * 64) for index, name in enumerate(names)]
+    cache = ShardCache("s3://bucket/set", "id", entries, CacheOptions(tmp_path))
+    cache.close()
+    assert {path.resolve().parent for path in cache._paths} == {tmp_path / "id"}
+    assert len({path.name for path in cache._paths}) == len(names)
+
+
+BOMBS = {
+    "depth of lists": "[" * 100_000,
+    "depth of objects": '{"a":' * 100_000,
+    "a deep value": '{"schema": "%s", "x": ' + "[" * 900 + "]" * 900 + "}",
+    "a number": '{"schema": "%s", "x": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_json_made_to_exhaust_us_is_refused_in_one_line(tmp_path, name):
+    """The manifests of a set of latents, of images and of a checkpoint, whose hashes are right."""
+    for kind, file, load in (
+        ("ecar-latents-v1", MANIFEST_NAME, load_manifest),
+        ("ecar-images-v1", MANIFEST_NAME, load_image_manifest),
+        ("ecar-checkpoint-v2", MANIFEST, read_manifest),
+    ):
+        text = BOMBS[name].replace("%s", kind)
+        (tmp_path / file).write_text(text)
+        (tmp_path / MARKER).write_bytes(marker_of(text.encode()))
+        with pytest.raises((DataError, CheckpointError)) as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_manifest_beyond_its_bound_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / MANIFEST_NAME).write_text(" " * 2000)
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 1000)
+    with pytest.raises(DataError, match=r"manifest\.json has 2,000 bytes, expected at most 1,000"):
+        load_manifest(tmp_path)
+
+
+# The first releases without these: CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2024-43497 (deepspeed).
+OLDEST = {"torch": (2, 10), "deepspeed": (0, 15, 1)}
+
+
+def test_libraries_with_known_holes_are_not_accepted_and_what_a_run_needs_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {re.match(r"[\w-]+", line)[0]: re.search(r">=([\d.]+)", line) for line in project["dependencies"]}
+    for name, oldest in OLDEST.items():
+        assert tuple(map(int, bounds[name][1].split("."))) >= oldest
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
+    assert bounds.keys() <= {name.replace("_", "-") for name in pinned}
+
+
 def test_a_checkpoint_that_is_a_pickle_is_refused_and_not_loaded(tmp_path, write_config):
     """The hash is right, as an attacker would see to: what is no safetensors file is still not read."""
-    import xxhash
-
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")
     (checkpoint,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
@@ -115,11 +260,11 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_and_not_loaded(tmp_path, write
     text = json.dumps(manifest)
     (checkpoint / "checkpoint.json").write_text(text)
     (checkpoint / "COMMITTED").write_text(xxhash.xxh3_128_hexdigest(text.encode()))
-    process = start_ranks(1, config)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" not in out + error
-    assert re.search(r"ecar-dist: .*state-00000-of-00001.safetensors", error)
+    alone = [sys.executable, "-m", "ecar_dist", "train", str(config)]  # a launcher adds a traceback of its own
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"ecar-dist: .*state-00000-of-00001.safetensors is no safetensors file", line)
     assert not (tmp_path / "canary").exists()
 
 

@@ -23,6 +23,7 @@ from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
 
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30  # of a million shards it has about 300 MB
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,13 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     """Raises DataError: no manifest, not JSON, another schema, a missing field, or edited after it was written."""
     url = join(folder, MANIFEST_NAME)
-    tree, where = _read_json(url, kind), redact(url)
+    try:
+        return _proven(_read_json(url, kind), kind, redact(url))
+    except RecursionError:  # the parser's, or that of the hash: no manifest of ours comes near it
+        raise DataError(f"{redact(url)} is nested too deep; run `{kind.MADE_BY}` again") from None
+
+
+def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
     if not isinstance(tree, dict) or tree.get("schema") != kind.SCHEMA:
         found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
         raise DataError(f"{where} has schema {found}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
@@ -159,7 +166,7 @@ def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
 
 def _read_json(url: str, kind: type[AnyManifest]) -> Any:
     try:
-        return json.loads(read_bytes(url))
+        return json.loads(read_bytes(url, limit=MAX_MANIFEST_BYTES))
     except ObjectMissing as error:
         if is_remote(url):
             raise DataError(f"{error}, or send the set there with `ecar-data push`") from None

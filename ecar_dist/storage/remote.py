@@ -64,23 +64,34 @@ def join(folder: str | Path, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
-def read_bytes(url: str | Path, transfer: Transfer | None = None) -> bytes:
-    """A small object or local file, whole. Raises ObjectMissing where there is none, DataError for other failures."""
+def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int | None = None) -> bytes:
+    """A small object or local file, whole. Raises ObjectMissing where there is none, DataError for other failures.
+
+    One of more than `limit` bytes is a failure, as far as its size is known before it is read.
+    """
     if not is_remote(url):
-        return _read_file(local_path(url))
+        return _read_file(local_path(url), limit)
     size = stat(str(url), transfer).size
     if size is not None:
+        _check_size(redact(url), size, limit)
         return read_range(str(url), 0, size, transfer) if size else b""
     return _insist("reading", str(url), transfer, lambda place, timeout: place.call("cat_file", timeout))
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path, limit: int | None) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            _check_size(str(path), os.fstat(file.fileno()).st_size, limit)
+            return file.read()
     except FileNotFoundError:
         raise ObjectMissing(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from None
+
+
+def _check_size(where: str, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise DataError(f"{where} has {size:,} bytes, expected at most {limit:,}; it is not what it should be")
 
 
 def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None) -> bytes:

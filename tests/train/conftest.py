@@ -1,0 +1,13 @@
+"""One undisturbed run on two ranks, for all tests that disturb others like it."""
+
+import pytest
+
+from tests.conftest import losses, train_on_ranks, write_yaml
+
+
+@pytest.fixture(scope="session")
+def undisturbed(make_tree, tmp_path_factory):
+    """The tree of a run of 10 steps that saves after each fourth, and its losses."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tree = make_tree(folder) | {"train": {"total_samples": 160}, "checkpoint": {"every_samples": 64}}
+    return tree, losses(train_on_ranks(2, write_yaml(tree, folder)))

@@ -1,0 +1,88 @@
+"""A rank, or the launcher, that dies in a step: the job ends at once, nothing of it stays, and the run goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import losses, read_metrics, write_yaml
+from tests.train.struck_ranks import is_stopped, launch
+
+BOUND = 15.0  # seconds, of which the launcher takes most; see test_watchdog for the watchdog's own
+
+
+def left_in_shared_memory():
+    return {path.name for path in Path("/dev/shm").iterdir() if "deepspeed" in path.name or "torch_" in path.name}
+
+
+@pytest.fixture(scope="module")
+def deaths(undisturbed, tmp_path_factory):
+    """What four launches of one command said as they died; the fifth; the config; what was left in shared memory; and
+    the folders that were made for compiled code."""
+    folder, shared = tmp_path_factory.mktemp("deaths"), left_in_shared_memory()
+    tree, _ = undisturbed
+    tree = tree | {"run": tree["run"] | {"dir": str(folder / "runs")}}
+    config, ended = write_yaml(tree, folder), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        for name, point in {
+            "an error of rank 1": "train.step:rank=1:step=2:raise",
+            "SIGKILL of rank 0": "train.step:rank=0:step=6:kill",
+        }.items():
+            with launch(config, folder / f"{name}.txt", failpoint=point) as job:
+                ended[name] = job.end()
+        ended["SIGSEGV of rank 1"] = strike_at(config, folder / "sigsegv.txt", 7, signal.SIGSEGV)
+        ended["SIGKILL of the launcher"] = strike_at(config, folder / "launcher.txt", 8, signal.SIGKILL)
+        with launch(config, folder / "whole.txt") as job:
+            whole = job.end()
+    return ended, whole, config, left_in_shared_memory() - shared, list(folder.glob("extensions"))
+
+
+def strike_at(config, log, step, number):
+    """The signal to rank 1 in this step; to the launcher where it is SIGKILL."""
+    with launch(config, log, failpoint=f"train.step:rank=1:step={step}:stop") as job:
+        job.wait_for(lambda: is_stopped(job.rank_processes().get(1, 0)), "rank 1 at its failpoint")
+        assert "/dev/shm" not in Path(f"/proc/{job.rank_processes()[1]}/maps").read_text()  # it may be full
+        if number == signal.SIGKILL:
+            os.kill(job.pid, number)
+        else:
+            job.strike(number, 1)
+            job.strike(signal.SIGCONT, 1)
+        return job.end()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("an error of rank 1", 1, "RuntimeError: failpoint train.step"),
+        ("SIGKILL of rank 0", -signal.SIGKILL, "ecar-dist: rank 0 "),
+        ("SIGSEGV of rank 1", -signal.SIGSEGV, "ecar-dist: rank 1 "),
+    ],
+)
+def test_a_death_ends_the_job_and_is_said_once(deaths, name, status, words):
+    ended = deaths[0][name]
+    rank = int(name[-1])
+    assert ended.rank_statuses[rank] == status, ended.text
+    assert ended.seconds < 60  # since the launch, where no signal struck
+    assert not ended.orphans
+    assert ended.text.count(words) == 1, ended.text
+
+
+def test_ranks_do_not_outlive_their_launcher(deaths):
+    """The kernel ends them: one was stopped, and could not have noticed."""
+    ended = deaths[0]["SIGKILL of the launcher"]
+    assert ended.status == -signal.SIGKILL
+    assert not ended.orphans
+
+
+def test_the_same_command_goes_on_after_every_death(deaths, undisturbed):
+    _, whole, config, *_ = deaths
+    assert whole.status == 0, whole.text
+    assert losses(read_metrics(config)) == undisturbed[1]
+    assert [line["step"] for line in read_metrics(config)] == list(range(1, 11))
+
+
+def test_nothing_is_compiled_and_nothing_is_left_in_shared_memory(deaths):
+    """So no stale lock of a compiler can hold a start up, and a full /dev/shm matters to nobody."""
+    assert deaths[3:] == (set(), [])

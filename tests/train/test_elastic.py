@@ -1,0 +1,81 @@
+"""One run on 1, 2, 4 and 3 ranks in turn, in other ZeRO stages: losses and samples of the undisturbed run."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from ecar_dist.config_file import load_config
+from ecar_dist.runtime.world import Placement, World
+from ecar_dist.train.sources import check_data, open_loader, open_stream
+from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
+from tests.train.struck_ranks import REQUEUE, launch, stop_at
+
+FP32_TOLERANCE = 1e-6
+BATCH, STEPS = 24, 8
+PARTS = ((1, 3), (2, 1), (4, 0), (3, 0))  # ranks and ZeRO stage; each but the last is preempted in its second step
+MICRO_BATCH = {1: 8, 2: 6, 3: 4, 4: 6}  # by ranks
+
+
+@pytest.fixture(scope="module")
+def parted(make_tree, tmp_path_factory):
+    """The config; what each launch said; what every rank recorded of every step."""
+    folder = tmp_path_factory.mktemp("elastic")
+    tree = make_tree(folder) | {"train": {"total_samples": BATCH * STEPS}, "checkpoint": {"every_samples": BATCH * 100}}
+    tree["batch"] = {"global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH[2]}
+    config, records, said = write_yaml(tree, folder), folder / "records", []
+    records.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECORDS", str(records))
+        for part, (ranks, stage) in enumerate(PARTS):
+            how = {"ranks": ranks, "module": "tests.train.recorded_ranks", "before": ()}
+            log = folder / f"{part}.txt"
+            overrides = (f"deepspeed.zero_stage={stage}", f"batch.micro_batch_size={MICRO_BATCH[ranks]}")
+            if part < len(PARTS) - 1:
+                ended = stop_at(config, log, f"train.step:step={2 * part + 2}", *overrides, **how)
+                assert set(ended.rank_statuses.values()) == {REQUEUE}, ended.text
+            else:
+                with launch(config, log, *overrides, **how) as job:
+                    ended = job.end()
+                assert ended.status == 0, ended.text
+            said.append(ended.text)
+    lines = [json.loads(line) for path in records.iterdir() for line in path.read_text().splitlines()]
+    return config, said, lines
+
+
+def test_losses_are_those_of_the_undisturbed_run(parted):
+    config, _, _ = parted
+    whole = train_on_ranks(2, config, "run.name=whole")
+    metrics = read_metrics(config)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert losses(metrics) == pytest.approx(losses(whole), abs=FP32_TOLERANCE)
+    norms = [[line["train/grad_norm"] for line in run] for run in (metrics, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_each_conversion_is_said_in_one_line(parted):
+    _, said, _ = parted
+    assert "written by" not in said[0]
+    for part, ((ranks, stage), (more, other)) in enumerate(itertools.pairwise(PARTS)):
+        plural = "s" if ranks > 1 else ""
+        line = f"written by {ranks} rank{plural} with ZeRO-{stage}, read by {more} ranks with ZeRO-{other}"
+        assert said[part + 1].count(line) == 1
+
+
+def test_every_sample_is_trained_on_once_and_in_its_own_step(parted):
+    """What the ranks really fed to the model, against the order as one rank reads it."""
+    config, _, lines = parted
+    alone = load_config(config)
+    loader = open_loader(alone, World(Placement(), torch.device("cpu")), open_stream(alone, check_data(alone)), 0)
+    order = [n for micro in loader.take(BATCH * STEPS // MICRO_BATCH[2]) for n in micro.sample_ids.tolist()]
+    loader.close()
+    seen = Counter(position for line in lines for position in line["positions"])
+    assert seen == Counter(range(BATCH * STEPS))
+    assert len(set(order)) == len(order)
+    for line in lines:
+        assert {position // BATCH for position in line["positions"]} == {line["step"] - 1}
+        assert line["sample_ids"] == [order[position] for position in line["positions"]]
+    ranks = Counter(line["step"] for line in lines)
+    assert [ranks[step] for step in range(1, STEPS + 1)] == [count for count, _ in PARTS for _ in range(2)]

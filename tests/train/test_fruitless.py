@@ -1,0 +1,25 @@
+"""A job that is requeued again and again without a new checkpoint says so and asks not to be requeued: status 93."""
+
+import json
+import subprocess
+import sys
+
+from ecar_dist.runtime.run_directory import MAX_FRUITLESS, RunDirectory
+
+
+def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = tmp_path / "runs/tiny"
+    for _ in range(MAX_FRUITLESS):  # each was killed: it left no word of its end
+        directory = RunDirectory(run)
+        directory.open_for_training()
+        directory.begin_attempt(newest_step=None, checkpoints=str(run / "checkpoints"))
+        directory._lock.close()
+    command = [sys.executable, "-m", "ecar_dist", "train", str(write_config())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 93, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ecar-dist: ")]
+    assert "job 77 was cut short 3 times in a row without a new checkpoint after step 0; see logs/" in line
+    assert not (run / "metrics.jsonl").exists()
+    reason = json.loads((run / "lineage.json").read_text())[-1].get("reason")
+    assert reason is None or reason.startswith("failed: job 77")
