@@ -18,7 +18,7 @@ class CheckpointError(EcarError):
 
 
 class TrainingError(EcarError):
-    """Training cannot go on: the loss is no longer finite."""
+    """A run did not do what was asked of it."""
 
 
 class FruitlessError(EcarError):

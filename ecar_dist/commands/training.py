@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import sys
 
@@ -25,6 +26,7 @@ def add_commands(add: AddCommand) -> None:
     training.add_argument(
         "--new-data-order", action="store_true", help="go on although the data, or their order, have changed"
     )
+    training.add_argument("--adopt", action="store_true", help="go on from checkpoints that another run saved")
 
 
 def check(parsed: argparse.Namespace) -> int:
@@ -74,6 +76,7 @@ def train(parsed: argparse.Namespace) -> int:
 
     if _is_launched():
         die_with_parent()
+    faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
     world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
     if world.is_first and (line := faults_on_purpose()):
         print(line, file=sys.stderr, flush=True)
@@ -86,6 +89,7 @@ def train(parsed: argparse.Namespace) -> int:
                 training_flops_per_sample=FLOPS_PER_MAC * training_macs(config),
                 preview_factory=make_preview,
                 allow_new_data=parsed.new_data_order,
+                adopt=parsed.adopt,
             )
             end = run_training(run, progress)
         finished = end.samples_seen >= config.train.total_samples

@@ -15,8 +15,8 @@ from ecar_dist.averaging import Decay, PosthocFit, Snapshot, fit, half_life_deca
 from ecar_dist.config import EmaSection, RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.checkpoint_files import DamagedError, FragmentReader, read_manifest
+from ecar_dist.runtime.checkpoint_load import meanings
 from ecar_dist.runtime.checkpoint_place import CheckpointPlace, newest_whole, open_ema_place, open_place
-from ecar_dist.runtime.checkpoint_report import kinds_in
 from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.run_directory import RunDirectory
 
@@ -106,6 +106,8 @@ def open_average(run: Path, wanted: Wanted = Wanted(), checkpoint: Path | None =
     checkpoint = checkpoint or newest_whole(open_place(config, run))
     kind, facts = wanted.tracked_as(config.ema), wanted.describe(config.ema)
     if kind is not None:
+        names = _names_there(read_manifest(checkpoint), config)
+        kind = names.get(kind, kind)  # the config may have changed since
         return Average(checkpoint, ((1.0, FragmentReader(checkpoint), kind),), {"kind": kind, **facts})
     return _rebuilt(directory, config, wanted, checkpoint)
 
@@ -116,24 +118,29 @@ def _rebuilt(directory: RunDirectory, config: RunConfig, wanted: Wanted, checkpo
     kept = _kept_averages(directory, config, step)
     found = fit(list(kept), tracked_decays(config.ema), wanted.decay(config.ema), step, config.batch.global_batch_size)
     _check_residual(found, wanted.describe(config.ema))
-    readers = {path: FragmentReader(path) for path in {kept[snapshot] for snapshot in found.coefficients}}
+    readers = {path: FragmentReader(path) for path, _ in {kept[snapshot] for snapshot in found.coefficients}}
     terms = tuple(
-        (coefficient, readers[kept[snapshot]], snapshot[1]) for snapshot, coefficient in found.coefficients.items()
+        (coefficient, readers[kept[snapshot][0]], kept[snapshot][1])
+        for snapshot, coefficient in found.coefficients.items()
     )
     facts = {"kind": "rebuilt", **wanted.describe(config.ema), "snapshots": len(terms)}
     return Average(checkpoint, terms, {**facts, "relative_residual": found.residual})
 
 
-def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -> dict[Snapshot, Path]:
-    """Where each average lies as of each step that is on disk, whole, up to `last_step`."""
-    kept: dict[Snapshot, Path] = {}
+def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -> dict[Snapshot, tuple[Path, str]]:
+    """Where each average lies, and its name there, as of each step that is on disk, whole, up to `last_step`.
+
+    Those that were added, or changed, while the run went on are left out: their weights of the steps are others.
+    """
+    kept: dict[Snapshot, tuple[Path, str]] = {}
     for place, name in _committed(directory, config):
         try:
             path = place.fetch(name)
         except DamagedError as damage:
             print(f"warning: {place.where}/{name} is damaged ({damage}); rebuilding without it", file=sys.stderr)
             continue
-        progress = read_manifest(path)["progress"]
+        manifest = read_manifest(path)
+        progress, since = manifest["progress"], manifest["averages_since"]
         if progress["samples_seen"] != progress["step"] * config.batch.global_batch_size:
             raise CheckpointError(
                 f"{path} has {progress['samples_seen']} samples after {progress['step']} steps, not steps x "
@@ -141,9 +148,20 @@ def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -
                 f"rebuilt; export one of {sorted(tracked_decays(config.ema))}"
             )
         if progress["step"] <= last_step:
-            kinds = tracked_decays(config.ema).keys() & set(kinds_in(path))
-            kept.update({(progress["step"], kind): path for kind in sorted(kinds)})
+            there = {kind: name for kind, name in _names_there(manifest, config).items() if since[name] == 0}
+            kept.update({(progress["step"], kind): (path, name) for kind, name in there.items()})
+    if not kept:
+        raise CheckpointError(
+            f"no average in {directory.path} goes back to the first step, as a fit needs it; export one of "
+            f"{sorted(tracked_decays(config.ema))}"
+        )
     return kept
+
+
+def _names_there(manifest: dict[str, Any], config: RunConfig) -> dict[str, str]:
+    """For each average of the config its name in a checkpoint, where it is there."""
+    names = {meaning: name for name, meaning in manifest["averages"].items()}
+    return {kind: names[meaning] for kind, meaning in meanings(config.ema).items() if meaning in names}
 
 
 def _committed(directory: RunDirectory, config: RunConfig) -> list[tuple[CheckpointPlace, str]]:

@@ -55,10 +55,10 @@ class _Save:
 class CheckpointStore:
     """The checkpoints of one run. `begin`, `settle`, `finish` and `restore` are called by all ranks together.
 
-    `identity`: what a checkpoint's weights mean ("model") and the order of its data ("data"), as JSON. `still_ours` is
-    asked on rank 0 before each commit. For telemetry: `stall_seconds` (time that training was held), `bytes_written`
-    (of committed saves, all ranks), `last_committed` (step of the newest checkpoint of this attempt, or the one it
-    began from), `failures`.
+    `identity`: what a checkpoint's weights mean ("model") and the order of its data ("data"), as JSON. `run_id`: whose
+    they are; `adopt` takes another run's too. `still_ours` is asked on rank 0 before each commit. For telemetry:
+    `stall_seconds` (time that training was held), `bytes_written` (of committed saves, all ranks), `last_committed`
+    (step of the newest checkpoint of this attempt, or the one it began from), `failures`.
     """
 
     def __init__(
@@ -67,12 +67,16 @@ class CheckpointStore:
         world: World,
         identity: dict[str, dict[str, Any]],
         *,
+        run_id: str = "",
         still_ours: Callable[[], bool] = lambda: True,
         allow_new_data: bool = False,
+        adopt: bool = False,
     ) -> None:
         self.place, self.ema_place = open_place(config), open_ema_place(config)
         self._section, self._averages, self._world = config.checkpoint, meanings(config.ema), world
-        self._identity, self._still_ours, self._allow_new_data = identity, still_ours, allow_new_data
+        self._identity, self._run_id, self._still_ours = identity, run_id, still_ours
+        self._allow_new_data, self._adopt = allow_new_data, adopt
+        self._since = dict.fromkeys(self._averages, 0)
         self._precision = config.precision_on(world.device.type)
         self._pool, self._stopping = DaemonPool(1, "checkpoint-writer"), threading.Event()
         self._snapshot, self._attempt, self._saves = HostSnapshot(), "", 0
@@ -156,9 +160,12 @@ class CheckpointStore:
         """
         self._drain()
         self._snapshot.reserve(state_by_kind(engine, ema), {fragment.partition for fragment in self._owned(engine)})
-        expected = Expected(self._identity, self._averages, self._layout(engine), self._allow_new_data)
+        expected = Expected(
+            self._run_id, self._adopt, self._identity, self._averages, self._layout(engine), self._allow_new_data
+        )
         restored, self._rejected = restore_newest(self.place, self._world, engine, ema, expected)
         self.last_committed = restored.progress.step if restored else None
+        self._since = restored.since if restored else self._since
         return restored
 
     def needed_bytes(self, engine: Engine) -> int:
@@ -194,8 +201,10 @@ class CheckpointStore:
             "schema": SCHEMA,
             "progress": asdict(progress),
             "notes": json.loads(json.dumps(notes)),  # as it is now: training goes on
+            "run": self._run_id,
             "identity": self._identity,
             "averages": self._averages,
+            "averages_since": self._since,
             "shapes": engine.shapes,
             **self._layout(engine),
         }

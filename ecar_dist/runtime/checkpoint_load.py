@@ -69,6 +69,27 @@ def read_share(folder: Path, engine: Engine, ema: ShardedEma, origins: Mapping[s
             fragment.of(partitions).copy_(value)
 
 
+def begun(manifest: Mapping[str, Any], wanted: Mapping[str, str], origins: Mapping[str, str | None]) -> dict[str, int]:
+    """The step that each average goes back to: that of the checkpoint where it is new, or was another until then."""
+    found, since, now = manifest["averages"], manifest["averages_since"], manifest["progress"]["step"]
+    return {
+        kind: since[source] if source is not None and found[source] == wanted[kind] else now
+        for kind, source in origins.items()
+    }
+
+
+def check_run(where: str, found: str, expected: str, adopt: bool) -> str | None:
+    """A line where another run saved this, and it may be used. Raises CheckpointError where it may not."""
+    if found == expected:
+        return None
+    if adopt:
+        return f"adopted from run {found}"
+    raise CheckpointError(
+        f"{where} was saved by another run ({found}) than that of this run directory ({expected}); choose another "
+        f"run.name, or add --adopt to go on from it"
+    )
+
+
 def check_data(where: str, found: Mapping[str, Any], expected: Mapping[str, Any], allow: bool) -> str | None:
     """A line where the data, or their order, are others, and may be. Raises CheckpointError where they may not."""
     changed = differences(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def inspect_lines(path: Path) -> list[str]:
         ),
         "identity",
         *(f"  {name}: {value}" for name, value in flat_identity(manifest["identity"]).items()),
-        *(f"note {name}: {value}" for name, value in manifest.get("notes", {}).items()),
+        *(textwrap.shorten(f"note {name}: {value}", 120) for name, value in manifest["notes"].items()),
     ]
 
 

@@ -16,7 +16,7 @@ from ecar_dist.runtime.checkpoint_files import (
     read_manifest,
     warn_of_damage,
 )
-from ecar_dist.runtime.checkpoint_load import check_data, conversion, needed_by, read_share, sources
+from ecar_dist.runtime.checkpoint_load import begun, check_data, check_run, conversion, needed_by, read_share, sources
 from ecar_dist.runtime.checkpoint_place import CheckpointPlace
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
@@ -25,18 +25,25 @@ from ecar_dist.runtime.world import World
 
 @dataclass(frozen=True)
 class Restored:
-    """What a run goes on from. `conversion` and `new_data_order` are lines for its log, where there is a reason."""
+    """What a run goes on from. `conversion` and `new_data_order` are lines for its log, where there is a reason.
+
+    `since`: the step that each average goes back to; 0 where it is one of all steps.
+    """
 
     progress: Progress
     notes: dict[str, Any]
     path: str
     conversion: str | None
     new_data_order: str | None
+    since: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint is compared with: this run's identity, averages and layout."""
+    """What a checkpoint is compared with: this run's id, identity, averages and layout."""
+
+    run_id: str
+    adopt: bool  # go on from a checkpoint of another run
 
     identity: Mapping[str, Mapping[str, Any]]
     averages: Mapping[str, str]
@@ -99,6 +106,7 @@ def _load(where: str, folder: Path, world: World, engine: Engine, ema: ShardedEm
 
     def load() -> Restored:
         manifest = read_manifest(folder)
+        adopted = check_run(where, manifest["run"], expected.run_id, expected.adopt)
         found = manifest["identity"]
         check_identity(where, found["model"], expected.identity["model"])
         data = check_data(where, found["data"], expected.identity["data"], expected.allow_new_data)
@@ -107,8 +115,10 @@ def _load(where: str, folder: Path, world: World, engine: Engine, ema: ShardedEm
             read_share(folder, engine, ema, origins)
         except OSError as error:
             raise CheckpointError(f"cannot read {where} ({error.strerror}); check the disk, then run again") from None
-        line = conversion(manifest, expected.layout, expected.averages, origins)
-        return Restored(Progress(**manifest["progress"]), manifest["notes"], where, line, data)
+        changes = [adopted, conversion(manifest, expected.layout, expected.averages, origins)]
+        line = "; ".join(change for change in changes if change) or None
+        since = begun(manifest, expected.averages, origins)
+        return Restored(Progress(**manifest["progress"]), manifest["notes"], where, line, data, since)
 
     restored = world.together(load)
     engine.set_optimizer_step(restored.progress.step)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import socket
+import stat
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,7 @@ class RunDirectory:
                 f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(self.path)
         self._hold()
         write_json(self.lineage, self.attempts())  # first: a start that is cut short here may be made again
         for folder in (self.samples, self.logs, self.checkpoints):
@@ -57,7 +59,8 @@ class RunDirectory:
         """An flock: the kernel drops it with its owner. The file says who that is, for the message."""
         if self._lock is not None:
             return
-        file = open(self.path / LOCK_NAME, "ab+", buffering=0)  # noqa: SIM115 - held until the process ends
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        file = open(os.open(self.path / LOCK_NAME, flags, 0o644), "ab+", buffering=0)  # noqa: SIM115 - held to the end
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -73,6 +76,11 @@ class RunDirectory:
 
     def attempts(self) -> list[dict[str, Any]]:
         return json.loads(self.lineage.read_text()) if self.lineage.exists() else []
+
+    @property
+    def run_id(self) -> str:
+        """The name of the first attempt; it stays with a run directory that is moved or copied."""
+        return str(self.attempts()[0]["attempt"])
 
     def begin_attempt(self, **facts: Any) -> str:
         """Append this start to lineage.json, with the versions and `facts`; returns its name. Call on rank 0 only.
@@ -123,6 +131,16 @@ class RunDirectory:
         if not self.config.exists():
             raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raises ConfigError where others could plant a link here for us to write through."""
+    found, parent = path.stat(), path.absolute().parent.stat()
+    by_all = bool(found.st_mode & stat.S_IWOTH)
+    strange = found.st_uid != os.getuid() and bool(parent.st_mode & stat.S_IWOTH)
+    if by_all or strange:
+        what = "everybody may write there" if by_all else "somebody else made it, where everybody may write"
+        raise ConfigError(f"{path} is not safe to write to: {what}; `chmod o-w` it, or choose another run.dir")
 
 
 def _now() -> str:

@@ -156,7 +156,13 @@ def start_world(
 def _local_device(placement: Placement) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", placement.local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    if 1 < count <= placement.local_rank:  # of a single one we cannot tell: Slurm may show each task its own
+        raise ConfigError(
+            f"rank {placement.rank} is number {placement.local_rank + 1} on its node, which has {count} GPUs; start at "
+            f"most {count} ranks a node, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
+    device = torch.device("cuda", placement.local_rank % count)
     torch.cuda.set_device(device)
     return device
 

@@ -54,6 +54,7 @@ def start_training(
     training_flops_per_sample: float,
     preview_factory: PreviewFactory,
     allow_new_data: bool = False,
+    adopt: bool = False,
 ) -> tuple[Training, Progress]:
     """Everything `train` needs, and the progress to go on from; what is to be closed is put into `ends`.
 
@@ -66,7 +67,7 @@ def start_training(
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
-    attempt = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
+    attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
     phases = Phases(watchdog.beat)
@@ -74,7 +75,15 @@ def start_training(
     engine = build_engine(config, normaliser(data, codec), world, precision)
     ema = ShardedEma(engine.partitions, config.ema)
     identity = run_identity(config, data, stream, codec)
-    store = CheckpointStore(config, world, identity, still_ours=directory.is_ours, allow_new_data=allow_new_data)
+    store = CheckpointStore(
+        config,
+        world,
+        identity,
+        run_id=run_id,
+        still_ours=directory.is_ours,
+        allow_new_data=allow_new_data,
+        adopt=adopt,
+    )
     ends.callback(store.close)
     phases.enter("load", 0)
     restored = store.restore(engine, ema)
@@ -102,8 +111,8 @@ def open_together(config: RunConfig, world: World, stream: SampleStream, positio
     return world.together(lambda: open_loader(config, world, stream, position))
 
 
-def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> str:
-    """Rank 0: the run directory is this process's, and what it starts is on record by the name that is returned."""
+def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
+    """Rank 0: the run directory is this process's, and what it starts is on record. Names of the attempt, the run."""
     directory.open_for_training()
     place = open_place(config)
     found, attempts = place.committed(), directory.attempts()
@@ -114,13 +123,14 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> st
             f"{where} holds no checkpoint, and the last attempt kept its own in {before}; set checkpoint.dir "
             f"back, bring them over, or choose another run.name to train anew"
         )
-    return directory.begin_attempt(
+    attempt = directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
         device=world.device.type,
         checkpoints=where,
         newest_step=step_of(found[0]) if found else None,
     )
+    return attempt, directory.run_id
 
 
 def end_attempt(

@@ -6,8 +6,10 @@ import json
 import torch
 import xxhash
 
+from ecar_dist.config import EmaSection
 from ecar_dist.config_file import config_from_dict, config_to_yaml
 from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, SCHEMA
+from ecar_dist.runtime.checkpoint_load import meanings
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
 
 DATA = {"dataset_ids": ["sha-of-the-data"], "run.seed": 0}
@@ -37,7 +39,7 @@ def make_run(folder, **sections):
     return run, config
 
 
-def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16):
+def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, ema=None, since=None):
     """`folder`/step-..., committed. state: kind -> name -> tensor; each rank gets an even cut of every parameter."""
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
@@ -46,9 +48,14 @@ def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16):
         for rank in range(ranks)
     ]
     first = next(iter(state.values()))
+    averages = meanings(ema or EmaSection())
     manifest = {
         "schema": SCHEMA,
         "progress": {"samples_seen": step * batch, "step": step},
+        "run": "made",
+        "notes": {},
+        "averages": averages,
+        "averages_since": dict.fromkeys(averages, 0) | (since or {}),
         "identity": identity or {"model": {}, "data": DATA},
         "world_size": ranks,
         "zero_stage": 2,

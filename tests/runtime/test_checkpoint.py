@@ -18,6 +18,7 @@ from ecar_dist.runtime.checkpoint_files import (
     Progress,
     _open_tensors,
     committed,
+    read_manifest,
     verify,
 )
 from ecar_dist.runtime.ema import ShardedEma
@@ -343,8 +344,24 @@ def test_averages_find_their_own_when_the_config_moves_them(tmp_path):
         "the average of half-life 300, ramp-up 0.1 goes on from that of half-life 200, ramp-up 0.1; "
         "the average of half-life 400, ramp-up 0.1 is new and begins from the weights"
     )
+    assert restored.since == {"ema": 0, "ema1": 4, "ema2": 4, "ema3": 0}  # a fit must know
+    save(after, step=6, restore=True)
+    manifest = read_manifest(newest(tmp_path / "tiny/checkpoints"))
+    assert manifest["averages_since"] == restored.since
+    assert load(after)[0][0].since == restored.since
     fewer = load(make_config(tmp_path, ema={"half_life_samples": 100}))[0][0]
     assert "the average of sigma_rel 0.1 is no longer kept" in fewer.conversion
+
+
+def test_a_checkpoint_of_another_run_is_taken_only_with_the_word(tmp_path):
+    config = make_config(tmp_path)
+    save(config, run_id="one")
+    with pytest.raises(
+        CheckpointError, match=r"by another run \(one\) than that of this .* \(two\); .*--adopt"
+    ):
+        load(config, run_id="two")
+    assert load(config, run_id="one")[0][0].conversion is None
+    assert load(config, run_id="two", adopt=True)[0][0].conversion == "adopted from run one"
 
 
 def test_precision_is_named_where_it_changes(tmp_path):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import ecar_dist.runtime.averages as averages
 from ecar_dist.averaging import profile
-from ecar_dist.config_file import load_config
+from ecar_dist.config import EmaSection
+from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.averages import Wanted, open_average
 from ecar_dist.runtime.ema import tracked_decays
@@ -163,7 +164,7 @@ def test_nothing_is_written_over_and_nothing_half_written_stays(run, tmp_path, m
 FACTORS = torch.tensor([1.0, -2.0, 3.0])
 
 
-def keep_averages(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25):
+def keep_averages(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25, since=None):
     """Snapshots and a last checkpoint of a run whose weights, after step i, are path[i] x FACTORS."""
     path = torch.cumsum(torch.randn(steps + 1, generator=torch.Generator().manual_seed(0)), 0).double()
 
@@ -172,8 +173,9 @@ def keep_averages(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25):
         return {kind: {"w": (torch.tensor(profiles[kind]) @ path[: step + 1]).float() * FACTORS} for kind in kinds}
 
     for step in range(snapshot_every, steps, snapshot_every):
-        make_checkpoint(run / "ema", step, averages_at(step), ranks=1)
-    make_checkpoint(run / "checkpoints", steps, {**averages_at(steps), "master": {"w": path[-1].float() * FACTORS}})
+        make_checkpoint(run / "ema", step, averages_at(step), ranks=1, ema=config.ema, since=since)
+    whole = {**averages_at(steps), "master": {"w": path[-1].float() * FACTORS}}
+    make_checkpoint(run / "checkpoints", steps, whole, ema=config.ema, since=since)
     return path
 
 
@@ -211,6 +213,32 @@ def test_a_damaged_snapshot_is_left_out_and_a_changed_batch_refused(tmp_path, ca
     assert "step-00000200 is damaged" in capsys.readouterr().err
     make_checkpoint(run / "ema", 399, state(kinds=("ema",)), batch=8)
     with pytest.raises(CheckpointError, match="the batch size changed"):
+        open_average(run, Wanted(half_life=800))
+
+
+FOUND = {"tracked": {"half_life": 400}, "power": {"sigma_rel": 0.1}, "rebuilt": {"half_life": 800}}
+
+
+def test_averages_are_known_by_what_they_are_and_not_by_their_number(tmp_path):
+    """The config has another half-life before the old ones since; the newest checkpoint is from before."""
+    run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
+    keep_averages(run, config, 400, snapshot_every=10)
+    before = {name: open_average(run, Wanted(**wanted)) for name, wanted in FOUND.items()}
+    new = config.model_copy(update={"ema": EmaSection(half_life_samples=(99, 400), sigma_rel=(0.1,))})
+    (run / "config.yaml").write_text(config_to_yaml(new))
+    after = {name: open_average(run, Wanted(**wanted)) for name, wanted in FOUND.items()}
+    for name, average in before.items():
+        assert torch.equal(average["w"], after[name]["w"]), name
+    assert not torch.equal(after["tracked"]["w"], after["power"]["w"])
+
+
+def test_an_average_that_began_later_is_no_part_of_a_fit(tmp_path):
+    run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
+    keep_averages(run, config, 400, snapshot_every=10, since={"ema1": 40})
+    assert open_average(run, Wanted(half_life=800)).facts["snapshots"] == 40  # of the other one alone
+    run, config = make_run(tmp_path / "both", ema={"half_life_samples": [400], "sigma_rel": [0.1]})
+    keep_averages(run, config, 400, snapshot_every=10, since={"ema": 40, "ema1": 40})
+    with pytest.raises(CheckpointError, match=r"no average in .* goes back to the first step"):
         open_average(run, Wanted(half_life=800))
 
 

@@ -77,3 +77,38 @@ def test_an_attempt_knows_when_a_later_one_has_taken_over(tmp_path):
     assert first.is_ours()
     second = start(tmp_path / "run")
     assert (first.is_ours(), second.is_ours()) == (False, True)
+
+
+def test_a_directory_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"is not safe to write to: everybody may write there; `chmod o-w` it"):
+        RunDirectory(run).open_for_training()
+    run.chmod(0o755)
+    tmp_path.chmod(0o1777)
+    owner = RunDirectory(run)
+    owner.open_for_training()  # our own, in a folder like /tmp
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="somebody else made it, where everybody may write"):
+        RunDirectory(run).open_for_training()
+    tmp_path.chmod(0o775)  # a group's folder: a colleague goes on with the run
+    owner._lock.close()
+    RunDirectory(run).open_for_training()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        RunDirectory(tmp_path / "run").open_for_training()
+    assert victim.read_text() == "precious"
+
+
+def test_a_run_keeps_its_name(tmp_path):
+    names = {start(tmp_path / "run").run_id for _ in range(2)}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert names == {RunDirectory(tmp_path / "moved").run_id}
+    assert names != {start(tmp_path / "run").run_id}

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from ecar_dist.runtime.world import Placement, RemoteError, World, first_host, placement_from_environment
+from ecar_dist.errors import ConfigError
+from ecar_dist.runtime.world import (
+    Placement,
+    RemoteError,
+    World,
+    _local_device,
+    first_host,
+    placement_from_environment,
+)
 
 
 def test_alone():
@@ -87,3 +95,18 @@ def test_together_gives_the_value_or_the_error():
         world.together(lambda: (_ for _ in ()).throw(ValueError("mine")).__next__())
     with pytest.raises(RemoteError):
         PretendWorld(0, [None, ValueError("theirs")]).together(lambda: 3)
+
+
+@pytest.mark.parametrize(("gpus", "local_rank", "number"), [(8, 7, 7), (1, 3, 0)])
+def test_each_rank_of_a_node_has_its_gpu(monkeypatch, gpus, local_rank, number):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    assert _local_device(Placement(rank=9, size=16, local_rank=local_rank)) == torch.device("cuda", number)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ConfigError, match="rank 12 is number 5 on its node, which has 4 GPUs; start at most 4"):
+        _local_device(Placement(rank=12, size=16, local_rank=4))

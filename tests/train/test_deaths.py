@@ -69,6 +69,12 @@ def test_a_death_ends_the_job_and_is_said_once(deaths, name, status, words):
     assert ended.text.count(words) == 1, ended.text
 
 
+def test_a_crash_leaves_its_stacks(deaths):
+    text = deaths[0]["SIGSEGV of rank 1"].text
+    assert "Fatal Python error: Segmentation fault" in text
+    assert "train_step" in text
+
+
 def test_ranks_do_not_outlive_their_launcher(deaths):
     """The kernel ends them: one was stopped, and could not have noticed."""
     ended = deaths[0]["SIGKILL of the launcher"]
