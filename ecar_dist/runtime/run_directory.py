@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import stat
 import uuid
@@ -22,6 +23,7 @@ from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 
 LOCK_NAME = ".lock"
+_WITH_KEY = re.compile(r"://\S*[?@]")  # a signature, or a user's name and password
 GOOD_ENDS = ("done", "signal")
 MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
 
@@ -122,9 +124,12 @@ class RunDirectory:
         return bool(self._attempt) and self.attempts()[-1].get("attempt") == self._attempt
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the resolved config of the run. Call on rank 0 only."""
+        """Write the resolved config of the run; for its owner's eyes where a URL holds a key. Call on rank 0 only."""
+        text = config_to_yaml(config)
         with atomic_write(self.config) as file:
-            file.write(config_to_yaml(config).encode())
+            if _WITH_KEY.search(text):
+                os.fchmod(file.fileno(), 0o600)
+            file.write(text.encode())
 
     def load_config(self) -> RunConfig:
         """The resolved config of the run. Raises ConfigError where this is not a run directory."""

@@ -356,9 +356,7 @@ def test_averages_find_their_own_when_the_config_moves_them(tmp_path):
 def test_a_checkpoint_of_another_run_is_taken_only_with_the_word(tmp_path):
     config = make_config(tmp_path)
     save(config, run_id="one")
-    with pytest.raises(
-        CheckpointError, match=r"by another run \(one\) than that of this .* \(two\); .*--adopt"
-    ):
+    with pytest.raises(CheckpointError, match=r"by another run \(one\) than that of this .* \(two\); .*--adopt"):
         load(config, run_id="two")
     assert load(config, run_id="one")[0][0].conversion is None
     assert load(config, run_id="two", adopt=True)[0][0].conversion == "adopted from run one"

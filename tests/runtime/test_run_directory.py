@@ -6,6 +6,7 @@ import pytest
 
 from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.runtime.run_directory import RunDirectory
+from tests.train.test_objective import make_config
 
 OWNER = """
 import sys, time
@@ -112,3 +113,14 @@ def test_a_run_keeps_its_name(tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     assert names == {RunDirectory(tmp_path / "moved").run_id}
     assert names != {start(tmp_path / "run").run_id}
+
+
+@pytest.mark.parametrize(
+    ("latents", "mode"),
+    [("s3://bucket/latents", 0o644), ("https://host/set?X-Amz-Signature=key", 0o600), ("s3://u:pw@b/x", 0o600)],
+)
+def test_a_config_with_a_key_in_a_url_is_for_its_owner(tmp_path, latents, mode):
+    config = make_config(num_stages=2)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
+    RunDirectory(tmp_path).write_config(config)
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == mode
