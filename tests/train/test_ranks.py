@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ecar_dist.runtime.checkpoint_files import MARKER, committed
+from ecar_dist.runtime.checkpoint_files import committed
 from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks, write_yaml
 
 FP32_TOLERANCE = 1e-6
@@ -88,31 +88,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, t
         ours, theirs = load_file(shard), load_file(newest[1] / shard.name)
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in ours)
-
-
-def test_a_resume_on_other_ranks_and_another_zero_stage_goes_on_the_same(write_config, reference):
-    config = write_config()
-    first = ("train.total_samples=32", "deepspeed.zero_stage=3", "batch.micro_batch_size=2")
-    train_on_ranks(4, config, "run.name=moved", *first)
-    train_on_ranks(1, config, "run.name=moved", "train.total_samples=64", "deepspeed.zero_stage=0")
-    metrics = train_on_ranks(2, config, "run.name=moved", "deepspeed.zero_stage=1")
-    assert losses(metrics) == pytest.approx(losses(reference), abs=FP32_TOLERANCE)
-
-
-def test_a_signal_ends_the_run_with_a_committed_checkpoint_and_status_75(write_config, tree, tmp_path):
-    tree["train"]["total_samples"] = 16 * 10_000
-    tree["checkpoint"]["every_samples"] = 16 * 10_000
-    config = write_config()
-    process = start_ranks(1, config)
-    run = tmp_path / "runs/tiny"
-    wait_for_step(process, run, 2)
-    os.kill(workers_of(process)[0], signal.SIGUSR1)
-    out, error = process.communicate(timeout=60)
-    assert "exitcode  : 75" in error
-    assert "stopped on a signal at step" in out
-    (checkpoint,) = committed(run / "checkpoints")
-    assert (checkpoint / MARKER).exists()
-    assert int(checkpoint.name[5:]) == read_metrics(config)[-1]["step"]
 
 
 def test_a_bf16_resume_into_zero_3_is_bit_for_bit(write_config):
