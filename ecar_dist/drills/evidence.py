@@ -35,17 +35,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The loss by step; of a step that is there twice, the later."""
-    return {entry["step"]: entry["train/loss"] for entry in metrics}
+    """The loss by step; of a step that is there twice, the later. One that is not finite stands there as null."""
+    return {entry["step"]: math.nan if (loss := entry["train/loss"]) is None else loss for entry in metrics}
 
 
-def same_losses(found: Mapping[int, float], quiet: Mapping[int, float], tolerance: float) -> Finding:
+def same_losses(
+    found: Mapping[int, float], quiet: Mapping[int, float], tolerance: float, whose: str = "the quiet run's"
+) -> Finding:
     """Every loss of the quiet run is there, and equal; what else is there is not looked at."""
-    expected = f"the losses of steps {min(quiet)} to {max(quiet)} equal the quiet run's, to {tolerance:g} relative"
+    if not quiet:
+        return Finding(f"the losses equal {whose}", "there is none to compare with", False)
+    expected = f"the losses of steps {min(quiet)} to {max(quiet)} equal {whose}, to {tolerance:g} relative"
     missing = sorted(quiet.keys() - found.keys())
     if missing:
         return Finding(expected, f"{len(missing)} steps have none, the first is step {missing[0]}", False)
-    worst, step = max(((_difference(found[step], loss), step) for step, loss in quiet.items()), default=(0.0, 0))
+    worst, step = max(((_difference(found[step], loss), step) for step, loss in quiet.items()))
     return Finding(
         expected, f"largest difference {worst:.1e}" + (f" at step {step}" if worst else ""), worst <= tolerance
     )

@@ -83,8 +83,9 @@ class Ground:
         _ = self.quiet
 
     def clear(self, name: str) -> None:
-        """Drop a drill's run: checkpoints may be large."""
-        shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
+        """Drop the runs of a drill, whose names begin with its own: checkpoints may be large."""
+        for path in (self.folder / "runs").glob(f"{name}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def patience(self) -> float:
@@ -128,6 +129,12 @@ class Trial:
         """The failpoint with which a signal can hit a chosen step, also where steps take next to no time."""
         return f"train.step:delay={SHORTEST_STEP}" if self._ground.quiet.step_seconds < SHORTEST_STEP else ""
 
+    def reach(self, job: Job, step: int) -> None:
+        """Wait for this step, and until the checkpoint before it stands: it is written while training goes on."""
+        job.reach(step)
+        due = (step - 1) // SAVE_EVERY * SAVE_EVERY
+        job.wait_for(lambda: self.newest_step() >= due, f"checkpoint of step {due}")
+
     def train(self, *overrides: str, failpoint: str = "", prefix: Sequence[str] = ()) -> Ended:
         """Launch it and wait for its end."""
         with self.start(*overrides, failpoint=failpoint, prefix=prefix) as job:
@@ -140,9 +147,10 @@ class Trial:
         """The step of the newest committed checkpoint; 0 where there is none."""
         return max((int(path.name.removeprefix("step-")) for path in committed(self.checkpoints)), default=0)
 
-    def resumed_from(self) -> int:
-        """The step from which the last attempt went on."""
-        return RunDirectory(self.path).attempts()[-1]["resumed_from_step"] or 0
+    def resumed_from(self) -> int | None:
+        """The step from which the last attempt went on, 0 for the start; None where it did not get so far."""
+        last = ([{}, *RunDirectory(self.path).attempts()])[-1]
+        return (last["resumed_from_step"] or 0) if "resumed_from_step" in last else None
 
 
 def scaled_down(config: RunConfig, folder: Path) -> RunConfig:

@@ -22,6 +22,8 @@ from ecar_dist.drills.evidence import (
 from ecar_dist.drills.ground import STEPS, STRIKE_AT, CannotRunError, Ground, Trial
 from ecar_dist.drills.processes import Ended
 from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.storage.atomic import write_json
+from ecar_dist.train.bad_steps import roll_back_record
 
 DEATH_SECONDS = 15.0  # in which a job is over once a rank is gone
 GRACE_SECONDS = 25.0  # in which a job that was asked to end is over; Slurm gives 30 by default
@@ -33,7 +35,7 @@ STOPPED, RUNNING = 0.02, 0.01  # seconds: a rank that gets a third of its time
 def kill_rank(ground: Ground) -> Iterator[Finding]:
     trial, victim = Trial(ground, "kill-rank"), ground.ranks - 1
     with trial.start(failpoint=trial.slow_steps()) as job:
-        job.reach(STRIKE_AT)
+        trial.reach(job, STRIKE_AT)
         job.strike(SIGKILL, victim)
         ended = job.end()
     yield ended_within(ended, DEATH_SECONDS)
@@ -46,7 +48,7 @@ def hang_rank(ground: Ground) -> Iterator[Finding]:
     trial, victim = Trial(ground, "hang-rank"), ground.ranks - 1
     patience = max(SHORTEST_HANG, ground.quiet.startup_seconds)
     with trial.start(f"train.hang_seconds={patience:.1f}", failpoint=trial.slow_steps()) as job:
-        job.reach(STRIKE_AT)
+        trial.reach(job, STRIKE_AT)
         job.strike(SIGSTOP, victim)
         ended = job.end()
     yield ended_within(ended, patience + HANG_MARGIN)
@@ -74,13 +76,13 @@ def slow_rank(ground: Ground) -> Iterator[Finding]:
 def preempt(ground: Ground) -> Iterator[Finding]:
     trial = Trial(ground, "preempt")
     with trial.start(failpoint=trial.slow_steps()) as job:
-        job.reach(STRIKE_AT)
+        trial.reach(job, STRIKE_AT)
         job.strike(SIGTERM, *range(ground.ranks))
         ended = job.end()
     yield ended_within(ended, GRACE_SECONDS)
     yield rank_statuses(ended, 75)
     yield no_orphans(ended)
-    last = trial.metrics()[-1]["step"]
+    last = max((entry["step"] for entry in trial.metrics()), default=0)
     saved = trial.newest_step()
     yield Finding(f"the step it ended with, {last}, is committed", f"step {saved} is", saved == last)
     yield from resumed_as_quiet(ground, trial)
@@ -95,7 +97,7 @@ def resize(ground: Ground) -> Iterator[Finding]:
         changed.append("batch.micro_batch_size=1")
     for step, number, overrides in ((STRIKE_AT, ground.ranks, []), (2 * STEPS // 3 + 2, ranks, changed)):
         with trial.start(*overrides, ranks=number, failpoint=trial.slow_steps()) as job:
-            job.reach(step)
+            trial.reach(job, step)
             job.strike(SIGKILL, number - 1)
             ended = job.end()
         yield no_orphans(ended)
@@ -103,12 +105,16 @@ def resize(ground: Ground) -> Iterator[Finding]:
     saved = trial.newest_step()
     last = trial.train()
     for said, (old, old_stage, new, new_stage) in zip((ended, last), ways, strict=True):
-        words = f"written by {old} ranks with ZeRO-{old_stage}, read by {new} ranks with ZeRO-{new_stage}"
-        found = [line for line in said.text.splitlines() if words in line.replace("1 rank ", "1 ranks ")]
+        words = f"written by {_ranks(old)} with ZeRO-{old_stage}, read by {_ranks(new)} with ZeRO-{new_stage}"
+        found = [line for line in said.text.splitlines() if words in line]
         yield Finding(f"one line: {words}", found[0] if found else "not a word", len(found) == 1)
     yield ended_well(last)
     yield from_step(trial, saved)
     yield from as_quiet(ground, trial)
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def nan(ground: Ground) -> Iterator[Finding]:
@@ -119,6 +125,7 @@ def nan(ground: Ground) -> Iterator[Finding]:
     metrics = trial.metrics()
     before = {step: loss for step, loss in ground.quiet.losses.items() if step < STRIKE_AT}
     yield same_losses(losses(metrics), before, ground.tolerance)
+    yield from learnt_nothing(ground, losses(metrics), STRIKE_AT)
     yield every_step_once(metrics, STEPS)
     skipped = metrics[-1].get("train/skipped_steps") if metrics else None
     yield Finding("one step is skipped, by all ranks", f"train/skipped_steps is {skipped}", skipped == 1)
@@ -127,6 +134,17 @@ def nan(ground: Ground) -> Iterator[Finding]:
     steps = [entry.get("step") for entry in found]
     yield Finding(f"its samples are written down for step {STRIKE_AT}", f"steps {steps}", steps == [STRIKE_AT])
     yield whole_checkpoints(trial.checkpoints, committed(trial.checkpoints))
+
+
+def learnt_nothing(ground: Ground, found: dict[int, float], step: int) -> Iterator[Finding]:
+    """A run that passes over a step, as after a roll-back, sees its samples and moves no weight: it is the measure."""
+    trial = Trial(ground, "nan-passed-over")
+    trial.path.mkdir(parents=True)
+    write_json(trial.path / "lineage.json", [])  # a run directory, of which no attempt has begun
+    (trial.path / "bad_steps.jsonl").write_text(roll_back_record(step, (step, step)))
+    whose = f"those of a run that passes over step {step}"
+    ended = trial.train()
+    yield same_losses(found, losses(trial.metrics()) if ended.status == 0 else {}, ground.tolerance, whose)
 
 
 def names_rank(ended: Ended, rank: int) -> Finding:
@@ -144,9 +162,8 @@ def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -
 
 def from_step(trial: Trial, saved: int) -> Finding:
     found = trial.resumed_from()
-    return Finding(
-        f"the same command goes on from the newest checkpoint, step {saved}", f"step {found}", found == saved
-    )
+    seen = "it did not get so far" if found is None else f"step {found}"
+    return Finding(f"the same command goes on from the newest checkpoint, step {saved}", seen, found == saved)
 
 
 def as_quiet(ground: Ground, trial: Trial) -> Iterator[Finding]:

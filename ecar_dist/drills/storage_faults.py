@@ -29,9 +29,10 @@ from ecar_dist.drills.evidence import (
 )
 from ecar_dist.drills.ground import SAVE_EVERY, STEPS, STRIKE_AT, CannotRunError, Ground, Trial
 from ecar_dist.drills.object_store import ObjectStore, StoreServers
+from ecar_dist.drills.processes import Ended, UnexpectedError
 from ecar_dist.drills.rank_faults import DEATH_SECONDS, as_quiet, from_step, names_rank, resumed_as_quiet
 from ecar_dist.drills.small_disk import NoSmallDiskError, SmallDisk
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.runtime.checkpoint_files import committed, readable
 from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.sources import check_data, open_stream
 
@@ -61,7 +62,9 @@ def torn_checkpoint(ground: Ground) -> Iterator[Finding]:
     saved = trial.newest_step()
     yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
     yield from resumed_as_quiet(ground, trial)
-    newest, before, *_ = committed(trial.checkpoints)
+    if len(found := committed(trial.checkpoints)) < 2:
+        raise UnexpectedError(f"{len(found)} checkpoints are there, and two are needed to cut the newer one")
+    newest, before = found[:2]
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     again = trial.train()
@@ -163,6 +166,14 @@ def requests(bucket: ObjectStore) -> Iterator[Finding]:
     yield Finding("no part of a shard is fetched twice", seen, bool(fetched) and len(fetched) == len(set(fetched)))
 
 
+def says_room(ended: Ended, size: int) -> Finding:
+    """The last word gives what a checkpoint takes, to a tenth, and what is free."""
+    said = re.findall(r"^ecar-dist: (.* needs (\S+) ([MG])iB, and .* free.*)$", ended.text, re.MULTILINE)
+    line, number, unit = said[-1] if said else ("not a word", "0", "M")
+    ok = abs(float(number) * 2 ** {"M": 20, "G": 30}[unit] - size) < 0.1 * size
+    return Finding(f"it says what is free and needed: {readable(size)}", line, ok)
+
+
 def disk_full(ground: Ground) -> Iterator[Finding]:
     """Room for one checkpoint and a half; then room for all, and the same command again."""
     folder, size = ground.folder / "disk", ground.quiet.checkpoint_bytes
@@ -179,8 +190,9 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
         yield every_step_once(trial.metrics(), STEPS)
         yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)  # the last step is not saved
         yield no_orphans(ended)
-        said = re.findall(r"^ecar-dist: .*\bneeds?\b.*\bfree\b.*$", ended.text, re.MULTILINE)
-        yield Finding("it says how much is needed and free", said[-1] if said else "not a word", bool(said))
+        unsaved = f"step {2 * SAVE_EVERY} was not saved"
+        yield one_line_with(ended, f"{unsaved}; training goes on", unsaved, "goes on", beginning="warning: ")
+        yield says_room(ended, size)
         yield whole_checkpoints(checkpoints, committed(checkpoints))
         saved = trial.newest_step()
         yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)

@@ -9,6 +9,7 @@ from ecar_dist.drills.evidence import (
     ended_well,
     ended_within,
     every_step_once,
+    losses,
     no_orphans,
     one_line_with,
     rank_statuses,
@@ -39,8 +40,18 @@ def test_losses_are_equal_only_where_all_are(found, ok, seen):
     assert seen in finding.seen
 
 
-def test_a_quiet_run_of_nan_proves_nothing():
+def test_a_quiet_run_of_nan_or_of_nothing_proves_nothing():
     assert not same_losses({1: math.nan}, {1: math.nan}, 1e-6).ok
+    assert not same_losses(QUIET, {}, 1e-6).ok
+
+
+def test_a_loss_that_is_not_finite_equals_none():
+    found = losses([{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": None}])
+    assert math.isnan(found[2])
+    assert not same_losses(found, {1: 0.5, 2: 0.25}, 1e-6).ok
+    assert same_losses(found, {1: 0.5}, 1e-6, "those of a friend").expected.endswith(
+        "equal those of a friend, to 1e-06 relative"
+    )
 
 
 @pytest.mark.parametrize(

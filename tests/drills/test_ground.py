@@ -1,12 +1,16 @@
 """The small copy of a user's run, and the faults that are put into its data."""
 
+import json
+
 import pytest
 
 from ecar_dist.config_file import config_from_dict, load_config
 from ecar_dist.data.latent_source import LatentSource
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.drills.ground import SAVE_EVERY, STEPS, CannotRunError, Ground, Trial, scaled_down
-from ecar_dist.drills.storage_faults import flip, local_latents, spoil
+from ecar_dist.drills.processes import Ended
+from ecar_dist.drills.rank_faults import from_step
+from ecar_dist.drills.storage_faults import flip, local_latents, says_room, spoil
 from ecar_dist.errors import ConfigError, DataError
 
 
@@ -54,6 +58,74 @@ def test_all_launches_of_a_trial_have_one_run_directory(tree, tmp_path, monkeypa
     assert second_environment["AWS_REGION"] == "x"
     assert log.name == "nan-2.txt"
     assert load_config(ground.config_file).run.name == "quiet"
+
+
+def test_where_a_run_went_on_from_is_not_known_of_one_that_did_not_get_so_far(tree, tmp_path):
+    trial = Trial(Ground(config_from_dict(tree), tmp_path, 2), "nan")
+    assert trial.resumed_from() is None
+    trial.path.mkdir(parents=True)
+    for attempts, found in (
+        ([], None),
+        ([{}], None),
+        ([{"resumed_from_step": None}], 0),
+        ([{}, {"resumed_from_step": 20}], 20),
+    ):
+        (trial.path / "lineage.json").write_text(json.dumps(attempts))
+        assert trial.resumed_from() == found
+    assert from_step(trial, 20).ok
+    (trial.path / "lineage.json").write_text(json.dumps([{"resumed_from_step": 20}, {}]))
+    assert not from_step(trial, 20).ok
+    assert not from_step(trial, 0).ok, "a run that never began to train"
+
+
+class AtStep:
+    """A job that is where it is asked for; each look at it brings the next checkpoint nearer."""
+
+    def __init__(self, checkpoints):
+        self.checkpoints, self.asked = checkpoints, []
+
+    def reach(self, step):
+        self.asked.append(step)
+
+    def wait_for(self, happened, what):
+        for step in (0, SAVE_EVERY, 2 * SAVE_EVERY):
+            if happened():
+                break
+            (path := self.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+            (path / "COMMITTED").touch()
+        self.asked.append(what)
+
+
+@pytest.mark.parametrize(("step", "due"), [(15, 10), (20, 10), (22, 20)])
+def test_a_fault_waits_for_the_checkpoint_before_it(step, due, tree, tmp_path):
+    trial = Trial(Ground(config_from_dict(tree), tmp_path, 2), "nan")
+    job = AtStep(trial.checkpoints)
+    trial.reach(job, step)
+    assert job.asked == [step, f"checkpoint of step {due}"]
+    assert trial.newest_step() == due
+
+
+def test_only_the_runs_of_one_drill_are_dropped(tree, tmp_path):
+    ground = Ground(config_from_dict(tree), tmp_path, 2)
+    for name in ("nan", "nan-passed-over", "quiet"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    ground.clear("nan")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quiet"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ok"),
+    [
+        ("ecar-dist: no (it needs 31.0 MiB, and 5.0 MiB are free); ...\n", True),
+        ("ecar-dist: no (it needs 31.0 GiB, and 5.0 MiB are free); ...\n", False),
+        ("ecar-dist: no (it needs 27.0 MiB, and 5.0 MiB are free); ...\n", False),
+        ("ecar-dist: no (it needs 31.0 MiB)\n", False),
+        ("warning: no (it needs 31.0 MiB, and 5.0 MiB are free); ...\n", False),
+        ("", False),
+    ],
+)
+def test_what_a_full_disk_needs_is_compared_with_a_checkpoint(text, ok):
+    assert says_room(Ended(1, text, 1.0), 30 << 20).ok is ok
 
 
 def test_a_spoilt_set_has_one_wrong_byte_and_leaves_the_users_alone(tree, tmp_path, digits):

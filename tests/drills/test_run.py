@@ -25,6 +25,12 @@ NAMES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """What a drill that fails leaves for the user to look at goes with the test's own folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def killed(make_tree, tmp_path_factory):
     """A real kill-rank drill on two ranks: config, status, folder, result."""
@@ -41,7 +47,9 @@ def test_a_killed_rank_is_survived_as_expected(killed):
     assert (status, result["passed"]) == (0, True)
     assert len(row["findings"]) == 8
     attempts = json.loads((folder / "runs/kill-rank/lineage.json").read_text())
-    assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 10]
+    begun, resumed = (attempt["resumed_from_step"] for attempt in attempts)
+    assert begun is None
+    assert resumed in (10, 20), "20 where the machine was slow to strike"
 
 
 def test_a_run_that_is_not_the_quiet_one_is_found_out(killed, monkeypatch, tmp_path, capsys):
@@ -119,7 +127,6 @@ def test_a_signal_ends_the_drills_as_ctrl_c_does(write_config, monkeypatch, tmp_
         yield
 
     offer(monkeypatch, patient)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run_drills(["nan"], write_config())
