@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ecar_dist.command_line import run_command
 from ecar_dist.commands import checkpoints, drilling, generation, training
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def entry() -> NoReturn:
@@ -31,7 +34,12 @@ def entry() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all(_OVERRIDE.match(word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after a flag
+        parsed.overrides += rest
     return run_command("ecar-dist", lambda: parsed.run(parsed))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -21,9 +22,15 @@ AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what i
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
     return int(text)
+
+
+def say(text: str) -> None:
+    """A line of a long job's log. That nobody can read it any more (a pipe's end, a full disk) does not end the job."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def run_command(program: str, action: Callable[[], int]) -> int:

@@ -21,7 +21,7 @@ GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the
 class Section(BaseModel):
     """Base of all sections: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):

@@ -15,19 +15,33 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import signal
 import time
 from collections import Counter
 from typing import NoReturn
 
+from ecar_dist.errors import ConfigError
+
+ACTIONS = ("kill", "stop", "hang", "gil", "nan", "raise", "enospc", "eio", "delay=SECONDS")
+_POINT = re.compile(r"[a-z.]+(:(rank|step|nth)=\d+)*:(kill|stop|hang|gil|nan|raise|enospc|eio|delay=[\d.]+)")
 _reached: Counter[str] = Counter()
 
 
 def faults_on_purpose() -> str | None:
-    """A line for the log of a run in which faults are to strike; None in a normal one."""
+    """A line for the log of a run in which faults are to strike; None in a normal one.
+
+    Raises ConfigError for what is no list of points: it would strike nowhere, or end the run elsewhere.
+    """
     points = os.environ.get("ECAR_FAILPOINT")
     if not points:
         return None
+    for point in points.split(","):
+        if not _POINT.fullmatch(point):
+            raise ConfigError(
+                f"ECAR_FAILPOINT: {point!r} is not SITE[:rank=R][:step=S][:nth=N]:ACTION with one of the actions "
+                f"{', '.join(ACTIONS)}; mend it, or unset it"
+            )
     return f"warning: faults will strike in this run on purpose (ECAR_FAILPOINT={points}); unset it to train"
 
 

@@ -220,6 +220,22 @@ def test_a_checkpoint_of_another_model(trained, capsys, override, key):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_overrides_may_stand_after_a_flag(write_config, capsys):
+    plan = ["plan", str(write_config()), "batch.micro_batch_size=8", "--world-size", "2", "batch.global_batch_size=32"]
+    assert main(plan) == 0
+    capsys.readouterr()
+    for wrong in (["plan", "x.yaml", "--nope"], ["checkpoint", "list", "x", "a.b=c"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_fault_on_purpose_that_is_none_is_refused(write_config, capsys, monkeypatch):
+    for point in ("train.loss:step=5:nann", "garbage", "train.loss:step=x:nan"):
+        monkeypatch.setenv("ECAR_FAILPOINT", point)
+        assert f"ECAR_FAILPOINT: '{point}' is not SITE" in fails(capsys, "train", write_config())
+
+
 def test_another_order_of_the_data_needs_the_word(write_config, tmp_path, capsys):
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from data_tools.cli import main as ecar_data
-from ecar_dist.command_line import run_command
+from ecar_dist.command_line import run_command, say
 from ecar_dist.errors import DataError
 
 
@@ -63,3 +63,13 @@ def test_arguments_out_of_range_are_refused_before_anything_is_made(arguments, s
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_nobody_reads_any_more_does_not_end_the_work(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", gone)
+        say("step 1")
+        say("step 2")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())  # or closing it would fail

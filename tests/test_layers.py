@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "failpoint"},
+    {"errors"},
+    {"failpoint"},
     {"storage", "command_line"},
     {"config"},
     {"config_file"},

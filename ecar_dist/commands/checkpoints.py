@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +83,12 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
             print(f"{place.where}/{name}  whole")
         except DamagedError as damage:
             damaged += 1
-            print(f"ecar-dist: {place.where}/{name}: {damage}; use an older checkpoint", file=sys.stderr)
+            print(f"{place.where}/{name}  damaged: {damage}")
         finally:
             place.release(name)
-    return 1 if damaged else 0
+    if damaged:
+        raise CheckpointError(f"{damaged} of {len(names)} checkpoints are damaged; use an older one, or a backup")
+    return 0
 
 
 def _committed(run: Path) -> tuple[CheckpointPlace, list[str]]:

@@ -8,7 +8,7 @@ import faulthandler
 import os
 import sys
 
-from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive
+from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say
 from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
@@ -21,7 +21,7 @@ def add_commands(add: AddCommand) -> None:
     for command in (checking, planning, training):
         command.add_argument("config", help="YAML file of the run")
         command.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
-    planning.add_argument("--world-size", type=positive, default=8, help="ranks (default 8)")
+    planning.add_argument("--world-size", type=positive, help="ranks (default: 8, or as many as the batch allows)")
     planning.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
     training.add_argument(
         "--new-data-order", action="store_true", help="go on although the data, or their order, have changed"
@@ -52,7 +52,10 @@ def check(parsed: argparse.Namespace) -> int:
 def plan(parsed: argparse.Namespace) -> int:
     from ecar_dist.plan.report import plan_lines
 
-    print("\n".join(plan_lines(load_config(parsed.config, parsed.overrides), parsed.world_size, parsed.device)))
+    config = load_config(parsed.config, parsed.overrides)
+    shares = config.batch.global_batch_size // config.batch.micro_batch_size
+    ranks = parsed.world_size or max(ranks for ranks in (1, 2, 4, 8) if shares % ranks == 0)
+    print("\n".join(plan_lines(config, ranks, parsed.device)))
     return 0
 
 
@@ -78,7 +81,7 @@ def train(parsed: argparse.Namespace) -> int:
         die_with_parent()
     faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
     world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
-    if world.is_first and (line := faults_on_purpose()):
+    if (line := faults_on_purpose()) and world.is_first:
         print(line, file=sys.stderr, flush=True)
     try:
         with contextlib.ExitStack() as ends:
@@ -94,7 +97,7 @@ def train(parsed: argparse.Namespace) -> int:
             end = run_training(run, progress)
         finished = end.samples_seen >= config.train.total_samples
         if world.is_first:
-            print(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
+            say(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
     except RemoteError:
         return 1
     except StoppedEarlyError as stopped:

@@ -21,6 +21,7 @@ from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.run_directory import RunDirectory
 
 MAX_RESIDUAL = 0.1  # of a rebuilt average's profile, relative: beyond it is another average
+FIRST = "ema"  # name of the average that is drawn from
 BLOCK = 1 << 22  # elements of a parameter that are summed at once, in fp64
 
 
@@ -104,10 +105,12 @@ def open_average(run: Path, wanted: Wanted = Wanted(), checkpoint: Path | None =
     directory = RunDirectory(run)
     config = directory.load_config()
     checkpoint = checkpoint or newest_whole(open_place(config, run))
-    kind, facts = wanted.tracked_as(config.ema), wanted.describe(config.ema)
+    manifest = read_manifest(checkpoint)
+    kind = _names_there(manifest, config).get(wanted.tracked_as(config.ema) or "")
+    facts = wanted.describe(config.ema)
+    if kind is None and wanted == Wanted():  # the config has another first average since
+        kind, facts = FIRST, {"meaning": manifest["averages"][FIRST]}
     if kind is not None:
-        names = _names_there(read_manifest(checkpoint), config)
-        kind = names.get(kind, kind)  # the config may have changed since
         return Average(checkpoint, ((1.0, FragmentReader(checkpoint), kind),), {"kind": kind, **facts})
     return _rebuilt(directory, config, wanted, checkpoint)
 

@@ -97,7 +97,7 @@ class CheckpointPlace(Protocol):
 def open_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
     """Where the checkpoints of a run lie; `run` is its directory, which may have moved since it was trained."""
     folder = config.checkpoint.dir
-    return _open(
+    return place_at(
         config, join(folder, config.run.name) if folder else str((run or config.run_directory) / "checkpoints")
     )
 
@@ -105,12 +105,13 @@ def open_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
 def open_ema_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
     """Where copies of the averages alone are kept for good (ema.snapshot_every_samples)."""
     folder = config.checkpoint.dir
-    return _open(
+    return place_at(
         config, join(folder, f"{config.run.name}/ema") if folder else str((run or config.run_directory) / "ema")
     )
 
 
-def _open(config: RunConfig, where: str) -> CheckpointPlace:
+def place_at(config: RunConfig, where: str) -> CheckpointPlace:
+    """A folder or URL that holds the checkpoints of one run."""
     if not is_remote(where):
         return LocalPlace(local_path(where))
     cache = config.data.cache.dir
@@ -138,7 +139,10 @@ class LocalPlace:
         self._folder, self.where = folder, str(folder)
 
     def prepare(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self._folder} ({error.strerror}); set checkpoint.dir") from None
         if not os.access(self._folder, os.W_OK):
             raise CheckpointError(f"{self._folder} cannot be written to; change its rights, or set checkpoint.dir")
 

@@ -54,10 +54,13 @@ def _autoencoder(facts: dict[str, Any]) -> str:
 
 
 def _average(average: dict[str, Any]) -> str:
-    if "sigma_rel" in average:
+    if "meaning" in average:
+        form = f"an average of the weights ({average['meaning']})"
+    elif "sigma_rel" in average:
         form = f"a power-function average of relative width {average['sigma_rel']}"
     else:
         form = f"an exponential moving average with a half-life of {average['half_life_samples']:,} samples"
+        form += f", at most {average['rampup']:g} of the samples seen"
     if "relative_residual" not in average:
         return f"{form}, kept in training"
     return (

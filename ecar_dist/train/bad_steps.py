@@ -97,6 +97,10 @@ class BadSteps:
         """Whether step number `step` sees its samples without learning from them."""
         return any(first <= step <= last for first, last in self.windows)
 
+    def ahead(self, step: int) -> list[Window]:
+        """What a run that is at `step` will still pass over."""
+        return [(max(first, step + 1), last) for first, last in self.windows if last > step]
+
     def pass_over(self) -> None:
         """A step was passed over: it is counted, and a row of bad steps ends with it."""
         self.skipped += 1

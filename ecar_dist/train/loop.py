@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ecar_dist.command_line import say
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.substitution import Substitution
@@ -179,7 +180,7 @@ def settle_step(run: Training, batches: Sequence[MicroBatch], progress: Progress
     ids = [number for micro in batches for number in micro.sample_ids.tolist()]
     run.bad_step_file.note_step(step, progress.samples_seen, result.loss, result.grad_norm, reason, ids)
     if run.world.is_first:
-        print(f"step {step} moved no weight: {reason} ({verdict.value})", flush=True)
+        say(f"step {step} moved no weight: {reason} ({verdict.value})")
     if verdict is Verdict.STOP:
         give_up(
             run,
@@ -201,11 +202,18 @@ def give_up(run: Training, why: str) -> NoReturn:
 def roll_back(run: Training, step: int) -> Progress:
     """Restore the last checkpoint; the steps around the bad ones, up to `step`, will be passed over. Collective."""
     assert run.bad_steps.window_to_pass is not None
-    run.bad_step_file.note_roll_back(step, run.bad_steps.window_to_pass)
     run.phases.enter("load", step)
     restored = run.store.restore(run.engine, run.ema)
     if restored is None:
-        give_up(run, f"step {step} is bad again and no checkpoint was made yet; lower optim.learning_rate")
+        give_up(
+            run,
+            f"step {step} is bad like those before it, and no checkpoint was made yet; see bad_steps.jsonl for the "
+            f"samples, or lower optim.learning_rate",
+        )
+    run.bad_step_file.note_roll_back(step, run.bad_steps.window_to_pass)
+    if run.world.is_first:
+        first, last = run.bad_steps.window_to_pass
+        say(f"rolled back to step {restored.progress.step}; steps {first} to {last} will be passed over")
     run.bad_steps = BadSteps(run.config.train.bad_steps, restored.notes.get("bad_steps"), run.bad_step_file.windows())
     run.telemetry.goodput.resume(restored.notes.get("goodput", {}))
     waited = run.loader.wait_seconds
@@ -228,7 +236,7 @@ def note_substitutions(run: Training, made: Sequence[Substitution]) -> int:
 def say_how_it_went(run: Training, progress: Progress) -> None:
     if run.writer and (line := run.telemetry.closing_line()):
         run.writer.text("verdict", line, progress.step)
-        print(line, flush=True)
+        say(line)
 
 
 def log(run: Training, progress: Progress, result: StepResult) -> None:
@@ -241,8 +249,7 @@ def log(run: Training, progress: Progress, result: StepResult) -> None:
     if report.news:
         run.writer.text("verdict", report.news, progress.step)
     total = run.config.train.total_samples
-    line = progress_line(progress.step, last_step(run.config, progress), progress.samples_seen, total, result, report)
-    print(line, flush=True)
+    say(progress_line(progress.step, last_step(run.config, progress), progress.samples_seen, total, result, report))
 
 
 def last_step(config: RunConfig, progress: Progress) -> int:

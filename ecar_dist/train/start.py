@@ -12,15 +12,16 @@ from typing import Any, cast
 
 import torch
 
+from ecar_dist.command_line import say
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.stream import SampleStream
-from ecar_dist.errors import CheckpointError, ConfigError
+from ecar_dist.errors import CheckpointError, ConfigError, EcarError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress, step_of
-from ecar_dist.runtime.checkpoint_place import open_place
+from ecar_dist.runtime.checkpoint_place import open_place, place_at
 from ecar_dist.runtime.checkpoint_restore import Restored
 from ecar_dist.runtime.drift import resume_lines
 from ecar_dist.runtime.ema import ShardedEma
@@ -118,11 +119,15 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
     found, attempts = place.committed(), directory.attempts()
     where = place.where if is_remote(place.where) else str(Path(place.where).absolute())
     before = attempts[-1].get("checkpoints", where) if attempts else where
-    if not found and before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
-        raise CheckpointError(
-            f"{where} holds no checkpoint, and the last attempt kept its own in {before}; set checkpoint.dir "
-            f"back, bring them over, or choose another run.name to train anew"
-        )
+    if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
+        newest, left = (step_of(found[0]) if found else None), newest_step_at(config, before)
+        if newest is None or (left is not None and left > newest):
+            held = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
+            theirs = "its own" if left is None else f"its own up to step {left}"
+            raise CheckpointError(
+                f"{where} holds {held}, and the last attempt kept {theirs} in {before}; set checkpoint.dir back, bring "
+                f"them over, or choose another run.name to train anew"
+            )
     attempt = directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
@@ -131,6 +136,15 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
         newest_step=step_of(found[0]) if found else None,
     )
     return attempt, directory.run_id
+
+
+def newest_step_at(config: RunConfig, where: str) -> int | None:
+    """Of the checkpoints at a place that is no longer the run's; None where there are none, or nobody can tell."""
+    try:
+        found = place_at(config, where).committed()
+    except (OSError, EcarError):
+        return None
+    return step_of(found[0]) if found else None
 
 
 def end_attempt(
@@ -164,9 +178,25 @@ def begin_record(run: Training, data: TrainingData, precision: str, restored: Re
     run.telemetry.goodput.run_began = began(directory.attempts())
     run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
     warning = run.store.space_warning(run.engine)
-    print("\n".join([*opening_lines(run, data, precision, progress), *said]), flush=True)
+    said += [
+        f"steps {a} to {b} are passed over, as bad_steps.jsonl says" for a, b in run.bad_steps.ahead(progress.step)
+    ]
+    say("\n".join([*opening_lines(run, data, precision, progress), *said, *unreachable_half_lives(config)]))
     if warning:
         print(warning, file=sys.stderr)
+
+
+def unreachable_half_lives(config: RunConfig) -> list[str]:
+    """A line where an average's half-life is one that the run is too short for: its ramp-up caps it to the end."""
+    cap = config.ema.rampup * config.train.total_samples
+    above = [half_life for half_life in config.ema.half_life_samples if half_life > cap]
+    if not above:
+        return []
+    line = (
+        f"ema.half_life_samples={', '.join(map(str, above))}: capped at {cap:,.0f} by the end, since a half-life is at "
+        f"most ema.rampup={config.ema.rampup:g} of the samples seen"
+    )
+    return [line]
 
 
 def resume_notes(run: Training, data: TrainingData, restored: Restored) -> list[str]:

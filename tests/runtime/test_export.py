@@ -36,8 +36,8 @@ def state(seed=0, kinds=("ema", "ema1", "master")):
 @pytest.fixture
 def run(tmp_path):
     """A run that keeps two averages, with one checkpoint; its state is `state()`."""
-    folder, _ = make_run(tmp_path, ema={"half_life_samples": [1000], "sigma_rel": [0.1]})
-    make_checkpoint(folder / "checkpoints", 100, state())
+    folder, config = make_run(tmp_path, ema={"half_life_samples": [1000], "sigma_rel": [0.1]})
+    make_checkpoint(folder / "checkpoints", 100, state(), ema=config.ema)
     return folder
 
 
@@ -230,6 +230,16 @@ def test_averages_are_known_by_what_they_are_and_not_by_their_number(tmp_path):
     for name, average in before.items():
         assert torch.equal(average["w"], after[name]["w"]), name
     assert not torch.equal(after["tracked"]["w"], after["power"]["w"])
+
+
+def test_an_export_says_what_the_checkpoint_holds_and_not_what_the_config_wants_since(tmp_path):
+    run, config = make_run(tmp_path, ema={"half_life_samples": [50]})
+    make_checkpoint(run / "checkpoints", 100, state(), ema=config.ema)
+    new = config.model_copy(update={"ema": EmaSection(half_life_samples=(100_000,))})
+    (run / "config.yaml").write_text(config_to_yaml(new))
+    exported = export_run(run, tmp_path / "out")
+    assert "meaning=half-life 50, ramp-up 0.1" in exported.summary
+    assert "an average of the weights (half-life 50, ramp-up 0.1)" in (exported.path / "README.md").read_text()
 
 
 def test_an_average_that_began_later_is_no_part_of_a_fit(tmp_path):

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
         "data": DATA,
     }
     state = {kind: random_weights(config, seed) for seed, kind in enumerate(("ema", "ema1"))}
-    make_checkpoint(folder / "checkpoints", 6, state, identity=identity)
+    make_checkpoint(folder / "checkpoints", 6, state, identity=identity, ema=config.ema)
     return folder
 
 

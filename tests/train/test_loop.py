@@ -257,6 +257,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
     assert bad_step(run, 6) is Verdict.ROLL_BACK
     with pytest.raises(FruitlessError, match="no checkpoint was made yet"):
         roll_back(run, 6)
+    assert run.bad_step_file.windows() == []  # a new start does not pass over them
 
 
 def test_the_preview_is_of_the_average():

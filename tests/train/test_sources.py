@@ -225,13 +225,13 @@ def test_the_dali_backend_gives_the_same_losses(write_config):
     assert losses(through_dali) == losses(gathered)
 
 
-def test_another_order_is_refused_on_resume_by_name(tree, write_config, digits, tmp_path, capsys):
-    from ecar_dist.cli import main
-
+def test_another_order_is_refused_on_resume_by_name(write_config):
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")
-    assert main(["train", str(config), "data.window_shards=1"]) == 1
-    assert "data_order.window_shards" in capsys.readouterr().err
+    process = start_ranks(1, config, "data.window_shards=1")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "made with data_order.window_shards=4, this run has data_order.window_shards=1: the order" in error
 
 
 @pytest.mark.parametrize("resize", ["cubic", "adm"])

@@ -15,7 +15,7 @@ from ecar_dist.runtime.checkpoint_files import read_manifest
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.start import end_attempt, open_attempt
+from ecar_dist.train.start import end_attempt, open_attempt, unreachable_half_lives
 from tests.conftest import read_metrics
 
 ALONE = World(Placement(), torch.device("cpu"))
@@ -60,6 +60,26 @@ def test_a_relative_folder_of_checkpoints_is_another_one_elsewhere(write_config,
 
 
 GONE = RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
+
+
+def test_a_run_does_not_go_back_to_older_checkpoints_in_another_place(write_config, tmp_path):
+    config, there = write_config(), f"checkpoint.dir={tmp_path}/there"
+    first = opened(config)
+    first.metrics.write_text('{"step": 1}\n')
+    for step, folder in ((5, first.checkpoints), (9, tmp_path / "there/tiny")):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+        (folder / f"step-{step:08d}/COMMITTED").write_text("")
+    opened(config, there)
+    with pytest.raises(CheckpointError, match=r"up to step 5, and .* kept its own up to step 9 in .*there"):
+        opened(config)
+
+
+@pytest.mark.parametrize(("half_lives", "said"), [((100,), []), ((100, 5000), ["5000: capped at 960 by the end"])])
+def test_a_half_life_that_the_run_is_too_short_for_is_said(write_config, half_lives, said):
+    config = load_config(write_config(), ["train.total_samples=9600", f"ema.half_life_samples={list(half_lives)}"])
+    lines = unreachable_half_lives(config)
+    assert len(lines) == len(said)
+    assert all(words in line for words, line in zip(said, lines, strict=True))
 
 
 @pytest.mark.parametrize(
