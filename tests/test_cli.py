@@ -253,10 +253,10 @@ def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path
     said = fails(
         capsys, "train", write_config(), "optim.learning_rate=1e30", "checkpoint.every_samples=1000", status=93
     )
-    assert "step 4 is bad again and no checkpoint was made yet" in said
+    assert "step 4 is bad like those before it, and no checkpoint was made yet" in said
     assert not committed(tmp_path / "runs/tiny/checkpoints")
     attempt = json.loads((tmp_path / "runs/tiny/lineage.json").read_text())[-1]
-    assert attempt["reason"].startswith("failed: step 4 is bad again")
+    assert attempt["reason"].startswith("failed: step 4 is bad like those before it")
 
 
 def test_sampling_what_is_no_run(tmp_path, capsys):
