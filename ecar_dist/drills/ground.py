@@ -20,7 +20,7 @@ from ecar_dist.config_file import config_from_dict, config_to_yaml
 from ecar_dist.drills.evidence import losses, read_metrics
 from ecar_dist.drills.processes import Ended, Job, UnexpectedError, last_words, torchrun
 from ecar_dist.errors import TrainingError
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.runtime.checkpoint_files import committed, step_of
 from ecar_dist.runtime.run_directory import RunDirectory
 
 STEPS, SAVE_EVERY, STRIKE_AT = 30, 10, 15
@@ -108,7 +108,7 @@ class Trial:
         self._ground, self._name, self._launches = ground, name, 0
         self._overrides, self._environment = (f"run.name={name}", *overrides), environment or {}
         self.path = ground.folder / "runs" / name
-        self.checkpoints = checkpoints or self.path / "checkpoints"
+        self.checkpoints = checkpoints or RunDirectory(self.path).checkpoints
 
     def start(self, *overrides: str, failpoint: str = "", ranks: int | None = None, prefix: Sequence[str] = ()) -> Job:
         """Launch it. `prefix`: a command that runs the launcher's."""
@@ -145,7 +145,7 @@ class Trial:
 
     def newest_step(self) -> int:
         """The step of the newest committed checkpoint; 0 where there is none."""
-        return max((int(path.name.removeprefix("step-")) for path in committed(self.checkpoints)), default=0)
+        return max((step_of(path.name) for path in committed(self.checkpoints)), default=0)
 
     def resumed_from(self) -> int | None:
         """The step from which the last attempt went on, 0 for the start; None where it did not get so far."""

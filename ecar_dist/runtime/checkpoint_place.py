@@ -31,6 +31,7 @@ from ecar_dist.runtime.checkpoint_files import (
     sized_file,
     warn_of_damage,
 )
+from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import sync_to_disk
 from ecar_dist.storage.remote import is_remote, join, local_path
@@ -96,18 +97,16 @@ class CheckpointPlace(Protocol):
 
 def open_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
     """Where the checkpoints of a run lie; `run` is its directory, which may have moved since it was trained."""
-    folder = config.checkpoint.dir
-    return place_at(
-        config, join(folder, config.run.name) if folder else str((run or config.run_directory) / "checkpoints")
-    )
+    if config.checkpoint.dir:
+        return place_at(config, join(config.checkpoint.dir, config.run.name))
+    return place_at(config, str(RunDirectory(run or config.run_directory).checkpoints))
 
 
 def open_ema_place(config: RunConfig, run: Path | None = None) -> CheckpointPlace:
     """Where copies of the averages alone are kept for good (ema.snapshot_every_samples)."""
-    folder = config.checkpoint.dir
-    return place_at(
-        config, join(folder, f"{config.run.name}/ema") if folder else str((run or config.run_directory) / "ema")
-    )
+    if config.checkpoint.dir:
+        return place_at(config, join(config.checkpoint.dir, f"{config.run.name}/ema"))
+    return place_at(config, str(RunDirectory(run or config.run_directory).averages))
 
 
 def place_at(config: RunConfig, where: str) -> CheckpointPlace:

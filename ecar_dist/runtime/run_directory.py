@@ -36,6 +36,7 @@ class RunDirectory:
         self.config, self.lineage = self.path / "config.yaml", self.path / "lineage.json"
         self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
         self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
+        self.averages = self.path / "ema"  # copies of the averages alone
         self._lock: BinaryIO | None = None
         self._attempt: str | None = None
 

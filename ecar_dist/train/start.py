@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import torch
 
-from ecar_dist.command_line import say
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.stream import SampleStream
-from ecar_dist.errors import CheckpointError, ConfigError, EcarError
+from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress, step_of
-from ecar_dist.runtime.checkpoint_place import open_place, place_at
-from ecar_dist.runtime.checkpoint_restore import Restored
-from ecar_dist.runtime.drift import resume_lines
+from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
-from ecar_dist.runtime.metrics import MetricsWriter
-from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
+from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
 from ecar_dist.runtime.world import World
-from ecar_dist.storage.remote import is_remote
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
-from ecar_dist.train.goodput import began
-from ecar_dist.train.loop import Preview, Training, last_step
+from ecar_dist.train.loop import Preview, Training
 from ecar_dist.train.objective import FlowObjective, Normalise
 from ecar_dist.train.phases import Phases
+from ecar_dist.train.record import begin_record, end_attempt, open_attempt
 from ecar_dist.train.sources import TrainingData, check_codec, check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.telemetry import Telemetry
 from ecar_dist.vae.build import open_codec
@@ -112,102 +102,6 @@ def open_together(config: RunConfig, world: World, stream: SampleStream, positio
     return world.together(lambda: open_loader(config, world, stream, position))
 
 
-def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
-    """Rank 0: the run directory is this process's, and what it starts is on record. Names of the attempt, the run."""
-    directory.open_for_training()
-    place = open_place(config)
-    found, attempts = place.committed(), directory.attempts()
-    where = place.where if is_remote(place.where) else str(Path(place.where).absolute())
-    before = attempts[-1].get("checkpoints", where) if attempts else where
-    if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
-        newest, left = (step_of(found[0]) if found else None), newest_step_at(config, before)
-        if newest is None or (left is not None and left > newest):
-            held = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
-            theirs = "its own" if left is None else f"its own up to step {left}"
-            raise CheckpointError(
-                f"{where} holds {held}, and the last attempt kept {theirs} in {before}; set checkpoint.dir back, bring "
-                f"them over, or choose another run.name to train anew"
-            )
-    attempt = directory.begin_attempt(
-        world_size=world.size,
-        zero_stage=config.deepspeed.zero_stage,
-        device=world.device.type,
-        checkpoints=where,
-        newest_step=step_of(found[0]) if found else None,
-    )
-    return attempt, directory.run_id
-
-
-def newest_step_at(config: RunConfig, where: str) -> int | None:
-    """Of the checkpoints at a place that is no longer the run's; None where there are none, or nobody can tell."""
-    try:
-        found = place_at(config, where).committed()
-    except (OSError, EcarError):
-        return None
-    return step_of(found[0]) if found else None
-
-
-def end_attempt(
-    directory: RunDirectory,
-    stop: StopRequest,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """How the attempt ended goes on record, where it lives to tell. Without effect on the ranks that began none."""
-    lost = error is not None and lost_peer(error) is not None
-    if isinstance(error, StoppedEarlyError) or (stop and (error is None or lost)):
-        reason = "signal"
-    elif lost:
-        reason = "failed: another rank was lost"
-    else:
-        reason = f"failed: {error}" if error else "done"
-    with contextlib.suppress(OSError):
-        directory.end_attempt(reason)
-
-
-def begin_record(run: Training, data: TrainingData, precision: str, restored: Restored | None) -> None:
-    """Rank 0: from here on the run is this config's, and its curves go on from here."""
-    config, directory = run.config, run.directory
-    progress = restored.progress if restored else Progress()
-    said = resume_notes(run, data, restored) if restored else []
-    directory.note_attempt(
-        dataset_ids=data.dataset_ids, precision=precision, resumed_from_step=restored and restored.progress.step
-    )
-    directory.write_config(config)
-    run.telemetry.goodput.run_began = began(directory.attempts())
-    run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
-    warning = run.store.space_warning(run.engine)
-    said += [
-        f"steps {a} to {b} are passed over, as bad_steps.jsonl says" for a, b in run.bad_steps.ahead(progress.step)
-    ]
-    say("\n".join([*opening_lines(run, data, precision, progress), *said, *unreachable_half_lives(config)]))
-    if warning:
-        print(warning, file=sys.stderr)
-
-
-def unreachable_half_lives(config: RunConfig) -> list[str]:
-    """A line where an average's half-life is one that the run is too short for: its ramp-up caps it to the end."""
-    cap = config.ema.rampup * config.train.total_samples
-    above = [half_life for half_life in config.ema.half_life_samples if half_life > cap]
-    if not above:
-        return []
-    line = (
-        f"ema.half_life_samples={', '.join(map(str, above))}: capped at {cap:,.0f} by the end, since a half-life is at "
-        f"most ema.rampup={config.ema.rampup:g} of the samples seen"
-    )
-    return [line]
-
-
-def resume_notes(run: Training, data: TrainingData, restored: Restored) -> list[str]:
-    """What is not as it was when the checkpoint was made: the layout, the order of the data, the config."""
-    attempts = [one for one in run.directory.attempts() if "dataset_ids" in one]
-    same_data = bool(attempts) and attempts[-1]["dataset_ids"] == data.dataset_ids
-    said = [f"resuming {restored.path}: {restored.conversion}"] if restored.conversion else []
-    said += [restored.new_data_order] if restored.new_data_order else []
-    return said + resume_lines(run.directory.config, run.config, same_data=same_data)
-
-
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
     """The config's autoencoder: on every rank's device where it encodes images, else on rank 0, to be compared."""
     if data.encoder is not None and not world.is_first:
@@ -260,27 +154,3 @@ def run_identity(
             "data.flip_images": config.data.flip_images,
         },
     }
-
-
-def opening_lines(run: Training, data: TrainingData, precision: str, progress: Progress) -> list[str]:
-    """The arithmetic of the run, said once."""
-    config, world = run.config, run.world
-    batch, accumulate = config.batch, config.grad_accum_steps(world.size)
-    parameters = sum(torch.Size(shape).numel() for shape in run.engine.shapes.values())
-    tokens = f"{' + '.join(map(str, config.stage_tokens))} tokens in {config.flow.num_stages} stages"
-    model = f"{config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters"
-    total, seen = config.train.total_samples, progress.samples_seen
-    spread = run.loader.stream.batch_spread()
-    return [
-        f"run {config.run_directory}: {model}, {tokens}",
-        (
-            f"{world.size} ranks on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
-            f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {world.size} ranks"
-        ),
-        (
-            f"data {data.count:,} {'samples' if data.encoder else 'images, encoded on the way'}, a global batch from "
-            f"about {spread:.0f} of {sum(len(manifest.shards) for manifest in data.manifests)} shards"
-        ),
-        f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps; "
-        + (f"resuming at step {progress.step:,} ({seen:,} samples)" if seen else "from the start"),
-    ]

@@ -1,113 +1,14 @@
-"""What a start refuses, and what it puts on record."""
+"""A start of a run that goes on, as a whole."""
 
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ecar_dist.config_file import load_config
-from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint_files import read_manifest
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.runtime.stop import StoppedEarlyError
-from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.start import end_attempt, open_attempt, unreachable_half_lives
 from tests.conftest import read_metrics
-
-ALONE = World(Placement(), torch.device("cpu"))
-
-
-def opened(path, *overrides):
-    """A new attempt at the run of a config, by a process that has died since."""
-    config = load_config(path, overrides)
-    directory = RunDirectory(config.run_directory)
-    open_attempt(directory, config, ALONE)
-    directory._lock.close()
-    return directory
-
-
-def test_a_run_that_has_trained_does_not_begin_anew_because_its_checkpoints_were_looked_for_elsewhere(
-    write_config, tmp_path
-):
-    config = write_config()
-    directory = opened(config)
-    opened(config, f"checkpoint.dir={tmp_path}/elsewhere")  # nothing was learnt yet
-    opened(config)
-    directory.metrics.write_text('{"step": 1}\n')
-    with pytest.raises(CheckpointError, match=r"elsewhere/tiny holds no checkpoint, and the last attempt kept its own"):
-        opened(config, f"checkpoint.dir={tmp_path}/elsewhere")
-    opened(config)
-    assert len(directory.attempts()) == 4
-
-
-def test_a_relative_folder_of_checkpoints_is_another_one_elsewhere(write_config, tmp_path, monkeypatch):
-    config, relative = write_config(), "checkpoint.dir=kept"
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    opened(config, relative).metrics.write_text('{"step": 1}\n')
-    monkeypatch.chdir(tmp_path / "there")
-    with pytest.raises(
-        CheckpointError, match=r"there/kept/tiny holds no checkpoint.* its own in \S+/here/kept/tiny; set"
-    ):
-        opened(config, relative)
-    monkeypatch.chdir(tmp_path / "here")
-    opened(config, relative)
-
-
-GONE = RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
-
-
-def test_a_run_does_not_go_back_to_older_checkpoints_in_another_place(write_config, tmp_path):
-    config, there = write_config(), f"checkpoint.dir={tmp_path}/there"
-    first = opened(config)
-    first.metrics.write_text('{"step": 1}\n')
-    for step, folder in ((5, first.checkpoints), (9, tmp_path / "there/tiny")):
-        (folder / f"step-{step:08d}").mkdir(parents=True)
-        (folder / f"step-{step:08d}/COMMITTED").write_text("")
-    opened(config, there)
-    with pytest.raises(CheckpointError, match=r"up to step 5, and .* kept its own up to step 9 in .*there"):
-        opened(config)
-
-
-@pytest.mark.parametrize(("half_lives", "said"), [((100,), []), ((100, 5000), ["5000: capped at 960 by the end"])])
-def test_a_half_life_that_the_run_is_too_short_for_is_said(write_config, half_lives, said):
-    config = load_config(write_config(), ["train.total_samples=9600", f"ema.half_life_samples={list(half_lives)}"])
-    lines = unreachable_half_lives(config)
-    assert len(lines) == len(said)
-    assert all(words in line for words, line in zip(said, lines, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("asked", "error", "reason"),
-    [
-        (False, None, "done"),
-        (True, None, "signal"),
-        (True, StoppedEarlyError("SIGTERM"), "signal"),
-        (False, ValueError("the disk is full"), "failed: the disk is full"),
-        (True, ValueError("the disk is full"), "failed: the disk is full"),
-        (False, GONE, "failed: another rank was lost"),
-        (True, GONE, "signal"),
-    ],
-)
-def test_how_an_attempt_ended_is_on_record(write_config, asked, error, reason):
-    directory = opened(write_config())
-    end_attempt(directory, asked, type(error), error, None)
-    (attempt,) = directory.attempts()
-    assert attempt["reason"] == reason
-    file = directory.lineage.stat().st_ino
-    end_attempt(RunDirectory(directory.path), False, None, None, None)  # of a rank that began none
-    assert directory.attempts() == [attempt]
-    assert directory.lineage.stat().st_ino == file  # not even written anew: rank 0 may be at it
-
-
-def test_a_full_disk_at_the_end_hides_nothing(write_config, monkeypatch):
-    directory = SimpleNamespace(end_attempt=lambda reason: (_ for _ in ()).throw(OSError("full")))
-    end_attempt(directory, False, None, None, None)
 
 
 def train_alone(config, *overrides, **environment):
