@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ecar_dist.errors import EcarError, FruitlessError
+from ecar_dist.errors import EcarError, FruitlessError, NodeError
 
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
+
+_STATUSES = {FruitlessError: EX_FRUITLESS, NodeError: EX_TEMPFAIL}
 
 AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what it runs, help) -> its parser
 
@@ -46,7 +48,7 @@ def run_command(program: str, action: Callable[[], int]) -> int:
         if os.environ.get("ECAR_TRACEBACK"):
             raise
         print(f"{program}: {error if isinstance(error, EcarError) else _sentence(error)}", file=sys.stderr)
-        return EX_FRUITLESS if isinstance(error, FruitlessError) else 1
+        return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return EX_INTERRUPTED

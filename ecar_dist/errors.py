@@ -23,3 +23,7 @@ class TrainingError(EcarError):
 
 class FruitlessError(EcarError):
     """The run fails again and again without progress: exit status 93, which tells a scheduler not to requeue."""
+
+
+class NodeError(EcarError):
+    """Some nodes are unfit, the others are fine: exit status 75, since the same command may run without them."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"models", "vae", "data"},
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
-    {"drills"},
+    {"drills", "cluster"},
     {"commands"},
     {"cli", "__main__", "data_tools"},
 ]
