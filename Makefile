@@ -1,9 +1,9 @@
-# make install | demo | test | lint   (each installs first when needed; VENV=/path chooses the environment)
+# make install | demo | test | test-slurm | lint   (each installs first when needed; VENV=/path chooses the environment)
 VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slurm lint clean
 
 install: $(STAMP)
 
@@ -17,6 +17,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
+
+# The tests on a real Slurm alone, one line each: a throw-away cluster of seven nodes on this machine.
+test-slurm: $(STAMP)
+	$(VENV)/bin/python -m pytest -vv --durations=10 -m slurm tests/slurm
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

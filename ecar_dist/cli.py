@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ecar_dist.command_line import run_command
-from ecar_dist.commands import checkpoints, drilling, generation, training
+from ecar_dist.commands import checkpoints, drilling, generation, submitting, training, watching
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -57,5 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_commands(add)
     generation.add_commands(add)
     checkpoints.add_verbs(commands.add_parser("checkpoint", help="look into a run's checkpoints, or export one"))
+    submitting.add_commands(add)
     drilling.add_commands(add)
+    watching.add_commands(add)
     return parser

@@ -17,7 +17,12 @@ EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
-_STATUSES = {FruitlessError: EX_FRUITLESS, NodeError: EX_TEMPFAIL}
+_STATUSES: dict[type[BaseException], int] = {
+    FruitlessError: EX_FRUITLESS,
+    NodeError: EX_TEMPFAIL,
+    KeyboardInterrupt: EX_INTERRUPTED,
+    BrokenPipeError: EX_BROKEN_PIPE,
+}
 
 AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what it runs, help) -> its parser
 
@@ -27,6 +32,11 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
     return int(text)
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 rank`, `1,200 ranks`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def say(text: str) -> None:
@@ -40,18 +50,23 @@ def run_command(program: str, action: Callable[[], int]) -> int:
     os.umask(os.umask(0o077) | 0o002)  # whatever the shell allows, nobody else may write what we write
     try:
         return action()
-    except BrokenPipeError:
+    except BrokenPipeError as closed:
         # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EX_BROKEN_PIPE
+        return status_of(closed)
     except (EcarError, OSError) as error:
         if os.environ.get("ECAR_TRACEBACK"):
             raise
         print(f"{program}: {error if isinstance(error, EcarError) else _sentence(error)}", file=sys.stderr)
-        return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 1)
-    except KeyboardInterrupt:
+        return status_of(error)
+    except KeyboardInterrupt as interrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
-        return EX_INTERRUPTED
+        return status_of(interrupt)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that this error ends; 1 for all that is not told apart, as of Python itself."""
+    return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 1)
 
 
 def _sentence(error: OSError) -> str:

@@ -8,15 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ecar_dist.cli import main
+from ecar_dist.commands.training import on_record
 from ecar_dist.data.manifest import load_manifest, write_manifest
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint_files import committed
 from tests.conftest import read_metrics, start_ranks, train_on_ranks, write_yaml
 
@@ -53,7 +56,7 @@ def trained(digits, make_tree, tmp_path_factory):
 
 def test_training_says_what_it_does_and_leaves_the_documented_directory(trained):
     _, run, out = trained
-    assert "global batch 16 = 4 x 4 x 1 ranks" in out
+    assert "\n1 rank on cpu, ZeRO-2, fp32; global batch 16 = 4 x 4 x 1 rank\n" in out
     assert "step 6/6" in out
     assert "left" in out
     assert {path.name for path in run.iterdir()} >= {
@@ -140,6 +143,52 @@ def test_checkpoint_verbs(trained, capsys):
 
 def test_check_says_what_a_typo_meant(write_config, capsys):
     assert "did you mean train.total_samples?" in fails(capsys, "check", write_config(), "train.total_sample=1")
+
+
+def test_check_tells_a_job_script_where_the_run_is_and_how_many_nodes_it_can_use(write_config, tmp_path, capsys):
+    config = write_config()
+    for nodes, usable in (("4", 2), ("2", 2), ("1", 1)):  # 16 samples in micro-batches of 4, on 2 ranks a node
+        assert main(["check", str(config), "--job", nodes, "2"]) == 0
+        assert capsys.readouterr().out == f"{tmp_path}/runs/tiny\n{usable}\n"
+    assert main(["check", str(config), "run.dir=elsewhere", "--job", "3", "1"]) == 0
+    assert capsys.readouterr().out == f"{Path.cwd()}/elsewhere/tiny\n2\n"
+    assert "batch.global_batch_size=" in fails(capsys, "check", config, "--job", "4", "3")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (0, 0),
+        (75, 75),
+        (DataError("a shard is cut"), 1),
+        (FruitlessError("again"), 93),
+        (NodeError("n2"), 75),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError(), 1),
+    ],
+    ids=str,
+)
+def test_the_first_rank_leaves_its_exit_status_for_the_job_script(tmp_path, monkeypatch, end, status):
+    file = tmp_path / "exit-status"
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
+
+    def action():
+        assert file.read_text() == ""
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+    for variable in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(variable, raising=False)
+    with contextlib.suppress(type(end)) if isinstance(end, BaseException) else contextlib.nullcontext():
+        assert on_record(action) == status
+    assert file.read_text() == f"{status}\n"
+    file.unlink()
+    for variable in ("RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(variable, "1")
+        assert on_record(lambda: 0) == 0
+        assert not file.exists()
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -256,7 +305,7 @@ def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path
     assert "step 4 is bad like those before it, and no checkpoint was made yet" in said
     assert not committed(tmp_path / "runs/tiny/checkpoints")
     attempt = json.loads((tmp_path / "runs/tiny/lineage.json").read_text())[-1]
-    assert attempt["reason"].startswith("failed: step 4 is bad like those before it")
+    assert attempt["reason"].startswith("gave up: step 4 is bad like those before it")
 
 
 def test_sampling_what_is_no_run(tmp_path, capsys):
@@ -279,7 +328,16 @@ def test_the_deepspeed_launchers_argument_is_accepted(write_config, capsys):
 
 
 def test_help_of_every_command(capsys):
-    for command in ([], ["train"], ["sample"], ["evaluate"], ["plan"], ["checkpoint"], ["checkpoint", "export"]):
+    for command in (
+        [],
+        ["train"],
+        ["preflight"],
+        ["sample"],
+        ["evaluate"],
+        ["plan"],
+        ["checkpoint"],
+        ["checkpoint", "export"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0

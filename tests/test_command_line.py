@@ -4,7 +4,7 @@ import os
 import pytest
 
 from data_tools.cli import main as ecar_data
-from ecar_dist.command_line import run_command, say
+from ecar_dist.command_line import counted, run_command, say
 from ecar_dist.errors import DataError
 
 
@@ -33,6 +33,11 @@ def ending(error, capsys):
 )
 def test_what_went_wrong_is_one_line(error, status, line, capsys):
     assert ending(error, capsys) == (status, line)
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 ranks"), (1, "1 rank"), (2, "2 ranks"), (1024, "1,024 ranks")])
+def test_things_are_counted_in_words(number, said):
+    assert counted(number, "rank") == said
 
 
 def test_a_bug_keeps_its_traceback(capsys):

@@ -1,4 +1,4 @@
-"""check, plan and train: what takes a config. Each imports what it needs when it runs."""
+"""check, plan, preflight and train: what takes a config. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,35 @@ import contextlib
 import faulthandler
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say
+from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
 from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
+
+if TYPE_CHECKING:
+    from ecar_dist.config import RunConfig
+    from ecar_dist.runtime.world import World
 
 
 def add_commands(add: AddCommand) -> None:
     checking = add("check", check, "validate a config and print its arithmetic (no torch)")
     planning = add("plan", plan, "parameters, FLOPs, memory per rank, time and checkpoint size (no torch)")
     training = add("train", train, "train, or go on training: alone, or under torchrun, deepspeed or srun")
-    for command in (checking, planning, training):
+    flying = add("preflight", preflight, "see whether all nodes are fit to train a config: launched as `train` is")
+    for command in (checking, planning, training, flying):
         command.add_argument("config", help="YAML file of the run")
         command.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+    checking.add_argument(
+        "--job",
+        nargs=2,
+        type=positive,
+        metavar=("NODES", "RANKS_PER_NODE"),
+        help="for job scripts: print the run directory, and the most nodes of these that the batch divides on",
+    )
     planning.add_argument("--world-size", type=positive, help="ranks (default: 8, or as many as the batch allows)")
     planning.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
     training.add_argument(
@@ -30,9 +45,13 @@ def add_commands(add: AddCommand) -> None:
 
 
 def check(parsed: argparse.Namespace) -> int:
+    from ecar_dist.cluster.size import usable_nodes
     from ecar_dist.flow.schedule import StageSchedule
 
     config = load_config(parsed.config, parsed.overrides)
+    if parsed.job:
+        print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
+        return 0
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
     print(config_to_yaml(config))
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
@@ -60,56 +79,109 @@ def plan(parsed: argparse.Namespace) -> int:
 
 
 def train(parsed: argparse.Namespace) -> int:
+    return on_record(lambda: _train(parsed))
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    return _on_all_ranks(parsed, lambda config, world: _train_on(config, world, parsed.new_data_order, parsed.adopt))
+
+
+def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool) -> int:
+    from ecar_dist.plan.flops import FLOPS_PER_MAC
+    from ecar_dist.plan.report import training_macs
+    from ecar_dist.sample.preview import make_preview
+    from ecar_dist.train.loop import train as run_training
+    from ecar_dist.train.start import start_training
+
+    with contextlib.ExitStack() as ends:
+        run, progress = start_training(
+            config,
+            world,
+            ends,
+            training_flops_per_sample=FLOPS_PER_MAC * training_macs(config),
+            preview_factory=make_preview,
+            allow_new_data=new_data_order,
+            adopt=adopt,
+        )
+        end = run_training(run, progress)
+    finished = end.samples_seen >= config.train.total_samples
+    if world.is_first:
+        say(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
+    return 0 if finished else EX_TEMPFAIL
+
+
+def preflight(parsed: argparse.Namespace) -> int:
+    def check(config: RunConfig, world: World) -> int:
+        from ecar_dist.train.preflight import check_nodes
+
+        check_nodes(config, world)
+        return 0
+
+    return _on_all_ranks(parsed, check)
+
+
+def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
+    """The exit status of an action of all ranks; what they met together is said by one of them."""
     try:
         config = load_config(parsed.config, parsed.overrides)
     except ConfigError:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # all ranks read this file; one says so
+        if _is_first():  # all ranks read this file; one says so
             raise
         return 1
-    from ecar_dist.plan.flops import FLOPS_PER_MAC
-    from ecar_dist.plan.report import training_macs
     from ecar_dist.runtime.parent_death import die_with_parent
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.stop import StoppedEarlyError
     from ecar_dist.runtime.watchdog import longest_wait
     from ecar_dist.runtime.world import COLLECTIVE_TIMEOUT, start_world, stop_world
-    from ecar_dist.sample.preview import make_preview
-    from ecar_dist.train.loop import train as run_training
-    from ecar_dist.train.start import start_training
 
     if _is_launched():
         die_with_parent()
     faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
-    world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
-    if (line := faults_on_purpose()) and world.is_first:
-        print(line, file=sys.stderr, flush=True)
     try:
-        with contextlib.ExitStack() as ends:
-            run, progress = start_training(
-                config,
-                world,
-                ends,
-                training_flops_per_sample=FLOPS_PER_MAC * training_macs(config),
-                preview_factory=make_preview,
-                allow_new_data=parsed.new_data_order,
-                adopt=parsed.adopt,
-            )
-            end = run_training(run, progress)
-        finished = end.samples_seen >= config.train.total_samples
-        if world.is_first:
-            say(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
-    except RemoteError:
-        return 1
+        world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
+        if (line := faults_on_purpose()) and world.is_first:
+            print(line, file=sys.stderr, flush=True)
+        status = action(config, world)
+    except RemoteError as remote:
+        return EX_TEMPFAIL if remote.again else 1
     except StoppedEarlyError as stopped:
         print(f"ecar-dist: {stopped}; run the same command again", file=sys.stderr)
         return EX_TEMPFAIL
     except RuntimeError as error:
         if (said := lost_peer(error)) is None:
             raise
-        print(f"ecar-dist: rank {world.rank} lost another rank ({said}); run the same command again", file=sys.stderr)
-        return 1
+        rank = os.environ["RANK"]
+        print(f"ecar-dist: rank {rank} lost another rank ({said}); run the same command again", file=sys.stderr)
+        return EX_TEMPFAIL
     stop_world()
-    return 0 if finished else EX_TEMPFAIL
+    return status
+
+
+def on_record(action: Callable[[], int]) -> int:
+    """The action's exit status. Rank 0 of a job script's job leaves it in $ECAR_JOB_LOGS/exit-status as well.
+
+    There it is the truth where the launcher has one of its own: torchrun turns all into 1, and srun reports the signal
+    by which it ended a slower rank. The file is empty from the start on, and stays so if this process is killed.
+    """
+    folder = os.environ.get("ECAR_JOB_LOGS")
+    if not folder or not _is_first():
+        return action()
+    file, status = Path(folder, "exit-status"), 1
+    file.write_text("")
+    try:
+        status = action()
+    except BaseException as error:
+        status = status_of(error)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: then the file says "killed", and the job is tried again
+            file.write_text(f"{status}\n")
+    return status
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, of whatever launcher: known before torch is there."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _is_launched() -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from signal import SIGKILL, SIGSTOP, SIGTERM
 
+from ecar_dist.command_line import counted
 from ecar_dist.drills.evidence import (
     Finding,
     ended_well,
@@ -105,16 +106,13 @@ def resize(ground: Ground) -> Iterator[Finding]:
     saved = trial.newest_step()
     last = trial.train()
     for said, (old, old_stage, new, new_stage) in zip((ended, last), ways, strict=True):
-        words = f"written by {_ranks(old)} with ZeRO-{old_stage}, read by {_ranks(new)} with ZeRO-{new_stage}"
+        writer, reader = counted(old, "rank"), counted(new, "rank")
+        words = f"written by {writer} with ZeRO-{old_stage}, read by {reader} with ZeRO-{new_stage}"
         found = [line for line in said.text.splitlines() if words in line]
         yield Finding(f"one line: {words}", found[0] if found else "not a word", len(found) == 1)
     yield ended_well(last)
     yield from_step(trial, saved)
     yield from as_quiet(ground, trial)
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def nan(ground: Ground) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from ecar_dist.command_line import counted
 from ecar_dist.config_file import load_config
 from ecar_dist.drills import rank_faults, storage_faults
 from ecar_dist.drills.evidence import Finding
@@ -72,7 +73,7 @@ def run_drills(
     folder = _empty_folder(keep) if keep else Path(tempfile.mkdtemp(prefix="ecar-drill-"))
     with ended_by_signals(), _dropped_on_interrupt(None if keep else folder):
         ground = Ground(config, folder, ranks)
-        print(f"{ranks} ranks on {ground.device}, {ground.precision}; runs and logs in {folder}", flush=True)
+        print(f"{counted(ranks, 'rank')} on {ground.device}, {ground.precision}; runs and logs in {folder}", flush=True)
         rows = [_row(name, ground, name in skip, keep is not None) for name in chosen]
     command = shlex.join(["ecar-dist", "drill", *names, str(config_path), *overrides])
     facts = circumstances(command, f"{ranks} on {ground.device}, {ground.precision}")

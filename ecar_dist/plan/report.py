@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ecar_dist.command_line import counted
 from ecar_dist.config import RunConfig
 from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.flow.solvers import CALLS_PER_STEP
@@ -86,8 +87,8 @@ def _batch_line(config: RunConfig, world_size: int) -> str:
     accumulate = config.grad_accum_steps(world_size)
     batch = config.batch
     return (
-        f"batch: {batch.global_batch_size} = {batch.micro_batch_size} micro x {accumulate} accumulation x {world_size} "
-        f"ranks; {config.total_steps} optimizer steps"
+        f"batch: {batch.global_batch_size} = {batch.micro_batch_size} micro x {accumulate} accumulation x "
+        f"{counted(world_size, 'rank')}; {config.total_steps} optimizer steps"
     )
 
 
@@ -113,7 +114,7 @@ def _sampling_lines(config: RunConfig) -> list[str]:
 
 def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> list[str]:
     precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
-    lines = [f"model state per rank, {world_size} ranks, {precision}, without activations:"]
+    lines = [f"model state per rank, {counted(world_size, 'rank')}, {precision}, without activations:"]
     for zero_stage in ZERO_STAGES:
         state = model_state(num_parameters, world_size, zero_stage, precision)
         chosen = "  <- this config" if zero_stage == config.deepspeed.zero_stage else ""

@@ -11,18 +11,21 @@ need not be the writer's. Only safetensors and JSON are read: nothing in a check
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.untrusted import file_inside, read_json
+
+if TYPE_CHECKING:
+    import torch  # its tensors are read below, the rest answers at once without it
 
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
 SCHEMA = "ecar-checkpoint-v2"
@@ -65,6 +68,8 @@ class FragmentReader:
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened parameter, fp32 on CPU. Raises CheckpointError on a gap."""
+        import torch
+
         value = torch.empty(numel)
         filled = 0
         for piece_start, piece_numel, handle, key in self._pieces.get((kind, name), []):
@@ -80,8 +85,8 @@ class FragmentReader:
 
     def full(self, kind: str, name: str) -> torch.Tensor:
         """A whole parameter in its own shape."""
-        shape = torch.Size(self.shapes[name])
-        return self.read(kind, name, 0, shape.numel()).view(shape)
+        shape = self.shapes[name]
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
     def _add(self, handle: Any) -> None:
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ecar_dist.command_line import counted
 from ecar_dist.config import EmaSection
 from ecar_dist.errors import CheckpointError
 from ecar_dist.failpoint import failpoint
@@ -123,5 +124,5 @@ def conversion(
 
 
 def _layout(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    ranks = f"{one['world_size']} rank{'s' if one['world_size'] > 1 else ''} with ZeRO-{one['zero_stage']}"
+    ranks = f"{counted(one['world_size'], 'rank')} with ZeRO-{one['zero_stage']}"
     return ranks if one["precision"] == other["precision"] else f"{ranks} in {one['precision']}"

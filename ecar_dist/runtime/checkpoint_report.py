@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ecar_dist.command_line import counted
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint_files import MARKER, DamagedError, FragmentReader, read_manifest, step_of, verify
 from ecar_dist.runtime.checkpoint_place import newest_whole, open_place
@@ -73,8 +74,8 @@ def kinds_in(path: Path) -> list[str]:
 def headline(manifest: dict[str, Any]) -> str:
     progress = manifest["progress"]
     return (
-        f"step {progress['step']:,}, {progress['samples_seen']:,} samples, written by {manifest['world_size']} ranks "
-        f"with ZeRO-{manifest['zero_stage']}"
+        f"step {progress['step']:,}, {progress['samples_seen']:,} samples, written by "
+        f"{counted(manifest['world_size'], 'rank')} with ZeRO-{manifest['zero_stage']}"
     )
 
 

@@ -16,7 +16,14 @@ _SOURCE_PLACE = re.compile(r"^\[\S+\]\s*")  # gloo opens with the C++ file it sp
 
 
 class RemoteError(Exception):
-    """Another rank met an error, and says which: this one ends without a word."""
+    """Another rank met an error, and says which: this one ends without a word.
+
+    `again`: the same command may run again as it is, since a rank or a node was lost and nothing has to be mended.
+    """
+
+    def __init__(self, message: str, *, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 def lost_peer(error: BaseException) -> str | None:

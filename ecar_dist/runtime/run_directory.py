@@ -1,20 +1,23 @@
-"""The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl, tb/, samples/, logs/, checkpoints/."""
+"""The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl; tb/, logs/, checkpoints/, jobs/ ...
+
+Free of torch, so that what only reads a run answers at once.
+"""
 
 from __future__ import annotations
 
 import datetime
 import fcntl
+import importlib.metadata
 import json
 import os
 import platform
 import re
 import socket
 import stat
+import time
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
 
 from ecar_dist import __version__
 from ecar_dist.config import RunConfig
@@ -23,9 +26,14 @@ from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 
 LOCK_NAME = ".lock"
+BEFORE_THE_START = ("jobs", "logs")  # a job script writes there while the run has not begun
 _WITH_KEY = re.compile(r"://\S*[?@]")  # a signature, or a user's name and password
 GOOD_ENDS = ("done", "signal")
 MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
+# For an earlier attempt of the same job: its node was lost and it does not know yet, or the file system does not know
+# yet that it is dead (NFS gives a client that fell silent 90 s by default).
+LOCK_SECONDS = 120.0
+_LOCK_POLL = 0.5
 
 
 class RunDirectory:
@@ -47,7 +55,8 @@ class RunDirectory:
         that is not a run, or another process trains there.
         """
         ours = (TEMPORARY_SUFFIX, LOCK_NAME)
-        if not self.lineage.exists() and any(not path.name.endswith(ours) for path in self.path.glob("*")):
+        found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
+        if not self.lineage.exists() and any(not path.name.endswith(ours) for path in found):
             raise ConfigError(
                 f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
             )
@@ -65,16 +74,11 @@ class RunDirectory:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         file = open(os.open(self.path / LOCK_NAME, flags, 0o644), "ab+", buffering=0)  # noqa: SIM115 - held to the end
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().decode().strip() or "another process"
-            raise ConfigError(f"{owner} trains in {self.path}; wait for its end, or choose another run.name") from None
+            _lock(file, self.path)
         except OSError as error:
             print(f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains there")
         file.truncate(0)
-        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n".encode())
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n".encode())
         self._lock = file
 
     def attempts(self) -> list[dict[str, Any]]:
@@ -97,7 +101,7 @@ class RunDirectory:
             "host": socket.gethostname(),
             "job": os.environ.get("SLURM_JOB_ID"),
             "ecar_dist": __version__,
-            "torch": torch.__version__,
+            "torch": importlib.metadata.version("torch"),
             "python": platform.python_version(),
             **facts,
         }
@@ -147,6 +151,36 @@ def _refuse_strangers(path: Path) -> None:
     if by_all or strange:
         what = "everybody may write there" if by_all else "somebody else made it, where everybody may write"
         raise ConfigError(f"{path} is not safe to write to: {what}; `chmod o-w` it, or choose another run.dir")
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Take the lock; one that an earlier attempt of the same Slurm job holds is waited for, LOCK_SECONDS at most.
+
+    Raises ConfigError where it is another's, OSError where the file system has no locks.
+    """
+    until = None
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().decode(errors="replace").strip() or "another process"
+        ours = bool(_slurm_job()) and owner.endswith(_slurm_job())
+        if not ours or (until is not None and time.monotonic() > until):
+            raise ConfigError(f"{owner} trains in {path}; wait for its end, or choose another run.name")
+        if until is None:
+            until = time.monotonic() + LOCK_SECONDS
+            print(f"{owner}, an earlier attempt, still holds {path}; waiting {LOCK_SECONDS:g} s at most", flush=True)
+        time.sleep(_LOCK_POLL)
+
+
+def _slurm_job() -> str:
+    """How the note on a lock's owner ends, the same for all attempts of one job; empty outside Slurm.
+
+    The links of a chain by array have numbers of their own, and are one job here.
+    """
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    return f", Slurm job {job}" if job else ""
 
 
 def _now() -> str:

@@ -115,7 +115,7 @@ class Watchdog:
             self.close()
         elif words := lost_peer(error):
             if self.close(f"{LOST} {words}"):
-                raise RemoteError("the watchdog says which rank is gone") from error
+                raise RemoteError("the watchdog says which rank is gone", again=True) from error
         else:
             self.close(FAILED)
 

@@ -9,9 +9,9 @@ from types import TracebackType
 
 import torch
 
-from ecar_dist.command_line import say
+from ecar_dist.command_line import counted, say
 from ecar_dist.config import RunConfig
-from ecar_dist.errors import CheckpointError, EcarError
+from ecar_dist.errors import CheckpointError, EcarError, FruitlessError
 from ecar_dist.runtime.checkpoint_files import Progress, step_of
 from ecar_dist.runtime.checkpoint_place import open_place, place_at
 from ecar_dist.runtime.checkpoint_restore import Restored
@@ -76,7 +76,8 @@ def end_attempt(
     elif lost:
         reason = "failed: another rank was lost"
     else:
-        reason = f"failed: {error}" if error else "done"
+        verb = "gave up" if isinstance(error, FruitlessError) else "failed"
+        reason = f"{verb}: {error}" if error else "done"
     with contextlib.suppress(OSError):
         directory.end_attempt(reason)
 
@@ -126,21 +127,22 @@ def unreachable_half_lives(config: RunConfig) -> list[str]:
 def opening_lines(run: Training, data: TrainingData, precision: str, progress: Progress) -> list[str]:
     """The arithmetic of the run, said once."""
     config, world = run.config, run.world
-    batch, accumulate = config.batch, config.grad_accum_steps(world.size)
+    batch, accumulate, ranks = config.batch, config.grad_accum_steps(world.size), counted(world.size, "rank")
     parameters = sum(torch.Size(shape).numel() for shape in run.engine.shapes.values())
     tokens = f"{' + '.join(map(str, config.stage_tokens))} tokens in {config.flow.num_stages} stages"
     model = f"{config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters"
     total, seen = config.train.total_samples, progress.samples_seen
     spread = run.loader.stream.batch_spread()
+    shards = counted(sum(len(manifest.shards) for manifest in data.manifests), "shard")
     return [
         f"run {config.run_directory}: {model}, {tokens}",
         (
-            f"{world.size} ranks on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
-            f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {world.size} ranks"
+            f"{ranks} on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
+            f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {ranks}"
         ),
         (
             f"data {data.count:,} {'samples' if data.encoder else 'images, encoded on the way'}, a global batch from "
-            f"about {spread:.0f} of {sum(len(manifest.shards) for manifest in data.manifests)} shards"
+            f"about {spread:.0f} of {shards}"
         ),
         f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps; "
         + (f"resuming at step {progress.step:,} ({seen:,} samples)" if seen else "from the start"),

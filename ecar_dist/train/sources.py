@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share, Source
 from ecar_dist.data.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
 from ecar_dist.data.shard_files import check_presence
+from ecar_dist.data.shard_probe import Probe, probe_images, probe_latents
 from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError, DataError
@@ -65,6 +66,16 @@ def check_data(config: RunConfig) -> TrainingData:
         _check_fits(place, found, data)
         check_presence(place, manifest.shards)
     return TrainingData(places, manifests, encoders[0])
+
+
+def try_data(config: RunConfig) -> tuple[TrainingData, Probe]:
+    """`check_data`, then a read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
+    data = check_data(config)
+    if data.encoder is None:
+        return data, probe_images(data.places[0])
+    latents = zip(data.places, cast(tuple[Manifest, ...], data.manifests), strict=True)
+    probes = [probe_latents(place, manifest) for place, manifest in latents]
+    return data, max(probes, key=lambda probe: probe.seconds)
 
 
 def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> None:

@@ -28,8 +28,9 @@ from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.loop import Preview, Training
 from ecar_dist.train.objective import FlowObjective, Normalise
 from ecar_dist.train.phases import Phases
+from ecar_dist.train.preflight import check_nodes
 from ecar_dist.train.record import begin_record, end_attempt, open_attempt
-from ecar_dist.train.sources import TrainingData, check_codec, check_data, normaliser, open_loader, open_stream
+from ecar_dist.train.sources import TrainingData, check_codec, normaliser, open_loader, open_stream
 from ecar_dist.train.telemetry import Telemetry
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
@@ -54,7 +55,7 @@ def start_training(
     stop = StopRequest()
     world.together(lambda: config.grad_accum_steps(world.size))
     directory = RunDirectory(config.run_directory)
-    data = world.together(lambda: check_data(config))
+    data = check_nodes(config, world)
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
@@ -63,6 +64,24 @@ def test_the_classifier_learns_the_digits(real):
     assert (predictions == heldout.labels).mean() > 0.96
     again = train_classifier(train.pixels, train.labels, 10)
     assert np.array_equal(features_and_predictions(again, heldout.pixels)[0], features)
+
+
+@pytest.mark.parametrize("name", ["samples", "train", "heldout"])
+def test_one_image_has_no_covariance_and_two_have(name):
+    rng = np.random.default_rng(0)
+    sizes = {"samples": 2, "reconstructions": 2, "train": 2, "heldout": 2}
+
+    def scores():
+        sets = {
+            one: LabelledImages(rng.integers(0, 255, (size, 32, 32, 3), np.uint8), np.arange(size))
+            for one, size in sizes.items()
+        }
+        return score(**sets, source="noise")
+
+    assert np.isfinite(scores()["FD-noise"])
+    sizes[name] = 1
+    with pytest.raises(DataError, match=f"^{name}: 1 image, and a Frechet distance needs 2 at least"):
+        scores()
 
 
 def test_scores_order_good_and_bad_samples(real):

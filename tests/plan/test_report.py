@@ -28,6 +28,12 @@ def test_report_states_the_run(make_config):
     assert marked[0].startswith("  zero_stage 2: 3.61 GiB")
 
 
+def test_one_rank_is_one_rank(make_config):
+    lines = plan_lines(make_config(), world_size=1, device=None)
+    assert "256 = 32 micro x 8 accumulation x 1 rank; 3907" in line(lines, "batch")
+    assert line(lines, "model state").startswith("model state per rank, 1 rank, bf16")
+
+
 def test_unguided_ratio_is_the_headline(make_config):
     lines = plan_lines(make_config(sample={"guidance_scale": 1.0}), 1, None)
     assert "11.6x at 250 steps and 2.32x at 50 steps as many MACs (both unguided" in line(lines, "DiT-XL/2 needs")

@@ -38,7 +38,7 @@ def test_equal_values_are_equal_whoever_wrote_them(tmp_path):
     diff = diff_checkpoints(a, b)
     assert diff.equal
     assert diff.lines == [
-        f"A {a}: step 4, 64 samples, written by 1 ranks with ZeRO-2",
+        f"A {a}: step 4, 64 samples, written by 1 rank with ZeRO-2",
         f"B {b}: step 8, 128 samples, written by 3 ranks with ZeRO-2",
         "equal: 3 tensors of ema, exp_avg, master, every value",
     ]

@@ -1,8 +1,11 @@
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
 from ecar_dist.errors import ConfigError, FruitlessError
 from ecar_dist.runtime.run_directory import RunDirectory
@@ -31,6 +34,60 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
     assert str(os.getpid()) in (run / ".lock").read_text()
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):  # another open file of the same process
         RunDirectory(run).open_for_training()
+
+
+OF_A_JOB = {"SLURM_JOB_ID": "77"}, {"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "76"}
+
+
+@pytest.mark.parametrize("job", OF_A_JOB, ids=["requeued", "link of a chain"])
+def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path, monkeypatch, capsys, job):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", OWNER, run]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **job})
+    assert owner.stdout.readline() == "held\n"
+    killer = threading.Timer(2.0, owner.kill)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    if "SLURM_ARRAY_JOB_ID" in job:
+        monkeypatch.setenv("SLURM_JOB_ID", "79")
+    killer.start()
+    RunDirectory(run).open_for_training()
+    owner.wait()
+    number = job.get("SLURM_ARRAY_JOB_ID", "77")
+    said = f"Slurm job {number}, an earlier attempt, still holds {run}; waiting 120 s at most"
+    assert capsys.readouterr().out.count(said) == 1
+    assert f"process {os.getpid()} on {socket.gethostname()}, Slurm job {number}\n" == (run / ".lock").read_text()
+
+
+def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ecar_dist.runtime.run_directory.LOCK_SECONDS", 1.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    owner = RunDirectory(tmp_path / "run")
+    owner.open_for_training()
+    with pytest.raises(ConfigError, match="Slurm job 77 trains in"):
+        RunDirectory(tmp_path / "run").open_for_training()
+    assert "waiting 1 s at most" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match="Slurm job 77 trains in"):
+        RunDirectory(tmp_path / "run").open_for_training()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_job_script_writes_before_the_start_is_no_other_run(tmp_path):
+    (tmp_path / "jobs/001").mkdir(parents=True)
+    (tmp_path / "logs/job-77").mkdir(parents=True)
+    RunDirectory(tmp_path).open_for_training()
+    assert (tmp_path / "lineage.json").exists()
+    (tmp_path / "lineage.json").unlink()
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        RunDirectory(tmp_path).open_for_training()
+
+
+def test_to_look_into_a_run_takes_no_torch():
+    modules = "ecar_dist.runtime.run_directory, ecar_dist.runtime.checkpoint_files"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_a_start_that_was_cut_short_may_be_made_again(tmp_path):
@@ -106,6 +163,10 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         RunDirectory(tmp_path / "run").open_for_training()
     assert victim.read_text() == "precious"
+
+
+def test_an_attempt_knows_its_versions(tmp_path):
+    assert start(tmp_path / "run").attempts()[0]["torch"] == torch.__version__
 
 
 def test_a_run_keeps_its_name(tmp_path):

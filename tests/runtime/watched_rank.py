@@ -38,8 +38,8 @@ def main() -> int:
                 time.sleep(0.05)
                 if failpoint("alive"):
                     dog.beat("backward", STEPS + 1)
-    except RemoteError:
-        return 3
+    except RemoteError as remote:
+        return 3 if remote.again else 4
     return 0
 
 

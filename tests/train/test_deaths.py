@@ -64,6 +64,7 @@ def test_a_death_ends_the_job_and_is_said_once(deaths, name, status, words):
     ended = deaths[0][name]
     rank = int(name[-1])
     assert ended.rank_statuses[rank] == status, ended.text
+    assert ended.rank_statuses[1 - rank] != 1  # 75, unless it was ended: nobody has to mend the other rank's loss
     assert ended.seconds < 60  # since the launch, where no signal struck
     assert not ended.orphans
     assert ended.text.count(words) == 1, ended.text

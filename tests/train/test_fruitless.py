@@ -22,4 +22,4 @@ def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(wr
     assert "job 77 was cut short 3 times in a row without a new checkpoint after step 0; see logs/" in line
     assert not (run / "metrics.jsonl").exists()
     reason = json.loads((run / "lineage.json").read_text())[-1].get("reason")
-    assert reason is None or reason.startswith("failed: job 77")
+    assert reason is None or reason.startswith("gave up: job 77")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecar_dist.config_file import load_config
-from ecar_dist.errors import CheckpointError
+from ecar_dist.errors import CheckpointError, FruitlessError
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
@@ -86,6 +86,7 @@ def test_a_half_life_that_the_run_is_too_short_for_is_said(write_config, half_li
         (True, ValueError("the disk is full"), "failed: the disk is full"),
         (False, GONE, "failed: another rank was lost"),
         (True, GONE, "signal"),
+        (False, FruitlessError("step 9 is bad"), "gave up: step 9 is bad"),
     ],
 )
 def test_how_an_attempt_ended_is_on_record(write_config, asked, error, reason):

@@ -1,0 +1,81 @@
+"""Whether a config fits the nodes it is submitted to, as far as a login node can tell: batch, memory, data."""
+
+from __future__ import annotations
+
+from ecar_dist.cluster.resources import Resources
+from ecar_dist.cluster.size import usable_counts
+from ecar_dist.config import RunConfig
+from ecar_dist.data.manifest import load_image_manifest, load_manifest
+from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.plan.memory import ModelState, model_state
+from ecar_dist.plan.parameters import ecar_parameters
+from ecar_dist.plan.report import feeds_state, plan_lines, preset_of, token_channels
+from ecar_dist.runtime.devices import device_memory
+from ecar_dist.storage.remote import is_remote
+
+
+def fitness_lines(config: RunConfig, resources: Resources, device: str | None) -> list[str]:
+    """The plan of the run on these nodes. Raises ConfigError where the batch does not divide on them, or where the
+    model's state is larger than the memory of the device."""
+    ranks = resources.ranks
+    usable_counts(config, resources.nodes, resources.nodes, ranks)
+    counts = usable_counts(config, resources.fewest, resources.nodes, ranks)
+    if device is not None:
+        _check_memory(config, counts[0] * ranks, device)
+    on = ", ".join(map(str, counts))
+    given = f"{resources.nodes}" if len(counts) == 1 else f"{resources.fewest} to {resources.nodes}"
+    return [
+        f"nodes: of {given} it runs on {on}, {ranks} ranks each",
+        *plan_lines(config, resources.nodes * ranks, device),
+    ]
+
+
+def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
+    memory = device_memory(device)
+    if memory is None:
+        return  # plan_lines refuses it by name
+    chosen = config.deepspeed.zero_stage
+    needed = {zero_stage: _on_device(config, world_size, zero_stage) for zero_stage in range(chosen, 4)}
+    if needed[chosen] <= memory:
+        return
+    fitting = [f"deepspeed.zero_stage={zero_stage}" for zero_stage, state in needed.items() if state <= memory]
+    fix = (fitting or ["more nodes, or a smaller model.preset"])[0]
+    raise ConfigError(
+        f"the model's state is {needed[chosen] / 2**30:.3g} GiB a rank at zero_stage {chosen} on {world_size} ranks, "
+        f"{device.upper()} has {memory / 2**30:.3g} GiB; use {fix}"
+    )
+
+
+def _on_device(config: RunConfig, world_size: int, zero_stage: int) -> int:
+    """Bytes of the model's state that stay on the device: what is offloaded does not count."""
+    parameters = ecar_parameters(
+        preset_of(config),
+        config.stage_tokens,
+        token_channels(config),
+        config.data.num_classes,
+        feeds_state=feeds_state(config),
+    )
+    precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
+    state: ModelState = model_state(parameters.total, world_size, zero_stage, precision)
+    offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
+    return state.total - offloaded - state.weights * config.deepspeed.offload_params
+
+
+def check_local_data(config: RunConfig) -> None:
+    """Raises DataError where a local set of the run is not there whole by its manifest, or does not fit the config."""
+    data = config.data
+    for place in (source.latents for source in data.latent_sources):
+        if is_remote(place):
+            continue
+        manifest = load_manifest(place)
+        found = {"data.num_classes": manifest.num_classes, "data.latent_size": manifest.moments_shape[-1]}
+        _check_fits(config, place, found)
+    if data.images is not None and not is_remote(data.images):
+        _check_fits(config, data.images, {"data.num_classes": load_image_manifest(data.images).num_classes})
+
+
+def _check_fits(config: RunConfig, place: str, found: dict[str, int]) -> None:
+    for key, value in found.items():
+        configured = getattr(config.data, key.removeprefix("data."))
+        if configured != value:
+            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")

@@ -1,0 +1,65 @@
+"""status: what is known of runs, from their files alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.errors import EcarError
+
+if TYPE_CHECKING:
+    from ecar_dist.cluster.status import RunStatus
+
+_CLEAR = "\033[H\033[2J"
+
+
+def add_commands(add: AddCommand) -> None:
+    looking = add("status", status, "state, progress, last checkpoint and last problem of runs (no torch, no Slurm)")
+    looking.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; several make a table")
+    looking.add_argument("--json", action="store_true", help="a line of JSON for each run; times are in seconds")
+    looking.add_argument("--watch", type=positive, metavar="SECONDS", help="look again and again, until Ctrl-C")
+
+
+def status(parsed: argparse.Namespace) -> int:
+    """Exit status 1 where one of RUN is no run directory."""
+    try:
+        while True:
+            found = _look(parsed.runs)
+            lines = _lines(found, as_json=parsed.json)
+            print((_CLEAR if parsed.watch and sys.stdout.isatty() else "") + "\n".join(lines), flush=True)
+            if not parsed.watch:
+                return 1 if any(isinstance(one, str) for one in found) else 0
+            time.sleep(parsed.watch)
+    except KeyboardInterrupt:
+        if not parsed.watch:
+            raise
+        return 0
+
+
+def _look(runs: list[Path]) -> list[RunStatus | str]:
+    """Of each run its status, or why there is none. Raises ConfigError for one run alone."""
+    from ecar_dist.cluster.status import run_status
+
+    found: list[RunStatus | str] = []
+    for run in runs:
+        try:
+            found.append(run_status(run))
+        except (EcarError, OSError) as error:
+            if len(runs) == 1:
+                raise
+            found.append(str(error))
+    return found
+
+
+def _lines(found: list[RunStatus | str], *, as_json: bool) -> list[str]:
+    from ecar_dist.cluster.status_lines import block, table
+
+    if as_json:
+        return [json.dumps({"error": one} if isinstance(one, str) else asdict(one)) for one in found]
+    return block(found[0]) if len(found) == 1 and not isinstance(found[0], str) else table(found)

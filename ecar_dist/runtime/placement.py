@@ -1,0 +1,61 @@
+"""Where the launcher put this process, from the variables of torchrun, deepspeed or srun."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ecar_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the launcher put this process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+def placement_from_environment(environment: Mapping[str, str]) -> Placement:
+    """Read the variables of torchrun or deepspeed, else of srun, else a world of one process."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Placement(
+            rank=int(environment["RANK"]),
+            size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            local_size=int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", 1))),
+            master_address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(environment.get("MASTER_PORT", 29500)),
+        )
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        return Placement(
+            rank=int(environment["SLURM_PROCID"]),
+            size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environment["SLURM_LOCALID"]),
+            local_size=int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]),
+            master_address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+            master_port=int(environment.get("MASTER_PORT") or port_of_job(environment)),
+        )
+    return Placement()
+
+
+def port_of_job(environment: Mapping[str, str]) -> int:
+    """The port where the ranks of a Slurm step meet: the same on all nodes, another one in each attempt and step.
+
+    In 20000..31999: below the ports that Linux gives to outgoing connections (from 32768).
+    """
+    job, restarts, step = (int(environment.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    return 20000 + (job + 7919 * restarts + 5003 * step) % 12000
+
+
+def first_host(node_list: str) -> str:
+    """The first host of Slurm's compressed node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", node_list)
+    if not match:
+        raise ConfigError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the first node's name")
+    return "".join(part or "" for part in match.groups())

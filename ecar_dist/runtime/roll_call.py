@@ -1,0 +1,157 @@
+"""A bounded roll call of all ranks, and what follows from their answers: go on, do without some nodes, or stop.
+
+The answers go through the store where the ranks have met, by no collective, so a rank that never answers is named after
+a while. Nodes are judged, not ranks: where one rank fails and another node is fine, its node is unfit; what fails on
+every node is no node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and keeps them out of the
+next attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.errors import ConfigError, EcarError, NodeError
+from ecar_dist.runtime.peers import RemoteError
+
+if TYPE_CHECKING:
+    from ecar_dist.runtime.world import World
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank says. JSON values only."""
+
+    rank: int
+    node: str
+    problem: str = ""  # why it cannot go on; empty: it can
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Rank 0's, for all ranks."""
+
+    nodes: tuple[str, ...] = ()  # of every rank, empty where it did not answer
+    bad_nodes: tuple[str, ...] = ()
+    problem: str = ""  # what rank 0 says for all; empty: go on, unless `culprit` says it
+    again: bool = False  # the same command may run, without the bad nodes
+    culprit: int | None = None  # the rank whose own error it is, where every node fails
+
+
+Judge = Callable[[Sequence[Answer | None]], Verdict]
+
+
+def node_name() -> str:
+    """Slurm's name of this node, which its exclude list wants, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def judge_nodes(answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str] = ()) -> Verdict:
+    """By rank; None where there was no answer within `seconds`. `came` names the nodes of ranks known from before."""
+    missing = [rank for rank, answer in enumerate(answers) if answer is None]
+    nodes = tuple(answer.node if answer else (came[rank] if came else "") for rank, answer in enumerate(answers))
+    problems: dict[str, str] = {}  # of each unfit node, its first
+    for node, answer in zip(nodes, answers, strict=True):
+        if node and (answer is None or answer.problem):
+            problems.setdefault(node, answer.problem if answer else f"no answer within {seconds:g} s")
+    if missing and not came:
+        return Verdict(nodes, tuple(problems), _who_is_missing(missing, nodes, seconds), again=True)
+    if not problems:
+        return Verdict(nodes)
+    if set(problems) == set(nodes):
+        if not missing:
+            return Verdict(nodes, culprit=next(answer.rank for answer in answers if answer and answer.problem))
+        return Verdict(nodes, problem=f"no node passed the preflight ({_list(problems)})", again=True)
+    plural = "s" if len(problems) > 1 else ""
+    then = "the job goes on without" if job_logs() else "run the same command again without"
+    ending = f"{then} {'them' if plural else 'it'}"
+    said = f"node{plural} {', '.join(problems)} failed the preflight: {_list(problems)}; {ending}"
+    return Verdict(nodes, tuple(problems), said, again=True)
+
+
+def hold_roll_call(
+    world: World,
+    name: str,
+    answer: Answer,
+    judge: Judge,
+    *,
+    seconds: float,
+    error: Exception | None = None,
+) -> Verdict:
+    """All ranks say their `answer` and hear the verdict; rank 0 waits `seconds` for the others.
+
+    Raises on all ranks where it is no good: on rank 0 what it says for all of them, on the culprit its own `error`, on
+    the others RemoteError.
+    """
+    text = world.roll_call(name, json.dumps(asdict(answer)), seconds, lambda texts: _judged(texts, judge))
+    found = json.loads(text)
+    verdict = Verdict(**{**found, "nodes": tuple(found["nodes"]), "bad_nodes": tuple(found["bad_nodes"])})
+    if verdict.culprit == world.rank and error is not None:
+        raise error
+    if verdict.culprit is not None:
+        raise RemoteError(f"rank {verdict.culprit} met an error and reports it")
+    if verdict.problem:
+        if not world.is_first:
+            raise RemoteError("rank 0 says what is wrong", again=verdict.again)
+        _note_bad_nodes(verdict.bad_nodes)
+        raise (NodeError if verdict.again else ConfigError)(verdict.problem)
+    return verdict
+
+
+def describe(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if isinstance(error, (EcarError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+def rank_list(ranks: Sequence[int]) -> str:
+    """`2, 3, 8-15`: neighbours together."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return ", ".join(f"{a[0]}-{a[-1]}" if a[-1] > a[0] + 1 else ", ".join(map(str, a)) for a in spans)
+
+
+def _judged(texts: Sequence[str | None], judge: Judge) -> str:
+    return json.dumps(asdict(judge([None if text is None else Answer(**json.loads(text)) for text in texts])))
+
+
+def _who_is_missing(missing: Sequence[int], nodes: Sequence[str], seconds: float) -> str:
+    by_node: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        if node:
+            by_node.setdefault(node, []).append(rank)
+    came = "; ".join(f"{rank_list(ranks)} on {node}" for node, ranks in by_node.items())
+    return (
+        f"rank{'s' if len(missing) > 1 else ''} {rank_list(missing)} did not come within {seconds:g} s (came: {came})"
+    )
+
+
+def _list(problems: Mapping[str, str]) -> str:
+    if len(problems) == 1:
+        return next(iter(problems.values()))
+    return "; ".join(f"{node}: {problem}" for node, problem in problems.items())
+
+
+def job_logs() -> Path | None:
+    folder = os.environ.get("ECAR_JOB_LOGS")
+    return Path(folder) if folder else None
+
+
+def _note_bad_nodes(nodes: Sequence[str]) -> None:
+    """For the job script. That it cannot be written costs a node's exclusion, not the line that names it."""
+    if nodes and (folder := job_logs()):
+        with contextlib.suppress(OSError):
+            (folder / "bad-nodes").write_text("".join(f"{node}\n" for node in nodes))

@@ -1,0 +1,50 @@
+"""The preflight of a training run: what it has to look at follows from the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ecar_dist.command_line import say
+from ecar_dist.config import RunConfig
+from ecar_dist.runtime.preflight import preflight
+from ecar_dist.runtime.world import World
+from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.storage.retries import RetryPolicy
+from ecar_dist.train.sources import TrainingData, cache_options, try_data
+
+LOCAL_SECONDS = 120.0  # for a rank's look; a file system that takes longer is one that hangs
+REMOTE_SECONDS = RetryPolicy().deadline + 60.0  # object stores are insisted on
+
+
+def check_nodes(config: RunConfig, world: World) -> TrainingData:
+    """Every node is fit and sees the data, which are given back; rank 0 says so. Collective.
+
+    Raises on all ranks: NodeError where some nodes are unfit, DataError where no node can read the data.
+    """
+
+    def read() -> tuple[TrainingData, dict[str, Any]]:
+        data, probe = try_data(config)
+        return data, {"where": probe.where, "bytes": probe.nbytes, "seconds": probe.seconds}
+
+    seconds = REMOTE_SECONDS if _reads_remotely(config) else LOCAL_SECONDS
+    data, lines = preflight(world, folders(config), read, seconds=seconds)
+    for line in lines:
+        say(line)
+    return data
+
+
+def folders(config: RunConfig) -> dict[str, Path]:
+    """What needs free space on every node, by what it is for."""
+    found = {"for the run": config.run_directory, "in /dev/shm": Path("/dev/shm")}
+    if config.checkpoint.dir is not None and not is_remote(config.checkpoint.dir):
+        found["for checkpoints"] = local_path(config.checkpoint.dir)
+    if _reads_remotely(config):
+        found["for the cache"] = cache_options(config.data).folder
+    return found
+
+
+def _reads_remotely(config: RunConfig) -> bool:
+    data = config.data
+    places = [data.images] if data.images is not None else [source.latents for source in data.latent_sources]
+    return any(is_remote(place) for place in places)

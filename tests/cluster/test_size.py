@@ -1,0 +1,33 @@
+"""Nodes that a global batch divides on."""
+
+import pytest
+
+from ecar_dist.cluster.size import usable_counts, usable_nodes
+from ecar_dist.config_file import config_from_dict
+from ecar_dist.errors import ConfigError
+
+
+@pytest.fixture
+def config(tree):
+    """48 samples in micro-batches of 4: 12 of them."""
+    tree["batch"] = {"global_batch_size": 48, "micro_batch_size": 4}
+    return config_from_dict(tree)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "usable"),
+    [(1, 1, 1), (4, 1, 4), (5, 1, 4), (9, 1, 6), (4, 2, 3), (5, 2, 3), (2, 4, 1), (1, 12, 1)],
+)
+def test_the_most_nodes_that_the_batch_divides_on(config, nodes, ranks, usable):
+    assert usable_nodes(config, nodes, ranks) == usable
+
+
+def test_no_number_of_nodes_makes_up_for_ranks_that_do_not_divide(config):
+    with pytest.raises(ConfigError, match=r"48 is no multiple .* 4 x 8 x any of 1 to 3; .*global_batch_size=64"):
+        usable_nodes(config, 3, 8)
+
+
+def test_all_counts_of_a_range(config):
+    assert usable_counts(config, 2, 7, 1) == [2, 3, 4, 6]
+    with pytest.raises(ConfigError, match=r"4 x 1 x 5; use batch.global_batch_size=60"):
+        usable_counts(config, 5, 5, 1)

@@ -1,0 +1,296 @@
+"""`ecar-dist status` on made-up run directories, on junk, and on a run under way."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ecar_dist.cli import main
+from ecar_dist.cluster.bounded_read import TAIL_BYTES
+from ecar_dist.cluster.status import run_status
+from ecar_dist.cluster.status_lines import block, table
+from ecar_dist.errors import ConfigError
+from tests.cluster.made_records import MadeRecord
+from tests.conftest import write_yaml
+
+
+@pytest.fixture
+def made(tmp_path):
+    return MadeRecord(tmp_path)
+
+
+def text(status):
+    return "\n".join(block(status))
+
+
+def test_of_a_run_that_was_only_submitted(made):
+    shutil.move(made.path / "config.yaml", made.path / "kept.yaml")
+    made.submitted(12, age=300)
+    shutil.copy(made.path / "kept.yaml", made.path / "jobs/001/config.yaml")
+    status = made.status()
+    assert (status.state, status.job, status.attempts) == ("submitted", "12", {})
+    assert status.sentence == "job 12, 5 min ago, has not started"
+    assert (status.progress.last_step, status.progress.total_samples) == (1000, 16_000)
+    assert status.checkpoints.step is None
+    assert "none yet" in text(status)
+
+
+def test_a_run_under_way(made):
+    made.attempt(5000, 4000, "signal", job="12")
+    made.attempt(3000, job="12", resumed_from_step=40)
+    made.lines(30, age=12)
+    made.checkpoint(200, 400)
+    made.checkpoint(280, 60)
+    made.job_logs(12, "", 2990)
+    status = made.status()
+    assert (status.state, status.sentence) == ("running", "job 12 on gpu03, attempt 2, last line 12 s ago")
+    assert (status.progress.step, status.progress.last_step, status.progress.samples_seen) == (300, 1000, 4800)
+    assert status.progress.samples_per_second == pytest.approx(32)
+    assert status.progress.seconds_left == pytest.approx((16_000 - 4800) / 32)
+    assert (status.progress.data_wait, status.progress.verdict) == (pytest.approx(0.01), "compute-bound")
+    found = status.checkpoints
+    assert (found.step, found.kept, found.steps_since, found.asked) == (280, 2, 20, True)
+    assert found.age == pytest.approx(60)
+    assert status.attempts == {"stopped": 1, "running": 1}
+    assert status.training_seconds == pytest.approx(4000)
+    assert status.log == str(made.path / "logs/job-12/rank-00000.log")
+    assert "step 300/1,000, 4,800 of 16,000 samples (30.0 %), 32 samples/s, 5 min left" in text(status)
+    assert f"step 280, 1 min ago; 20 steps since; 2 kept in {made.path}/checkpoints" in text(status)
+    assert "2: 1 stopped, 1 running; 1 h 06 min of training" in text(status)
+
+
+def test_the_verdict_is_that_of_the_run(made):
+    made.attempt(900)
+    made.lines(9, **{"perf/data_wait_fraction": 0.41})
+    assert made.status().progress.verdict == "data-bound: 41% of the time waits for data"
+    made.lines(9, **{"perf/slowest_rank": 3.0, "perf/slowest_ratio": 1.4})
+    assert made.status().progress.verdict == "rank 3 is 1.4x slower than the median rank"
+    made.lines(9, **{"time/checkpoint": 0.2})
+    assert made.status().progress.verdict.startswith("checkpoint-bound: 20%")
+
+
+def test_the_trend_of_the_loss_is_that_of_the_last_lines(made):
+    made.attempt(900)
+    made.lines(60, **{"train/loss": [9.0] * 40 + [2.0] * 10 + [1.9] * 10})
+    progress = made.status().progress
+    assert (progress.loss_trend, progress.loss_steps) == (pytest.approx(-0.05), 190)
+    assert "1.9000, -5.0% over the last 190 steps" in text(made.status())
+    made.lines(3, **{"train/loss": [1.0, 1.0, None]})
+    assert "not finite" in text(made.status())
+
+
+def test_the_newest_problem_is_told(made):
+    def problem():
+        found = made.status().problem
+        return found and (round(found.age), found.text)
+
+    made.attempt(90_000)
+    made.lines(9)
+    assert problem() is None
+    made.write("logs/substituted.rank-00001.jsonl", '{"sample_id": 7, "reason": "a.tar is cut"}\n', 80_000)
+    assert problem() == (80_000, "sample 7 was replaced: a.tar is cut")
+    made.write("bad_steps.jsonl", '{"step": 12, "reason": "the loss is nan"}\n{"step": 1', 70_000)
+    assert problem() == (70_000, "step 12 moved no weight: the loss is nan")
+    made.write("bad_steps.jsonl", '{"step": 12, "pass_over": [9, 12]}\n', 60_000)
+    assert problem() == (60_000, "step 12: rolled back; steps 9 to 12 are passed over")
+    made.write("logs/job-12/bad-nodes", "n2\nn7\n", 50_000)
+    assert problem() == (50_000, "the preflight found unfit: n2, n7 (job-12)")
+    made.write("logs/job-13/bad-nodes", "", 45_000)  # found nothing
+    assert problem() == (50_000, "the preflight found unfit: n2, n7 (job-12)")
+    made.write("logs/watchdog/0a/verdict.txt", "rank 1 is gone since step 4\n", 40_000)
+    made.write("logs/watchdog/0b/verdict.txt", "rank 3 has been stopped\n", 30_000)
+    assert problem() == (30_000, "rank 3 has been stopped")
+    made.lines(9, age=3, **{"checkpoint/failures": [0.0] * 5 + [1.0] * 2 + [2.0] * 2})
+    assert problem() == (3 + 5, "2 checkpoints could not be saved in this attempt")  # a line before the last
+    assert "problem     8 s ago: 2 checkpoints" in text(made.status())
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    made = MadeRecord(tmp_path, checkpoint={"dir": "s3://key:hunter2@bucket/runs"})
+    made.attempt(90, newest_step=400, checkpoints="s3://bucket/runs/tiny")
+    assert "step 400 when the last attempt began; in s3://bucket/runs/tiny, which was not asked" in text(made.status())
+    made.attempt(90, checkpoints="")
+    assert "none on record; in s3://bucket/runs/tiny, which was not asked" in text(made.status())
+    assert "hunter2" not in text(made.status()) + json.dumps(dataclasses.asdict(made.status()))
+    there = MadeRecord(tmp_path / "b", checkpoint={"dir": "saved"})  # relative to where the job was started
+    there.attempt(90, checkpoints=str(tmp_path / "saved/tiny"))
+    for name in ("step-00000030/COMMITTED", "step-00000040/state", "step-junk/COMMITTED", "step-/COMMITTED"):
+        (tmp_path / "saved/tiny" / name).parent.mkdir(parents=True)
+        (tmp_path / "saved/tiny" / name).touch()
+    assert (there.status().checkpoints.step, there.status().checkpoints.kept) == (30, 1)
+
+
+def test_a_run_directory_that_was_moved(made, tmp_path):
+    made.attempt(900, 100, "done", checkpoints=str(made.path / "checkpoints"))
+    made.checkpoint(40, 100)
+    made.path = made.path.rename(tmp_path / "elsewhere")
+    assert made.status().checkpoints.place == str(tmp_path / "elsewhere/checkpoints")
+    assert made.status().checkpoints.step == 40
+
+
+def test_of_a_long_file_the_end_is_read(made, monkeypatch):
+    made.attempt(9)
+    made.lines(3000)
+    assert (made.path / "metrics.jsonl").stat().st_size > 2 * TAIL_BYTES
+    with open(made.path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 99999, "samples_se')
+    assert made.status().progress.step == 30_000
+    reads = []
+    monkeypatch.setattr("ecar_dist.cluster.bounded_read.json.loads", lambda text: reads.append(text) or {})
+    run_status(made.path)
+    assert sum(map(len, reads)) < TAIL_BYTES + 10_000
+
+
+DEEP, LONG, HUGE = "[" * 100_000, "x" * (TAIL_BYTES + 9), f"[{'9' * 9999}]"
+WRONG = json.dumps([{"started": 7, "ended": [], "reason": {}, "host": None, "job": 1, "newest_step": "x"}, 3, None])
+LINE = json.dumps({"step": "3", "samples_seen": None, "train/loss": {}, "perf/step_seconds": True})
+EVIL = json.dumps({"step": 1e400, "samples_seen": 10**400, "reason": "\x1b[2J\n\nfake", "pass_over": ["\x1b", {}]})
+FILES = ("lineage.json", "metrics.jsonl", "config.yaml", ".lock", "bad_steps.jsonl", "jobs/001/job")
+FILES += ("logs/job-12/exit-status", "logs/job-12/bad-nodes", "logs/watchdog/a/verdict.txt")
+
+
+@pytest.mark.parametrize("junk", ["", "\0\xff", "{", "[]", "null", DEEP, LONG, HUGE, WRONG, LINE, EVIL, "\x1b[31m 12"])
+@pytest.mark.parametrize("name", FILES)
+def test_junk_in_a_file_is_no_reason_to_fall(made, name, junk):
+    made.attempt(900, job="12")
+    made.lines(9)
+    made.submitted(12, 1000)
+    made.job_logs(12, "", 890)
+    made.write(name, junk, 5)
+    status = made.status()
+    for line in [*block(status), *table([status, status])]:
+        assert line.isprintable()
+        assert len(line) < 700
+    json.dumps(dataclasses.asdict(status), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "junk", "said"),
+    [
+        ("lineage.json", "{", "lineage.json: Expecting property name"),
+        ("metrics.jsonl", LONG, "metrics.jsonl: its end holds no line of a step"),
+        ("config.yaml", "run: [", "config.yaml"),
+        ("config.yaml", "run: {nme: x}", "config key run.name is required"),
+        ("jobs/001/job", "n2; rm", "jobs/001/job: it holds no number of a job"),
+    ],
+)
+def test_what_could_not_be_read_is_said(made, name, junk, said):
+    made.attempt(900)
+    made.write(name, junk, 5)
+    (line,) = [line for line in block(made.status()) if line.startswith("  not read")]
+    assert said in line
+
+
+def test_a_line_of_junk_hides_no_other(made):
+    made.attempt(900)
+    made.lines(9)
+    with open(made.path / "metrics.jsonl", "a") as file:
+        file.write(f'{DEEP}\n{HUGE}\n3\n{{"step": null}}\n\0\n{{"step": 5')
+    status = made.status()
+    assert (status.progress.step, status.unread) == (90, ())
+
+
+def test_a_pipe_a_folder_and_a_loop_are_not_read(made):
+    os.mkfifo(made.path / "lineage.json")
+    (made.path / "metrics.jsonl").mkdir()
+    (made.path / ".lock").symlink_to(".lock")
+    status = made.status()
+    assert len(status.unread) == 3
+    assert "lineage.json: it is no regular file" in text(status)
+
+
+def test_what_is_no_run(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="is no run directory"):
+        run_status(tmp_path)
+    assert main(["status", str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_several_runs_make_a_table(made, tmp_path, capsys):
+    made.attempt(900, job="12")
+    made.lines(30)
+    other = MadeRecord(tmp_path / "b")
+    other.attempt(900, 100, "failed: the disk is full")
+    assert main(["status", str(made.path), str(other.path)]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "state", "step", "%"]
+    assert first.split()[1:5] == ["running", "300", "30.0", "32"]
+    assert "failed" in second
+    assert second.endswith("1 min ago: failed: the disk is full")
+    assert main(["status", str(made.path), str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{tmp_path} is no run directory")
+
+
+def test_as_json_each_run_is_a_line(made, tmp_path, capsys):
+    made.attempt(900, job="12")
+    made.lines(30)
+    assert main(["status", "--json", str(made.path), str(tmp_path)]) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["state"], first["progress"]["step"], first["attempts"]) == ("running", 300, {"running": 1})
+    assert list(second) == ["error"]
+
+
+def test_watching_looks_again_until_it_is_interrupted(made, monkeypatch, capsys):
+    made.attempt(900, 100, "signal")
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        made.attempt(50, 10, "done")
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["status", "--watch", "7", str(made.path)]) == 0
+    out = capsys.readouterr().out
+    assert slept == [7, 7]
+    assert out.index("state       stopped") < out.index("state       done")
+
+
+def test_it_imports_no_torch(made):
+    made.attempt(900)
+    made.lines(3)
+    made.checkpoint(10, 5)
+    script = (
+        f"import sys; from ecar_dist.cli import main; assert main(['status', {str(made.path)!r}]) == 0\n"
+        "heavy = {'torch', 'deepspeed', 'diffusers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint  step 10, " in done.stdout
+
+
+def test_a_run_under_way_is_seen_and_not_disturbed(tree, tmp_path):
+    tree["train"], run = {"total_samples": 16 * 40}, tmp_path / "runs/tiny"
+    command = [sys.executable, "-m", "ecar_dist", "train", str(write_yaml(tree, tmp_path))]
+    slow = {**os.environ, "ECAR_FAILPOINT": "train.step:delay=0.2"}
+    states = []
+    first = subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while "running" not in states and time.monotonic() < until and first.poll() is None:
+            if (run / "lineage.json").exists():
+                states.append(run_status(run).state)
+            time.sleep(0.02)
+        assert set(states) == {"starting", "running"}
+        status = run_status(run)
+        assert status.host == socket.gethostname()
+        assert f"{socket.gethostname()}, attempt 1, last line" in status.sentence
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert run_status(run).state == "killed"
+    done = subprocess.run([*command, "train.total_samples=96"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status = run_status(run)
+    assert (status.state, status.attempts, status.progress.step) == ("done", {"killed": 1, "done": 1}, 6)
+    assert (status.checkpoints.step, status.checkpoints.kept) == (6, 3)

@@ -1,0 +1,63 @@
+import pytest
+
+from ecar_dist.runtime.placement import Placement, first_host, placement_from_environment
+
+UNDER_SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_alone():
+    assert placement_from_environment({}) == Placement()
+
+
+def test_under_torchrun():
+    found = placement_from_environment(
+        {
+            "RANK": "5",
+            "WORLD_SIZE": "8",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": "n1",
+            "MASTER_PORT": "7",
+        }
+    )
+    assert found == Placement(5, 8, 1, 4, "n1", 7)
+
+
+def test_under_srun():
+    assert placement_from_environment(UNDER_SRUN) == Placement(5, 8, 1, 4, "gpu07", 20000 + 123456 % 12000)
+
+
+def test_each_attempt_and_step_of_a_job_meets_at_a_port_of_its_own():
+    def port(restarts, step):
+        count = {"SLURM_RESTART_COUNT": str(restarts), "SLURM_STEP_ID": str(step)}
+        return placement_from_environment(UNDER_SRUN | count).master_port
+
+    attempts, steps = {port(restarts, 0) for restarts in range(1000)}, {port(3, step) for step in range(100)}
+    assert (len(attempts), len(steps)) == (1000, 100)
+    assert 20000 <= min(attempts | steps) <= max(attempts | steps) < 32000
+    assert placement_from_environment(UNDER_SRUN | {"MASTER_PORT": "7", "MASTER_ADDR": "a"}).master_port == 7
+
+
+def test_an_interactive_allocation_without_srun_is_one_process():
+    assert placement_from_environment({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) == Placement()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("a[7,9]", "a7"),
+        ("rack1-n[2-4]-ib", "rack1-n2-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host

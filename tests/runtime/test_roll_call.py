@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from ecar_dist.errors import ConfigError, DataError, NodeError
+from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.placement import Placement
+from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, rank_list
+from ecar_dist.runtime.world import World
+from tests.runtime.test_world import in_threads, worlds
+
+NODES = ("n1", "n1", "n2", "n2")
+
+
+def answers(*problems, nodes=NODES):
+    """Of ranks on two nodes each; None where a rank is silent."""
+    return [
+        None if problem is None else Answer(rank, node, problem)
+        for rank, (node, problem) in enumerate(zip(nodes, problems, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("problems", "came", "expected"),
+    [
+        (("", "", "", ""), (), Verdict(NODES)),
+        (
+            ("", "", "", "no disk"),
+            (),
+            Verdict(
+                NODES,
+                ("n2",),
+                "node n2 failed the preflight: no disk; run the same command again without it",
+                again=True,
+            ),
+        ),
+        (("", "", "no disk", "no GPU"), NODES, "node n2 failed the preflight: no disk; run"),  # a node's first problem
+        (("", "no disk", "no disk", ""), (), Verdict(NODES, culprit=1)),  # no node is fit: its ranks are two of four
+        (("no data",) * 4, (), Verdict(NODES, culprit=0)),
+        (
+            ("", None, "", None),
+            (),
+            Verdict(
+                ("n1", "", "n2", ""),
+                (),
+                "ranks 1, 3 did not come within 9 s (came: 0 on n1; 2 on n2)",
+                again=True,
+            ),
+        ),
+        (("", "", "", None), NODES, "node n2 failed the preflight: no answer within 9 s; run"),
+        (
+            ("no disk", "", None, ""),
+            NODES,
+            "no node passed the preflight (n1: no disk; n2: no answer within 9 s)",
+        ),
+    ],
+)
+def test_nodes_are_judged_not_ranks(problems, came, expected):
+    verdict = judge_nodes(answers(*problems), seconds=9, came=came)
+    if isinstance(expected, Verdict):
+        assert verdict == expected
+    else:
+        assert verdict.problem.startswith(expected)
+        assert verdict.again
+
+
+def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", "/somewhere")
+    verdict = judge_nodes(answers("", "a", "b", nodes=("n1", "n2", "n3")), seconds=9)
+    assert verdict.bad_nodes == ("n2", "n3")
+    assert verdict.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
+
+
+def held(world, problem="", error=None, verdict=None):
+    judge = (lambda _: verdict) if verdict else lambda found: judge_nodes(found, seconds=30)
+    answer = Answer(world.rank, f"n{world.rank + 1}", problem)
+    return hold_roll_call(world, "test", answer, judge, seconds=30, error=error)
+
+
+def test_an_unfit_node_ends_all_ranks_and_is_said_by_the_first_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: held(second, "no disk", OSError("no disk")))
+    assert [type(error) for error in raised] == [NodeError, RemoteError]
+    assert str(raised[0]) == "node n2 failed the preflight: no disk; the job goes on without it"
+    assert raised[1].again  # status 75 there too
+    assert (tmp_path / "bad-nodes").read_text() == "n2\n"
+
+
+def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
+    first, second = worlds(2)
+    mine, theirs = DataError("no manifest"), DataError("no manifest")
+    raised = in_threads(*(lambda w=w, e=e: held(w, str(e), e) for w, e in ((first, mine), (second, theirs))))
+    assert raised[0] is mine
+    assert (type(raised[1]), raised[1].again) == (RemoteError, False)
+    assert not (tmp_path / "bad-nodes").exists()
+    alone = World(Placement(), torch.device("cpu"))
+    with pytest.raises(DataError, match="no manifest"):
+        held(alone, "no manifest", mine)
+
+
+def test_all_is_well():
+    assert [verdict.nodes for verdict in in_threads(*(lambda w=w: held(w) for w in worlds(3)))] == [
+        ("n1", "n2", "n3")
+    ] * 3
+
+
+def test_what_a_person_must_mend_is_no_reason_to_run_again():
+    first, second = worlds(2)
+    verdict = Verdict(NODES, problem="different torch")
+    raised = in_threads(*(lambda w=w: held(w, verdict=verdict) for w in (first, second)))
+    assert [type(error) for error in raised] == [ConfigError, RemoteError]
+    assert not raised[1].again
+
+
+def test_ranks_and_errors_in_a_sentence():
+    assert rank_list([3]) == "3"
+    assert rank_list([5, 1, 2, 3, 9, 8]) == "1-3, 5, 8, 9"
+    assert describe(OSError(5, "Input/output error", "/data")) == "/data: Input/output error"
+    assert describe(DataError("two\nlines")) == "two"
+    assert describe(RuntimeError("CUDA error")) == "RuntimeError: CUDA error"
+    assert describe(RuntimeError()) == "RuntimeError: RuntimeError"

@@ -1,0 +1,88 @@
+"""The preflight of real ranks that take themselves for nodes of their own: torchrun starts them through a wrapper."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ecar_dist.config_file import config_from_dict
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.train.preflight import LOCAL_SECONDS, REMOTE_SECONDS, _reads_remotely, folders
+from tests.conftest import free_port
+
+NODE_PER_RANK = '#!/bin/sh\nexport SLURMD_NODENAME="n$((RANK + 1))"\nexec "$@"\n'
+
+
+@pytest.fixture
+def launch(write_config, tmp_path):
+    """Run a command on two ranks, one a node; its status, its lines, and the folder of the job's logs."""
+    wrapper, logs = tmp_path / "node.sh", tmp_path / "runs/tiny/logs/job-7"
+    wrapper.write_text(NODE_PER_RANK)
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    logs.mkdir(parents=True)
+
+    def run(command, *overrides, failpoint=""):
+        started = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2"]
+        started += ["--master-port", str(free_port()), str(wrapper), sys.executable, "-m", "ecar_dist", command]
+        environment = {**os.environ, "ECAR_FAILPOINT": failpoint, "ECAR_JOB_LOGS": str(logs)}
+        done = subprocess.run(
+            [*started, str(write_config()), *overrides], capture_output=True, text=True, env=environment, timeout=200
+        )
+        return done.returncode, done.stdout.splitlines(), done.stderr, logs
+
+    return run
+
+
+def test_a_run_on_two_nodes_says_what_they_are(launch, tmp_path):
+    status, said, error, logs = launch("train", "train.total_samples=16")
+    assert status == 0, error
+    assert [line.partition(" ")[0] for line in said[:4]] == ["preflight:"] * 3 + ["run"]
+    assert said[0].startswith("preflight: 2 nodes (n1, n2) x 1 rank; CPU ")
+    assert "latents/000000.tar in " in said[1]
+    assert "GiB for the run (n" in said[1]
+    assert said[2].startswith("preflight: all-reduce of 16 MiB over 2 ranks at ")
+    assert (logs / "exit-status").read_text() == "0\n"
+    found = json.loads((logs / "preflight.json").read_text())
+    assert [(rank["rank"], rank["node"]) for rank in found["ranks"]] == [(0, "n1"), (1, "n2")]
+    assert found["all_reduce"]["bus_bytes_per_second"] > 1e6
+    assert 0 <= found["clock_skew_seconds"] < 5
+    assert not (logs / "bad-nodes").exists()
+    assert RunDirectory(tmp_path / "runs/tiny").attempts()[0]["reason"] == "done"
+
+
+def test_a_node_that_fails_is_named_and_nothing_is_begun(launch, tmp_path):
+    status, said, error, logs = launch("train", failpoint="preflight.read:rank=1:eio")
+    assert status == 1  # torchrun's own
+    assert (logs / "exit-status").read_text() == "75\n"
+    assert (logs / "bad-nodes").read_text() == "n2\n"
+    words = "ecar-dist: node n2 failed the preflight: preflight.read: Input/output error; the job goes on without it"
+    assert [line for line in error.splitlines() if line.startswith("ecar-dist:")] == [words]
+    assert error.count("exitcode  : 75") == 2
+    assert said == []
+    assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["logs"]
+
+
+def test_a_device_that_fails_on_every_node_is_no_nodes_fault(launch):
+    status, said, error, logs = launch("preflight", failpoint="preflight.device:raise")
+    assert status == 1
+    assert "RuntimeError: failpoint preflight.device" in error
+    assert not list(logs.iterdir())  # no training, so no exit status of it
+    assert said == []
+
+
+def test_what_is_looked_at_follows_from_the_config(tree, tmp_path):
+    config = config_from_dict(tree)
+    assert folders(config) == {"for the run": tmp_path / "runs/tiny", "in /dev/shm": Path("/dev/shm")}
+    tree["data"] |= {"latents": "s3://bucket/set", "cache": {"dir": "/scratch"}}
+    tree["checkpoint"]["dir"] = "/lustre"
+    remote = config_from_dict(tree)
+    assert folders(remote)["for the cache"] == Path("/scratch")
+    assert folders(remote)["for checkpoints"] == Path("/lustre")
+    assert (_reads_remotely(config), _reads_remotely(remote)) == (False, True)
+    assert LOCAL_SECONDS < REMOTE_SECONDS
+    tree["checkpoint"]["dir"] = "s3://bucket/checkpoints"
+    assert "for checkpoints" not in folders(config_from_dict(tree))
