@@ -49,13 +49,13 @@ def ending(attempt: Attempt) -> State:
 def began_again(record: RunRecord) -> bool:
     """Whether a job has started its ranks after the last attempt, and they have not got so far as to record their own.
 
-    A start leaves its marks in the folder of the job's logs before its attempt is on record, so that of the last attempt
-    has older ones. Its lines are compared too: they have the clock of the same file system.
+    The job script removes the exit status, and rank 0 makes it anew, before an attempt is on record: what is newer than
+    the last attempt is of another start. Its lines are compared too: they have the clock of the same file system.
     """
     logs, last = record.logs, record.last
     if logs is None or logs.status is not None or last is None:
         return False
-    return max(logs.made, logs.status_at or 0.0) > max(last.ended or last.started or 0.0, record.lines_at or 0.0)
+    return (logs.status_at or logs.made) > max(last.ended or last.started or 0.0, record.lines_at or 0.0)
 
 
 def _without_end(record: RunRecord, last: Attempt, now: float, here: str) -> State:

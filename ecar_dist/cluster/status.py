@@ -22,6 +22,7 @@ from ecar_dist.storage.remote import is_remote, join, local_path
 from ecar_dist.train.time_budget import SlowRank, TimeBudget
 
 AVERAGED = 5  # lines whose rates and shares are averaged
+_SECOND = 1.0  # times in lineage.json are rounded down to it
 TREND_LINES = 20  # whose losses are compared: the newer half with the older
 
 
@@ -159,7 +160,7 @@ def last_problem(record: RunRecord, now: float) -> Problem | None:
     notes = [*record.notes, *_failed_saves(record)]
     for attempt in record.attempts:
         if attempt.ended is not None and attempt.reason not in ("", "done", "signal"):
-            notes.append(Note(attempt.ended, attempt.reason))
+            notes.append(Note(attempt.ended + _SECOND, attempt.reason))  # after what led to it
     newest = max(notes, key=lambda note: note.when, default=None)
     return Problem(max(0.0, now - newest.when), newest.text) if newest else None
 

@@ -49,9 +49,9 @@ def _progress(progress: Progress, state: str) -> str:
     end = f"/{progress.last_step:,}" if progress.last_step is not None else ""
     said = [f"step {progress.step:,}{end}"]
     if progress.total_samples:
-        said.append(f"{progress.samples_seen:,} of {progress.total_samples:,} samples ({_percent(progress)} %)")
+        said.append(f"{progress.samples_seen:,} of {progress.total_samples:,} samples ({_percent(progress)}%)")
     if progress.samples_per_second:
-        said.append(f"{progress.samples_per_second:,.0f} samples/s")
+        said.append(f"{_rate(progress.samples_per_second)} samples/s")
     if progress.seconds_left and state != DONE:
         said.append(f"{span(progress.seconds_left)} left")
     return ", ".join(said)
@@ -92,12 +92,16 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         status.state,
         f"{progress.step:,}",
         _percent(progress) if progress.total_samples else "",
-        f"{rate:,.0f}" if rate else "",
+        _rate(rate) if rate else "",
         span(left) if left and status.state != DONE else "",
         f"{progress.loss:.4f}" if progress.loss is not None else "",
         f"{found.step:,}" if found.step is not None else "",
         f"{span(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
     )
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _percent(progress: Progress) -> str:

@@ -50,6 +50,7 @@ class MadeRecord:
     def job_logs(self, job, status=None, age=None):
         """`status`: what stands in exit-status; None for none. `age`: of it, and of the folder."""
         self.write(f"logs/job-{job}/rank-00000.log", "a story\n", age)
+        (self.path / f"logs/job-{job}/exit-status").unlink(missing_ok=True)
         if status is not None:
             self.write(f"logs/job-{job}/exit-status", status, age)
         self._age(self.path / f"logs/job-{job}", age)

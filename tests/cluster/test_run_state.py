@@ -33,6 +33,16 @@ def test_a_job_submitted_after_the_last_attempt_waits_and_one_that_has_begun_doe
     assert made.status().state == "starting"
 
 
+def test_a_job_has_begun_by_its_number_or_by_what_came_after_it(made):
+    made.attempt(900, 100, "done", job="12")
+    made.submitted(12, age=1)  # of a copied run directory all files are new
+    assert made.status().state == "done"
+    made.submitted(9, age=1000)  # a chain: each link has a number of its own
+    assert made.status().state == "done"
+    made.submitted(9, age=50)
+    assert made.status().state == "submitted"
+
+
 @pytest.mark.parametrize(
     ("ended", "state", "words"),
     [
@@ -59,6 +69,7 @@ def test_an_attempt_says_itself_how_it_ended(made, ended, state, words):
 )
 def test_a_run_on_another_host_is_judged_by_its_silence(made, silence, state):
     made.attempt(9000, job="12")
+    made.job_logs(12, "", 9010)
     made.lock("gpu03", 1)  # a process of that number lives here, on another host
     made.lines(30, age=silence)
     status = made.status(here="login")

@@ -37,6 +37,7 @@ if sys.argv[1] == "check":
     print(os.environ["RUN"], os.environ.get("USABLE", sys.argv[-2]), sep="\n")
 else:
     if RANK == "0":
+        assert not {"exit-status", "bad-nodes"} & set(os.listdir(os.environ["ECAR_JOB_LOGS"])), "of an earlier attempt"
         note("exit-status", "")
     where = f"rank {RANK} of {os.environ['SLURM_NTASKS']} on {NODE}"
     print(f"attempt {ATTEMPT}: {where}", flush=True)

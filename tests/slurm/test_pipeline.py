@@ -129,7 +129,7 @@ def piped(site, digits, make_tree):
         train_images=str(folder / "images/train"),
         heldout_images=str(folder / "images/heldout"),
     )
-    words = ["--nodes=2", "--gpus-per-node=0", "--ranks-per-node=1", "--pipeline", str(source), "--holdout=0.3"]
+    words = ["--nodes=1", "--gpus-per-node=0", "--ranks-per-node=1", "--pipeline", str(source), "--holdout=0.3"]
     words += ["--encode-tasks=2", "--encode-option=--samples-per-shard=64"]
     config = write_yaml(tree, folder)
     return folder, config, words, site.submit(config, *words)
