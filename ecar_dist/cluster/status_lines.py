@@ -28,7 +28,8 @@ def block(status: RunStatus) -> list[str]:
         "curves": f"{status.tensorboard}; `ecar-dist tensorboard {status.run}`",
     }
     lines = [f"  {label.ljust(_LABEL)}{printable(text, 500)}" for label, text in rows.items() if text]
-    return [status.run, *lines, *(f"  {'not read'.ljust(_LABEL)}{printable(what, 500)}" for what in status.unread)]
+    unread = [f"  {'not read'.ljust(_LABEL)}{printable(what, 500)}" for what in status.unread]
+    return [printable(status.run), *lines, *unread]
 
 
 def table(found: Sequence[RunStatus | str]) -> list[str]:
@@ -88,7 +89,7 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     progress, found, problem = status.progress, status.checkpoints, status.problem
     rate, left = progress.samples_per_second, progress.seconds_left
     return (
-        status.run,
+        printable(status.run),
         status.state,
         f"{progress.step:,}",
         _percent(progress) if progress.total_samples else "",

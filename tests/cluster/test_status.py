@@ -211,6 +211,14 @@ def test_a_pipe_a_folder_and_a_loop_are_not_read(made):
     assert "lineage.json: it is no regular file" in text(status)
 
 
+def test_a_name_that_a_terminal_would_obey(made):
+    made.attempt(900)
+    made.write("metrics.jsonl", "junk", 5)
+    made.path = made.path.rename(made.path.with_name("\x1b[2Jtiny"))
+    assert len(made.status().unread) == 1
+    assert all(line.isprintable() for line in [*block(made.status()), *table([made.status()])])
+
+
 def test_what_is_no_run(tmp_path, capsys):
     with pytest.raises(ConfigError, match="is no run directory"):
         run_status(tmp_path)

@@ -21,7 +21,7 @@ PLANS = {
     "warned": "if ATTEMPT == 1: train_until_told()",
     "deaf": "time.sleep(2)\nif ATTEMPT == 1: train_until_told()",
     "cancelled": "train_until_told()",
-    "bad node": "if ATTEMPT == 1: note('bad-nodes', NODE); leave(75)",
+    "bad node": "if ATTEMPT == 1: RANK == '0' and note('bad-nodes', NODE); leave(75)",
     "chain": "if LINK == '1': note('bad-nodes', NODE); leave(75)",
 }
 
@@ -69,7 +69,10 @@ def submitted(jobs):
         "killed": jobs.submit("killed", "killed", **last),
         "agent": jobs.submit("agent", "agent", **last),
         "forbidden": jobs.submit("forbidden", "never saved", "--no-requeue"),
-        "bad node": jobs.submit("bad node", "bad node", "--nodes=1-2", "--exclude=n2,n4"),
+        "bad node": jobs.submit("bad node", "bad node", "--exclude=n2,n4"),
+        "shrunk": jobs.submit(
+            "shrunk", "bad node", "--nodes=1-2", "--ntasks-per-node=2", "--exclude=n[3-7]", MIN_NODES="1"
+        ),
         "all bad": jobs.submit("all bad", "bad node", "--exclude=n[2-7]"),
         "chain": jobs.submit("chain", "chain", "--array=1-3%1"),
         "hopeless": jobs.submit("hopeless", "fruitless", "--array=1-3%1"),
@@ -89,6 +92,7 @@ def submitted(jobs):
         ("agent", "COMPLETED", 0, 1, "training ended with status 75"),
         ("forbidden", "FAILED", 75, 0, "Slurm does not requeue it: submit it again"),
         ("bad node", "COMPLETED", 0, 1, "goes on without n[2,4],n1"),
+        ("shrunk", "COMPLETED", 0, 1, "attempt 2 of at most 51, on n2 (1 of 1 nodes, ranks on each: 2)"),
         ("all bad", "COMPLETED", 0, 1, "too few nodes would be left"),
     ],
 )
