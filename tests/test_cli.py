@@ -141,6 +141,14 @@ def test_checkpoint_verbs(trained, capsys):
     assert "equal" in capsys.readouterr().out
 
 
+def test_check_names_what_is_not_a_default(tree, write_config, capsys):
+    assert main(["check", str(write_config()), "flow.context.tau=0.4"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("# not the defaults: "))
+    assert "run.name=tiny, " in line
+    assert ", flow.context.tau=0.4, " in line
+    assert "flow.gamma" not in line
+
+
 def test_check_says_what_a_typo_meant(write_config, capsys):
     assert "did you mean train.total_samples?" in fails(capsys, "check", write_config(), "train.total_sample=1")
 

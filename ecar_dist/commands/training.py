@@ -7,9 +7,9 @@ import contextlib
 import faulthandler
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
 from ecar_dist.config_file import config_to_yaml, load_config
@@ -57,6 +57,7 @@ def check(parsed: argparse.Namespace) -> int:
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
         window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
         print(f"# stage {k}: {size}x{size} latent, {tokens} tokens, data coefficient {window}")
+    print(f"# not the defaults: {', '.join(_leaves(config.model_dump(mode='json', exclude_defaults=True)))}")
     batch = config.batch
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):
@@ -66,6 +67,15 @@ def check(parsed: argparse.Namespace) -> int:
                 f"{config.grad_accum_steps(world_size)} x {world_size}"
             )
     return 0
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """`a.b=c` of each value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}={value}"
 
 
 def plan(parsed: argparse.Namespace) -> int:

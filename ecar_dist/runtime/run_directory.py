@@ -100,6 +100,7 @@ class RunDirectory:
             "started": _now(),
             "host": socket.gethostname(),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "chain": os.environ.get("SLURM_ARRAY_JOB_ID"),  # whose links are jobs of their own
             "ecar_dist": __version__,
             "torch": importlib.metadata.version("torch"),
             "python": platform.python_version(),
@@ -190,17 +191,21 @@ def _now() -> str:
 def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
     """Raises FruitlessError where this Slurm job was started before from the newest checkpoint of now, and cut short.
 
-    Only of one job: a person who starts again by hand may have mended the cause.
+    Only of one job, or one chain of jobs: a person who starts again by hand may have mended the cause.
     """
     now, earlier = attempts[-1], attempts[-1 - MAX_FRUITLESS : -1]
-    job, step = now["job"], now.get("newest_step")
+    job, step = _submitted_as(now), now.get("newest_step")
     fruitless = [
         one
         for one in earlier
-        if one.get("job") == job and one.get("newest_step") == step and one.get("reason") not in GOOD_ENDS
+        if _submitted_as(one) == job and one.get("newest_step") == step and one.get("reason") not in GOOD_ENDS
     ]
     if job and len(fruitless) == MAX_FRUITLESS:
         raise FruitlessError(
             f"job {job} was cut short {MAX_FRUITLESS} times in a row without a new checkpoint after step {step or 0}; "
             f"see logs/ for the cause, then submit it as a new job"
         )
+
+
+def _submitted_as(attempt: dict[str, Any]) -> str | None:
+    return attempt.get("chain") or attempt.get("job")

@@ -105,15 +105,20 @@ def start(path, step=None):
     return directory
 
 
-def test_a_job_that_never_gets_further_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chain", [False, True], ids=["requeued", "links of a chain"])
+def test_a_job_that_never_gets_further_is_refused(tmp_path, monkeypatch, chain):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    for _ in range(3):
+    if chain:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    for link in range(3):
+        monkeypatch.setenv("SLURM_JOB_ID", str(77 + 10 * link * chain))
         start(tmp_path / "run", step=40)
     with pytest.raises(
         FruitlessError, match=r"job 77 was cut short 3 times in a row without .* after step 40; see logs"
     ):
         start(tmp_path / "run", step=40)
     monkeypatch.setenv("SLURM_JOB_ID", "78")  # submitted again by hand
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     start(tmp_path / "run", step=40)
 
 
