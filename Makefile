@@ -15,8 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	VENV=$(VENV) bash demo.sh
 
+# Whole files on two workers; the tests on a real Slurm after them, by themselves.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
+	$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
 # The tests on a real Slurm alone, one line each: a throw-away cluster of seven nodes on this machine.
 test-slurm: $(STAMP)

@@ -22,13 +22,14 @@ from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint_files import committed
 from tests.conftest import read_metrics, start_ranks, train_on_ranks, write_yaml
+from tests.fork_server import run_forked
 
 
 def fails(capsys, *arguments, status=1):
     """Run a command that must fail; returns its one line. Training gets a process of its own, as it has in life."""
     command = [str(argument) for argument in arguments]
     if command[0] == "train":
-        done = subprocess.run([sys.executable, "-m", "ecar_dist", *command], capture_output=True, text=True)
+        done = run_forked(*command)
         ended, said = done.returncode, done.stderr
     else:
         capsys.readouterr()

@@ -132,6 +132,8 @@ def training_step(
 ) -> Step:
     """The job that trains by the config in `folder`."""
     exports = {} if launcher is None else {"LAUNCHER": launcher}
+    if resources.fewest < resources.nodes:
+        exports["MIN_NODES"] = f"{resources.fewest}"
     if max_requeues is not None:
         exports["MAX_REQUEUES"] = f"{max_requeues}"
     return Step(

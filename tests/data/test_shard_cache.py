@@ -1,6 +1,5 @@
 import errno
 import hashlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,11 +18,10 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy
 from tests.data.latent_sets import write_set
 from tests.data.object_store import IMPATIENT, QUICK, SECRETS
+from tests.fork_server import CONTEXT
 
 RANGE = 30_000  # of shards of about 87 KB
 PATIENT = RetryPolicy(deadline=60, request_seconds=60, first_delay=0.05)
-SERVERS = multiprocessing.get_context("forkserver")
-SERVERS.set_forkserver_preload(["s3fs", "ecar_dist.data.shard_store", "tests.data.test_shard_cache"])
 
 
 @pytest.fixture(autouse=True)
@@ -352,7 +350,7 @@ def start(remote, count, folder):
     folder.mkdir(exist_ok=True)
     results = [folder / f"{time.monotonic_ns()}-{rank}" for rank in range(count)]
     shared = (dict(os.environ), remote.url, remote.manifest, folder / "node", folder / "go")
-    readers = [SERVERS.Process(target=read_all, args=(*shared, result)) for result in results]
+    readers = [CONTEXT.Process(target=read_all, args=(*shared, result)) for result in results]
     for reader in readers:
         reader.start()
     wait_until(lambda: all(result.with_suffix(".ready").exists() for result in results))

@@ -17,7 +17,7 @@ from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.latent_sets import write_set
 from tests.data.object_store import SECRETS
 
-SECONDS = 5.0  # a retry insists for 600, a request that stalls for 30 or more
+SECONDS = 15.0  # a retry insists for 600, a request that stalls for 30 or more; the end itself takes one or two
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
-"""Encoding in processes of its own that die at a chosen place, or race each other. A fork server imports once."""
+"""Encoding in processes of its own that die at a chosen place, or race each other."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from data_tools.finalize import finalize
 from ecar_dist.data import shard_writer
 from ecar_dist.vae.dct import DctCodec
 from tests.data_tools.image_folders import encode_small
+from tests.fork_server import CONTEXT
 
 SHARD = 2  # the shard at which a worker dies
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 
 
 def start(target: Callable[..., None], *values: object) -> BaseProcess:

@@ -1,7 +1,6 @@
 """Real kills at every point of a save, and damage of every kind: a reader finds the old or the new one, whole."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress, committed, first_problem
 from ecar_dist.runtime.ema import ShardedEma
 from tests.conftest import free_port
+from tests.fork_server import CONTEXT
 from tests.runtime.checkpoint_worlds import IDENTITY, State, checkpoints, load, make_config, newest, save
 
 # what a save of step 8 leaves behind where it is killed at this point, and the step that a reader then finds
@@ -39,21 +39,14 @@ def save_until_killed(folder, failpoint):
         save(make_config(folder, keep=2), seed=step, step=step)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")  # which imports torch once
-    context.set_forkserver_preload(["tests.runtime.test_checkpoint_crash"])
-    return context
-
-
 def numbers_of(config):
     (restored, state, _) = load(config)[0]
     return restored.progress.step, state.partitions[0]
 
 
 @pytest.mark.parametrize(("failpoint", "step"), KILLS.items())
-def test_a_kill_at_any_point_leaves_the_old_or_the_new_one(processes, tmp_path, failpoint, step):
-    child = processes.Process(target=save_until_killed, args=(tmp_path, failpoint))
+def test_a_kill_at_any_point_leaves_the_old_or_the_new_one(tmp_path, failpoint, step):
+    child = CONTEXT.Process(target=save_until_killed, args=(tmp_path, failpoint))
     child.start()
     child.join(60)
     folder = tmp_path / "tiny/checkpoints"
@@ -67,12 +60,12 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_one(processes, tmp_path, 
     assert checkpoints(tmp_path) == [f"step-{step:08d}", "step-00000012"]
 
 
-def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_one(processes, tmp_path):
+def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_one(tmp_path):
     """Steps 4 and 8; 8 is damaged, so that it is made again: killed before its new form has its name."""
     for step in (4, 8):
         save(make_config(tmp_path), seed=step, step=step)
     os.truncate(next((tmp_path / "tiny/checkpoints/step-00000008").glob("*.safetensors")), 100)
-    child = processes.Process(target=save_again_and_be_killed, args=(tmp_path,))
+    child = CONTEXT.Process(target=save_again_and_be_killed, args=(tmp_path,))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -84,10 +77,10 @@ def save_again_and_be_killed(folder):
     save(make_config(folder), seed=9, step=8)
 
 
-def test_a_kill_while_loading_changes_nothing(processes, tmp_path):
+def test_a_kill_while_loading_changes_nothing(tmp_path):
     save(make_config(tmp_path), seed=4)
     before = {path: path.read_bytes() for path in (tmp_path / "tiny").rglob("*") if path.is_file()}
-    child = processes.Process(target=load_and_be_killed, args=(tmp_path,))
+    child = CONTEXT.Process(target=load_and_be_killed, args=(tmp_path,))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ MailProg=/bin/true
 SlurmdTimeout=5
 MessageTimeout=4
 TCPTimeout=1
-KillWait=5
+KillWait=15
 MinJobAge=86400
 ReturnToService=2
 EnforcePartLimits=ALL
@@ -78,7 +79,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder, self.nodes, self.net = folder, [f"n{number + 1}" for number in range(nodes)], _free_net()
         lines = [
-            f"NodeName={name} NodeAddr={self.net}.{11 + index} CPUs=16 RealMemory=8000 Gres=gpu:{GPUS}"
+            f"NodeName={name} NodeAddr={self.net}.{11 + index} CPUs=64 RealMemory=8000 Gres=gpu:{GPUS}"
             for index, name in enumerate(self.nodes)
         ]
         folder.chmod(0o755)  # munge wants its socket within everybody's reach
@@ -86,7 +87,7 @@ class Cluster:
         self.conf.write_text(SLURM_CONF.format(net=self.net, folder=folder, nodes="\n".join(lines)))
         (folder / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that starts where there are none
-        self.environment = {**_without_slurm(os.environ), "SLURM_CONF": str(self.conf)}
+        self.environment = {**_without_slurm(os.environ), "SLURM_CONF": str(self.conf), "VENV": sys.prefix}
         self.environment["PATH"] += os.pathsep + "/usr/sbin"
         self._site = self._switch_on()
         try:

@@ -181,7 +181,7 @@ def test_the_containers_stand_before_every_command(jobs, tmp_path):
 
 def test_pyxis_is_told_the_image_and_the_mounts():
     script = 'set -eu; . slurm/env.sh; printf "%s\\n" "${SRUN[@]}" "[$BIN]" "${#INSIDE[@]}"'
-    env = {**os.environ, "PYXIS_IMAGE": "/images/e.sqsh", "MOUNTS": "/a,/b"}
+    env = {**os.environ, "PYXIS_IMAGE": "/images/e.sqsh", "MOUNTS": "/a,/b", "VENV": ""}
     said = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     container = ["--container-image=/images/e.sqsh", f"--container-workdir={ROOT}", "--container-mounts=/a:/a,/b:/b"]
     assert said.splitlines() == ["srun", *container, "[]", "0"]

@@ -1,0 +1,92 @@
+"""One fork server for all tests: it imports once what its children would each import for seconds.
+
+A fork server has one list of what it imports, read when the first child starts, so the list is here.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from ecar_dist.cli import entry
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "s3fs",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch._inductor: else each engine imports them
+        "ecar_dist.plan.report",
+        "ecar_dist.sample.preview",
+        "ecar_dist.train.loop",
+        "ecar_dist.train.start",
+        "tests.data.test_shard_cache",
+        "tests.data_tools.workers",
+        "tests.runtime.test_checkpoint_crash",
+    ]
+)
+STREAMS = ("stdout", "stderr")
+GRACE = 20.0  # seconds for the other ranks to end by themselves once one has failed
+
+
+class Forked:
+    """`ecar-dist WORDS` in a fork of the server, with the caller's environment, folder and mask, and more variables."""
+
+    def __init__(self, words: Sequence[str], more: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forked-")
+        for name in STREAMS:
+            (Path(self._folder.name) / name).touch()
+        umask = os.umask(0)
+        os.umask(umask)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
+        self.process = CONTEXT.Process(target=_run, args=(words, environment, os.getcwd(), umask, self._folder.name))
+        self.process.start()
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """What it left; it is killed where it has not ended."""
+        self.process.kill()
+        self.process.join()
+        said = [(Path(self._folder.name) / name).read_text(errors="replace") for name in STREAMS]
+        self._folder.cleanup()
+        return subprocess.CompletedProcess("ecar-dist", self.process.exitcode, *said)
+
+
+def run_forked(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """One process without a launcher, to its end."""
+    forked = Forked(words)
+    forked.process.join(timeout)
+    return forked.end()
+
+
+def run_ranks(count: int, port: int, *words: str, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """Ranks of one world, with the variables that torchrun would give them, to their end."""
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [Forked(words, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    _wait([rank.process for rank in ranks], time.monotonic() + timeout)
+    return [rank.end() for rank in ranks]
+
+
+def _wait(ranks: Sequence[BaseProcess], until: float) -> None:
+    """Until all have ended, or GRACE after one has failed."""
+    while alive := [rank.sentinel for rank in ranks if rank.exitcode is None]:
+        if any(rank.exitcode for rank in ranks):
+            until = min(until, time.monotonic() + GRACE)
+        if not wait(alive, max(0.0, until - time.monotonic())):
+            return
+
+
+def _run(words: Sequence[str], environment: Mapping[str, str], folder: str, umask: int, streams: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for standard, name in enumerate(STREAMS, start=1):
+        os.dup2(os.open(Path(streams) / name, os.O_WRONLY | os.O_APPEND), standard)
+    os.umask(umask)
+    sys.argv = ["ecar-dist", *words]
+    entry()
