@@ -100,11 +100,11 @@ def test_a_chain_is_an_array_one_at_a_time(submit, slurm):
     assert "logs/job-*.log" in out
 
 
-def test_a_range_of_nodes(submit, slurm):
+def test_a_range_of_nodes(submit, slurm, tmp_path):
     _, out, _ = submit("--min-nodes", "1", "batch.global_batch_size=48", nodes=6, resources=("--gpus-per-node", "1"))
-    assert "MIN_NODES=1" in out
     assert "nodes: of 1 to 6 it runs on 1, 2, 3, 4, 6, 1 ranks each" in out
     assert "--nodes=1-6" in slurm.calls[0]
+    assert "MIN_NODES=1" in (tmp_path / "runs/tiny/jobs/001/train.sbatch").read_text()
 
 
 @pytest.mark.parametrize(
