@@ -16,6 +16,8 @@ from ecar_dist.errors import ConfigError
 
 GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: block covariance is singular there
 GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
+CONTEXT_KINDS = frozenset({"ecar"})  # values of model.kind whose network is fed the states of coarser stages
+ONE_STAGE_KINDS = frozenset({"dit", "mar"})
 
 
 class Section(BaseModel):
@@ -31,8 +33,12 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    kind: Literal["ecar"] = "ecar"
+    kind: Literal["ecar", "dit", "pyramid", "mar"] = Field(
+        "ecar", description="or a baseline: one-stage flow; the stages without AR; masked AR with a flow head a token"
+    )
     preset: Literal["T", "S", "B", "L", "XL", "XXL", "3B", "7B"] = Field("T", description="row of models/presets.py")
+    ar_depth: int | None = Field(None, ge=1, description="blocks of the AR transformer (mar: trunk); null: preset's")
+    flow_depth: int | None = Field(None, ge=1, description="blocks of the velocity network (mar: head); null: preset's")
     patch_size: int = Field(2, ge=1, description="latent pixels per token side")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of training samples that get the null label")
 
@@ -51,6 +57,7 @@ class FlowSection(Section):
     gamma: float = Field(GAMMA_EXTREME, description="correlation inside a block of jump noise, in [-1/3, 0)")
     context: ContextSection = ContextSection()
     stage_weights: tuple[float, ...] | None = Field(None, description="loss weight of each stage; null: 1/K each")
+    token_draws: int = Field(4, ge=1, description="mar: times and noises drawn for each token and training step")
 
     @property
     def resolved_ends(self) -> tuple[float, ...]:
@@ -62,7 +69,7 @@ class FlowSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FlowSection:
-        ends, K, gamma, context = self.resolved_ends, self.num_stages, self.gamma, self.context
+        ends, K, gamma = self.resolved_ends, self.num_stages, self.gamma
         if len(ends) != K:
             raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
         if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in itertools.pairwise(ends)):
@@ -74,12 +81,13 @@ class FlowSection(Section):
             raise ValueError(f"flow.stage_weights must be {K} numbers >= 0, not all 0; null gives 1/K each")
         if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
             raise ValueError(f"flow.gamma={gamma} is outside [-1/3, 0); -0.3333333333333333 is the least renoising")
-        if K > 1 and not context.allow_unsafe:
-            self._check_context(gamma, context)
         return self
 
-    @staticmethod
-    def _check_context(gamma: float, context: ContextSection) -> None:
+    def check_context(self) -> None:
+        """Raises ValueError where a model that is fed states would meet the trap of section 5 in docs/ecar.md."""
+        gamma, context = self.gamma, self.context
+        if self.num_stages == 1 or context.allow_unsafe:
+            return
         relaxed = gamma > GAMMA_EXTREME + GAMMA_SAFE_MARGIN
         if context.mode == "noisy_state" and context.tau == 0:
             raise ValueError(
@@ -285,7 +293,10 @@ class SampleSection(Section):
     solver: Literal["euler", "midpoint", "heun"] = "midpoint"
     steps_per_stage: int = Field(8, ge=1, description="solver steps in each stage; midpoint and heun call twice a step")
     guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
-    guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 at stage 0 to the scale")
+    guidance_ramp: Literal["linear", "constant"] = Field(
+        "linear", description="linear: from 1 at stage 0 to the scale (mar: with the share of tokens drawn)"
+    )
+    ar_steps: int = Field(64, ge=1, description="mar: steps in which the tokens are drawn, at most one a token")
     every_samples: int = Field(0, ge=0, description="samples between image strips in TensorBoard; 0 switches them off")
 
 
@@ -327,6 +338,11 @@ class RunConfig(Section):
         return tuple((side // self.model.patch_size) ** 2 for side in self.stage_sizes)
 
     @property
+    def context_tau(self) -> float | None:
+        """Std of the noise on the states that are fed back; None where the model is fed none."""
+        return self.flow.context.tau if self.model.kind in CONTEXT_KINDS else None
+
+    @property
     def total_steps(self) -> int:
         return math.ceil(self.train.total_samples / self.batch.global_batch_size)
 
@@ -336,6 +352,8 @@ class RunConfig(Section):
         return {
             "model.kind": self.model.kind,
             "model.preset": self.model.preset,
+            "model.ar_depth": self.model.ar_depth,
+            "model.flow_depth": self.model.flow_depth,
             "model.patch_size": self.model.patch_size,
             "data.num_classes": self.data.num_classes,
             "data.latent_channels": self.data.latent_channels,
@@ -368,6 +386,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        kind, num_stages = self.model.kind, self.flow.num_stages
+        if kind in ONE_STAGE_KINDS and num_stages != 1:
+            raise ValueError(f"model.kind={kind} has one stage, got flow.num_stages={num_stages}; set it to 1")
+        if kind in CONTEXT_KINDS:
+            self.flow.check_context()
         divisor = self.model.patch_size * 2 ** (self.flow.num_stages - 1)
         if self.data.latent_size % divisor:
             raise ValueError(
