@@ -33,9 +33,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    kind: Literal["ecar", "dit", "pyramid", "mar"] = Field(
-        "ecar", description="or a baseline: one-stage flow; the stages without AR; masked AR with a flow head a token"
-    )
+    kind: Literal["ecar", "dit", "pyramid", "mar"] = Field("ecar", description="or one of the baselines in models/")
     preset: Literal["T", "S", "B", "L", "XL", "XXL", "3B", "7B"] = Field("T", description="row of models/presets.py")
     ar_depth: int | None = Field(None, ge=1, description="blocks of the AR transformer (mar: trunk); null: preset's")
     flow_depth: int | None = Field(None, ge=1, description="blocks of the velocity network (mar: head); null: preset's")
@@ -73,9 +71,7 @@ class FlowSection(Section):
         if len(ends) != K:
             raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
         if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in itertools.pairwise(ends)):
-            raise ValueError(
-                f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
-            )
+            raise ValueError(f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null: (k+1)/K")
         weights = self.resolved_stage_weights
         if len(weights) != K or min(weights) < 0 or not 0 < sum(weights) < math.inf:  # a NaN compares false
             raise ValueError(f"flow.stage_weights must be {K} numbers >= 0, not all 0; null gives 1/K each")
@@ -84,7 +80,7 @@ class FlowSection(Section):
         return self
 
     def check_context(self) -> None:
-        """Raises ValueError where a model that is fed states would meet the trap of section 5 in docs/ecar.md."""
+        """Raises ValueError where a model that is fed states would meet the trap (docs/ecar.md, section 5)."""
         gamma, context = self.gamma, self.context
         if self.num_stages == 1 or context.allow_unsafe:
             return
@@ -293,9 +289,7 @@ class SampleSection(Section):
     solver: Literal["euler", "midpoint", "heun"] = "midpoint"
     steps_per_stage: int = Field(8, ge=1, description="solver steps in each stage; midpoint and heun call twice a step")
     guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
-    guidance_ramp: Literal["linear", "constant"] = Field(
-        "linear", description="linear: from 1 at stage 0 to the scale (mar: with the share of tokens drawn)"
-    )
+    guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 to the scale, by stage")
     ar_steps: int = Field(64, ge=1, description="mar: steps in which the tokens are drawn, at most one a token")
     every_samples: int = Field(0, ge=0, description="samples between image strips in TensorBoard; 0 switches them off")
 
