@@ -220,7 +220,7 @@ def test_a_sample_of_any_kind_does_not_depend_on_the_batch_around_it(kind, guida
         assert not torch.allclose(generate(model, plan, labels, indices, seed)[-1], together[-1], atol=1e-3)
 
 
-def test_the_pyramid_draws_nothing_to_feed_back(monkeypatch):
+def test_the_pyramid_is_fed_nothing_and_nothing_is_drawn_for_it(monkeypatch):
     keys, original = [], module.normal
 
     def spy(seed, positions, purpose, shape, *, stream=0):
@@ -228,8 +228,10 @@ def test_the_pyramid_draws_nothing_to_feed_back(monkeypatch):
         return original(seed, positions, purpose, shape, stream=stream)
 
     monkeypatch.setattr(module, "normal", spy)
-    model = make_model_of(make_config("pyramid", num_stages=3))
+    model, fed = make_model_of(make_config("pyramid", num_stages=3)), []
+    monkeypatch.setattr(model, "begin_stage", lambda stage, context, labels, cache: fed.append((stage, context)))
     generate(model, make_plan(3, kind="pyramid", tau=None), LABELS, INDICES, SEED)
+    assert fed == [(0, None), (1, None), (2, None)]
     assert sorted(keys) == [(Purpose.GENERATE_START, 0), (Purpose.GENERATE_JUMP, 1), (Purpose.GENERATE_JUMP, 2)]
 
 
