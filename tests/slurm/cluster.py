@@ -159,9 +159,7 @@ class Cluster:
     def signal(self, job: str, *, batch_shell: bool = True, name: str = "USR1") -> None:
         """As Slurm warns of a job's end: the batch shell alone; or else every process of its steps."""
         words = ["scancel", *(["--batch"] if batch_shell else []), f"--signal={name}", job]
-        subprocess.run(
-            words, env=self.environment, check=False
-        )  # for a link of a chain it may fail, and signal it still
+        subprocess.run(words, env=self.environment, check=False)  # for a link of a chain it may fail, and signal it still
 
     def attempts(self, job: str) -> list[str]:
         """How each attempt of a job ended, as Slurm has noted it; of those that are over, in order."""
