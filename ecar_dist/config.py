@@ -5,92 +5,27 @@ Nothing here imports torch, so `ecar-dist check` answers at once on a login node
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ecar_dist.config_model import (
+    CONTEXT_KINDS,
+    ONE_STAGE_KINDS,
+    FlowSection,
+    ModelSection,
+    SampleSection,
+    Section,
+)
 from ecar_dist.errors import ConfigError
-
-GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: block covariance is singular there
-GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its directory")
     dir: str = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, sample order and all keyed randomness")
-
-
-class ModelSection(Section):
-    kind: Literal["ecar"] = "ecar"
-    preset: Literal["T", "S", "B", "L", "XL", "XXL", "3B", "7B"] = Field("T", description="row of models/presets.py")
-    patch_size: int = Field(2, ge=1, description="latent pixels per token side")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of training samples that get the null label")
-
-
-class ContextSection(Section):
-    mode: Literal["noisy_state", "gamma_relaxed", "class_only"] = Field(
-        "noisy_state", description="what the AR transformer sees of the coarser stages"
-    )
-    tau: float = Field(0.3, ge=0, allow_inf_nan=False, description="std of fresh noise added to the fed-back state")
-    allow_unsafe: bool = Field(False, description="accept the degenerate setting (negative control only)")
-
-
-class FlowSection(Section):
-    num_stages: int = Field(3, ge=1, le=6, description="K, resolutions from coarse to fine, each twice the last")
-    ends: tuple[float, ...] | None = Field(None, description="data coefficient e_k at each stage's end; null: (k+1)/K")
-    gamma: float = Field(GAMMA_EXTREME, description="correlation inside a block of jump noise, in [-1/3, 0)")
-    context: ContextSection = ContextSection()
-    stage_weights: tuple[float, ...] | None = Field(None, description="loss weight of each stage; null: 1/K each")
-
-    @property
-    def resolved_ends(self) -> tuple[float, ...]:
-        return tuple((k + 1) / self.num_stages for k in range(self.num_stages)) if self.ends is None else self.ends
-
-    @property
-    def resolved_stage_weights(self) -> tuple[float, ...]:
-        return (1.0 / self.num_stages,) * self.num_stages if self.stage_weights is None else self.stage_weights
-
-    @model_validator(mode="after")
-    def _check(self) -> FlowSection:
-        ends, K, gamma, context = self.resolved_ends, self.num_stages, self.gamma, self.context
-        if len(ends) != K:
-            raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
-        if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in itertools.pairwise(ends)):
-            raise ValueError(
-                f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
-            )
-        weights = self.resolved_stage_weights
-        if len(weights) != K or min(weights) < 0 or not 0 < sum(weights) < math.inf:  # a NaN compares false
-            raise ValueError(f"flow.stage_weights must be {K} numbers >= 0, not all 0; null gives 1/K each")
-        if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
-            raise ValueError(f"flow.gamma={gamma} is outside [-1/3, 0); -0.3333333333333333 is the least renoising")
-        if K > 1 and not context.allow_unsafe:
-            self._check_context(gamma, context)
-        return self
-
-    @staticmethod
-    def _check_context(gamma: float, context: ContextSection) -> None:
-        relaxed = gamma > GAMMA_EXTREME + GAMMA_SAFE_MARGIN
-        if context.mode == "noisy_state" and context.tau == 0:
-            raise ValueError(
-                "flow.context.mode=noisy_state with tau=0 feeds exact states back: samples lose their low-frequency "
-                "variance; set flow.context.tau=0.3 (or flow.context.allow_unsafe=true for a negative control)"
-            )
-        if context.mode == "gamma_relaxed" and (context.tau != 0 or not relaxed):
-            raise ValueError(
-                f"flow.context.mode=gamma_relaxed needs tau=0 and gamma > {GAMMA_EXTREME + GAMMA_SAFE_MARGIN:.4f}, got "
-                f"tau={context.tau} and gamma={gamma:.4f}; set flow.context.tau=0 and flow.gamma=-0.2"
-            )
 
 
 class VaeSection(Section):
@@ -281,14 +216,6 @@ class CheckpointSection(Section):
     max_failures: int = Field(3, ge=1, description="saves in a row that may fail before the run ends")
 
 
-class SampleSection(Section):
-    solver: Literal["euler", "midpoint", "heun"] = "midpoint"
-    steps_per_stage: int = Field(8, ge=1, description="solver steps in each stage; midpoint and heun call twice a step")
-    guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
-    guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 at stage 0 to the scale")
-    every_samples: int = Field(0, ge=0, description="samples between image strips in TensorBoard; 0 switches them off")
-
-
 class LogSection(Section):
     every_steps: int = Field(10, ge=1)
     time_bins: int = Field(4, ge=1, le=32, description="bins of flow time, in each stage, that the loss is shown by")
@@ -327,6 +254,11 @@ class RunConfig(Section):
         return tuple((side // self.model.patch_size) ** 2 for side in self.stage_sizes)
 
     @property
+    def context_tau(self) -> float | None:
+        """Std of the noise on the states that are fed back; None where the model is fed none."""
+        return self.flow.context.tau if self.model.kind in CONTEXT_KINDS else None
+
+    @property
     def total_steps(self) -> int:
         return math.ceil(self.train.total_samples / self.batch.global_batch_size)
 
@@ -336,6 +268,8 @@ class RunConfig(Section):
         return {
             "model.kind": self.model.kind,
             "model.preset": self.model.preset,
+            "model.ar_depth": self.model.ar_depth,
+            "model.flow_depth": self.model.flow_depth,
             "model.patch_size": self.model.patch_size,
             "data.num_classes": self.data.num_classes,
             "data.latent_channels": self.data.latent_channels,
@@ -368,6 +302,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        kind, num_stages = self.model.kind, self.flow.num_stages
+        if kind in ONE_STAGE_KINDS and num_stages != 1:
+            raise ValueError(f"model.kind={kind} has one stage, got flow.num_stages={num_stages}; set it to 1")
+        if kind in CONTEXT_KINDS:
+            self.flow.check_context()
         divisor = self.model.patch_size * 2 ** (self.flow.num_stages - 1)
         if self.data.latent_size % divisor:
             raise ValueError(

@@ -30,9 +30,12 @@ class Purpose(enum.IntEnum):
     CONTEXT = 4  # noise on the state fed back to the AR transformer
     LABEL_DROP = 5  # classifier-free guidance's dropped labels
     FLIP = 6  # horizontal flips
+    MASK_RATIO = 7  # the share of a sample's tokens that is masked
+    MASK_ORDER = 8  # which tokens those are
     GENERATE_START = 16  # sampling: the coarsest stage's noise
     GENERATE_JUMP = 17  # sampling: renoising at a stage jump
     GENERATE_CONTEXT = 18  # sampling: noise on the fed-back state
+    GENERATE_ORDER = 19  # sampling: the order in which tokens are drawn
 
 
 def philox4x32(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:

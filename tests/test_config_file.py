@@ -66,6 +66,10 @@ def test_the_resolved_config_reads_back_equal(path, tmp_path):
         ("data.latent_size=30", "patch_size x 2^(num_stages-1) = 2 x 4 = 8"),
         ("flow.context.tau=0", "set flow.context.tau=0.3"),
         ("flow.context.mode=gamma_relaxed", "needs tau=0 and gamma >"),
+        ("model.kind=dit", "model.kind=dit has one stage, got flow.num_stages=3; set it to 1"),
+        ("model.kind=mar", "model.kind=mar has one stage, got flow.num_stages=3; set it to 1"),
+        ("model.kind=var", "model.kind='var': input should be 'ecar', 'dit', 'pyramid' or 'mar'"),
+        ("model.flow_depth=0", "model.flow_depth=0"),
         ("deepspeed.raw.train_batch_size=8", "derived from batch.*"),
         ("optim.warmup_samples=20000", "exceed train.total_samples=10000"),
         ("vae.kind=kl", "needs vae.path"),
@@ -84,6 +88,12 @@ def test_the_unsafe_context_needs_an_explicit_word(path):
     assert config.flow.context.tau == 0
     assert load_config(path, ["flow.context.tau=0", "flow.context.mode=gamma_relaxed", "flow.gamma=-0.2"])
     assert load_config(path, ["flow.context.tau=0", "flow.num_stages=1"])  # one stage feeds nothing back
+
+
+def test_a_model_that_is_fed_no_states_meets_no_trap(path):
+    config = load_config(path, ["model.kind=pyramid", "flow.context.tau=0"])
+    assert config.context_tau is None
+    assert load_config(path, ["flow.context.tau=0.4"]).context_tau == 0.4
 
 
 def test_batch_arithmetic_over_ranks(path):
@@ -172,7 +182,10 @@ def test_the_last_batch_counts_as_a_step(path):
 @pytest.mark.parametrize(
     "override",
     [
+        "model.kind=pyramid",
         "model.preset=S",
+        "model.ar_depth=5",
+        "model.flow_depth=5",
         "model.patch_size=1",
         "data.num_classes=11",
         "data.latent_channels=5",

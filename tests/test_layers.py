@@ -10,6 +10,7 @@ LAYERS = [
     {"errors"},
     {"failpoint"},
     {"storage", "command_line"},
+    {"config_model"},
     {"config"},
     {"config_file"},
     {"rng", "averaging"},

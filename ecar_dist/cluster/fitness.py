@@ -7,9 +7,9 @@ from ecar_dist.cluster.size import usable_counts
 from ecar_dist.config import RunConfig
 from ecar_dist.data.manifest import load_image_manifest, load_manifest
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.plan.kinds import parameter_count
 from ecar_dist.plan.memory import ModelState, model_state
-from ecar_dist.plan.parameters import ecar_parameters
-from ecar_dist.plan.report import feeds_state, plan_lines, preset_of, token_channels
+from ecar_dist.plan.report import plan_lines
 from ecar_dist.runtime.devices import device_memory
 from ecar_dist.storage.remote import is_remote
 
@@ -48,15 +48,8 @@ def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
 
 def _on_device(config: RunConfig, world_size: int, zero_stage: int) -> int:
     """Bytes of the model's state that stay on the device: what is offloaded does not count."""
-    parameters = ecar_parameters(
-        preset_of(config),
-        config.stage_tokens,
-        token_channels(config),
-        config.data.num_classes,
-        feeds_state=feeds_state(config),
-    )
     precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
-    state: ModelState = model_state(parameters.total, world_size, zero_stage, precision)
+    state: ModelState = model_state(parameter_count(config).total, world_size, zero_stage, precision)
     offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
     return state.total - offloaded - state.weights * config.deepspeed.offload_params
 

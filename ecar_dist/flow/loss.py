@@ -17,3 +17,9 @@ def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> 
     """sum_k w_k L_k, averaged over the batch, from `stage_losses` [B, K]."""
     weights = torch.as_tensor(stage_weights, dtype=per_stage.dtype, device=per_stage.device)
     return (per_stage.mean(0) * weights).sum()
+
+
+def masked_loss(velocities: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over draws, channels and masked tokens, float32 [B]; inputs [B, R, T, c], mask bool [B, T]."""
+    errors = (velocities.float() - targets).square().mean(dim=(1, 3))  # [B, T]
+    return (errors * mask).sum(1) / mask.sum(1)

@@ -24,21 +24,23 @@ def sample_stages(
     begin_stage: BeginStage,
     draw: Draw,
     *,
-    tau: float,
+    tau: float | None,
     solver: Solver,
     steps_per_stage: Sequence[int],
 ) -> list[torch.Tensor]:
     """Draw a batch; returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
 
-    begin_stage(k, context) is called once per stage, in order, with C_{k-1} = X^e_{k-1} + tau xi (None at stage 0), and
-    returns that stage's velocity_fn(x, u). draw(purpose, k) returns N(0, I) noise of stage k's shape.
+    begin_stage(k, context) is called once per stage, in order, with C_{k-1} = X^e_{k-1} + tau xi (None at stage 0, and
+    everywhere where tau is None), and returns that stage's velocity_fn(x, u). draw(purpose, k) returns N(0, I) noise of
+    stage k's shape.
     """
     x = draw(Purpose.GENERATE_START, 0)
     ends: list[torch.Tensor] = []
     for stage in range(schedule.num_stages):
         context = None
         if stage > 0:
-            context = x + tau * draw(Purpose.GENERATE_CONTEXT, stage - 1) if tau else x
+            if tau is not None:
+                context = x + tau * draw(Purpose.GENERATE_CONTEXT, stage - 1) if tau else x
             x = stage_jump(x, draw(Purpose.GENERATE_JUMP, stage), stage, schedule)
         x = solver(begin_stage(stage, context), x, steps_per_stage[stage])
         ends.append(x)

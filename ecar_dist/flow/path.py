@@ -14,7 +14,7 @@ from ecar_dist.flow.schedule import StageSchedule
 class TrainingPoints:
     """One training example per stage and sample; lists run from the coarsest stage to the finest."""
 
-    contexts: list[torch.Tensor]  # K-1 of [B, C, h_k, w_k]: C_k, what is fed back of stage k
+    contexts: list[torch.Tensor]  # K-1 of [B, C, h_k, w_k]: C_k, what is fed back of stage k; or none
     states: list[torch.Tensor]  # K of [B, C, h_k, w_k]: x_u, the point on the path
     times: list[torch.Tensor]  # K of [B]: model time
     targets: list[torch.Tensor]  # K of [B, C, h_k, w_k]: d_k, the velocity
@@ -53,17 +53,19 @@ def training_points(
     noise_draws: list[torch.Tensor],
     times: list[torch.Tensor],
     context_draws: list[torch.Tensor],
-    tau: float,
+    tau: float | None,
 ) -> TrainingPoints:
     """Build the K training examples of a batch.
 
     latents: [B, C, H, W], normalised. noise_draws: K of N(0, I) at each stage's size. times: K of u in [0, 1], [B].
     context_draws: K-1 of N(0, I), independent of everything else, for C_k = X^e_k + tau xi_k (section 5: the trap).
+    tau: None for a model that is fed no states: no contexts are made, and no draws are needed.
     """
     pyramid = latent_pyramid(latents, schedule.num_stages, schedule.factor)
     endpoints = stage_endpoints(schedule, pyramid, noise_pyramid(noise_draws, schedule))
+    fed_back = [] if tau is None else endpoints[:-1]
     return TrainingPoints(
-        contexts=[end + tau * xi for (_, end), xi in zip(endpoints[:-1], context_draws, strict=True)],
+        contexts=[end + (tau or 0.0) * xi for (_, end), xi in zip(fed_back, context_draws, strict=True)],
         states=[interpolate(start, end, u) for (start, end), u in zip(endpoints, times, strict=True)],
         times=[model_time(schedule, k, u) for k, u in enumerate(times)],
         targets=[end - start for start, end in endpoints],

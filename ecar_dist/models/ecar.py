@@ -58,6 +58,7 @@ class ECAR(nn.Module):
             token_channels=channels,
             patch_size=patch_size,
             num_classes=num_classes,
+            condition_width=preset.ar_width,
             recompute=recompute,
         )
 
@@ -92,6 +93,12 @@ class ECAR(nn.Module):
         """An empty cache for `next_token_map`; one for each batch that is sampled."""
         return KVCache(self.ar.depth)
 
+    def begin_stage(
+        self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """The condition of `stage`, [B, T_k, d_f]; arguments as those of `next_token_map`."""
+        return self.condition(self.next_token_map(stage, context, labels, cache))
+
     def next_token_map(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
@@ -103,7 +110,7 @@ class ECAR(nn.Module):
         return self.flow.condition_projection(token_map)
 
     def velocity(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor, labels: torch.Tensor
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]. `condition` is from `condition`."""
         return self.flow(x, time, stage, condition, labels)

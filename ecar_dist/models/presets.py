@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from ecar_dist.config import RunConfig
 
 AdaLNKind = Literal["per_block", "shared"]
 
@@ -35,3 +37,31 @@ PRESETS: dict[str, Preset] = {
     "3B": Preset(24, 2048, 16, 36, 2048, 16, "shared"),
     "7B": Preset(28, 3072, 24, 34, 3072, 24, "shared"),
 }
+
+
+@dataclass(frozen=True)
+class MaskedSize:
+    """Depth, width and heads of the trunk of `mar`, and the blocks of its head, which is as wide."""
+
+    depth: int
+    width: int
+    heads: int
+    head_depth: int
+
+
+def preset_of(config: RunConfig) -> Preset:
+    """The row of `model.preset`, with the depths that the config sets itself."""
+    row, model = PRESETS[config.model.preset], config.model
+    return replace(row, ar_depth=model.ar_depth or row.ar_depth, flow_depth=model.flow_depth or row.flow_depth)
+
+
+def masked_size_of(config: RunConfig) -> MaskedSize:
+    """`mar` has the depth of both networks of the preset in one trunk, and a quarter of that, 3 at least, in its head.
+
+    At B that is MAR-B as its authors evaluate it, 24 x 768 with a head of 6 blocks (README of LTH14/mar); MAR-L has
+    32 x 1024 and 8, MAR-H 40 x 1280 and 12. Their heads are 1024, 1280 and 1536 wide.
+    """
+    row, model = PRESETS[config.model.preset], config.model
+    depth = row.ar_depth + row.flow_depth
+    head_depth = model.flow_depth or max(3, depth // 4)
+    return MaskedSize(model.ar_depth or depth, row.flow_width, row.flow_heads, head_depth)

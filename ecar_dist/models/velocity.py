@@ -1,4 +1,4 @@
-"""The velocity network: one DiT trunk for all stages, told its stage, time and class, and guided token by token."""
+"""The velocity network: one DiT trunk for all stages, told its stage, time and class, and maybe guided by tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ecar_dist.models.transformer import Transformer
 
 
 class VelocityNetwork(nn.Module):
-    """dx/du of a stage from its state, its model time and its token map. Exactly zero before training."""
+    """dx/du of a stage from its state, its model time and its token map. Exactly zero before training.
+
+    condition_width: channels of the token maps; None for a network that is given none.
+    """
 
     def __init__(
         self,
@@ -24,13 +27,15 @@ class VelocityNetwork(nn.Module):
         token_channels: int,
         patch_size: int,
         num_classes: int,
+        condition_width: int | None,
         recompute: bool,
     ) -> None:
         super().__init__()
         width = preset.flow_width
         self.grid_sides, self.width, self.patch_size = tuple(grid_sides), width, patch_size
         self.state_projection = Linear(token_channels, width)
-        self.condition_projection = Linear(preset.ar_width, width)
+        if condition_width is not None:
+            self.condition_projection = Linear(condition_width, width)
         self.time_embedding = TimeEmbedding(width)
         self.stage_embedding = Embedding(len(grid_sides), width)
         self.class_embedding = Embedding(num_classes + 1, width)
@@ -40,11 +45,13 @@ class VelocityNetwork(nn.Module):
         self.output = ZeroLinear(width, token_channels)
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor, labels: torch.Tensor
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
-        """x [B, C, h, w], time [B], condition [B, T, D], labels [B] -> float32 [B, C, h, w]."""
+        """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B] -> float32 [B, C, h, w]."""
         position = position_table(self.grid_sides[stage], self.width, x.device)
-        tokens = self.state_projection(patchify(x, self.patch_size)) + position + condition  # [B, T, D]
+        tokens = self.state_projection(patchify(x, self.patch_size)) + position  # [B, T, D]
+        if condition is not None:
+            tokens = tokens + condition
         stage_index = torch.full((1,), stage, device=x.device)
         conditioning = self.time_embedding(time) + self.stage_embedding(stage_index) + self.class_embedding(labels)
         tokens = self.transformer(tokens, conditioning, [full_attention] * len(self.transformer.blocks))

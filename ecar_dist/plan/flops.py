@@ -8,9 +8,9 @@ embedding look-ups and the autoencoder are not counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-from ecar_dist.models.presets import Preset
+from ecar_dist.models.presets import MaskedSize, Preset
 from ecar_dist.plan.parameters import SINUSOID_WIDTH
 
 FLOPS_PER_MAC = 2
@@ -31,14 +31,19 @@ def adaln_macs(width: int, depth: int, adaln: str) -> int:
 
 def dit_macs(tokens: int, width: int, depth: int, *, channels_in: int = 16, channels_out: int = 32) -> int:
     """One forward pass of DiT, eq. (17), including its time embedding and its learned variance."""
-    ends = tokens * width * (channels_in + channels_out) + (SINUSOID_WIDTH + width) * width
+    ends = tokens * width * (channels_in + channels_out) + time_macs(width)
     return block_macs(tokens, width, depth) + adaln_macs(width, depth, "per_block") + ends
+
+
+def time_macs(width: int) -> int:
+    """The embedding of one time."""
+    return (SINUSOID_WIDTH + width) * width
 
 
 def velocity_macs(preset: Preset, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
     """One call of the velocity network at a stage of `tokens` tokens."""
     width, depth = preset.flow_width, preset.flow_depth
-    ends = 2 * tokens * width * token_channels + (SINUSOID_WIDTH + width) * width
+    ends = 2 * tokens * width * token_channels + time_macs(width)
     blocks = block_macs(tokens, width, depth, linears_only=linears_only)
     return blocks + adaln_macs(width, depth, preset.flow_adaln) + ends
 
@@ -105,3 +110,65 @@ def ecar_training_macs(
     )
     forward = ar_macs(preset, stage_tokens, token_channels, feeds_state=feeds_state) + flow
     return (1 + BACKWARD_PER_FORWARD) * forward
+
+
+def pyramid_sampling_macs(
+    preset: Preset,
+    stage_tokens: Sequence[int],
+    token_channels: int,
+    calls_per_stage: Sequence[int],
+    *,
+    guidance_scales: Sequence[float] | None = None,
+) -> int:
+    """One image of `pyramid`, or with one stage of `dit`: the velocity calls alone (None guides nothing)."""
+    branches = [guidance_passes(scale) for scale in guidance_scales or (1.0,) * len(stage_tokens)]
+    return sum(
+        count * calls * velocity_macs(preset, tokens, token_channels)
+        for tokens, calls, count in zip(stage_tokens, calls_per_stage, branches, strict=True)
+    )
+
+
+def pyramid_training_macs(preset: Preset, stage_tokens: Sequence[int], token_channels: int) -> int:
+    """Forward and backward of one image: one velocity call a stage."""
+    return (1 + BACKWARD_PER_FORWARD) * sum(velocity_macs(preset, tokens, token_channels) for tokens in stage_tokens)
+
+
+def mar_trunk_macs(size: MaskedSize, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
+    """One pass of the trunk of `mar` over all tokens, and each one's condition for the head."""
+    ends = tokens * (token_channels + size.width) * size.width
+    blocks = block_macs(tokens, size.width, size.depth, linears_only=linears_only)
+    return blocks + adaln_macs(size.width, 1, "shared") + ends
+
+
+def mar_head_macs(size: MaskedSize, token_channels: int) -> int:
+    """One velocity of one token, without its time embedding: 2 D^2 and the adaLN's 3 D^2 a block, 2 D^2 at the end."""
+    return (5 * size.head_depth + 2) * size.width**2 + 2 * token_channels * size.width
+
+
+def mar_sampling_macs(
+    size: MaskedSize,
+    token_channels: int,
+    counts: Sequence[int],
+    calls: int,
+    *,
+    guidance_scales: Sequence[float] | None = None,
+) -> int:
+    """One image: a trunk pass a step, and `calls` velocities of each token in the step that draws it.
+
+    counts: tokens that are masked before the first step and after each, from T to 0. The time is embedded once a call.
+    """
+    branches = [guidance_passes(scale) for scale in guidance_scales or (1.0,) * (len(counts) - 1)]
+    trunk, head = mar_trunk_macs(size, counts[0], token_channels), mar_head_macs(size, token_channels)
+    return sum(
+        count * (trunk + calls * (before - after) * head) + calls * time_macs(size.width)
+        for (before, after), count in zip(pairwise(counts), branches, strict=True)
+    )
+
+
+def mar_training_macs(size: MaskedSize, tokens: int, token_channels: int, draws: int) -> int:
+    """Forward and backward of one image: one trunk pass, and `draws` velocities, each at its own time, of every token.
+
+    The head's outputs at tokens that are not masked are thrown away, as in MAR: shapes that do not depend on the data.
+    """
+    each = mar_head_macs(size, token_channels) + time_macs(size.width)
+    return (1 + BACKWARD_PER_FORWARD) * (mar_trunk_macs(size, tokens, token_channels) + draws * tokens * each)

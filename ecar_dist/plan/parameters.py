@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecar_dist.models.presets import Preset
+from ecar_dist.models.presets import MaskedSize, Preset
 
 SINUSOID_WIDTH = 256  # input width of the time embedding
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the AR transformer and of the velocity network."""
+    """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head)."""
 
     ar: int
     flow: int
@@ -45,15 +45,32 @@ def ecar_parameters(
 ) -> ParameterCount:
     """ECAR with patches of `token_channels` = C p^2 numbers. Position tables are fixed and count nothing."""
     num_stages, tokens = len(stage_tokens), sum(stage_tokens)
-    ar_width, flow_width = preset.ar_width, preset.flow_width
+    ar_width = preset.ar_width
     learned_starts = stage_tokens[0] if feeds_state else tokens
     ar = transformer_parameters(preset.ar_depth, ar_width, "shared", ar_width // preset.ar_heads)
     ar += (num_classes + 1 + num_stages + learned_starts + tokens) * ar_width
     ar += linear(token_channels, ar_width) if feeds_state and num_stages > 1 else 0
-    flow = transformer_parameters(preset.flow_depth, flow_width, preset.flow_adaln, flow_width // preset.flow_heads)
-    flow += (num_classes + 1 + num_stages) * flow_width + time_embedding_parameters(flow_width)
-    flow += linear(token_channels, flow_width) + linear(ar_width, flow_width) + linear(flow_width, token_channels)
+    flow = velocity_parameters(preset, num_stages, token_channels, num_classes) + linear(ar_width, preset.flow_width)
     return ParameterCount(ar, flow)
+
+
+def velocity_parameters(preset: Preset, num_stages: int, token_channels: int, num_classes: int) -> int:
+    """The velocity network without a condition: all there is of `pyramid`, and with one stage of `dit`."""
+    width = preset.flow_width
+    count = transformer_parameters(preset.flow_depth, width, preset.flow_adaln, width // preset.flow_heads)
+    count += (num_classes + 1 + num_stages) * width + time_embedding_parameters(width)
+    return count + linear(token_channels, width) + linear(width, token_channels)
+
+
+def mar_parameters(size: MaskedSize, num_tokens: int, token_channels: int, num_classes: int) -> ParameterCount:
+    """Trunk (its mask vector is the 1) and head of `mar`."""
+    width = size.width
+    trunk = transformer_parameters(size.depth, width, "shared", width // size.heads)
+    trunk += linear(token_channels, width) + (1 + num_classes + 1 + 2 * num_tokens) * width
+    block = 2 * linear(width, width) + linear(width, 3 * width)
+    head = size.head_depth * block + linear(width, 2 * width) + time_embedding_parameters(width)
+    head += linear(token_channels, width) + linear(width, width) + linear(width, token_channels)
+    return ParameterCount(trunk, head)
 
 
 def dit_parameters(depth: int, width: int, *, token_channels: int = 16, num_classes: int = 1000) -> int:

@@ -56,12 +56,12 @@ _LEAVES: dict[Kind, dict[str, str]] = {
         "deepspeed": "zero_stage offload_optimizer offload_params",
         "train": "activation_checkpointing hang_seconds",
         "checkpoint": "every_samples keep keep_every_samples dir overlap max_failures",
-        "sample": "solver steps_per_stage guidance_scale guidance_ramp every_samples",
+        "sample": "solver steps_per_stage guidance_scale guidance_ramp ar_steps every_samples",
         "log": "every_steps time_bins tensorboard",
     },
     Kind.OPTIMISATION: {
         "model": "label_dropout",
-        "flow": "stage_weights",
+        "flow": "stage_weights token_draws",
         "data": "on_bad max_bad",  # which samples stand in for damaged ones
         "batch": "global_batch_size",
         "optim": "learning_rate betas eps weight_decay clip_grad_norm schedule warmup_samples cooldown_samples "
@@ -76,7 +76,7 @@ _LEAVES: dict[Kind, dict[str, str]] = {
         "data": "latents mixture mixture_by images flip_images resize lanes window_shards",
     },
     Kind.MODEL: {
-        "model": "kind preset patch_size",
+        "model": "kind preset ar_depth flow_depth patch_size",
         "flow": "num_stages ends gamma",
         "flow.context": "mode tau",
         "vae": "kind downsample",

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from ecar_dist.command_line import counted
+
 _FRONT_MATTER = """\
 ---
 library_name: ecar_dist
 tags:
-- ecar
+- {kind}
 - image-generation
 - class-conditional
 - flow-matching
 # license: the owner of the weights must choose one before they are passed on
 ---
 """
+_KINDS = {
+    "ecar": "ECAR",
+    "dit": "a diffusion transformer trained by flow matching",
+    "pyramid": "a multistage flow without autoregression",
+    "mar": "masked autoregression with a flow head",
+}
 _NOT_MEASURED = """\
 Whatever is not in the table above: other guidance scales and solvers, memorisation of the training data, bias, and
 fitness for any purpose."""
@@ -32,7 +40,7 @@ def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
         "## What was measured\n\n" + _measured(facts, scores),
         f"## What was not measured\n\n{_NOT_MEASURED}",
     ]
-    return _FRONT_MATTER + "\n" + "\n\n".join(sections) + "\n"
+    return _FRONT_MATTER.format(kind=facts["model_type"]) + "\n" + "\n\n".join(sections) + "\n"
 
 
 def _what(facts: dict[str, Any]) -> str:
@@ -40,10 +48,10 @@ def _what(facts: dict[str, Any]) -> str:
     sides = " -> ".join(f"{side}x{side}" for side in model["stage_sizes"])
     pixels = config["data"]["latent_size"] * config["vae"]["downsample"]
     return (
-        f"A class-conditional image generator (ECAR, preset {model['preset']}, {model['parameters']:,} parameters) for "
-        f"{config['data']['num_classes']} classes. It draws latents of {pixels}x{pixels} pixel images in "
-        f"{len(model['stage_sizes'])} stages, {sides}, and an autoencoder decodes them "
-        f"({_autoencoder(facts)}; it is not part of these files).\n\n"
+        f"A class-conditional image generator ({_KINDS[facts['model_type']]}, preset {model['preset']}, "
+        f"{model['parameters']:,} parameters) for {config['data']['num_classes']} classes. It draws latents of "
+        f"{pixels}x{pixels} pixel images in {counted(len(model['stage_sizes']), 'stage')}, {sides}, and an autoencoder "
+        f"decodes them ({_autoencoder(facts)}; it is not part of these files).\n\n"
         f"The weights are {facts['dtype']}: {_average(facts['average'])}."
     )
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
-from ecar_dist.models.ecar import ECAR
 from ecar_dist.runtime.averages import open_average
 from ecar_dist.runtime.checkpoint_files import Progress, check_identity, read_manifest
 from ecar_dist.runtime.export_files import CONFIG, ExportReader, flat_identity, is_export
@@ -28,7 +28,7 @@ class TrainedModel:
     """A model ready to sample, and the autoencoder whose latents it draws."""
 
     config: RunConfig
-    model: ECAR
+    model: nn.Module
     codec: LatentCodec
     device: torch.device
     progress: Progress
@@ -62,7 +62,7 @@ def _progress(source: Path, facts: dict[str, Any]) -> Progress:
         raise CheckpointError(f"{source} does not say how far it was trained; it is of another release") from None
 
 
-def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> ECAR:
+def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
     """A model in eval mode that holds `weights`, fp32. Raises CheckpointError where they are of another model."""
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
@@ -71,7 +71,7 @@ def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device:
 
 
 @torch.no_grad()
-def copy_weights(model: ECAR, weights: Mapping[str, torch.Tensor]) -> None:
+def copy_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the model one by one, so that no second model lies in memory."""
     held = model.state_dict()
     odd = sorted(held.keys() ^ weights.keys())

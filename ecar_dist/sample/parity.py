@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 
+from ecar_dist.command_line import counted
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import CheckpointError
-from ecar_dist.flow.path import model_time
-from ecar_dist.flow.schedule import StageSchedule
-from ecar_dist.models.ecar import ECAR
-from ecar_dist.rng import Purpose, normal, uniform
 from ecar_dist.runtime.export import Exported
 from ecar_dist.runtime.export_files import CONFIG, ExportReader
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.sample.generate import SamplingPlan, generate
+from ecar_dist.sample.generate import generate, velocities
 from ecar_dist.sample.load import load_weights
+from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.storage.atomic import write_json
 
 REPORT = "parity.json"
@@ -57,37 +55,22 @@ def parity_report(exported: Exported, device: torch.device | None = None) -> str
     about = {"dtype": dtype, "inputs": INPUTS, "seed": SEED, "device": device.type, "torch": torch.__version__}
     write_json(exported.path / REPORT, {**about, "max_abs_difference": differences, "rms": sizes})
     if dtype == "fp32":
-        return f"parity: weights, velocities of {len(ours['velocity'])} stages and {INPUTS} samples equal the run's"
+        stages = counted(len(ours["velocity"]), "stage")
+        return f"parity: weights, velocities of {stages} and {INPUTS} samples equal the run's"
     return f"parity: {_said(worst)} from the run; {sizes['samples'][-1]:.3g} is the rms of a sample"
 
 
 def _outputs(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> Outputs:
+    """Velocities with the null label as the last one, then one sample of each of the first classes; all in fp32."""
     model = load_weights(config, weights, device)
-    return {"velocity": _velocities(model, config, device), "samples": _samples(model, config, device)}
-
-
-@torch.no_grad()
-def _velocities(model: ECAR, config: RunConfig, device: torch.device) -> list[torch.Tensor]:
-    """The velocity of every stage at states, contexts and times that the seed fixes; the last label is the null one."""
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
-    positions = torch.arange(INPUTS, device=device)
-    labels = torch.cat(((positions % config.data.num_classes)[:-1], positions.new_tensor([config.data.num_classes])))
-
-    def noise(purpose: Purpose, stage: int) -> torch.Tensor:
-        size = config.stage_sizes[stage]
-        return normal(SEED, positions, purpose, (config.data.latent_channels, size, size), stream=stage)
-
-    stages = range(config.flow.num_stages)
-    times = [model_time(schedule, stage, uniform(SEED, positions, Purpose.TIME, stream=stage)) for stage in stages]
-    contexts = [noise(Purpose.CONTEXT, stage) for stage in stages[:-1]]
-    return model(contexts, [noise(Purpose.NOISE, stage) for stage in stages], times, labels)
-
-
-def _samples(model: ECAR, config: RunConfig, device: torch.device) -> list[torch.Tensor]:
-    """Every stage of one sample of each of the first classes, by the run's sampler, all in fp32."""
     plan = dataclasses.replace(SamplingPlan.from_config(config, device), bf16=False)
     indices = torch.arange(INPUTS, device=device)
-    return generate(model, plan, indices % config.data.num_classes, indices, SEED)
+    labels = indices % config.data.num_classes
+    with_null = torch.cat((labels[:-1], labels.new_tensor([config.data.num_classes])))
+    return {
+        "velocity": velocities(model, plan, with_null, indices, SEED),
+        "samples": generate(model, plan, labels, indices, SEED),
+    }
 
 
 def _weight_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from ecar_dist.config import RunConfig
-from ecar_dist.sample.generate import SamplingPlan, generate
+from ecar_dist.sample.generate import generate
 from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.pictures import decode_stages, enlarge, tile
+from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.codec import LatentCodec
 
 PREVIEW_SAMPLES = 10

@@ -16,9 +16,9 @@ class LossByTime:
         self._table = torch.zeros(2, num_stages * bins, dtype=torch.float64, device=device)
 
     def add(self, losses: torch.Tensor, times: torch.Tensor) -> None:
-        """Both [B, K], times in [0, 1]. A loss that is not finite is left out."""
-        index = (times * self._bins).long().clamp_(0, self._bins - 1) + self._first_bin  # [B, K]
-        finite = losses.isfinite()
+        """Both [B, K], times in [0, 1]. A loss that is not finite, or that has no one time (NaN), is left out."""
+        finite = losses.isfinite() & times.isfinite()
+        index = (times.nan_to_num() * self._bins).long().clamp_(0, self._bins - 1) + self._first_bin  # [B, K]
         values = torch.stack([losses.where(finite, 0.0), finite]).to(self._table.dtype)  # [2, B, K]
         self._table.index_add_(1, index.flatten(), values.flatten(1))
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from ecar_dist.config import RunConfig
-from ecar_dist.flow.loss import multistage_loss, stage_losses
-from ecar_dist.flow.path import training_points
+from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
+from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
+from ecar_dist.flow.path import model_time, training_points
 from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.models.layers import patchify
 from ecar_dist.rng import Purpose, normal, uniform
 
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (values as read, N(0, I) noise) -> latents
 
 
-class FlowObjective(nn.Module):
+class Objective(nn.Module):
     """The module DeepSpeed wraps: the model, and the loss around it.
 
     Every random number is keyed by the sample's position in the run, so the loss of a global batch does not depend on
-    how it is cut into ranks and micro-batches. Pyramids, targets and loss are float32; under bf16 only the model's
+    how it is cut into ranks and micro-batches. Latents, targets and loss are float32; under bf16 only the model's
     matrix products are not.
+
+    `forward` takes a batch as read (raw moments [B, 2C or C, H, W], or pixels for a normaliser that encodes them),
+    labels and positions int64 [B]. It returns the loss [], stage losses [B, K], and their times within the stages, in
+    (0, 1) [B, K]; NaN where a loss is of many times.
     """
 
     def __init__(
@@ -29,32 +36,77 @@ class FlowObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._schedule, self._normalise = schedule, normalise
+        self._schedule, self._normalise, self._config = schedule, normalise, config
         self._seed, self._sizes = config.run.seed, config.stage_sizes
-        self._channels, self._null_label = config.data.latent_channels, config.data.num_classes
-        self._tau, self._weights = config.flow.context.tau, config.flow.resolved_stage_weights
-        self._label_dropout, self._bf16 = config.model.label_dropout, precision == "bf16"
+        self._weights, self._bf16 = config.flow.resolved_stage_weights, precision == "bf16"
+
+    def _latents(self, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0))
+
+    def _noise(self, positions: torch.Tensor, purpose: Purpose, size: int, stream: int) -> torch.Tensor:
+        shape = (self._config.data.latent_channels, size, size)
+        return normal(self._seed, positions, purpose, shape, stream=stream)
+
+    def _dropped(self, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The labels, some of them replaced by the null label."""
+        dropped = uniform(self._seed, positions, Purpose.LABEL_DROP) < self._config.model.label_dropout
+        return torch.where(dropped, self._config.data.num_classes, labels)
+
+
+class FlowObjective(Objective):
+    """Flow matching in every stage, eq. (5)."""
 
     def forward(
         self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A batch as read (raw moments [B, 2C or C, H, W], or pixels for a normaliser that encodes them), labels and
-        positions int64 [B] -> loss [], stage losses [B, K], and their times within the stages, in (0, 1) [B, K]."""
+        """As `Objective` says."""
+        tau = self._config.context_tau
         times = [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))]
+        fed_back = [] if tau is None else self._sizes[:-1]
         points = training_points(
             self._schedule,
-            self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0)),
+            self._latents(values, positions),
             [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)],
             times,
-            [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(self._sizes[:-1])],
-            self._tau,
+            [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)],
+            tau,
         )
-        dropped = uniform(self._seed, positions, Purpose.LABEL_DROP) < self._label_dropout
-        labels = torch.where(dropped, self._null_label, labels)
+        labels = self._dropped(labels, positions)
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(points.contexts, points.states, points.times, labels)
         per_stage = stage_losses(velocities, points.targets)
         return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.stack(times, dim=1)
 
-    def _noise(self, positions: torch.Tensor, purpose: Purpose, size: int, stage: int) -> torch.Tensor:
-        return normal(self._seed, positions, purpose, (self._channels, size, size), stream=stage)
+
+class MaskedObjective(Objective):
+    """Flow matching of masked tokens, each from several noises at times of their own; the mean over a sample's masked
+    tokens, then over samples, whatever their mask ratios."""
+
+    def forward(
+        self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `Objective` says, with the one stage K = 1."""
+        patch_size, (size,) = self._config.model.patch_size, self._sizes
+        draws, (num_tokens,) = range(self._config.flow.token_draws), self._config.stage_tokens
+        tokens = patchify(self._latents(values, positions), patch_size)  # [B, T, c]
+        noise = [patchify(self._noise(positions, Purpose.NOISE, size, draw), patch_size) for draw in draws]
+        u = [uniform(self._seed, positions, Purpose.TIME, (num_tokens,), stream=draw) for draw in draws]
+        times = torch.stack(u, dim=1)  # [B, R, T]
+        states, targets = token_points(tokens, torch.stack(noise, dim=1), times)  # [B, R, T, c]
+        mask, labels = self._mask(positions, num_tokens), self._dropped(labels, positions)
+        with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
+            velocities = self.model(tokens, mask, states, model_time(self._schedule, 0, times), labels)
+        per_stage = masked_loss(velocities, targets, mask)[:, None]  # [B, 1]
+        return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.full_like(per_stage, math.nan)
+
+    def _mask(self, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        ratio = mask_ratio(uniform(self._seed, positions, Purpose.MASK_RATIO))
+        return random_mask(uniform(self._seed, positions, Purpose.MASK_ORDER, (num_tokens,)), ratio)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "ecar": FlowObjective,
+    "dit": FlowObjective,
+    "pyramid": FlowObjective,
+    "mar": MaskedObjective,
+}

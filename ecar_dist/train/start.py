@@ -26,7 +26,7 @@ from ecar_dist.runtime.world import World
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.loop import Preview, Training
-from ecar_dist.train.objective import FlowObjective, Normalise
+from ecar_dist.train.objective import OBJECTIVES, Normalise
 from ecar_dist.train.phases import Phases
 from ecar_dist.train.preflight import check_nodes
 from ecar_dist.train.record import begin_record, end_attempt, open_attempt
@@ -128,7 +128,7 @@ def build_engine(config: RunConfig, normalise: Normalise, world: World, precisio
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
     torch.manual_seed(config.run.seed)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
-    objective = FlowObjective(model, schedule, normalise, config, precision)
+    objective = OBJECTIVES[config.model.kind](model, schedule, normalise, config, precision)
     decay, no_decay = weight_decay_groups(model)
     groups = [
         {"params": decay, "weight_decay": config.optim.weight_decay},

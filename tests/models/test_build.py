@@ -5,6 +5,7 @@ from torch import nn
 from ecar_dist.config import RunConfig, TrainSection
 from ecar_dist.config_file import config_from_dict
 from ecar_dist.models.build import build_model, weight_decay_groups
+from ecar_dist.models.presets import masked_size_of
 
 MILLIONS = {  # AR, velocity network, total: docs/ecar.md section 10
     "S": (23, 33, 56),
@@ -17,12 +18,12 @@ MILLIONS = {  # AR, velocity network, total: docs/ecar.md section 10
 }
 
 
-def config(preset: str = "T", mode: str = "noisy_state") -> RunConfig:
+def config(preset: str = "T", mode: str = "noisy_state", num_stages: int = 3, **model: object) -> RunConfig:
     return config_from_dict(
         {
             "run": {"name": "test"},
-            "model": {"preset": preset},
-            "flow": {"context": {"mode": mode}},
+            "model": {"preset": preset, **model},
+            "flow": {"num_stages": num_stages, "context": {"mode": mode}},
             "vae": {"kind": "dct"},
             "data": {"latents": "nowhere", "num_classes": 1000},
             "train": {"total_samples": 256},
@@ -77,3 +78,37 @@ def test_activation_checkpointing_reaches_both_networks():
     model = build_model(recomputing, (1.0, 1.0))
     assert model.ar.transformer.recompute
     assert model.flow.transformer.recompute
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages", "parts"),
+    [("dit", 1, ["flow"]), ("pyramid", 3, ["flow"]), ("mar", 1, ["trunk"])],
+)
+def test_activation_checkpointing_reaches_every_kind(kind, num_stages, parts):
+    for on in (False, True):
+        chosen = config(kind=kind, num_stages=num_stages)
+        chosen = chosen.model_copy(update={"train": TrainSection(total_samples=1, activation_checkpointing=on)})
+        model = build_model(chosen, (1.0,) * (num_stages - 1))
+        assert type(model).__name__.lower() == kind
+        assert [getattr(model, part).transformer.recompute for part in parts] == [on] * len(parts)
+
+
+def test_depths_of_the_config_replace_the_presets():
+    model = build_model(config(ar_depth=2, flow_depth=5), (1.0, 1.0))
+    assert (len(model.ar.transformer.blocks), len(model.flow.transformer.blocks)) == (2, 5)
+    mar = build_model(config(kind="mar", num_stages=1, ar_depth=2, flow_depth=5), ())
+    assert (len(mar.trunk.transformer.blocks), len(mar.head.blocks)) == (2, 5)
+
+
+def test_mar_has_both_depths_in_its_trunk_and_a_quarter_in_its_head():
+    sizes = [masked_size_of(config(preset, kind="mar", num_stages=1)) for preset in ("T", "B", "L", "XL")]
+    found = [(size.depth, size.width, size.heads, size.head_depth) for size in sizes]
+    assert found == [(7, 128, 4, 3), (24, 768, 12, 6), (36, 1024, 16, 9), (42, 1152, 16, 10)]
+
+
+def test_only_the_matrices_of_mar_decay():
+    model = build_model(config("T", kind="mar", num_stages=1), ())
+    decay = {id(parameter) for parameter in weight_decay_groups(model)[0]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decay}
+    assert {"trunk.state_projection.weight", "head.blocks.0.mlp.0.weight", "head.output.weight"} <= names
+    assert not {"trunk.mask_vector.weight", "trunk.positions.weight", "trunk.class_embedding.weight"} & names

@@ -3,8 +3,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecar_dist.flow.unmasking import masked_counts
 from ecar_dist.models.build import build_model
-from ecar_dist.models.presets import PRESETS
+from ecar_dist.models.presets import PRESETS, masked_size_of
 from ecar_dist.plan.flops import (
     FLOPS_PER_MAC,
     ar_macs,
@@ -12,8 +13,18 @@ from ecar_dist.plan.flops import (
     dit_macs,
     ecar_sampling_macs,
     ecar_training_macs,
+    mar_head_macs,
+    mar_sampling_macs,
+    mar_training_macs,
+    mar_trunk_macs,
+    pyramid_sampling_macs,
+    pyramid_training_macs,
+    time_macs,
     velocity_macs,
 )
+from ecar_dist.plan.kinds import sampling_macs, training_macs
+from ecar_dist.sample.generate import generate
+from ecar_dist.sample.sampling_plan import SamplingPlan
 
 TOKENS, CALLS = (16, 64, 256), (16, 16, 16)
 DIT_XL = dit_macs(256, 1152, 28)
@@ -98,3 +109,81 @@ def test_guidance_doubles_what_it_must():
     assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(2.0, 2.0, 2.0)) == 2 * plain
     spared = 16 * velocity_macs(preset, 16, 16) + condition_macs(preset, 16)
     assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(1.0, 1.5, 2.0)) == 2 * plain - spared
+
+
+def counted_flops(run, *, linears_only=False):
+    """torch's count of run(), with attention spelled out; on meta tensors, which hold no numbers."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    counted = counter.get_flop_counts()["Global"]
+    return counted.get(torch.ops.aten.addmm, 0) if linears_only else sum(counted.values())
+
+
+@pytest.mark.parametrize("preset", ["T", "3B"])
+@pytest.mark.parametrize(("kind", "num_stages"), [("dit", 1), ("pyramid", 3)])
+def test_training_without_ar_matches_torch_counter(make_config, kind, num_stages, preset):
+    config = make_config(model={"kind": kind, "preset": preset}, flow={"num_stages": num_stages})
+    with torch.device("meta"):
+        model = build_model(config, ())
+        states = [torch.zeros(1, 4, side, side) for side in config.stage_sizes]
+        times, labels = [torch.zeros(1)] * num_stages, torch.zeros(1, dtype=torch.long)
+    forward = counted_flops(lambda: model([], states, times, labels))
+    assert training_macs(config) * FLOPS_PER_MAC == 3 * forward
+    assert training_macs(config) == pyramid_training_macs(PRESETS[preset], config.stage_tokens, 16)
+
+
+@pytest.mark.parametrize("preset", ["T", "L"])
+def test_training_of_mar_matches_torch_counter(make_config, preset):
+    config = make_config(model={"kind": "mar", "preset": preset}, flow={"num_stages": 1, "token_draws": 3})
+    with torch.device("meta"):
+        model = build_model(config, ())
+        tokens, mask = torch.zeros(1, 256, 16), torch.zeros(1, 256, dtype=torch.bool)
+        draws, times, labels = torch.zeros(1, 3, 256, 16), torch.zeros(1, 3, 256), torch.zeros(1, dtype=torch.long)
+    size = masked_size_of(config)
+    assert training_macs(config) == mar_training_macs(size, 256, 16, 3)
+    assert training_macs(config) * FLOPS_PER_MAC == 3 * counted_flops(lambda: model(tokens, mask, draws, times, labels))
+    linears = mar_trunk_macs(size, 256, 16, linears_only=True) + 3 * 256 * (
+        mar_head_macs(size, 16) + time_macs(size.width)
+    )
+    counted = counted_flops(lambda: model(tokens, mask, draws, times, labels), linears_only=True)
+    assert counted == FLOPS_PER_MAC * linears
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 2), ("dit", 1), ("pyramid", 2), ("mar", 1)])
+def test_sampling_matches_torch_counter(make_config, kind, num_stages, guidance_scale):
+    """The production sampler itself, from labels to latents: no pass more and none less than `plan` says.
+
+    A guided ECAR embeds the condition of its first stage for the null branch too, where the linear ramp needs no null
+    velocity: one projection more than is counted.
+    """
+    config = make_config(
+        model={"kind": kind, "preset": "T", "patch_size": 2},
+        flow={"num_stages": num_stages},
+        data={"latents": "nowhere", "num_classes": 10, "latent_size": 8},
+        sample={"steps_per_stage": 2, "guidance_scale": guidance_scale, "ar_steps": 5},
+    )
+    model = build_model(config, (1.0,) * (num_stages - 1)).eval()
+    plan, label = SamplingPlan.from_config(config, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        generate(model, plan, label, label, 0)
+    spared = condition_macs(PRESETS["T"], 4) if kind == "ecar" and guidance_scale != 1.0 else 0
+    assert counter.get_total_flops() == (sampling_macs(config) + spared) * FLOPS_PER_MAC
+
+
+def test_mar_runs_its_trunk_each_step_and_its_head_once_a_token(make_config):
+    config = make_config(model={"kind": "mar", "preset": "B"}, flow={"num_stages": 1})
+    size = masked_size_of(config)
+    trunk, head, time = mar_trunk_macs(size, 256, 16), mar_head_macs(size, 16), time_macs(size.width)
+    for steps in (1, 64, 256):
+        counts = masked_counts(256, steps)
+        assert mar_sampling_macs(size, 16, counts, 16) == steps * (trunk + 16 * time) + 256 * 16 * head
+        guided = mar_sampling_macs(size, 16, counts, 16, guidance_scales=(2.0,) * steps)
+        assert guided == 2 * (steps * trunk + 256 * 16 * head) + steps * 16 * time
+
+
+def test_dit_costs_what_the_published_dit_costs():
+    """Less its learned variance, which ours has not."""
+    ours = pyramid_sampling_macs(PRESETS["XL"], (256,), 16, (1,))
+    assert ours == DIT_XL - 256 * 1152 * 16
+    assert ours / 1e9 == pytest.approx(118.64, rel=0.01)

@@ -16,10 +16,11 @@ def line(lines, start):
 
 def test_report_states_the_run(make_config):
     lines = plan_lines(make_config(), world_size=8, device="H100")
-    assert line(lines, "model XL") == "model XL: 911.6 M parameters = 235.4 M AR + 676.2 M velocity network"
+    said = "model ecar XL: 911.6 M parameters = 235.4 M AR + 676.2 M velocity network"
+    assert line(lines, "model ecar XL") == said
     assert line(lines, "tokens") == "tokens per stage: 16 + 64 + 256 = 336"
     assert "256 = 32 micro x 1 accumulation x 8 ranks; 3907 optimizer steps" in line(lines, "batch")
-    assert "700.1 GMAC" in line(lines, "training")
+    assert "700.1 GMAC (1400 GFLOP) per image, forward and backward" in line(lines, "training")
     assert "16 velocity calls in each of 3 stages (midpoint), guidance 2 (linear)" in line(lines, "sampling")
     assert line(lines, "checkpoint").startswith("checkpoint: 13.6 GiB")
     assert "40% of the dense bf16 peak (an assumption" in line(lines, "time")
@@ -39,6 +40,25 @@ def test_unguided_ratio_is_the_headline(make_config):
     assert "11.6x at 250 steps and 2.32x at 50 steps as many MACs (both unguided" in line(lines, "DiT-XL/2 needs")
     guided = plan_lines(make_config(sample={"guidance_scale": 2.0, "guidance_ramp": "constant"}), 1, None)
     assert "11.6x at 250 steps and 2.32x at 50 steps as many MACs (both guided" in line(guided, "DiT-XL/2 needs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages", "model", "calls", "ratio"),
+    [
+        ("dit", 1, "674.8 M parameters = 674.8 M velocity network", "16 velocity calls in one stage", "15.6x"),
+        ("pyramid", 3, "674.8 M parameters = 674.8 M velocity network", "16 velocity calls in each of 3", "12x"),
+        ("mar", 1, "682 M trunk + 72.06 M head", "64 passes of the trunk and 16 calls of the head for", "2.54x"),
+    ],
+)
+def test_every_kind_has_a_plan(make_config, kind, num_stages, model, calls, ratio):
+    sample = {"guidance_scale": 1.0}
+    config = make_config(model={"kind": kind, "preset": "XL"}, flow={"num_stages": num_stages}, sample=sample)
+    lines = plan_lines(config, 8, "H200")
+    assert model in line(lines, f"model {kind} XL")
+    assert calls in line(lines, "sampling")
+    assert f"{ratio} at 250 steps and " in line(lines, "DiT-XL/2 needs")
+    assert len([text for text in lines if text.startswith("  zero_stage")]) == 4
+    assert line(lines, "time").startswith("time: ")
 
 
 def test_ratio_needs_the_same_latent(make_config):

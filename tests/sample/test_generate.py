@@ -5,14 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-import ecar_dist.sample.generate as module
+import ecar_dist.sample.staged as module
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.models.ecar import ECAR
 from ecar_dist.models.presets import PRESETS
 from ecar_dist.rng import Purpose, normal
-from ecar_dist.sample.generate import SamplingPlan, generate, generate_in_batches
+from ecar_dist.sample.generate import generate, generate_in_batches
+from ecar_dist.sample.sampling_plan import SamplingPlan
+from tests.models.test_pyramid import without_ar
 from tests.train.test_objective import make_config
+from tests.train.test_objective import make_model as make_model_of
 
 SEED = 3
 
@@ -36,6 +39,7 @@ def make_model(num_stages, feeds_state=True):
 
 def make_plan(num_stages, **changes):
     plan = SamplingPlan(
+        kind="ecar",
         schedule=StageSchedule(uniform_ends(num_stages)),
         stage_sizes=tuple(8 >> (num_stages - 1 - k) for k in range(num_stages)),
         channels=4,
@@ -45,6 +49,7 @@ def make_plan(num_stages, **changes):
         steps_per_stage=2,
         guidance_scale=1.0,
         guidance_ramp="linear",
+        ar_steps=8,
         bf16=False,
     )
     return dataclasses.replace(plan, **changes)
@@ -111,9 +116,7 @@ def test_the_null_pass_is_skipped_where_the_scale_is_1_with_the_same_result(monk
     skipped = generate(model, plan, LABELS, INDICES, SEED)[-1]
     assert rows == {0: 16, 1: 32, 2: 32}  # 4 samples x 2 steps x 2 calls, twice where guided
     barely = 1.0 + 1e-9  # not 1, so the null pass is made, but the same number in float32
-    monkeypatch.setattr(
-        "ecar_dist.sample.generate.stage_guidance_scales", lambda scale, stages, ramp: (barely, 2.0, 3.0)
-    )
+    monkeypatch.setattr("ecar_dist.sample.staged.stage_guidance_scales", lambda scale, stages, ramp: (barely, 2.0, 3.0))
     rows.clear()
     in_full = generate(model, plan, LABELS, INDICES, SEED)[-1]
     assert rows[0] == 32
@@ -195,6 +198,53 @@ def test_the_plan_is_the_configs_unless_told_otherwise():
     )
     config = config.model_copy(update={"sample": changed})
     plan = SamplingPlan.from_config(config, torch.device("cpu"))
-    assert (plan.null_label, plan.tau, plan.channels, plan.stage_sizes) == (10, 0.3, 4, (4, 8))
+    assert (plan.kind, plan.null_label, plan.tau, plan.channels, plan.stage_sizes) == ("ecar", 10, 0.3, 4, (4, 8))
     assert (plan.guidance_ramp, plan.guidance_scale, plan.solver, plan.steps_per_stage) == ("constant", 4.0, "heun", 3)
     assert SamplingPlan.from_config(config, torch.device("cpu"), guidance_scale=0.0).guidance_scale == 0.0
+    fed_nothing = SamplingPlan.from_config(make_config("pyramid", num_stages=2), torch.device("cpu"))
+    assert (fed_nothing.kind, fed_nothing.tau) == ("pyramid", None)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["pyramid", "dit", "mar"])
+def test_a_sample_of_any_kind_does_not_depend_on_the_batch_around_it(kind, guidance_scale):
+    num_stages = 3 if kind == "pyramid" else 1
+    model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
+    plan = make_plan(num_stages, kind=kind, tau=None, guidance_scale=guidance_scale)
+    together = generate(model, plan, LABELS, INDICES, SEED)
+    assert [tuple(stage.shape) for stage in together] == [(4, 4, size, size) for size in plan.stage_sizes]
+    alone = generate(model, plan, LABELS[3:], INDICES[3:], SEED)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a[3:], b, atol=1e-4)
+    for labels, indices, seed in [(LABELS.flip(0), INDICES, SEED), (LABELS, INDICES + 1, SEED), (LABELS, INDICES, 4)]:
+        assert not torch.allclose(generate(model, plan, labels, indices, seed)[-1], together[-1], atol=1e-3)
+
+
+def test_the_pyramid_is_fed_nothing_and_nothing_is_drawn_for_it(monkeypatch):
+    keys, original = [], module.normal
+
+    def spy(seed, positions, purpose, shape, *, stream=0):
+        keys.append((purpose, stream))
+        return original(seed, positions, purpose, shape, stream=stream)
+
+    monkeypatch.setattr(module, "normal", spy)
+    model, fed = make_model_of(make_config("pyramid", num_stages=3)), []
+    monkeypatch.setattr(model, "begin_stage", lambda stage, context, labels, cache: fed.append((stage, context)))
+    generate(model, make_plan(3, kind="pyramid", tau=None), LABELS, INDICES, SEED)
+    assert fed == [(0, None), (1, None), (2, None)]
+    assert sorted(keys) == [(Purpose.GENERATE_START, 0), (Purpose.GENERATE_JUMP, 1), (Purpose.GENERATE_JUMP, 2)]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_dit_draws_what_the_pyramid_of_one_stage_draws_and_ecar_of_one_stage_without_its_ar_transformer(guidance_scale):
+    """E16, to the last bit."""
+    models = {kind: make_model_of(make_config(kind, num_stages=1)).eval() for kind in ("dit", "pyramid", "ecar")}
+    models["pyramid"].load_state_dict(models["dit"].state_dict())
+    without_ar(models["ecar"], models["dit"])
+    drawn = [
+        generate(model, make_plan(1, kind=kind, guidance_scale=guidance_scale), LABELS, INDICES, SEED)[0]
+        for kind, model in models.items()
+    ]
+    assert drawn[0].abs().max() > 0.1
+    assert torch.equal(drawn[1], drawn[0])
+    assert torch.equal(drawn[2], drawn[0])

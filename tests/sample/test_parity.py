@@ -14,10 +14,13 @@ from ecar_dist.runtime.averages import Wanted
 from ecar_dist.runtime.export import export_run
 from ecar_dist.runtime.export_files import ExportReader
 from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.sample.generate import velocities
 from ecar_dist.sample.load import load_weights, open_trained
 from ecar_dist.sample.parity import parity_report
+from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.build import open_codec
 from tests.runtime.made_runs import DATA, make_checkpoint, make_run
+from tests.train.test_objective import make_config, make_model
 
 CPU = torch.device("cpu")
 
@@ -32,8 +35,12 @@ def random_weights(config, seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of the smallest model that keeps two averages."""
-    folder, config = make_run(tmp_path_factory.mktemp("parity"), ema={"half_life_samples": [1000, 2000]})
+    """A run of the smallest ECAR that keeps two averages."""
+    return make_trained(tmp_path_factory.mktemp("parity"))
+
+
+def make_trained(folder, **sections):
+    folder, config = make_run(folder, ema={"half_life_samples": [1000, 2000]}, **sections)
     codec = open_codec(config.vae, CPU)
     identity = {
         "model": {**config.model_identity, "encoder.weights_sha256": codec.identity.weights_sha256},
@@ -66,6 +73,45 @@ def test_bf16_states_its_difference(run, tmp_path):
     assert 0 < weights < 0.3 * 2**-8  # half a unit in the last of 8 bits, of weights up to about 0.25
     assert all(0 < value < 0.1 for value in found["velocity"] + found["samples"])
     assert line.startswith(f"parity: weights differ by {weights:.3g}, velocities by ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages", "said"), [("dit", 1, "1 stage"), ("pyramid", 3, "3 stages"), ("mar", 1, "1 stage")]
+)
+def test_every_kind_is_exported_and_opens_like_its_run(tmp_path, kind, num_stages, said):
+    run = make_trained(tmp_path, model={"kind": kind, "flow_depth": 2}, flow={"num_stages": num_stages})
+    exported = export_run(run, tmp_path / "out")
+    assert parity_report(exported) == f"parity: weights, velocities of {said} and 4 samples equal the run's"
+    assert differences(exported.path) == {
+        "weights": [0.0],
+        "velocity": [0.0] * num_stages,
+        "samples": [0.0] * num_stages,
+    }
+    rms = json.loads((exported.path / "parity.json").read_text())["rms"]
+    assert min(rms["velocity"] + rms["samples"]) > 0.1
+    ours, theirs = open_trained(run, CPU), open_trained(exported.path, CPU)
+    assert type(theirs.model).__name__.lower() == kind
+    expected = ours.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in theirs.model.state_dict().items())
+    card = (exported.path / "README.md").read_text()
+    assert f"\n- {kind}\n" in card
+    assert "ECAR" not in card
+    assert f"images in {said}, " in card
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("dit", 1), ("pyramid", 3), ("mar", 1)])
+def test_the_velocities_depend_on_every_weight(kind, num_stages):
+    """No part of a model is left out of the comparison: whichever parameter is another, some velocity is."""
+    config = make_config(kind, num_stages=num_stages)
+    model, plan = make_model(config), SamplingPlan.from_config(config, CPU)
+    indices, labels = torch.arange(4), torch.tensor([0, 1, 2, 10])
+    before = velocities(model, plan, labels, indices, 0)
+    for name, parameter in model.named_parameters():
+        held = parameter.detach().clone()
+        parameter.data.add_(0.1 * torch.randn_like(held))
+        after = velocities(model, plan, labels, indices, 0)
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
+        parameter.data.copy_(held)
 
 
 @pytest.mark.parametrize("value", [1e-3, math.nan])

@@ -36,5 +36,6 @@ def test_sums_over_micro_batches_and_ranks_give_the_mean_over_all_samples():
 def test_what_was_taken_is_gone_and_what_is_not_finite_never_comes():
     by_time = LossByTime(1, 1, torch.device("cpu"))
     by_time.add(torch.tensor([[float("nan")], [2.0], [float("inf")]]), torch.tensor([[0.1], [0.2], [1.0]]))
+    by_time.add(torch.tensor([[7.0]]), torch.tensor([[float("nan")]]))  # the loss of many times
     assert by_time.means(by_time.take().tolist()) == {"train/loss_stage0_t0": 2.0}
     assert by_time.means(by_time.take().tolist()) == {}

@@ -11,17 +11,18 @@ from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.rng import Purpose, normal, uniform
-from ecar_dist.train.objective import FlowObjective
+from ecar_dist.train.objective import OBJECTIVES
 from ecar_dist.vae.codec import EncoderIdentity, normalise
+from tests.models.test_pyramid import without_ar
 
 IDENTITY = EncoderIdentity("kl", "test", "0", "0", 4, 8, 0.5, 0.1, deterministic=False)
 
 
-def make_config(**flow):
+def make_config(kind="ecar", **flow):
     return config_from_dict(
         {
             "run": {"name": "test"},
-            "model": {"preset": "T", "patch_size": 1},
+            "model": {"kind": kind, "preset": "T", "patch_size": 1},
             "flow": flow,
             "vae": {"kind": "dct"},
             "data": {"latents": "none", "num_classes": 10, "latent_channels": 4, "latent_size": 8},
@@ -38,9 +39,19 @@ class Recorder(torch.nn.Module):
         return [torch.zeros_like(state) for state in states]
 
 
+def make_model(config):
+    """As if trained: zero gates would hide the inputs."""
+    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    torch.manual_seed(0)
+    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def objective(config, model, precision="fp32"):
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
-    return FlowObjective(model, schedule, partial(normalise, IDENTITY), config, precision)
+    return OBJECTIVES[config.model.kind](model, schedule, partial(normalise, IDENTITY), config, precision)
 
 
 def batch(positions):
@@ -60,17 +71,17 @@ def test_a_sample_is_shown_the_same_whatever_batch_it_comes_in():
     assert torch.equal(part.seen[3], whole.seen[3][[5, 2]])
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-def test_the_loss_is_the_weighted_mean_over_micro_batches(num_stages):
-    config = make_config(num_stages=num_stages)
-    torch.manual_seed(0)
-    model = build_model(config, StageSchedule(config.flow.resolved_ends).context_scales(0.3))
-    for parameter in model.parameters():  # zero gates would hide the inputs
-        torch.nn.init.normal_(parameter, std=0.05)
-    compute = objective(config, model)
+KINDS = [("ecar", 1), ("ecar", 2), ("ecar", 3), ("ecar", 4), ("pyramid", 3), ("dit", 1), ("mar", 1)]
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), KINDS)
+def test_the_loss_is_the_weighted_mean_over_micro_batches(kind, num_stages):
+    config = make_config(kind, num_stages=num_stages)
+    compute = objective(config, make_model(config))
     with torch.no_grad():
         loss, per_stage, _ = compute(*batch(range(8)))
         halves = [compute(*batch(range(start, start + 4))) for start in (0, 4)]
+    assert per_stage.shape == (8, num_stages)
     assert float(loss) == pytest.approx(float(halves[0][0] + halves[1][0]) / 2, abs=1e-6)
     assert torch.allclose(per_stage, torch.cat([half[1] for half in halves]), atol=1e-5)
     assert float(loss) == pytest.approx(float(per_stage.mean()), abs=1e-6)
@@ -121,12 +132,10 @@ def test_the_fed_back_state_is_noisy_and_its_noise_is_its_own():
     assert all(torch.equal(a, b) for a, b in zip(exact.seen[1], noisy.seen[1], strict=True))  # the states are not
 
 
-def test_bf16_touches_the_network_alone():
-    config = make_config(num_stages=2)
-    torch.manual_seed(0)
-    model = build_model(config, StageSchedule(config.flow.resolved_ends).context_scales(0.3))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 2), ("pyramid", 2), ("mar", 1)])
+def test_bf16_touches_the_network_alone(kind, num_stages):
+    config = make_config(kind, num_stages=num_stages)
+    model = make_model(config)
     with torch.no_grad():
         full, *_ = objective(config, model)(*batch(range(8)))
         half, *_ = objective(config, model, "bf16")(*batch(range(8)))
@@ -134,8 +143,8 @@ def test_bf16_touches_the_network_alone():
     assert 0 < abs(float(full - half)) < 0.02 * float(full)
 
 
-def test_every_draw_has_its_own_stream(monkeypatch):
-    """Stages, purposes: no two draws of a sample use the same numbers."""
+def spy_on_draws(monkeypatch):
+    """(seed, purpose, stream) of every draw from now on."""
     keys = []
     for name in ("normal", "uniform"):
         original = getattr(module, name)
@@ -145,7 +154,12 @@ def test_every_draw_has_its_own_stream(monkeypatch):
             return original(seed, positions, purpose, *shape, stream=stream)
 
         monkeypatch.setattr(module, name, spy)
-    config = make_config(num_stages=3)
+    return keys
+
+
+def test_every_draw_has_its_own_stream(monkeypatch):
+    """Stages, purposes: no two draws of a sample use the same numbers."""
+    keys, config = spy_on_draws(monkeypatch), make_config(num_stages=3)
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
     objective(config, Recorder())(*batch(range(4)))
     expected = [(Purpose.POSTERIOR, 0), (Purpose.LABEL_DROP, 0)]
@@ -157,3 +171,98 @@ def test_every_draw_has_its_own_stream(monkeypatch):
 def test_stage_weights_weigh():
     loss, per_stage, _ = objective(make_config(num_stages=2, stage_weights=[0.0, 3.0]), Recorder())(*batch(range(8)))
     assert float(loss) == pytest.approx(3 * float(per_stage[:, 1].mean()), rel=1e-6)
+
+
+def step(config, model):
+    """Loss, gradients, and the weights after one step of AdamW."""
+    loss, *_ = objective(config, model)(*batch(range(8)))
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+    return loss.detach(), gradients, model.state_dict()
+
+
+def test_dit_trains_as_the_pyramid_of_one_stage_and_as_ecar_of_one_stage_without_its_ar_transformer():
+    """E16, to the last bit: loss, gradients and the weights after a step."""
+    dit = make_model(make_config("dit", num_stages=1))
+    pyramid, ecar = (make_model(make_config(kind, num_stages=1)) for kind in ("pyramid", "ecar"))
+    pyramid.load_state_dict(dit.state_dict())
+    without_ar(ecar, dit)
+    (loss, gradients, weights), *others = (
+        step(make_config(kind, num_stages=1), model)
+        for kind, model in [("dit", dit), ("pyramid", pyramid), ("ecar", ecar)]
+    )
+    assert min(float(gradient.abs().max()) for gradient in gradients.values()) > 0
+    for other_loss, other_gradients, other_weights in others:
+        assert torch.equal(other_loss, loss)
+        for name, gradient in gradients.items():
+            assert torch.equal(other_gradients[name], gradient), name
+            assert torch.equal(other_weights[name], weights[name]), name
+
+
+def test_the_loss_of_dit_is_flow_matching_written_out():
+    config = make_config("dit", num_stages=1)
+    model, (moments, labels, positions) = make_model(config), batch(range(16))
+    with torch.no_grad():
+        loss, *_ = objective(config, model)(moments, labels, positions)
+        z = normalise(IDENTITY, moments, normal(0, positions, Purpose.POSTERIOR, (4, 8, 8)))
+        n, t = normal(0, positions, Purpose.NOISE, (4, 8, 8)), uniform(0, positions, Purpose.TIME)
+        labels = torch.where(uniform(0, positions, Purpose.LABEL_DROP) < 0.1, 10, labels)
+        v = model.flow((1 - t.view(-1, 1, 1, 1)) * n + t.view(-1, 1, 1, 1) * z, t, 0, None, labels)
+        expected = (v - (z - n)).square().mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_pyramid_is_shown_what_ecar_is_shown_but_no_contexts():
+    fed, alone = Recorder(), Recorder()
+    objective(make_config(num_stages=3), fed)(*batch(range(8)))
+    objective(make_config("pyramid", num_stages=3), alone)(*batch(range(8)))
+    assert len(fed.seen[0]) == 2
+    assert alone.seen[0] == []
+    for ours, theirs in zip((*alone.seen[1], *alone.seen[2]), (*fed.seen[1], *fed.seen[2]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class MaskedRecorder(torch.nn.Module):
+    """Stands for `mar`: remembers what it was shown and predicts zero."""
+
+    def forward(self, tokens, mask, states, times, labels):
+        self.seen = (tokens, mask, states, times, labels)
+        return torch.zeros_like(states)
+
+
+def test_a_masked_sample_is_shown_the_same_whatever_batch_it_comes_in():
+    config, whole, part = make_config("mar", num_stages=1), MaskedRecorder(), MaskedRecorder()
+    _, losses, times = objective(config, whole)(*batch(range(8)))
+    objective(config, part)(*batch([5, 2]))
+    for ours, theirs in zip(part.seen, whole.seen, strict=True):
+        assert torch.equal(ours, theirs[[5, 2]])
+    assert losses.shape == times.shape == (8, 1)
+    assert times.isnan().all()  # each is the mean over tokens at many times
+
+
+def test_masked_tokens_flow_from_noise_to_themselves_several_times():
+    """The loss of a model that says nothing is the mean square of z - n, over masked tokens alone."""
+    config, recorder = make_config("mar", num_stages=1, token_draws=3), MaskedRecorder()
+    moments, labels, positions = batch(range(16))
+    loss, *_ = objective(config, recorder)(moments, labels, positions)
+    tokens, mask, states, times, _ = recorder.seen
+    z = normalise(IDENTITY, moments, normal(0, positions, Purpose.POSTERIOR, (4, 8, 8))).flatten(2).mT  # [B, T, c]
+    noise = torch.stack([normal(0, positions, Purpose.NOISE, (4, 8, 8), stream=r).flatten(2).mT for r in range(3)], 1)
+    torch.testing.assert_close(tokens, z)
+    torch.testing.assert_close(states, (1 - times[..., None]) * noise + times[..., None] * z[:, None])
+    assert times.shape == (16, 3, 64)
+    assert times.unique().numel() > 0.99 * times.numel()
+    share = mask.double().mean(1)
+    assert 0.7 <= float(share.min()) < float(share.max()) <= 1.0
+    expected = [(z[b, mask[b]] - noise[b][:, mask[b]]).square().mean() for b in range(16)]
+    assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+
+
+def test_every_draw_of_a_masked_sample_has_its_own_stream(monkeypatch):
+    keys = spy_on_draws(monkeypatch)
+    objective(make_config("mar", num_stages=1), MaskedRecorder())(*batch(range(4)))
+    expected = [(purpose, 0) for purpose in (Purpose.POSTERIOR, Purpose.LABEL_DROP)]
+    expected += [(purpose, 0) for purpose in (Purpose.MASK_RATIO, Purpose.MASK_ORDER)]
+    expected += [(purpose, r) for purpose in (Purpose.NOISE, Purpose.TIME) for r in range(4)]
+    assert sorted(keys) == sorted((0, purpose, stream) for purpose, stream in expected)

@@ -1,0 +1,147 @@
+"""`mar`: masked autoregression over continuous tokens (MAR: Li et al., arXiv 2406.11838) with a flow head.
+
+The method is the paper's: a bidirectional transformer sees the tokens that are there, and a small network draws each
+masked one from the transformer's output at its place. Ours, where it differs: the head predicts a flow's velocity
+instead of a diffusion's noise, so that objective and solvers are those of the other kinds; one trunk over all tokens,
+with a learned vector in the place of masked ones, instead of an encoder of the visible ones and a decoder; the class
+modulates the trunk (adaLN, one matrix for all blocks) instead of standing before the tokens in 64 places.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ecar_dist.models.attention import full_attention
+from ecar_dist.models.layers import (
+    AdaLN,
+    Embedding,
+    Linear,
+    TimeEmbedding,
+    ZeroLinear,
+    modulated_norm,
+    position_table,
+)
+from ecar_dist.models.presets import MaskedSize
+from ecar_dist.models.transformer import Transformer
+
+
+class HeadBlock(nn.Module):
+    """A residual two-layer network behind a modulated norm and a gate, token by token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = AdaLN(width, 3)
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """Both [..., D]."""
+        shift, scale, gate = self.modulation(conditioning).chunk(3, dim=-1)
+        return x + gate * self.mlp(modulated_norm(x, shift, scale))
+
+
+class FlowHead(nn.Module):
+    """dx/du of single tokens from their states, times and conditions. Exactly zero before training."""
+
+    def __init__(self, width: int, depth: int, token_channels: int) -> None:
+        super().__init__()
+        self.state_projection = Linear(token_channels, width)
+        self.condition_projection = Linear(width, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.head_modulation = AdaLN(width, 2)
+        self.output = ZeroLinear(width, token_channels)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x [..., c], time [...] and condition [..., D], which are broadcast -> float32 [..., c]."""
+        conditioning = self.time_embedding(time.flatten()).unflatten(0, time.shape) + condition
+        x = self.state_projection(x)
+        for block in self.blocks:
+            x = block(x, conditioning)
+        shift, scale = self.head_modulation(conditioning).chunk(2, dim=-1)
+        return self.output(modulated_norm(x, shift, scale)).float()
+
+
+class MaskedTransformer(nn.Module):
+    """What the tokens that are there, and the class, say about every place."""
+
+    def __init__(self, size: MaskedSize, *, num_tokens: int, token_channels: int, num_classes: int, recompute: bool):
+        super().__init__()
+        self.state_projection = Linear(token_channels, size.width)
+        self.mask_vector = Embedding(1, size.width)
+        self.class_embedding = Embedding(num_classes + 1, size.width)
+        self.positions = Embedding(num_tokens, size.width)
+        self.transformer = Transformer(size.depth, size.width, size.heads, adaln="shared", recompute=recompute)
+        self.output_positions = Embedding(num_tokens, size.width)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """tokens [B, T, c], mask bool [B, T], labels [B] -> float32 [B, T, D]; masked tokens are not looked at."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        unknown = self.mask_vector(torch.zeros_like(places))  # [T, D]
+        x = torch.where(mask[..., None], unknown, self.state_projection(tokens))  # [B, T, D]
+        x = x + position_table(math.isqrt(tokens.shape[1]), x.shape[-1], x.device) + self.positions(places)
+        attends = [full_attention] * len(self.transformer.blocks)
+        return self.transformer(x, self.class_embedding(labels), attends) + self.output_positions(places)
+
+
+class MAR(nn.Module):
+    """Trunk and head, trained end to end, on the latent's tokens [B, T, c], c = C p^2.
+
+    Arguments:
+        size: depths, width and heads.
+        latent_size: latent side; T = (latent_size / p)^2.
+        latent_channels: C.
+        patch_size: p.
+        num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
+        recompute: the backward pass recomputes each block of the trunk instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        size: MaskedSize,
+        *,
+        latent_size: int,
+        latent_channels: int,
+        patch_size: int,
+        num_classes: int,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size, channels = patch_size, latent_channels * patch_size**2
+        self.trunk = MaskedTransformer(
+            size,
+            num_tokens=(latent_size // patch_size) ** 2,
+            token_channels=channels,
+            num_classes=num_classes,
+            recompute=recompute,
+        )
+        self.head = FlowHead(size.width, size.head_depth, channels)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        states: torch.Tensor,
+        times: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Velocities [B, R, T, c], float32, of R draws of every token, at the cost of one pass through the trunk.
+
+        Arguments:
+            tokens: the clean ones, [B, T, c].
+            mask: bool [B, T], True where the trunk sees the mask vector instead. Only velocities there mean anything.
+            states: x_u, [B, R, T, c].
+            times: model time in [0, 1], float32 [B, R, T].
+            labels: int64 [B]; num_classes is the null label.
+        """
+        return self.velocity(states, times, self.conditions(tokens, mask, labels)[:, None])
+
+    def conditions(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What the trunk tells the head about every place, [B, T, D]. Once a step, not once a solver call."""
+        return self.head.condition_projection(self.trunk(tokens, mask, labels))
+
+    def velocity(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """dx/du of tokens x [..., c] at model time [...]; float32. `condition` [..., D] is from `conditions`."""
+        return self.head(x, time, condition)

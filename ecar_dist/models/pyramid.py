@@ -1,0 +1,64 @@
+"""`pyramid`: the multistage flow of ECAR without its AR transformer, after Pyramid Flow (Jin et al., arXiv 2410.05954).
+
+Same windows, jumps and losses; a stage knows of the coarser ones only what its own start state says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ecar_dist.models.presets import Preset
+from ecar_dist.models.velocity import VelocityNetwork
+
+
+class Pyramid(nn.Module):
+    """The velocity network alone, told its stage, time and class. Arguments as those of ECAR."""
+
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        stage_sizes: Sequence[int],
+        latent_channels: int,
+        patch_size: int,
+        num_classes: int,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.flow = VelocityNetwork(
+            preset,
+            grid_sides=[size // patch_size for size in stage_sizes],
+            token_channels=latent_channels * patch_size**2,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            condition_width=None,
+            recompute=recompute,
+        )
+
+    def forward(
+        self,
+        contexts: Sequence[torch.Tensor],
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are not looked at."""
+        return [
+            self.velocity(state, time, stage, None, labels)
+            for stage, (state, time) in enumerate(zip(states, times, strict=True))
+        ]
+
+    def start_cache(self) -> None:
+        """Nothing is remembered between stages."""
+
+    def begin_stage(self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: None) -> None:
+        """No condition."""
+
+    def velocity(
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]."""
+        return self.flow(x, time, stage, condition, labels)

@@ -1,0 +1,51 @@
+"""What fixes a sample, beside the weights, its label and its index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ecar_dist.config import RunConfig
+from ecar_dist.flow.schedule import StageSchedule
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The settings of the sampler. tau is None for a model that is fed no states; ar_steps matters to `mar` alone."""
+
+    kind: str
+    schedule: StageSchedule
+    stage_sizes: tuple[int, ...]
+    channels: int
+    null_label: int
+    tau: float | None
+    solver: str
+    steps_per_stage: int
+    guidance_scale: float
+    guidance_ramp: str
+    ar_steps: int
+    bf16: bool
+
+    @staticmethod
+    def from_config(config: RunConfig, device: torch.device, *, guidance_scale: float | None = None) -> SamplingPlan:
+        """The plan of `config.sample`, in the run's precision; `guidance_scale` overrides."""
+        sample = config.sample
+        return SamplingPlan(
+            kind=config.model.kind,
+            schedule=StageSchedule(config.flow.resolved_ends, config.flow.gamma),
+            stage_sizes=config.stage_sizes,
+            channels=config.data.latent_channels,
+            null_label=config.data.num_classes,
+            tau=config.context_tau,
+            solver=sample.solver,
+            steps_per_stage=sample.steps_per_stage,
+            guidance_scale=sample.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_ramp=sample.guidance_ramp,
+            ar_steps=sample.ar_steps,
+            bf16=config.precision_on(device.type) == "bf16",
+        )
+
+    def shape(self, stage: int) -> tuple[int, int, int]:
+        """[C, h, w] of a stage's latents."""
+        return self.channels, self.stage_sizes[stage], self.stage_sizes[stage]
