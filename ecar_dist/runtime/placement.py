@@ -37,11 +37,22 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
             rank=int(environment["SLURM_PROCID"]),
             size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
-            local_size=int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]),
+            local_size=tasks_on_node(
+                environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(environment.get("SLURM_NODEID", 0))
+            ),
             master_address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
             master_port=int(environment.get("MASTER_PORT") or port_of_job(environment)),
         )
     return Placement()
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Of Slurm's compressed list `8(x2),4`, which begins with the first node; its last number for nodes beyond it."""
+    counts = []
+    for part in tasks_per_node.split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
 
 
 def port_of_job(environment: Mapping[str, str]) -> int:

@@ -1,9 +1,9 @@
 """A bounded roll call of all ranks, and what follows from their answers: go on, do without some nodes, or stop.
 
 The answers go through the store where the ranks have met, by no collective, so a rank that never answers is named after
-a while. Nodes are judged, not ranks: where one rank fails and another node is fine, its node is unfit; what fails on
-every node is no node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and keeps them out of the
-next attempt.
+a while. Nodes are judged, not ranks: where one rank fails and at least as many nodes are fine, its node is unfit; what
+fails on most nodes is no node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and keeps them
+out of the next attempt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ecar_dist.runtime.peers import RemoteError
 
 if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
+
+_MOST_LISTED = 8  # nodes with their problems, in one line
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,17 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def job_nodes(size: int) -> tuple[str, ...]:
+    """The node of each rank, by the job script's list of nodes with equally many ranks; empty where there is none."""
+    nodes = os.environ.get("ECAR_JOB_NODES", "").split(",")
+    return tuple(nodes[rank * len(nodes) // size] for rank in range(size)) if all(nodes) else ()
+
+
 def judge_nodes(answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str] = ()) -> Verdict:
-    """By rank; None where there was no answer within `seconds`. `came` names the nodes of ranks known from before."""
+    """By rank; None where there was no answer within `seconds`. `came` names the nodes of ranks known from before.
+
+    So that no fault of all nodes empties a cluster, no node is called unfit where most of them are.
+    """
     missing = [rank for rank, answer in enumerate(answers) if answer is None]
     nodes = tuple(answer.node if answer else (came[rank] if came else "") for rank, answer in enumerate(answers))
     problems: dict[str, str] = {}  # of each unfit node, its first
@@ -65,10 +76,12 @@ def judge_nodes(answers: Sequence[Answer | None], *, seconds: float, came: Seque
         return Verdict(nodes, tuple(problems), _who_is_missing(missing, nodes, seconds), again=True)
     if not problems:
         return Verdict(nodes)
-    if set(problems) == set(nodes):
+    if len(problems) > len(set(nodes)) / 2:  # the data's fault, or the config's, or the network's at the first node
         if not missing:
-            return Verdict(nodes, culprit=next(answer.rank for answer in answers if answer and answer.problem))
-        return Verdict(nodes, problem=f"no node passed the preflight ({_list(problems)})", again=True)
+            first = next(answer for answer in answers if answer and answer.problem)
+            return Verdict(nodes, problem=f"node {first.node}: {first.problem}", culprit=first.rank)
+        failed = f"{len(problems)} of {len(set(nodes))} nodes failed the preflight"
+        return Verdict(nodes, problem=f"{failed} ({_list(problems)})", again=True)
     plural = "s" if len(problems) > 1 else ""
     then = "the job goes on without" if job_logs() else "run the same command again without"
     ending = f"{then} {'them' if plural else 'it'}"
@@ -93,8 +106,8 @@ def hold_roll_call(
     text = world.roll_call(name, json.dumps(asdict(answer)), seconds, lambda texts: _judged(texts, judge))
     found = json.loads(text)
     verdict = Verdict(**{**found, "nodes": tuple(found["nodes"]), "bad_nodes": tuple(found["bad_nodes"])})
-    if verdict.culprit == world.rank and error is not None:
-        raise error
+    if verdict.culprit == world.rank:
+        raise error or ConfigError(verdict.problem)  # what only the others' answers show is no error of its own
     if verdict.culprit is not None:
         raise RemoteError(f"rank {verdict.culprit} met an error and reports it")
     if verdict.problem:
@@ -142,7 +155,8 @@ def _who_is_missing(missing: Sequence[int], nodes: Sequence[str], seconds: float
 def _list(problems: Mapping[str, str]) -> str:
     if len(problems) == 1:
         return next(iter(problems.values()))
-    return "; ".join(f"{node}: {problem}" for node, problem in problems.items())
+    listed = [f"{node}: {problem}" for node, problem in problems.items()]
+    return "; ".join([*listed[:_MOST_LISTED], *(["..."] if len(listed) > _MOST_LISTED else [])])
 
 
 def job_logs() -> Path | None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from ecar_dist import __version__
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_to_yaml, load_config
-from ecar_dist.errors import ConfigError, FruitlessError
+from ecar_dist.errors import ConfigError, FruitlessError, NodeError
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, write_json
 
 LOCK_NAME = ".lock"
@@ -157,7 +157,7 @@ def _refuse_strangers(path: Path) -> None:
 def _lock(file: BinaryIO, path: Path) -> None:
     """Take the lock; one that an earlier attempt of the same Slurm job holds is waited for, LOCK_SECONDS at most.
 
-    Raises ConfigError where it is another's, OSError where the file system has no locks.
+    Raises ConfigError where it is another's, NodeError where that time is over, OSError where there are no locks.
     """
     until = None
     while True:
@@ -167,8 +167,10 @@ def _lock(file: BinaryIO, path: Path) -> None:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip() or "another process"
         ours = bool(_slurm_job()) and owner.endswith(_slurm_job())
-        if not ours or (until is not None and time.monotonic() > until):
+        if not ours:
             raise ConfigError(f"{owner} trains in {path}; wait for its end, or choose another run.name")
+        if until is not None and time.monotonic() > until:
+            raise NodeError(f"{owner}, an earlier attempt, does not let go of {path}; run the same command again")
         if until is None:
             until = time.monotonic() + LOCK_SECONDS
             print(f"{owner}, an earlier attempt, still holds {path}; waiting {LOCK_SECONDS:g} s at most", flush=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ecar_dist.errors import ConfigError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement, placement_from_environment
-from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, node_name
+from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, job_nodes, judge_nodes, node_name
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -226,7 +226,7 @@ def _judge_meeting(answers: Sequence[Answer | None], *, seconds: float) -> Verdi
             else answer
             for answer in answers
         ]
-    return judge_nodes(answers, seconds=seconds)
+    return judge_nodes(answers, seconds=seconds, came=job_nodes(len(answers)))
 
 
 def _await_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:

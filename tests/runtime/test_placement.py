@@ -34,6 +34,12 @@ def test_under_srun():
     assert placement_from_environment(UNDER_SRUN) == Placement(5, 8, 1, 4, "gpu07", 20000 + 123456 % 12000)
 
 
+@pytest.mark.parametrize(("node", "size"), [("0", 2), ("1", 4), ("2", 4), ("3", 1)])
+def test_nodes_may_have_different_numbers_of_ranks(node, size):
+    placed = UNDER_SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,4(x2),1", "SLURM_NODEID": node}
+    assert placement_from_environment(placed).local_size == size
+
+
 def test_each_attempt_and_step_of_a_job_meets_at_a_port_of_its_own():
     def port(restarts, step):
         count = {"SLURM_RESTART_COUNT": str(restarts), "SLURM_STEP_ID": str(step)}

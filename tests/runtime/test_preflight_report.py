@@ -74,8 +74,8 @@ def test_ranks_of_different_versions_do_not_train_together(name):
 
 def test_an_unfit_node_comes_before_a_version():
     heard = []
-    found = [answer(0, "n1"), answer(1, "n2", problem="no disk", torch="0"), None]
-    verdict = judge(found, seconds=9, came=("n1", "n2", "n3"), heard=heard)
+    found = [answer(0, "n1"), answer(1, "n2", problem="no disk", torch="0"), None, answer(3, "n4")]
+    verdict = judge(found, seconds=9, came=("n1", "n2", "n3", "n4"), heard=heard)
     assert verdict.bad_nodes == ("n2", "n3")
-    assert heard == found[:2]
+    assert heard == [found[0], found[1], found[3]]
     assert judge(found[:1], seconds=9, came=("n1",)).problem == ""

@@ -1,11 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 
 from ecar_dist.errors import ConfigError, DataError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement
-from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, rank_list
-from ecar_dist.runtime.world import World
+from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, job_nodes, judge_nodes, rank_list
+from ecar_dist.runtime.world import World, _judge_meeting
 from tests.runtime.test_world import in_threads, worlds
 
 NODES = ("n1", "n1", "n2", "n2")
@@ -34,8 +36,12 @@ def answers(*problems, nodes=NODES):
             ),
         ),
         (("", "", "no disk", "no GPU"), NODES, "node n2 failed the preflight: no disk; run"),  # a node's first problem
-        (("", "no disk", "no disk", ""), (), Verdict(NODES, culprit=1)),  # no node is fit: its ranks are two of four
-        (("no data",) * 4, (), Verdict(NODES, culprit=0)),
+        (
+            ("", "no disk", "no disk", ""),
+            (),
+            Verdict(NODES, problem="node n1: no disk", culprit=1),
+        ),  # no node is fit: its ranks are two of four
+        (("no data",) * 4, (), Verdict(NODES, problem="node n1: no data", culprit=0)),
         (
             ("", None, "", None),
             (),
@@ -50,7 +56,7 @@ def answers(*problems, nodes=NODES):
         (
             ("no disk", "", None, ""),
             NODES,
-            "no node passed the preflight (n1: no disk; n2: no answer within 9 s)",
+            "2 of 2 nodes failed the preflight (n1: no disk; n2: no answer within 9 s)",
         ),
     ],
 )
@@ -65,9 +71,30 @@ def test_nodes_are_judged_not_ranks(problems, came, expected):
 
 def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
     monkeypatch.setenv("ECAR_JOB_LOGS", "/somewhere")
-    verdict = judge_nodes(answers("", "a", "b", nodes=("n1", "n2", "n3")), seconds=9)
+    verdict = judge_nodes(answers("", "a", "b", "", nodes=("n1", "n2", "n3", "n4")), seconds=9)
     assert verdict.bad_nodes == ("n2", "n3")
     assert verdict.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
+
+
+def test_what_fails_on_most_nodes_is_no_nodes_fault():
+    nodes = tuple(f"n{number}" for number in range(20))
+    verdict = judge_nodes(answers("", *["no data"] * 19, nodes=nodes), seconds=9)
+    assert verdict == Verdict(nodes, problem="node n1: no data", culprit=1)
+    verdict = judge_nodes(answers("", *[None] * 19, nodes=nodes), seconds=9, came=nodes)  # it is n0 that nobody reaches
+    assert verdict.problem.startswith("19 of 20 nodes failed the preflight (n1: no answer within 9 s; n2: ")
+    assert verdict.problem.endswith("; ...)")
+    assert (verdict.again, verdict.bad_nodes) == (True, ())
+
+
+def test_the_job_script_knows_the_nodes_of_ranks_that_never_came(monkeypatch):
+    monkeypatch.delenv("ECAR_JOB_NODES", raising=False)
+    assert job_nodes(4) == ()
+    monkeypatch.setenv("ECAR_JOB_NODES", "n1,n2")
+    assert job_nodes(4) == NODES
+    came = [Answer(rank, "n1", facts={"device": "cpu"}) for rank in range(2)]
+    verdict = _judge_meeting([*came, None, None], seconds=9)
+    assert verdict.bad_nodes == ("n2",)
+    assert verdict.problem.startswith("node n2 failed the preflight: no answer within 9 s; ")
 
 
 def held(world, problem="", error=None, verdict=None):
@@ -97,6 +124,16 @@ def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatc
     alone = World(Placement(), torch.device("cpu"))
     with pytest.raises(DataError, match="no manifest"):
         held(alone, "no manifest", mine)
+
+
+def test_what_only_the_others_answers_show_is_said_too():
+    answers = [Answer(rank, "n1", facts={"device": kind}) for rank, kind in enumerate(("cuda", "cpu"))]
+    judge = partial(_judge_meeting, seconds=30)
+    raised = in_threads(
+        *(lambda w=w: hold_roll_call(w, "meeting", answers[w.rank], judge, seconds=30) for w in worlds(2))
+    )
+    assert [type(error) for error in raised] == [RemoteError, ConfigError]
+    assert str(raised[1]) == "node n1: it has no GPU that torch can use, others have"
 
 
 def test_all_is_well():

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from ecar_dist.errors import ConfigError, FruitlessError
+from ecar_dist.errors import ConfigError, FruitlessError, NodeError
 from ecar_dist.runtime.run_directory import RunDirectory
 from tests.train.test_objective import make_config
 
@@ -64,7 +64,7 @@ def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_al
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     owner = RunDirectory(tmp_path / "run")
     owner.open_for_training()
-    with pytest.raises(ConfigError, match="Slurm job 77 trains in"):
+    with pytest.raises(NodeError, match="Slurm job 77, an earlier attempt, does not let go of"):  # status 75
         RunDirectory(tmp_path / "run").open_for_training()
     assert "waiting 1 s at most" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -37,7 +37,10 @@ if sys.argv[1] == "check":
     print(os.environ["RUN"], os.environ.get("USABLE", sys.argv[-2]), sep="\n")
 else:
     if RANK == "0":
-        assert not {"exit-status", "bad-nodes"} & set(os.listdir(os.environ["ECAR_JOB_LOGS"])), "of an earlier attempt"
+        logs = Path(os.environ["ECAR_JOB_LOGS"])
+        begun = (logs / "started").stat().st_mtime
+        for path in (logs / "exit-status", logs / "bad-nodes"):
+            assert not path.exists() or path.stat().st_mtime >= begun, f"{path} is of an earlier attempt"
         note("exit-status", "")
     where = f"rank {RANK} of {os.environ['SLURM_NTASKS']} on {NODE}"
     print(f"attempt {ATTEMPT}: {where}", flush=True)

@@ -22,6 +22,7 @@ PLANS = {
     "deaf": "time.sleep(2)\nif ATTEMPT == 1: train_until_told()",
     "cancelled": "train_until_told()",
     "bad node": "if ATTEMPT == 1: RANK == '0' and note('bad-nodes', NODE); leave(75)",
+    "alone": "if ATTEMPT == 1: time.sleep(3); leave(75)",
     "chain": "if LINK == '1': note('bad-nodes', NODE); leave(75)",
 }
 
@@ -76,6 +77,7 @@ def submitted(jobs):
         "all bad": jobs.submit("all bad", "bad node", "--exclude=n[2-7]"),
         "chain": jobs.submit("chain", "chain", "--array=1-3%1"),
         "hopeless": jobs.submit("hopeless", "fruitless", "--array=1-3%1"),
+        "in vain": jobs.submit("in vain", "never saved", "--array=1-9%1"),
         "unfinished": jobs.submit("unfinished", "never saved", "--array=1-2%1"),
     }
 
@@ -120,17 +122,32 @@ def test_a_bad_node_is_kept_out_beside_those_that_the_user_excludes(jobs, submit
     assert "on n3 (1 of 1 nodes, " in jobs.log("bad node")
 
 
+def test_a_node_without_the_environment_is_kept_out(jobs):
+    """Its rank never runs, so rank 0 cannot know."""
+    environment = jobs.programs.parent
+    jobs.cluster.hide("n6", environment)  # the second of those that are free
+    try:
+        job = jobs.submit("alone", "alone", "--nodes=2", "--exclude=n[1-4]")
+        assert jobs.cluster.wait(job, "COMPLETED", 60)["Restarts"] == "1"
+    finally:
+        jobs.cluster.uncover("n6", environment)
+    assert "goes on without n[1-4],n6" in jobs.log("alone")
+    assert "on n5,n7 (2 of 2 nodes" in jobs.log("alone")
+
+
 def test_a_chain_goes_on_to_the_end_and_no_further(jobs, submitted):
     cluster = jobs.cluster
     states = {}
-    for name in ("chain", "hopeless", "unfinished"):
+    for name in ("chain", "hopeless", "in vain", "unfinished"):
         cluster.until(lambda name=name: ended(cluster, submitted[name]), 60, f"all links of {name} are over")
         states[name] = [(link["JobState"], link["ExitCode"]) for link in cluster.links(submitted[name])]
     assert states["chain"] == [("COMPLETED", "0:0"), ("COMPLETED", "0:0"), ("CANCELLED", "0:0")], jobs.log("chain")
     assert states["hopeless"] == [("FAILED", "93:0"), ("CANCELLED", "0:0")]  # the second of two and three
+    assert states["in vain"] == [*[("COMPLETED", "0:0")] * 4, ("FAILED", "1:0"), ("CANCELLED", "0:0")]
+    assert "5 starts in a row came to no training" in jobs.log("in vain")
     assert states["unfinished"] == [("COMPLETED", "0:0"), ("FAILED", "75:0")]
     assert "the next link of the chain goes on" in jobs.log("chain")
-    assert cluster.job(f"{submitted['chain']}_2")["ExcNodeList"] == "n4,n1"
+    assert [link["ExcNodeList"] for link in cluster.links(submitted["chain"])] == ["n4", "n4,n1", "n4,n1"]
     assert cluster.attempts(submitted["unfinished"]) == ["FAILED"]  # the last link; none was requeued
 
 
