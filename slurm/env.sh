@@ -15,7 +15,7 @@
 # PYXIS_IMAGE=/images/ecar.sqsh                # a container by pyxis and enroot
 # APPTAINER_IMAGE=/images/ecar.sif             # or one by apptainer; one of the two at most
 # MOUNTS=$PWD,/data                            # folders of the host that the container sees under the same path
-# VENV=                                        # a container has ecar-dist on its own PATH, unless VENV is set
+# IMAGE_VENV=/opt/venv                         # where the image has ecar-dist, if it is not on its PATH there
 
 say() { echo "$(date +%T) $*"; }
 die() { say "$*" >&2; exit 1; }
@@ -27,9 +27,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 if [ -n "${PYXIS_IMAGE:-}" ] && [ -n "${APPTAINER_IMAGE:-}" ]; then
     die "PYXIS_IMAGE and APPTAINER_IMAGE are both set; unset one of them"
 elif [ -n "${PYXIS_IMAGE:-}" ]; then
+    VENV=${IMAGE_VENV:-}
     SRUN+=("--container-image=$PYXIS_IMAGE" "--container-workdir=$PWD")
     SRUN+=("--container-mounts=$(sed 's/[^,][^,]*/&:&/g' <<< "${MOUNTS:-$PWD}")")
 elif [ -n "${APPTAINER_IMAGE:-}" ]; then
+    VENV=${IMAGE_VENV:-}
     INSIDE=(apptainer exec --nv --bind "${MOUNTS:-$PWD}" --pwd "$PWD" "$APPTAINER_IMAGE")
 else
     VENV=$(realpath -m -s "${VENV:-.venv}")

@@ -189,7 +189,8 @@ def test_the_containers_stand_before_every_command(jobs, tmp_path):
     apptainer.write_text(f'#!/bin/bash\necho "$@" >> {noted}\nexec "${{@:8}}"\n')
     apptainer.chmod(0o755)
     path = f"{tmp_path}:{jobs.cluster.environment['PATH']}"
-    job = jobs.submit("container", "done", APPTAINER_IMAGE="image.sif", MOUNTS="/a,/b", PATH=path)
+    image = {"APPTAINER_IMAGE": "image.sif", "IMAGE_VENV": str(jobs.programs.parent), "MOUNTS": "/a,/b"}
+    job = jobs.submit("container", "done", PATH=path, **image)
     assert jobs.cluster.wait(job)["JobState"] == "COMPLETED", jobs.log("container")
     program = jobs.programs / "ecar-dist"
     start, plan = f"exec --nv --bind /a,/b --pwd {ROOT} image.sif {program}", jobs.folder / "container.plan"
@@ -198,7 +199,8 @@ def test_the_containers_stand_before_every_command(jobs, tmp_path):
 
 def test_pyxis_is_told_the_image_and_the_mounts():
     script = 'set -eu; . slurm/env.sh; printf "%s\\n" "${SRUN[@]}" "[$BIN]" "${#INSIDE[@]}"'
-    env = {**os.environ, "PYXIS_IMAGE": "/images/e.sqsh", "MOUNTS": "/a,/b", "VENV": ""}
+    # `submit` exports the VENV of the login node, which is none of the image's
+    env = {**os.environ, "PYXIS_IMAGE": "/images/e.sqsh", "MOUNTS": "/a,/b", "VENV": "/here/.venv"}
     said = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     container = ["--container-image=/images/e.sqsh", f"--container-workdir={ROOT}", "--container-mounts=/a:/a,/b:/b"]
     assert said.splitlines() == ["srun", *container, "[]", "0"]
