@@ -96,7 +96,6 @@ def site(cluster, make_tree, tmp_path_factory):
     site = Site(cluster, write_yaml(tree, folder), folder)
     latents = Path(tree["data"]["latents"])
     cluster.hide("n5", latents)
-    limited = ["--time=1", "--signal=B:USR1@5"]
     fates = Fates(site)
     limited = ["--time=1", "--signal=B:USR1@5"]  # the warning comes 35 to 40 s after the start
     site.submit("limited", 1, 1, "train.total_samples=128", options=limited, ECAR_FAILPOINT=SLEEPY)
@@ -228,3 +227,21 @@ def links_of(site, name):
             return links
         time.sleep(0.1)
     raise AssertionError(f"{name} goes on and on: {links}")
+
+
+def test_a_node_whose_daemon_dies_is_given_up(site):
+    """Its rank lives on for a while, as an orphan that must not stand in the next attempt's way."""
+    cluster = site.cluster
+    site.submit("daemon", 2, 1, ECAR_FAILPOINT=SLEEPY)  # Slurm takes its time to notice
+    try:
+        cluster.until(lambda: len(site.metrics("daemon")) >= 2, 120, "two steps")
+        lost = site.log("daemon").split(", on ")[1].split()[0].split(",")[1]
+        cluster.kill_slurmd(lost)
+        metrics = site.finished("daemon")
+        assert "NODE_FAIL" in cluster.attempts(site.jobs["daemon"])
+        assert lost not in site.log("daemon").split(", on ")[2].split()[0].split(",")
+        assert losses(metrics) == losses(site.finished("pair", restarts=0))
+        assert site.same_weights("daemon", "pair")
+    finally:
+        cluster.power_cut(lost)
+        cluster.restore(lost)
