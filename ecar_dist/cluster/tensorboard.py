@@ -103,7 +103,7 @@ def await_start(job: str, log: Path, seconds: float, tell: Callable[[str], None]
             return lines
         if not state:
             raise SlurmError(f"job {job} has ended; {_last_line(log)}")
-        if state in _WAITING and reason != told:
+        if state in _WAITING and reason not in (told, "None"):
             tell(f"job {job} waits: {reason}")
             told = reason
         time.sleep(_POLL_SECONDS)
