@@ -95,7 +95,7 @@ class EventFile:
     def _begin(self) -> BinaryIO:
         """A new file, in the order of time by name, with its head."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06d}"
         head = _record(file_version="brain.Event:2", wall_time=time.time())
         if self._purge_step is not None:
             from tensorboard.compat.proto.event_pb2 import SessionLog

@@ -1,6 +1,7 @@
 """TensorBoard files under faults, read back by TensorBoard's own reader."""
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -92,6 +93,7 @@ def test_after_an_error_events_are_dropped_counted_and_said_once_and_then_a_new_
 
     monkeypatch.setattr(module, "_write_all", write_all)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_numbers", itertools.count(9))  # readers go by the name: 9 comes before 10
     board = EventFile(tmp_path)
     board.add(1, scalar(1.0))
     wait_for(lambda: tags(tmp_path))
