@@ -1,7 +1,7 @@
 """`ecar-dist`: parse, build, call. Every command imports what it needs when it runs, so --help and check are instant.
 
-Exit status: 0 done; 1 an error the user can fix, one line on stderr; 75 stopped early on a signal with a committed
-checkpoint (EX_TEMPFAIL: run the same command again).
+Exit status: 0 done; 1 an error the user can fix, one line on stderr; 75 stopped early, nothing lost (EX_TEMPFAIL: run
+the same command again); 93 fails again and again without progress; the others are in command_line.py.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.size import usable_counts
 from ecar_dist.config import RunConfig
-from ecar_dist.data.manifest import load_image_manifest, load_manifest
-from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.data.manifest import check_fits, load_image_manifest, load_manifest
+from ecar_dist.errors import ConfigError
 from ecar_dist.plan.kinds import parameter_count
 from ecar_dist.plan.memory import ModelState, model_state
 from ecar_dist.plan.report import plan_lines
@@ -62,13 +62,6 @@ def check_local_data(config: RunConfig) -> None:
             continue
         manifest = load_manifest(place)
         found = {"data.num_classes": manifest.num_classes, "data.latent_size": manifest.moments_shape[-1]}
-        _check_fits(config, place, found)
+        check_fits(place, found, data)
     if data.images is not None and not is_remote(data.images):
-        _check_fits(config, data.images, {"data.num_classes": load_image_manifest(data.images).num_classes})
-
-
-def _check_fits(config: RunConfig, place: str, found: dict[str, int]) -> None:
-    for key, value in found.items():
-        configured = getattr(config.data, key.removeprefix("data."))
-        if configured != value:
-            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")
+        check_fits(data.images, {"data.num_classes": load_image_manifest(data.images).num_classes}, data)

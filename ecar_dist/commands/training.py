@@ -8,7 +8,6 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
@@ -98,7 +97,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
 def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool) -> int:
     from ecar_dist.plan.flops import FLOPS_PER_MAC
-    from ecar_dist.plan.report import training_macs
+    from ecar_dist.plan.kinds import training_macs
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
@@ -173,10 +172,11 @@ def on_record(action: Callable[[], int]) -> int:
     There it is the truth where the launcher has one of its own: torchrun turns all into 1, and srun reports the signal
     by which it ended a slower rank. The file is empty from the start on, and stays so if this process is killed.
     """
-    folder = os.environ.get("ECAR_JOB_LOGS")
-    if not folder or not _is_first():
+    from ecar_dist.runtime.placement import job_logs
+
+    if (folder := job_logs()) is None or not _is_first():
         return action()
-    file, status = Path(folder, "exit-status"), 1
+    file, status = folder / "exit-status", 1
     file.write_text("")
     try:
         status = action()

@@ -1,10 +1,13 @@
-"""Where the launcher put this process, from the variables of torchrun, deepspeed or srun."""
+"""Where the launcher put this process, from the variables of torchrun, deepspeed, srun, and the job script."""
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ecar_dist.errors import ConfigError
 
@@ -70,3 +73,20 @@ def first_host(node_list: str) -> str:
     if not match:
         raise ConfigError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the first node's name")
     return "".join(part or "" for part in match.groups())
+
+
+def node_name() -> str:
+    """Slurm's name of this node, which its exclude list wants, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def job_nodes(size: int) -> tuple[str, ...]:
+    """The node of each rank, by the job script's list of nodes with equally many ranks; empty where there is none."""
+    nodes = os.environ.get("ECAR_JOB_NODES", "").split(",")
+    return tuple(nodes[rank * len(nodes) // size] for rank in range(size)) if all(nodes) else ()
+
+
+def job_logs() -> Path | None:
+    """The folder that a job script gives its ranks for notes to it; None outside of one."""
+    folder = os.environ.get("ECAR_JOB_LOGS")
+    return Path(folder) if folder else None

@@ -25,8 +25,9 @@ import torch
 from ecar_dist import __version__
 from ecar_dist.errors import NodeError
 from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.placement import job_logs
 from ecar_dist.runtime.preflight_report import judge, report, report_lines
-from ecar_dist.runtime.roll_call import Answer, describe, hold_roll_call, job_logs
+from ecar_dist.runtime.roll_call import Answer, describe, hold_roll_call
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.atomic import write_json
 

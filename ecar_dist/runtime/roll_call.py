@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.errors import ConfigError, EcarError, NodeError
 from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.placement import job_logs
 
 if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
@@ -48,17 +46,6 @@ class Verdict:
 
 
 Judge = Callable[[Sequence[Answer | None]], Verdict]
-
-
-def node_name() -> str:
-    """Slurm's name of this node, which its exclude list wants, else the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def job_nodes(size: int) -> tuple[str, ...]:
-    """The node of each rank, by the job script's list of nodes with equally many ranks; empty where there is none."""
-    nodes = os.environ.get("ECAR_JOB_NODES", "").split(",")
-    return tuple(nodes[rank * len(nodes) // size] for rank in range(size)) if all(nodes) else ()
 
 
 def judge_nodes(answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str] = ()) -> Verdict:
@@ -157,11 +144,6 @@ def _list(problems: Mapping[str, str]) -> str:
         return next(iter(problems.values()))
     listed = [f"{node}: {problem}" for node, problem in problems.items()]
     return "; ".join([*listed[:_MOST_LISTED], *(["..."] if len(listed) > _MOST_LISTED else [])])
-
-
-def job_logs() -> Path | None:
-    folder = os.environ.get("ECAR_JOB_LOGS")
-    return Path(folder) if folder else None
 
 
 def _note_bad_nodes(nodes: Sequence[str]) -> None:

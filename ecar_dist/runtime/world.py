@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ecar_dist.errors import ConfigError, NodeError
 from ecar_dist.runtime.peers import RemoteError
-from ecar_dist.runtime.placement import Placement, placement_from_environment
-from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, job_nodes, judge_nodes, node_name
+from ecar_dist.runtime.placement import Placement, job_nodes, node_name, placement_from_environment
+from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)

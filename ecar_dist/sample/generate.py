@@ -13,15 +13,15 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.sample.staged import draw_stages, stage_velocities
 
 # (model of the kind, plan, labels int64 [B], indices int64 [B], seed) -> one tensor [B, C, h_k, w_k] a stage
-Run = Callable[[Any, SamplingPlan, torch.Tensor, torch.Tensor, int], list[torch.Tensor]]
+FromLabels = Callable[[Any, SamplingPlan, torch.Tensor, torch.Tensor, int], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Sampler:
     """draw: samples. velocities: what the model says where index and seed put it; exports are compared by it."""
 
-    draw: Run
-    velocities: Run
+    draw: FromLabels
+    velocities: FromLabels
 
 
 _STAGED, _MASKED = Sampler(draw_stages, stage_velocities), Sampler(draw_masked, token_velocities)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -17,7 +17,7 @@ from ecar_dist.data.image_source import ImageSource
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share, Source
-from ecar_dist.data.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
+from ecar_dist.data.manifest import ImageManifest, Manifest, check_fits, load_image_manifest, load_manifest
 from ecar_dist.data.shard_files import check_presence
 from ecar_dist.data.shard_probe import Probe, probe_images, probe_latents
 from ecar_dist.data.shard_store import CacheOptions
@@ -51,7 +51,7 @@ def check_data(config: RunConfig) -> TrainingData:
     data = config.data
     if data.images is not None:
         images = load_image_manifest(data.images)
-        _check_fits(data.images, {"data.num_classes": images.num_classes}, data)
+        check_fits(data.images, {"data.num_classes": images.num_classes}, data)
         return TrainingData((data.images,), (images,), None)
     places = tuple(source.latents for source in data.latent_sources)
     manifests = tuple(load_manifest(place) for place in places)
@@ -63,7 +63,7 @@ def check_data(config: RunConfig) -> TrainingData:
             "data.latent_size": _side(place, manifest),
             "data.num_classes": manifest.num_classes,
         }
-        _check_fits(place, found, data)
+        check_fits(place, found, data)
         check_presence(place, manifest.shards)
     return TrainingData(places, manifests, encoders[0])
 
@@ -164,10 +164,3 @@ def _side(place: str, manifest: Manifest) -> int:
     if height != width:
         raise DataError(f"{place} has latents of {height} x {width}; the models take squares: leave this set out")
     return height
-
-
-def _check_fits(place: str, found: dict[str, Any], data: DataSection) -> None:
-    for key, value in found.items():
-        configured = getattr(data, key.removeprefix("data."))
-        if configured != value:
-            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")

@@ -5,8 +5,8 @@ import torch
 
 from ecar_dist.errors import ConfigError, DataError, NodeError
 from ecar_dist.runtime.peers import RemoteError
-from ecar_dist.runtime.placement import Placement
-from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, job_nodes, judge_nodes, rank_list
+from ecar_dist.runtime.placement import Placement, job_nodes
+from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, rank_list
 from ecar_dist.runtime.world import World, _judge_meeting
 from tests.runtime.test_world import in_threads, worlds
 
