@@ -21,13 +21,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferred = False
+        self._deferred = self._too_late = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def defer(self) -> None:
         """From now on a signal raises the flag only."""
         self._deferred = True
+
+    def come_too_late(self) -> None:
+        """The last step is made: what was asked, or is yet to be, ends nothing early."""
+        self._too_late = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again, self.received = self.received is not None, self.received or signal.Signals(number)
@@ -37,4 +41,4 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def __bool__(self) -> bool:
-        return self.received is not None
+        return self.received is not None and not self._too_late

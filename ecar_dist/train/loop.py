@@ -85,6 +85,8 @@ def train(run: Training, progress: Progress) -> Progress:
         if ready or averages:
             save(run, progress, checkpoint=ready, averages=averages)
             saved, due = (progress, False) if ready else (saved, due)
+    if progress.samples_seen >= config.train.total_samples:
+        run.stop.come_too_late()
     if saved != progress:
         save(run, progress)
     run.phases.enter("checkpoint", progress.step)

@@ -29,6 +29,15 @@ def test_in_training_a_signal_only_raises_the_flag(stop, number):
     assert stop.received is number
 
 
+def test_after_the_last_step_a_signal_stops_nothing(stop):
+    stop.defer()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stop.come_too_late()
+    assert not stop
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not stop
+
+
 def test_only_a_second_interrupt_means_it(stop):
     stop.defer()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

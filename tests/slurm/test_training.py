@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 SLOW = "train.step:delay=0.8"
-SLEEPY = ",".join(f"train.step:step={step}:delay=7" for step in range(3, 9))  # 42 s, in which any signal is soon heeded
+SLEEPY = ",".join(f"train.step:step={step}:delay=9" for step in range(3, 9))  # 54 s, in which any signal is soon heeded
 GOES_ON = [one for one in ENDED if one != "FAILED"]  # between a script's own exit and its requeue Slurm says FAILED
 
 
@@ -97,7 +97,7 @@ def site(cluster, make_tree, tmp_path_factory):
     latents = Path(tree["data"]["latents"])
     cluster.hide("n5", latents)
     fates = Fates(site)
-    limited = ["--time=1", "--signal=B:USR1@5"]  # the warning comes 35 to 40 s after the start
+    limited = ["--time=1", "--signal=B:USR1@5"]  # Slurm looks every 30 s: the warning comes 25 to 55 s after the start
     site.submit("limited", 1, 1, "train.total_samples=128", options=limited, ECAR_FAILPOINT=SLEEPY)
     fates.befalls("limited", 1, lambda: submit_the_others(site, fates))
     fates.thread.start()
@@ -187,7 +187,7 @@ def test_a_second_job_on_one_run_directory_is_refused(site):
 
 
 def test_a_time_limit_is_no_end(site):
-    job = site.cluster.wait(site.jobs["limited"], GOES_ON, 200)
+    job = site.cluster.wait(site.jobs["limited"], GOES_ON, 240)
     assert job["JobState"] == "COMPLETED"
     ends = site.attempts("limited")
     assert ends == ["signal"] * int(job["Restarts"]) + ["done"]

@@ -271,10 +271,13 @@ def test_the_preview_is_of_the_average():
 
 
 class NeverAsked:
-    deferred = False
+    deferred = too_late = False
 
     def defer(self):
         self.deferred = True
+
+    def come_too_late(self):
+        self.too_late = True
 
     def __bool__(self):
         return False
@@ -307,6 +310,7 @@ def test_saves_come_when_they_are_due_and_settle_while_training_goes_on():
     assert run.store.calls[-2:] == [saves[-1], "finish"]
     assert run.averaged == [(4 * step, 4) for step in range(1, 9)]
     assert run.stop.deferred
+    assert run.stop.too_late
     assert run.store.notes["goodput"]["kept_seconds"] > 0
 
 
@@ -315,6 +319,7 @@ def test_data_that_fail_end_the_run_after_what_was_learnt_is_saved():
     with pytest.raises(DataError, match="shard x is damaged"):
         train(run, Progress())
     assert run.store.calls == [("begin", 2, True, False), "finish"]
+    assert not run.stop.too_late
 
 
 class OrderedLoader:
