@@ -66,7 +66,7 @@ def sample(parsed: argparse.Namespace) -> int:
 
 def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.evaluate.images import read_images, reconstruct
-    from ecar_dist.evaluate.score import score
+    from ecar_dist.evaluate.score import Scorer
     from ecar_dist.runtime.metrics import log_scores
     from ecar_dist.runtime.run_directory import RunDirectory
     from ecar_dist.storage.atomic import write_json
@@ -89,7 +89,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
         )
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
     samples = _drawn_images(trained, parsed, labels)
-    scores = score(samples, reconstruct(trained.codec, real, trained.device), real, heldout, source)
+    scores = Scorer(reconstruct(trained.codec, real, trained.device), real, heldout, source).score(samples)
     scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     scores.update(
         guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen

@@ -30,13 +30,18 @@ class ScoringClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = from_pixels(pixels)  # [B, 3, H, W]
-        if x.shape[-1] != INPUT_SIDE:
-            x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True)
-        return self.trunk(x)
+        return self.trunk(at_input_side(pixels))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(pixels))
+
+
+def at_input_side(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float [B, 3, 32, 32]: what the scores see of an image."""
+    x = from_pixels(pixels)
+    if x.shape[-1] != INPUT_SIDE:
+        x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True)
+    return x
 
 
 def train_classifier(

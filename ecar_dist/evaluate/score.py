@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ecar_dist.command_line import counted
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
-from ecar_dist.evaluate.classifier import CLASSIFIER_NAME, features_and_predictions, train_classifier
+from ecar_dist.evaluate.classifier import (
+    CLASSIFIER_NAME,
+    at_input_side,
+    features_and_predictions,
+    train_classifier,
+)
 from ecar_dist.evaluate.frechet import frechet_distance
+from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
 from ecar_dist.vae.pixels import from_pixels
 
 LEAST_IMAGES = 2  # that have a covariance
@@ -26,50 +32,69 @@ class LabelledImages:
     labels: np.ndarray
 
 
-def score(
-    samples: LabelledImages,
-    reconstructions: LabelledImages,
-    train: LabelledImages,
-    heldout: LabelledImages,
-    source: str,
-) -> dict[str, Any]:
-    """Every distance is to the held-out images, in the features of a classifier trained on `train` alone.
+class Scorer:
+    """Scores sample sets against the same real images, in the features of one classifier trained on `train` alone.
 
-    `reconstructions` are the train images after the autoencoder: what the generator could reach at best. The name of
-    the distance carries the data set (FD-digits): it is no FID and not comparable with one. Raises DataError where one
-    of the sets is too small.
+    `reconstructions` are the train images after the autoencoder: what the generator could reach at best. Every
+    distance is to the held-out images, and its name carries the data set (FD-digits): it is no FID and not comparable
+    with one. Raises DataError where a set is too small.
     """
-    sets = {"samples": samples, "reconstructions": reconstructions, "train": train, "heldout": heldout}
-    _check_counts(sets)
-    num_classes = int(max(train.labels.max(), heldout.labels.max())) + 1
-    classifier = train_classifier(train.pixels, train.labels, num_classes)
-    features, accuracy = {}, {}
-    for name, images in sets.items():
-        features[name], predictions = features_and_predictions(classifier, images.pixels)
-        accuracy[name] = float((predictions == images.labels).mean())
-    distance = {name: frechet_distance(features[name], features["heldout"]) for name in list(sets)[:3]}
-    bands = {name: band_variances(from_pixels(sets[name].pixels)) for name in ("samples", "heldout")}
-    return {
-        f"FD-{source}": distance["samples"],
-        f"FD-{source} real-vs-real floor": distance["train"],
-        f"FD-{source} reconstructions": distance["reconstructions"],
-        # A Frechet distance depends on the number of samples: no ratio where they differ.
-        "ratio to floor": distance["samples"] / distance["train"] if len(samples.labels) == len(train.labels) else None,
-        "class accuracy": accuracy["samples"],
-        "class accuracy real heldout": accuracy["heldout"],
-        "class accuracy reconstructions": accuracy["reconstructions"],
-        "band variance ratio": {band: value / bands["heldout"][band] for band, value in bands["samples"].items()},
-        "samples": len(samples.labels),
-        "train": len(train.labels),
-        "heldout": len(heldout.labels),
-        "classifier": CLASSIFIER_NAME,
-    }
+
+    def __init__(
+        self, reconstructions: LabelledImages, train: LabelledImages, heldout: LabelledImages, source: str
+    ) -> None:
+        for name, images in {"reconstructions": reconstructions, "train": train, "heldout": heldout}.items():
+            _check_count(name, images)
+        self._classifier = train_classifier(train.pixels, train.labels, _num_classes(train, heldout))
+        self._heldout = self._features(heldout)
+        self._train_seen, self._heldout_seen = _as_seen(train), _as_seen(heldout)
+        self._heldout_bands = band_variances(from_pixels(heldout.pixels))
+        self._name = f"FD-{source}"
+        self._floor = frechet_distance(self._features(train), self._heldout)
+        self._of_real = {
+            f"{self._name} real-vs-real floor": self._floor,
+            f"{self._name} reconstructions": frechet_distance(self._features(reconstructions), self._heldout),
+            "class accuracy real heldout": self._accuracy(heldout),
+            "class accuracy reconstructions": self._accuracy(reconstructions),
+            "neighbour ratio real heldout": heldout_ratio(self._train_seen, self._heldout_seen),
+            "train": len(train.labels),
+            "heldout": len(heldout.labels),
+            "classifier": CLASSIFIER_NAME,
+        }
+
+    def score(self, samples: LabelledImages) -> dict[str, Any]:
+        _check_count("samples", samples)
+        distance, count = frechet_distance(self._features(samples), self._heldout), len(samples.labels)
+        bands = band_variances(from_pixels(samples.pixels))
+        return {
+            self._name: distance,
+            # A Frechet distance depends on the number of samples: no ratio where they differ.
+            "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
+            "class accuracy": self._accuracy(samples),
+            "band variance ratio": {band: value / self._heldout_bands[band] for band, value in bands.items()},
+            "neighbour ratio": neighbour_ratio(_as_seen(samples), self._train_seen, self._heldout_seen),
+            "samples": count,
+            **self._of_real,
+        }
+
+    def _features(self, images: LabelledImages) -> np.ndarray:
+        return features_and_predictions(self._classifier, images.pixels)[0]
+
+    def _accuracy(self, images: LabelledImages) -> float:
+        return float((features_and_predictions(self._classifier, images.pixels)[1] == images.labels).mean())
 
 
-def _check_counts(sets: Mapping[str, LabelledImages]) -> None:
-    for name, images in sets.items():
-        if len(images.labels) < LEAST_IMAGES:
-            raise DataError(
-                f"{name}: {counted(len(images.labels), 'image')}, and a Frechet distance needs {LEAST_IMAGES} at least "
-                f"(and thousands to mean much); {'give a larger --count' if name == 'samples' else 'give more of them'}"
-            )
+def _as_seen(images: LabelledImages) -> torch.Tensor:
+    return at_input_side(torch.from_numpy(images.pixels))
+
+
+def _num_classes(*sets: LabelledImages) -> int:
+    return max(int(images.labels.max()) for images in sets) + 1
+
+
+def _check_count(name: str, images: LabelledImages) -> None:
+    if len(images.labels) < LEAST_IMAGES:
+        raise DataError(
+            f"{name}: {counted(len(images.labels), 'image')}, and a Frechet distance needs {LEAST_IMAGES} at least "
+            f"(and thousands to mean much); {'give a larger --count' if name == 'samples' else 'give more of them'}"
+        )

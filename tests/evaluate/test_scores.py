@@ -7,7 +7,8 @@ from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.images import read_images, reconstruct
-from ecar_dist.evaluate.score import LabelledImages, score
+from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
+from ecar_dist.evaluate.score import LabelledImages, Scorer
 from ecar_dist.vae.dct import DctCodec
 
 
@@ -80,7 +81,8 @@ def test_one_image_has_no_covariance_and_two_have(name):
             one: LabelledImages(rng.integers(0, 255, (size, 32, 32, 3), np.uint8), np.arange(size))
             for one, size in sizes.items()
         }
-        return score(**sets, source="noise")
+        samples = sets.pop("samples")
+        return Scorer(**sets, source="noise").score(samples)
 
     assert np.isfinite(scores()["FD-noise"])
     sizes[name] = 1
@@ -100,12 +102,27 @@ def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     codec = DctCodec(8, torch.device("cpu"))
     rebuilt = reconstruct(codec, train, torch.device("cpu"))
     wrong = LabelledImages(train.pixels, (train.labels + 1) % 10)
-    good, bad = score(train, rebuilt, train, heldout, "digits"), score(wrong, rebuilt, train, heldout, "digits")
+    scorer = Scorer(rebuilt, train, heldout, "digits")
+    good, bad = scorer.score(train), scorer.score(wrong)
     assert good["FD-digits"] == good["FD-digits real-vs-real floor"]
     assert good["ratio to floor"] == 1.0
     assert good["class accuracy"] > 0.99
     assert bad["class accuracy"] < 0.01
+    assert good["neighbour ratio"] == 0  # the training images are copies of themselves
+    assert scorer.score(heldout)["neighbour ratio"] is None
     noise = np.random.default_rng(0).integers(0, 255, train.pixels.shape).astype(np.uint8)
-    noisy = score(LabelledImages(noise, train.labels), rebuilt, train, heldout, "digits")
+    noisy = scorer.score(LabelledImages(noise, train.labels))
     assert noisy["FD-digits"] > 5 * good["FD-digits"]
     assert noisy["band variance ratio"]["32px"] < 0.5 < good["band variance ratio"]["32px"] < 1.5
+    assert noisy["neighbour ratio"] == pytest.approx(1, abs=0.02)
+    assert 0.7 < noisy["neighbour ratio real heldout"] < 0.95
+
+
+def test_the_neighbour_ratio_tells_copies_from_draws_of_the_same_law():
+    generator = torch.Generator().manual_seed(0)
+    train, heldout, fresh = (torch.randn(count, 1, 2, 2, generator=generator) for count in (400, 100, 300))
+    real = heldout_ratio(train, heldout)
+    assert 0.6 < real < 0.8  # four times as many in four dimensions: 4^(-1/4) = 0.71
+    assert neighbour_ratio(fresh, train, heldout) == pytest.approx(real, abs=0.08)
+    copies = torch.cat((train[:150], fresh[:150]))
+    assert neighbour_ratio(copies, train, heldout) == pytest.approx(real / 2, abs=0.08)
