@@ -1,0 +1,183 @@
+"""Trainings on scikit-learn's digits to be compared: data as in the demo, runs through the command line, scores.
+
+Everything is kept in a work folder and done once: a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import load_config
+from ecar_dist.evaluate.images import read_images, reconstruct
+from ecar_dist.evaluate.score import LabelledImages, Scorer
+from ecar_dist.plan.kinds import parameter_count, sampling_macs, training_macs
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
+from ecar_dist.sample.load import TrainedModel, open_trained
+from ecar_dist.vae.build import open_codec
+from ecar_dist.vae.pixels import to_pixels
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cpu")  # ranks and samplers alike: many small runs side by side, one thread each
+IMAGE_SIZE, BATCH_SIZE = 32, 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row of a comparison (`variant`), its seed, and the config it comes from."""
+
+    variant: str
+    seed: int
+    config: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    def load(self, work: Path) -> RunConfig:
+        return load_config(self.config, self.words(work))
+
+    def words(self, work: Path) -> list[str]:
+        """The config's overrides on the command line: where everything is, one rank, and what the comparison sets."""
+        images = work / "images"
+        return [
+            f"run.dir={work / 'runs'}",
+            f"run.name={self.name}",
+            f"run.seed={self.seed}",
+            f"vae.path={work / 'vae'}",
+            f"data.latents={work / 'latents'}",
+            f"data.train_images={images / 'train'}",
+            f"data.heldout_images={images / 'heldout'}",
+            "batch.micro_batch_size=64",
+            "checkpoint.keep=2",
+            "log.tensorboard=false",
+            "log.every_steps=10",
+            *self.overrides,
+        ]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How to sample: fields of the config's `sample` section that differ from the run's own, and the seed."""
+
+    seed: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, config: RunConfig) -> RunConfig:
+        return config.model_copy(update={"sample": config.sample.model_copy(update=self.changes)})
+
+    @property
+    def name(self) -> str:
+        return "-".join([f"seed={self.seed}", *(f"{key}={value}" for key, value in sorted(self.changes.items()))])
+
+
+def prepare(work: Path) -> None:
+    """Image shards, autoencoder, latents: what `make demo` does before it trains. What stands is left alone."""
+    images, vae, latents = work / "images", work / "vae", work / "latents"
+    steps = [
+        (images / "heldout/manifest.json", ["shard", "digits", images, "--holdout", "0.2"]),
+        (vae / "config.json", ["train-vae", images / "train", vae, "--latent-channels", "2"]),
+        (latents / "000000.json", ["encode", images / "train", latents, "--vae", vae, "--image-size", str(IMAGE_SIZE)]),
+        (latents / "manifest.json", ["finalize", latents]),
+    ]
+    for done, words in steps:
+        if not done.exists():
+            _call(["-m", "data_tools", *map(str, words)], threads=2)
+
+
+def train(work: Path, run: Run) -> Path:
+    """The run's directory, trained to the end by the command. A run that stands is not trained again."""
+    directory = RunDirectory(run.load(work).run_directory)
+    if not any(attempt.get("reason") == "done" for attempt in directory.attempts()):
+        _call(["-m", "ecar_dist", "train", str(run.config), *run.words(work)], threads=1)
+    return directory.path
+
+
+def final_loss(directory: Path) -> float:
+    """The mean training loss of the last tenth of a run."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return statistics.mean(
+        line["train/loss"] for line in lines if line["samples_seen"] >= 0.9 * lines[-1]["samples_seen"]
+    )
+
+
+def measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+    """The scores of a trained run, one a draw, with what a sample costs. Kept beside the run."""
+    trained, found = None, []
+    for draw in draws:
+        file = run.load(work).run_directory / "compared" / f"{draw.name}.json"
+        if not file.exists():
+            trained = trained or open_trained(run.load(work).run_directory, DEVICE)
+            scores = _score(work, trained, draw) | cost(trained.config, draw)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(scores | {"draw": draw.changes, "loss": final_loss(file.parent.parent)}))
+        found.append(json.loads(file.read_text()))
+    return found
+
+
+def cost(config: RunConfig, draw: Draw) -> dict[str, float]:
+    """What a run and a sample of it cost; guidance is counted with its null passes."""
+    return {
+        "parameters": parameter_count(config).total,
+        "training_macs": training_macs(config) * config.train.total_samples,
+        "samples_seen": config.train.total_samples,
+        "sampling_macs": sampling_macs(draw.of(config)),
+    }
+
+
+def _score(work: Path, trained: TrainedModel, draw: Draw) -> dict[str, Any]:
+    scorer, labels = _scorer(work)
+    plan = SamplingPlan.from_config(draw.of(trained.config), DEVICE)
+    batches = generate_in_batches(trained.model, plan, torch.from_numpy(labels), draw.seed, BATCH_SIZE)
+    pixels = np.concatenate([to_pixels(trained.codec.decode(stages[-1])) for stages in batches])
+    return scorer.score(LabelledImages(pixels, labels))
+
+
+@cache
+def _scorer(work: Path) -> tuple[Scorer, np.ndarray]:
+    """The scorer of `ecar-dist evaluate` on these images, and the labels that it draws by default."""
+    torch.set_num_threads(1)
+    folders = (work / "images/train", work / "images/heldout")
+    (real, source), (heldout, _) = (read_images(str(folder), IMAGE_SIZE) for folder in folders)
+    codec = open_codec(Run("ecar", 0, ROOT / "configs/digits_cpu.yaml").load(work).vae, DEVICE)
+    return Scorer(reconstruct(codec, real, DEVICE), real, heldout, source), real.labels
+
+
+def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], jobs: int, what: str) -> list[Any]:
+    """The results of action(*item), in the order of the items, by `jobs` processes."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(action, *item) for item in items]
+        return [future.result() for future in tqdm(futures, desc=what, mininterval=5)]
+
+
+def _call(words: Sequence[str], threads: int) -> None:
+    """Python with these words. Raises RuntimeError with the end of what it said where it failed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
