@@ -118,6 +118,20 @@ def test_sample_from_a_run_and_from_its_export_gives_the_same_pictures(trained, 
     assert Image.open(tmp_path / "a/images" / names[0]).size == (32, 32)
 
 
+def test_a_grid_stays_small_whatever_is_drawn(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("ecar_dist.sample.pictures.GRID_ROWS", 2)
+    monkeypatch.setattr("ecar_dist.sample.pictures.GRID_COLUMNS", 3)
+    options = ["--count", "40", "--batch-size", "16", "--out", str(tmp_path / "many")]
+    assert main(["sample", str(trained[1]), *options]) == 0
+    assert len(list((tmp_path / "many/images").iterdir())) == 40
+    side, margin = 64, 2  # classes 0 to 2 alone, two of each; the same three in the strip
+    assert Image.open(tmp_path / "many/grid.png").size == (
+        margin + 3 * (side + margin),
+        14 + margin + 2 * (side + margin),
+    )
+    assert Image.open(tmp_path / "many/stages.png").width == margin + 3 * (side + margin)
+
+
 def test_evaluate_writes_scores(trained, tmp_path):
     _, run, _ = trained
     assert main(["evaluate", str(run), "--count", "128", "--out", str(tmp_path / "scores.json")]) == 0

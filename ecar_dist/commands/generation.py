@@ -35,7 +35,7 @@ def add_commands(add: AddCommand) -> None:
 def sample(parsed: argparse.Namespace) -> int:
     from PIL import Image
 
-    from ecar_dist.sample.pictures import decode_stages, labelled_grid
+    from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
 
     if parsed.out.exists() and any(parsed.out.iterdir()):
@@ -44,19 +44,20 @@ def sample(parsed: argparse.Namespace) -> int:
     classes = _labels(parsed.labels, trained.config.data.num_classes)
     count = parsed.count or 8 * len(classes)
     labels = [classes[i % len(classes)] for i in range(count)]
-    columns: dict[int, list[Any]] = {label: [] for label in classes}
+    columns: dict[int, list[Any]] = {label: [] for label in classes[:GRID_COLUMNS]}
     first_stages: list[Any] = []
     (parsed.out / "images").mkdir(parents=True)
     done = 0
     for stages in _draw(trained, parsed, labels):
-        pictures = decode_stages(trained.codec, stages)
-        first_stages = first_stages or [stage[: len(classes)] for stage in pictures]
+        pictures = decode_stages(trained.codec, stages[-1:] if first_stages else stages)
+        first_stages = first_stages or [stage[: len(columns)] for stage in pictures]
         for picture in pictures[-1]:
             Image.fromarray(picture).save(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png")
-            columns[labels[done]].append(picture)
+            if len(column := columns.get(labels[done], [])) < GRID_ROWS:
+                column.append(picture)
             done += 1
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
-    drawn = [label for label in classes if columns[label]]  # fewer images than classes leave some out
+    drawn = [label for label, column in columns.items() if column]  # fewer images than classes leave some out
     grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
     Image.fromarray(grid).save(parsed.out / "grid.png")
     Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")

@@ -13,6 +13,7 @@ from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.pixels import to_pixels
 
 MARGIN, LABEL_HEIGHT = 2, 14
+GRID_ROWS, GRID_COLUMNS = 8, 16  # of a grid that stays small enough to look at, whatever is drawn
 
 
 def decode_stages(codec: LatentCodec, stages: Sequence[torch.Tensor]) -> list[np.ndarray]:
