@@ -26,7 +26,7 @@ KINDS = {
     kind: ROOT / f"configs/digits_{'cpu' if kind == 'ecar' else kind}.yaml"
     for kind in ("ecar", "pyramid", "dit", "mar")
 }
-GUIDANCE = (1.0, 1.3, 1.6, 2.0)
+GUIDANCE = (1.0, 1.15, 1.3, 1.6, 2.0)
 CHOOSING, SCORING = 0, 1  # seeds of the samples by which the guidance is chosen, and of those that are reported
 STEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "ecar": tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8)),
