@@ -39,6 +39,7 @@ def compiler():
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("error:Dynamo detected a call")  # positions traced instead of held
 @pytest.mark.parametrize(("kind", "num_stages", "graphs"), [("ecar", 2, 4), ("dit", 1, 1)])
 def test_compiled_draws_what_the_model_draws_and_compiles_each_stage_once(kind, num_stages, graphs):
     """One graph a stage for the velocity, one for the token map; the second batch and the last, short one find them."""
