@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ecar_dist.cli import main
@@ -130,6 +131,32 @@ def test_a_grid_stays_small_whatever_is_drawn(trained, tmp_path, monkeypatch):
         14 + margin + 2 * (side + margin),
     )
     assert Image.open(tmp_path / "many/stages.png").width == margin + 3 * (side + margin)
+
+
+def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(trained, tmp_path, monkeypatch, capsys):
+    from ecar_dist.sample import fast
+
+    def sample(out, *more):
+        return main(["sample", str(trained[1]), "--count", "6", "--batch-size", "4", "--out", str(out), *more])
+
+    compiled, batches = [], []
+
+    def keep(function, mode=None):
+        compiled.append(function.__name__)
+        return lambda x, *rest: (batches.append(len(x)) if torch.is_tensor(x) else None) or function(x, *rest)
+
+    monkeypatch.setattr(fast, "_compile", keep)
+    assert sample(tmp_path / "plain") == 0
+    assert not compiled
+    assert sample(tmp_path / "compiled", "--compile") == 0
+    assert compiled == ["sin", "begin_stage", "velocity"]
+    assert set(batches) == {4, 8}  # the last batch, of two, is filled up
+    grids = [np.asarray(Image.open(tmp_path / out / "grid.png")).astype(int) for out in ("plain", "compiled")]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+    monkeypatch.setattr(fast, "compiler_fault", lambda device: "no compiler")
+    said = fails(capsys, "sample", trained[1], "--out", tmp_path / "none", "--compile")
+    assert "nothing can be compiled on cpu here (no compiler)" in said
+    assert not (tmp_path / "none").exists()
 
 
 def test_evaluate_writes_scores(trained, tmp_path):

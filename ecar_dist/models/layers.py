@@ -114,13 +114,18 @@ def sinusoid(x: torch.Tensor, num_frequencies: int, ratio: float) -> torch.Tenso
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # a compiled network holds the table; traced, it would make it in each call
 def position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
     """Fixed 2-D sin-cos positions of a side x side token grid, float32 [side * side, width]; width a multiple of 4.
 
     Half the channels encode the row, half the column, as the token's centre in (0, 1): the centre of a coarse token is
     the mean of the centres of the four finer ones it covers. Not a buffer, because casting a module casts its buffers.
     """
+    return _position_table(side, width, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # a table first met while sampling must serve training too
         centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
         axis = sinusoid(centres * POSITION_SPAN, width // 4, POSITION_RATIO)  # [side, D / 2]

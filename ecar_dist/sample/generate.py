@@ -48,9 +48,15 @@ def velocities(
 
 
 def generate_in_batches(
-    model: Any, plan: SamplingPlan, labels: torch.Tensor, seed: int, batch_size: int
+    model: Any, plan: SamplingPlan, labels: torch.Tensor, seed: int, batch_size: int, *, fill: bool = False
 ) -> Iterator[list[torch.Tensor]]:
-    """`generate` for sample 0, 1, 2, ... of a seed, `batch_size` at a time."""
+    """`generate` for sample 0, 1, 2, ... of a seed, `batch_size` at a time.
+
+    `fill` draws the last batch at the size of the others, for a model that is compiled for that size, and leaves out
+    what is too much.
+    """
     indices = torch.arange(labels.shape[0], device=labels.device)
     for chunk in indices.split(batch_size):
-        yield generate(model, plan, labels[chunk], chunk, seed)
+        missing = min(batch_size, len(indices)) - len(chunk) if fill else 0
+        drawn = torch.cat((chunk, indices[:missing]))
+        yield [stage[: len(chunk)] for stage in generate(model, plan, labels[drawn], drawn, seed)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ecar_dist.flow.pyramid import downsample
+from ecar_dist.models import layers
 from ecar_dist.models.layers import (
     Linear,
     RMSNorm,
@@ -51,7 +52,7 @@ def test_coarse_positions_lie_amid_the_finer_ones_they_cover():
 
 
 def test_position_table_first_met_while_sampling_serves_training():
-    position_table.cache_clear()
+    layers._position_table.cache_clear()
     with torch.inference_mode():
         position_table(2, 8, CPU)
     weight = torch.ones(8, requires_grad=True)

@@ -1,9 +1,11 @@
 """The trained model behind the production sampler."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ecar_dist.sample.staged as module
 from ecar_dist.flow.path import model_time
@@ -162,6 +164,54 @@ def test_the_cached_sampler_sees_what_training_sees():
         assert torch.allclose(cached, full, atol=1e-5)
     for stage, context in zip(stages[:-1], contexts[1:], strict=True):  # C_k = X^e_k + tau xi, before upsampling
         assert float((context - stage).std()) == pytest.approx(0.3, rel=0.4)
+
+
+def test_what_is_constant_in_a_stage_is_computed_once_a_stage():
+    """The AR pass and the projection of its tokens; the velocity alone is in the solver's loop."""
+    model, counts = make_model(3), Counter()
+    for name, part in [("blocks", model.ar.transformer), ("map", model.flow.condition_projection), ("v", model.flow)]:
+        part.register_forward_hook(lambda *_, name=name: counts.update([name]))
+    generate(model, make_plan(3, guidance_scale=3.0), LABELS, INDICES, SEED)
+    assert counts == {"blocks": 3, "map": 3, "v": 3 * 2 * 2}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a value or a shape is read from the device, which makes the host wait for all that is queued."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        name = operation.name()
+        assert not name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")), name
+        assert not name.startswith(("aten::equal", "aten::is_nonzero", "aten::unique", "aten::_unique")), name
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar"])
+def test_the_host_never_waits_for_the_device(kind, guidance_scale):
+    num_stages = 3 if kind in ("ecar", "pyramid") else 1
+    model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
+    tau = 0.3 if kind == "ecar" else None
+    plan = make_plan(num_stages, kind=kind, tau=tau, guidance_scale=guidance_scale)
+    with NoWaiting():
+        generate(model, plan, LABELS, INDICES, SEED)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            float(LABELS[0])  # it does see one
+
+
+def test_a_last_batch_that_is_filled_up_draws_the_same_samples():
+    model, plan, drawn = make_model(1), make_plan(1), []
+    labels = torch.tensor([7, 3, 7, 1, 0])
+    model.velocity = lambda x, *rest, original=model.velocity: drawn.append(len(x)) or original(x, *rest)
+    filled = list(generate_in_batches(model, plan, labels, SEED, batch_size=2, fill=True))
+    assert set(drawn) == {2}
+    assert [len(stages[-1]) for stages in filled] == [2, 2, 1]
+    plain = list(generate_in_batches(model, plan, labels, SEED, batch_size=2))
+    assert drawn[-1] == 1
+    for ours, theirs in zip(filled, plain, strict=True):
+        torch.testing.assert_close(ours[-1], theirs[-1], atol=1e-4, rtol=0)
+    drawn.clear()
+    assert len(next(generate_in_batches(model, plan, labels, SEED, batch_size=64, fill=True))[-1]) == 5
+    assert set(drawn) == {5}  # nothing is drawn to be thrown away where there is one batch
 
 
 def test_class_only_ignores_the_states():

@@ -1,0 +1,235 @@
+"""The contenders of `sampling.py`: the product's own sampler on untrained models, and how their turns are clocked."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import config_from_dict
+from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.models.build import build_model
+from ecar_dist.plan.kinds import calls_per_stage, sampling_macs
+from ecar_dist.sample.fast import prepare
+from ecar_dist.sample.generate import generate
+from ecar_dist.sample.sampling_plan import SamplingPlan
+
+CHANNELS, PATCH, CLASSES = 4, 2, 1000
+WARM_UP_STEPS = 3  # a CUDA graph is recorded by the second call and replayed from the third on
+SHARE_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    kind: str
+    num_stages: int
+    solver: str
+    steps: int  # in each stage
+
+
+CONTENDERS = {
+    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config_model.py
+    "dit, 250 steps": Contender("dit", 1, "euler", 250),
+    "dit, 50 steps": Contender("dit", 1, "euler", 50),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured; `batches` has the images that each contender draws at once."""
+
+    preset: str
+    latent_size: int
+    mode: str
+    guidance: float
+    batches: dict[str, int]
+    dit_share: float
+    largest: bool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a batch of each round, with what arithmetic and calls predict; the rest is of the case itself."""
+
+    case: Case
+    seconds: dict[str, list[float]]
+    steps_run: dict[str, int]
+    macs: dict[str, int]
+    calls: dict[str, int]
+    tokens: str
+    shares: dict[str, float]
+
+
+def measure(case: Case, rounds: int) -> Measured:
+    """`rounds` turns of each contender, nobody always after the same neighbour. Halves batches that do not fit."""
+    try:
+        return _measure(case, rounds)
+    except torch.OutOfMemoryError:
+        if min(case.batches.values()) == 1:
+            raise
+    torch.cuda.empty_cache()
+    halves = {name: max(1, batch // 2) for name, batch in case.batches.items()}
+    return measure(dataclasses.replace(case, batches=halves), rounds)
+
+
+def _measure(case: Case, rounds: int) -> Measured:
+    torch.compiler.reset()  # the code of other cases, and on a GPU the memory of their graphs
+    turns = _turns(case)
+    for turn in turns.values():
+        turn.run(WARM_UP_STEPS)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            turn = turns[name]
+            seconds[name].append(turn.run(turn.steps_run) * turn.contender.steps / turn.steps_run)
+    return Measured(
+        case,
+        seconds,
+        steps_run={name: turn.steps_run for name, turn in turns.items()},
+        macs={name: sampling_macs(turn.config) for name, turn in turns.items()},
+        calls={name: calls_per_stage(turn.config) * turn.config.flow.num_stages for name, turn in turns.items()},
+        tokens="/".join(map(str, turns["ECAR"].config.stage_tokens)),
+        shares=turns["ECAR"].shares(),
+    )
+
+
+class Turn:
+    """One contender with its model, ready to draw one batch after the other."""
+
+    def __init__(self, contender: Contender, case: Case, batch: int, model: Any = None) -> None:
+        self.contender, self._device = contender, case.device
+        self.config = _config(contender, case)
+        self._plan = SamplingPlan.from_config(self.config, case.device)
+        share = case.dit_share if contender.kind == "dit" else 1.0
+        self.steps_run = max(1, round(contender.steps * share))
+        self.model = model or self._made(case)
+        self._indices = torch.arange(batch, device=case.device)
+
+    def run(self, steps: int, model: Any = None) -> float:
+        """Seconds until a batch is drawn, with so many steps a stage."""
+        plan = dataclasses.replace(self._plan, steps_per_stage=min(steps, self.contender.steps))
+        self._wait()
+        began = time.perf_counter()
+        generate(model or self.model, plan, self._indices % CLASSES, self._indices, seed=0)
+        self._wait()
+        return time.perf_counter() - began
+
+    def shares(self) -> dict[str, float]:
+        """What part of the time the AR transformer and the velocity take; each is waited for, so in runs of its own."""
+        found: dict[str, list[float]] = {"AR": [], "velocity": []}
+        for _ in range(SHARE_RUNS):
+            clocked = _Clocked(self.model, self._wait)
+            seconds = self.run(self.contender.steps, clocked)
+            found["AR"].append(clocked.seconds["begin_stage"] / seconds)
+            found["velocity"].append(clocked.seconds["velocity"] / seconds)
+        medians = {part: statistics.median(values) for part, values in found.items()}
+        return {**medians, "noise, guidance and solver": 1.0 - sum(medians.values())}
+
+    def _made(self, case: Case) -> Any:
+        untrained = _untrained(self.config).to(case.device)
+        return prepare(untrained, self._plan, case.device, compiled=case.mode == "compiled")
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class _Clocked:
+    """A model whose two parts are clocked, in calls and seconds."""
+
+    def __init__(self, model: Any, wait: Callable[[], None]) -> None:
+        self.start_cache, self._wait = model.start_cache, wait
+        self.seconds = {"begin_stage": 0.0, "velocity": 0.0}
+        for name in self.seconds:
+            setattr(self, name, self._clock(name, getattr(model, name)))
+
+    def _clock(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*arguments: Any) -> Any:
+            self._wait()
+            began = time.perf_counter()
+            returned = function(*arguments)
+            self._wait()
+            self.seconds[name] += time.perf_counter() - began
+            return returned
+
+        return clocked
+
+
+def largest_batches(case: Case, bound: int | None) -> Case:
+    """The case with the largest batch that fits for each contender, found by doubling one that draws eagerly."""
+    eager = dataclasses.replace(case, mode="eager")
+    found: dict[str, int] = {}
+    for name, contender in CONTENDERS.items():
+        model = Turn(contender, eager, 1).model
+
+        def fits(batch: int, contender: Contender = contender, model: Any = model) -> bool:
+            try:
+                Turn(contender, eager, batch, model).run(1)
+            except torch.OutOfMemoryError:
+                return False
+            finally:
+                torch.cuda.empty_cache()
+            return True
+
+        found[name] = doubled_while(fits, bound)
+        del model, fits
+    return dataclasses.replace(case, batches=found, largest=bound is None or max(found.values()) < bound)
+
+
+def doubled_while(fits: Callable[[int], bool], bound: int | None) -> int:
+    """The largest power of two up to `bound` that fits; 1 is taken to."""
+    batch = 1
+    while (bound is None or 2 * batch <= bound) and fits(2 * batch):
+        batch *= 2
+    return batch
+
+
+def _turns(case: Case) -> dict[str, Turn]:
+    """All contenders; those of one kind share a model. The velocity networks are of one preset."""
+    turns: dict[str, Turn] = {}
+    models: dict[str, Any] = {}
+    for name, contender in CONTENDERS.items():
+        turns[name] = Turn(contender, case, case.batches[name], models.get(contender.kind))
+        models[contender.kind] = turns[name].model
+    return turns
+
+
+def _config(contender: Contender, case: Case) -> RunConfig:
+    sample = {"solver": contender.solver, "steps_per_stage": contender.steps, "guidance_scale": case.guidance}
+    return config_from_dict(
+        {
+            "run": {"name": "benchmark"},
+            "model": {"kind": contender.kind, "preset": case.preset, "patch_size": PATCH},
+            "flow": {"num_stages": contender.num_stages},
+            "vae": {"kind": "dct", "downsample": 8},
+            "data": {
+                "latents": "none",
+                "num_classes": CLASSES,
+                "latent_channels": CHANNELS,
+                "latent_size": case.latent_size,
+            },
+            "train": {"total_samples": 1},
+            "sample": sample,
+        }
+    )
+
+
+def _untrained(config: RunConfig) -> nn.Module:
+    """Nothing is zero, as after training: a GPU is faster at multiplying zeros."""
+    torch.manual_seed(0)
+    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()

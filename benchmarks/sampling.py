@@ -1,0 +1,195 @@
+"""Sampling speed of ECAR against `dit` of the same width and depth: untrained weights, one process, turn by turn.
+
+`python benchmarks/sampling.py` takes under two minutes on two cores; `--full` has more rounds. On a GPU it measures
+preset XL in bf16, compiled. The last line is JSON. Decoding by the autoencoder is left out. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rounds
+from samplers import CONTENDERS, Case, Measured, largest_batches, measure
+
+from ecar_dist.command_line import counted
+from ecar_dist.sample.fast import compiler_fault
+
+MAX = "max"
+CPU_ROUNDS, CPU_LARGE, GPU_LARGE = 3, 4, 256
+TARGETS = {"batch 1": 5.0, "large batch": 10.0}  # times dit at 250 steps, preset XL, on an H200
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _fill_in(options, device)
+    fault = compiler_fault(device) if "compiled" in options.modes else None
+    modes = [mode for mode in options.modes if mode == "eager" or not fault]
+    if fault:
+        print(f"compiled: not measured, {fault}")
+    result: dict[str, Any] = {**_about(options, device), "not_measured": fault and f"compiled: {fault}", "cases": []}
+    for case in _cases(options, modes, device):
+        result["cases"].append(_summary(measure(case, options.rounds), device))
+        _report(result["cases"][-1])
+    _report_targets(result["cases"], device)
+    if options.plot:
+        from sampling_plot import plot
+
+        plot(result, options.plot)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="20 rounds on CPU too; on a GPU, no bound on the batch")
+    parser.add_argument("--preset", help="row of models/presets.py (default: T on CPU, XL on a GPU)")
+    parser.add_argument("--latent-size", type=int, default=32, help="side of the latents, in patches of 2")
+    parser.add_argument("--batches", nargs="+", help=f"images at once; `{MAX}` on a GPU: as many as fit (default: 1 4)")
+    parser.add_argument("--largest-batch", type=int, help="where the doubling of `max` ends (default: 256)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 2.0], help="scales; 1 is none")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="(default: compiled on a GPU alone)")
+    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {CPU_ROUNDS} on CPU, else 20)")
+    parser.add_argument(
+        "--dit-share", type=float, default=1.0, help="run this share of dit's steps and divide its time by it"
+    )
+    parser.add_argument("--plot", type=Path, help="draw the ratios into this PNG")
+    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--hardware", help="what to call the machine (default: its cores, processor and GPU)")
+    return parser.parse_args(arguments)
+
+
+def _fill_in(options: argparse.Namespace, device: torch.device) -> None:
+    """The defaults that depend on the device."""
+    gpu = device.type == "cuda"
+    options.preset = options.preset or ("XL" if gpu else "T")
+    options.batches = options.batches or ["1", MAX if gpu else str(CPU_LARGE)]
+    options.modes = options.modes or ["compiled" if gpu else "eager"]
+    options.rounds = options.rounds or (20 if gpu or options.full else CPU_ROUNDS)
+    if gpu and not options.full:
+        options.largest_batch = options.largest_batch or GPU_LARGE
+    if MAX in options.batches and not gpu:
+        sys.exit("--batches max needs a GPU: main memory would be swapped long before it is full; give a number")
+
+
+def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    processor = rounds.hardware()
+    if device.type == "cuda":
+        processor = f"{torch.cuda.get_device_name()}, {processor}"
+    return {
+        "hardware": options.hardware or processor,
+        "device": device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": "bf16" if device.type == "cuda" else "fp32",
+        "warm_up": "every contender once with 3 steps, untimed, compilation included",
+        "autoencoder": "not included",
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _cases(options: argparse.Namespace, modes: Sequence[str], device: torch.device) -> list[Case]:
+    cases = []
+    for mode in modes:
+        for batch in options.batches:
+            for guidance in options.guidance:
+                batches = dict.fromkeys(CONTENDERS, 0 if batch == MAX else int(batch))
+                case = Case(
+                    options.preset,
+                    options.latent_size,
+                    mode,
+                    guidance,
+                    batches,
+                    options.dit_share,
+                    batch == MAX,
+                    device,
+                )
+                cases.append(largest_batches(case, options.largest_batch) if batch == MAX else case)
+    return cases
+
+
+def _summary(measured: Measured, device: torch.device) -> dict[str, Any]:
+    """Medians over rounds; ratios are taken within each round, per image."""
+    case, (ours, *others) = measured.case, CONTENDERS
+    per_image = {
+        name: [seconds / case.batches[name] for seconds in measured.seconds[name]] for name in measured.seconds
+    }
+    return {
+        "preset": case.preset,
+        "mode": case.mode,
+        "guidance": case.guidance,
+        "batches": case.batches,
+        "largest_that_fits": case.largest,
+        "tokens": measured.tokens,
+        "rounds": len(per_image[ours]),
+        "seconds_per_batch": {name: statistics.median(measured.seconds[name]) for name in CONTENDERS},
+        "images_per_second": {name: 1 / statistics.median(per_image[name]) for name in CONTENDERS},
+        "steps": {name: contender.steps for name, contender in CONTENDERS.items()},
+        "steps_run": measured.steps_run,
+        "faster": {
+            name: {
+                "measured": statistics.median(a / b for a, b in zip(per_image[name], per_image[ours], strict=True)),
+                "macs_predict": measured.macs[name] / measured.macs[ours],
+                "calls_predict": measured.calls[name] / measured.calls[ours],
+            }
+            for name in others
+        },
+        "calls": measured.calls,
+        "gmacs_per_image": {name: macs / 1e9 for name, macs in measured.macs.items()},
+        "share_of_ecars_time": measured.shares,
+    }
+
+
+def _report(found: dict[str, Any]) -> None:
+    ours = next(iter(CONTENDERS))
+    guidance = "no guidance" if found["guidance"] == 1.0 else f"guidance {found['guidance']:g}"
+    number = counted(found["rounds"], "round")
+    print(f"\npreset {found['preset']}, {found['mode']}, {guidance}, {found['tokens']} tokens, {number}")
+    print(f"{'':16} {'batch':>6} {'calls':>6} {'s a batch':>10} {'images/s':>10}   ECAR is faster by (MACs, calls say)")
+    for name in CONTENDERS:
+        line = (
+            f"{name:16} {found['batches'][name]:6d} {found['calls'][name]:6d} {found['seconds_per_batch'][name]:10.4f} "
+            f"{found['images_per_second'][name]:10.4g}"
+        )
+        if name != ours:
+            ratio = found["faster"][name]
+            line += f"   {ratio['measured']:6.2f} ({ratio['macs_predict']:.2f}, {ratio['calls_predict']:.2f})"
+        if found["steps_run"][name] != found["steps"][name]:
+            line += f"  from {found['steps_run'][name]} of {found['steps'][name]} steps"
+        print(line)
+    print("ECAR's time: " + ", ".join(f"{part} {share:.1%}" for part, share in found["share_of_ecars_time"].items()))
+
+
+def _report_targets(cases: Sequence[dict[str, Any]], device: torch.device) -> None:
+    """Met or missed where the targets are meant; elsewhere what was found."""
+    baseline = next(name for name in CONTENDERS if name.endswith("250 steps"))
+    print()
+    for found in cases:
+        what = "batch 1" if set(found["batches"].values()) == {1} else "large batch"
+        ratio, wanted = found["faster"][baseline]["measured"], TARGETS[what]
+        verdict = ("met   " if ratio >= wanted else "MISSED") if device.type == "cuda" else "found "
+        meant = "" if device.type == "cuda" else " of XL on an H200"
+        batch = f"batch {found['batches'][baseline]}" + (
+            ", the largest that fits" if found["largest_that_fits"] else ""
+        )
+        print(
+            f"{verdict}  speed over {baseline}, {batch}, guidance {found['guidance']:g}, {found['mode']}: "
+            f"{ratio:.2f}; target{meant} >= {wanted:g}"
+        )
+
+
+if __name__ == "__main__":
+    main()

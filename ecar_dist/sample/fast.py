@@ -1,0 +1,74 @@
+"""Drawing made faster: bf16 weights that are cast once, and a model that is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecar_dist.errors import ConfigError
+from ecar_dist.models.staged import StagedModel
+from ecar_dist.sample.generate import SAMPLERS
+from ecar_dist.sample.sampling_plan import SamplingPlan
+from ecar_dist.sample.staged import draw_stages
+
+
+def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compiled: bool) -> Any:
+    """What `generate` is to be given to draw many batches: `model`, whose matrices may be rounded in place, or its
+    compiled form. Raises ConfigError where it cannot be compiled."""
+    if plan.bf16:
+        round_matrices(model)
+    if not compiled:
+        return model
+    if SAMPLERS[plan.kind].draw is not draw_stages:
+        raise ConfigError(f"model.kind={plan.kind} draws another number of tokens each step; leave --compile out")
+    if fault := compiler_fault(device):
+        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); leave --compile out")
+    return CompiledModel(model, device)  # type: ignore[arg-type]  # a sampler of stages has a model of stages
+
+
+def round_matrices(model: nn.Module) -> None:
+    """Hold the linear maps in bf16, in place.
+
+    Under bf16 autocast no sample changes by a bit: autocast rounds the same weights in the same way, but anew in each
+    call of the network.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+
+
+class CompiledModel:
+    """A model of stages as compiled code, for `draw_stages`: one graph for each stage and each shape of batch.
+
+    The code lives as long as this object does, so give every batch the same size: another one compiles anew, minutes
+    for a large model. On a GPU the velocity is a CUDA graph, one launch a call. Equal to the model but for rounding.
+    """
+
+    def __init__(self, model: StagedModel, device: torch.device) -> None:
+        self.start_cache = model.start_cache
+        # Not a CUDA graph: the next replay would take the memory of the keys and values that the cache holds.
+        self.begin_stage = _compile(model.begin_stage)
+        self._velocity = _compile(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
+
+    def velocity(
+        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """As the model's."""
+        # A copy, because the next replay writes where this one did, and a solver may still hold the first result.
+        return self._velocity(x, time, stage, condition, labels).clone()
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, in a line, e.g. for want of a C++ compiler; None where it works."""
+    try:
+        _compile(torch.sin)(torch.zeros(4, device=device))
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def _compile(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -1,0 +1,123 @@
+"""Faster drawing draws the same samples."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import ecar_dist.sample.fast as module
+from ecar_dist.errors import ConfigError
+from ecar_dist.models import layers
+from ecar_dist.sample.fast import compiler_fault, prepare, round_matrices
+from ecar_dist.sample.generate import generate, generate_in_batches, velocities
+from tests.sample.test_generate import INDICES, LABELS, SEED, make_plan
+from tests.train.test_objective import make_config, make_model
+
+CPU = torch.device("cpu")
+
+
+def small(kind, num_stages):
+    """A model of a few blocks, its plan without guidance at stage 0, and with it after that."""
+    model = {"kind": kind, "preset": "T", "ar_depth": 1, "flow_depth": 1, "patch_size": 1}
+    config = make_config(kind, num_stages=num_stages)
+    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    tau = 0.3 if kind == "ecar" else None
+    return make_model(config).eval(), make_plan(num_stages, kind=kind, tau=tau, guidance_scale=2.0)
+
+
+@pytest.fixture
+def compiler():
+    """Skips where nothing can be compiled, and leaves no compiled code behind."""
+    if fault := compiler_fault(CPU):
+        pytest.skip(f"COMPILED SAMPLING IS NOT TESTED HERE: {fault}")
+    torch.compiler.reset()
+    layers._position_table.cache_clear()  # a table that is first met while compiling must be a real one
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("error:Dynamo detected a call")  # positions traced instead of held
+@pytest.mark.parametrize(("kind", "num_stages", "graphs"), [("ecar", 2, 4), ("dit", 1, 1)])
+def test_compiled_draws_what_the_model_draws_and_compiles_each_stage_once(kind, num_stages, graphs):
+    """One graph a stage for the velocity, one for the token map; the second batch and the last, short one find them."""
+    model, plan = small(kind, num_stages)
+    compiled = prepare(model, plan, CPU, compiled=True)
+    counters.clear()
+    labels = torch.tensor([1, 7, 7, 0, 3])
+    ours = list(generate_in_batches(compiled, plan, labels, SEED, batch_size=2, fill=True))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    theirs = list(generate_in_batches(model, plan, labels, SEED, batch_size=2))
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert [stage.shape for stage in batch] == [stage.shape for stage in expected]
+        for a, b in zip(batch, expected, strict=True):
+            assert float(b.abs().max()) > 0.1
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_each_call_of_the_compiled_velocity_has_memory_of_its_own(monkeypatch):
+    """As a CUDA graph it does not: each replay writes to the same place, and Heun holds two velocities at once."""
+    model, plan = small("dit", 1)
+    plan = dataclasses.replace(plan, solver="heun", guidance_scale=1.0)
+    expected = generate(model, plan, LABELS, INDICES, SEED)[-1]
+    place = torch.empty(4, 4, 8, 8)
+    monkeypatch.setattr(module, "compiler_fault", lambda device: None)
+    replayed = lambda function: lambda *arguments: place.copy_(function(*arguments))  # noqa: E731
+    monkeypatch.setattr(
+        module, "_compile", lambda function, mode=None: replayed(function) if function == model.velocity else function
+    )
+    compiled = prepare(model, plan, CPU, compiled=True)
+    assert torch.equal(generate(compiled, plan, LABELS, INDICES, SEED)[-1], expected)
+
+
+def test_the_velocity_alone_is_a_cuda_graph_and_on_a_gpu_alone(monkeypatch):
+    model, _ = small("ecar", 2)
+    modes = []
+    monkeypatch.setattr(module, "_compile", lambda function, mode=None: modes.append((function.__name__, mode)))
+    for device in ("cpu", "cuda"):
+        module.CompiledModel(model, torch.device(device))
+    assert modes == [("begin_stage", None), ("velocity", None), ("begin_stage", None), ("velocity", "reduce-overhead")]
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("pyramid", 3), ("dit", 1), ("mar", 1)])
+def test_rounded_matrices_draw_the_same_bits_under_autocast(kind, num_stages):
+    model, plan = small(kind, num_stages)
+    plan = dataclasses.replace(plan, bf16=True)
+    expected = generate(model, plan, LABELS, INDICES, SEED)
+    in_fp32 = velocities(model, plan, LABELS, INDICES, SEED)
+    rounded = copy.deepcopy(model)
+    assert prepare(rounded, plan, CPU, compiled=False) is rounded
+    for a, b in zip(generate(rounded, plan, LABELS, INDICES, SEED), expected, strict=True):
+        assert torch.equal(a, b)
+    linear = {p.dtype for m in rounded.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()}
+    assert linear == {torch.bfloat16}
+    assert any(p.dtype == torch.float32 for p in rounded.parameters())  # norms and embeddings
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(velocities(rounded, plan, LABELS, INDICES, SEED), in_fp32, strict=True)  # without autocast
+    )
+
+
+def test_in_fp32_nothing_is_rounded():
+    model, plan = small("ecar", 2)
+    assert prepare(model, plan, CPU, compiled=False) is model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    round_matrices(model)
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
+
+
+def test_what_cannot_be_compiled_says_so(monkeypatch):
+    model, plan = small("mar", 1)
+    with pytest.raises(ConfigError, match=r"model\.kind=mar draws another number of tokens each step; leave --compile"):
+        prepare(model, plan, CPU, compiled=True)
+    model, plan = small("ecar", 2)
+
+    def refuse(*_, **__):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(module, "_compile", refuse)
+    with pytest.raises(ConfigError, match=r"nothing can be compiled on cpu here \(no compiler\); leave --compile out"):
+        prepare(model, plan, CPU, compiled=True)
