@@ -106,10 +106,14 @@ def prepare(work: Path) -> None:
 
 def train(work: Path, run: Run) -> Path:
     """The run's directory, trained to the end by the command. A run that stands is not trained again."""
-    directory = RunDirectory(run.load(work).run_directory)
-    if not any(attempt.get("reason") == "done" for attempt in directory.attempts()):
+    if not is_trained(work, run):
         _call(["-m", "ecar_dist", "train", str(run.config), *run.words(work)], threads=1)
-    return directory.path
+    return run.load(work).run_directory
+
+
+def is_trained(work: Path, run: Run) -> bool:
+    attempts = RunDirectory(run.load(work).run_directory).attempts()
+    return any(attempt.get("reason") == "done" for attempt in attempts)
 
 
 def final_loss(directory: Path) -> float:

@@ -1,0 +1,226 @@
+"""Ablations of ECAR on digits and in closed form: each sign that is expected, and whether it was found.
+
+`python benchmarks/ablations.py` takes about half an hour on two cores and goes on where it was stopped; `--share 0.01
+--seeds 1` tries it out in minutes. It uses the data and the full-length runs that benchmarks/quality.py has left in the
+same folder. The last line is JSON. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import closed_form
+import rounds
+from ablation_report import plot, report
+from digits import IMAGE_SIZE, ROOT, Draw, Run, is_trained, measure, prepare, side_by_side
+from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
+
+from ecar_dist.config import RunConfig
+from ecar_dist.evaluate.bands import band_variances
+from ecar_dist.evaluate.images import read_images
+from ecar_dist.flow.solvers import CALLS_PER_STEP
+from ecar_dist.plan.kinds import sampling_macs
+from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.vae.pixels import from_pixels
+
+GUIDANCE = 1.0  # none: it trades variance for distance, and variance is what is looked at
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "noisy states": ("flow.context.mode=noisy_state", "flow.context.tau=0.3"),
+    "exact states": ("flow.context.mode=noisy_state", "flow.context.tau=0", "flow.context.allow_unsafe=true"),
+    "class only": ("flow.context.mode=class_only",),
+    "two stages": ("flow.num_stages=2",),
+    "one stage": ("flow.num_stages=1",),
+}
+REFERENCE = "noisy states"  # and three stages
+CALLS = {"euler": (2, 4, 8, 16, 32), "heun": (2, 4, 8, 16), "midpoint": (2, 4, 8, 16)}
+TAUS = (0.1, 0.3, 1.0)
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()
+    if options.trap_plot:
+        closed_form.trap_picture(options.trap_plot)
+    prepare(work)
+    variants = runs_at_equal_compute(work, options.seeds, options.share)
+    result = {
+        "variants": compare(work, variants, options.jobs),
+        "solvers": solvers(work, variants[REFERENCE], options.jobs),
+        "closed form solvers": [
+            closed_form.errors("all", closed_form.TAU, solver, calls)
+            for solver, some in CALLS.items()
+            for calls in some
+        ],
+        "closed form tau": [closed_form.tau_row(tau) for tau in TAUS],
+    }
+    result["signs"] = context_signs(result["variants"]) + solver_signs(result)
+    result["hardware"] = options.hardware or rounds.hardware()
+    result["command"] = shlex.join(["python", *sys.argv])
+    print(report(result))
+    if options.plot:
+        plot(result, options.plot)
+    if options.save:
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
+    parser.add_argument("--share", type=float, default=0.5, help="of the config's length of training")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
+    parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
+    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw quality and variance against solver calls into this file")
+    parser.add_argument("--trap-plot", type=Path, help="also draw the trap of docs/ecar.md, in closed form, into this")
+    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
+    return parser.parse_args(arguments)
+
+
+def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, list[Run]]:
+    """Every variant's runs, one a seed; a run's name tells its share, so that another share is another run."""
+    config = KINDS["ecar"]
+    budget = macs_of(Run("ecar", 0, config).load(work)) * share
+    return {
+        name: [
+            at_equal_compute(work, Run(f"{name.replace(' ', '-')}-x{share:g}", seed, config, changes), budget)
+            for seed in range(seeds)
+        ]
+        for name, changes in VARIANTS.items()
+    }
+
+
+def compare(work: Path, variants: dict[str, list[Run]], jobs: int) -> dict[str, Row]:
+    """Train all, seed by seed, and score each at the sampling MACs of the reference with its config's own steps."""
+    reference = variants[REFERENCE][0].load(work)
+    macs = sampling_macs(unguided({}).of(reference))
+    draws = {name: matched_draw(runs[0].load(work), macs) for name, runs in variants.items()}
+    by_seed = zip(*variants.values(), strict=True)
+    items = [item for runs in by_seed for item in zip(variants, runs, strict=True)]
+    found = side_by_side(train_and_measure, [(work, run, [draws[name]]) for name, run in items], jobs, "trained")
+    scores = {name: [one for (of, _), (one,) in zip(items, found, strict=True) if of == name] for name in variants}
+    return {name: summary(rows, GUIDANCE) for name, rows in scores.items()}
+
+
+def unguided(changes: Row) -> Draw:
+    return Draw(SCORING, {"guidance_scale": GUIDANCE} | changes)
+
+
+def matched_draw(config: RunConfig, macs: float) -> Draw:
+    """As many solver steps a stage as come nearest to `macs` a sample."""
+    draws = [unguided({"steps_per_stage": steps}) for steps in range(1, 65)]
+    return min(draws, key=lambda draw: abs(sampling_macs(draw.of(config)) - macs))
+
+
+def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
+    """Scores of the trained reference by solver and calls a stage, and how long the runs were."""
+    full = [Run("ecar", run.seed, KINDS["ecar"]) for run in own]
+    runs = full if all(stands_in_full(work, run) for run in full) else own
+    draws = [
+        unguided({"solver": solver, "steps_per_stage": calls // CALLS_PER_STEP[solver]})
+        for solver, some in CALLS.items()
+        for calls in some
+    ]
+    found = side_by_side(measure, [(work, run, draws) for run in runs], jobs, "scored by solver")
+    real = real_variances(work)
+    rows = []
+    for i, draw in enumerate(draws):
+        scores = [one[i] for one in found]
+        calls = draw.changes["steps_per_stage"] * CALLS_PER_STEP[draw.changes["solver"]]
+        share = spread(scores, lambda one: variance_share(one["band variance ratio"], real))
+        row = {"solver": draw.changes["solver"], "calls": calls, "variance share": share}
+        rows.append(summary(scores, GUIDANCE) | row)
+    return {"runs": [run.name for run in runs], "rows": rows}
+
+
+def stands_in_full(work: Path, run: Run) -> bool:
+    """Whether the run is there and has the config's own length: quality.py may have made a shorter one."""
+    config = run.load(work)
+    stored = RunDirectory(config.run_directory)
+    return is_trained(work, run) and stored.load_config().train.total_samples == config.train.total_samples
+
+
+def real_variances(work: Path) -> dict[str, float]:
+    """By band, of the held-out images, to which the scores' ratios are."""
+    return band_variances(from_pixels(read_images(str(work / "images/heldout"), IMAGE_SIZE)[0].pixels))
+
+
+def variance_share(ratios: dict[str, float], real: dict[str, float]) -> float:
+    """Total variance of samples over that of real images, from the ratios of the bands."""
+    return sum(ratios[band] * real[band] for band in real) / sum(real.values())
+
+
+def sign(expected: str, smaller: Sequence[float], larger: Sequence[float]) -> Row:
+    """Whether smaller < larger, in the mean over seeds; and in how many of the seeds."""
+    return {
+        "expected": expected,
+        "smaller": list(smaller),
+        "larger": list(larger),
+        "found": statistics.mean(smaller) < statistics.mean(larger),
+        "seeds": sum(a < b for a, b in zip(smaller, larger, strict=True)),
+    }
+
+
+def context_signs(variants: dict[str, Row]) -> list[Row]:
+    """What the trap and the use of a context lead to expect of the variants, and the claim of stages."""
+    noisy, exact, label = (variants[name] for name in (REFERENCE, "exact states", "class only"))
+    coarse = list(noisy["band variance ratio"])[-2:]
+
+    def seeds(row: Row, key: str) -> list[float]:
+        return row[key]["seeds"]
+
+    return [
+        sign("loss: exact states < noisy states", seeds(exact, "loss"), seeds(noisy, "loss")),
+        *(
+            sign(
+                f"variance of the {band} band: exact states < noisy states",
+                seeds(exact["band variance ratio"], band),
+                seeds(noisy["band variance ratio"], band),
+            )
+            for band in reversed(coarse)
+        ),
+        sign("FD-digits: noisy states < exact states", seeds(noisy, "FD-digits"), seeds(exact, "FD-digits")),
+        sign("loss: noisy states < class only", seeds(noisy, "loss"), seeds(label, "loss")),
+        sign("FD-digits: noisy states < class only", seeds(noisy, "FD-digits"), seeds(label, "FD-digits")),
+        *(
+            sign(f"FD-digits: {name} < one stage", seeds(row, "FD-digits"), seeds(variants["one stage"], "FD-digits"))
+            for name, row in {"three stages": noisy, "two stages": variants["two stages"]}.items()
+        ),
+    ]
+
+
+def solver_signs(result: dict[str, Any]) -> list[Row]:
+    """More calls are better, and second order is at least as good as Euler at equal calls; trained and closed form."""
+    trained = {(row["solver"], row["calls"]): row for row in result["solvers"]["rows"]}
+    exact = {(row["solver"], row["calls"]): row["covariance error"] for row in result["closed form solvers"]}
+    limit = trained["midpoint", 16]["variance share"]["seeds"]
+
+    def off(solver: str, calls: int) -> list[float]:
+        """How far the variance is from where it ends."""
+        shares = trained[solver, calls]["variance share"]["seeds"]
+        return [abs(share - end) for share, end in zip(shares, limit, strict=True)]
+
+    signs = []
+    for solver, some in CALLS.items():
+        few, many = (trained[solver, calls]["FD-digits"]["seeds"] for calls in (some[0], some[-1]))
+        signs.append(sign(f"FD-digits, {solver}: {some[-1]} calls < {some[0]} calls", many, few))
+        few, many = ([exact[solver, calls]] for calls in (some[0], some[-1]))
+        signs.append(sign(f"closed form error, {solver}: {some[-1]} calls < {some[0]} calls", many, few))
+    for solver in ("heun", "midpoint"):
+        for calls in CALLS[solver][:-1]:
+            words = f"variance off its end, {calls} calls: {solver} < euler"
+            signs.append(sign(words, off(solver, calls), off("euler", calls)))
+        signs += [
+            sign(f"closed form error, {calls} calls: {solver} < euler", [exact[solver, calls]], [exact["euler", calls]])
+            for calls in CALLS[solver]
+        ]
+    return signs
