@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         closed_form.trap_picture(options.trap_plot)
     prepare(work)
     variants = runs_at_equal_compute(work, options.seeds, options.share)
-    result = {
+    result: dict[str, Any] = {
         "variants": compare(work, variants, options.jobs),
         "solvers": solvers(work, variants[REFERENCE], options.jobs),
         "closed form solvers": [
@@ -224,3 +224,7 @@ def solver_signs(result: dict[str, Any]) -> list[Row]:
             for calls in CALLS[solver]
         ]
     return signs
+
+
+if __name__ == "__main__":
+    main()
