@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
-    parser.add_argument("--share", type=float, default=0.5, help="of the config's length of training")
+    parser.add_argument("--share", type=float, default=1.0, help="of the config's length of training")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
@@ -87,14 +87,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, list[Run]]:
-    """Every variant's runs, one a seed; a run's name tells its share, so that another share is another run."""
+    """Every variant's runs, one a seed; a run's name tells its share, so that another share is another run.
+
+    The reference at the config's full length is quality.py's own `ecar`, which may be trained already.
+    """
     config = KINDS["ecar"]
     budget = macs_of(Run("ecar", 0, config).load(work)) * share
+    names = {name: f"{name.replace(' ', '-')}-x{share:g}" for name in VARIANTS}
+    if share == 1:
+        names[REFERENCE] = "ecar"
     return {
-        name: [
-            at_equal_compute(work, Run(f"{name.replace(' ', '-')}-x{share:g}", seed, config, changes), budget)
-            for seed in range(seeds)
-        ]
+        name: [at_equal_compute(work, Run(names[name], seed, config, changes), budget) for seed in range(seeds)]
         for name, changes in VARIANTS.items()
     }
 
