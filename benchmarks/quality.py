@@ -225,7 +225,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.axhline(first["FD-digits reconstructions"], color="gray", linestyle=":", label="real, after the autoencoder")
     axes.axhline(first["FD-digits real-vs-real floor"], color="gray", linestyle="--", label="real (floor)")
     axes.set(xscale="log", yscale="log", xlabel="GMAC a sample, guidance included", ylabel="FD-digits, lower is better")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.62))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
