@@ -1,25 +1,20 @@
 """Ablations of ECAR on digits and in closed form: each sign that is expected, and whether it was found.
 
-`python benchmarks/ablations.py` takes about half an hour on two cores and goes on where it was stopped; `--share 0.01
+`python benchmarks/ablations.py` takes about an hour on two cores and goes on where it was stopped; `--share 0.01
 --seeds 1` tries it out in minutes. It uses the data and the full-length runs that benchmarks/quality.py has left in the
 same folder. The last line is JSON. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import closed_form
-import rounds
 from ablation_report import plot, report
-from digits import IMAGE_SIZE, ROOT, Draw, Run, is_trained, measure, prepare, side_by_side
+from digits import IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, publish, side_by_side
 from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
 
 from ecar_dist.config import RunConfig
@@ -45,7 +40,9 @@ Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    asking = parser(__doc__, seeds=2)
+    asking.add_argument("--trap-plot", type=Path, help="also draw the trap of docs/ecar.md, in closed form, into this")
+    options = asking.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
     if options.trap_plot:
@@ -63,27 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "closed form tau": [closed_form.tau_row(tau) for tau in TAUS],
     }
     result["signs"] = context_signs(result["variants"]) + solver_signs(result)
-    result["hardware"] = options.hardware or rounds.hardware()
-    result["command"] = shlex.join(["python", *sys.argv])
     print(report(result))
     if options.plot:
         plot(result, options.plot)
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
-    parser.add_argument("--share", type=float, default=1.0, help="of the config's length of training")
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
-    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--plot", type=Path, help="also draw quality and variance against solver calls into this file")
-    parser.add_argument("--trap-plot", type=Path, help="also draw the trap of docs/ecar.md, in closed form, into this")
-    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
-    return parser.parse_args(arguments)
+    publish(result, options)
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, list[Run]]:

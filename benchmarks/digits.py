@@ -5,8 +5,10 @@ Everything is kept in a work folder and done once: a comparison that was stopped
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rounds
 import torch
 from tqdm import tqdm
 
@@ -88,6 +91,28 @@ class Draw:
     @property
     def name(self) -> str:
         return "-".join([f"seed={self.seed}", *(f"{key}={value}" for key, value in sorted(self.changes.items()))])
+
+
+def parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
+    """The options of a comparison."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help="trainings of each row")
+    parser.add_argument("--share", type=float, default=1.0, help="of the configs' length of training")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
+    parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
+    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw quality against what sampling costs into this file")
+    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
+    return parser
+
+
+def publish(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """The result with its hardware and command: to the file, and as the last line."""
+    result["hardware"] = options.hardware or rounds.hardware()
+    result["command"] = shlex.join(["python", *sys.argv])
+    if options.save:
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def prepare(work: Path) -> None:

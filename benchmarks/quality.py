@@ -6,18 +6,13 @@ tries it out in minutes. The last line is JSON. See benchmarks/README.md.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import rounds
-from digits import ROOT, Draw, Run, measure, prepare, side_by_side, train
+from digits import ROOT, Draw, Run, measure, parser, prepare, publish, side_by_side, train
 
 from ecar_dist.config import RunConfig
 from ecar_dist.plan.kinds import training_macs
@@ -40,32 +35,16 @@ STEPS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+    options = parser(__doc__, seeds=3).parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
     prepare(work)
     runs = runs_at_equal_compute(work, options.seeds, options.share)
     result = compare(work, runs, options.jobs)
-    result["hardware"] = options.hardware or rounds.hardware()
-    result["command"] = shlex.join(["python", *sys.argv])
     print(table(result))
     if options.plot:
         plot(result, options.plot)
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
-    parser.add_argument("--share", type=float, default=1.0, help="of the configs' length of training")
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
-    parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--plot", type=Path, help="also draw quality against sampling compute into this file")
-    parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
-    return parser.parse_args(arguments)
+    publish(result, options)
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> list[Run]:
