@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import closed_form
+import rounds
 from ablation_report import plot, report
-from digits import IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, publish, side_by_side
+from digits import IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, side_by_side
 from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
 
 from ecar_dist.config import RunConfig
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report(result))
     if options.plot:
         plot(result, options.plot)
-    publish(result, options)
+    rounds.publish(result | {"hardware": options.hardware or rounds.hardware()}, options.save)
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, list[Run]]:

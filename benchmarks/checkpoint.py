@@ -7,9 +7,7 @@ See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -47,12 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stop_world()
     result["hardware"] = options.hardware or rounds.hardware()
     result["device"] = world.device.type
-    result["command"] = shlex.join(["python", *sys.argv])
     _report(result)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    rounds.publish(result, options.save)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

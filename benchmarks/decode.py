@@ -10,8 +10,6 @@ import argparse
 import importlib.util
 import io
 import itertools
-import json
-import shlex
 import statistics
 import sys
 import tarfile
@@ -57,13 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "not_measured": missing,
         "jpeg_bytes": int(np.mean([len(blob) for blob in blobs])),
         "hardware": options.hardware or rounds.hardware(),
-        "command": shlex.join(["python", *sys.argv]),
     }
     _report(result)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    rounds.publish(result, options.save)
 
 
 def make_images(count: int) -> list[bytes]:

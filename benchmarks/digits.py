@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rounds
 import torch
 from tqdm import tqdm
 
@@ -106,15 +104,6 @@ def parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def publish(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """The result with its hardware and command: to the file, and as the last line."""
-    result["hardware"] = options.hardware or rounds.hardware()
-    result["command"] = shlex.join(["python", *sys.argv])
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-
-
 def prepare(work: Path) -> None:
     """Image shards, autoencoder, latents: what `make demo` does before it trains. What stands is left alone."""
     images, vae, latents = work / "images", work / "vae", work / "latents"
@@ -184,7 +173,6 @@ def _score(work: Path, trained: TrainedModel, draw: Draw) -> dict[str, Any]:
 @cache
 def _scorer(work: Path) -> tuple[Scorer, np.ndarray]:
     """The scorer of `ecar-dist evaluate` on these images, and the labels that it draws by default."""
-    torch.set_num_threads(1)
     folders = (work / "images/train", work / "images/heldout")
     (real, source), (heldout, _) = (read_images(str(folder), IMAGE_SIZE) for folder in folders)
     codec = open_codec(Run("ecar", 0, ROOT / "configs/digits_cpu.yaml").load(work).vae, DEVICE)
@@ -192,8 +180,9 @@ def _scorer(work: Path) -> tuple[Scorer, np.ndarray]:
 
 
 def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], jobs: int, what: str) -> list[Any]:
-    """The results of action(*item), in the order of the items, by `jobs` processes."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    """The results of action(*item), in the order of the items, by `jobs` processes of one thread."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(action, *item) for item in items]
         return [future.result() for future in tqdm(futures, desc=what, mininterval=5)]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -67,12 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with _work_folder(options.work) as work:
         result = _measure(work, FULL if options.full else QUICK, (sys.executable, options.peers_python))
     result["hardware"] = options.hardware or rounds.hardware()
-    result["command"] = shlex.join(["python", *sys.argv])
     _report(result)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "contenders"}))
+    rounds.publish(result, options.save, unprinted=["contenders"])
 
 
 def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:

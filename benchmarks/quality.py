@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from digits import ROOT, Draw, Run, measure, parser, prepare, publish, side_by_side, train
+import rounds
+from digits import ROOT, Draw, Run, measure, parser, prepare, side_by_side, train
 
 from ecar_dist.config import RunConfig
 from ecar_dist.plan.kinds import training_macs
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(result))
     if options.plot:
         plot(result, options.plot)
-    publish(result, options)
+    rounds.publish(result | {"hardware": options.hardware or rounds.hardware()}, options.save)
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> list[Run]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,15 @@ def environment() -> dict[str, str]:
     """One thread for each contender's arithmetic, and the project importable from wherever this is run."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def publish(result: dict[str, Any], save: Path | None, *, unprinted: Sequence[str] = ()) -> None:
+    """The result and the command that made it as JSON: in the file, where one is asked for, and as the last line."""
+    result = {**result, "command": shlex.join(["python", *sys.argv])}
+    if save:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name not in unprinted}))
 
 
 def _run(command: Sequence[str], **how: Any) -> subprocess.CompletedProcess:

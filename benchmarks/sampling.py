@@ -7,8 +7,6 @@ preset XL in bf16, compiled. The last line is JSON. Decoding by the autoencoder 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -47,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from sampling_plot import plot
 
         plot(result, options.plot)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    rounds.publish(result, options.save)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,7 +92,6 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "dtype": "bf16" if device.type == "cuda" else "fp32",
         "warm_up": "every contender once with 3 steps, untimed, compilation included",
         "autoencoder": "not included",
-        "command": shlex.join(["python", *sys.argv]),
     }
 
 

@@ -55,7 +55,8 @@ def sample(parsed: argparse.Namespace) -> int:
         first_stages = first_stages or [stage[: len(columns)] for stage in pictures]
         for picture in pictures[-1]:
             Image.fromarray(picture).save(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png")
-            if len(column := columns.get(labels[done], [])) < GRID_ROWS:
+            column = columns.get(labels[done])
+            if column is not None and len(column) < GRID_ROWS:
                 column.append(picture)
             done += 1
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
