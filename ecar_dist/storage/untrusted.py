@@ -1,0 +1,210 @@
+"""Reading what others may have written or damaged: plain files, JSON and names, each within bounds.
+
+One door for every file whose content decides what happens next. Three kinds of reader stand on it:
+
+    state    `read_record`: strict. Anything but a record of the given schema is an error.
+    logs     `read_log`: tolerant. A line that is cut or damaged is skipped; a log never stops a run.
+    names    `relative_name`, `plain_name`, `path_inside`: a name in a file never leads out of its folder.
+
+Errors of the content are `UntrustedError`, a short phrase without place or fix: only the caller knows what the file is
+for. Errors of the system stay OSError. Nothing here blocks on a pipe, and nothing is read before its size is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MAX_JSON_BYTES = 64 << 20  # the manifest of a checkpoint with 100,000 files or parameters has about 15 MiB
+MAX_JSON_DEPTH = 32
+MAX_NAME_BYTES = 1024  # S3's own bound for a key
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+class UntrustedError(ValueError):
+    """What is wrong with a file's content, or with a name, as a short phrase: "it is not a regular file"."""
+
+
+class Record(BaseModel):
+    """Base of every JSON object that the product reads back: typed, frozen, finite numbers only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+
+
+def read_plain_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes, whole.
+
+    Raises UntrustedError for anything that is not a regular file (a pipe is not waited for) and for a larger file,
+    OSError where it cannot be read.
+    """
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:  # it may have grown since its size was looked up
+        raise UntrustedError(f"it has {max(size, len(content)):,} bytes, at most {limit:,} are read")
+    return content
+
+
+def read_tail(path: Path, limit: int) -> bytes:
+    """The last `limit` bytes of a regular file. Raises as `read_plain_file`, but for its size."""
+    with _open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        return file.read(limit)
+
+
+def _open_regular(path: Path) -> Any:
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UntrustedError("it is not a regular file")
+    return file
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON document. Raises UntrustedError.
+
+    Stricter than `json.loads`: no NaN or Infinity, no key given twice, no lone surrogates (which cannot be printed),
+    nested MAX_JSON_DEPTH deep at most.
+    """
+    try:
+        document = text.decode("utf-8")
+        value = json.loads(document, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise UntrustedError(f"it is not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise UntrustedError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
+    except UntrustedError:
+        raise
+    except ValueError as error:
+        raise UntrustedError(f"it is not JSON: {str(error).splitlines()[0]}") from None
+    if _deeper_than(value, MAX_JSON_DEPTH):
+        raise UntrustedError(f"it is nested deeper than {MAX_JSON_DEPTH}")
+    if "\\u" in document and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise UntrustedError("it holds half of a surrogate pair")
+    return value
+
+
+def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
+    """The record in a JSON document. Raises UntrustedError naming the first field that breaks the schema."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
+    try:
+        # from the text: in strict mode JSON arrays may become tuples only there
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UntrustedError(first_violation(error)) from None
+
+
+def first_violation(error: ValidationError) -> str:
+    """The first broken rule on one line: which field, and the rule."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return printable(f"{place}: {message}" if place else message)
+
+
+def read_record(path: Path, model: type[AnyRecord], limit: int = MAX_JSON_BYTES) -> AnyRecord:
+    """The record in a JSON file. Raises UntrustedError, and OSError where the file cannot be read."""
+    return parse_record(read_plain_file(path, limit), model)
+
+
+def read_log(path: Path, model: type[AnyRecord], tail: int) -> list[AnyRecord]:
+    """The records among the last `tail` bytes of a file of JSON lines, oldest first.
+
+    A line that is cut, damaged or of another schema is skipped. A missing file has no records, and neither has one that
+    cannot be read: whoever reads a log goes on without it.
+    """
+    try:
+        lines = read_tail(path, tail).splitlines()
+    except (OSError, UntrustedError):
+        return []
+    return parse_log(lines, model)
+
+
+def parse_log(lines: list[bytes], model: type[AnyRecord]) -> list[AnyRecord]:
+    """The records among lines of JSON, oldest first, as `read_log`."""
+    records = []
+    for line in lines:
+        with contextlib.suppress(UntrustedError):
+            records.append(parse_record(line, model))
+    return records
+
+
+def plain_name(name: object) -> str:
+    """A file name of our own making: letters, digits, `_`, `.` and `-`, none of the last two first.
+
+    Raises UntrustedError for anything else.
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or len(name) > 255:
+        raise UntrustedError(f"{printable(repr(name))} is not a plain file name")
+    return name
+
+
+def relative_name(name: object) -> str:
+    """A name from a manifest, a tar or a listing that stays below its folder: `class/picture 1.jpg`.
+
+    Raises UntrustedError for an absolute name, for `..`, `.` or an empty part, and for characters that are not
+    printable (a newline, NUL, ESC).
+    """
+    if not isinstance(name, str) or not name or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+        raise UntrustedError(f"{printable(repr(name))} is not a name of 1 to {MAX_NAME_BYTES} bytes")
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise UntrustedError(f"{printable(repr(name))} leads out of its folder")
+    # bytes that are not UTF-8 arrive as lone surrogates; such files exist, and open by the same name
+    if not _LONE_SURROGATE.sub("", name).isprintable():
+        raise UntrustedError(f"{printable(repr(name))} has characters that are not printable")
+    return name
+
+
+def path_inside(folder: Path, name: object) -> Path:
+    """The file `name` of `folder`, which need not exist. Raises UntrustedError.
+
+    Refused are names that lead elsewhere, and a link whose target is not in `folder`.
+    """
+    path = folder / relative_name(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UntrustedError(f"{printable(repr(name))} is a link out of its folder")
+    return path
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """On one line, and without what a terminal would obey."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text[: limit + 1])
+    return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def _refuse_constant(name: str) -> Any:
+    raise UntrustedError(f"it holds {name}, which is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UntrustedError(f"it has the key {printable(repr(twice))} twice")
+    return tree
+
+
+def _deeper_than(tree: Any, depth: int) -> bool:
+    level = [tree]
+    for _ in range(depth):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)

@@ -1,0 +1,113 @@
+"""Plain files, JSON and names within bounds."""
+
+import os
+
+import pytest
+
+from ecar_dist.storage.untrusted import (
+    Record,
+    UntrustedError,
+    parse_json,
+    path_inside,
+    plain_name,
+    read_log,
+    read_plain_file,
+    read_record,
+    relative_name,
+)
+
+
+class Line(Record):
+    step: int
+    loss: float | None = None
+    window: tuple[int, int] | None = None
+
+
+def test_a_pipe_a_device_and_a_folder_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UntrustedError):
+            read_plain_file(path, 100)
+    with pytest.raises((UntrustedError, OSError)):
+        read_plain_file(tmp_path, 100)
+
+
+def test_a_file_beyond_the_bound_is_not_read(tmp_path):
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    with pytest.raises(UntrustedError, match="1,099,511,627,776"):
+        read_plain_file(tmp_path / "large", 100)
+    (tmp_path / "exact").write_bytes(b"x" * 100)
+    assert read_plain_file(tmp_path / "exact", 100) == b"x" * 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff",
+        b"{",
+        b"NaN",
+        b"[-Infinity]",
+        b'{"a": 1, "a": 2}',
+        b"[" * 33 + b"]" * 33,
+        b"[" * 100_000,
+        b'"\\ud800"',
+        b"1" * 5000,
+    ],
+)
+def test_what_is_not_strict_json_is_refused_by_a_phrase(text):
+    with pytest.raises(UntrustedError) as refused:
+        parse_json(text)
+    assert len(str(refused.value)) < 200
+    assert str(refused.value).isprintable()
+
+
+def test_json_at_the_bounds_is_read():
+    assert parse_json(b"[" * 32 + b"]" * 32)
+    assert parse_json('{"é": ["\\ud83d\\ude00", 1e3]}'.encode()) == {"é": ["😀", 1000.0]}
+
+
+def test_a_record_has_its_schema_and_nothing_else(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"step": 3, "window": [1, 2]}')
+    assert read_record(path, Line) == Line(step=3, window=(1, 2))
+    for text in ('{"step": "3"}', '{"step": 3, "more": 1}', "[]", '{"step": true}', '{"step": 1, "window": [1]}'):
+        path.write_text(text)
+        with pytest.raises(UntrustedError):
+            read_record(path, Line)
+
+
+def test_a_log_skips_what_is_damaged(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"step": "2"}\n{"step": 3}\n{"st')
+    assert [line.step for line in read_log(path, Line, 1000)] == [1, 3]
+    assert read_log(tmp_path / "none", Line, 1000) == []
+    assert read_log(tmp_path, Line, 1000) == []
+    os.mkfifo(tmp_path / "pipe")
+    assert read_log(tmp_path / "pipe", Line, 1000) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "/etc/passwd", "a/../../b", "a//b", "a/", "a\nb", "a\0b", "\x1b[2J", 3, None, "x" * 1025]
+)
+def test_names_that_lead_elsewhere_or_cannot_be_printed_are_refused(name, tmp_path):
+    for refuses in (relative_name, plain_name, lambda name: path_inside(tmp_path, name)):
+        with pytest.raises(UntrustedError) as refused:
+            refuses(name)
+        assert str(refused.value).isprintable()
+
+
+def test_names_people_give_are_taken(tmp_path):
+    for name in ("000000.tar", "n01440764/a b (1).JPEG", "ünïcode/😀.png", "a..b", "-x", "\udcff.png"):
+        assert relative_name(name) == name
+    assert path_inside(tmp_path, "a/b") == tmp_path / "a/b"
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret").touch()
+    (tmp_path / "inside/out").symlink_to(tmp_path / "secret")
+    (tmp_path / "inside/own").symlink_to("file")
+    with pytest.raises(UntrustedError):
+        path_inside(tmp_path / "inside", "out")
+    assert path_inside(tmp_path / "inside", "own")
