@@ -128,7 +128,7 @@ def change_tar(content: bytes, mutation: Mutation, change_json: Callable[[bytes,
     members = read_tar(content)
     if not members:
         return content
-    first, second = (list(_numbers(mutation)) + [0, 0])[:2]
+    first, second = (*_numbers(mutation), 0, 0)[:2]
     place = min(int(mutation.at * len(members)), len(members) - 1)
     member, end = members[place], bytes(2 * BLOCK)
     if mutation.op in ("field", "field_raw"):
@@ -212,7 +212,7 @@ def change_tensors(content: bytes, mutation: Mutation, change_json: Callable[[by
     """A safetensors file: eight bytes with the header's length, the header in JSON, the values."""
     length = struct.unpack("<Q", content[:8])[0]
     header, values = content[8 : 8 + length], content[8 + length :]
-    first, second = (list(_numbers(mutation)) + [0, 0])[:2]
+    first, second = (*_numbers(mutation), 0, 0)[:2]
     if mutation.op == "header_length":
         sizes = (0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1, len(content))
         return struct.pack("<Q", sizes[first % len(sizes)]) + header + values
@@ -232,7 +232,7 @@ def change_tensors(content: bytes, mutation: Mutation, change_json: Callable[[by
 
 def change_table(content: bytes, mutation: Mutation) -> bytes:
     """The .npy of an image set: a cell, the header, or bytes."""
-    first, second = (list(_numbers(mutation)) + [0, 0])[:2]
+    first, second = (*_numbers(mutation), 0, 0)[:2]
     if mutation.op == "table_header":
         return _npy_with_header(content, NPY_HEADERS[first % len(NPY_HEADERS)], keep=second % 2 == 0)
     if mutation.op == "table_bytes":

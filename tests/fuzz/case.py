@@ -1,7 +1,7 @@
 """One case: a command, what it finds, and the property that every command keeps whatever it finds.
 
-The property: an exit status of the table, what is wrong on one line of stderr at the end, no traceback, within bounds of
-time and memory; no file made, changed or read outside its folder, no program started; no secret and nothing that a
+The property: an exit status of the table, what is wrong on one line of stderr at the end, no traceback, within bounds
+of time and memory; no file made, changed or read outside its folder, no program started; no secret and nothing that a
 terminal obeys in what it prints.
 """
 
@@ -86,9 +86,10 @@ class Runner:
         """`keep`: an empty folder to run in instead."""
         root = keep or Path(tempfile.mkdtemp(dir=self._root.name))
         given, outside = root / "given", root / "outside"
-        for folder in (given, outside, root / "home", root / "tmp"):
+        for folder in (given, outside, root / "linked", root / "home", root / "tmp"):
             folder.mkdir()
-        (outside / "kept").write_text("kept\n")
+        for folder in (outside, root / "linked"):
+            (folder / "kept").write_text("kept\n")
         before = _listing(PRISTINE.root)
         try:
             stage(case, given, outside)
@@ -97,8 +98,9 @@ class Runner:
                 _move_bucket(given, root / "bucket")
             answer = self._zygote(case).run(self._task(case, root))
             strayed = [f"{name} in {root}" for name in sorted(os.listdir(root)) if name not in _OURS]
-            if {path.name: path.read_text() for path in outside.iterdir()} != {"kept": "kept\n"}:
-                strayed.append(f"{outside} was changed")
+            for folder in (outside, root / "linked"):
+                if {path.name: path.read_text() for path in folder.iterdir()} != {"kept": "kept\n"}:
+                    strayed.append(f"{folder} was changed")
             if before != _listing(PRISTINE.root):
                 strayed.append("the original of a linked file was changed")
             stdout, stderr, noted = (_read(root / name) for name in ("stdout", "stderr", "noted"))
@@ -140,15 +142,17 @@ class Runner:
             "words": words,
             "cwd": str(root / "given"),
             "environment": environment,
-            "writable": [f"{root / name}" for name in ("given", "home", "tmp")] + ["/dev/null", "/dev/full", "/dev/shm/torch_", "/proc/"],
-            "unreadable": [str(root / "outside")],
+            "writable": [f"{root / name}" for name in ("given", "home", "tmp")]
+            + ["/dev/null", "/dev/full", "/dev/shm/torch_", "/proc/"],
+            # an index says where its images lie, and that may be anywhere
+            "unreadable": [] if "index" in case.needs else [str(root / "outside")],
             "streams": {name: str(root / name) for name in ("stdout", "stderr", "noted")},
             "memory_bytes": TRAINING_BYTES if "train" in words[:2] else MEMORY_BYTES,
             "bucket": str(root / "bucket") if case.bucket else None,
         }
 
 
-_OURS = {"given", "outside", "home", "tmp", "stdout", "stderr", "noted", "bucket"}
+_OURS = {"given", "outside", "linked", "home", "tmp", "stdout", "stderr", "noted", "bucket"}
 
 
 def stage(case: Case, given: Path, outside: Path) -> None:
@@ -158,6 +162,8 @@ def stage(case: Case, given: Path, outside: Path) -> None:
     if case.bucket:
         path = given / artefacts.RUN / "config.yaml"
         path.write_text(path.read_text().replace("  dir: null\n  overlap", "  dir: memory://bucket\n  overlap"))
+        if (path := given / "config.yaml").exists():
+            path.write_text(path.read_text().replace("checkpoint:\n", "checkpoint:\n  dir: memory://bucket\n"))
     files = PRISTINE.files(*case.needs)
     for mutation in case.mutations:
         apply(mutation, given, files, outside)
@@ -247,9 +253,9 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 def _differs(given: Path, pristine: Path) -> bool:
     for path in given.rglob("*"):
         before = pristine / path.relative_to(given)
-        if path.is_file() and before.is_file() and path.stat().st_ino != before.stat().st_ino:
-            if path.read_bytes() != before.read_bytes():
-                return True
+        parted = path.is_file() and before.is_file() and path.stat().st_ino != before.stat().st_ino
+        if parted and path.read_bytes() != before.read_bytes():
+            return True
     return False
 
 

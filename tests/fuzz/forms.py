@@ -1,7 +1,7 @@
 """The two forms of the suite.
 
-    quick   500 cases of each family, the same ones every time: part of the tests
-    long    FUZZ_CASES of each, others every time, and failures listed by cause at the end: `make fuzz`
+quick   500 cases of each family, the same ones every time: part of the tests
+long    FUZZ_CASES of each, others every time, and failures listed by cause at the end: `make fuzz`
 """
 
 import os

@@ -26,7 +26,19 @@ from tests.fuzz.nasty import FILES, OUTSIDE, STRINGS, VALUES, YAML_VALUES
 HUGE = 40 << 30  # bytes of a sparse file: it takes no room, and nobody may read it
 TREE_OPS = ("replace", "delete", "twice", "rename", "add", "nudge", "wrap", "swap", "repeat", "drop")
 BYTE_OPS = ("flip", "cut", "append", "insert", "zero", "shift")
-KIND_OPS = ("content", "missing", "folder", "pipe", "link_out", "loop", "sparse", "device", "socket", "other", "copy_as")
+KIND_OPS = (
+    "content",
+    "missing",
+    "folder",
+    "pipe",
+    "link_out",
+    "loop",
+    "sparse",
+    "device",
+    "socket",
+    "other",
+    "copy_as",
+)
 LINE_OPS = ("line_cut", "line_twice", "line_junk", "line_long", "line_swap", "line_drop", "no_newline")
 _MARK = re.compile(r"[\"']?@@(\w)@@(\w+)@@[\"']?")
 
@@ -129,7 +141,7 @@ def _change_kind(mutation: Mutation, path: Path, folder: Path, files: list[str],
     elif mutation.op == "pipe":
         os.mkfifo(path)
     elif mutation.op == "link_out":
-        path.symlink_to(outside / "kept")
+        path.symlink_to(outside.with_name("linked") / "kept")  # people link to disks with room: it may be read
     elif mutation.op == "loop":
         path.symlink_to(path.name)
     elif mutation.op == "device":

@@ -14,7 +14,7 @@ _LARGEST = 1 << 26
 
 
 def seal(folder: Path, pristine: Path) -> None:
-    """Of all files below `folder` that differ from those of `pristine`: put their new hashes where the old ones stood."""
+    """Of all files below `folder` that differ from those of `pristine`: the new hashes where the old ones stood."""
     for path in sorted(_plain_files(folder)):
         before = pristine / path.relative_to(folder)
         if path.suffix not in (".json", ".yaml") and path.name != "COMMITTED" and before.is_file():

@@ -1,4 +1,4 @@
-"""Whatever a config, a manifest, a tar, a log or a word is: one line, a status of the table, and nothing else happens."""
+"""Whatever a config, a manifest, a tar, a log or a word is: one line, a status of the table, and nothing besides."""
 
 from hypothesis import given
 

@@ -73,7 +73,9 @@ BASES = (
     _base("ecar-dist preflight missing.yaml run.name=x"),
     _base(f"ecar-dist sample {RUN} --labels 0,1 --count 2 --out out --seed 1 --guidance-scale 1.5", "runs"),
     _base("ecar-dist sample export --labels 2 --count 1 --out out --batch-size 2", "export"),
-    _base(f"ecar-dist evaluate {RUN} --train-images missing --heldout-images images --count 2 --out scores.json", "runs"),
+    _base(
+        f"ecar-dist evaluate {RUN} --train-images missing --heldout-images images --count 2 --out scores.json", "runs"
+    ),
     _base(f"ecar-dist checkpoint list {RUN}", "runs"),
     _base(f"ecar-dist checkpoint verify {RUN}", "runs"),
     _base(f"ecar-dist checkpoint inspect {RUN} --step 4 --json", "runs"),
@@ -90,7 +92,9 @@ BASES = (
         "--shards shards --encode-option=--flip=store --dry-run",
         *("config.yaml", "folder"),
     ),
-    _base("ecar-dist submit config.yaml --nodes 1 --after 12 --launcher srun --max-requeues 3 --dry-run", "config.yaml"),
+    _base(
+        "ecar-dist submit config.yaml --nodes 1 --after 12 --launcher srun --max-requeues 3 --dry-run", "config.yaml"
+    ),
     _base(f"ecar-dist status {RUN} --json", "runs"),
     _base(f"ecar-dist status {RUN} missing", "runs"),
     _base("ecar-dist tensorboard missing --port 6006 --login host"),

@@ -82,7 +82,8 @@ class Zygote:
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """`task`: words, cwd, environment, writable, unreadable, streams. Made again where the process has died."""
         process = self._started()
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdin.write(json.dumps(task) + "\n")
         process.stdin.flush()
         answer: dict[str, Any] = json.loads(process.stdout.readline())
@@ -99,7 +100,7 @@ class Zygote:
             command = [sys.executable, "-m", "tests.fuzz.zygote", *self._modules]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self._process = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
-            assert self._process and self._process.stdout
+            assert self._process.stdout
             self._process.stdout.readline()
         return self._process
 
@@ -163,10 +164,9 @@ def _run(task: dict[str, Any]) -> None:
         os.setsid()
         for standard, name in enumerate(("stdout", "stderr"), start=1):
             os.dup2(os.open(task["streams"][name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), standard)
-        sys.stdin = open(os.devnull)
-        os.dup2(sys.stdin.fileno(), 0)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
         os.environ.clear()
         os.environ.update(task["environment"])
