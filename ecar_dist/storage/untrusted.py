@@ -112,6 +112,7 @@ def first_violation(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
     message = first["msg"][:1].lower() + first["msg"][1:]
+    message = message.removeprefix("value error, ")  # a validator's own words
     return printable(f"{place}: {message}" if place else message)
 
 
@@ -174,7 +175,11 @@ def path_inside(folder: Path, name: object) -> Path:
     Refused are names that lead elsewhere, and a link whose target is not in `folder`.
     """
     path = folder / relative_name(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except RuntimeError:  # how Python before 3.13 says ELOOP
+        raise UntrustedError(f"{printable(repr(name))} is a link to itself") from None
+    if not inside:
         raise UntrustedError(f"{printable(repr(name))} is a link out of its folder")
     return path
 
