@@ -168,7 +168,7 @@ def _verify_latents(folder: Path) -> int:
             _check_sha256(folder, entry)
             _check_dali_index(folder / entry.name)
             shard = open_latent_shard(folder / entry.name, entry, manifest)
-            stated = shard.description().get("encoder")
+            stated = shard.description().get("encoder", {})
             check_same_encoder(expected, EncoderIdentity.from_dict(stated), shard.where)
             shard.check_samples()
             first_index += entry.count

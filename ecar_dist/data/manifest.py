@@ -161,7 +161,7 @@ class Manifest:
             row = check_rows(entry, entry.first_row, entry.missing, row)
 
 
-AnyManifest = TypeVar("AnyManifest", Manifest, ImageManifest)
+AnyManifest = TypeVar("AnyManifest", bound=Manifest | ImageManifest)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -184,7 +184,13 @@ def schema_of(folder: str | Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
-    write_json(folder / MANIFEST_NAME, _to_dict(manifest))
+    """Raises DataError for what `load_manifest` or `load_image_manifest` would refuse."""
+    tree = dataclasses.asdict(manifest)
+    try:
+        _by_the_rules(tree, type(manifest)).check_sums()
+    except UntrustedError as error:
+        raise DataError(f"{folder} cannot be described in a manifest: {error}; correct that in its source") from None
+    write_json(folder / MANIFEST_NAME, {"schema": manifest.SCHEMA, **tree, "dataset_id": manifest.dataset_id})
 
 
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
@@ -209,23 +215,25 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
     stated = tree.pop("dataset_id", None)
     del tree["schema"]
     try:
-        manifest = TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        raise _against_the_rules(where, first_violation(error), kind) from None
-    if manifest.dataset_id != stated:
-        said = printable(str(stated), 80)
-        raise DataError(
-            f"{where} was changed: dataset_id is {said}, its content gives {manifest.dataset_id}; restore it"
-        )
-    try:
+        manifest = _by_the_rules(tree, kind)
+        # first: an edit is named as one, before what it breaks
+        if manifest.dataset_id != stated:
+            said = printable(str(stated), 80)
+            raise DataError(
+                f"{where} was changed: dataset_id is {said}, its content gives {manifest.dataset_id}; restore it"
+            )
         manifest.check_sums()
     except UntrustedError as error:
-        raise _against_the_rules(where, str(error), kind) from None
+        raise DataError(f"{where} breaks its schema: {error}; restore it, or run `{kind.MADE_BY}` again") from None
     return manifest
 
 
-def _against_the_rules(where: str, fault: str, kind: type[AnyManifest]) -> DataError:
-    return DataError(f"{where} breaks its schema: {fault}; restore it, or run `{kind.MADE_BY}` again")
+def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
+    """Each field of a manifest on its own. Raises UntrustedError naming the first that breaks its rule."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise UntrustedError(first_violation(error)) from None
 
 
 def _read(url: str, kind: type[AnyManifest]) -> bytes:
@@ -252,10 +260,6 @@ def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
 def _dataset_id(manifest: Manifest | ImageManifest) -> str:
     """sha256 of the canonical JSON of everything but itself."""
     return hashlib.sha256(json.dumps(_content(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _to_dict(manifest: Manifest | ImageManifest) -> dict[str, Any]:
-    return {**_content(manifest), "dataset_id": manifest.dataset_id}
 
 
 def check_fits(place: str, found: dict[str, Any], data: DataSection) -> None:

@@ -6,6 +6,7 @@ and overflows no array, so the code behind them need not ask again.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ def visible(text: str) -> str:
         raise UntrustedError(f"it has {len(text):,} characters, at most {MAX_TEXT:,} are read")
     if _CONTROL.search(text):
         raise UntrustedError(f"{printable(repr(text), 80)} has control characters")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON of other makers cannot hold it
+        raise UntrustedError(f"{printable(repr(text), 80)} is not UTF-8")
     return text
 
 
@@ -107,7 +110,7 @@ def check_tar(entry: _Entry, hashes: Sequence[str]) -> None:
 def check_rows(entry: _Entry, first_row: int, missing: Sequence[int], after: int) -> int:
     """The first row behind a latent shard, whose rows begin at `after` or later. Raises UntrustedError."""
     end = first_row + entry.count + len(missing)
-    rising = all(one < other for one, other in zip(missing, missing[1:], strict=False))
+    rising = all(one < other for one, other in itertools.pairwise(missing))
     inside = not missing or first_row <= missing[0] <= missing[-1] < end
     if first_row < after or end > MAX_ROWS or not rising or not inside:
         raise UntrustedError(f"the rows of {entry.name!r} are not {entry.count} rising ones from {after} on")
@@ -128,7 +131,7 @@ def _plain_value(key: str, value: Any) -> None:
 
 
 PlainName = Annotated[str, AfterValidator(plain_name)]
-RelativeName = Annotated[str, AfterValidator(relative_name)]
+RelativeName = Annotated[str, AfterValidator(visible), AfterValidator(relative_name)]
 Visible = Annotated[str, AfterValidator(visible)]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_ROWS)]
 Samples = Annotated[int, Field(strict=True, ge=1, le=MAX_ROWS)]  # of a set, or of one of its shards

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.inspection import stats, verify
-from ecar_dist.data.manifest import MANIFEST_NAME, load_image_manifest, load_manifest
+from ecar_dist.data.manifest import MANIFEST_NAME, load_image_manifest, load_manifest, write_manifest
 from ecar_dist.errors import DataError, EcarError
 from tests.data.latent_sets import write_set
 from tests.data.object_store import object_store, s3_server
@@ -170,6 +171,14 @@ def test_what_breaks_a_rule_is_refused_even_with_the_right_identity(tmp_path):
         shutil.copy(GOLDEN / name / MANIFEST_NAME, folder)
         restate(folder, lambda tree: None)
         load(folder)
+
+
+def test_a_writer_refuses_what_a_reader_would(tmp_path):
+    manifest = load_image_manifest(GOLDEN / "images")
+    for wrong in ({"class_names": ["cat", "a\nb"]}, {"class_names": ["cat", "\udcff"]}, {"count": 7}):
+        with pytest.raises(DataError, match="cannot be described"):
+            write_manifest(tmp_path, dataclasses.replace(manifest, **wrong))
+    assert list(tmp_path.iterdir()) == []
 
 
 JUNK = {
