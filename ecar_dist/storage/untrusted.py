@@ -17,8 +17,9 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -48,7 +49,7 @@ def read_plain_file(path: Path, limit: int) -> bytes:
     Raises UntrustedError for anything that is not a regular file (a pipe is not waited for) and for a larger file,
     OSError where it cannot be read.
     """
-    with _open_regular(path) as file:
+    with open_plain_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:  # it may have grown since its size was looked up
@@ -58,12 +59,13 @@ def read_plain_file(path: Path, limit: int) -> bytes:
 
 def read_tail(path: Path, limit: int) -> bytes:
     """The last `limit` bytes of a regular file. Raises as `read_plain_file`, but for its size."""
-    with _open_regular(path) as file:
+    with open_plain_file(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
         return file.read(limit)
 
 
-def _open_regular(path: Path) -> Any:
+def open_plain_file(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises UntrustedError for anything else (a pipe is not waited for), OSError."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -141,6 +143,16 @@ def parse_log(lines: list[bytes], model: type[AnyRecord]) -> list[AnyRecord]:
         with contextlib.suppress(UntrustedError):
             records.append(parse_record(line, model))
     return records
+
+
+def parse_objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The JSON objects among lines, whatever is in them, oldest first; other lines are skipped, as in `read_log`."""
+    found = []
+    for line in lines:
+        with contextlib.suppress(UntrustedError):
+            if isinstance(tree := parse_json(line), dict):
+                found.append(tree)
+    return found
 
 
 def plain_name(name: object) -> str:
