@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -22,6 +23,7 @@ from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
+from ecar_dist.storage.untrusted import UntrustedError, is_one_line, relative_name
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30  # of a million shards it has about 300 MB
@@ -141,7 +143,11 @@ def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     """Raises DataError: no manifest, not JSON, another schema, a missing field, or edited after it was written."""
     url = join(folder, MANIFEST_NAME)
     try:
-        return _proven(_read_json(url, kind), kind, redact(url))
+        manifest = _proven(_read_json(url, kind), kind, redact(url))
+        _check_names(manifest, redact(url))
+        if isinstance(manifest, ImageManifest):
+            _check_location(manifest.location, str(url))
+        return manifest
     except RecursionError:  # the parser's, or that of the hash: no manifest of ours comes near it
         raise DataError(f"{redact(url)} is nested too deep; run `{kind.MADE_BY}` again") from None
 
@@ -163,6 +169,38 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
             f"{where} was changed: dataset_id is {stated}, its content gives {manifest.dataset_id}; restore it"
         )
     return manifest
+
+
+def _check_names(manifest: Manifest | ImageManifest, where: str) -> None:
+    """Raises DataError where a name leads out of the set's folder: paths and URLs are made from all of them."""
+    for place, name in _names(manifest):
+        try:
+            relative_name(name)
+        except UntrustedError as error:
+            raise DataError(f"{where}: {place}: {error}; run `{manifest.MADE_BY}` again") from None
+
+
+def _names(manifest: Manifest | ImageManifest) -> Iterator[tuple[str, object]]:
+    """Each name of a file or folder in the manifest, and where it stands."""
+    for number, entry in enumerate(manifest.shards):
+        yield f"shards.{number}.name", entry.name
+        if isinstance(entry, ImageEntry):
+            yield f"shards.{number}.table", entry.table
+    if isinstance(manifest, Manifest) and manifest.failures.get("file") is not None:
+        yield "failures.file", manifest.failures["file"]
+
+
+def _check_location(location: str | None, url: str) -> None:
+    """An index names the place of its images, which is anywhere; but not on the machine of whoever downloads it."""
+    if location is None:
+        return
+    if not is_one_line(location):
+        raise DataError(f"{redact(url)}: location: {location!a} has characters that are not printable; correct it")
+    if is_remote(url) and not is_remote(location):
+        raise DataError(
+            f"{redact(url)}: location: {location} is a folder of this machine, and the manifest is not; give a URL, or "
+            "copy the index here"
+        )
 
 
 def _read_json(url: str, kind: type[AnyManifest]) -> Any:
