@@ -18,6 +18,7 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import temporary_beside
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.remote import join
 from ecar_dist.storage.retries import Transfer
 
 _TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
@@ -122,9 +123,9 @@ def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[
 
 
 def _file_row(location: str, folder: str, file: FoundFile, label: int) -> ImageRow:
+    path = join(location, f"{folder}/{file.name}")  # refuses a name that no reader could take
     if file.size > MAX_IMAGE_BYTES:
-        where = f"{redact(location)}/{folder}/{file.name}"
-        raise DataError(f"{where} has {file.size} bytes, the limit of an image is {MAX_IMAGE_BYTES}; remove it")
+        raise DataError(f"{redact(path)} has {file.size} bytes, the limit of an image is {MAX_IMAGE_BYTES}; remove it")
     return ImageRow(file.name, label, 0, file.size, UNKNOWN_HASH)
 
 

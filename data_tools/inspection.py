@@ -20,7 +20,7 @@ from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.data.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, local_path, meant_url
+from ecar_dist.storage.remote import file_in, is_remote, local_path, meant_url
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels
@@ -97,7 +97,7 @@ def _open_codec(vae: str | None, identity: EncoderIdentity) -> LatentCodec:
 
 def _first_moments(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
     """At most `number` samples from the beginning of the set, fp16 [N, *shape]."""
-    shards = (open_latent_shard(folder / entry.name, entry, manifest) for entry in manifest.shards)
+    shards = (open_latent_shard(file_in(folder, entry.name), entry, manifest) for entry in manifest.shards)
     parts: list[np.ndarray] = []
     while sum(map(len, parts)) < min(number, manifest.count):
         parts.append(next(shards).moments)
@@ -166,8 +166,9 @@ def _verify_latents(folder: Path) -> int:
                     f"{folder}: {entry.name} begins at {entry.first_index}, not {first_index}; finalize again"
                 )
             _check_sha256(folder, entry)
-            _check_dali_index(folder / entry.name)
-            shard = open_latent_shard(folder / entry.name, entry, manifest)
+            path = file_in(folder, entry.name)
+            _check_dali_index(path)
+            shard = open_latent_shard(path, entry, manifest)
             stated = shard.description().get("encoder", {})
             check_same_encoder(expected, EncoderIdentity.from_dict(stated), shard.where)
             shard.check_samples()
@@ -189,7 +190,7 @@ def _check_dali_index(path: Path) -> None:
 
 
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:
-    path = folder / entry.name
+    path = file_in(folder, entry.name)
     found = describe_shard(path, entry.count, entry.first_index) if path.exists() else None
     if found is None:
         raise DataError(f"{path} is missing, the manifest lists it; restore it or write it again")

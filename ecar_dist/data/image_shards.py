@@ -164,6 +164,5 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
 def _check_presence(home: str | Path, entries: Sequence[ImageEntry]) -> None:
     check_presence(home, [entry for entry in entries if entry.kind == "tar"])
     for entry in entries:
-        if entry.kind == "files" and not (remote.local_path(home) / entry.name).is_dir():
-            folder = remote.join(home, entry.name)
+        if entry.kind == "files" and not (folder := remote.file_in(home, entry.name)).is_dir():
             raise DataError(f"class directory {folder} is missing, the manifest lists it; restore it")

@@ -41,7 +41,14 @@ from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, join, local_path, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
-from ecar_dist.storage.untrusted import UntrustedError, first_violation, parse_json, printable, read_plain_file
+from ecar_dist.storage.untrusted import (
+    UntrustedError,
+    first_violation,
+    is_one_line,
+    parse_json,
+    printable,
+    read_plain_file,
+)
 
 MANIFEST_NAME = "manifest.json"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -196,7 +203,10 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     """Raises DataError: no manifest, not JSON, another schema, a field against its rule, or edited since."""
     url = join(folder, MANIFEST_NAME)
-    return _proven(_read_tree(url, kind), kind, redact(url))
+    manifest = _proven(_read_tree(url, kind), kind, redact(url))
+    if isinstance(manifest, ImageManifest):
+        _check_location(manifest.location, str(url))
+    return manifest
 
 
 def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
@@ -226,6 +236,19 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
     except UntrustedError as error:
         raise DataError(f"{where} breaks its schema: {error}; restore it, or run `{kind.MADE_BY}` again") from None
     return manifest
+
+
+def _check_location(location: str | None, url: str) -> None:
+    """An index names the place of its images, which is anywhere; but not on the machine of whoever downloads it."""
+    if location is None:
+        return
+    if not is_one_line(location):
+        raise DataError(f"{redact(url)}: location: {location!a} has characters that are not printable; correct it")
+    if is_remote(url) and not is_remote(location):
+        raise DataError(
+            f"{redact(url)}: location: {location} is a folder of this machine, and the manifest is not; give a URL, or "
+            "copy the index here"
+        )
 
 
 def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
