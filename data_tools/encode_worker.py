@@ -14,6 +14,7 @@ from data_tools.encode_plan import EncodePlan
 from data_tools.failures import FailureTally
 from data_tools.markers import Failure
 from data_tools.moments_statistics import FP16_MAX
+from ecar_dist.data.image_names import readable
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.images import ImageDecoder, Separated
 from ecar_dist.data.shard_writer import ShardContent
@@ -76,8 +77,8 @@ class EncodeWorker:
         for first in range(0, len(rows), self._batch_size):
             chosen = slice(first, first + self._batch_size)
             records = self._images.read_many(indices[chosen].tolist())
-            blobs, keys = [record.data for record in records], [record.where for record in records]
-            yield _Batch(list(rows[chosen]), records, self._decoder.separate(blobs, keys, plan.image_size))
+            decoded = self._decoder.separate([record.data for record in records], records, plan.image_size)
+            yield _Batch(list(rows[chosen]), records, decoded)
 
     def _encode(self, batch: _Batch, plan: EncodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Moments and moments of the mirrored images, fp16 [G, *shape], and labels of what is good after all."""
@@ -107,7 +108,7 @@ class EncodeWorker:
                     f"moments of image {record.where} are not finite in fp16 (limit {FP16_MAX:.0f}); check the "
                     "autoencoder"
                 )
-            failure = Failure(row, record.key, record.shard, stage, error)
+            failure = Failure(row, readable(record.key), readable(record.shard), stage, error, record.name)
             self.open_failures.append(failure)
             self._run.append(failure)
         if len(good) < len(batch.rows):
