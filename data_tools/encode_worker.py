@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import PATIENCE, DaemonPool
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.pixels import from_pixels
+
+_SAID = 10  # bad images that are named as they are met; all are in the list of errors
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class EncodeWorker:
         self.open_failures: list[Failure] = []
         self._images, self._decoder, self._codec, self._device = images, decoder, codec, device
         self._batch_size, self._tally, self._bar = batch_size, tally, bar
+        self._said = 0
         self._run: list[Failure] = []  # without a good image between them
         self._ahead = DaemonPool(1, "encode-read")
 
@@ -110,6 +114,9 @@ class EncodeWorker:
                 )
             failure = Failure(row, readable(record.key), readable(record.shard), stage, error, record.name)
             self.open_failures.append(failure)
+            if self._said < _SAID:  # the decoders' own lines on stderr name no file
+                self._said += 1
+                self._bar.write(f"left out: {error}", file=sys.stderr)
             self._run.append(failure)
         if len(good) < len(batch.rows):
             self._tally.check(self.open_failures)
