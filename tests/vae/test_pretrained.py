@@ -220,3 +220,9 @@ def test_dct_does_not_import_diffusers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("spec", ["dct-f16", "dct", "DCT-f8", "dct8"])
+def test_a_mistyped_dct_is_told_the_two_there_are(spec):
+    with pytest.raises(ConfigError, match=rf"--vae {spec} is not known; give dct-f8, dct-f32"):
+        open_codec_by_spec(spec)
