@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.progress import progress
+from ecar_dist.data.image_names import NAMES_SUFFIX
 from ecar_dist.data.manifest import (
     MANIFEST_NAME,
     ImageEntry,
@@ -99,7 +100,7 @@ def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_Fil
     check_presence(home, manifest.shards)
     for entry in manifest.shards:
         yield _File(entry.name, file_in(home, entry.name), entry)
-        for suffix in (".idx", ".json"):
+        for suffix in (".idx", ".json", NAMES_SUFFIX):
             name = str(Path(entry.name).with_suffix(suffix))
             if (beside := file_in(home, name)).exists():
                 yield _File(name, beside)

@@ -116,7 +116,9 @@ def test_verify_reads_dalis_index(sets):
 
 def test_verify_counts_bad_images(tmp_path):
     images = write_bad_image_shards(tmp_path)
-    with pytest.raises(DataError, match=r"3 of 24 images cannot be used, the first: image 000000000002 in 000000\.tar"):
+    with pytest.raises(
+        DataError, match=r"3 of 24 images cannot be used, the first: image 000000000002 \(bird/2\.jpeg\) in 000000\.tar"
+    ):
         verify(images)
 
 

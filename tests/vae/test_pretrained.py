@@ -237,3 +237,9 @@ def test_weights_in_several_files_lie_in_the_folder(tmp_path, name):
         open_codec_by_spec(str(tmp_path / "vae"))
     assert index.name in str(refused.value)
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("spec", ["dct-f16", "dct", "DCT-f8", "dct8"])
+def test_a_mistyped_dct_is_told_the_two_there_are(spec):
+    with pytest.raises(ConfigError, match=rf"--vae {spec} is not known; give dct-f8, dct-f32"):
+        open_codec_by_spec(spec)
