@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ecar_dist import __version__
 from ecar_dist.command_line import run_command
 from ecar_dist.commands import checkpoints, drilling, generation, submitting, training, watching
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     # The deepspeed launcher passes this to whatever it starts; the rank is read from LOCAL_RANK, under every launcher.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

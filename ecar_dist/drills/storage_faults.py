@@ -33,7 +33,7 @@ from ecar_dist.drills.processes import Ended, UnexpectedError
 from ecar_dist.drills.rank_faults import DEATH_SECONDS, as_quiet, from_step, names_rank, resumed_as_quiet
 from ecar_dist.drills.small_disk import NoSmallDiskError, SmallDisk
 from ecar_dist.runtime.checkpoint_files import committed, readable
-from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.storage.remote import file_in, is_remote, local_path
 from ecar_dist.train.sources import check_data, open_stream
 
 ENDED_BY_LAUNCHER = -SIGTERM  # torchrun ends the others once one has failed
@@ -110,13 +110,13 @@ def spoil(config: RunConfig, folder: Path) -> Spoilt:
     entry, row = manifest.shards[int(place.shards[0])], int(place.rows[0])
     folder.mkdir()
     for name in (MANIFEST_NAME, *(shard.name for shard in manifest.shards if shard != entry)):
-        (folder / name).symlink_to(home / name)
-    shutil.copyfile(home / entry.name, folder / entry.name)
+        file_in(folder, name).symlink_to(file_in(home, name))
+    shutil.copyfile(file_in(home, entry.name), file_in(folder, entry.name))
     layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
     begins, member = layout.first_offset + row * layout.stride, layout.members[0]
     flipped = begins + member.rel_offset + (member.nbytes or 0) // 2
-    flip(folder / entry.name, flipped)
-    return Spoilt(folder / entry.name, begins, flipped)
+    flip(path := file_in(folder, entry.name), flipped)
+    return Spoilt(path, begins, flipped)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -145,7 +145,7 @@ def s3_503(ground: Ground) -> Iterator[Finding]:
     with StoreServers() as servers:
         bucket = servers.new_bucket()
         for name in (MANIFEST_NAME, *(shard.name for shard in shards)):
-            bucket.put(f"latents/{name}", (home / name).read_bytes())
+            bucket.put(f"latents/{name}", file_in(home, name).read_bytes())
         bucket.break_on(*({"kind": "status", "status": 503, "match": f, "times": n} for f, n in BURSTS.items()))
         environment = {**ACCOUNT, "AWS_ENDPOINT_URL": bucket.endpoint}
         trial = Trial(ground, "s3-503", (f"data.latents={bucket.url}/latents",), environment)

@@ -69,3 +69,16 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file (or whatever stands in its place) the first free name of NAME.damaged-1, -2, ...
+
+    What is not there needs no name. Returns the new name.
+    """
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+    return aside
