@@ -1,7 +1,7 @@
 """YAML from outside within bounds: plain data only, and nothing that grows when it is read.
 
 PyYAML's safe loader makes no objects, but a few hundred bytes of it can stand for gigabytes (aliases of aliases),
-exhaust the stack (nesting) or end in errors that are none of YAML's (`2024-13-45`, `!!int abc`, a number of 5,000 digits).
+exhaust the stack (nesting) or end in errors that are none of YAML's (`2024-13-45`, `!!int abc`, 5,000 digits).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used
 LONG_TEXT = 64  # characters of a text that count as one value more
 MAX_DEPTH = 32
 INTEGER_LIMIT = 1 << 63
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -91,7 +91,7 @@ def _scalar(kind: str) -> Any:
         if kind == "int" and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
             problem = f"a number of {len(node.value)} characters is too large, at most 2^63 - 1 is read"
             raise _Refused(None, None, problem, node.start_mark)
-        if kind == "str" and (found := _CONTROL.search(value)):
+        if kind == "str" and (found := CONTROL_CHARACTER.search(value)):
             problem = f"a text holds the control character U+{ord(found[0]):04X}"
             raise _Refused(None, None, problem, node.start_mark)
         return value

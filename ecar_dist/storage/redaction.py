@@ -2,7 +2,7 @@
 
     redact        one URL: without user, password, query string and what else may sign it
     redact_text   our own words, e.g. a message or a printed command: the URLs in them, and secrets of the environment
-    redact_tree   a resolved config or other JSON, value by value: exact where `redact_text` has to guess where a URL ends
+    redact_tree   a resolved config or other JSON, value by value: exact, where `redact_text` guesses where a URL ends
     scrub         another library's words: also what is assigned to a name like `token`
 
 Our own keys (`flow.token_draws`) are never taken for secrets.
