@@ -21,6 +21,7 @@ from ecar_dist.config_model import (
 )
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.bounded_yaml import CONTROL_CHARACTER
+from ecar_dist.storage.redaction import redact
 
 
 class RunSection(Section):
@@ -29,6 +30,13 @@ class RunSection(Section):
     )
     dir: str = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, sample order and all keyed randomness")
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"run.dir={redact(value)} is a URL; give a local folder (checkpoint.dir may be a URL)")
+        return value
 
 
 class VaeSection(Section):

@@ -63,12 +63,21 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
 
 def config_to_yaml(config: RunConfig) -> str:
     """The resolved config as a file that `load_config` reads back. URLs keep their keys: not to be printed."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def shown_config(config: RunConfig) -> str:
     """The resolved config as it may be printed, or written where others read it: without secrets."""
-    return yaml.safe_dump(redact_tree(config.model_dump(mode="json")), sort_keys=False, allow_unicode=False)
+    return _shown(config.model_dump(mode="json"))
+
+
+def shown_yaml(text: str) -> str:
+    """What `config_to_yaml` gave, without secrets. Raises UntrustedError where it is not YAML within bounds."""
+    return _shown(parse_yaml(text))
+
+
+def _shown(tree: Any) -> str:
+    return yaml.safe_dump(redact_tree(tree), sort_keys=False)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
-from ecar_dist.config_file import config_to_yaml, load_config
+from ecar_dist.config_file import load_config, shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
+from ecar_dist.storage.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
     from ecar_dist.config import RunConfig
@@ -45,18 +46,23 @@ def add_commands(add: AddCommand) -> None:
 
 def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.size import usable_nodes
+    from ecar_dist.data.fit import absent_sets, check_fits, local_sets
     from ecar_dist.flow.schedule import StageSchedule
 
     config = load_config(parsed.config, parsed.overrides)
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
+    check_fits(config, local_sets(config, absent_ok=True))
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
-    print(config_to_yaml(config))
+    print(shown_config(config))
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
         window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
         print(f"# stage {k}: {size}x{size} latent, {tokens} tokens, data coefficient {window}")
-    print(f"# not the defaults: {', '.join(_leaves(config.model_dump(mode='json', exclude_defaults=True)))}")
+    given = redact_tree(config.model_dump(mode="json", exclude_defaults=True))
+    print(f"# not the defaults: {', '.join(_leaves(given))}")
+    for place in absent_sets(config):
+        print(f"# {redact(place)} has no manifest.json yet: the config was not compared with it")
     batch = config.batch
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ecar_dist.config import DataSection
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
@@ -188,11 +187,3 @@ def _dataset_id(manifest: Manifest | ImageManifest) -> str:
 
 def _to_dict(manifest: Manifest | ImageManifest) -> dict[str, Any]:
     return {**_content(manifest), "dataset_id": manifest.dataset_id}
-
-
-def check_fits(place: str, found: dict[str, Any], data: DataSection) -> None:
-    """`found`: what the set at `place` says, by key of the config. Raises DataError for what `data` has otherwise."""
-    for key, value in found.items():
-        configured = getattr(data, key.removeprefix("data."))
-        if configured != value:
-            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")

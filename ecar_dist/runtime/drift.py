@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import ConfigError
-from ecar_dist.storage.redaction import scrub
+from ecar_dist.storage.redaction import redact_tree
 
 
 class Kind(enum.Enum):
@@ -149,4 +149,5 @@ def _weights(config: RunConfig) -> list[float]:
 
 def _shown(value: Any) -> str:
     """On one line, and without the credentials that a URL may hold."""
-    return scrub(value if isinstance(value, str) and value.isprintable() else json.dumps(value))
+    shown = redact_tree(value)
+    return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown)

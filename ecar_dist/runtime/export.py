@@ -25,7 +25,7 @@ from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
 from ecar_dist.runtime.untrusted import read_json
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
-from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.redaction import redact_tree
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,15 +78,7 @@ def export_run(
 
 def without_credentials(config: RunConfig) -> RunConfig:
     """The same config, its URLs without user, password and query string: an export is passed on."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cleaned(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [cleaned(inner) for inner in value]
-        return redact(value) if isinstance(value, str) else value
-
-    return config_from_dict(cleaned(config.model_dump(mode="json")))
+    return config_from_dict(redact_tree(config.model_dump(mode="json"), variables=False))
 
 
 def _write_weights(folder: Path, average: Average, dtype: torch.dtype, max_bytes: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used; a config has about 150
@@ -67,15 +68,19 @@ def _mapping(loader: _StrictLoader, node: yaml.Node) -> dict[str, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            problem = f"key {printable(repr(key), 80)} is not a name"
+            problem = f"key {_shown(key)} is not a name"
             raise _Refused(None, None, problem, key_node.start_mark)
         if key == "<<":
             raise _Refused(None, None, "merge keys (<<) are not read, write the keys out", key_node.start_mark)
         if key in tree:
-            problem = f"key {printable(repr(key), 80)} is given twice"
+            problem = f"key {_shown(key)} is given twice"
             raise _Refused(None, None, problem, key_node.start_mark)
         tree[key] = loader.construct_object(value_node, deep=True)
     return tree
+
+
+def _shown(value: Any) -> str:
+    return printable(redact_text(repr(value)), 80)
 
 
 def _scalar(kind: str) -> Any:
@@ -86,8 +91,7 @@ def _scalar(kind: str) -> Any:
         try:
             value = construct(loader, node)
         except (ValueError, KeyError, IndexError, OverflowError):
-            shown = printable(repr(node.value), 80)
-            raise _Refused(None, None, f"{shown} is not {_WORDS[kind]}", node.start_mark) from None
+            raise _Refused(None, None, f"{_shown(node.value)} is not {_WORDS[kind]}", node.start_mark) from None
         if kind == "int" and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
             problem = f"a number of {len(node.value)} characters is too large, at most 2^63 - 1 is read"
             raise _Refused(None, None, problem, node.start_mark)
@@ -127,7 +131,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         # not every YAML error has a `problem`
-        problem = printable(str(getattr(error, "problem", None) or error).splitlines()[0])
+        problem = printable(redact_text(str(getattr(error, "problem", None) or error).splitlines()[0]))
         raise UntrustedError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
     except RecursionError:
         raise UntrustedError(f"it is nested deeper than {MAX_DEPTH}") from None

@@ -17,7 +17,9 @@ from typing import Any
 
 _HIDDEN = "***"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::[A-Za-z][A-Za-z0-9+.\-]*)*://")
-_URL = re.compile(_SCHEME.pattern + r"[^\s'\"<>\]]+")
+# where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
+_USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"
+_URL = re.compile(rf"{_SCHEME.pattern}{_USER}?[^\s'\"<>\]]+")
 _PORT = re.compile(r"\d*")
 _AT = re.compile(r"@|%40", re.IGNORECASE)
 # a query string whose marks are percent-encoded; "%3F" alone may belong to a file's name
@@ -69,17 +71,23 @@ def redact_text(text: str) -> str:
     return _URL.sub(lambda match: redact(match.group()), _without_variables(text))
 
 
-def redact_tree(tree: Any) -> Any:
-    """JSON without secrets in any text. A key with a secret's name (`api_key`) hides its text in foreign sections."""
+def redact_tree(tree: Any, *, variables: bool = True) -> Any:
+    """JSON without secrets in any text. A key with a secret's name (`api_key`, in a foreign section) hides its text.
+
+    variables: also without the values of secret variables of the environment.
+    """
     if isinstance(tree, dict):
-        return {key: _redact_leaf(str(key), value) for key, value in tree.items()}
+        return {
+            key: _HIDDEN
+            if isinstance(value, str) and value and _SECRET_KEY.search(str(key))
+            else redact_tree(value, variables=variables)
+            for key, value in tree.items()
+        }
     if isinstance(tree, list | tuple):
-        return [redact_tree(value) for value in tree]
-    return redact(_without_variables(tree)) if isinstance(tree, str) else tree
-
-
-def _redact_leaf(key: str, value: Any) -> Any:
-    return _HIDDEN if isinstance(value, str) and value and _SECRET_KEY.search(key) else redact_tree(value)
+        return [redact_tree(value, variables=variables) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+    return redact(_without_variables(tree) if variables else tree)
 
 
 def scrub(text: str) -> str:

@@ -21,6 +21,7 @@ from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.remote import is_remote
 from ecar_dist.train.goodput import began
 from ecar_dist.train.loop import Training, last_step
@@ -77,7 +78,7 @@ def end_attempt(
         reason = "failed: another rank was lost"
     else:
         verb = "gave up" if isinstance(error, FruitlessError) else "failed"
-        reason = f"{verb}: {error}" if error else "done"
+        reason = redact_text(f"{verb}: {error}") if error else "done"
     with contextlib.suppress(OSError):
         directory.end_attempt(reason)
 
