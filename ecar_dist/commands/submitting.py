@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecar_dist.command_line import AddCommand, positive
-from ecar_dist.config_file import load_config, shown_config
+from ecar_dist.commands.run_config import load_run_config
+from ecar_dist.config_file import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.redaction import redact_text
 
@@ -93,7 +94,7 @@ def submit(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.report import dry_run_text, submitted_lines
     from ecar_dist.cluster.slurm import require_slurm
 
-    config, resources = load_config(parsed.config, parsed.overrides), _resources(parsed)
+    config, resources = load_run_config(parsed), _resources(parsed)
     print("\n".join(fitness_lines(config, resources, parsed.device)))
     submission = _submission(parsed, config, resources)
     if parsed.dry_run:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
-from ecar_dist.config_file import load_config, shown_config
+from ecar_dist.commands.run_config import is_first, load_run_config
+from ecar_dist.config_file import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
 from ecar_dist.storage.redaction import redact, redact_tree
@@ -49,7 +50,7 @@ def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
     from ecar_dist.flow.schedule import StageSchedule
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_run_config(parsed)
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
@@ -86,7 +87,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def plan(parsed: argparse.Namespace) -> int:
     from ecar_dist.plan.report import plan_lines
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_run_config(parsed)
     shares = config.batch.global_batch_size // config.batch.micro_batch_size
     ranks = parsed.world_size or max(ranks for ranks in (1, 2, 4, 8) if shares % ranks == 0)
     print("\n".join(plan_lines(config, ranks, parsed.device)))
@@ -138,9 +139,9 @@ def preflight(parsed: argparse.Namespace) -> int:
 def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
     """The exit status of an action of all ranks; what they met together is said by one of them."""
     try:
-        config = load_config(parsed.config, parsed.overrides)
+        config = load_run_config(parsed)
     except ConfigError:
-        if _is_first():  # all ranks read this file; one says so
+        if is_first():  # all ranks read this file; one says so
             raise
         return 1
     from ecar_dist.runtime.parent_death import die_with_parent
@@ -180,7 +181,7 @@ def on_record(action: Callable[[], int]) -> int:
     """
     from ecar_dist.runtime.placement import job_logs
 
-    if (folder := job_logs()) is None or not _is_first():
+    if (folder := job_logs()) is None or not is_first():
         return action()
     file, status = folder / "exit-status", 1
     file.write_text("")
@@ -193,11 +194,6 @@ def on_record(action: Callable[[], int]) -> int:
         with contextlib.suppress(OSError):  # a full disk: then the file says "killed", and the job is tried again
             file.write_text(f"{status}\n")
     return status
-
-
-def _is_first() -> bool:
-    """Whether this is rank 0, of whatever launcher: known before torch is there."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _is_launched() -> bool:

@@ -47,7 +47,7 @@ class Difference:
 _LEAVES: dict[Kind, dict[str, str]] = {
     Kind.SAFE: {
         "run": "name dir",
-        "flow.context": "allow_unsafe",  # lets a setting through; the setting itself is the model's
+        "flow.context": "allow_unsafe allow_small_tau",  # let a setting through; the setting itself is the model's
         "vae": "path",  # the same weights elsewhere: their hash is in the checkpoint's identity
         "data": "train_images heldout_images backend prefetch",
         "data.cache": "dir gib threads",
