@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import ConfigError
-from ecar_dist.storage.redaction import scrub
+from ecar_dist.storage.redaction import redact_tree
 
 
 class Kind(enum.Enum):
@@ -47,7 +47,7 @@ class Difference:
 _LEAVES: dict[Kind, dict[str, str]] = {
     Kind.SAFE: {
         "run": "name dir",
-        "flow.context": "allow_unsafe",  # lets a setting through; the setting itself is the model's
+        "flow.context": "allow_unsafe allow_small_tau",  # let a setting through; the setting itself is the model's
         "vae": "path",  # the same weights elsewhere: their hash is in the checkpoint's identity
         "data": "train_images heldout_images backend prefetch",
         "data.cache": "dir gib threads",
@@ -149,4 +149,5 @@ def _weights(config: RunConfig) -> list[float]:
 
 def _shown(value: Any) -> str:
     """On one line, and without the credentials that a URL may hold."""
-    return scrub(value if isinstance(value, str) and value.isprintable() else json.dumps(value))
+    shown = redact_tree(value)
+    return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown)
