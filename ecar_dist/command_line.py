@@ -53,10 +53,10 @@ def prepare_process() -> None:
     same command is started anew in Python's UTF-8 mode, in this process. A stream that the shell has closed (`>&-`)
     becomes /dev/null: else the next file that is opened takes its number, and what is printed ends in that file.
     """
-    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
-        if os.environ.get("PYTHONUTF8") != "1":  # else Python was told to pass it over (-I, -E)
-            os.environ["PYTHONUTF8"] = "1"
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    other_locale = not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8")
+    if other_locale and os.environ.get("PYTHONUTF8") != "1":  # where it is, Python was told to pass it over (-I, -E)
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one

@@ -296,9 +296,7 @@ def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
     assert monitor_of(rank) != killed
     statuses, lines = end([rank], 3 + SLACK)
     assert statuses == [0]
-    assert [line.partition(";")[0] for line in lines] == [
-        "warning: the watchdog process of rank 0 ended with signal 9"
-    ]
+    assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
 
 
 def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
