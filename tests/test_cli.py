@@ -135,15 +135,18 @@ def test_a_grid_stays_small_whatever_is_drawn(trained, tmp_path, monkeypatch):
 
 
 def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(trained, tmp_path, monkeypatch, capsys):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     from ecar_dist.sample import fast
 
     def sample(out, *more):
         return main(["sample", str(trained[1]), "--count", "6", "--batch-size", "4", "--out", str(out), *more])
 
-    compiled, batches = [], []
+    compiled, batches, folders = [], [], set()
 
     def keep(function, mode=None):
         compiled.append(function.__name__)
+        folders.add(cache_dir())
         return lambda x, *rest: (batches.append(len(x)) if torch.is_tensor(x) else None) or function(x, *rest)
 
     monkeypatch.setattr(fast, "_compile", keep)
@@ -151,6 +154,9 @@ def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(
     assert not compiled
     assert sample(tmp_path / "compiled", "--compile") == 0
     assert compiled == ["sin", "begin_stage", "velocity"]
+    (folder,) = folders
+    assert "ecar-compiled-" in folder
+    assert not Path(folder).exists()
     assert set(batches) == {4, 8}  # the last batch, of two, is filled up
     grids = [np.asarray(Image.open(tmp_path / out / "grid.png")).astype(int) for out in ("plain", "compiled")]
     assert np.abs(grids[0] - grids[1]).max() <= 1
