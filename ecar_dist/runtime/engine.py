@@ -21,6 +21,7 @@ from ecar_dist.config import RunConfig
 from ecar_dist.runtime.world import World
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,12 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is."""
-        return self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
+        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is.
+
+        Above LARGEST_NORM it is inf: most stages add up squares in fp32, where it overflows, but ZeRO-3 in fp64.
+        """
+        norm = self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
+        return math.inf if norm > LARGEST_NORM else norm
 
     @property
     def _keeps_no_norm(self) -> bool:

@@ -73,4 +73,4 @@ def test_a_refused_step_leaves_nothing_behind(reports, setting):
         if not ok
     ]
     assert failed == []
-    assert len(reports[setting][1]["refusals"]) == 11
+    assert len(reports[setting][1]["refusals"]) == 14

@@ -85,7 +85,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
-    """Three kinds of refused step: whether the state stays and the next step is as if nothing had been."""
+    """Four kinds of refused step: whether the state stays and the next step is as if nothing had been."""
     before, found = state(engine), {}
 
     def refuse(kind: str, factor: float = 1.0) -> None:
@@ -101,6 +101,7 @@ def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
     engine.grad_norm_limit = engine.grad_norm / 2
     refuse("norm above the limit")
     engine.grad_norm_limit = math.inf
+    refuse("norm beyond what a stage in fp32 can square", 1e30)
     after = step_from(engine, before, batches, restore=False)
     found["the next step is as if none had been refused"] = equal(
         after, step_from(engine, before, batches, restore=True)
