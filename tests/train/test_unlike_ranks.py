@@ -1,0 +1,62 @@
+"""Real ranks that were not started alike, or stop being alike: the odd one is named, and nothing it did is kept."""
+
+import pytest
+
+from tests.conftest import free_port
+from tests.fork_server import run_ranks
+
+BOUND = 30.0  # seconds for ranks that are forked and told at once; a timeout of the transport would take 60 more
+
+
+@pytest.fixture
+def start(write_config, tmp_path, monkeypatch):
+    """`train` on ranks that take themselves for nodes n1, n2, ..., each with words of its own."""
+    logs = tmp_path / "job"
+    logs.mkdir()
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(logs))
+
+    def run(count, *words, each, before=None):
+        nodes = {rank: {"SLURMD_NODENAME": f"n{rank + 1}"} for rank in range(count)}
+        command = ("train", str(write_config()), *words)
+        ended = run_ranks(count, free_port(), *command, timeout=BOUND, each=each, more=nodes, before=before)
+        said = [line for rank in ended for line in rank.stderr.splitlines() if line.startswith("ecar-dist:")]
+        return [rank.returncode for rank in ended], said, logs
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("key", "ours", "theirs"),
+    [
+        ("optim.learning_rate", "0.001", "0.5"),  # was silent
+        ("run.name", "tiny", "other"),  # was a hang: two run directories
+        ("batch.global_batch_size", "16", "32"),  # was a hang: two numbers of micro-batches
+    ],
+)
+def test_two_ranks_with_different_settings_are_both_named_and_nothing_is_begun(start, tmp_path, key, ours, theirs):
+    statuses, said, logs = start(2, each={1: [f"{key}={theirs}"]})
+    assert statuses == [1, 1]
+    (line,) = said
+    for word in (f"{key}={ours} on rank 0 on n1", f"{theirs} on rank 1 on n2"):
+        assert word in line
+    assert not (tmp_path / "runs").exists()
+    assert not (logs / "bad-nodes").exists()
+
+
+def test_of_three_ranks_the_odd_one_is_named_with_all_that_differs(start):
+    statuses, said, _ = start(
+        3, "batch.global_batch_size=24", each={2: ["run.seed=1", "ema.half_life_samples=[50, 60]"]}
+    )
+    assert statuses == [1, 1, 1]
+    (line,) = said
+    assert "rank 2 on n3" in line
+    assert "run.seed=1 on rank 2 on n3, 0 elsewhere" in line
+    assert "ema.half_life_samples=[50, 60] on rank 2 on n3, [1000000] elsewhere" in line
+
+
+def test_a_config_that_one_rank_cannot_read_is_said_for_it(start):
+    statuses, said, _ = start(2, each={1: ["optim.learning_rat=1"]})
+    assert statuses == [1, 1]
+    (line,) = said
+    assert "rank 1 on n2" in line
+    assert "optim.learning_rate" in line
