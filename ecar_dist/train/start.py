@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
+from ecar_dist.runtime.agreement import agree_on
 from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
@@ -33,8 +35,9 @@ from ecar_dist.train.record import begin_record, end_attempt, open_attempt
 from ecar_dist.train.sources import TrainingData, check_codec, normaliser, open_loader, open_stream
 from ecar_dist.train.telemetry import Telemetry
 from ecar_dist.vae.build import open_codec
-from ecar_dist.vae.codec import LatentCodec
+from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
+SAME_IDENTITY = "give every node the same autoencoder (vae.path), data and version of ecar_dist"
 PreviewFactory = Callable[[RunConfig, LatentCodec, torch.device], Preview]
 
 
@@ -59,6 +62,8 @@ def start_training(
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
+    identity = run_identity(config, data, stream, codec)
+    agree_on(world, "identity", identity_facts(identity, data.encoder or (codec and codec.identity)), SAME_IDENTITY)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
@@ -66,7 +71,6 @@ def start_training(
     world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, normaliser(data, codec), world, precision)
     ema = ShardedEma(engine.partitions, config.ema)
-    identity = run_identity(config, data, stream, codec)
     store = CheckpointStore(
         config,
         world,
@@ -155,3 +159,11 @@ def run_identity(
             "data.flip_images": config.data.flip_images,
         },
     }
+
+
+def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
+    """The run's identity, and all of its autoencoder's but the name, as all ranks must have them."""
+    facts = {key: value for part in identity.values() for key, value in part.items()}
+    if encoder is not None:
+        facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
+    return {key: json.dumps(value) for key, value in facts.items()}

@@ -1,7 +1,11 @@
 """Real ranks that were not started alike, or stop being alike: the odd one is named, and nothing it did is kept."""
 
+import shutil
+
 import pytest
 
+from data_tools.cli import main as ecar_data
+from ecar_dist.data.manifest import load_manifest
 from tests.conftest import free_port
 from tests.fork_server import run_ranks
 
@@ -60,3 +64,23 @@ def test_a_config_that_one_rank_cannot_read_is_said_for_it(start):
     (line,) = said
     assert "rank 1 on n2" in line
     assert "optim.learning_rate" in line
+
+
+def test_another_data_set_on_one_node_is_named_by_its_id(start, digits, tmp_path):
+    """Rank 1 has the held-out pictures, which fit the config as well: this was silent."""
+    other = tmp_path / "heldout"
+    encode = ["encode", str(digits / "images/heldout"), str(other), "--vae", "dct-f8", "--image-size", "32"]
+    assert ecar_data(encode) == 0
+    assert ecar_data(["finalize", str(other)]) == 0
+    statuses, said, _ = start(2, each={1: [f"data.latents={other}"]})
+    assert statuses == [1, 1]
+    (line,) = said
+    ours, theirs = (load_manifest(folder).dataset_id for folder in (digits / "latents", other))
+    assert f"dataset_id of data.latents={ours} on rank 0 on n1, {theirs} on rank 1 on n2" in line
+    assert not list(tmp_path.glob("runs/**/lineage.json"))
+
+
+def test_the_same_data_set_elsewhere_is_the_same(start, digits, tmp_path):
+    copied = shutil.copytree(digits / "latents", tmp_path / "copy")
+    statuses, said, _ = start(2, "train.total_samples=16", each={1: [f"data.latents={copied}", "data.prefetch=1"]})
+    assert (statuses, said) == ([0, 0], [])
