@@ -21,6 +21,7 @@ from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
@@ -63,7 +64,7 @@ def start_training(
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
     identity = run_identity(config, data, stream, codec)
-    agree_on(world, "identity", identity_facts(identity, data.encoder or (codec and codec.identity)), SAME_IDENTITY)
+    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
@@ -84,6 +85,7 @@ def start_training(
     phases.enter("load", 0)
     restored = store.restore(engine, ema)
     progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
+    check_replicas(world, engine, ema, progress.step)
     phases.enter("start", progress.step)
     open_at = partial(open_together, config, world, stream)
     telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
@@ -141,11 +143,16 @@ def build_engine(config: RunConfig, normalise: Normalise, world: World, precisio
     return Engine(objective, model, groups, config, world, precision)
 
 
+def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
+    """Whose latents the model sees; None on a rank that has neither latents nor the autoencoder."""
+    return data.encoder or (codec.identity if codec else None)
+
+
 def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
 ) -> dict[str, dict[str, Any]]:
     """What must not change while a run goes on: what the weights mean, and the order of the data."""
-    encoder = data.encoder or (codec and codec.identity)
+    encoder = encoder_of(data, codec)
     return {
         "model": {
             **config.model_identity,

@@ -1,12 +1,16 @@
 """Real ranks that were not started alike, or stop being alike: the odd one is named, and nothing it did is kept."""
 
+import os
 import shutil
 
 import pytest
+import torch
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.data.manifest import load_manifest
-from tests.conftest import free_port
+from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.train import loop
+from tests.conftest import free_port, losses, read_metrics
 from tests.fork_server import run_ranks
 
 BOUND = 30.0  # seconds for ranks that are forked and told at once; a timeout of the transport would take 60 more
@@ -84,3 +88,59 @@ def test_the_same_data_set_elsewhere_is_the_same(start, digits, tmp_path):
     copied = shutil.copytree(digits / "latents", tmp_path / "copy")
     statuses, said, _ = start(2, "train.total_samples=16", each={1: [f"data.latents={copied}", "data.prefetch=1"]})
     assert (statuses, said) == ([0, 0], [])
+
+
+FLIPPED_AT = 4  # the step after which a bit flips, where a second save is due
+
+
+def flip_a_bit():
+    """In the last rank: right after a step, the lowest bit of one weight that the forward pass reads."""
+    settle_step = loop.settle_step
+
+    def flipping(run, batches, progress, result):
+        if progress.step + 1 == FLIPPED_AT and run.world.rank == run.world.size - 1:
+            run.engine.replicas()[-1 if run.engine.zero_stage == 3 else 5].view(torch.int32).view(-1)[7] ^= 1
+        return settle_step(run, batches, progress, result)
+
+    loop.settle_step = flipping
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_bit_that_flips_on_one_of_two_ranks_ends_the_run_before_the_save(start, tmp_path, zero_stage):
+    statuses, said, logs = start(2, f"deepspeed.zero_stage={zero_stage}", each={}, before=flip_a_bit)
+    assert statuses == [75, 75]
+    (line,) = said
+    assert "rank 0 on n1; rank 1 on n2" in line
+    assert "step 4" in line
+    assert [path.name for path in committed(tmp_path / "runs/tiny/checkpoints")] == ["step-00000002"]
+    assert not (logs / "bad-nodes").exists()
+
+
+def test_of_three_ranks_the_one_with_the_flipped_bit_is_kept_out_and_the_run_goes_on(start, write_config, tmp_path):
+    words = ("deepspeed.zero_stage=0", "batch.global_batch_size=24", "checkpoint.every_samples=48")
+    statuses, said, logs = start(3, *words, each={}, before=flip_a_bit)
+    assert statuses == [75, 75, 75]
+    assert ["rank 2 on n3 holds other weights" in line for line in said] == [True]
+    assert (logs / "bad-nodes").read_text() == "n3\n"
+    assert [path.name for path in committed(tmp_path / "runs/tiny/checkpoints")] == ["step-00000002"]
+    assert start(3, *words, each={})[0] == [0, 0, 0]
+    assert start(3, *words, "run.name=undisturbed", each={})[0] == [0, 0, 0]
+    ours, theirs = (losses(read_metrics(write_config(), *more)) for more in ((), ("run.name=undisturbed",)))
+    assert ours == theirs
+    assert len(ours) == 4
+
+
+def read_twice():
+    """The last rank reads the share of the first."""
+    from ecar_dist.data import loader
+
+    positions = loader.rank_positions
+    last = os.environ["RANK"] != "0"
+    loader.rank_positions = lambda start, batch, rank, size: positions(start, batch, 0 if last else rank, size)
+
+
+def test_a_rank_that_reads_the_samples_of_another_is_named_before_the_first_step(start, tmp_path):
+    statuses, said, _ = start(2, each={}, before=read_twice)
+    assert statuses == [1, 1]
+    assert ["rank 1 on n2" in line for line in said] == [True]
+    assert not (tmp_path / "runs/tiny/metrics.jsonl").exists() or not read_metrics(tmp_path / "config.yaml")
