@@ -6,7 +6,7 @@ makes them drift apart, and no collective notices. What only one rank holds (ZeR
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -23,18 +23,18 @@ _FACTOR = 0x5851F42D4C957F2D  # odd, of Knuth's MMIX generator
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-def fingerprint(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+def fingerprint(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """A hash of the bits of all tensors, in order: one int64 on `device`. Nothing waits for the device.
 
     The elements as whole numbers, each times an odd number of its own, added up modulo 2^64: so no change of one
     element alone goes unseen, and any other with a chance of 2^-64. One pass at the speed of memory.
     """
-    total, weights = torch.zeros((), dtype=torch.int64, device=device), None
-    for tensor in tensors:
-        words = tensor.detach().reshape(-1).view(_WORDS[tensor.element_size()])
-        if weights is None:
-            weights = torch.arange(1, 2 * _CHUNK, 2, dtype=torch.int64, device=device) * _FACTOR
-        for chunk in words.split(_CHUNK):
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    flats = [tensor.detach().reshape(-1) for tensor in tensors]
+    length = min(_CHUNK, max((flat.numel() for flat in flats), default=0))
+    weights = torch.arange(1, 2 * length, 2, dtype=torch.int64, device=device) * _FACTOR
+    for flat in flats:
+        for chunk in flat.view(_WORDS[flat.element_size()]).split(_CHUNK):
             total = total * _FACTOR + (chunk.to(device, torch.int64) * weights[: len(chunk)]).sum()
     return total
 
