@@ -149,6 +149,24 @@ class Engine:
         """Whether every rank holds all of the state (ZeRO stage 0)."""
         return self.zero_stage == 0
 
+    def replicas(self) -> list[torch.Tensor]:
+        """What every rank holds whole, and alike to the bit between steps; the tensors themselves, not copies.
+
+        ZeRO 0: weights as the forward pass reads them, master weights, moments. ZeRO 1 and 2: the first of these, which
+        each step makes anew from the ranks' shares. ZeRO 3: the small ones that it does not split; before its first
+        step, none.
+        """
+        read = [parameter.data for parameter in self._parameters.values() if self._is_whole(parameter)]
+        if not self.replicated:
+            return read
+        masters = [] if self._keeps_no_norm else self.partitions  # else they are what the forward pass reads
+        return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
+
+    def _is_whole(self, parameter: Any) -> bool:
+        if self.zero_stage < 3:
+            return True
+        return parameter.ds_persist and parameter.numel() == parameter.ds_numel
+
     def moments(self, name: str) -> list[torch.Tensor]:
         """AdamW's `exp_avg` or `exp_avg_sq`, laid out like `partitions`; zeros before the first step."""
         return [self._adam_state(partition)[name] for partition in self.partitions]
