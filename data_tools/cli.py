@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ecar_dist import __version__
-from ecar_dist.command_line import positive, run_command
+from ecar_dist.command_line import positive, prepare_process, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        prepare_process()
     values = vars(_parser().parse_args(argv))
     run = values.pop("run")
     return run_command("ecar-data", lambda: _call(run, values))

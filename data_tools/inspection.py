@@ -19,6 +19,7 @@ from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.data.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import naming
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import file_in, is_remote, local_path, meant_url
 from ecar_dist.vae.build import open_codec_by_spec
@@ -78,7 +79,8 @@ def preview(folder: Path, out: Path, vae: str | None = None) -> None:
     pixels[: len(decoded)] = decoded
     side = _SHEET_SIDE * pixels.shape[1]
     rows = pixels.reshape(_SHEET_SIDE, _SHEET_SIDE, *pixels.shape[1:]).swapaxes(1, 2)  # [row, S, column, S, 3]
-    Image.fromarray(rows.reshape(side, side, 3)).save(out)
+    with naming(out):
+        Image.fromarray(rows.reshape(side, side, 3)).save(out)
     print(f"{out}: {len(decoded)} decoded samples of {folder}")
 
 

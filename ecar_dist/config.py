@@ -20,6 +20,8 @@ from ecar_dist.config_model import (
     Section,
 )
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.bounded_yaml import CONTROL_CHARACTER
+from ecar_dist.storage.redaction import redact
 
 
 def _one_line(value: str) -> str:
@@ -33,9 +35,18 @@ Place = Annotated[str, AfterValidator(_one_line)]
 
 
 class RunSection(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its directory")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="name of the run, and of its directory"
+    )
     dir: Place = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, sample order and all keyed randomness")
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"run.dir={redact(value)} is a URL; give a local folder (checkpoint.dir may be a URL)")
+        return value
 
 
 class VaeSection(Section):
@@ -187,11 +198,14 @@ class DeepSpeedSection(Section):
             raise ValueError(
                 f"deepspeed.raw.{sorted(derived)[0]} is derived from batch.*; set it there, remove it here"
             )
-        zero, bf16 = (self.raw.get(name) for name in ("zero_optimization", "bf16"))
-        if "stage" in (zero or {}) or "enabled" in (bf16 or {}):
-            raise ValueError(
-                "deepspeed.raw sets the ZeRO stage or bf16; use deepspeed.zero_stage and precision instead"
-            )
+        for name, taken in (("zero_optimization", "stage"), ("bf16", "enabled")):
+            section = self.raw.get(name) or {}
+            if not isinstance(section, dict):
+                raise ValueError(f"deepspeed.raw.{name} must be a section with keys of its own; see DeepSpeed's docs")
+            if taken in section:
+                raise ValueError(
+                    "deepspeed.raw sets the ZeRO stage or bf16; use deepspeed.zero_stage and precision instead"
+                )
         if self.offload_params and self.zero_stage != 3:
             raise ValueError(f"deepspeed.offload_params needs zero_stage=3, got {self.zero_stage}")
         return self
@@ -314,6 +328,12 @@ class RunConfig(Section):
             f"but {total} is not a multiple of {micro} x {world_size} = {unit}; use batch.global_batch_size={fits}"
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_leaves(cls, tree: Any) -> Any:
+        _refuse_leaves(tree)
+        return tree
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         kind, num_stages = self.model.kind, self.flow.num_stages
@@ -334,3 +354,17 @@ class RunConfig(Section):
             )
         self.grad_accum_steps(world_size=1)
         return self
+
+
+def _refuse_leaves(tree: Any, dotted: str = "") -> None:
+    """Raises ValueError for text that would break a line or a terminal, and for numbers that are not finite."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_leaves(value, f"{dotted}.{key}" if dotted else str(key))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            _refuse_leaves(value, dotted)
+    elif isinstance(tree, str) and (found := CONTROL_CHARACTER.search(tree)):
+        raise ValueError(f"{dotted} holds the control character U+{ord(found[0]):04X}; write it without")
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        raise ValueError(f"{dotted} holds {tree}; give a finite number")

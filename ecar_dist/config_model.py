@@ -38,6 +38,7 @@ class ContextSection(Section):
     )
     tau: float = Field(0.3, ge=0, allow_inf_nan=False, description="std of fresh noise added to the fed-back state")
     allow_unsafe: bool = Field(False, description="accept the degenerate setting (negative control only)")
+    allow_small_tau: bool = Field(False, description="accept 0 < tau < 0.1, which needs many solver steps")
 
 
 class FlowSection(Section):

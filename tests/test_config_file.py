@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -235,3 +236,150 @@ def test_what_is_no_run_has_no_checkpoints_to_praise(tmp_path, capsys, verb):
 def test_values_that_would_be_ignored_or_make_no_sense(path, override):
     with pytest.raises(ConfigError):
         load_config(path, [override])
+
+
+def refusal(path, *overrides):
+    """The one line by which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 900
+    return str(caught.value)
+
+
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "deepspeed:\n  raw:\n" + "".join(f"    {line}\n" for line in ALIASES.splitlines()),
+        f"model: {{kind: {'[' * 3000}",
+        f"optim: {{weight_decay: {'9' * 400}}}\n",
+        f"optim: {{weight_decay: {'9' * 5000}}}\n",
+        "optim: {weight_decay: !!int abc}\n",
+        'optim: {weight_decay: !!float ""}\n',
+        "optim: {weight_decay: !!timestamp 2020-01-01}\n",
+        "optim: {weight_decay: 2024-13-45}\n",
+        "optim: {weight_decay: !!binary aGFsbG8=}\n",
+        "optim: {weight_decay: !!set {a}}\n",
+        "optim: {weight_decay: .nan}\n",
+        "optim: {weight_decay: -.inf}\n",
+        "deepspeed: {raw: {zero_optimization: 5}}\n",
+        "deepspeed: {raw: {bf16: true}}\n",
+        "deepspeed: {raw: [1]}\n",
+        "deepspeed: {raw: {a: .nan}}\n",
+        '"a\\nb": 1\n',
+        '"a\\e[31mb": 1\n',
+        'log: {"a\\nb": 1}\n',
+        'checkpoint: {dir: "a\\0b"}\n',
+        'checkpoint: {dir: "a\\ud800b"}\n',
+        f"{'k' * 5000}: 1\n",
+        f"log: {{every_steps: {'x' * 5000}}}\n",
+        "mixture: 5\n",
+        "sample: 5\n",
+        "batch: [1]\n",
+    ],
+)
+def test_a_hostile_or_mistyped_config_is_one_line(path, added):
+    text = path.read_text().replace("optim: {learning_rate: 1e-4}\n", "")
+    path.write_text(text + added)
+    refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large"])
+def test_only_plain_files_of_a_few_bytes_are_read(tmp_path, kind):
+    place = tmp_path / "config.yaml"
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "device":
+        place = Path("/dev/zero")
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        with place.open("wb") as file:
+            file.truncate(40 << 30)
+    assert str(place) in refusal(place)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert "empty.yaml is empty" in refusal(tmp_path / "empty.yaml")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key", "found"),
+    [
+        ("num_classes", "num_clases", "data.num_classes", "data.num_clases"),
+        ("train:", "trian:", "train", "trian"),
+        ("name:", "nmae:", "run.name", "run.nmae"),
+    ],
+)
+def test_a_typo_in_a_required_key_is_found(path, before, after, key, found):
+    path.write_text(path.read_text().replace(before, after))
+    said = refusal(path)
+    assert f"config key {key} is required" in said
+    assert f"found {found}," in said
+
+
+def test_a_required_key_that_nothing_resembles_is_only_missing(path):
+    path.write_text(path.read_text().replace("num_classes: 10", "lanes: 1, zzz: 2"))
+    assert "data.num_classes is required and has no default" in refusal(path)
+
+
+def test_the_rule_for_a_name_is_said_in_words(path):
+    said = refusal(path, "run.name=my run")
+    assert "run.name='my run': letters, digits" in said
+    assert "[" not in said
+
+
+@pytest.mark.parametrize("word", ["off", "1", "1e3", "2024-01-02", "yes", "null", "012"])
+def test_a_word_is_text_where_the_field_holds_text(path, word):
+    assert load_config(path, [f"run.name={word}"]).run.name == word
+    assert load_config(path, [f"run.name='{word}'"]).run.name == word
+
+
+def test_a_field_that_may_be_empty_can_be_emptied(path):
+    for word in ("null", "~", ""):
+        assert load_config(path, ["vae.path=x", f"vae.path={word}"]).vae.path is None
+    assert load_config(path, ["vae.path='null'"]).vae.path == "null"
+    assert load_config(path, ["checkpoint.dir=[a]"]).checkpoint.dir == "[a]"
+    assert load_config(path, ["data.latents=", "data.mixture=[{latents: 1a, weight: 1}]"]).data.mixture[0].weight == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"flow.ends={'[' * 3000}",
+        f"deepspeed.raw.{'a.' * 3000}b=1",
+        f"optim.weight_decay={'9' * 5000}",
+        "optim.weight_decay=!!int abc",
+        "run.name=a\nb",
+        "run.dir=a\x1bb",
+        "checkpoint.dir=\udcff",
+        f"deepspeed.raw=[{'x,' * 30000}]",
+        f"{'x' * 9000}",
+        "run=5",
+        "run.name.x=5",
+        "a\nb=1",
+    ],
+)
+def test_overrides_are_read_by_the_same_rules(path, override):
+    refusal(path, override)
+
+
+def test_a_name_in_the_file_that_is_read_as_a_number_says_what_helps(path):
+    path.write_text(path.read_text().replace("name: a", "name: 1"))
+    assert "put it in quotes" in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["data.mixture.0.weigth", "data.cache.threds"])
+def test_an_unknown_key_below_a_list_or_a_section(path, key):
+    leaf = key.rpartition(".")[2]
+    if "mixture" in key:
+        said = refusal(path, "data.latents=", f"data.mixture=[{{latents: x, weight: 1, {leaf}: 1}}]")
+    else:
+        said = refusal(path, f"{key}=1")
+    assert f"unknown config key {key}; did you mean " in said

@@ -1,17 +1,15 @@
-"""Whether a config fits the nodes it is submitted to, as far as a login node can tell: batch, memory, data."""
+"""Whether a config fits the nodes it is submitted to, as far as a login node can tell: batch and memory."""
 
 from __future__ import annotations
 
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.size import usable_counts
 from ecar_dist.config import RunConfig
-from ecar_dist.data.manifest import check_fits, load_image_manifest, load_manifest
 from ecar_dist.errors import ConfigError
 from ecar_dist.plan.kinds import parameter_count
 from ecar_dist.plan.memory import ModelState, model_state
 from ecar_dist.plan.report import plan_lines
 from ecar_dist.runtime.devices import device_memory
-from ecar_dist.storage.remote import is_remote
 
 
 def fitness_lines(config: RunConfig, resources: Resources, device: str | None) -> list[str]:
@@ -52,16 +50,3 @@ def _on_device(config: RunConfig, world_size: int, zero_stage: int) -> int:
     state: ModelState = model_state(parameter_count(config).total, world_size, zero_stage, precision)
     offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
     return state.total - offloaded - state.weights * config.deepspeed.offload_params
-
-
-def check_local_data(config: RunConfig) -> None:
-    """Raises DataError where a local set of the run is not there whole by its manifest, or does not fit the config."""
-    data = config.data
-    for place in (source.latents for source in data.latent_sources):
-        if is_remote(place):
-            continue
-        manifest = load_manifest(place)
-        found = {"data.num_classes": manifest.num_classes, "data.latent_size": manifest.moments_shape[-1]}
-        check_fits(place, found, data)
-    if data.images is not None and not is_remote(data.images):
-        check_fits(data.images, {"data.num_classes": load_image_manifest(data.images).num_classes}, data)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecar_dist.command_line import AddCommand, positive
-from ecar_dist.config_file import config_to_yaml, load_config
+from ecar_dist.commands.run_config import load_run_config
+from ecar_dist.config_file import shown_config
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.redaction import redact_text
 
 if TYPE_CHECKING:
     from ecar_dist.cluster.pipeline import Pipeline
@@ -92,15 +94,15 @@ def submit(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.report import dry_run_text, submitted_lines
     from ecar_dist.cluster.slurm import require_slurm
 
-    config, resources = load_config(parsed.config, parsed.overrides), _resources(parsed)
+    config, resources = load_run_config(parsed), _resources(parsed)
     print("\n".join(fitness_lines(config, resources, parsed.device)))
     submission = _submission(parsed, config, resources)
     if parsed.dry_run:
-        print(dry_run_text(submission, config_to_yaml(submission.config)))
+        print(redact_text(dry_run_text(submission, shown_config(submission.config))))
         return 0
     require_slurm()
     jobs = submission.submit()
-    print("\n".join(submitted_lines(submission, jobs)))
+    print(redact_text("\n".join(submitted_lines(submission, jobs))))
     return 0
 
 
@@ -121,10 +123,10 @@ def _resources(parsed: argparse.Namespace) -> Resources:
 
 def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resources) -> Submission:
     """The training alone, or between the steps of the pipeline. Raises DataError where its data are not there."""
-    from ecar_dist.cluster.fitness import check_local_data
     from ecar_dist.cluster.job_script import find_scripts
     from ecar_dist.cluster.pipeline import evaluation_step, with_images
     from ecar_dist.cluster.submission import Submission, new_job_folder, training_step
+    from ecar_dist.data.fit import check_fits, local_sets
 
     folder, scripts = new_job_folder(config), find_scripts(parsed.scripts)
     steps = [training_step(folder, resources, launcher=parsed.launcher, max_requeues=parsed.max_requeues)]
@@ -138,7 +140,7 @@ def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resour
         print(f"data: not looked at, since job {parsed.after} may make them")
         data_stand = False
     if data_stand:
-        check_local_data(config)
+        check_fits(config, local_sets(config))
     return Submission(config, steps, scripts, folder, parsed.after)
 
 

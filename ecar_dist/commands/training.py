@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
-from ecar_dist.config_file import config_to_yaml, load_config
+from ecar_dist.commands.run_config import is_first, load_run_config
+from ecar_dist.config_file import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
+from ecar_dist.storage.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
     from ecar_dist.config import RunConfig
@@ -45,18 +47,23 @@ def add_commands(add: AddCommand) -> None:
 
 def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.size import usable_nodes
+    from ecar_dist.data.fit import absent_sets, check_fits, local_sets
     from ecar_dist.flow.schedule import StageSchedule
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_run_config(parsed)
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
+    check_fits(config, local_sets(config, absent_ok=True))
     schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
-    print(config_to_yaml(config))
+    print(shown_config(config))
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
         window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
         print(f"# stage {k}: {size}x{size} latent, {tokens} tokens, data coefficient {window}")
-    print(f"# not the defaults: {', '.join(_leaves(config.model_dump(mode='json', exclude_defaults=True)))}")
+    given = redact_tree(config.model_dump(mode="json", exclude_defaults=True))
+    print(f"# not the defaults: {', '.join(_leaves(given))}")
+    for place in absent_sets(config):
+        print(f"# {redact(place)} has no manifest.json yet: the config was not compared with it")
     batch = config.batch
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):
@@ -80,7 +87,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def plan(parsed: argparse.Namespace) -> int:
     from ecar_dist.plan.report import plan_lines
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_run_config(parsed)
     shares = config.batch.global_batch_size // config.batch.micro_batch_size
     ranks = parsed.world_size or max(ranks for ranks in (1, 2, 4, 8) if shares % ranks == 0)
     print("\n".join(plan_lines(config, ranks, parsed.device)))
@@ -130,13 +137,18 @@ def preflight(parsed: argparse.Namespace) -> int:
 
 
 def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
-    """The exit status of an action of all ranks; what they met together is said by one of them."""
+    """The exit status of an action of all ranks, once they agree on the config; what they met together is said by one.
+
+    A config that rank 0 cannot load is said at once. One that only another rank cannot is said when all have met.
+    """
+    config, problem = None, ""
     try:
-        config = load_config(parsed.config, parsed.overrides)
-    except ConfigError:
-        if _is_first():  # all ranks read this file; one says so
+        config = load_run_config(parsed)
+    except ConfigError as error:
+        if is_first():
             raise
-        return 1
+        problem = str(error)
+    from ecar_dist.runtime.agreement import agree_on_settings
     from ecar_dist.runtime.parent_death import die_with_parent
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.stop import StoppedEarlyError
@@ -147,7 +159,10 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         die_with_parent()
     faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
     try:
-        world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
+        hang_seconds = config.train.hang_seconds if config else 0.0
+        world = start_world(collective_timeout=longest_wait(hang_seconds, COLLECTIVE_TIMEOUT))
+        agree_on_settings(world, config, problem)
+        assert config is not None  # else all ranks have ended
         if (line := faults_on_purpose()) and world.is_first:
             print(line, file=sys.stderr, flush=True)
         status = action(config, world)
@@ -174,7 +189,7 @@ def on_record(action: Callable[[], int]) -> int:
     """
     from ecar_dist.runtime.placement import job_logs
 
-    if (folder := job_logs()) is None or not _is_first():
+    if (folder := job_logs()) is None or not is_first():
         return action()
     file, status = folder / "exit-status", 1
     file.write_text("")
@@ -187,11 +202,6 @@ def on_record(action: Callable[[], int]) -> int:
         with contextlib.suppress(OSError):  # a full disk: then the file says "killed", and the job is tried again
             file.write_text(f"{status}\n")
     return status
-
-
-def _is_first() -> bool:
-    """Whether this is rank 0, of whatever launcher: known before torch is there."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _is_launched() -> bool:

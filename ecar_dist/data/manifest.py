@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ecar_dist.config import DataSection
 from ecar_dist.data.manifest_rules import (
     Bytes,
     Classes,
@@ -283,11 +282,3 @@ def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
 def _dataset_id(manifest: Manifest | ImageManifest) -> str:
     """sha256 of the canonical JSON of everything but itself."""
     return hashlib.sha256(json.dumps(_content(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def check_fits(place: str, found: dict[str, Any], data: DataSection) -> None:
-    """`found`: what the set at `place` says, by key of the config. Raises DataError for what `data` has otherwise."""
-    for key, value in found.items():
-        configured = getattr(data, key.removeprefix("data."))
-        if configured != value:
-            raise DataError(f"{key}={configured}, but the samples in {place} have {value}; set {key}={value}")

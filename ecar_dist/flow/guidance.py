@@ -21,7 +21,10 @@ def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) 
 
 
 def stage_guidance_scales(guidance_scale: float, num_stages: int, ramp: str) -> tuple[float, ...]:
-    """w_k of every stage. `linear`: w_k = 1 + (w - 1) k / (K - 1), so stage 0 needs no null pass; `constant`: w."""
-    if ramp == "constant" or num_stages == 1:
+    """w_k of every stage. `linear`: w_k = 1 + (w - 1) k / (K - 1), so stage 0 needs no null pass; `constant`: w.
+
+    w = 0 is the unconditional model, under either ramp: 0 in every stage. Below 1 the ramp would begin conditionally.
+    """
+    if ramp == "constant" or num_stages == 1 or guidance_scale == 0.0:
         return (guidance_scale,) * num_stages
     return tuple(1.0 + (guidance_scale - 1.0) * k / (num_stages - 1) for k in range(num_stages))

@@ -20,7 +20,10 @@ def masked_counts(num_tokens: int, ar_steps: int) -> tuple[int, ...]:
 
 
 def masked_guidance_scales(guidance_scale: float, counts: tuple[int, ...], ramp: str) -> tuple[float, ...]:
-    """The scale of each step. `linear`, as MAR: from 1 to w with the share of tokens drawn once it is done."""
-    if ramp == "constant":
+    """The scale of each step. `linear`, as MAR: from 1 to w with the share of tokens drawn once it is done.
+
+    w = 0 is the unconditional model, under either ramp: 0 in every step.
+    """
+    if ramp == "constant" or guidance_scale == 0.0:
         return (guidance_scale,) * (len(counts) - 1)
     return tuple(1.0 + (guidance_scale - 1.0) * (1.0 - after / counts[0]) for after in counts[1:])

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import ConfigError
-from ecar_dist.storage.redaction import scrub
+from ecar_dist.storage.redaction import redact_tree
 
 
 class Kind(enum.Enum):
@@ -47,7 +47,7 @@ class Difference:
 _LEAVES: dict[Kind, dict[str, str]] = {
     Kind.SAFE: {
         "run": "name dir",
-        "flow.context": "allow_unsafe",  # lets a setting through; the setting itself is the model's
+        "flow.context": "allow_unsafe allow_small_tau",  # let a setting through; the setting itself is the model's
         "vae": "path",  # the same weights elsewhere: their hash is in the checkpoint's identity
         "data": "train_images heldout_images backend prefetch",
         "data.cache": "dir gib threads",
@@ -89,6 +89,32 @@ KINDS = {
     for section, names in sections.items()
     for name in names.split()
 }
+
+# What each rank of a run may have of its own: the places of what is compared by its content instead (the ids of data
+# sets, the hash of the autoencoder's weights), what training does not read, and how a node caches and reads ahead.
+NODE_LOCAL = frozenset(
+    {
+        "vae.path",
+        "data.latents",
+        "data.images",
+        "data.train_images",
+        "data.heldout_images",
+        "data.prefetch",
+        "data.cache.dir",
+        "data.cache.gib",
+        "data.cache.threads",
+    }
+)
+
+
+def shared_settings(config: RunConfig) -> dict[str, str]:
+    """The leaves that all ranks of a run must have alike, as text for a message: all but NODE_LOCAL.
+
+    Of a mixture it is the weights. No value holds a credential, so that they may be sent and shown.
+    """
+    values = {key: value for key, value in _leaves(config) if key not in NODE_LOCAL}
+    values["data.mixture"] = [source.weight for source in config.data.latent_sources]
+    return {key: _shown(value) for key, value in values.items()}
 
 
 def drift(old: RunConfig, new: RunConfig, *, same_data: bool = False) -> list[Difference]:
@@ -149,4 +175,5 @@ def _weights(config: RunConfig) -> list[float]:
 
 def _shown(value: Any) -> str:
     """On one line, and without the credentials that a URL may hold."""
-    return scrub(value if isinstance(value, str) and value.isprintable() else json.dumps(value))
+    shown = redact_tree(value)
+    return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown)

@@ -24,7 +24,7 @@ from ecar_dist.runtime.model_card import model_card
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
-from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.redaction import redact_tree
 from ecar_dist.storage.untrusted import UntrustedError, parse_json, read_plain_file
 
 Precision = Literal["fp32", "bf16"]
@@ -79,15 +79,7 @@ def export_run(
 
 def without_credentials(config: RunConfig) -> RunConfig:
     """The same config, its URLs without user, password and query string: an export is passed on."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cleaned(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [cleaned(inner) for inner in value]
-        return redact(value) if isinstance(value, str) else value
-
-    return config_from_dict(cleaned(config.model_dump(mode="json")))
+    return config_from_dict(redact_tree(config.model_dump(mode="json"), variables=False))
 
 
 def _write_weights(folder: Path, average: Average, dtype: torch.dtype, max_bytes: int) -> list[dict[str, Any]]:

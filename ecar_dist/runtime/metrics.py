@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ecar_dist.command_line import counted
+from ecar_dist.config_file import shown_yaml
 from ecar_dist.runtime.event_file import EventFile
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.storage.atomic import atomic_write, set_aside
-from ecar_dist.storage.redaction import scrub
 from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, parse_json
 
 HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
@@ -42,7 +42,7 @@ class MetricsWriter:
             self._board = EventFile(directory.tensorboard, purge_step=start_step + 1)
             self.text("lineage", lineage_table(directory.attempts()), start_step)
             if directory.config.exists():
-                self.text("config", _verbatim(scrub(directory.config.read_text())), start_step)
+                self.text("config", _verbatim(shown_yaml(directory.config.read_text())), start_step)
 
     def log(self, step: int, samples_seen: int, values: Mapping[str, float]) -> None:
         """A value that is not finite stands in metrics.jsonl as null."""

@@ -1,34 +1,105 @@
-"""Messages without secrets: URLs lose user, password and query string, foreign words lose what looks like a key."""
+"""Text without secrets: for whatever is printed, logged or written where others may read it.
+
+    redact        one URL: without user, password, query string and what else may sign it
+    redact_text   our own words, e.g. a message or a printed command: the URLs in them, and secrets of the environment
+    redact_tree   a resolved config or other JSON, value by value: exact, where `redact_text` guesses where a URL ends
+    scrub         another library's words: also what is assigned to a name like `token`
+
+Our own keys (`flow.token_draws`) are never taken for secrets.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>\]]+")
-_ASSIGNED = re.compile(r"(?i)([\w-]*(?:signature|token|secret|password|credential|accesskey)\w*)\s*[=:]\s*[^\s&,;]+")
-_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
+_HIDDEN = "***"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::[A-Za-z][A-Za-z0-9+.\-]*)*://")
+# where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
+_USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"
+_URL = re.compile(rf"{_SCHEME.pattern}{_USER}?[^\s'\"<>\]]+")
+_PORT = re.compile(r"\d*")
+_AT = re.compile(r"@|%40", re.IGNORECASE)
+# a query string whose marks are percent-encoded; "%3F" alone may belong to a file's name
+_ENCODED_QUERY = re.compile(r"%3f[^/]*(?:=|%3d)", re.IGNORECASE)
+_NAME = r"signature|token|secret|passw(?:or)?d|credential|access_?key|api_?key|\bsig\b"
+_SIGNED_PART = re.compile(rf"[;#&](?:[^/=]*(?:{_NAME})[^/=]*)=.*", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"([\w-]*(?:{_NAME})\w*)\s*[=:]\s*[^\s&,;]+", re.IGNORECASE)
+_BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=\-]{8,}", re.IGNORECASE)
+_SECRET_KEY = re.compile(rf"(?:{_NAME})$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
+_SHORTEST_SECRET = 8
 
 
 def redact(url: str | Path) -> str:
-    """The URL without user, password and query string. A local path stays as it is."""
+    """The URL without user, password, query string and signed fragments. A local path stays as it is."""
     text = str(url)
-    scheme, mark, rest = text.partition("://")
-    if not mark:
+    match = _SCHEME.search(text)
+    if match is None:
         return text
+    before, scheme, rest = text[: match.start()], match[0], text[match.end() :]
+    # several URLs in one text: each by itself
+    if (further := _SCHEME.search(rest)) is not None:
+        rest, last = rest[: further.start()], redact(rest[further.start() :])
+    else:
+        last = ""
+
     rest = rest.partition("?")[0]
+    if (encoded := _ENCODED_QUERY.search(rest)) is not None:
+        rest = rest[: encoded.start()]
+    return f"{before}{scheme}{_SIGNED_PART.sub('', _without_user(rest))}{last}"
+
+
+def _without_user(rest: str) -> str:
+    """What follows `scheme://`, without user and password."""
     authority = rest.partition("/")[0]
-    port = authority.partition(":")[2]
-    # a secret key may hold an unquoted slash: then what looks like the port is no number
-    if "@" in authority or (port and not port.isdigit() and "@" in rest):
-        rest = rest.rpartition("@")[2]
-    return f"{scheme}://{rest}"
+    # of an IPv6 address the colons within its brackets are none of a port's
+    port = authority.rpartition("]")[2].partition(":")[2]
+    # a secret key may hold an unquoted slash: then what looks like the port is not a number
+    odd_port = not _PORT.fullmatch(port)
+    if _AT.search(authority) or (odd_port and _AT.search(rest)):
+        return _AT.split(rest)[-1]
+    if odd_port:
+        return rest.replace(f":{port}", f":{_HIDDEN}", 1)
+    return rest
+
+
+def redact_text(text: str) -> str:
+    """Our own words without secrets in URLs and without values of secret variables of the environment."""
+    return _URL.sub(lambda match: redact(match.group()), _without_variables(text))
+
+
+def redact_tree(tree: Any, *, variables: bool = True) -> Any:
+    """JSON without secrets in any text. A key with a secret's name (`api_key`, in a foreign section) hides its text.
+
+    variables: also without the values of secret variables of the environment.
+    """
+    if isinstance(tree, dict):
+        return {
+            key: _HIDDEN
+            if isinstance(value, str) and value and _SECRET_KEY.search(str(key))
+            else redact_tree(value, variables=variables)
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [redact_tree(value, variables=variables) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+    return redact(_without_variables(tree) if variables else tree)
 
 
 def scrub(text: str) -> str:
     """Another library's words without secrets in URLs, assigned secrets and values of secret environment variables."""
-    secrets = (value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8)
+    return _BEARER.sub(rf"\1 {_HIDDEN}", _ASSIGNED.sub(rf"\1={_HIDDEN}", redact_text(text)))
+
+
+def _without_variables(text: str) -> str:
+    """Without the values of variables with a secret's name; a path that exists says where a secret is, and is none."""
+    values = (value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name))
+    secrets = {value for value in values if len(value) >= _SHORTEST_SECRET and value in text}
     for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _ASSIGNED.sub(r"\1=***", _URL.sub(lambda match: redact(match.group()), text))
+        if not os.path.exists(secret):
+            text = text.replace(secret, _HIDDEN)
+    return text

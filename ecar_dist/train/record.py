@@ -22,6 +22,7 @@ from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.remote import is_remote
 from ecar_dist.train.goodput import began
 from ecar_dist.train.loop import Training, last_step
@@ -62,7 +63,7 @@ def run_of(place: CheckpointPlace, found: Sequence[str]) -> str | None:
     """The run whose checkpoints these are, by the newest that can be read; None where none can."""
     for name in found:
         with contextlib.suppress(OSError, EcarError):
-            return place.manifest(name)["run"]
+            return place.manifest(name).run
     return None
 
 
@@ -90,7 +91,7 @@ def end_attempt(
         reason = "failed: another rank was lost"
     else:
         verb = "gave up" if isinstance(error, FruitlessError) else "failed"
-        reason = f"{verb}: {error}" if error else "done"
+        reason = redact_text(f"{verb}: {error}") if error else "done"
     with contextlib.suppress(OSError):
         directory.end_attempt(reason)
 

@@ -13,16 +13,17 @@ from typing import cast
 import torch
 
 from ecar_dist.config import DataSection, RunConfig
+from ecar_dist.data.fit import check_fits
 from ecar_dist.data.image_source import ImageSource
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share, Source
-from ecar_dist.data.manifest import ImageManifest, Manifest, check_fits, load_image_manifest, load_manifest
+from ecar_dist.data.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
 from ecar_dist.data.shard_files import check_presence
 from ecar_dist.data.shard_probe import Probe, probe_images, probe_latents
 from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
-from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.world import World
 from ecar_dist.train.objective import Normalise
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
@@ -51,31 +52,26 @@ def check_data(config: RunConfig) -> TrainingData:
     data = config.data
     if data.images is not None:
         images = load_image_manifest(data.images)
-        check_fits(data.images, {"data.num_classes": images.num_classes}, data)
+        check_fits(config, [(data.images, images)])
         return TrainingData((data.images,), (images,), None)
     places = tuple(source.latents for source in data.latent_sources)
     manifests = tuple(load_manifest(place) for place in places)
     encoders = [EncoderIdentity.from_dict(manifest.encoder) for manifest in manifests]
-    for place, manifest, encoder in zip(places, manifests, encoders, strict=True):
+    for place, encoder in zip(places, encoders, strict=True):
         check_same_encoder(encoders[0], encoder, place)
-        found = {
-            "data.latent_channels": encoder.latent_channels,
-            "data.latent_size": _side(place, manifest),
-            "data.num_classes": manifest.num_classes,
-        }
-        check_fits(place, found, data)
+    check_fits(config, list(zip(places, manifests, strict=True)))
+    for place, manifest in zip(places, manifests, strict=True):
         check_presence(place, manifest.shards)
     return TrainingData(places, manifests, encoders[0])
 
 
-def try_data(config: RunConfig) -> tuple[TrainingData, Probe]:
-    """`check_data`, then a read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
-    data = check_data(config)
+def try_data(data: TrainingData) -> Probe:
+    """A read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
     if data.encoder is None:
-        return data, probe_images(data.places[0])
+        return probe_images(data.places[0])
     latents = zip(data.places, cast(tuple[Manifest, ...], data.manifests), strict=True)
     probes = [probe_latents(place, manifest) for place, manifest in latents]
-    return data, max(probes, key=lambda probe: probe.seconds)
+    return max(probes, key=lambda probe: probe.seconds)
 
 
 def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> None:
@@ -157,10 +153,3 @@ def cache_options(data: DataSection) -> CacheOptions:
     cache = data.cache
     budget = None if cache.gib is None else int(cache.gib * 2**30)
     return CacheOptions(Path(cache.dir) if cache.dir else None, budget, cache.threads)
-
-
-def _side(place: str, manifest: Manifest) -> int:
-    height, width = manifest.moments_shape[-2:]
-    if height != width:
-        raise DataError(f"{place} has latents of {height} x {width}; the models take squares: leave this set out")
-    return height

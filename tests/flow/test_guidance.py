@@ -35,6 +35,17 @@ def test_constant_ramp() -> None:
     assert stage_guidance_scales(2.0, 3, "constant") == (2.0, 2.0, 2.0)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("ramp", ["linear", "constant"])
+def test_scale_zero_is_the_unconditional_model_in_every_stage(num_stages: int, ramp: str) -> None:
+    assert stage_guidance_scales(0.0, num_stages, ramp) == (0.0,) * num_stages
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.5, 1.0, 1.3, 7.0])
+def test_other_scales_keep_their_ramp(scale: float) -> None:
+    assert stage_guidance_scales(scale, 3, "linear") == (1.0, 1.0 + (scale - 1.0) / 2, 1.0 + (scale - 1.0))
+
+
 @pytest.mark.parametrize("ramp", ["linear", "constant"])
 def test_a_single_stage_gets_the_whole_scale(ramp: str) -> None:
     assert stage_guidance_scales(2.0, 1, ramp) == (2.0,)

@@ -82,3 +82,4 @@ def test_guidance_grows_with_the_share_of_tokens_drawn():
     assert masked_guidance_scales(3.0, counts, "linear") == pytest.approx((1.25, 1.625, 2.25, 3.0))
     assert masked_guidance_scales(3.0, counts, "constant") == (3.0,) * 4
     assert masked_guidance_scales(1.0, counts, "linear") == (1.0,) * 4
+    assert masked_guidance_scales(0.0, counts, "linear") == (0.0,) * 4  # the unconditional model

@@ -203,6 +203,17 @@ def test_too_few_kept_averages_are_refused_with_the_fix(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("half_life", "allowed"), [(300, True), (200, False)])  # residuals of .016 and .089
+def test_a_poor_fit_is_refused(tmp_path, half_life, allowed):
+    run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
+    keep_averages(run, config, 400, snapshot_every=80)
+    if allowed:
+        assert 0.01 < open_average(run, Wanted(half_life=half_life)).facts["relative_residual"] < 0.03
+    else:
+        with pytest.raises(CheckpointError, match=r"half_life_samples=200 .* 8\.9%, 3% is the bound"):
+            open_average(run, Wanted(half_life=half_life))
+
+
 def test_a_damaged_snapshot_is_left_out_and_a_changed_batch_refused(tmp_path, capsys):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_averages(run, config, 400, snapshot_every=20)
@@ -245,7 +256,7 @@ def test_an_export_says_what_the_checkpoint_holds_and_not_what_the_config_wants_
 def test_an_average_that_began_later_is_no_part_of_a_fit(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_averages(run, config, 400, snapshot_every=10, since={"ema1": 40})
-    assert open_average(run, Wanted(half_life=800)).facts["snapshots"] == 40  # of the other one alone
+    assert open_average(run, Wanted(half_life=300)).facts["snapshots"] == 40  # of the other one alone
     run, config = make_run(tmp_path / "both", ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_averages(run, config, 400, snapshot_every=10, since={"ema": 40, "ema1": 40})
     with pytest.raises(CheckpointError, match=r"no average in .* goes back to the first step"):

@@ -128,6 +128,7 @@ def test_tensorboard_shows_the_lineage_and_the_config(directory):
     assert "| 2 | 1 | fp32 | cpu | 0 |" in table.splitlines()[2]
     assert "    run:\n" in config
     assert "      name: test\n" in config
+    assert "      token_draws: 4\n" in config
 
 
 def test_no_secret_of_a_url_is_shown(directory):

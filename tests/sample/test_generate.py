@@ -88,13 +88,14 @@ def test_labels_indices_and_seed_all_matter():
         assert not torch.allclose(generate(model, plan, labels, indices, seed)[-1], base, atol=1e-3)
 
 
-def test_guidance_0_is_the_unconditional_model_and_1_the_conditional():
+@pytest.mark.parametrize("ramp", ["constant", "linear"])
+def test_guidance_0_is_the_unconditional_model_and_1_the_conditional(ramp):
     model = make_model(3)
-    constant = make_plan(3, guidance_ramp="constant")
-    null = generate(model, constant, torch.full_like(LABELS, 10), INDICES, SEED)[-1]
-    zero = generate(model, dataclasses.replace(constant, guidance_scale=0.0), LABELS, INDICES, SEED)[-1]
+    plan = make_plan(3, guidance_ramp=ramp)
+    null = generate(model, plan, torch.full_like(LABELS, 10), INDICES, SEED)[-1]
+    zero = generate(model, dataclasses.replace(plan, guidance_scale=0.0), LABELS, INDICES, SEED)[-1]
     assert torch.allclose(zero, null, atol=1e-4)
-    one = generate(model, dataclasses.replace(constant, guidance_scale=1.0), LABELS, INDICES, SEED)[-1]
+    one = generate(model, dataclasses.replace(plan, guidance_scale=1.0), LABELS, INDICES, SEED)[-1]
     assert not torch.allclose(one, null, atol=1e-2)
 
 

@@ -1,0 +1,60 @@
+"""The config of a run that a command is about to plan, submit or train: `load_config`, and one rule more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ecar_dist.config import RunConfig
+from ecar_dist.config_file import load_config
+from ecar_dist.config_model import GAMMA_EXTREME, GAMMA_SAFE_MARGIN
+from ecar_dist.errors import ConfigError
+
+KEPT_SHARE = 0.95
+UNIT_VARIANCE = 1.0  # of a direction of the latents at the coarsest stage; its noise has the same
+
+
+def load_run_config(parsed: argparse.Namespace) -> RunConfig:
+    """The config of the command line. Raises ConfigError, also for a small `flow.context.tau` that is not allowed.
+
+    A run that has begun goes on with the tau it was begun with: then it is a warning. Exports and run directories are
+    read by `load_config` alone, which knows no such rule.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    if (said := small_tau(config)) is None:
+        return config
+    if not (config.run_directory / "lineage.json").exists():
+        raise ConfigError(f"{said}; set flow.context.tau=0.3, or allow it by flow.context.allow_small_tau=true")
+    if is_first():
+        print(f"warning: {said}; the run was begun with it, and goes on", file=sys.stderr, flush=True)
+    return config
+
+
+def small_tau(config: RunConfig) -> str | None:
+    """What is wrong with a tau so small that the sampler loses variance; None where it is fine, or allowed."""
+    flow, tau = config.flow, config.context_tau
+    if tau is None or flow.num_stages == 1 or flow.context.mode != "noisy_state":
+        return None
+    # away from the extreme gamma the jump noise gives the start of a stage a spread of its own
+    if flow.gamma > GAMMA_EXTREME + GAMMA_SAFE_MARGIN or flow.context.allow_small_tau or flow.context.allow_unsafe:
+        return None
+
+    from ecar_dist.flow.context_noise import MOST_STEPS, SMALLEST_TAU, kept_variance, steps_to_keep
+    from ecar_dist.flow.schedule import StageSchedule
+
+    if tau >= SMALLEST_TAU:
+        return None
+    schedule, steps = StageSchedule(flow.resolved_ends, flow.gamma), config.sample.steps_per_stage
+    kept = kept_variance(schedule, tau, min(steps, MOST_STEPS), variance=UNIT_VARIANCE)
+    needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE)
+    enough = f"more than {MOST_STEPS:,}" if needed is None else f"{needed:,}"
+    return (
+        f"flow.context.tau={tau:g} is below {SMALLEST_TAU:g}: {steps} midpoint steps a stage keep {kept:.0%} of the "
+        f"variance of the lowest frequencies, {KEPT_SHARE:.0%} take {enough} steps"
+    )
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, of whatever launcher: known before torch is there."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -1,0 +1,137 @@
+"""YAML from outside within bounds: plain data only, and nothing that grows when it is read.
+
+PyYAML's safe loader makes no objects, but a few hundred bytes of it can stand for gigabytes (aliases of aliases),
+exhaust the stack (nesting) or end in errors that are none of YAML's (`2024-13-45`, `!!int abc`, 5,000 digits).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from ecar_dist.storage.redaction import redact_text
+from ecar_dist.storage.untrusted import UntrustedError, printable
+
+MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used; a config has about 150
+LONG_TEXT = 64  # characters of a text that count as one value more
+MAX_DEPTH = 32
+INTEGER_LIMIT = 1 << 63
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_TAG = "tag:yaml.org,2002:"
+_CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+_WORDS = {"null": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+_Refused = yaml.constructor.ConstructorError  # (None, None, what is wrong, where)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader within bounds. `1e-4` is a number, a date is text, and a key given twice is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = 0
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # nodes below one, and itself
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """PyYAML's, with the bounds: what an alias stands for counts again wherever it is used."""
+        mark = self.peek_event().start_mark
+        is_alias = self.check_event(yaml.AliasEvent)
+        before = self._nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _Refused(None, None, f"it is nested deeper than {MAX_DEPTH}", mark)
+
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if is_alias and node not in self._sizes:
+            raise _Refused(None, None, "an alias stands for what it is part of", mark)
+
+        letters = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        self._nodes += self._sizes[node] if is_alias else 1 + letters // LONG_TEXT
+        if self._nodes > MAX_NODES:
+            raise _Refused(None, None, f"it has more than {MAX_NODES:,} values", mark)
+        if not is_alias:
+            self._sizes[node] = self._nodes - before
+        return node
+
+
+def _mapping(loader: _StrictLoader, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _Refused(None, None, "it is not a mapping of keys to values", node.start_mark)
+    tree: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            problem = f"key {_shown(key)} is not a name"
+            raise _Refused(None, None, problem, key_node.start_mark)
+        if key == "<<":
+            raise _Refused(None, None, "merge keys (<<) are not read, write the keys out", key_node.start_mark)
+        if key in tree:
+            problem = f"key {_shown(key)} is given twice"
+            raise _Refused(None, None, problem, key_node.start_mark)
+        tree[key] = loader.construct_object(value_node, deep=True)
+    return tree
+
+
+def _shown(value: Any) -> str:
+    return printable(redact_text(repr(value)), 80)
+
+
+def _scalar(kind: str) -> Any:
+    """PyYAML's constructor of a scalar type, whose errors are those of YAML."""
+    construct = yaml.SafeLoader.yaml_constructors[_TAG + kind]
+
+    def constructor(loader: _StrictLoader, node: yaml.Node) -> Any:
+        try:
+            value = construct(loader, node)
+        except (ValueError, KeyError, IndexError, OverflowError):
+            raise _Refused(None, None, f"{_shown(node.value)} is not {_WORDS[kind]}", node.start_mark) from None
+        if kind == "int" and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
+            problem = f"a number of {len(node.value)} characters is too large, at most 2^63 - 1 is read"
+            raise _Refused(None, None, problem, node.start_mark)
+        if kind == "str" and (found := CONTROL_CHARACTER.search(value)):
+            problem = f"a text holds the control character U+{ord(found[0]):04X}"
+            raise _Refused(None, None, problem, node.start_mark)
+        return value
+
+    return constructor
+
+
+# of their own: PyYAML's belong to every loader of the process
+_StrictLoader.yaml_constructors = {
+    **{_TAG + kind: _scalar(kind) for kind in ("null", "bool", "int", "float", "str")},
+    _TAG + "seq": yaml.SafeLoader.yaml_constructors[_TAG + "seq"],
+    _TAG + "map": _mapping,
+    None: yaml.SafeLoader.yaml_constructors[None],
+}
+_StrictLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) in _CORE_TAGS]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(_TAG + "float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document: dicts with text keys, lists, text, finite or infinite numbers, booleans and None.
+
+    Raises UntrustedError, which names the line where it can.
+    """
+    try:
+        loader = _StrictLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        # not every YAML error has a `problem`
+        problem = printable(redact_text(str(getattr(error, "problem", None) or error).splitlines()[0]))
+        raise UntrustedError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
+    except RecursionError:
+        raise UntrustedError(f"it is nested deeper than {MAX_DEPTH}") from None

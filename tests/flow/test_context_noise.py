@@ -1,0 +1,77 @@
+"""What a small tau costs: the arithmetic of `flow/context_noise.py` against the production sampler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ecar_dist.flow.context_noise import SMALLEST_TAU, kept_variance, steps_to_keep
+from ecar_dist.flow.schedule import StageSchedule, uniform_ends
+from tests.flow.oracle import GaussianOracle, begin_stages, sampled_covariance
+from tests.flow.test_multistage import TRUTH, covariance, field, mean_variance_ratio
+
+THREE = StageSchedule(uniform_ends(3))
+VARIANCE = float(TRUTH.sum()) / TRUTH.numel()  # of the field's mean; its coarsest stage is one pixel
+
+
+@pytest.mark.parametrize(
+    ("tau", "share"), [(0.0, 0.0751), (1e-9, 0.0751), (0.01, 0.2347), (0.03, 0.7579), (0.1, 0.9935), (0.3, 0.9996)]
+)
+def test_what_eight_midpoint_steps_keep(tau: float, share: float) -> None:
+    """By the production sampler under optimal velocities."""
+    assert mean_variance_ratio(covariance(field(tau), "all", "midpoint", 8)) == pytest.approx(share, abs=6e-5)
+
+
+def on_a_torus() -> torch.Tensor:
+    """exp(-distance / 1.5) on a 4 x 4 field without edges, where the mean of the field is a direction of its own."""
+    axis = torch.arange(4, dtype=torch.float64)
+    apart = (axis[:, None] - axis[None, :]).abs()
+    squared = torch.minimum(apart, 4 - apart).square()
+    distance = (squared[:, None, :, None] + squared[None, :, None, :]).sqrt().reshape(16, 16)
+    return torch.exp(-distance / 1.5)
+
+
+@pytest.mark.parametrize(("tau", "gamma"), [(0.01, -1 / 3), (0.1, -1 / 3), (0.3, -1 / 3), (0.05, -0.2)])
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_the_arithmetic_is_that_of_the_sampler(tau: float, gamma: float, steps: int) -> None:
+    schedule, truth = StageSchedule(uniform_ends(3), gamma), on_a_torus()
+    oracle = GaussianOracle(schedule, truth, torch.zeros(16, dtype=torch.float64), tau)
+    stages = begin_stages(oracle, "all")
+    sampled = sampled_covariance(schedule, stages, 4, tau=tau, solver="midpoint", steps=steps)
+    kept = kept_variance(schedule, tau, steps, variance=float(truth.sum()) / truth.numel())
+    assert kept == pytest.approx(float(sampled.sum() / truth.sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize(("tau", "steps"), [(0.01, 43), (0.03, 15), (0.1, 5), (0.3, 2)])
+def test_the_fewest_steps_that_keep_95_percent(tau: float, steps: int) -> None:
+    assert steps_to_keep(THREE, tau, 0.95, variance=VARIANCE) == steps
+    kept = [mean_variance_ratio(covariance(field(tau), "all", "midpoint", number)) for number in (steps - 1, steps)]
+    assert kept[0] < 0.95 <= kept[1]
+
+
+def test_steps_grow_as_tau_falls() -> None:
+    steps = [steps_to_keep(THREE, tau, 0.95, variance=1.0) for tau in (0.1, 0.01, 0.001)]
+    assert steps == [7, 67, 665]
+    assert steps_to_keep(THREE, 1e-9, 0.95, variance=1.0) is None
+
+
+def test_the_bound_is_where_the_default_steps_still_suffice() -> None:
+    for variance in (0.1, 1.0, 10.0, 64.0):
+        assert kept_variance(THREE, SMALLEST_TAU, 8, variance=variance) > 0.93
+    assert kept_variance(THREE, 0.03, 8, variance=1.0) < 0.6
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_one_stage_needs_no_context_and_more_stages_need_one_each(stages: int) -> None:
+    assert kept_variance(StageSchedule((1.0,)), 0.0, 8, variance=1.0) == pytest.approx(1.0, abs=2e-3)
+    few, many = (kept_variance(StageSchedule(uniform_ends(stages)), 0.01, steps, variance=1.0) for steps in (8, 512))
+    assert few < 0.6
+    assert many == pytest.approx(1.0, abs=2e-3)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, ecar_dist.flow.context_noise; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
