@@ -49,6 +49,7 @@ HEAVY = (
     "s3fs",
     "fsspec.implementations.memory",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
     "data_tools.cli",
     "data_tools.encode",
     "data_tools.finalize",
