@@ -57,22 +57,14 @@ def train_vae(
     and for an OUT that holds anything but an unfinished training by the same command; ConfigError where sizes do not
     fit.
     """
+    settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
     levels = _levels(image_size, downsample)
     colour = parse_background(background)
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)
-    settings = {
+    # what an unfinished training must share with the command that goes on with it
+    settings |= {
         "source": images.manifest.dataset_id,
-        "image_size": image_size,
-        "downsample": downsample,
-        "latent_channels": latent_channels,
-        "channels": channels,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "kl_weight": kl_weight,
-        "seed": seed,
-        "decoder": decoder,
         "device": target.type,
         "background": background_name(colour),
     }

@@ -26,6 +26,9 @@ def add_commands(add: AddCommand) -> None:
     scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
     scoring.add_argument("--count", type=positive, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument(
+        "--background", help="behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)"
+    )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
     for command in (drawing, scoring):
         command.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
@@ -92,7 +95,8 @@ def _compiler(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[N
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from ecar_dist.evaluate.images import read_images, reconstruct
+    from ecar_dist.data.image_formats import parse_background
+    from ecar_dist.evaluate.images import background_of, read_images, reconstruct
     from ecar_dist.evaluate.score import Scorer
     from ecar_dist.runtime.metrics import log_scores
     from ecar_dist.runtime.run_directory import RunDirectory
@@ -108,7 +112,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         if folder is None:
             raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
     size = config.data.latent_size * trained.codec.identity.downsample
-    (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
+    background = parse_background(parsed.background) if parsed.background else background_of(config.data)
+    (real, source), (heldout, _) = (
+        read_images(str(folder), size, background=background) for folder in folders.values()
+    )
     if real.labels.max() >= config.data.num_classes:
         raise DataError(
             f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
