@@ -1,9 +1,9 @@
-# make install | demo | test | test-slurm | lint   (each installs first when needed; VENV=/path chooses the environment)
+# make install | demo | test | test-slurm | fuzz | lint   (each installs first when needed; VENV=/path chooses the environment)
 VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slurm lint clean
+.PHONY: install demo test test-slurm fuzz lint clean
 
 install: $(STAMP)
 
@@ -23,6 +23,13 @@ test: $(STAMP)
 # The tests on a real Slurm alone, one line each: a throw-away cluster of seven nodes on this machine.
 test-slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest -vv --durations=10 -m slurm tests/slurm
+
+# Hostile and damaged inputs, the long form: FUZZ_CASES of each family, each cause of failure once at the end.
+FUZZ_CASES ?= 20000
+fuzz: $(STAMP)
+	rm -f fuzz.txt
+	FUZZ_CASES=$(FUZZ_CASES) FUZZ_COLLECT=$(CURDIR)/fuzz.txt \
+	  $(VENV)/bin/python -m pytest -n 2 --dist load -p no:cacheprovider tests/fuzz
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

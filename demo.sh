@@ -24,6 +24,7 @@ step() { # step NAME DONE_FILE COMMAND...
   echo "\$ ${*:3}"
   "${@:3}"
   printf '%s took %ds\n' "$1" $((SECONDS - began))
+  printf '%s\t%d\n' "$1" $((SECONDS - began)) >>$OUT/seconds.tsv
 }
 
 step "image shards" $OUT/images/heldout/manifest.json \
@@ -40,6 +41,28 @@ step "samples" $OUT/samples/stages.png \
   ecar-dist sample $RUN --out $OUT/samples --count 80
 step "scores" $RUN/scores.json \
   ecar-dist evaluate $RUN
+
+# What README.md quotes: after a run from the beginning, docs/demo_result.json is this file (tests/test_docs.py).
+python - $RUN $OUT >$OUT/result.json <<'PYTHON'
+import csv, datetime, json, os, platform, sys
+from importlib.metadata import version
+from pathlib import Path
+
+run, out = (Path(word) for word in sys.argv[1:])
+steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+cpu = next((line.partition(": ")[2] for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+result = {
+    "date": datetime.date.today().isoformat(),
+    "machine": f"{os.cpu_count()} cores of {cpu or platform.machine()}",
+    "versions": {name: version(name) for name in ("torch", "deepspeed", "numpy", "scikit-learn")},
+    "seconds": {name: int(taken) for name, taken in csv.reader(open(out / "seconds.tsv"), delimiter="\t")},
+    "dataset_id": json.loads((out / "latents/manifest.json").read_text())["dataset_id"],
+    "autoencoder": json.loads((out / "vae/config.json").read_text()),
+    "losses": {str(step["step"]): step["train/loss"] for step in steps},
+    "scores": json.loads((run / "scores.json").read_text()),
+}
+print(json.dumps(result, indent=1))
+PYTHON
 
 cat <<TEXT
 

@@ -17,8 +17,10 @@ from data_tools.commit import commit, is_committed, recover
 from data_tools.encode_plan import EncodePlan, settle_plan
 from data_tools.encode_worker import EncodeWorker
 from data_tools.failures import MAX_BAD, FailureTally
+from data_tools.image_sizes import require_image_size, warn_if_enlarged
 from data_tools.moments_statistics import measure
 from data_tools.progress import progress
+from ecar_dist.data.image_formats import background_name, parse_background
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder, open_decoder
 from ecar_dist.data.shard_layout import ShardLayout
@@ -35,7 +37,7 @@ class EncodeSettings:
     """What the user decides about the bytes of a set; `device` is that of the workers."""
 
     vae: str
-    image_size: int
+    image_size: int | None = None  # None: an error that proposes one
     samples_per_shard: int = 4096
     seed: int = 0
     decoder: str = "auto"
@@ -43,6 +45,7 @@ class EncodeSettings:
     device: str = "auto"
     precision: str = "fp32"
     flip: str = "none"
+    background: str = "white"
 
 
 def encode(
@@ -65,10 +68,15 @@ def encode(
     chosen = EncodeSettings(**settings)
     target = torch.device(resolve_device(chosen.device))
     images, codec = ImageShards(shards), open_codec_by_spec(chosen.vae, target, _PRECISIONS[chosen.precision])
-    image_decoder = _open_decoder(chosen.decoder, chosen.resize, target)
+    image_decoder = _open_decoder(chosen, target)
     tally = FailureTally(out, len(images), max_bad)
     plan = settle_plan(out, _plan(shards, images, codec.identity, image_decoder, chosen))
     todo = [index for index in range(task, plan.num_shards, tasks) if not is_committed(out, index, plan)]
+    if todo:
+        warn_if_enlarged(images, plan.image_size)
+    if plan.background is None:
+        print(f"{out} was begun by a version that dropped transparency and goes on so; for --background, start anew")
+        image_decoder = _open_decoder(chosen, target, drop_transparency=True)
     with progress(sum(len(plan.rows(index)) for index in todo), "image", "encode") as bar:
         worker = EncodeWorker(images, image_decoder, codec, target, batch_size, tally, bar)
         with contextlib.closing(worker):
@@ -80,20 +88,23 @@ def encode(
     names = set(os.listdir(out))
     there = sum(f"{index:06d}.json" in names for index in range(plan.num_shards))
     said = f"{out}: task {task} of {tasks} is done, {len(todo)} shards by this run, failed images so far: {failed}"
+    if image_decoder.animated:
+        said += f", animated or with several pages: {image_decoder.animated}, of which the first picture is used"
     print(f"{said}; {_what_next(out, there, plan.num_shards, max_bad)}")
 
 
 def plan(shards: str | Path, out: Path, *, tasks: int = 1, **settings: Any) -> None:
     """Settle what `encode` will make with these `settings`, and print it with the command of each task.
 
-    Raises as `encode` does. No image is read and no GPU is needed.
+    Raises as `encode` does. No image is decoded and no GPU is needed.
     """
     chosen = EncodeSettings(**settings)
     images, codec = ImageShards(shards), open_codec_by_spec(chosen.vae, "cpu", _PRECISIONS[chosen.precision])
     # a named device may be elsewhere
     target = torch.device(resolve_device("auto") if chosen.device == "auto" else chosen.device)
-    image_decoder = _open_decoder(chosen.decoder, chosen.resize, target)
+    image_decoder = _open_decoder(chosen, target)
     settled = settle_plan(out, _plan(shards, images, codec.identity, image_decoder, chosen))
+    warn_if_enlarged(images, settled.image_size)
     if chosen.device == "auto" and target.type == "cpu":
         print("workers   on the CPU, as this machine has no GPU; --device cuda if they have one")
     _print_plan(settled, out, tasks)
@@ -127,17 +138,20 @@ def _encode_shard(worker: EncodeWorker, plan: EncodePlan, out: Path, shard_index
     worker.open_failures = []
 
 
-def _open_decoder(kind: str, resize: str, device: torch.device) -> ImageDecoder:
+def _open_decoder(chosen: EncodeSettings, device: torch.device, *, drop_transparency: bool = False) -> ImageDecoder:
     """`auto`: DALI on the workers' device, or PIL for what only PIL has. `dali-cpu`: DALI beside a GPU."""
+    kind = chosen.decoder
     if kind == "auto":
-        kind = "pil" if resize == "adm" else "dali"
+        kind = "pil" if chosen.resize == "adm" else "dali"
     mixed = kind == "dali" and device.type == "cuda"
-    return open_decoder(kind.removesuffix("-cpu"), "mixed" if mixed else "cpu", resize)
+    background = None if drop_transparency else parse_background(chosen.background)
+    return open_decoder(kind.removesuffix("-cpu"), "mixed" if mixed else "cpu", chosen.resize, background)
 
 
 def _plan(
     shards: str | Path, images: ImageShards, identity: EncoderIdentity, decoder: ImageDecoder, chosen: EncodeSettings
 ) -> EncodePlan:
+    image_size = require_image_size(images, chosen.image_size, identity.downsample)
     return EncodePlan(
         source_folder=redact(str(shards)),
         source_dataset_id=images.manifest.dataset_id,
@@ -146,14 +160,15 @@ def _plan(
         class_names=images.manifest.class_names,
         samples_per_shard=chosen.samples_per_shard,
         seed=chosen.seed,
-        image_size=chosen.image_size,
-        moments_shape=_moments_shape(identity, chosen.image_size),
+        image_size=image_size,
+        moments_shape=_moments_shape(identity, image_size),
         encoder=identity.to_dict(),
         decoder=decoder.name,
         resize=decoder.resize,
         precision=chosen.precision,
         flip=chosen.flip,
         versions=_versions(identity, decoder),
+        background=background_name(parse_background(chosen.background)),
     )
 
 

@@ -41,6 +41,7 @@ class EncodePlan:
     precision: str
     flip: str
     versions: dict[str, str]  # of the libraries that decide on the numbers
+    background: str | None = None  # behind transparency; None in plans of versions that dropped transparency
 
     @property
     def plan_id(self) -> str:
@@ -49,7 +50,10 @@ class EncodePlan:
 
     def content(self) -> dict[str, Any]:
         encoder = {key: value for key, value in self.encoder.items() if key != "name"}
-        return {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
+        content = {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
+        if self.background is None:
+            del content["background"]  # so that the ids of earlier plans, which have no such key, stay
+        return content
 
     @property
     def num_shards(self) -> int:
@@ -79,6 +83,7 @@ class EncodePlan:
             "resize": self.resize,
             "precision": self.precision,
             "flip": self.flip,
+            **({} if self.background in (None, "white") else {"background": self.background}),
             "task": task,
             "tasks": tasks,
             **({} if max_bad == MAX_BAD else {"max-bad": max_bad}),
@@ -88,19 +93,24 @@ class EncodePlan:
 
 
 def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
-    """Write the plan if OUT is new; else return the one there. Raises DataError where OUT belongs to something else."""
+    """Write the plan if OUT is new; else return the one there. Raises DataError where OUT belongs to something else.
+
+    A folder begun by a version that dropped transparency goes on so, unless a background other than white is asked for.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / PLAN_NAME
     if not path.exists() and any(not name.startswith(".") for name in os.listdir(out)):
         raise DataError(f"{out} is not empty and has no {PLAN_NAME}; remove it or give another folder")
     _create(path, {**dataclasses.asdict(plan), "plan_id": plan.plan_id})
     settled = read_plan(out)
+    if settled.background is None and plan.background == "white":
+        plan = dataclasses.replace(plan, background=None)
     if settled.plan_id != plan.plan_id:
         ours, theirs = plan.content(), settled.content()
-        name = next(key for key in ours if ours[key] != theirs[key])
+        name = next(key for key in ours if ours[key] != theirs.get(key))
         same = "the first command" + " (its --decoder and --device decide on this)" * (name == "decoder")
         raise DataError(
-            f"{out} is occupied by another plan: its {name} is {theirs[name]}, this command's {ours[name]}; "
+            f"{out} is occupied by another plan: its {name} is {theirs.get(name)}, this command's {ours[name]}; "
             f"repeat {same}, or give another folder"
         )
     return settled

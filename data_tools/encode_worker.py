@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from data_tools.encode_plan import EncodePlan
 from data_tools.failures import FailureTally
 from data_tools.markers import Failure
 from data_tools.moments_statistics import FP16_MAX
+from ecar_dist.data.image_names import readable
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.images import ImageDecoder, Separated
 from ecar_dist.data.shard_writer import ShardContent
@@ -21,6 +23,8 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import PATIENCE, DaemonPool
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.pixels import from_pixels
+
+_SAID = 10  # bad images that are named as they are met; all are in the list of errors
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class EncodeWorker:
         self.open_failures: list[Failure] = []
         self._images, self._decoder, self._codec, self._device = images, decoder, codec, device
         self._batch_size, self._tally, self._bar = batch_size, tally, bar
+        self._said = 0
         self._run: list[Failure] = []  # without a good image between them
         self._ahead = DaemonPool(1, "encode-read")
 
@@ -76,8 +81,8 @@ class EncodeWorker:
         for first in range(0, len(rows), self._batch_size):
             chosen = slice(first, first + self._batch_size)
             records = self._images.read_many(indices[chosen].tolist())
-            blobs, keys = [record.data for record in records], [record.where for record in records]
-            yield _Batch(list(rows[chosen]), records, self._decoder.separate(blobs, keys, plan.image_size))
+            decoded = self._decoder.separate([record.data for record in records], records, plan.image_size)
+            yield _Batch(list(rows[chosen]), records, decoded)
 
     def _encode(self, batch: _Batch, plan: EncodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Moments and moments of the mirrored images, fp16 [G, *shape], and labels of what is good after all."""
@@ -107,8 +112,11 @@ class EncodeWorker:
                     f"moments of image {record.where} are not finite in fp16 (limit {FP16_MAX:.0f}); check the "
                     "autoencoder"
                 )
-            failure = Failure(row, record.key, record.shard, stage, error)
+            failure = Failure(row, readable(record.key), readable(record.shard), stage, error, record.name)
             self.open_failures.append(failure)
+            if self._said < _SAID:  # the decoders' own lines on stderr name no file
+                self._said += 1
+                self._bar.write(f"left out: {error}", file=sys.stderr)
             self._run.append(failure)
         if len(good) < len(batch.rows):
             self._tally.check(self.open_failures)

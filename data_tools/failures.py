@@ -35,7 +35,7 @@ class FailureTally:
             raise DataError(
                 f"{len(failures)} of {self._count} images failed, --max-bad {self._max_bad:g} allows "
                 f"{int(self._max_bad * self._count)}; the last: {last.error}; all are in {self._out / ERRORS_NAME}; "
-                "repair the source and encode it into another folder, or raise --max-bad"
+                "repair the source and start anew in another folder, or raise --max-bad"
             )
 
     def check_run(self, run: Sequence[Failure]) -> None:

@@ -88,6 +88,7 @@ def _preprocessing(plan: EncodePlan) -> dict[str, object]:
         "decoder": plan.decoder,
         "precision": plan.precision,
         "flip": plan.flip,
+        **({} if plan.background is None else {"background": plan.background}),
         "versions": plan.versions,
         "source_dataset_id": plan.source_dataset_id,
         "order_seed": plan.seed,

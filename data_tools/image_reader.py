@@ -36,14 +36,14 @@ class ImageReader:
 
 
 @contextlib.contextmanager
-def open_images(source: str, rule: LabelRule) -> Iterator[ImageReader]:
+def open_images(source: str, rule: LabelRule, *, flat: bool = False) -> Iterator[ImageReader]:
     """`digits`, a folder with a manifest of images, or anything that `index` takes. Raises DataError as they do.
 
     Raises ConfigError for a `rule` of labels where they are settled already.
     """
     settled = source == DIGITS or (not names_tars(source) and _has_manifest(source))
-    if settled and rule != LabelRule("cls"):
-        raise ConfigError(f"the labels of {redact(source)} are settled; leave out --label and --classes")
+    if settled and (flat or rule != LabelRule("cls")):
+        raise ConfigError(f"the labels of {redact(source)} are settled; leave out --label, --classes and --flat")
     if settled:
         if source == DIGITS:
             yield _digits()
@@ -52,18 +52,9 @@ def open_images(source: str, rule: LabelRule) -> Iterator[ImageReader]:
             yield _indexed(source, images)
     else:
         with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
-            write_index(source, Path(folder), rule)
+            write_index(source, Path(folder), rule, flat=flat)
             with contextlib.closing(ImageShards(folder)) as images:
                 yield _indexed(source, images)
-
-
-def image_extension(data: bytes) -> str | None:
-    """The extension of a known image format, from the first bytes: names lie, in ImageNet too."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else None
 
 
 def _has_manifest(source: str) -> bool:

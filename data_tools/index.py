@@ -12,7 +12,8 @@ from pathlib import Path
 from data_tools.progress import progress
 from data_tools.sources import ClassFolders, FoundFile, Tars, find_source
 from data_tools.tar_samples import LabelRule, index_image_tar
-from ecar_dist.data.image_table import MAX_IMAGE_BYTES, UNKNOWN_HASH, ImageRow, write_table
+from ecar_dist.data.image_names import readable
+from ecar_dist.data.image_table import UNKNOWN_HASH, ImageRow, write_table
 from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import temporary_beside
@@ -23,29 +24,30 @@ from ecar_dist.storage.retries import Transfer
 _TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
 
 
-def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = None) -> None:
+def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = None, flat: bool = False) -> None:
     """Write OUT/manifest.json and a table for each tar or class directory, whole or not at all.
 
     Raises DataError for an occupied OUT and for a source that cannot be read exactly, ConfigError for a wrong `label`.
     """
     rule = LabelRule.parse(label, read_class_names(classes))
     with new_folder(out) as working:
-        manifest = write_index(source, working, rule)
+        manifest = write_index(source, working, rule, flat=flat)
     places = "tars" if manifest.in_tars else "class directories"
     print(
         f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
-        f"next: ecar-data encode {out} LATENTS --vae NAME"
+        f"next: ecar-data encode {out} LATENTS --vae NAME --image-size SIDE"
     )
 
 
-def write_index(source: str, folder: Path, rule: LabelRule) -> ImageManifest:
-    """Index a source into an existing folder."""
+def write_index(source: str, folder: Path, rule: LabelRule, *, flat: bool = False) -> ImageManifest:
+    """Index a source into an existing folder, and say what is not in the index."""
     transfer = Transfer()
-    found = find_source(source, transfer)
+    found = find_source(source, transfer, flat=flat)
     if isinstance(found, Tars):
         entries, names = _index_tars(found, folder, rule, transfer)
     else:
         entries, names = _index_folders(found, folder, rule)
+    _say_what_is_not_in(found)
     count = sum(entry.count for entry in entries)
     # without the secrets that a URL may hold: those are the reader's own
     manifest = ImageManifest(redact(source), count, len(names), names, entries, redact(found.location))
@@ -76,6 +78,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         working.mkdir(parents=True)
         yield working
         os.rename(working, out)
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from None  # a full disk does not say where it is
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
@@ -108,24 +114,31 @@ def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[
     names = ["0"] if rule.kind == "none" else list(rule.class_names or found.classes)
     unknown = sorted(set(found.classes) - set(names)) if rule.kind == "cls" else []
     if unknown:
-        raise DataError(f"{redact(found.location)}: directory {unknown[0]} is not in --classes; add it, or move it out")
+        listed = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        raise DataError(f"{redact(found.location)}: directory {listed} is not in --classes; add it, or move it out")
     entries = []
     for place, (name, files) in enumerate(found.classes.items()):
         label = 0 if rule.kind == "none" else names.index(name)
         table = f"{place:06d}.npy"
-        digest = write_table(folder / table, [_file_row(found.location, name, file, label) for file in files])
+        digest = write_table(folder / table, [ImageRow(file.name, label, 0, file.size, UNKNOWN_HASH) for file in files])
         size = sum(file.size for file in files)
         entries.append(ImageEntry(name, size, len(files), 0, "", "", table, digest, "files"))
-    if found.skipped:
-        print(f"{redact(found.location)}: {found.skipped} files that are no images left out")
     return _number(entries, found.location), names
 
 
-def _file_row(location: str, folder: str, file: FoundFile, label: int) -> ImageRow:
-    if file.size > MAX_IMAGE_BYTES:
-        where = f"{redact(location)}/{folder}/{file.name}"
-        raise DataError(f"{where} has {file.size} bytes, the limit of an image is {MAX_IMAGE_BYTES}; remove it")
-    return ImageRow(file.name, label, 0, file.size, UNKNOWN_HASH)
+def _say_what_is_not_in(found: Tars | ClassFolders) -> None:
+    place = redact(found.location)
+    if found.left_out:
+        kinds = ", ".join(
+            f"{count} {readable(kind) or 'without extension'}" for kind, count in found.left_out.most_common()
+        )
+        print(f"{place}: left out: {kinds}")
+    if isinstance(found, ClassFolders):
+        if found.empty:
+            listed = ", ".join(map(readable, found.empty[:10])) + (", ..." if len(found.empty) > 10 else "")
+            print(f"{place}: skipped {len(found.empty)} class folders without an image: {listed}")
+        for note in found.notes:
+            print(f"{place}: {note}")
 
 
 def _number(entries: list[ImageEntry], location: str) -> list[ImageEntry]:

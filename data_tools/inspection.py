@@ -14,13 +14,14 @@ from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
 from ecar_dist.data.image_shards import ImageRecord, ImageShards
 from ecar_dist.data.images import ImageDecoder, PilDecoder
-from ecar_dist.data.manifest import MANIFEST_NAME, ImageManifest, Manifest, ShardEntry, load_manifest
+from ecar_dist.data.manifest import ImageManifest, Manifest, ShardEntry, load_manifest, schema_of
 from ecar_dist.data.shard_files import describe_shard
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.data.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import naming
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, local_path, meant_url
+from ecar_dist.storage.remote import file_in, is_remote, local_path, meant_url
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels
@@ -32,8 +33,7 @@ _READ_BATCH = 256
 def verify(folder: Path) -> None:
     """Sizes, both hashes, structure, CRCs and decodability of every sample of latent or image shards."""
     _refuse_url(folder)
-    text = (folder / MANIFEST_NAME).read_text() if (folder / MANIFEST_NAME).exists() else ""
-    count = _verify_images(folder) if ImageManifest.SCHEMA in text else _verify_latents(folder)
+    count = _verify_images(folder) if schema_of(folder) == ImageManifest.SCHEMA else _verify_latents(folder)
     print(f"{folder}: {count} samples verified")
 
 
@@ -41,18 +41,20 @@ def stats(folder: Path) -> None:
     """Print what the manifest says."""
     _refuse_url(folder)
     manifest = load_manifest(folder)
-    encoder, numbers = manifest.encoder, manifest.statistics
+    encoder, numbers = EncoderIdentity.from_dict(manifest.encoder), manifest.statistics
     print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {_gigabytes(manifest):.3f} GB")
     print(f"classes             {manifest.num_classes}")
     print(f"moments             {list(manifest.moments_shape)} fp16" + (" and mirrored" if manifest.has_flip else ""))
-    print(f"encoder             {encoder['name']}")
-    print(f"scale, shift        {encoder['scaling_factor']:.6g} {encoder['shift_factor']:.6g}")
+    print(f"encoder             {encoder.name}")
+    print(f"scale, shift        {encoder.scaling_factor:.6g} {encoder.shift_factor:.6g}")
     for name in ("raw_mean", "raw_std", "normalised_mean", "normalised_std"):
-        print(f"{name:<20}" + " ".join(f"{value:.4f}" for value in numbers[name]))
-    print(f"saturated           {numbers['saturated_mean_share']:.2e} of means at the limit of fp16, ", end="")
-    print(f"{numbers['clamped_logvar_share']:.2e} of logvars at their clamp")
-    print(f"posterior_sharpness {_say_sharpness(numbers['posterior_sharpness'], encoder['deterministic'])}")
-    print(f"preprocessing       {manifest.preprocessing['decoder']}, resize {manifest.preprocessing['resize']}")
+        print(f"{name:<20}{_per_channel(numbers.get(name))}")
+    print(f"saturated           {_share(numbers.get('saturated_mean_share'))} of means at the limit of fp16, ", end="")
+    print(f"{_share(numbers.get('clamped_logvar_share'))} of logvars at their clamp")
+    sharpness = _say_sharpness(numbers.get("posterior_sharpness"), encoder.deterministic)
+    print(f"posterior_sharpness {sharpness}")
+    made = manifest.preprocessing
+    print(f"preprocessing       {made.get('decoder', 'unknown')}, resize {made.get('resize', 'unknown')}")
     print(
         f"failures            {manifest.failures['count']}"
         + (f", {manifest.failures['file']}" * bool(manifest.failures["file"]))
@@ -77,7 +79,8 @@ def preview(folder: Path, out: Path, vae: str | None = None) -> None:
     pixels[: len(decoded)] = decoded
     side = _SHEET_SIDE * pixels.shape[1]
     rows = pixels.reshape(_SHEET_SIDE, _SHEET_SIDE, *pixels.shape[1:]).swapaxes(1, 2)  # [row, S, column, S, 3]
-    Image.fromarray(rows.reshape(side, side, 3)).save(out)
+    with naming(out):
+        Image.fromarray(rows.reshape(side, side, 3)).save(out)
     print(f"{out}: {len(decoded)} decoded samples of {folder}")
 
 
@@ -96,16 +99,28 @@ def _open_codec(vae: str | None, identity: EncoderIdentity) -> LatentCodec:
 
 def _first_moments(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
     """At most `number` samples from the beginning of the set, fp16 [N, *shape]."""
-    shards = (open_latent_shard(folder / entry.name, entry, manifest) for entry in manifest.shards)
+    shards = (open_latent_shard(file_in(folder, entry.name), entry, manifest) for entry in manifest.shards)
     parts: list[np.ndarray] = []
     while sum(map(len, parts)) < min(number, manifest.count):
         parts.append(next(shards).moments)
     return np.concatenate(parts)[:number]
 
 
-def _say_sharpness(sharpness: float, deterministic: bool) -> str:
+def _per_channel(values: object) -> str:
+    """`values` is what the manifest has of it: the identity of the set covers it, no schema does."""
+    numbers = values if isinstance(values, list) else []
+    return " ".join(f"{value:.4f}" for value in numbers if isinstance(value, int | float)) or "unknown"
+
+
+def _share(value: object) -> str:
+    return f"{value:.2e}" if isinstance(value, int | float) else "an unknown share"
+
+
+def _say_sharpness(sharpness: object, deterministic: bool) -> str:
     if deterministic:
         return "none, the encoder is deterministic"
+    if not isinstance(sharpness, int | float):
+        return "unknown"
     point = f", below {POINT_SHARPNESS:g}: a point; the logvars, half of the bytes, say next to nothing"
     return f"{sharpness:.5f}" + point * (sharpness < POINT_SHARPNESS)
 
@@ -153,9 +168,11 @@ def _verify_latents(folder: Path) -> int:
                     f"{folder}: {entry.name} begins at {entry.first_index}, not {first_index}; finalize again"
                 )
             _check_sha256(folder, entry)
-            _check_dali_index(folder / entry.name)
-            shard = open_latent_shard(folder / entry.name, entry, manifest)
-            check_same_encoder(expected, EncoderIdentity.from_dict(shard.description()["encoder"]), shard.where)
+            path = file_in(folder, entry.name)
+            _check_dali_index(path)
+            shard = open_latent_shard(path, entry, manifest)
+            stated = shard.description().get("encoder", {})
+            check_same_encoder(expected, EncoderIdentity.from_dict(stated), shard.where)
             shard.check_samples()
             first_index += entry.count
             bar.update(entry.count)
@@ -175,7 +192,7 @@ def _check_dali_index(path: Path) -> None:
 
 
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:
-    path = folder / entry.name
+    path = file_in(folder, entry.name)
     found = describe_shard(path, entry.count, entry.first_index) if path.exists() else None
     if found is None:
         raise DataError(f"{path} is missing, the manifest lists it; restore it or write it again")

@@ -21,6 +21,7 @@ class Failure:
     shard: str  # of the source
     stage: str  # "decode" or "encode"
     error: str
+    name: str = ""  # what the file was called in its source; empty in markers of earlier versions
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.progress import progress
+from ecar_dist.data.image_names import NAMES_SUFFIX
 from ecar_dist.data.manifest import (
     MANIFEST_NAME,
     ImageEntry,
@@ -26,7 +27,7 @@ from ecar_dist.data.shard_files import check_presence, local_folder, map_verifie
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import ObjectVersion, is_remote, join, stat, upload
+from ecar_dist.storage.remote import ObjectVersion, file_in, is_remote, join, stat, upload
 from ecar_dist.storage.retries import ObjectMissing, Transfer
 
 _CHUNK = 1 << 20
@@ -98,15 +99,15 @@ def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_Fil
         raise DataError(f"{folder} indexes single image files; pack them with `ecar-data shard` and push the result")
     check_presence(home, manifest.shards)
     for entry in manifest.shards:
-        yield _File(entry.name, home / entry.name, entry)
-        for suffix in (".idx", ".json"):
+        yield _File(entry.name, file_in(home, entry.name), entry)
+        for suffix in (".idx", ".json", NAMES_SUFFIX):
             name = str(Path(entry.name).with_suffix(suffix))
-            if (home / name).exists():
-                yield _File(name, home / name)
+            if (beside := file_in(home, name)).exists():
+                yield _File(name, beside)
         if isinstance(entry, ImageEntry):
-            yield _File(entry.table, folder / entry.table)
+            yield _File(entry.table, file_in(folder, entry.table))
     if isinstance(manifest, Manifest) and manifest.failures["file"]:
-        yield _File(manifest.failures["file"], folder / manifest.failures["file"])
+        yield _File(manifest.failures["file"], file_in(folder, manifest.failures["file"]))
 
 
 def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:

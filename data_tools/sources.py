@@ -8,20 +8,28 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
-from ecar_dist.errors import DataError
+from ecar_dist.data.image_formats import IMAGE_EXTENSIONS
+from ecar_dist.data.image_names import readable
+from ecar_dist.data.image_table import MAX_IMAGE_BYTES
+from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage import remote
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import Transfer
+from ecar_dist.storage.untrusted import UntrustedError, relative_name
 
 _LOOKUPS = 16  # at once
+_DEEPEST = 50  # folders inside each other
+_SHOWN = 10  # problems of a source
+_LISTED = ", ".join(IMAGE_EXTENSIONS)
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -35,37 +43,80 @@ class FoundFile:
 class Tars:
     location: str  # absolute path or URL of the folder that holds them
     files: list[FoundFile]
+    left_out: Counter[str] = field(default_factory=Counter, compare=False)  # files beside them, by extension
 
 
 @dataclass(frozen=True)
 class ClassFolders:
+    """Images in a directory per class, at any depth below it."""
+
     location: str  # absolute path or URL of the folder that holds the class directories
     classes: dict[str, list[FoundFile]]
-    skipped: int  # files in them that are no images
+    left_out: Counter[str]  # files that are no images, by extension
+    empty: list[str]  # class directories without an image
+    notes: list[str] = field(default_factory=list)  # what a user may not have meant
 
 
-def find_source(text: str, transfer: Transfer | None = None) -> Tars | ClassFolders:
+@dataclass
+class _Tree:
+    """A source's files as they were found: at the top, and by directory at the top, at any depth below it."""
+
+    location: str
+    top: list[FoundFile] = field(default_factory=list)
+    folders: dict[str, list[FoundFile]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, parts: Sequence[str], size: int) -> None:
+        """A file by the parts of its relative path; hidden ones are not there.
+
+        An image with a name that no reader would take is a problem.
+        """
+        if any(part.startswith(".") for part in parts):
+            return
+        try:
+            if is_image(parts[-1]):
+                relative_name("/".join(parts))
+        except UntrustedError as error:
+            self.problems.append(f"{error}; rename it")
+            return
+        if len(parts) == 1:
+            self.top.append(FoundFile(parts[0], size))
+        else:
+            self.folders.setdefault(parts[0], []).append(FoundFile("/".join(parts[1:]), size))
+
+    def sorted(self) -> _Tree:
+        """Whatever the order in which a file system or a store lists files."""
+        for files in [self.top, *self.folders.values()]:
+            files.sort(key=lambda file: file.name)
+        return self
+
+
+def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = False) -> Tars | ClassFolders:
     """A tar, a brace or glob pattern of tars, a folder of tars, or a folder with a directory per class.
 
-    Raises DataError for a folder that is neither or both, and for images that such a reading would leave out.
+    `flat`: all images below the folder are one class. Raises DataError for a folder that is neither or both, and for
+    images that such a reading would leave out, with all that is wrong at once.
     """
     transfer = transfer or Transfer()
     if names_tars(text):
+        if flat:
+            raise ConfigError(
+                f"--flat is for folders of images, {text} names tars; give --label none to make one class"
+            )
         return _match_tars(text, transfer)
     _refuse_compressed([text])
     location = _absolute(text)
-    top, classes = _remote_tree(location, transfer) if remote.is_remote(location) else _local_tree(Path(location), text)
-    tars = [file for file in top if file.name.endswith(".tar")]
-    loose = next((file.name for file in top if is_image(file.name)), None)
-    if tars and any(classes.values()):
+    tree = _remote_tree(location, transfer) if remote.is_remote(location) else _local_tree(Path(location), text)
+    if flat:
+        return _one_class(tree, text)
+    tars = [file for file in tree.top if file.name.endswith(".tar")]
+    if tars and any(is_image(file.name) for files in tree.folders.values() for file in files):
         raise DataError(f"{text} holds both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
-    if not classes:
-        _refuse_compressed([file.name for file in top])
+    if not tree.folders:
+        _refuse_compressed([file.name for file in tree.top])
     if tars:
-        return Tars(location, tars)
-    if loose and classes:
-        raise DataError(f"{text} holds the image {loose} beside its class folders; move it into one of them")
-    return _class_folders(location, classes, text)
+        return Tars(location, tars, _extensions(file.name for file in tree.top if file not in tars))
+    return _class_folders(tree, text)
 
 
 def names_tars(text: str) -> bool:
@@ -84,70 +135,137 @@ def is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _class_folders(location: str, found: dict[str, list[FoundFile]], text: str) -> ClassFolders:
-    if not found:
-        raise DataError(f"{text} has no class folders and no tars; put the images of each class into its own directory")
-    classes = {name: [file for file in found[name] if is_image(file.name)] for name in sorted(found)}
+def _class_folders(tree: _Tree, text: str) -> ClassFolders:
+    loose = [file.name for file in tree.top if is_image(file.name)]
+    if not tree.folders:
+        _check(tree, {}, text)
+        raise DataError(
+            f"{text} has no class folders and no tars; put the images of each class into its own directory, or use "
+            "--flat if there are no classes"
+        )
+    if loose:
+        more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+        tree.problems.append(f"the image {loose[0]}{more} beside its class folders; move it into one of them")
+    classes = {name: [file for file in tree.folders[name] if is_image(file.name)] for name in sorted(tree.folders)}
+    empty = [name for name, files in classes.items() if not files]
+    _check(tree, classes, text)
+    if len(empty) == len(classes):
+        raise DataError(f"{text}: none of its {len(classes)} class folders has an image ({_LISTED}); fill them")
+    others = [file.name for files in [tree.top, *tree.folders.values()] for file in files if not is_image(file.name)]
+    classes = {name: files for name, files in classes.items() if files}
+    return ClassFolders(tree.location, classes, _extensions(others), empty, _nesting_notes(classes, text))
+
+
+def _one_class(tree: _Tree, text: str) -> ClassFolders:
+    """The folder itself is the class: the directory of that name, in its parent."""
+    parent, _, name = tree.location.rpartition("/")
+    if not name or parent.endswith("/"):
+        raise DataError(f"--flat takes the folder's name for the class, {text} has none; move the images into a folder")
+    below = [FoundFile(f"{folder}/{file.name}", file.size) for folder, files in tree.folders.items() for file in files]
+    files = sorted(tree.top + below, key=lambda file: file.name)
+    images = [file for file in files if is_image(file.name)]
+    _check(tree, {name: images}, text)
+    if not images:
+        raise DataError(f"{text} has no image ({_LISTED}); check the source")
+    left_out = _extensions(file.name for file in files if not is_image(file.name))
+    return ClassFolders(parent or "/", {name: images}, left_out, [])
+
+
+def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
+    """Raises DataError with all problems of a tree: whoever repairs it wants to do so once."""
+    problems = list(tree.problems)
     for name, files in classes.items():
-        if not files:
-            listed = ", ".join(IMAGE_EXTENSIONS)
-            raise DataError(f"class folder {text}/{name} has no image ({listed}); fill or remove it")
-    return ClassFolders(location, classes, sum(map(len, found.values())) - sum(map(len, classes.values())))
+        large = (file for file in files if file.size > MAX_IMAGE_BYTES)
+        problems += [
+            f"{name}/{file.name} has {file.size} bytes, the limit of an image is {MAX_IMAGE_BYTES}; remove it"
+            for file in large
+        ]
+        if _not_utf8(name):
+            problems.append(f"the class folder {readable(name)} has a name that is not UTF-8; rename it")
+    if not problems:
+        return
+    shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_SHOWN], 1))
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    if len(problems) == 1:
+        raise DataError(f"{text}: {problems[0]}")
+    raise DataError(f"{text} has {len(problems)} problems: {shown}{more}")
 
 
-def _local_tree(root: Path, text: str) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
-    """Files of the folder, and of each directory in it; names that begin with a dot are left out."""
+def _nesting_notes(classes: dict[str, list[FoundFile]], text: str) -> list[str]:
+    """A folder that holds train/ and val/ reads as two classes; that is seldom meant."""
+    if not all("/" in file.name for files in classes.values() for file in files):
+        return []
+    first, names = next(iter(classes)), ", ".join(list(classes)[:3])
+    return [f"all images lie in folders inside {names}, which count as the classes; if not meant, give {text}/{first}"]
+
+
+def _extensions(names: Iterable[str]) -> Counter[str]:
+    """How many files have each extension, in lower case; "" of those that have none."""
+    return Counter(os.path.splitext(name)[1].lower() for name in names)
+
+
+def _not_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _local_tree(root: Path, text: str) -> _Tree:
     if not root.is_dir():
         if meant := remote.meant_url(text):
-            raise DataError(f"image source {text} is no folder; did you mean {meant}?")
-        raise DataError(f"image source {text} is no folder; give one of tars or of a directory per class, or `digits`")
-    top: list[FoundFile] = []
-    classes: dict[str, list[FoundFile]] = {}
-    for entry in _visible(root):
-        if entry.is_dir():
-            classes[entry.name] = [_file_in_class(file, root) for file in _visible(Path(entry.path))]
-        else:
-            top.append(FoundFile(entry.name, entry.stat().st_size))
-    return top, classes
+            raise DataError(f"image source {text} is not a folder; did you mean {meant}?")
+        raise DataError(
+            f"image source {text} is not a folder; give one of tars or of a directory per class, or `digits`"
+        )
+    tree = _Tree(str(root))
+    _walk(tree, root, (), (os.path.realpath(root),))
+    return tree.sorted()
 
 
-def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, ...]) -> None:
+    """Add what lies below a folder, links included; `above`: the real paths on the way here."""
+    for entry in _visible(folder, tree.problems):
+        below = (*parts, entry.name)
+        try:
+            if not entry.is_dir():
+                about = entry.stat()
+                if is_image(entry.name) and not stat.S_ISREG(about.st_mode):
+                    tree.problems.append(f"{readable('/'.join(below))} is not a regular file; remove it")
+                else:
+                    tree.add(below, about.st_size)
+                continue
+        except OSError as error:
+            tree.problems.append(f"cannot read {readable('/'.join(below))} ({error.strerror}); restore or remove it")
+            continue
+        real = os.path.realpath(entry.path)
+        if real in above:
+            tree.problems.append(f"{readable('/'.join(below))} is a link to a folder that holds it; remove it")
+            continue
+        if len(below) > _DEEPEST:
+            tree.problems.append(f"{readable(below[0])} has folders nested deeper than {_DEEPEST}; move them up")
+            continue
+        if not parts:
+            tree.folders[entry.name] = []
+        _walk(tree, Path(entry.path), below, (*above, real))
+
+
+def _visible(folder: Path, problems: list[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name, less what is hidden."""
     try:
         with os.scandir(folder) as entries:
-            yield from sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise DataError(f"cannot list {folder} ({error.strerror}); check its permissions") from None
+        problems.append(f"cannot list {readable(str(folder))} ({error.strerror}); check its permissions")
+        return []
 
 
-def _file_in_class(entry: os.DirEntry[str], root: Path) -> FoundFile:
-    if entry.is_dir():
-        raise _too_deep(str(root), os.path.relpath(entry.path, root))
-    try:
-        return FoundFile(entry.name, entry.stat().st_size)
-    except OSError as error:
-        raise DataError(f"cannot read {entry.path} ({error.strerror}); restore or remove it") from None
-
-
-def _remote_tree(url: str, transfer: Transfer) -> tuple[list[FoundFile], dict[str, list[FoundFile]]]:
-    top: list[FoundFile] = []
-    classes: dict[str, list[FoundFile]] = {}
+def _remote_tree(url: str, transfer: Transfer) -> _Tree:
+    tree = _Tree(url)
     for path, size in remote.list_files(url, transfer):
-        parts = path.split("/")
-        if any(part.startswith(".") for part in parts):
-            continue
-        if len(parts) > 2:
-            raise _too_deep(redact(url), "/".join(parts[:2]))
-        if len(parts) == 1:
-            top.append(FoundFile(path, size))
-        else:
-            classes.setdefault(parts[0], []).append(FoundFile(parts[1], size))
-    return top, {name: sorted(files, key=lambda file: file.name) for name, files in classes.items()}
-
-
-def _too_deep(root: str, folder: str) -> DataError:
-    return DataError(
-        f"{root}: {folder} is a folder inside a class folder; give the folder that holds the class directories"
-    )
+        tree.add(path.split("/"), size)
+    return tree.sorted()
 
 
 def _match_tars(text: str, transfer: Transfer) -> Tars:
@@ -184,7 +302,11 @@ def _files_in(location: str, text: str, transfer: Transfer) -> list[FoundFile]:
         return [FoundFile(name, size) for name, size in remote.list_files(location, transfer) if "/" not in name]
     if not Path(location).is_dir():
         raise DataError(f"no file matches {text}; check the pattern")
-    return [FoundFile(entry.name, entry.stat().st_size) for entry in _visible(Path(location)) if entry.is_file()]
+    problems: list[str] = []
+    entries = _visible(Path(location), problems)
+    if problems:
+        raise DataError(problems[0])
+    return [FoundFile(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
 
 
 def _size(path: str, transfer: Transfer) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import xxhash
 
-from ecar_dist.data.image_shards import IMAGE_EXTENSIONS
+from ecar_dist.data.image_formats import IMAGE_EXTENSIONS
 from ecar_dist.data.image_table import MAX_IMAGE_BYTES, ImageRow
 from ecar_dist.data.tar_index import TarMember, split_name, tar_members
 from ecar_dist.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from ecar_dist.storage.retries import Transfer
 _CHUNK = 8 << 20
 _AHEAD = 4  # chunks of a remote tar in flight
 _MAX_LABEL_BYTES = 1 << 20
+_CAPTIONS = ("txt", "caption")  # what img2dataset and others write beside an image
 MAX_CLASSES = 1_000_000
 
 
@@ -47,6 +48,11 @@ class LabelRule:
             return LabelRule("cls", "", class_names)
         if text == "none":
             return LabelRule("none", "", class_names)
+        if text in _CAPTIONS:
+            raise ConfigError(
+                f"--label {text}: captions are not read, models learn class numbers; give none (all images are one "
+                "class), cls or json:FIELD"
+            )
         raise ConfigError(f"--label {text} is not known; give cls, json:FIELD or none")
 
     def read(self, payload: bytes | None) -> int:
@@ -188,10 +194,9 @@ def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]
                 f"{where}: the parts of sample {sample.key!r} lie apart: {apart!r} comes after others'; write "
                 "the tar again, sorted by name"
             )
-        raise DataError(
-            f"{where}: sample {sample.key!r} has parts {sorted(sample.extensions)}, needs {needed}; mend it, or choose "
-            "another --label"
-        )
+        captioned = sample.image is not None and any(part in _CAPTIONS for part in sample.extensions)
+        fix = "captions are not read: give --label none to make all images one class" if captioned else _CHOOSE
+        raise DataError(f"{where}: sample {sample.key!r} has parts {sorted(sample.extensions)}, needs {needed}; {fix}")
     try:
         label = rule.read(sample.label)
     except ValueError as error:
@@ -227,4 +232,5 @@ def _version(path: str, transfer: Transfer) -> remote.ObjectVersion | None:
     return remote.stat(path, transfer) if remote.is_remote(path) else None
 
 
+_CHOOSE = "repair it, or choose another --label"
 _RENAME = "give every sample a key of its own and write the tar again"

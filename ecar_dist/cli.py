@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ecar_dist.command_line import run_command
+from ecar_dist import __version__
+from ecar_dist.command_line import prepare_process, run_command
 from ecar_dist.commands import checkpoints, drilling, generation, submitting, training, watching
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -27,13 +28,15 @@ def entry() -> NoReturn:
     process (SIGABRT, about once in 15 CPU runs), and the launcher would take the whole job for failed.
     """
     status = main()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody can read it: the work is done all the same
+            stream.flush()
     os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if arguments is None:
+        prepare_process()
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all(_OVERRIDE.match(word) for word in rest)):
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     # The deepspeed launcher passes this to whatever it starts; the rank is read from LOCAL_RANK, under every launcher.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import locale
 import os
 import sys
 from collections.abc import Callable
@@ -43,6 +44,23 @@ def say(text: str) -> None:
     """A line of a long job's log. That nobody can read it any more (a pipe's end, a full disk) does not end the job."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
+
+
+def prepare_process() -> None:
+    """What the console scripts do first. All files are read as UTF-8, and all three standard streams are open.
+
+    Libraries read their own files in the locale's encoding, and `LC_ALL=C` with PYTHONUTF8=0 makes that ASCII: then the
+    same command is started anew in Python's UTF-8 mode, in this process. A stream that the shell has closed (`>&-`)
+    becomes /dev/null: else the next file that is opened takes its number, and what is printed ends in that file.
+    """
+    other_locale = not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8")
+    if other_locale and os.environ.get("PYTHONUTF8") != "1":  # where it is, Python was told to pass it over (-I, -E)
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            setattr(sys, name, os.fdopen(handle, "w" if number else "r"))
 
 
 def run_command(program: str, action: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ecar_dist.config_model import (
     CONTEXT_KINDS,
@@ -24,11 +24,21 @@ from ecar_dist.storage.bounded_yaml import CONTROL_CHARACTER
 from ecar_dist.storage.redaction import redact
 
 
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"{value!a} has a character that is not printable, such as a newline; leave it out")
+    return value
+
+
+# a folder, URL or hub name: they go into job scripts, messages and lists of one line each
+Place = Annotated[str, AfterValidator(_one_line)]
+
+
 class RunSection(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="name of the run, and of its directory"
     )
-    dir: str = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
+    dir: Place = Field("runs", description="folder that holds run directories; the run lives in <dir>/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, sample order and all keyed randomness")
 
     @field_validator("dir")
@@ -43,7 +53,7 @@ class VaeSection(Section):
     kind: Literal["kl", "dc", "dct"] = Field(
         "kl", description="diffusers AutoencoderKL; AutoencoderDC; weight-free block DCT"
     )
-    path: str | None = Field(None, description="local folder or hub name of the autoencoder (kl and dc)")
+    path: Place | None = Field(None, description="local folder or hub name of the autoencoder (kl and dc)")
     downsample: int = Field(8, ge=1, description="image pixels per latent pixel side")
 
     @model_validator(mode="after")
@@ -54,25 +64,29 @@ class VaeSection(Section):
 
 
 class MixtureSource(Section):
-    latents: str = Field(description="folder or URL of one set of latent shards")
+    latents: Place = Field(description="folder or URL of one set of latent shards")
     weight: float = Field(gt=0, allow_inf_nan=False, description="its share of the samples, against the other weights")
 
 
 class CacheSection(Section):
     """Where the shards of a URL are kept on each node."""
 
-    dir: str | None = Field(None, description="folder on a local disk; null: $ECAR_CACHE_DIR, or the temporary folder")
+    dir: Place | None = Field(
+        None, description="folder on a local disk; null: $ECAR_CACHE_DIR, or the temporary folder"
+    )
     gib: float | None = Field(None, gt=0, description="GiB for each data set, then the least needed go; null: no limit")
     threads: int = Field(8, ge=1, le=64, description="ranges of 8 MiB that a rank downloads at once")
 
 
 class DataSection(Section):
-    latents: str | None = Field(None, description="folder or URL that holds the latent shards and their manifest.json")
+    latents: Place | None = Field(
+        None, description="folder or URL that holds the latent shards and their manifest.json"
+    )
     mixture: tuple[MixtureSource, ...] = Field((), description="several sets of latents instead, with weights")
     mixture_by: Literal["sample", "step"] = Field(
         "sample", description="step: each global batch comes from one set (resolution buckets)"
     )
-    images: str | None = Field(None, description="folder or URL of image shards instead: encoded while training")
+    images: Place | None = Field(None, description="folder or URL of image shards instead: encoded while training")
     flip_images: bool = Field(False, description="mirror half of the images (latents: `ecar-data encode --flip store`)")
     resize: Literal["cubic", "adm"] = Field(
         "cubic", description="of images: cubic, or the reference of ADM and DiT (PIL)"
@@ -80,8 +94,8 @@ class DataSection(Section):
     num_classes: int = Field(ge=1, description="labels are 0 .. num_classes-1; the null label is num_classes")
     latent_channels: int = Field(4, ge=1)
     latent_size: int = Field(32, ge=1, description="latent side at the finest stage")
-    train_images: str | None = Field(None, description="image shards that trained the scoring classifier")
-    heldout_images: str | None = Field(None, description="image shards that samples are scored against")
+    train_images: Place | None = Field(None, description="image shards that trained the scoring classifier")
+    heldout_images: Place | None = Field(None, description="image shards that samples are scored against")
     backend: Literal["gather", "dali"] = Field("gather", description="who reads: strided gather (images: PIL), or DALI")
     prefetch: int = Field(2, ge=1, description="micro-batches read ahead per rank; more than fit a cache cost time")
     lanes: int | None = Field(None, ge=1, description="streams of the sample order; null: from the number of shards")
@@ -223,7 +237,7 @@ class CheckpointSection(Section):
     every_samples: int = Field(1_000_000, ge=1)
     keep: int = Field(3, ge=2, description="newest committed checkpoints that are kept")
     keep_every_samples: int = Field(0, ge=0, description="one of each so many samples is kept for good; 0: none")
-    dir: str | None = Field(
+    dir: Place | None = Field(
         None, description="folder or URL for checkpoints, in <dir>/<run.name>; null: checkpoints/ in the run directory"
     )
     overlap: bool = Field(True, description="training goes on while a checkpoint is written")

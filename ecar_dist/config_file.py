@@ -9,7 +9,7 @@ import difflib
 import os
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -117,7 +117,8 @@ def _kinds_of(dotted: str) -> set[Any]:
             return set()
         section = section.model_fields[part].annotation
     one_of = get_args(section) if get_origin(section) in (Union, UnionType, Literal) else (section,)
-    return {type(kind) if isinstance(kind, str) else kind for kind in one_of}
+    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in one_of]
+    return {type(kind) if isinstance(kind, str) else kind for kind in plain}
 
 
 def _explain(error: ValidationError) -> str:

@@ -20,19 +20,27 @@
 say() { echo "$(date +%T) $*"; }
 die() { say "$*" >&2; exit 1; }
 
+for name in VENV IMAGE_VENV PYXIS_IMAGE APPTAINER_IMAGE MOUNTS PWD; do
+    [[ ${!name:-} != *[[:cntrl:]]* ]] || die "$name has a newline or another control character; take it out"
+done
+
 SRUN=(srun)
 INSIDE=()
+# The folder of the job without symbolic links, as `ecar-dist submit` and Slurm name it in all that they pass on; $PWD may
+# have some. A container that sees it under the one name sees it under the other, too.
+FOLDER=$(pwd -P) MOUNTED=${MOUNTS:-$PWD}
+[ "$PWD" = "$FOLDER" ] || [[ ,$MOUNTED, != *",$PWD,"* ]] || MOUNTED=$FOLDER,$MOUNTED
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 if [ -n "${PYXIS_IMAGE:-}" ] && [ -n "${APPTAINER_IMAGE:-}" ]; then
     die "PYXIS_IMAGE and APPTAINER_IMAGE are both set; unset one of them"
 elif [ -n "${PYXIS_IMAGE:-}" ]; then
     VENV=${IMAGE_VENV:-}
-    SRUN+=("--container-image=$PYXIS_IMAGE" "--container-workdir=$PWD")
-    SRUN+=("--container-mounts=$(sed 's/[^,][^,]*/&:&/g' <<< "${MOUNTS:-$PWD}")")
+    SRUN+=("--container-image=$PYXIS_IMAGE" "--container-workdir=$FOLDER")
+    SRUN+=("--container-mounts=$(sed 's/[^,][^,]*/&:&/g' <<< "$MOUNTED")")
 elif [ -n "${APPTAINER_IMAGE:-}" ]; then
     VENV=${IMAGE_VENV:-}
-    INSIDE=(apptainer exec --nv --bind "${MOUNTS:-$PWD}" --pwd "$PWD" "$APPTAINER_IMAGE")
+    INSIDE=(apptainer exec --nv --bind "$MOUNTED" --pwd "$FOLDER" "$APPTAINER_IMAGE")
 else
     VENV=$(realpath -m -s "${VENV:-.venv}")
     [ -x "$VENV/bin/ecar-dist" ] || die "no $VENV/bin/ecar-dist; run make install, or set VENV to the environment"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,14 +37,18 @@ GRACE = 20.0  # seconds for the other ranks to end by themselves once one has fa
 class Forked:
     """`ecar-dist WORDS` in a fork of the server, with the caller's environment, folder and mask, and more variables."""
 
-    def __init__(self, words: Sequence[str], more: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, words: Sequence[str], more: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+    ) -> None:
+        """`before`, a function of a module, is called in the fork ahead of the command."""
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         for name in STREAMS:
             (Path(self._folder.name) / name).touch()
         umask = os.umask(0)
         os.umask(umask)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
-        self.process = CONTEXT.Process(target=_run, args=(words, environment, os.getcwd(), umask, self._folder.name))
+        streams = self._folder.name
+        self.process = CONTEXT.Process(target=_run, args=(words, environment, os.getcwd(), umask, streams, before))
         self.process.start()
 
     def end(self) -> subprocess.CompletedProcess[str]:
@@ -63,11 +67,25 @@ def run_forked(*words: str, timeout: float = 120) -> subprocess.CompletedProcess
     return forked.end()
 
 
-def run_ranks(count: int, port: int, *words: str, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
-    """Ranks of one world, with the variables that torchrun would give them, to their end."""
+def run_ranks(
+    count: int,
+    port: int,
+    *words: str,
+    timeout: float = 300,
+    each: Mapping[int, Sequence[str]] | None = None,
+    more: Mapping[int, Mapping[str, str]] | None = None,
+    before: Callable[[], None] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Ranks of one world, with the variables that torchrun would give them, to their end.
+
+    `each` and `more` hold further words and further variables of some of the ranks; `before` as in `Forked`.
+    """
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [Forked(words, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    ranks = []
+    for rank in range(count):
+        environment = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), **(more or {}).get(rank, {})}
+        ranks.append(Forked([*words, *(each or {}).get(rank, ())], environment, before))
     _wait([rank.process for rank in ranks], time.monotonic() + timeout)
     return [rank.end() for rank in ranks]
 
@@ -81,7 +99,14 @@ def _wait(ranks: Sequence[BaseProcess], until: float) -> None:
             return
 
 
-def _run(words: Sequence[str], environment: Mapping[str, str], folder: str, umask: int, streams: str) -> None:
+def _run(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    umask: int,
+    streams: str,
+    before: Callable[[], None] | None,
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -89,4 +114,6 @@ def _run(words: Sequence[str], environment: Mapping[str, str], folder: str, umas
         os.dup2(os.open(Path(streams) / name, os.O_WRONLY | os.O_APPEND), standard)
     os.umask(umask)
     sys.argv = ["ecar-dist", *words]
+    if before:
+        before()
     entry()

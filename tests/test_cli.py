@@ -96,13 +96,14 @@ def test_a_finished_run_is_done_when_run_again(trained):
 
 
 def test_one_process_needs_no_port(write_config):
-    """Two single-process runs on one machine must not meet on the default port."""
+    """Two single-process runs on one machine must not meet on the default port, nor mind a closed stdout."""
     with socket.socket() as taken:
         with contextlib.suppress(OSError):  # somebody else has it: just as well
             taken.bind(("127.0.0.1", 29500))
             taken.listen()
         command = [sys.executable, "-m", "ecar_dist", "train", str(write_config()), "train.total_samples=16"]
-        assert subprocess.run(command, capture_output=True).returncode == 0
+        done = subprocess.run(["bash", "-c", 'exec "$@" >&-', "bash", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_sample_from_a_run_and_from_its_export_gives_the_same_pictures(trained, tmp_path):
@@ -134,15 +135,18 @@ def test_a_grid_stays_small_whatever_is_drawn(trained, tmp_path, monkeypatch):
 
 
 def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(trained, tmp_path, monkeypatch, capsys):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     from ecar_dist.sample import fast
 
     def sample(out, *more):
         return main(["sample", str(trained[1]), "--count", "6", "--batch-size", "4", "--out", str(out), *more])
 
-    compiled, batches = [], []
+    compiled, batches, folders = [], [], set()
 
     def keep(function, mode=None):
         compiled.append(function.__name__)
+        folders.add(cache_dir())
         return lambda x, *rest: (batches.append(len(x)) if torch.is_tensor(x) else None) or function(x, *rest)
 
     monkeypatch.setattr(fast, "_compile", keep)
@@ -150,6 +154,9 @@ def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(
     assert not compiled
     assert sample(tmp_path / "compiled", "--compile") == 0
     assert compiled == ["sin", "begin_stage", "velocity"]
+    (folder,) = folders
+    assert "ecar-compiled-" in folder
+    assert not Path(folder).exists()
     assert set(batches) == {4, 8}  # the last batch, of two, is filled up
     grids = [np.asarray(Image.open(tmp_path / out / "grid.png")).astype(int) for out in ("plain", "compiled")]
     assert np.abs(grids[0] - grids[1]).max() <= 1

@@ -1,11 +1,30 @@
 import errno
 import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.command_line import counted, run_command, say
+from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import write_json
+
+
+@pytest.fixture
+def no_file_over_4_kib():
+    """What a full disk does to a write through an open file: it fails, and the error names no file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def ending(error, capsys):
@@ -78,3 +97,62 @@ def test_a_log_that_nobody_reads_any_more_does_not_end_the_work(monkeypatch):
         say("step 1")
         say("step 2")
         os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())  # or closing it would fail
+
+
+def write_shard(folder):
+    content = ShardContent(0, np.zeros((64, 4, 3, 2), np.float16), np.zeros(64, np.int64))
+    write_latent_shard(folder, 0, content, {"encoder": {}, "plan_id": "p"})
+
+
+WRITERS = {
+    "manifest.json": lambda folder: write_json(folder / "manifest.json", list(range(5000))),
+    "000000.tar": write_shard,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_takes_no_more_is_named(name, tmp_path, no_file_over_4_kib):
+    with pytest.raises(OSError, match="File too large") as caught:
+        WRITERS[name](tmp_path)
+    assert caught.value.filename == str(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_images_is_named(tmp_path, no_file_over_4_kib, capsys):
+    assert ecar_data(["shard", "digits", str(tmp_path / "images")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ecar-data: ")]
+    assert "000000.tar: File too large" in line
+
+
+PROGRAMS = {
+    "ecar-dist": ["ecar_dist", "check", "configs/digits_cpu.yaml"],
+    "ecar-data": ["data_tools", "index", "--help"],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_nobody_reads_does_not_change_the_end(program, closed):
+    words = [sys.executable, "-m", *PROGRAMS[program]]
+    script = f"{' '.join(words)} {closed}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+LOCALES = {"LC_ALL": "POSIX", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("program", ["ecar_dist", "data_tools"])
+def test_a_locale_without_utf8_reads_files_as_utf8_all_the_same(program):
+    """In this process: a launcher waits for it, and signals it."""
+    script = (
+        f"import sys, os, subprocess; from {program}.cli import main; sys.argv[1:] = ['--help']\n"
+        "print(os.getpid(), sys.flags.utf8_mode, flush=True); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ | LOCALES
+    )
+    assert done.returncode == 0, done.stderr
+    (first, before), (again, after) = (line.split() for line in done.stdout.splitlines() if line[:1].isdigit())
+    assert (before, after) == ("0", "1")
+    assert first == again

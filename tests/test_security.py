@@ -264,7 +264,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_and_not_loaded(tmp_path, write
     done = subprocess.run(alone, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert re.match(r"ecar-dist: .*state-00000-of-00001.safetensors is no safetensors file", line)
+    assert re.match(r"ecar-dist: .*state-00000-of-00001.safetensors is not a safetensors file", line)
     assert not (tmp_path / "canary").exists()
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.untrusted import printable
 
 SITE_FILE = "env.sh"
 _DIRECTIVE = "#SBATCH "
-_LONG_OPTION = re.compile(r"--([a-z][a-z-]*)(?:=(.*))?", re.DOTALL)
+_LONG_OPTION = re.compile(r"--([a-z][a-z-]*)(?:=(.*))?")
 
 Options = Mapping[str, str | None]  # of sbatch, by long name; "" is a flag, None takes the template's away
 
@@ -35,21 +36,37 @@ def find_scripts(given: Path | None) -> Path:
 def parse_option(text: str) -> tuple[str, str]:
     """Name and value of one long option of sbatch. Raises ConfigError for anything else."""
     match = _LONG_OPTION.fullmatch(text)
-    if match is None or "\n" in text:
-        raise ConfigError(f"--sbatch={text} is no long option; give one such as --sbatch=--partition=gpu")
+    if match is None or not text.isprintable():
+        raise ConfigError(f"--sbatch={printable(text)} is no long option; give one such as --sbatch=--partition=gpu")
     return match[1], match[2] or ""
 
 
+def require_printable(what: str, values: Iterable[str]) -> None:
+    """Raises ConfigError, saying `what` they are, for a value that no script and no command of Slurm may be given.
+
+    Quoting holds against a shell, but a newline ends the comment in which sbatch looks for its options, whatever stands
+    around it; and NUL cannot be written at all.
+    """
+    for value in values:
+        if not value.isprintable():
+            raise ConfigError(f"{what} {value!a} has a character that is not printable; choose a name without it")
+
+
 def option_words(options: Options) -> list[str]:
-    """The options as words of a command line; those taken away are none."""
+    """The options as words of a command line; those taken away are none. Raises ConfigError as `require_printable`."""
+    for name, value in options.items():
+        require_printable(f"option --{name} of sbatch", [value or ""])
     return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items() if value is not None]
 
 
 def render(template: str, options: Options, exports: Mapping[str, str], arguments: Sequence[str]) -> str:
     """The template with `options` in place of its own or after them, then `exports` and `arguments`, then its body.
 
-    Arguments that the script is submitted with come after these.
+    Arguments that the script is submitted with come after these. Raises ConfigError as `require_printable`.
     """
+    require_printable("argument of a job script", arguments)
+    for name, value in exports.items():
+        require_printable(f"variable {name} of a job script", [value])
     head, body = _split(template)
     left = dict(options)
     lines: list[str] = []

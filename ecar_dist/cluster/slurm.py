@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ecar_dist.errors import EcarError
+from ecar_dist.storage.untrusted import printable
+
+_JOB_ID = re.compile(r"[0-9]{1,20}")
 
 
 class SlurmError(EcarError):
@@ -26,10 +30,13 @@ def submit_script(
 ) -> str:
     """Submit a job script; returns the job's id. `variables` are added to the environment that the job inherits.
 
-    Raises SlurmError with sbatch's last line.
+    Raises SlurmError with sbatch's last line, or where it does not name a job.
     """
     said = _call("sbatch", "--parsable", *options, str(script), *arguments, variables=variables)
-    return said.strip().partition(";")[0]  # ID;CLUSTER where there are several clusters
+    job = said.strip().partition(";")[0]  # ID;CLUSTER where there are several clusters
+    if not _JOB_ID.fullmatch(job):
+        raise SlurmError(f"sbatch gave no job id but {printable(said)!r}; look with squeue whether it runs")
+    return job
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:
@@ -80,5 +87,5 @@ def _call(*command: str, variables: Mapping[str, str] | None = None) -> str:
         raise SlurmError(f"{command[0]} is not on the PATH; run this on a login node of the cluster") from None
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise SlurmError(lines[-1] if lines else f"{command[0]} ended with status {done.returncode}")
+        raise SlurmError(printable(lines[-1]) if lines else f"{command[0]} ended with status {done.returncode}")
     return done.stdout

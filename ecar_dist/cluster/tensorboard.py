@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ecar_dist.cluster.job_script import option_words, parse_option
+from ecar_dist.cluster.job_script import option_words, parse_option, require_printable
 from ecar_dist.cluster.slurm import SlurmError, job_state, submit_script
 from ecar_dist.command_line import say
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.untrusted import printable
 
 BROWSER_PORT = 6006  # on the user's own machine
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED")
@@ -89,6 +90,7 @@ def submit_tensorboard(
     variables = {"VENV": sys.prefix, "ECAR_SLURM": str(scripts.absolute())}
     words = [*(["--port", str(port)] if port else []), *(["--login", login] if login else [])]
     arguments = [*words, *(str(run.absolute()) for run in runs)]
+    require_printable("argument of a job script", [*arguments, *variables.values()])
     job = submit_script(scripts / "tensorboard.sbatch", option_words(options), arguments, variables)
     return job, Path(options["output"].replace("%j", job).replace("%%", "%"))
 
@@ -120,7 +122,9 @@ def _reach_lines_in(log: Path) -> list[str]:
     except OSError:
         return []
     first = max((number for number, line in enumerate(lines) if line.startswith(_MARK)), default=None)
-    return lines[first : first + 3] if first is not None and len(lines) >= first + 3 else []
+    return (
+        [printable(line) for line in lines[first : first + 3]] if first is not None and len(lines) >= first + 3 else []
+    )
 
 
 def _last_line(log: Path) -> str:
@@ -128,4 +132,4 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(errors="replace").split("\n")
     except OSError:
         return f"it left no {log}"
-    return f"see {log}: {next((line for line in reversed(lines) if line.strip()), 'it is empty')}"
+    return f"see {log}: {next((printable(line) for line in reversed(lines) if line.strip()), 'it is empty')}"

@@ -47,20 +47,20 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
         try:
             manifest = place.manifest(name)
         except DamagedError as damage:
-            print(f"{place.where}/{name}  damaged: {damage}")
+            print(f"{place.where}/{name}  damaged: {damage.problem}")
             continue
-        size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
-        samples = manifest["progress"]["samples_seen"]
-        print(f"{place.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest['files'])} files")
+        size = sum(file.bytes for file in manifest.files) / 2**20
+        samples = manifest.progress.samples_seen
+        print(f"{place.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest.files)} files")
     return 0
 
 
 def checkpoint_inspect(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import read_manifest
+    from ecar_dist.runtime.checkpoint_files import manifest_as_it_is
     from ecar_dist.runtime.checkpoint_report import find_checkpoint, inspect_lines
 
     path = find_checkpoint(parsed.run_directory, parsed.step)
-    print(json.dumps(read_manifest(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
+    print(json.dumps(manifest_as_it_is(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
     return 0
 
 
@@ -83,7 +83,7 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
             print(f"{place.where}/{name}  whole")
         except DamagedError as damage:
             damaged += 1
-            print(f"{place.where}/{name}  damaged: {damage}")
+            print(f"{place.where}/{name}  damaged: {damage.problem}")
         finally:
             place.release(name)
     if damaged:

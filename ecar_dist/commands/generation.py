@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,16 @@ def add_commands(add: AddCommand) -> None:
 
 
 def sample(parsed: argparse.Namespace) -> int:
+    with _compiler(parsed):
+        return _sample(parsed)
+
+
+def _sample(parsed: argparse.Namespace) -> int:
     from PIL import Image
 
     from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
+    from ecar_dist.storage.atomic import naming
 
     if parsed.out.exists() and any(parsed.out.iterdir()):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
@@ -54,7 +61,8 @@ def sample(parsed: argparse.Namespace) -> int:
         pictures = decode_stages(trained.codec, stages[-1:] if first_stages else stages)
         first_stages = first_stages or [stage[: len(columns)] for stage in pictures]
         for picture in pictures[-1]:
-            Image.fromarray(picture).save(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png")
+            with naming(path := parsed.out / "images" / f"{done:06d}-class{labels[done]}.png"):
+                Image.fromarray(picture).save(path)
             column = columns.get(labels[done])
             if column is not None and len(column) < GRID_ROWS:
                 column.append(picture)
@@ -62,13 +70,28 @@ def sample(parsed: argparse.Namespace) -> int:
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
     drawn = [label for label, column in columns.items() if column]  # fewer images than classes leave some out
     grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
-    Image.fromarray(grid).save(parsed.out / "grid.png")
-    Image.fromarray(stage_strip(first_stages)).save(parsed.out / "stages.png")
+    for name, sheet in (("grid.png", grid), ("stages.png", stage_strip(first_stages))):
+        with naming(parsed.out / name):
+            Image.fromarray(sheet).save(parsed.out / name)
     print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
     return 0
 
 
 def evaluate(parsed: argparse.Namespace) -> int:
+    with _compiler(parsed):
+        return _evaluate(parsed)
+
+
+def _compiler(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Around a command that may compile."""
+    if not parsed.compile:
+        return contextlib.nullcontext()
+    from ecar_dist.sample.fast import private_cache
+
+    return private_cache()
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.evaluate.images import read_images, reconstruct
     from ecar_dist.evaluate.score import Scorer
     from ecar_dist.runtime.metrics import log_scores

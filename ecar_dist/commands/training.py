@@ -137,13 +137,18 @@ def preflight(parsed: argparse.Namespace) -> int:
 
 
 def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
-    """The exit status of an action of all ranks; what they met together is said by one of them."""
+    """The exit status of an action of all ranks, once they agree on the config; what they met together is said by one.
+
+    A config that rank 0 cannot load is said at once. One that only another rank cannot is said when all have met.
+    """
+    config, problem = None, ""
     try:
         config = load_run_config(parsed)
-    except ConfigError:
-        if is_first():  # all ranks read this file; one says so
+    except ConfigError as error:
+        if is_first():
             raise
-        return 1
+        problem = str(error)
+    from ecar_dist.runtime.agreement import agree_on_settings
     from ecar_dist.runtime.parent_death import die_with_parent
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.stop import StoppedEarlyError
@@ -154,7 +159,10 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         die_with_parent()
     faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
     try:
-        world = start_world(collective_timeout=longest_wait(config.train.hang_seconds, COLLECTIVE_TIMEOUT))
+        hang_seconds = config.train.hang_seconds if config else 0.0
+        world = start_world(collective_timeout=longest_wait(hang_seconds, COLLECTIVE_TIMEOUT))
+        agree_on_settings(world, config, problem)
+        assert config is not None  # else all ranks have ended
         if (line := faults_on_purpose()) and world.is_first:
             print(line, file=sys.stderr, flush=True)
         status = action(config, world)

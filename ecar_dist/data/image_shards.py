@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from ecar_dist.data.image_names import read_names, readable
 from ecar_dist.data.image_table import UNKNOWN_HASH, decode_table, key_of
 from ecar_dist.data.manifest import ImageEntry, load_image_manifest
 from ecar_dist.data.shard_files import check_presence
@@ -24,10 +26,13 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.retries import Transfer
+from ecar_dist.storage.retries import ObjectMissing, Transfer
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
+
+
+def _unnamed() -> None:
+    """Of a record that has no name but its key."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,21 @@ class ImageRecord:
     shard: str  # the tar's name, or the directory's
     label: int
     data: bytes  # as encoded by its maker
+    find_name: Callable[[], str | None] = field(default=_unnamed, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What the file was called in its source; where nobody wrote that down, the shard and the key. Printable."""
+        return self.find_name() or readable(f"{self.shard}/{self.key}")
 
     @property
     def where(self) -> str:
-        return f"{self.key} in {self.shard}"
+        """For messages. The name is looked up now: it costs nothing as long as all images are good."""
+        name = self.find_name()
+        return readable(f"{self.key} ({name}) in {self.shard}" if name else f"{self.key} in {self.shard}")
+
+    def __str__(self) -> str:
+        return self.where
 
 
 class ImageShards:
@@ -55,6 +71,7 @@ class ImageShards:
         self._firsts = [entry.first_index for entry in self.manifest.shards]
         self._tables: dict[int, np.ndarray] = {}
         self._maps: dict[int, mmap.mmap] = {}
+        self._names: dict[int, dict[str, str]] = {}
         self._pool: DaemonPool | None = None
         self._transfer = Transfer()
         self.stats = self._transfer.stats  # of what came from a URL without the store
@@ -93,6 +110,7 @@ class ImageShards:
         """Let go of the maps and tables of shards that are not needed soon. Not while another thread reads."""
         self._tables = {owner: table for owner, table in self._tables.items() if owner in needed}
         self._maps = {owner: mapped for owner, mapped in self._maps.items() if owner in needed}
+        self._names = {owner: names for owner, names in self._names.items() if owner in needed}
 
     def close(self) -> None:
         """End the reads from URLs that are underway: they insist for minutes. Safe to call twice."""
@@ -129,17 +147,31 @@ class ImageShards:
         expected = int(place["xxh3_64"])
         if expected != UNKNOWN_HASH and (found := xxhash.xxh3_64_intdigest(data)) != expected:
             raise self._wrong(owner, key, start, "xxh3_64", f"{found:016x}", f"{expected:016x}")
-        return ImageRecord(key, entry.name, int(place["label"]), data)
+        find_name = partial(self._name, owner, key) if entry.kind == "tar" else _unnamed
+        return ImageRecord(key, entry.name, int(place["label"]), data, find_name)
+
+    def _name(self, owner: int, key: str) -> str | None:
+        if owner not in self._names:
+            self._names[owner] = read_names(self._home, self.manifest.shards[owner].name, self._transfer)
+        return self._names[owner].get(key)
 
     def _read(self, entry: ImageEntry, key: str, start: int, stop: int) -> bytes:
         """A range of a tar; a file in a directory whole, so that one that has grown is noticed."""
         where = remote.join(self._home, entry.name)
         if entry.kind == "files":
-            path = remote.join(where, key)
-            return remote.read_object(path, stop, self._transfer) if remote.is_remote(path) else remote.read_bytes(path)
+            return self._read_file(remote.join(where, key), stop)
         if remote.is_remote(where):
             return remote.read_range(where, start, stop, self._transfer) if stop > start else b""
         return _read_local(where, start, stop)
+
+    def _read_file(self, path: str, size: int) -> bytes:
+        try:
+            return remote.read_object(path, size, self._transfer) if remote.is_remote(path) else remote.read_bytes(path)
+        except ObjectMissing:
+            raise DataError(
+                f"{readable(redact(path))} does not exist, but {redact(str(self._folder))} lists it: the index is out "
+                f"of date; restore the file, or run `ecar-data index {redact(self.manifest.source)} OUT` again"
+            ) from None
 
     def _wrong(self, owner: int, key: str, offset: int, what: str, found: object, expected: object) -> DataError:
         entry = self.manifest.shards[owner]
@@ -164,6 +196,5 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
 def _check_presence(home: str | Path, entries: Sequence[ImageEntry]) -> None:
     check_presence(home, [entry for entry in entries if entry.kind == "tar"])
     for entry in entries:
-        if entry.kind == "files" and not (remote.local_path(home) / entry.name).is_dir():
-            folder = remote.join(home, entry.name)
+        if entry.kind == "files" and not (folder := remote.file_in(home, entry.name)).is_dir():
             raise DataError(f"class directory {folder} is missing, the manifest lists it; restore it")

@@ -39,9 +39,7 @@ class ImageSource:
     def read(self, places: Places, flip: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises BadSamples for images that cannot be decoded."""
         records = self._images.read_many((self._firsts[places.shards] + places.rows).tolist())
-        decoded = self._decoder.separate(
-            [record.data for record in records], [record.where for record in records], self._image_size
-        )
+        decoded = self._decoder.separate([record.data for record in records], records, self._image_size)
         if decoded.failures:
             raise BadSamples(decoded.failures, whole_shards=False)
         pixels = decoded.pixels

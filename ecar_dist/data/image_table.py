@@ -69,6 +69,7 @@ def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -
     if table.shape != (entry.count,):
         raise DataError(f"{where} has shape {table.shape}, the manifest says {entry.count} images; {_AGAIN}")
     _check_rows(table, entry, num_classes, where)
+    _check_keys(table["key"], where)
     return table
 
 
@@ -87,6 +88,17 @@ def _check_rows(table: np.ndarray, entry: ImageEntry, num_classes: int, where: s
         if bad.any():
             row = table[int(bad.argmax())]
             raise DataError(f"{where}: row {row} of {entry.name} has a wrong {what}; {_AGAIN}")
+
+
+def _check_keys(keys: np.ndarray, where: str) -> None:
+    """Keys stand in messages and lists: no line ends, nothing that a terminal obeys, and no NUL, which ends a path."""
+    letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)
+    control = (letters < 0x20) | (letters == 0x7F)
+    padding = np.arange(letters.shape[1]) >= np.char.str_len(keys)[:, None]
+    bad = (control & ~padding).any(axis=1)
+    if bad.any():
+        key = bytes(keys[int(bad.argmax())])
+        raise DataError(f"{where}: key {key!r} has characters that are not printable; {_AGAIN}")
 
 
 def _dtype(key_bytes: int) -> np.dtype:

@@ -14,15 +14,43 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ecar_dist.data.manifest_rules import (
+    Bytes,
+    Classes,
+    Count,
+    FailureCount,
+    Flag,
+    MomentsShape,
+    PlainName,
+    RelativeName,
+    Samples,
+    Sha256,
+    Tree,
+    Visible,
+    Xxh3,
+    check_channels,
+    check_entries,
+    check_rows,
+    check_tar,
+)
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
+from ecar_dist.storage.remote import is_remote, join, local_path, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
+from ecar_dist.storage.untrusted import (
+    UntrustedError,
+    first_violation,
+    is_one_line,
+    parse_json,
+    printable,
+    read_plain_file,
+)
 
 MANIFEST_NAME = "manifest.json"
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 MAX_MANIFEST_BYTES = 1 << 30  # of a million shards it has about 300 MB
 
 
@@ -30,12 +58,14 @@ MAX_MANIFEST_BYTES = 1 << 30  # of a million shards it has about 300 MB
 class ShardEntry:
     """One shard as it must be found: file name, size in bytes, samples, the first one's global row, hashes."""
 
-    name: str
-    bytes: int
-    count: int
-    first_index: int
-    xxh3_128: str
-    sha256: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: RelativeName
+    bytes: Bytes
+    count: Samples
+    first_index: Count
+    xxh3_128: Xxh3
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -45,8 +75,8 @@ class LatentEntry(ShardEntry):
     An image that could not be encoded leaves a gap, so the row of a sample never depends on the fate of another.
     """
 
-    first_row: int
-    missing: tuple[int, ...] = ()  # rows left out, rising
+    first_row: Count
+    missing: tuple[Count, ...] = ()  # rows left out, rising
 
     @property
     def rows(self) -> np.ndarray:
@@ -62,8 +92,8 @@ class ImageEntry(ShardEntry):
     Of a directory (`kind` "files") `bytes` is the sum of its images' sizes, and the hashes are empty: nobody read them.
     """
 
-    table: str  # file name beside the manifest
-    table_xxh3_128: str
+    table: PlainName  # file name beside the manifest
+    table_xxh3_128: Xxh3
     kind: Literal["tar", "files"]
 
 
@@ -71,15 +101,16 @@ class ImageEntry(ShardEntry):
 class ImageManifest:
     """Labelled encoded images: WebDataset tars, or files in a directory per class."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     SCHEMA: ClassVar[str] = "ecar-images-v1"
     MADE_BY: ClassVar[str] = "ecar-data shard|index SOURCE OUT"
 
-    source: str
-    count: int
-    num_classes: int
-    class_names: list[str]
+    source: Visible
+    count: Samples
+    num_classes: Classes
+    class_names: list[Visible]
     shards: list[ImageEntry]
-    location: str | None = None  # folder or URL of the tars or directories; None: beside the manifest
+    location: Visible | None = None  # folder or URL of the tars or directories; None: beside the manifest
 
     @property
     def dataset_id(self) -> str:
@@ -95,31 +126,48 @@ class ImageManifest:
         """Where the tars or class directories are, for a manifest found in `folder`."""
         return folder if self.location is None else self.location
 
+    def check_sums(self) -> None:
+        """What no field can say alone. Raises UntrustedError."""
+        check_entries(self.shards, self.count, self.num_classes, self.class_names)
+        for entry in self.shards:
+            if entry.kind == "tar":
+                check_tar(entry, (entry.xxh3_128, entry.sha256, entry.table_xxh3_128))
+
 
 @dataclass(frozen=True)
 class Manifest:
     """Latent shards: raw moments, labels, and everything needed to interpret them."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     SCHEMA: ClassVar[str] = "ecar-latents-v1"
     MADE_BY: ClassVar[str] = "ecar-data finalize FOLDER"
 
-    count: int
-    num_classes: int
-    class_names: list[str]
-    moments_shape: tuple[int, ...]  # (2C, H, W): mean, logvar; or (C, H, W) of a deterministic encoder
-    has_flip: bool  # every sample also stores the moments of its mirrored image
-    encoder: dict[str, Any]  # vae.codec.EncoderIdentity.to_dict()
-    preprocessing: dict[str, Any]
-    statistics: dict[str, Any]
+    count: Samples
+    num_classes: Classes
+    class_names: list[Visible]
+    moments_shape: MomentsShape  # (2C, H, W): mean, logvar; or (C, H, W) of a deterministic encoder
+    has_flip: Flag  # every sample also stores the moments of its mirrored image
+    encoder: Tree  # vae.codec.EncoderIdentity.to_dict()
+    preprocessing: Tree
+    statistics: Tree
     shards: list[LatentEntry]
-    failures: dict[str, Any] = field(default_factory=lambda: {"count": 0, "file": None})
+    failures: FailureCount = field(default_factory=lambda: {"count": 0, "file": None})
 
     @property
     def dataset_id(self) -> str:
         return _dataset_id(self)
 
+    def check_sums(self) -> None:
+        """What no field can say alone. Raises UntrustedError."""
+        check_channels(self.encoder, self.moments_shape)
+        check_entries(self.shards, self.count, self.num_classes, self.class_names)
+        row = 0
+        for entry in self.shards:
+            check_tar(entry, (entry.xxh3_128, entry.sha256))
+            row = check_rows(entry, entry.first_row, entry.missing, row)
 
-AnyManifest = TypeVar("AnyManifest", Manifest, ImageManifest)
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest | ImageManifest)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -132,48 +180,99 @@ def load_image_manifest(folder: str | Path) -> ImageManifest:
     return _load(folder, ImageManifest)
 
 
+def schema_of(folder: str | Path) -> str:
+    """What kind of set the manifest in `folder` says it is; empty where it says nothing.
+
+    Raises DataError as `load_manifest`, but for what only its schema can tell.
+    """
+    tree = _read_tree(join(folder, MANIFEST_NAME), Manifest)
+    return str(tree.get("schema", "")) if isinstance(tree, dict) else ""
+
+
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
-    write_json(folder / MANIFEST_NAME, _to_dict(manifest))
+    """Raises DataError for what `load_manifest` or `load_image_manifest` would refuse."""
+    tree = dataclasses.asdict(manifest)
+    try:
+        _by_the_rules(tree, type(manifest)).check_sums()
+    except UntrustedError as error:
+        raise DataError(f"{folder} cannot be described in a manifest: {error}; correct that in its source") from None
+    write_json(folder / MANIFEST_NAME, {"schema": manifest.SCHEMA, **tree, "dataset_id": manifest.dataset_id})
 
 
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
-    """Raises DataError: no manifest, not JSON, another schema, a missing field, or edited after it was written."""
+    """Raises DataError: no manifest, not JSON, another schema, a field against its rule, or edited since."""
     url = join(folder, MANIFEST_NAME)
-    try:
-        return _proven(_read_json(url, kind), kind, redact(url))
-    except RecursionError:  # the parser's, or that of the hash: no manifest of ours comes near it
-        raise DataError(f"{redact(url)} is nested too deep; run `{kind.MADE_BY}` again") from None
-
-
-def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
-    if not isinstance(tree, dict) or tree.get("schema") != kind.SCHEMA:
-        found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
-        raise DataError(f"{where} has schema {found}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
-    stated = tree.pop("dataset_id", None)
-    del tree["schema"]
-    try:
-        manifest = TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{where}: {place}: {first['msg'].lower()}; run `{kind.MADE_BY}` again") from None
-    if manifest.dataset_id != stated:
-        raise DataError(
-            f"{where} was changed: dataset_id is {stated}, its content gives {manifest.dataset_id}; restore it"
-        )
+    manifest = _proven(_read_tree(url, kind), kind, redact(url))
+    if isinstance(manifest, ImageManifest):
+        _check_location(manifest.location, str(url))
     return manifest
 
 
-def _read_json(url: str, kind: type[AnyManifest]) -> Any:
+def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
+    text = _read(url, kind)
     try:
-        return json.loads(read_bytes(url, limit=MAX_MANIFEST_BYTES))
-    except ObjectMissing as error:
+        return parse_json(text)
+    except UntrustedError as error:
+        raise DataError(f"{redact(url)} is damaged: {error}; restore it, or run `{kind.MADE_BY}` again") from None
+
+
+def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
+    found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
+    if found != kind.SCHEMA:
+        said = printable(str(found), 80)
+        raise DataError(f"{where} has schema {said}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
+    stated = tree.pop("dataset_id", None)
+    del tree["schema"]
+    try:
+        manifest = _by_the_rules(tree, kind)
+        # first: an edit is named as one, before what it breaks
+        if manifest.dataset_id != stated:
+            said = printable(str(stated), 80)
+            raise DataError(
+                f"{where} was changed: dataset_id is {said}, its content gives {manifest.dataset_id}; restore it"
+            )
+        manifest.check_sums()
+    except UntrustedError as error:
+        raise DataError(f"{where} breaks its schema: {error}; restore it, or run `{kind.MADE_BY}` again") from None
+    return manifest
+
+
+def _check_location(location: str | None, url: str) -> None:
+    """An index names the place of its images, which is anywhere; but not on the machine of whoever downloads it."""
+    if location is None:
+        return
+    if not is_one_line(location):
+        raise DataError(f"{redact(url)}: location: {location!a} has characters that are not printable; correct it")
+    if is_remote(url) and not is_remote(location):
+        raise DataError(
+            f"{redact(url)}: location: {location} is a folder of this machine, and the manifest is not; give a URL, or "
+            "copy the index here"
+        )
+
+
+def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
+    """Each field of a manifest on its own. Raises UntrustedError naming the first that breaks its rule."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise UntrustedError(first_violation(error)) from None
+
+
+def _read(url: str, kind: type[AnyManifest]) -> bytes:
+    """The manifest's text. Raises DataError where there is none, or no regular file, or one that is too large."""
+    try:
         if is_remote(url):
-            raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
+            return read_bytes(url, limit=MAX_MANIFEST_BYTES)
+        return read_plain_file(local_path(url), MAX_MANIFEST_BYTES)
+    except ObjectMissing as error:
+        raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
+    except FileNotFoundError:
         fix = f"did you mean {meant}?" if (meant := meant_url(url)) else f"make it with `{kind.MADE_BY}`"
-        raise DataError(f"{redact(url)} does not exist; {fix}") from None
-    except ValueError as error:
-        raise DataError(f"{redact(url)} is not JSON ({error}); run `{kind.MADE_BY}` again") from None
+        raise DataError(f"{url} does not exist; {fix}") from None
+    except UntrustedError as error:
+        raise DataError(f"cannot read {url}: {error}; restore it, or run `{kind.MADE_BY}` again") from None
+    except OSError as error:
+        raise DataError(f"cannot read {url} ({error.strerror}); check the path and its permissions") from None
 
 
 def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
@@ -183,7 +282,3 @@ def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
 def _dataset_id(manifest: Manifest | ImageManifest) -> str:
     """sha256 of the canonical JSON of everything but itself."""
     return hashlib.sha256(json.dumps(_content(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _to_dict(manifest: Manifest | ImageManifest) -> dict[str, Any]:
-    return {**_content(manifest), "dataset_id": manifest.dataset_id}

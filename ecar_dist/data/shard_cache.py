@@ -55,10 +55,12 @@ class ShardCache:
 
     def __init__(self, url: str, dataset_id: str, entries: Sequence[ShardEntry], options: CacheOptions) -> None:
         self.entries, self.evicts = entries, options.budget_bytes is not None
-        self._url, self._options = url, options
+        self._options = options
         self._transfer = Transfer(policy=options.retry)
         self.stats = self._transfer.stats
         self._folder = options.folder / dataset_id
+        # one file name of each, however deep the shard lies
+        self._urls = [join(url, entry.name) for entry in entries]  # refuses a name that leads elsewhere
         self._paths = [self._folder / quote(entry.name, safe="") for entry in entries]
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -72,7 +74,7 @@ class ShardCache:
         self._future: Mapping[int, int] | None = None  # as `retire` was last told
 
     def where(self, shard_index: int) -> str:
-        return redact(join(self._url, self.entries[shard_index].name))
+        return redact(self._urls[shard_index])
 
     def open(self, shard_index: int) -> mmap.mmap:
         path, damaged = self._paths[shard_index], None
@@ -165,7 +167,7 @@ class ShardCache:
                 if not path.exists():
                     self._make_room(entry.bytes)
                     self.stats.add(refetches=damaged is not None)
-                    download = Download(join(self._url, entry.name), path, entry, self._transfer, self._ranges)
+                    download = Download(self._urls[shard_index], path, entry, self._transfer, self._ranges)
                     fetch_shard(download, attempts=1 if damaged is not None else 2)
         except CancelledError:
             raise DataError(f"fetching {self.where(shard_index)} was stopped; start again to go on") from None

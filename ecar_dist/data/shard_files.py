@@ -15,7 +15,7 @@ from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.shard_damage import describe_damage
 from ecar_dist.errors import DataError
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.storage.remote import file_in, is_remote, local_path
 
 _CHUNK = 1 << 20  # small enough to stay in the core's cache between the read and the hash
 
@@ -61,7 +61,7 @@ def check_presence(folder: str | Path, entries: Sequence[ShardEntry]) -> None:
     """
     if not is_remote(folder):
         for entry in entries:
-            check_size(local_path(folder) / entry.name, entry)
+            check_size(file_in(folder, entry.name), entry)
 
 
 def map_verified(path: Path, entry: ShardEntry) -> mmap.mmap:

@@ -22,6 +22,9 @@ class Probe:
     seconds: float
 
 
+NO_PROBE = Probe("", 0, 0.0)
+
+
 def probe_latents(place: str, manifest: Manifest) -> Probe:
     """Read the first bytes of the first shard: every rank the same ones, so a bad shard is no node's fault.
 

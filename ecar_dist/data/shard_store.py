@@ -12,7 +12,7 @@ from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.shard_cache import CacheOptions, ShardCache
 from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
 from ecar_dist.storage.daemon_pool import DaemonPool
-from ecar_dist.storage.remote import is_remote
+from ecar_dist.storage.remote import file_in, is_remote
 from ecar_dist.storage.retries import TransferStats
 
 
@@ -72,7 +72,7 @@ class LocalShards:
         return self._prove(shard_index)  # one that still waits its turn is taken over
 
     def where(self, shard_index: int) -> str:
-        return str(self._folder / self.entries[shard_index].name)
+        return str(self._path(shard_index))
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
         """As ShardStore.prefetch. What is no longer asked for is let go: its map would hold a file descriptor."""
@@ -89,4 +89,7 @@ class LocalShards:
         self._pool.end()
 
     def _prove(self, shard_index: int) -> mmap.mmap:
-        return map_verified(self._folder / self.entries[shard_index].name, self.entries[shard_index])
+        return map_verified(self._path(shard_index), self.entries[shard_index])
+
+    def _path(self, shard_index: int) -> Path:
+        return file_in(self._folder, self.entries[shard_index].name)

@@ -33,7 +33,7 @@ from ecar_dist.data.shard_layout import (
 from ecar_dist.data.shards import parse_description
 from ecar_dist.data.tar_index import BLOCK, TarMember, index_tar, write_dali_index
 from ecar_dist.errors import DataError
-from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
+from ecar_dist.storage.atomic import claim_name, naming, temporary_beside, write_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_latent_shard(
     path = folder / f"{shard_index:06d}.tar"
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             _write_tar(file, content, description)
             file.flush()
             os.fsync(file.fileno())

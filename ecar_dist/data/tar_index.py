@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.untrusted import is_one_line
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -113,6 +114,8 @@ def _header_at(file: SequentialFile, at: int, where: str, foreign: bool) -> tarf
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise _damaged(where, f"no valid tar header at byte {at} ({error})") from None
     fault = _dialect_fault(header, block) if foreign else _ustar_fault(header, block)
+    if not is_one_line(header.name):  # the index beside the tar has a line for each member, with its name
+        fault = "has a name with characters that are not printable"
     if fault:
         raise DataError(f"{where}: member {header.name!r} at byte {at} {fault}; {_REPACK if foreign else _RESTORE}")
     return header

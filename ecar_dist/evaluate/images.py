@@ -6,22 +6,36 @@ import numpy as np
 import torch
 
 from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.images import open_decoder
+from ecar_dist.data.images import WHITE, Background, open_decoder
+from ecar_dist.data.manifest import ImageManifest
 from ecar_dist.evaluate.score import LabelledImages
 from ecar_dist.rng import Purpose, normal
 from ecar_dist.vae.codec import LatentCodec, normalise
 from ecar_dist.vae.pixels import from_pixels, to_pixels
 
+KNOWN_SETS = ("digits",)  # whose source is a name, not a place
+ID_DIGITS = 8
 
-def read_images(folder: str, image_size: int, decoder: str = "dali") -> tuple[LabelledImages, str]:
-    """All images of a folder of image shards at image_size, and the name of their source. Raises DataError."""
+
+def read_images(
+    folder: str, image_size: int, decoder: str = "dali", background: Background = WHITE
+) -> tuple[LabelledImages, str]:
+    """All images of a folder of image shards at image_size, and a short name of the set. Raises DataError.
+
+    Transparency is composited on `background`, which must be that of the images that the model was trained on.
+    """
     shards = ImageShards(folder)
     records = [shards.read(index) for index in range(len(shards))]
-    converter = open_decoder(decoder)
+    converter = open_decoder(decoder, background=background)
     chunks = [records[i : i + 256] for i in range(0, len(records), 256)]
-    pixels = [converter.decode_to_batch([r.data for r in c], [r.where for r in c], image_size) for c in chunks]
+    pixels = [converter.decode_to_batch([r.data for r in c], c, image_size) for c in chunks]
     labels = np.array([record.label for record in records], dtype=np.int64)
-    return LabelledImages(np.concatenate(pixels), labels), shards.manifest.source
+    return LabelledImages(np.concatenate(pixels), labels), short_name(shards.manifest)
+
+
+def short_name(manifest: ImageManifest) -> str:
+    """For names of metrics: the same on every machine, wherever the images were taken from."""
+    return manifest.source if manifest.source in KNOWN_SETS else manifest.dataset_id[:ID_DIGITS]
 
 
 def reconstruct(codec: LatentCodec, images: LabelledImages, device: torch.device) -> LabelledImages:

@@ -14,9 +14,11 @@ import torch
 from ecar_dist.averaging import Decay, PosthocFit, Snapshot, fit, half_life_decay, power_decay, sigma_rel_to_gamma
 from ecar_dist.config import EmaSection, RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
-from ecar_dist.runtime.checkpoint_files import DamagedError, FragmentReader, read_manifest
+from ecar_dist.runtime.checkpoint_files import DamagedError, read_manifest
 from ecar_dist.runtime.checkpoint_load import meanings
+from ecar_dist.runtime.checkpoint_manifest import Manifest
 from ecar_dist.runtime.checkpoint_place import CheckpointPlace, newest_whole, open_ema_place, open_place
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.run_directory import RunDirectory
 
@@ -109,15 +111,15 @@ def open_average(run: Path, wanted: Wanted = Wanted(), checkpoint: Path | None =
     kind = _names_there(manifest, config).get(wanted.tracked_as(config.ema) or "")
     facts = wanted.describe(config.ema)
     if kind is None and wanted == Wanted():  # the config has another first average since
-        kind, facts = FIRST, {"meaning": manifest["averages"][FIRST]}
+        kind, facts = FIRST, {"meaning": manifest.averages[FIRST]}
     if kind is not None:
-        return Average(checkpoint, ((1.0, FragmentReader(checkpoint), kind),), {"kind": kind, **facts})
-    return _rebuilt(directory, config, wanted, checkpoint)
+        reader = FragmentReader(checkpoint, manifest=manifest)
+        return Average(checkpoint, ((1.0, reader, kind),), {"kind": kind, **facts})
+    return _rebuilt(directory, config, wanted, checkpoint, manifest.progress.step)
 
 
-def _rebuilt(directory: RunDirectory, config: RunConfig, wanted: Wanted, checkpoint: Path) -> Average:
+def _rebuilt(directory: RunDirectory, config: RunConfig, wanted: Wanted, checkpoint: Path, step: int) -> Average:
     """The sum of kept averages that comes nearest to the one wanted (post-hoc EMA, see averaging)."""
-    step = read_manifest(checkpoint)["progress"]["step"]
     kept = _kept_averages(directory, config, step)
     found = fit(list(kept), tracked_decays(config.ema), wanted.decay(config.ema), step, config.batch.global_batch_size)
     _check_residual(found, wanted.describe(config.ema))
@@ -140,19 +142,21 @@ def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -
         try:
             path = place.fetch(name)
         except DamagedError as damage:
-            print(f"warning: {place.where}/{name} is damaged ({damage}); rebuilding without it", file=sys.stderr)
+            print(
+                f"warning: {place.where}/{name} is damaged ({damage.problem}); rebuilding without it", file=sys.stderr
+            )
             continue
         manifest = read_manifest(path)
-        progress, since = manifest["progress"], manifest["averages_since"]
-        if progress["samples_seen"] != progress["step"] * config.batch.global_batch_size:
+        progress, since = manifest.progress, manifest.averages_since
+        if progress.samples_seen != progress.step * config.batch.global_batch_size:
             raise CheckpointError(
-                f"{path} has {progress['samples_seen']} samples after {progress['step']} steps, not steps x "
+                f"{path} has {progress.samples_seen} samples after {progress.step} steps, not steps x "
                 f"{config.batch.global_batch_size}: the batch size changed, and an average that was not kept cannot be "
                 f"rebuilt; export one of {sorted(tracked_decays(config.ema))}"
             )
-        if progress["step"] <= last_step:
+        if progress.step <= last_step:
             there = {kind: name for kind, name in _names_there(manifest, config).items() if since[name] == 0}
-            kept.update({(progress["step"], kind): (path, name) for kind, name in there.items()})
+            kept.update({(progress.step, kind): (path, name) for kind, name in there.items()})
     if not kept:
         raise CheckpointError(
             f"no average in {directory.path} goes back to the first step, as a fit needs it; export one of "
@@ -161,9 +165,9 @@ def _kept_averages(directory: RunDirectory, config: RunConfig, last_step: int) -
     return kept
 
 
-def _names_there(manifest: dict[str, Any], config: RunConfig) -> dict[str, str]:
+def _names_there(manifest: Manifest, config: RunConfig) -> dict[str, str]:
     """For each average of the config its name in a checkpoint, where it is there."""
-    names = {meaning: name for name, meaning in manifest["averages"].items()}
+    names = {meaning: name for name, meaning in manifest.averages.items()}
     return {kind: names[meaning] for kind, meaning in meanings(config.ema).items() if meaning in names}
 
 

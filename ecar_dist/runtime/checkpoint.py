@@ -23,8 +23,9 @@ import torch
 from ecar_dist.config import RunConfig
 from ecar_dist.errors import CheckpointError, EcarError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint_files import SCHEMA, Progress, readable
+from ecar_dist.runtime.checkpoint_files import Progress, readable
 from ecar_dist.runtime.checkpoint_load import meanings, state_by_kind
+from ecar_dist.runtime.checkpoint_manifest import SCHEMA, VALUE_BYTES
 from ecar_dist.runtime.checkpoint_place import Draft, open_ema_place, open_place
 from ecar_dist.runtime.checkpoint_restore import Expected, Restored, restore_newest
 from ecar_dist.runtime.checkpoint_writer import Outcome, Share, commit, outcome_of
@@ -36,7 +37,6 @@ from ecar_dist.runtime.world import World
 from ecar_dist.storage.daemon_pool import DaemonPool
 
 _PATIENCE = 10.0  # seconds that `close` gives a thread to notice
-_BYTES = 4  # of an fp32 value
 _FIX = "see to that, or set checkpoint.dir, and run the same command again"
 
 
@@ -171,7 +171,7 @@ class CheckpointStore:
     def needed_bytes(self, engine: Engine) -> int:
         """What one checkpoint takes, all ranks together."""
         values = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
-        return values * _BYTES * (1 + len(ADAM_MOMENTS) + len(self._averages))
+        return values * VALUE_BYTES * (1 + len(ADAM_MOMENTS) + len(self._averages))
 
     def space_warning(self, engine: Engine) -> str | None:
         """A line, for rank 0 to say at the start, where the place is too small for all that is to be kept there."""
@@ -249,7 +249,7 @@ class CheckpointStore:
 
     def _commit(self, save: _Save) -> list[dict[str, Any]]:
         """Rank 0's thread."""
-        manifests = [json.dumps({**save.manifest, "files": files}, indent=1).encode() for files in save.files]
+        manifests = [json.dumps({**save.manifest, "files": files}).encode() for files in save.files]
         drafts = [draft for draft, _ in save.drafts]
         commit(list(zip(drafts, manifests, strict=True)), self.place, self._still_ours)
         try:
@@ -287,7 +287,7 @@ class CheckpointStore:
                 draft.discard()
             room = self._room(save) if outcome.full else ""
         last = self.last_committed
-        whole = "there is no checkpoint yet" if last is None else f"the one of step {last} is whole"
+        whole = "there is no checkpoint yet" if last is None else f"the last one that was saved is of step {last}"
         what = f"the {'checkpoint' if save.is_checkpoint else 'copy of the averages'} of step {save.progress.step}"
         self._last_failure = f"{what} was not saved: rank {rank}: {outcome.error}{room}; {whole}"
         if self._failed_in_a_row >= self._section.max_failures:
@@ -298,7 +298,7 @@ class CheckpointStore:
     def _room(self, save: _Save) -> str:
         free = self.place.free_bytes()
         kinds = sum(len(kinds) for _, kinds in save.drafts)
-        needed = sum(torch.Size(shape).numel() for shape in save.manifest["shapes"].values()) * kinds * _BYTES
+        needed = sum(torch.Size(shape).numel() for shape in save.manifest["shapes"].values()) * kinds * VALUE_BYTES
         return "" if free is None else f" (it needs {readable(needed)}, and {readable(free)} are free)"
 
     def _raise(self, message: str) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import shutil
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -25,20 +23,26 @@ from ecar_dist.runtime.checkpoint_download import bring
 from ecar_dist.runtime.checkpoint_files import (
     MANIFEST,
     MARKER,
+    MARKER_BYTES,
     DamagedError,
     Needed,
+    UnreadableError,
+    check_committable,
+    is_checkpoint_name,
     marker_of,
+    open_fragments,
     proven_manifest,
     step_of,
 )
+from ecar_dist.runtime.checkpoint_manifest import MAX_MANIFEST_BYTES, Manifest
 from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import abort_uploads, join, list_files, read_bytes, remove, upload
+from ecar_dist.storage.remote import abort_uploads, join, list_files, read_object, remove, stat, upload
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
+from ecar_dist.storage.untrusted import path_inside
 
-_NAME = re.compile(r"step-\d{8,}-\w+")
 _SLOWEST = 8 << 20  # bytes a second; an operation on a large file gets the time that this rate takes
 
 
@@ -50,7 +54,7 @@ class BucketPlace:
         self._scratch = scratch / "checkpoints" / xxhash.xxh3_64_hexdigest(url.partition("?")[0].encode())
         self._stopping = threading.Event()
         self._underway: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # of transfers
-        self._manifests: dict[str, dict[str, Any]] = {}  # committed ones never change
+        self._manifests: dict[str, Manifest] = {}  # committed ones never change
 
     def prepare(self) -> None:
         self.make_scratch()
@@ -60,7 +64,7 @@ class BucketPlace:
     def committed(self) -> list[str]:
         return self._committed(self._objects())
 
-    def manifest(self, name: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> Manifest:
         if name not in self._manifests:
             self.make_scratch()
             with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -70,21 +74,22 @@ class BucketPlace:
     def whole(self) -> list[tuple[str, int]]:
         objects, found = self._objects(), []
         for name in self._committed(objects):
-            with contextlib.suppress(DamagedError, CheckpointError):
+            with contextlib.suppress(DamagedError):
                 manifest = self.manifest(name)
-                if all(objects.get(f"{name}/{entry['name']}") == entry["bytes"] for entry in manifest["files"]):
-                    found.append((name, manifest["progress"]["samples_seen"]))
+                if all(objects.get(f"{name}/{file.name}") == file.bytes for file in manifest.files):
+                    found.append((name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
-        for entry in self._manifest(name, folder)["files"]:
-            if needed(entry):
-                url, path = join(self._url, f"{name}/{entry['name']}"), folder / entry["name"]
-                with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
-                    bring(url, entry, path, self.transfer)
+        manifest = self._manifest(name, folder)
+        for file in filter(needed, manifest.files):
+            url, path = join(self._url, f"{name}/{file.name}"), path_inside(folder, file.name)
+            with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
+                bring(url, file, path, self.transfer)
+            open_fragments(folder, manifest, file, "np")
         return folder
 
     def release(self, name: str) -> None:
@@ -96,7 +101,7 @@ class BucketPlace:
     def sweep(self, keep: set[str]) -> None:
         objects = self._objects()
         for name in sorted({path.partition("/")[0] for path in objects} - keep):
-            if _NAME.fullmatch(name):
+            if is_checkpoint_name(name, attempt=True) and not self._is_unreadable(name, objects):
                 files = sorted(path for path in objects if path.startswith(f"{name}/"))
                 self._remove(sorted(files, key=lambda path: not path.endswith(f"/{MARKER}")))
                 self.release(name)
@@ -146,7 +151,8 @@ class BucketPlace:
 
     def _committed(self, objects: Mapping[str, int]) -> list[str]:
         names = (path.partition("/")[0] for path in objects if path.endswith(f"/{MARKER}"))
-        return sorted(filter(_NAME.fullmatch, names), key=lambda name: (step_of(name), name), reverse=True)
+        ours = (name for name in names if is_checkpoint_name(name, attempt=True))
+        return sorted(ours, key=lambda name: (step_of(name), name), reverse=True)
 
     def _objects(self) -> dict[str, int]:
         """Size of every object, by its name under the URL."""
@@ -155,16 +161,38 @@ class BucketPlace:
         except ObjectMissing:
             return {}
 
-    def _manifest(self, name: str, folder: Path) -> dict[str, Any]:
+    def _is_unreadable(self, name: str, objects: Mapping[str, int]) -> bool:
+        """Whether another version may be able to read it."""
+        try:
+            if f"{name}/{MARKER}" in objects:
+                self.manifest(name)
+        except UnreadableError:
+            return True
+        except DamagedError:
+            pass
+        return False
+
+    def _manifest(self, name: str, folder: Path) -> Manifest:
         """What a checkpoint says of itself, which is then in `folder` too. Raises DamagedError, CheckpointError."""
-        for file in (MANIFEST, MARKER):
-            try:
-                content = read_bytes(join(self._url, f"{name}/{file}"), self.transfer())
-            except ObjectMissing:
-                raise DamagedError(f"{file} is missing") from None
+        for file, limit in ((MANIFEST, MAX_MANIFEST_BYTES), (MARKER, MARKER_BYTES)):
+            content = self._small_object(name, file, limit)
             with atomic_write(folder / file) as out:
                 out.write(content)
-        return proven_manifest(folder)
+        return proven_manifest(folder, name)
+
+    def _small_object(self, name: str, file: str, limit: int) -> bytes:
+        """Not read where it is larger. Raises DamagedError."""
+        url = join(self._url, f"{name}/{file}")
+        try:
+            size = stat(url, self.transfer()).size
+            if size is None:
+                raise DamagedError(f"{self.where}/{name}", f"the store does not say how large {file} is")
+            if size > limit:
+                kind = UnreadableError if file == MANIFEST else DamagedError
+                raise kind(f"{self.where}/{name}", f"{file} has {size:,} bytes, this version reads {limit:,}")
+            return read_object(url, size, self.transfer(size))
+        except ObjectMissing:
+            raise DamagedError(f"{self.where}/{name}", f"{file} is missing") from None
 
     def _remove(self, paths: list[str]) -> None:
         """In this order. The marker is the first: from then on the checkpoint does not exist for a reader."""
@@ -181,6 +209,7 @@ class _BucketDraft:
         return self._place.send(f"{self.name}/{file}", write)
 
     def prepare(self, manifest: bytes) -> None:
+        check_committable(manifest, self.name)
         self._place.put(f"{self.name}/{MANIFEST}", manifest)
         self._marker = marker_of(manifest)
         failpoint("checkpoint.manifest")

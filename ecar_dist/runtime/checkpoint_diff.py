@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ecar_dist.runtime.checkpoint_files import FragmentReader, read_manifest
-from ecar_dist.runtime.checkpoint_report import blocks, headline, kinds_in, table
+from ecar_dist.runtime.checkpoint_manifest import Manifest
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
+from ecar_dist.runtime.checkpoint_report import blocks, headline, table
 from ecar_dist.runtime.export_files import flat_identity
+from ecar_dist.storage.untrusted import printable
 
 LARGEST = 10
 
@@ -52,10 +53,10 @@ class _Change:
 def diff_checkpoints(a: Path, b: Path) -> CheckpointDiff:
     """Compare two committed checkpoints; both should have been proven whole (see checkpoint_report.find_checkpoint)."""
     ours, theirs = FragmentReader(a), FragmentReader(b)
-    heads = _head_lines((a, b), (read_manifest(a), read_manifest(b)))
-    odd = [f"only in {side}: {kind}" for side, kind in _in_one_alone(kinds_in(a), kinds_in(b))]
+    heads = _head_lines((a, b), (ours.manifest, theirs.manifest))
+    odd = [f"only in {side}: {kind}" for side, kind in _in_one_alone(sorted(ours.kinds), sorted(theirs.kinds))]
     odd += _odd_parameters(ours, theirs)
-    changes = _changes(ours, theirs, [kind for kind in kinds_in(a) if kind in kinds_in(b)])
+    changes = _changes(ours, theirs, sorted(ours.kinds & theirs.kinds))
     differ = {key: change for key, change in changes.items() if change.difference != 0.0}  # a NaN differs
     if not odd and not differ:
         kinds, names = {kind for kind, _ in changes}, {name for _, name in changes}
@@ -63,13 +64,13 @@ def diff_checkpoints(a: Path, b: Path) -> CheckpointDiff:
     return CheckpointDiff(False, [*heads, *odd, *_change_lines(changes, differ)])
 
 
-def _head_lines(paths: tuple[Path, Path], manifests: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+def _head_lines(paths: tuple[Path, Path], manifests: tuple[Manifest, Manifest]) -> list[str]:
     lines = [
         f"{side} {path}: {headline(manifest)}" for side, path, manifest in zip("AB", paths, manifests, strict=True)
     ]
-    ours, theirs = (flat_identity(manifest["identity"]) for manifest in manifests)
+    ours, theirs = (flat_identity(manifest.identity) for manifest in manifests)
     return lines + [
-        f"identity {key}: {ours.get(key)} -> {theirs.get(key)}"
+        printable(f"identity {key}: {ours.get(key)} -> {theirs.get(key)}")
         for key in {**ours, **theirs}
         if ours.get(key) != theirs.get(key)
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint_files import DamagedError, hash_file, readable
+from ecar_dist.runtime.checkpoint_manifest import RankFile
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.node_lock import owned_temporary
+from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import read_range, stat
 from ecar_dist.storage.retries import ObjectMissing, Transfer
 
@@ -20,29 +22,29 @@ _RANGE = 16 << 20  # bytes of one request
 _THREADS = 8  # ranges of one file at a time
 
 
-def bring(url: str, entry: Mapping[str, Any], path: Path, transfer: Callable[[int], Transfer]) -> None:
-    """Have the file of manifest entry `entry` at `path`; `transfer` is for so many bytes.
+def bring(url: str, wanted: RankFile, path: Path, transfer: Callable[[int], Transfer]) -> None:
+    """Have the file `wanted` of a manifest at `path`; `transfer` is for so many bytes.
 
     Raises DamagedError where the store has none or another, DataError where it is out of reach, CheckpointError where
     there is no room.
     """
-    name, size = entry["name"], entry["bytes"]
-    if path.exists() and path.stat().st_size == size and hash_file(path) == entry["xxh3_128"]:
+    size = wanted.bytes
+    if path.exists() and path.stat().st_size == size and hash_file(path) == wanted.xxh3_128:
         return
     try:
         found = stat(url, transfer(0)).size
     except ObjectMissing:
-        raise DamagedError(f"{name} is missing") from None
+        raise DamagedError(redact(url), f"{wanted.name} is missing") from None
     if found not in (size, None):
-        raise DamagedError(f"{name} has {found} bytes, expected {size}")
+        raise DamagedError(redact(url), f"{wanted.name} has {found} bytes, expected {size}")
     with owned_temporary(path) as (temporary, file):
         _reserve(file, size, path)
         for _ in range(2):  # what was spoilt on the way comes right the second time
             _fetch_ranges(url, size, file, transfer(size))
-            if hash_file(temporary) == entry["xxh3_128"]:
+            if hash_file(temporary) == wanted.xxh3_128:
                 os.replace(temporary, path)  # no fsync: it is proven again before each use
                 return
-    raise DamagedError(f"{name} does not have its recorded hash")
+    raise DamagedError(redact(url), f"{wanted.name} does not have its recorded hash")
 
 
 def _reserve(file: BinaryIO, size: int, path: Path) -> None:

@@ -1,40 +1,56 @@
-"""The files of a checkpoint: what a reader of a committed one needs, and nothing about who writes it.
+"""The files of a checkpoint: where they lie, what they are called, and whether one is whole.
 
     checkpoints/step-00001000/state-00000-of-00002.safetensors   one per rank: its fragments
                               checkpoint.json                    progress, notes, identity, hash of every file
                               COMMITTED                          hash of checkpoint.json, written last
 
 A rank's file holds fp32 tensors keyed `kind:parameter:start`, for every fragment it owns one of each kind: the master
-weight, AdamW's two moments, the averages. A fragment names its place in the flattened parameter, so the reader's layout
-need not be the writer's. Only safetensors and JSON are read: nothing in a checkpoint is ever executed.
+weight, AdamW's two moments, the averages. Only safetensors and JSON are read: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
 
-import math
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.untrusted import file_inside, read_json
-
-if TYPE_CHECKING:
-    import torch  # its tensors are read below, the rest answers at once without it
+from ecar_dist.runtime.checkpoint_manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    OtherSchemaError,
+    RankFile,
+    WeightsFile,
+    parse_manifest,
+)
+from ecar_dist.storage.untrusted import UntrustedError, parse_json, path_inside, plain_name, printable, read_plain_file
 
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
-SCHEMA = "ecar-checkpoint-v2"
+MARKER_BYTES = 32  # a hash in hexadecimal
+_STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
+_STEP_AND_ATTEMPT = re.compile(r"step-(\d{8,18})-[0-9a-f]{8}_\d{4,9}", re.ASCII)
+_UNFINISHED = re.compile(r"tmp-step-\d{8,18}-\w+(-old)?", re.ASCII)
 
-Needed = Callable[[Mapping[str, Any]], bool]  # whether a reader wants a file, by its entry in the manifest
+Needed = Callable[[RankFile], bool]  # whether a reader wants a file
 
 
-class DamagedError(Exception):
-    """What is wrong with one checkpoint. The one before it may be whole."""
+class DamagedError(CheckpointError):
+    """One checkpoint is not whole; `problem` says why in a phrase. The one before it may be whole."""
+
+    def __init__(self, where: object, problem: str) -> None:
+        super().__init__(f"{where}: {problem}; use an older checkpoint, or a backup")
+        self.problem = problem
+
+
+class UnreadableError(DamagedError):
+    """A checkpoint that this version cannot read, and another may: it is never removed."""
 
 
 @dataclass(frozen=True)
@@ -45,108 +61,182 @@ class Progress:
     step: int = 0
 
 
-class FragmentReader:
-    """Reads any slice of any parameter of a committed checkpoint, whatever layout wrote it.
-
-    A file that is not `needed`, or was not fetched because nobody here needs it, is passed over; a gap shows when it is
-    read.
-    """
-
-    def __init__(self, path: Path, needed: Needed = lambda entry: True) -> None:
-        self._path = path
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        manifest = read_manifest(path)
-        self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-        for entry in filter(needed, manifest["files"]):
-            if (file := file_inside(path, entry["name"])).exists():
-                self._add(_open_tensors(file))
-
-    @property
-    def kinds(self) -> set[str]:
-        """Of what there are fragments: `master`, AdamW's moments, the averages."""
-        return {kind for kind, _ in self._pieces}
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened parameter, fp32 on CPU. Raises CheckpointError on a gap."""
-        import torch
-
-        value = torch.empty(numel)
-        filled = 0
-        for piece_start, piece_numel, handle, key in self._pieces.get((kind, name), []):
-            low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
-            if low < high:
-                value[low - start : high - start] = handle.get_slice(key)[low - piece_start : high - piece_start]
-                filled += high - low
-        if filled != numel:
-            raise CheckpointError(
-                f"{self._path} holds {filled} of {numel} values of {kind} {name}; it is of another model"
-            )
-        return value
-
-    def full(self, kind: str, name: str) -> torch.Tensor:
-        """A whole parameter in its own shape."""
-        shape = self.shapes[name]
-        return self.read(kind, name, 0, math.prod(shape)).view(shape)
-
-    def _add(self, handle: Any) -> None:
-        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            kind, name, start = key.split(":")
-            numel = handle.get_slice(key).get_shape()[0]
-            self._pieces.setdefault((kind, name), []).append((int(start), numel, handle, key))
-
-
-def _open_tensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is no safetensors file ({error}); use an older checkpoint") from None
-
-
 def readable(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def is_checkpoint_name(name: str, *, attempt: bool = False) -> bool:
+    """Whether a folder may be one of ours: `step-00001000`, in a bucket (`attempt`) `step-00001000-0123abcd_0001`."""
+    match = (_STEP_AND_ATTEMPT if attempt else _STEP).fullmatch(name)
+    return match is not None and f"{int(match[1]):08d}" == match[1]
+
+
+def is_unfinished_name(name: str) -> bool:
+    """Whether a folder is one in which we put a checkpoint together."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
 def step_of(name: str) -> int:
-    """The step in a checkpoint's name: `step-00001000`, in a bucket `step-00001000-<attempt>`."""
+    """The step in a checkpoint's name."""
     return int(name.split("-")[1])
 
 
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first. A directory without its marker does not exist."""
-    return sorted((path for path in folder.glob("step-*") if (path / MARKER).is_file()), reverse=True)
+    """Committed checkpoints, newest first. A directory without its marker does not exist, nor one of another name."""
+    found = [path for path in folder.glob("step-*") if is_checkpoint_name(path.name) and has_marker(path)]
+    return sorted(found, key=lambda path: step_of(path.name), reverse=True)
 
 
-def warn_of_damage(damaged: Iterable[tuple[str, str]], taken: object) -> None:
-    for path, problem in damaged:
-        print(f"warning: checkpoint {path} is damaged ({problem}); {taken} is used instead", file=sys.stderr)
+def has_marker(path: Path) -> bool:
+    """Whether anything is in the marker's place; whether it is the marker shows when it is read."""
+    try:
+        (path / MARKER).lstat()
+    except OSError:
+        return False
+    return True
 
 
-def none_whole(where: object, damaged: list[tuple[str, str]]) -> CheckpointError:
-    if not damaged:
+class PassedOver(NamedTuple):
+    """A checkpoint that is not used, and why; `unreadable` where another version may be able to read it."""
+
+    path: str
+    problem: str
+    unreadable: bool
+
+
+def warn_of_damage(passed_over: Iterable[PassedOver], taken: object) -> None:
+    """A line on stderr for each checkpoint that is newer than the one that was taken."""
+    for path, problem, unreadable in passed_over:
+        fault = "cannot be read by this version" if unreadable else "is damaged"
+        line = f"warning: checkpoint {path} {fault} ({problem}); {taken} is used instead"
+        print(line + ("; stop now if its progress is to be kept" if unreadable else ""), file=sys.stderr)
+
+
+def none_whole(where: object, passed_over: list[PassedOver]) -> CheckpointError:
+    if not passed_over:
         return CheckpointError(f"{where} holds no checkpoint; train first, or wait for the first save")
     return CheckpointError(
-        f"none of the {len(damaged)} checkpoints in {where} is whole ({damaged[0][0]}: {damaged[0][1]}); restore one "
-        f"from a backup, or remove the folder to train from the start"
+        f"none of the {len(passed_over)} checkpoints in {where} is whole ({passed_over[0].path}: "
+        f"{passed_over[0].problem}); restore one from a backup, or remove the folder to train from the start"
     )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a committed checkpoint says of itself. Raises CheckpointError where that is missing, or of another form."""
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{path} has schema {manifest.get('schema')!r}, this version of ecar_dist reads {SCHEMA!r}; "
-            f"use the version that wrote it"
-        )
-    return manifest
+def read_manifest(path: Path, name: str | None = None) -> Manifest:
+    """What a checkpoint says of itself. `name`: what it is called, where that is not the folder's name.
+
+    Raises DamagedError where it is missing, not ours, or of another step than the name says, and UnreadableError where
+    it is of another version.
+    """
+    return _parsed(path, _content(path, MANIFEST, MAX_MANIFEST_BYTES), name or path.name)
 
 
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its hash. Raises CheckpointError naming the first bad one."""
-    problem = first_problem(path, 0, 1)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}; use an older checkpoint")
+def manifest_as_it_is(path: Path) -> Any:
+    """The JSON value of a manifest, with what this version does not know. Raises DamagedError where it is not JSON."""
+    try:
+        return parse_json(_content(path, MANIFEST, MAX_MANIFEST_BYTES))
+    except UntrustedError as error:
+        raise DamagedError(path, f"{MANIFEST}: {error}") from None
+
+
+def proven_manifest(path: Path, name: str | None = None) -> Manifest:
+    """The manifest, equal to what was committed. Raises as `read_manifest`, and DamagedError where it is not."""
+    marker, text = _content(path, MARKER, MARKER_BYTES), _content(path, MANIFEST, MAX_MANIFEST_BYTES)
+    if marker_of(text) != marker:
+        raise DamagedError(path, f"{MANIFEST} does not match {MARKER}")
+    return _parsed(path, text, name or path.name)
+
+
+def check_committable(manifest: bytes, name: str) -> Manifest:
+    """What is about to be committed as `name`. Raises CheckpointError where no reader would take it."""
+    try:
+        if len(manifest) > MAX_MANIFEST_BYTES:
+            raise UntrustedError(
+                f"it has {len(manifest):,} bytes, and readers take {MAX_MANIFEST_BYTES:,}: every rank holds a piece of "
+                f"every parameter; use fewer ranks, or deepspeed.zero_stage 1 or 2"
+            )
+        record = parse_manifest(manifest)
+    except UntrustedError as error:
+        raise CheckpointError(f"{MANIFEST} could not be read back: {error}") from None
+    if record.progress.step != step_of(name):
+        raise CheckpointError(f"{MANIFEST} of {name} could not be read back: it is of step {record.progress.step}")
+    return record
+
+
+def marker_of(manifest: bytes) -> bytes:
+    """What COMMITTED holds."""
+    return xxhash.xxh3_128_hexdigest(manifest).encode()
+
+
+def verify(path: Path, rank: int = 0, size: int = 1) -> None:
+    """Prove a checkpoint: its manifest, and of its files every `size`-th, from number `rank` on, by its hash.
+
+    Raises DamagedError naming the first bad one, and UnreadableError.
+    """
+    manifest = proven_manifest(path)
+    for file in manifest.files[rank::size]:
+        open_fragments(path, manifest, file, "np")  # before it is hashed: that reads all of it, whatever its size
+        try:
+            digest = hash_file(sized_file(path, file))
+        except OSError as error:
+            raise DamagedError(path, f"{file.name}: {error.strerror}") from None
+        if digest != file.xxh3_128:
+            raise DamagedError(path, f"{file.name} does not have its recorded hash")
+
+
+def sized_file(path: Path, file: WeightsFile) -> Path:
+    """A regular file in the folder, of the recorded size. Raises DamagedError."""
+    try:
+        found = path_inside(path, plain_name(file.name))
+        status = found.stat()
+    except UntrustedError as error:
+        raise DamagedError(path, str(error)) from None
+    except OSError as error:
+        raise DamagedError(path, f"{file.name}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedError(path, f"{file.name} is not a regular file")
+    if status.st_size != file.bytes:
+        raise DamagedError(path, f"{file.name} has {status.st_size} bytes, expected {file.bytes}")
+    return found
+
+
+def open_fragments(path: Path, manifest: Manifest, file: RankFile, framework: str) -> tuple[Any, set[str]]:
+    """A rank's file, opened, and its kinds of state: it holds one fp32 tensor for each kind and fragment, no others.
+
+    Raises DamagedError. `framework`: what its tensors will be, `pt` or `np`.
+    """
+    try:
+        handle = open_tensors(sized_file(path, file), framework, file.header_limit(manifest.most_kinds))
+    except UntrustedError as error:
+        raise DamagedError(path, f"{file.name} {error}") from None
+    keys = set(handle.keys())
+    kinds = {key.partition(":")[0] for key in keys}
+    for piece in file.pieces():
+        for kind in kinds:
+            key = f"{kind}:{piece.name}:{piece.start}"
+            if key not in keys:
+                raise DamagedError(path, f"{file.name} lacks {printable(key)}")
+            found = handle.get_slice(key)
+            if (found.get_dtype(), found.get_shape()) != ("F32", [piece.numel]):
+                said = f"{found.get_dtype()} {found.get_shape()}, expected F32 [{piece.numel}]"
+                raise DamagedError(path, f"{printable(key)} of {file.name} is {said}")
+    if len(keys) != len(kinds) * len(file.fragments):
+        raise DamagedError(path, f"{file.name} holds tensors that {MANIFEST} does not name")
+    return handle, kinds
+
+
+def open_tensors(file: Path, framework: str, header_limit: int) -> Any:
+    """A safetensors file whose header is not above the limit. Raises UntrustedError, a phrase to go after its name."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > header_limit:
+            raise UntrustedError(f"is not a safetensors file (a header of {length:,} bytes, above {header_limit:,})")
+        return safe_open(file, framework=framework)
+    except SafetensorError as error:
+        raise UntrustedError(f"is not a safetensors file ({printable(str(error))})") from None
+    except OSError as error:
+        raise UntrustedError(f"cannot be read: {error.strerror}") from None
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -158,8 +248,8 @@ def check_identity(where: object, found: Mapping[str, Any], expected: Mapping[st
     """Refuse a checkpoint of another model or stage schedule. Raises CheckpointError."""
     for key in differences(found, expected):
         raise CheckpointError(
-            f"{where} was made with {key}={found.get(key)}, this run has {key}={expected.get(key)}; "
-            f"set it back, or choose another run.name to train anew"
+            f"{where} was made with {printable(f'{key}={found.get(key)}')}, this run has "
+            f"{printable(f'{key}={expected.get(key)}')}; set it back, or choose another run.name to train anew"
         )
 
 
@@ -172,34 +262,28 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def first_problem(path: Path, rank: int, size: int) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, or None. Raises as `read_manifest`."""
+def _content(path: Path, name: str, limit: int) -> bytes:
+    """Of COMMITTED or checkpoint.json; its size is looked at before it is read."""
     try:
-        for entry in proven_manifest(path)["files"][rank::size]:
-            if hash_file(sized_file(path, entry)) != entry["xxh3_128"]:
-                return f"{entry['name']} does not have its recorded hash"
-    except DamagedError as damage:
-        return str(damage)
+        file = path_inside(path, name)
+        status = file.lstat()
+        if name == MANIFEST and stat.S_ISREG(status.st_mode) and status.st_size > limit:
+            raise UnreadableError(path, f"{name} has {status.st_size:,} bytes, this version reads {limit:,}")
+        return read_plain_file(file, limit)
+    except UntrustedError as error:
+        raise DamagedError(path, f"{name}: {error}") from None
     except OSError as error:
-        return f"{error.filename or path}: {error.strerror}"
-    return None
+        raise DamagedError(path, f"{name}: {error.strerror}") from None
 
 
-def proven_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, equal to what was committed. Raises DamagedError where it is not, OSError where it is gone."""
-    if marker_of((path / MANIFEST).read_bytes()) != (path / MARKER).read_bytes():
-        raise DamagedError(f"{MANIFEST} does not match {MARKER}")
-    return read_manifest(path)
-
-
-def marker_of(manifest: bytes) -> bytes:
-    """What COMMITTED holds."""
-    return xxhash.xxh3_128_hexdigest(manifest).encode()
-
-
-def sized_file(path: Path, entry: Mapping[str, Any]) -> Path:
-    """A file of the manifest. Raises DamagedError where it was cut, OSError where it is missing."""
-    file = file_inside(path, entry["name"])
-    if file.stat().st_size != entry["bytes"]:
-        raise DamagedError(f"{entry['name']} has {file.stat().st_size} bytes, expected {entry['bytes']}")
-    return file
+def _parsed(path: Path, text: bytes, name: str) -> Manifest:
+    try:
+        manifest = parse_manifest(text)
+    except OtherSchemaError as error:
+        raise UnreadableError(path, str(error)) from None
+    except UntrustedError as error:
+        raise DamagedError(path, f"{MANIFEST}: {error}") from None
+    ours = is_checkpoint_name(name) or is_checkpoint_name(name, attempt=True)
+    if ours and manifest.progress.step != step_of(name):
+        raise DamagedError(path, f"its name is of step {step_of(name)}, {MANIFEST} of step {manifest.progress.step}")
+    return manifest

@@ -12,9 +12,12 @@ from ecar_dist.command_line import counted
 from ecar_dist.config import EmaSection
 from ecar_dist.errors import CheckpointError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint_files import FragmentReader, Needed, differences
+from ecar_dist.runtime.checkpoint_files import Needed, differences
+from ecar_dist.runtime.checkpoint_manifest import Manifest, RankFile
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+from ecar_dist.storage.untrusted import printable
 
 MASTER = "master"
 
@@ -41,16 +44,15 @@ def sources(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, st
 
 
 def needed_by(fragments: Sequence[Fragment]) -> Needed:
-    """Whether a file of a checkpoint, by its manifest entry, holds anything of `fragments`."""
+    """Whether a file of a checkpoint holds anything of `fragments`."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for fragment in fragments:
         spans.setdefault(fragment.name, []).append((fragment.start, fragment.start + fragment.numel))
 
-    def needed(entry: Mapping[str, Any]) -> bool:
-        for text in entry["fragments"]:
-            name, start, numel = text.rsplit(":", 2)
-            low, high = int(start), int(start) + int(numel)
-            if any(low < stop and begin < high for begin, stop in spans.get(name, ())):
+    def needed(file: RankFile) -> bool:
+        for piece in file.pieces():
+            low, high = piece.start, piece.start + piece.numel
+            if any(low < stop and begin < high for begin, stop in spans.get(piece.name, ())):
                 return True
         return False
 
@@ -58,11 +60,17 @@ def needed_by(fragments: Sequence[Fragment]) -> Needed:
 
 
 @torch.no_grad()
-def read_share(folder: Path, engine: Engine, ema: ShardedEma, origins: Mapping[str, str | None]) -> None:
-    """This rank's slices, and no more, into its tensors. `origins`: the averages' kinds in the checkpoint."""
+def read_share(
+    folder: Path, manifest: Manifest, engine: Engine, ema: ShardedEma, origins: Mapping[str, str | None]
+) -> None:
+    """This rank's slices, and no more, into its tensors. `origins`: the averages' kinds in the checkpoint.
+
+    Raises DamagedError; what was read until then stays in the tensors.
+    """
     failpoint("load.read")
     # of a large world's files a rank needs a few: their headers alone are megabytes
-    reader, state = FragmentReader(folder, needed_by(engine.fragments)), state_by_kind(engine, ema)
+    reader = FragmentReader(folder, needed_by(engine.fragments), manifest)
+    state = state_by_kind(engine, ema)
     for fragment in engine.fragments:
         for kind, partitions in state.items():
             source = origins.get(kind, kind) or MASTER
@@ -70,9 +78,9 @@ def read_share(folder: Path, engine: Engine, ema: ShardedEma, origins: Mapping[s
             fragment.of(partitions).copy_(value)
 
 
-def begun(manifest: Mapping[str, Any], wanted: Mapping[str, str], origins: Mapping[str, str | None]) -> dict[str, int]:
+def begun(manifest: Manifest, wanted: Mapping[str, str], origins: Mapping[str, str | None]) -> dict[str, int]:
     """The step that each average goes back to: that of the checkpoint where it is new, or was another until then."""
-    found, since, now = manifest["averages"], manifest["averages_since"], manifest["progress"]["step"]
+    found, since, now = manifest.averages, manifest.averages_since, manifest.progress.step
     return {
         kind: since[source] if source is not None and found[source] == wanted[kind] else now
         for kind, source in origins.items()
@@ -91,28 +99,40 @@ def check_run(where: str, found: str, expected: str, adopt: bool) -> str | None:
     )
 
 
+def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint of a model with other parameters than this one. Raises CheckpointError."""
+    for name in differences(found, expected):
+        shapes = [str(list(one[name])) if name in one else "not there" for one in (found, expected)]
+        raise CheckpointError(
+            f"{where} was made with parameter {name} {shapes[0]}, in this model it is {shapes[1]}; use the version of "
+            f"ecar_dist that wrote it, or choose another run.name to train anew"
+        )
+
+
 def check_data(where: str, found: Mapping[str, Any], expected: Mapping[str, Any], allow: bool) -> str | None:
     """A line where the data, or their order, are others, and may be. Raises CheckpointError where they may not."""
     changed = differences(found, expected)
     if not changed:
         return None
     if allow:
-        return "new data order from here on: " + ", ".join(f"{k}={found.get(k)} -> {expected.get(k)}" for k in changed)
+        changes = (printable(f"{key}={found.get(key)} -> {expected.get(key)}") for key in changed)
+        return "new data order from here on: " + ", ".join(changes)
     key = changed[0]
+    theirs, ours = (printable(f"{key}={one.get(key)}") for one in (found, expected))
     raise CheckpointError(
-        f"{where} was made with {key}={found.get(key)}, this run has {key}={expected.get(key)}: the order of the data "
-        f"would change; set it back, or add --new-data-order to go on with the new one"
+        f"{where} was made with {theirs}, this run has {ours}: the order of the data would change; set it back, or add "
+        f"--new-data-order to go on with the new one"
     )
 
 
 def conversion(
-    manifest: Mapping[str, Any], here: Mapping[str, Any], wanted: Mapping[str, str], origins: Mapping[str, str | None]
+    manifest: Manifest, here: Mapping[str, Any], wanted: Mapping[str, str], origins: Mapping[str, str | None]
 ) -> str | None:
     """One line on what was converted; None where reader and writer are alike."""
-    found = manifest["averages"]
-    parts = []
-    if any(manifest[key] != here[key] for key in ("world_size", "zero_stage", "precision")):
-        parts.append(f"written by {_layout(manifest, here)}, read by {_layout(here, manifest)}")
+    found, parts = manifest.averages, []
+    there = {key: getattr(manifest, key) for key in ("world_size", "zero_stage", "precision")}
+    if there != here:
+        parts.append(f"written by {_layout(there, here)}, read by {_layout(here, there)}")
     for kind, source in origins.items():
         if source is None:
             parts.append(f"the average of {wanted[kind]} is new and begins from the weights")

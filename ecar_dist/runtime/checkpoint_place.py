@@ -6,12 +6,11 @@ one step that cannot be seen half-done: a rename here, the marker object in a bu
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ecar_dist.config import RunConfig
 from ecar_dist.data.shard_cache import CacheOptions
@@ -23,18 +22,26 @@ from ecar_dist.runtime.checkpoint_files import (
     MARKER,
     DamagedError,
     Needed,
+    PassedOver,
+    UnreadableError,
+    check_committable,
     committed,
-    first_problem,
+    has_marker,
+    is_checkpoint_name,
+    is_unfinished_name,
     marker_of,
     none_whole,
     proven_manifest,
     sized_file,
+    verify,
     warn_of_damage,
 )
+from ecar_dist.runtime.checkpoint_manifest import Manifest, RankFile
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import sync_to_disk
 from ecar_dist.storage.remote import is_remote, join, local_path
+from ecar_dist.storage.untrusted import printable
 
 
 class Draft(Protocol):
@@ -46,7 +53,8 @@ class Draft(Protocol):
         """Any rank: have `write` make a file at the path it is given, and bring that to the place, durably."""
 
     def prepare(self, manifest: bytes) -> None:
-        """Rank 0, when all files are there. Raises CheckpointError where this rank does not see them."""
+        """Rank 0, when all files are there. Raises CheckpointError where this rank does not see them, or where no
+        reader would take what is to be committed."""
 
     def publish(self) -> None:
         """Rank 0, last: from here on the checkpoint exists, in the place of one of the same name."""
@@ -66,17 +74,17 @@ class CheckpointPlace(Protocol):
     def committed(self) -> list[str]:
         """Names of the committed checkpoints, newest first."""
 
-    def manifest(self, name: str) -> dict[str, Any]:
-        """What a committed checkpoint says of itself. Raises DamagedError, and CheckpointError for another schema."""
+    def manifest(self, name: str) -> Manifest:
+        """What a committed checkpoint says of itself. Raises DamagedError, UnreadableError for another version's."""
 
     def whole(self) -> list[tuple[str, int]]:
         """(name, samples_seen), newest first, of those that are whole as far as can be seen without reading them."""
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
         """A folder with the manifest and all files that are `needed`, each compared with its hash by somebody.
 
         Of `share` (rank, world size), where all ranks see the same files, each hashes its part of them. Raises
-        DamagedError, and CheckpointError for a checkpoint of another schema.
+        DamagedError, and UnreadableError for a checkpoint of another version.
         """
 
     def release(self, name: str) -> None:
@@ -86,7 +94,10 @@ class CheckpointPlace(Protocol):
         """All ranks give the same two."""
 
     def sweep(self, keep: set[str]) -> None:
-        """Remove all other checkpoints, and what was left half-made; a reader sees each whole, or not at all."""
+        """Remove all other checkpoints, and what was left half-made; a reader sees each whole, or not at all.
+
+        What is not named as we name it stays, and so does a checkpoint that another version may read.
+        """
 
     def free_bytes(self) -> int | None:
         """Space for more; None where nobody can tell."""
@@ -119,16 +130,17 @@ def place_at(config: RunConfig, where: str) -> CheckpointPlace:
 
 def newest_whole(place: CheckpointPlace) -> Path:
     """The newest checkpoint that is whole, fetched; damaged ones are warned of. Raises CheckpointError without one."""
-    damaged: list[tuple[str, str]] = []
+    passed_over: list[PassedOver] = []
     for name in place.committed():
+        where = f"{place.where}/{name}"
         try:
             path = place.fetch(name)
         except DamagedError as damage:
-            damaged.append((f"{place.where}/{name}", str(damage)))
+            passed_over.append(PassedOver(where, damage.problem, isinstance(damage, UnreadableError)))
             continue
-        warn_of_damage(damaged, f"{place.where}/{name}")
+        warn_of_damage(passed_over, where)
         return path
-    raise none_whole(place.where, damaged)
+    raise none_whole(place.where, passed_over)
 
 
 class LocalPlace:
@@ -144,31 +156,35 @@ class LocalPlace:
             raise CheckpointError(f"cannot make {self._folder} ({error.strerror}); set checkpoint.dir") from None
         if not os.access(self._folder, os.W_OK):
             raise CheckpointError(f"{self._folder} cannot be written to; change its rights, or set checkpoint.dir")
+        others = [
+            path.name for path in self._folder.iterdir() if not is_unfinished_name(path.name) and has_marker(path)
+        ]
+        if others and not self.committed():
+            raise CheckpointError(
+                f"{self._folder} holds no checkpoint but {printable(min(others))}, which may be one by another name; "
+                f"rename it to step- and its step in 8 digits, or move it away to train from the start"
+            )
 
     def committed(self) -> list[str]:
         return [path.name for path in committed(self._folder)]
 
-    def manifest(self, name: str) -> dict[str, Any]:
-        try:
-            return proven_manifest(self._folder / name)
-        except OSError as error:
-            raise DamagedError(f"{error.filename}: {error.strerror}") from None
+    def manifest(self, name: str) -> Manifest:
+        return proven_manifest(self._folder / name)
 
     def whole(self) -> list[tuple[str, int]]:
         found = []
         for path in committed(self._folder):
             try:
                 manifest = proven_manifest(path)
-                for entry in manifest["files"]:
-                    sized_file(path, entry)
-            except (DamagedError, CheckpointError, OSError):
+                for file in manifest.files:
+                    sized_file(path, file)
+            except DamagedError:
                 continue
-            found.append((path.name, manifest["progress"]["samples_seen"]))
+            found.append((path.name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda entry: True) -> Path:
-        if problem := first_problem(self._folder / name, *share):
-            raise DamagedError(problem)
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
+        verify(self._folder / name, *share)
         return self._folder / name
 
     def release(self, name: str) -> None:
@@ -179,8 +195,20 @@ class LocalPlace:
 
     def sweep(self, keep: set[str]) -> None:
         for path in sorted([*self._folder.glob("step-*"), *self._folder.glob("tmp-*")]):
-            if path.name not in keep:
+            ours = is_checkpoint_name(path.name) or is_unfinished_name(path.name)
+            if ours and path.name not in keep and not path.is_symlink() and not self._is_unreadable(path):
                 _remove(path)
+
+    def _is_unreadable(self, path: Path) -> bool:
+        """Whether another version may be able to read it."""
+        try:
+            if has_marker(path):
+                self.manifest(path.name)
+        except UnreadableError:
+            return True
+        except DamagedError:
+            pass
+        return False
 
     def free_bytes(self) -> int | None:
         return room(self._folder)
@@ -199,8 +227,8 @@ class _LocalDraft:
         return write(self._temporary / file)
 
     def prepare(self, manifest: bytes) -> None:
-        for entry in json.loads(manifest)["files"]:
-            self._check_seen(entry)
+        for file in check_committable(manifest, self.name).files:
+            self._check_seen(file)
         self._write(MANIFEST, manifest)
         failpoint("checkpoint.manifest")
         self._write(MARKER, marker_of(manifest))
@@ -218,13 +246,13 @@ class _LocalDraft:
     def discard(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _check_seen(self, entry: Mapping[str, Any]) -> None:
+    def _check_seen(self, file: RankFile) -> None:
         """A rank of another node may have written to a disk of its own."""
         try:
-            sized_file(self._temporary, entry)
-        except (OSError, DamagedError):
+            sized_file(self._temporary, file)
+        except DamagedError:
             raise CheckpointError(
-                f"{entry['name']} was written and is not in {self._folder} on the node of rank 0; set checkpoint.dir "
+                f"{file.name} was written and is not in {self._folder} on the node of rank 0; set checkpoint.dir "
                 f"to a folder that all nodes see"
             ) from None
 
@@ -235,7 +263,7 @@ class _LocalDraft:
 
 def _remove(path: Path) -> None:
     """The marker goes first: from then on the checkpoint does not exist for a reader."""
-    if (path / MARKER).exists():
+    if has_marker(path):
         (path / MARKER).unlink()
         sync_to_disk(path)
     failpoint("checkpoint.prune")

@@ -7,18 +7,18 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ecar_dist.command_line import counted
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint_files import MARKER, DamagedError, FragmentReader, read_manifest, step_of, verify
+from ecar_dist.runtime.checkpoint_files import DamagedError, has_marker, step_of, verify
+from ecar_dist.runtime.checkpoint_manifest import Manifest
 from ecar_dist.runtime.checkpoint_place import newest_whole, open_place
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.export_files import flat_identity
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.runtime.untrusted import file_inside
+from ecar_dist.storage.untrusted import printable
 
 BLOCK = 1 << 22  # elements read at once
 
@@ -28,7 +28,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
     Raises ConfigError or CheckpointError where there is none, or where it is damaged.
     """
-    if (path / MARKER).is_file():
+    if has_marker(path):
         verify(path)
         return path
     config = RunDirectory(path).load_config()
@@ -43,47 +43,40 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     try:
         return place.fetch(names[step])
     except DamagedError as damage:
-        raise CheckpointError(f"{place.where}/{names[step]}: {damage}; use an older checkpoint") from None
+        raise CheckpointError(f"{place.where}/{names[step]}: {damage.problem}; use an older checkpoint") from None
 
 
 def inspect_lines(path: Path) -> list[str]:
     """How far it is, who wrote it, what it belongs to, and for each kind of state its size and its numbers."""
-    manifest, reader = read_manifest(path), FragmentReader(path)
-    size = sum(entry["bytes"] for entry in manifest["files"])
+    reader = FragmentReader(path)
+    manifest = reader.manifest
+    size = sum(file.bytes for file in manifest.files)
     return [
-        f"{path}: {headline(manifest)}; {len(manifest['files'])} files, {size / 2**20:.1f} MiB",
+        f"{path}: {headline(manifest)}; {len(manifest.files)} files, {size / 2**20:.1f} MiB",
         f"{sum(map(math.prod, reader.shapes.values())):,} parameters in {len(reader.shapes)} tensors",
         *table(
             ("kind", "values", "MiB", "norm", "largest", "not finite"),
-            [(kind, *_Numbers.of(reader, kind).cells()) for kind in kinds_in(path)],
+            [(kind, *_Numbers.of(reader, kind).cells()) for kind in sorted(reader.kinds)],
         ),
         "identity",
-        *(f"  {name}: {value}" for name, value in flat_identity(manifest["identity"]).items()),
-        *(textwrap.shorten(f"note {name}: {value}", 120) for name, value in manifest["notes"].items()),
+        *(printable(f"  {name}: {value}") for name, value in flat_identity(manifest.identity).items()),
+        *(printable(textwrap.shorten(f"note {name}: {value}", 120)) for name, value in manifest.notes.items()),
     ]
 
 
-def kinds_in(path: Path) -> list[str]:
-    """The kinds of state in a checkpoint's files: `master`, Adam's moments, the averages."""
-    keys: list[str] = []
-    for entry in read_manifest(path)["files"]:
-        keys += safe_open(file_inside(path, entry["name"]), framework="pt").keys()
-    return sorted({key.split(":")[0] for key in keys})
-
-
-def headline(manifest: dict[str, Any]) -> str:
-    progress = manifest["progress"]
+def headline(manifest: Manifest) -> str:
+    progress = manifest.progress
     return (
-        f"step {progress['step']:,}, {progress['samples_seen']:,} samples, written by "
-        f"{counted(manifest['world_size'], 'rank')} with ZeRO-{manifest['zero_stage']}"
+        f"step {progress.step:,}, {progress.samples_seen:,} samples, written by "
+        f"{counted(manifest.world_size, 'rank')} with ZeRO-{manifest.zero_stage}"
     )
 
 
 def blocks(reader: FragmentReader, kind: str, name: str) -> Iterator[torch.Tensor]:
-    """A parameter, flattened, in pieces of at most BLOCK elements."""
+    """A parameter, flattened, in pieces of at most BLOCK elements, be they numbers or not."""
     numel = math.prod(reader.shapes[name])
     for start in range(0, numel, BLOCK):
-        yield reader.read(kind, name, start, min(BLOCK, numel - start))
+        yield reader.read(kind, name, start, min(BLOCK, numel - start), any_value=True)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint_files import (
     DamagedError,
+    PassedOver,
     Progress,
+    UnreadableError,
     check_identity,
     none_whole,
     read_manifest,
     warn_of_damage,
 )
-from ecar_dist.runtime.checkpoint_load import begun, check_data, check_run, conversion, needed_by, read_share, sources
+from ecar_dist.runtime.checkpoint_load import (
+    begun,
+    check_data,
+    check_run,
+    check_shapes,
+    conversion,
+    needed_by,
+    read_share,
+    sources,
+)
 from ecar_dist.runtime.checkpoint_place import CheckpointPlace
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,25 +68,31 @@ class Expected:
 def restore_newest(
     place: CheckpointPlace, world: World, engine: Engine, ema: ShardedEma, expected: Expected
 ) -> tuple[Restored | None, set[str]]:
-    """Load the newest whole checkpoint, if there is any; also the names of those found damaged. Collective.
+    """Load the newest whole checkpoint, if there is any; also the names of those passed over. Collective.
 
-    Raises CheckpointError where all are damaged, or the checkpoint is not one that this run can go on from.
+    One that any rank cannot read, or whose values training cannot go on from, is passed over with a warning. Raises
+    CheckpointError where all are, or the checkpoint is not one that this run can go on from.
     """
     names: list[str] = world.broadcast(world.on_first_rank(lambda: _list(place)))
-    damaged: list[tuple[str, str]] = []
+    passed_over: list[PassedOver] = []
     for name in names:
-        folder, problem = _fetch(place, name, world, engine)
-        if folder is None:
-            damaged.append((f"{place.where}/{name}", problem))
-            _release(place, name, world)
-            continue
-        if world.is_first:
-            warn_of_damage(damaged, f"{place.where}/{name}")
-        restored = _load(f"{place.where}/{name}", folder, world, engine, ema, expected)
+        where = f"{place.where}/{name}"
+        folder, fault = _unless_damaged(where, world, partial(_fetch, place, name, world, engine))
+        restored = None
+        if folder is not None:
+            load = partial(_load, where, folder, engine, ema, expected)
+            restored, fault = _unless_damaged(where, world, load)
         _release(place, name, world)
-        return restored, {path.rpartition("/")[2] for path, _ in damaged}
-    if damaged:
-        world.agree(none_whole(place.where, damaged) if world.is_first else None)
+        if restored is not None:
+            if world.is_first:
+                warn_of_damage(passed_over, where)
+            engine.set_optimizer_step(restored.progress.step)
+            engine.publish_master_weights()
+            return restored, {over.path.rpartition("/")[2] for over in passed_over}
+        assert fault is not None
+        passed_over.append(fault)
+    if passed_over:
+        world.agree(none_whole(place.where, passed_over) if world.is_first else None)
     return None, set()
 
 
@@ -81,18 +101,23 @@ def _list(place: CheckpointPlace) -> list[str]:
     return place.committed()
 
 
-def _fetch(place: CheckpointPlace, name: str, world: World, engine: Engine) -> tuple[Path | None, str]:
-    """This rank's files of a checkpoint, proven; on all ranks None, and why, where any rank finds it damaged."""
+def _fetch(place: CheckpointPlace, name: str, world: World, engine: Engine) -> Path:
+    """This rank's files of a checkpoint, proven."""
+    return place.fetch(name, (world.rank, world.size), needed_by(engine.fragments))
 
-    def fetch() -> tuple[Path | None, str | None]:
+
+def _unless_damaged(where: str, world: World, action: Callable[[], T]) -> tuple[T | None, PassedOver | None]:
+    """What `action` returns; on all ranks None, and why, where any rank finds the checkpoint damaged by it."""
+
+    def tried() -> tuple[T | None, PassedOver | None]:
         try:
-            return place.fetch(name, (world.rank, world.size), needed_by(engine.fragments)), None
+            return action(), None
         except DamagedError as damage:
-            return None, str(damage)
+            return None, PassedOver(where, damage.problem, isinstance(damage, UnreadableError))
 
-    folder, problem = world.together(fetch)
-    problems = [text for text in world.gather(problem) if text]
-    return (None, problems[0]) if problems else (folder, "")
+    value, fault = world.together(tried)
+    faults = [one for one in world.gather(fault) if one]
+    return (None, faults[0]) if faults else (value, None)
 
 
 def _release(place: CheckpointPlace, name: str, world: World) -> None:
@@ -101,26 +126,21 @@ def _release(place: CheckpointPlace, name: str, world: World) -> None:
         place.release(name)
 
 
-def _load(where: str, folder: Path, world: World, engine: Engine, ema: ShardedEma, expected: Expected) -> Restored:
-    """Returns when all ranks have read what they need."""
-
-    def load() -> Restored:
-        manifest = read_manifest(folder)
-        adopted = check_run(where, manifest["run"], expected.run_id, expected.adopt)
-        found = manifest["identity"]
-        check_identity(where, found["model"], expected.identity["model"])
-        data = check_data(where, found["data"], expected.identity["data"], expected.allow_new_data)
-        origins = sources(expected.averages, manifest["averages"])
-        try:
-            read_share(folder, engine, ema, origins)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {where} ({error.strerror}); check the disk, then run again") from None
-        changes = [adopted, conversion(manifest, expected.layout, expected.averages, origins)]
-        line = "; ".join(change for change in changes if change) or None
-        since = begun(manifest, expected.averages, origins)
-        return Restored(Progress(**manifest["progress"]), manifest["notes"], where, line, data, since)
-
-    restored = world.together(load)
-    engine.set_optimizer_step(restored.progress.step)
-    engine.publish_master_weights()
-    return restored
+def _load(where: str, folder: Path, engine: Engine, ema: ShardedEma, expected: Expected) -> Restored:
+    """This rank's share into its tensors. Raises DamagedError, and CheckpointError where it is another run's."""
+    manifest = read_manifest(folder)
+    adopted = check_run(where, manifest.run, expected.run_id, expected.adopt)
+    found = manifest.identity
+    check_identity(where, found["model"], expected.identity["model"])
+    check_shapes(where, manifest.shapes, engine.shapes)
+    data = check_data(where, found["data"], expected.identity["data"], expected.allow_new_data)
+    origins = sources(expected.averages, manifest.averages)
+    try:
+        read_share(folder, manifest, engine, ema, origins)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {where} ({error.strerror}); check the disk, then run again") from None
+    changes = [adopted, conversion(manifest, expected.layout, expected.averages, origins)]
+    line = "; ".join(change for change in changes if change) or None
+    since = begun(manifest, expected.averages, origins)
+    progress = Progress(manifest.progress.samples_seen, manifest.progress.step)
+    return Restored(progress, manifest.notes, where, line, data, since)

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ecar_dist.errors import CheckpointError, EcarError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint_place import CheckpointPlace, Draft
+from ecar_dist.runtime.checkpoint_reader import value_problem
 from ecar_dist.runtime.engine import Fragment
 from ecar_dist.runtime.tensor_file import TensorEntry, WrittenFile, write_tensor_file
-
-_BLOCK = 1 << 16  # values looked at together: they fit a cache
 
 
 class TakenOverError(CheckpointError):
@@ -53,16 +51,11 @@ class Share:
             if self.stopping.is_set():
                 raise CheckpointError("the save was given up")
             value = fragment.of(self.copies[kind])
-            if not _is_finite(value):
-                raise CheckpointError(f"{kind} of {fragment.name} is not finite")
+            if problem := value_problem(kind, value):  # no reader would take it
+                raise CheckpointError(f"{kind} of {fragment.name} {problem}")
             return value
 
         return TensorEntry(f"{kind}:{fragment.name}:{fragment.start}", torch.float32, (fragment.numel,), make)
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    numbers = value.numpy()  # numpy: a thread of torch's own in the middle of its work aborts a program that ends
-    return all(np.isfinite(numbers[start : start + _BLOCK]).all() for start in range(0, len(numbers), _BLOCK))
 
 
 @dataclass(frozen=True)

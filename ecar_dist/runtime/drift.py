@@ -90,6 +90,32 @@ KINDS = {
     for name in names.split()
 }
 
+# What each rank of a run may have of its own: the places of what is compared by its content instead (the ids of data
+# sets, the hash of the autoencoder's weights), what training does not read, and how a node caches and reads ahead.
+NODE_LOCAL = frozenset(
+    {
+        "vae.path",
+        "data.latents",
+        "data.images",
+        "data.train_images",
+        "data.heldout_images",
+        "data.prefetch",
+        "data.cache.dir",
+        "data.cache.gib",
+        "data.cache.threads",
+    }
+)
+
+
+def shared_settings(config: RunConfig) -> dict[str, str]:
+    """The leaves that all ranks of a run must have alike, as text for a message: all but NODE_LOCAL.
+
+    Of a mixture it is the weights. No value holds a credential, so that they may be sent and shown.
+    """
+    values = {key: value for key, value in _leaves(config) if key not in NODE_LOCAL}
+    values["data.mixture"] = [source.weight for source in config.data.latent_sources]
+    return {key: _shown(value) for key, value in values.items()}
+
 
 def drift(old: RunConfig, new: RunConfig, *, same_data: bool = False) -> list[Difference]:
     """Every leaf that differs between two resolved configs, in the config's order.

@@ -21,6 +21,7 @@ from ecar_dist.config import RunConfig
 from ecar_dist.runtime.world import World
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,12 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is."""
-        return self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
+        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is.
+
+        Above LARGEST_NORM it is inf: most stages add up squares in fp32, where it overflows, but ZeRO-3 in fp64.
+        """
+        norm = self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
+        return math.inf if norm > LARGEST_NORM else norm
 
     @property
     def _keeps_no_norm(self) -> bool:
@@ -143,6 +148,24 @@ class Engine:
     def replicated(self) -> bool:
         """Whether every rank holds all of the state (ZeRO stage 0)."""
         return self.zero_stage == 0
+
+    def replicas(self) -> list[torch.Tensor]:
+        """What every rank holds whole, and alike to the bit between steps; the tensors themselves, not copies.
+
+        ZeRO 0: weights as the forward pass reads them, master weights, moments. ZeRO 1 and 2: the first of these, which
+        each step makes anew from the ranks' shares. ZeRO 3: the small ones that it does not split; before its first
+        step, none.
+        """
+        read = [parameter.data for parameter in self._parameters.values() if self._is_whole(parameter)]
+        if not self.replicated:
+            return read
+        masters = [] if self._keeps_no_norm else self.partitions  # else they are what the forward pass reads
+        return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
+
+    def _is_whole(self, parameter: Any) -> bool:
+        if self.zero_stage < 3:
+            return True
+        return parameter.ds_persist and parameter.numel() == parameter.ds_numel
 
     def moments(self, name: str) -> list[torch.Tensor]:
         """AdamW's `exp_avg` or `exp_avg_sq`, laid out like `partitions`; zeros before the first step."""

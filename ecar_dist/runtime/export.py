@@ -23,13 +23,14 @@ from ecar_dist.runtime.export_files import CARD, CONFIG, FACTS, INDEX, SCHEMA, W
 from ecar_dist.runtime.model_card import model_card
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
-from ecar_dist.runtime.untrusted import read_json
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.storage.redaction import redact_tree
+from ecar_dist.storage.untrusted import UntrustedError, parse_json, read_plain_file
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIB = 2**30
+MAX_SCORES_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ def _facts(
         },
         "average": average.facts,
         "config": config.model_dump(mode="json"),
-        "progress": manifest["progress"],
-        "identity": manifest["identity"],
+        "progress": manifest.progress.model_dump(),
+        "identity": manifest.identity,
         "source": {
             "checkpoint": average.checkpoint.name,
-            "world_size": manifest["world_size"],
-            "zero_stage": manifest["zero_stage"],
+            "world_size": manifest.world_size,
+            "zero_stage": manifest.zero_stage,
             "precision": last.get("precision", config.deepspeed.precision),
-            "dataset_ids": flat_identity(manifest["identity"]).get("dataset_ids") or [],
+            "dataset_ids": flat_identity(manifest.identity).get("dataset_ids") or [],
             "attempts": len(attempts),
         },
         "versions": {"ecar_dist": __version__, "torch": last.get("torch", torch.__version__)},
@@ -158,7 +159,16 @@ def _facts(
 
 def _scores(directory: RunDirectory) -> dict[str, Any] | None:
     path = directory.path / "scores.json"
-    return read_json(path) if path.exists() else None
+    try:
+        scores = parse_json(read_plain_file(path, MAX_SCORES_BYTES))
+        if not isinstance(scores, dict):
+            raise UntrustedError(f"it holds a JSON {type(scores).__name__}, not an object")
+        return scores
+    except FileNotFoundError:
+        return None
+    except (OSError, UntrustedError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot read {path} ({problem}); remove it, or evaluate the run again") from None
 
 
 def _write_papers(folder: Path, config: RunConfig, facts: dict[str, Any], scores: dict[str, Any] | None) -> None:

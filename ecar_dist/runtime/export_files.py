@@ -7,78 +7,101 @@
         config.yaml                            the resolved config of the run
         README.md, parity.json                 the model card; what the export was compared with
 
-The names and the index are those of the Hugging Face hub. Everything may come from a stranger: see untrusted.
+The names and the index are those of the Hugging Face hub. Everything may come from a stranger: it is checked against
+what the models below say, names and sizes first, before it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, Field
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint_files import hash_file
-from ecar_dist.runtime.untrusted import file_inside, read_json
+from ecar_dist.runtime.checkpoint_files import DamagedError, hash_file, open_tensors, sized_file
+from ecar_dist.runtime.checkpoint_manifest import Reached, WeightsFile
+from ecar_dist.storage.untrusted import (
+    MAX_JSON_BYTES,
+    AnyRecord,
+    Record,
+    UntrustedError,
+    path_inside,
+    printable,
+    read_record,
+)
 
 FACTS, CONFIG, CARD = "config.json", "config.yaml", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCHEMA = "ecar-export-v1"
+MAX_HEADER_BYTES = MAX_JSON_BYTES  # of a file of weights
+_STORED_AS = {"fp32": "F32", "bf16": "BF16"}
+
+
+class ExportFacts(Record):
+    """config.json, as far as a loader needs it; the rest is for people."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_name: Literal["ecar-export-v1"] = Field(alias="schema")
+    dtype: Literal["fp32", "bf16"]
+    files: Annotated[tuple[WeightsFile, ...], Field(min_length=1)]
+    progress: Reached
+    identity: dict[str, Any]
+
+
+class _Index(Record):
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, str]
 
 
 def is_export(path: Path) -> bool:
     return (path / FACTS).exists()
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """config.json of an export. Raises CheckpointError where it is none of ours."""
-    facts = read_json(path / FACTS)
-    needed = {"files": list, "progress": dict, "identity": dict, "average": dict, "source": dict}
-    if facts.get("schema") != SCHEMA or any(not isinstance(facts.get(name), kind) for name, kind in needed.items()):
-        raise CheckpointError(
-            f"{path / FACTS} is no export of this program (schema {facts.get('schema')!r}, {SCHEMA!r} is read); "
-            f"export the run again"
-        )
-    return facts
+def read_facts(path: Path) -> ExportFacts:
+    """config.json of an export. Raises CheckpointError where it is not one of ours."""
+    return _read(path, FACTS, ExportFacts)
 
 
 def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's identity without its grouping into what the model is and what the data are."""
     flat: dict[str, Any] = {}
     for name, value in identity.items():
-        flat.update(value if name in ("model", "data") else {name: value})
+        flat.update(value if name in ("model", "data") and isinstance(value, dict) else {name: value})
     return flat
 
 
 class ExportReader(Mapping[str, torch.Tensor]):
     """Parameters by name, as they were stored, each read when it is asked for.
 
-    Every file is checked against its size and hash before any is opened. Raises CheckpointError where one is missing,
-    damaged, or named so that it lies elsewhere.
+    Every file is checked against its size, header and hash before any value is read. Raises CheckpointError where one
+    is missing, damaged, or named so that it lies elsewhere, and on reading a value that is not finite.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.facts = path, read_facts(path)
-        files = [_checked(path, entry) for entry in self.facts["files"]]
-        try:
-            opened = {file.name: safe_open(file, framework="pt") for file in files if file.name != INDEX}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path} ({error}); export the run again") from None
+        opened = {file.name: _opened(path, file, self.facts.dtype) for file in self.facts.files}
         self._where = {name: handle for handle in opened.values() for name in handle.keys()}  # noqa: SIM118
+        if len(self._where) != sum(len(handle.keys()) for handle in opened.values()):
+            raise CheckpointError(f"{path} holds a parameter twice; export the run again")
         if len(opened) > 1:
-            self._check_index(read_json(file_inside(path, INDEX)), opened)
+            self._check_index(_read(path, INDEX, _Index), opened)
 
-    def _check_index(self, index: dict[str, Any], opened: dict[str, Any]) -> None:
+    def _check_index(self, index: _Index, opened: dict[str, Any]) -> None:
         """The index is for other readers; what it says must be what the files hold."""
-        says = index.get("weight_map")
         holds = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
-        if says != holds:
+        if index.weight_map != holds:
             raise CheckpointError(f"{self.path / INDEX} does not match the files beside it; export the run again")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
+        value: torch.Tensor = self._where[name].get_tensor(name)
+        if not value.isfinite().all():
+            raise CheckpointError(f"{self.path}: {printable(name)} is not finite; export the run again")
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -87,17 +110,32 @@ class ExportReader(Mapping[str, torch.Tensor]):
         return len(self._where)
 
 
-def _checked(folder: Path, entry: Any) -> Path:
-    """A file of the export that has its recorded size and hash."""
-    entry = entry if isinstance(entry, dict) else {}
-    path = file_inside(folder, entry.get("name"))
+def _read(path: Path, name: str, model: type[AnyRecord]) -> AnyRecord:
     try:
-        if path.stat().st_size != entry.get("bytes"):
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, {entry.get('bytes')} were written; copy the folder again"
-            )
-        if hash_file(path) != entry.get("xxh3_128"):
-            raise CheckpointError(f"{path} does not have its recorded hash; copy the folder again, whole")
+        return read_record(path_inside(path, name), model)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; copy the folder again, whole") from None
-    return path
+        raise CheckpointError(f"cannot read {path / name}: {error.strerror}; copy the folder again, whole") from None
+    except UntrustedError as error:
+        raise CheckpointError(
+            f"{path / name} is damaged, or not of an export of this program: {error}; copy the folder again, whole, "
+            f"or export the run again"
+        ) from None
+
+
+def _opened(path: Path, file: WeightsFile, dtype: str) -> Any:
+    """A file of the export that has its recorded size and hash, and holds values of the recorded type."""
+    try:
+        found = sized_file(path, file)
+        handle = open_tensors(found, "pt", MAX_HEADER_BYTES)
+        types = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
+        odd = next((name for name, stored in types.items() if stored != _STORED_AS[dtype]), None)
+        if odd is not None:
+            raise UntrustedError(f"holds {printable(odd)}, which is not {dtype}")
+        if hash_file(found) != file.xxh3_128:
+            raise UntrustedError("does not have its recorded hash")
+    except DamagedError as damage:
+        raise CheckpointError(f"{path}: {damage.problem}; copy the folder again, whole") from None
+    except (OSError, UntrustedError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path / file.name} {problem}; copy the folder again, whole") from None
+    return handle

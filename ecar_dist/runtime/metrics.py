@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ecar_dist.command_line import counted
 from ecar_dist.config_file import shown_yaml
 from ecar_dist.runtime.event_file import EventFile
 from ecar_dist.runtime.run_directory import RunDirectory
-from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.atomic import atomic_write, set_aside
+from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, parse_json
 
 HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
+MAX_LOG_BYTES = 1 << 33  # ten million lines; what is larger is no log of ours
+MAX_LINE_BYTES = 1 << 20
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
 
@@ -83,12 +88,21 @@ class MetricsWriter:
             self._board.close()
 
     def _drop_after(self, step: int) -> None:
+        """Whatever the file holds, training goes on: one that cannot be read is put aside."""
         path = self._directory.metrics
-        if not path.exists():
+        try:
+            damaged = _keep_up_to(path, step)
+        except FileNotFoundError:
             return
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        with atomic_write(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+        except UntrustedError as error:
+            aside = set_aside(path)
+            print(
+                f"warning: {path} cannot be read ({error}): it is now {aside.name}, a new one begins", file=sys.stderr
+            )
+            return
+        if damaged:
+            lines = counted(damaged, "damaged line")
+            print(f"warning: {path} had {lines}, left out; no other line is lost", file=sys.stderr)
 
 
 class _LineFile:
@@ -147,9 +161,40 @@ def _verbatim(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _step_of(line: str) -> float:
-    """The step of one line; a line cut by a kill counts as later than everything."""
+def _keep_up_to(path: Path, step: int) -> int:
+    """Write the lines anew, without later steps and without what is no line of a step; the number of the latter.
+
+    A last line that was cut by a kill is not counted. Raises UntrustedError and OSError.
+    """
+    damaged = 0
+    with _readable(path) as lines, atomic_write(path) as kept:
+        while line := lines.readline(MAX_LINE_BYTES):
+            found = _step_of(line)
+            if found is not None and found <= step:
+                kept.write(line.rstrip() + b"\n")
+            damaged += found is None and line.endswith(b"\n")
+    return damaged
+
+
+def _readable(path: Path) -> BinaryIO:
+    """Raises UntrustedError for what is no log, FileNotFoundError."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        file = open_plain_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UntrustedError(error.strerror or str(error)) from None
+    if (size := os.fstat(file.fileno()).st_size) > MAX_LOG_BYTES:
+        file.close()
+        raise UntrustedError(f"it has {size:,} bytes, at most {MAX_LOG_BYTES:,} are read")
+    return file
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of one line; None where it is no line of a step."""
+    try:
+        tree = parse_json(line)
+    except UntrustedError:
+        return None
+    step = tree.get("step") if isinstance(tree, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

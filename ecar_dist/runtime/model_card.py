@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ecar_dist.command_line import counted
+from ecar_dist.storage.untrusted import printable
 
 _FRONT_MATTER = """\
 ---
@@ -110,14 +112,18 @@ def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
     seen = scores.get("samples_seen")
     same = seen == facts["progress"]["samples_seen"] and facts["average"]["kind"] == "ema" and facts["dtype"] == "fp32"
     whose = "these weights" if same else "the run's first average, not exactly these weights"
-    about = f"Of {whose}, at {seen} samples seen, with " + ", ".join(
-        f"{name}={scores[name]}" for name in _SETTINGS[:-1] if name in scores
+    about = f"Of {whose}, at {printable(str(seen))} samples seen, with " + ", ".join(
+        printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores
     )
-    return f"{about} (`ecar-dist evaluate`):\n\n" + _table([(name, f"{value:.6g}") for name, value in numbers.items()])
+    return f"{about} (`ecar-dist evaluate`):\n\n" + _table(
+        [(printable(name), f"{value:.6g}") for name, value in numbers.items()]
+    )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:

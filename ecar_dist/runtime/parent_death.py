@@ -8,6 +8,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> None:
@@ -19,7 +20,21 @@ def die_with_parent() -> None:
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    _ask_for(signal.SIGKILL)
     if os.getppid() != parent:  # it ended while we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Take `die_with_parent` back, in the thread that asked for it: this process is about to end by itself.
+
+    torchrun passes a signal on to its ranks and waits for them, but it is gone at its third signal. What it asked for,
+    the last step and its checkpoint, is to be done all the same.
+    """
+    if sys.platform == "linux":
+        _ask_for(0)
+
+
+def _ask_for(number: int) -> None:
+    if _LIBC.prctl(_PR_SET_PDEATHSIG, number):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from ecar_dist.errors import ConfigError, EcarError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import job_logs
+from ecar_dist.storage.untrusted import Record, UntrustedError, parse_record
 
 if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
 
 _MOST_LISTED = 8  # nodes with their problems, in one line
+_SAME_VERSION = "install the same version of ecar_dist on all nodes"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,25 @@ class Verdict:
     problem: str = ""  # what rank 0 says for all; empty: go on, unless `culprit` says it
     again: bool = False  # the same command may run, without the bad nodes
     culprit: int | None = None  # the rank whose own error it is, where every node fails
+
+
+class _AnswerRecord(Record):
+    """`Answer` as another rank has sent it."""
+
+    rank: int
+    node: str
+    problem: str
+    facts: dict[str, Any]
+
+
+class _VerdictRecord(Record):
+    """`Verdict` as rank 0 has sent it."""
+
+    nodes: tuple[str, ...]
+    bad_nodes: tuple[str, ...]
+    problem: str
+    again: bool
+    culprit: int | None
 
 
 Judge = Callable[[Sequence[Answer | None]], Verdict]
@@ -90,9 +111,17 @@ def hold_roll_call(
     Raises on all ranks where it is no good: on rank 0 what it says for all of them, on the culprit its own `error`, on
     the others RemoteError.
     """
-    text = world.roll_call(name, json.dumps(asdict(answer)), seconds, lambda texts: _judged(texts, judge))
-    found = json.loads(text)
-    verdict = Verdict(**{**found, "nodes": tuple(found["nodes"]), "bad_nodes": tuple(found["bad_nodes"])})
+    text = world.roll_call(name, _to_text(answer), seconds, lambda texts: _to_text(_judged(texts, judge)))
+    try:
+        verdict = Verdict(**dict(parse_record(text.encode(), _VerdictRecord)))
+    except UntrustedError as unreadable:
+        raise ConfigError(f"rank 0's verdict cannot be read ({unreadable}); {_SAME_VERSION}") from None
+    enforce(world, verdict, error)
+    return verdict
+
+
+def enforce(world: World, verdict: Verdict, error: Exception | None = None) -> None:
+    """Raises on all ranks, which know the same verdict, where it is no good: as `hold_roll_call`."""
     if verdict.culprit == world.rank:
         raise error or ConfigError(verdict.problem)  # what only the others' answers show is no error of its own
     if verdict.culprit is not None:
@@ -102,7 +131,6 @@ def hold_roll_call(
             raise RemoteError("rank 0 says what is wrong", again=verdict.again)
         _note_bad_nodes(verdict.bad_nodes)
         raise (NodeError if verdict.again else ConfigError)(verdict.problem)
-    return verdict
 
 
 def describe(error: Exception) -> str:
@@ -124,8 +152,31 @@ def rank_list(ranks: Sequence[int]) -> str:
     return ", ".join(f"{a[0]}-{a[-1]}" if a[-1] > a[0] + 1 else ", ".join(map(str, a)) for a in spans)
 
 
-def _judged(texts: Sequence[str | None], judge: Judge) -> str:
-    return json.dumps(asdict(judge([None if text is None else Answer(**json.loads(text)) for text in texts])))
+def ranks_on_nodes(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, empty where a rank's is not known."""
+    by_node: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(nodes[rank], []).append(rank)
+    parts = [
+        f"rank{'s' if len(mine) > 1 else ''} {rank_list(mine)}{f' on {node}' if node else ''}"
+        for node, mine in by_node.items()
+    ]
+    return "; ".join([*parts[:_MOST_LISTED], *(["..."] if len(parts) > _MOST_LISTED else [])])
+
+
+def _to_text(said: Answer | Verdict) -> str:
+    """As JSON; a file name that is not UTF-8 may have brought lone surrogates, which no reader would accept."""
+    return json.dumps(asdict(said), ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _judged(texts: Sequence[str | None], judge: Judge) -> Verdict:
+    answers: list[Answer | None] = []
+    for rank, text in enumerate(texts):
+        try:
+            answers.append(None if text is None else Answer(**dict(parse_record(text.encode(), _AnswerRecord))))
+        except UntrustedError as unreadable:
+            return Verdict(problem=f"the answer of rank {rank} cannot be read ({unreadable}); {_SAME_VERSION}")
+    return judge(answers)
 
 
 def _who_is_missing(missing: Sequence[int], nodes: Sequence[str], seconds: float) -> str:

@@ -9,7 +9,7 @@ run without a fault nothing is written there.
 From the fault (or from the end of hang_seconds) to the end of the last rank it takes ten seconds at most, where all
 nodes see a new file within a second; NFS may take a minute, and each rank's own limit holds in any case. A wait for
 data that lasts longer than hang_seconds is a hang. hang_seconds=0, or a system other than Linux, turns all of it off;
-turn it off to attach a debugger.
+turn it off to attach a debugger. A monitor that is killed is said in one line, and another takes its place.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
 
 KEPT_ATTEMPTS = 5  # attempts whose reports are kept
+MOST_MONITORS = 3  # of one rank: where they die one after another, it goes on without
 # No site-packages, no variables of the user: it starts in milliseconds, and finds this package and the library only.
 _START = "import sys; sys.path.append(sys.argv[1]); from ecar_dist.runtime.watchdog_monitor import main; main()"
 _BEFORE_STEPS = ("start", "load")
@@ -50,28 +52,50 @@ class Watchdog:
         """`attempt` is the same on all ranks, and new in every attempt at the run."""
         self._memory: mmap.mmap | None = None
         self._monitor: subprocess.Popen[bytes] | None = None
+        self._started, self._changing = 0, threading.Lock()  # of _monitor
         if hang_seconds == 0 or sys.platform != "linux":
             return
         if world.is_first:
             _prune(folder)
         self._step, self._beat, self._first_step = NO_STEP, 0, NO_STEP
-        place, self._stacks = (os.memfd_create(name) for name in ("place", "stacks"))
-        os.ftruncate(place, LAYOUT.size)
-        self._memory = mmap.mmap(place, LAYOUT.size)
+        self._place, self._stacks = (os.memfd_create(name) for name in ("place", "stacks"))
+        os.ftruncate(self._place, LAYOUT.size)
+        self._memory = mmap.mmap(self._place, LAYOUT.size)
         self.beat("start", 0)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
-        here = Path(__file__).resolve().parents[2]
         reports = (folder / attempt).absolute()
-        duty = Duty(world.rank, world.size, os.getpid(), str(reports), hang_seconds, place, self._stacks)
+        self._duty = Duty(world.rank, world.size, os.getpid(), str(reports), hang_seconds, self._place, self._stacks)
+        self._start()
+
+    def _start(self) -> None:
+        """Start a monitor, and a thread that waits for its end."""
+        here = Path(__file__).resolve().parents[2]
         self._monitor = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START, str(here), json.dumps(asdict(duty))],
+            [sys.executable, "-I", "-S", "-c", _START, str(here), json.dumps(asdict(self._duty))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=(place, self._stacks),
+            pass_fds=(self._place, self._stacks),
             start_new_session=True,  # the launcher's signals to the rank's process group are not for it
             cwd="/",
         )
-        os.close(place)
+        self._started += 1
+        threading.Thread(target=self._replace, args=(self._monitor,), daemon=True).start()
+
+    def _replace(self, monitor: subprocess.Popen[bytes]) -> None:
+        """Once a monitor is gone that this rank has not dismissed: start another, and say so."""
+        status = monitor.wait()
+        with self._changing:
+            if self._monitor is not monitor:
+                return
+            self._monitor = None
+            then = "nobody watches this rank any more"
+            if self._started < MOST_MONITORS:
+                with contextlib.suppress(OSError):
+                    self._start()
+                    then = "another one is started"
+        with contextlib.suppress(OSError):
+            how = f"signal {-status}" if status < 0 else f"status {status}"
+            os.write(2, f"warning: the watchdog process of rank {self._duty.rank} ended with {how}; {then}\n".encode())
 
     def beat(self, phase: str, step: int) -> None:
         """This rank now enters `phase` of `step`. A few stores to memory: no system call, no lock."""
@@ -85,7 +109,8 @@ class Watchdog:
 
     def close(self, ending: str = CLEAN) -> bool:
         """Tell the monitor that this rank now ends, and how; True once it has done all that is to be done about it."""
-        monitor, self._monitor = self._monitor, None
+        with self._changing:
+            monitor, self._monitor = self._monitor, None
         if monitor is None:
             return False
         assert monitor.stdin is not None
@@ -99,6 +124,7 @@ class Watchdog:
             status = monitor.wait()
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._stacks)
+        os.close(self._place)
         return status == 0
 
     def __enter__(self) -> Watchdog:

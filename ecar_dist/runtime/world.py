@@ -56,6 +56,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def of_each(self, values: torch.Tensor) -> list[list[int]]:
+        """The int64 [n] of every rank, by rank, on all ranks: one sum over ranks, one read of the device."""
+        rows = torch.zeros(self.size, len(values), dtype=torch.int64, device=self.device)
+        rows[self.rank] = values
+        return self.sum(rows).tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """One small picklable value of every rank, in rank order, on all ranks."""
         if self.size == 1:

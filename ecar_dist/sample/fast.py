@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ecar_dist.errors import ConfigError
 from ecar_dist.models.staged import StagedModel
 from ecar_dist.sample.generate import SAMPLERS
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.sample.staged import draw_stages
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@contextlib.contextmanager
+def private_cache() -> Iterator[None]:
+    """What is compiled in the block lies in a folder of its own, which is removed at the end.
+
+    The compiler's default folder is one for all processes of a user, and a process that is killed while it compiles
+    leaves torn libraries there, which fail all later ones. A folder that the user has chosen is used, and kept.
+    """
+    before = os.environ.get(CACHE_VARIABLE)
+    if before not in (None, default_cache_dir()):  # torch, when it is imported, sets it to the default
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ecar-compiled-", ignore_cleanup_errors=True) as folder:
+        os.environ[CACHE_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            os.environ[CACHE_VARIABLE] = before or default_cache_dir()
 
 
 def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compiled: bool) -> Any:
@@ -25,7 +50,9 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
     if SAMPLERS[plan.kind].draw is not draw_stages:
         raise ConfigError(f"model.kind={plan.kind} draws another number of tokens each step; leave --compile out")
     if fault := compiler_fault(device):
-        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); leave --compile out")
+        cache = os.environ.get(CACHE_VARIABLE)
+        hint = f", or empty {cache}" if cache and cache in fault else ""
+        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); leave --compile out{hint}")
     return CompiledModel(model, device)  # type: ignore[arg-type]  # a sampler of stages has a model of stages
 
 
@@ -65,8 +92,8 @@ def compiler_fault(device: torch.device) -> str | None:
     """Why torch.compile does not work here, in a line, e.g. for want of a C++ compiler; None where it works."""
     try:
         _compile(torch.sin)(torch.zeros(4, device=device))
-    except RuntimeError as error:
-        return str(error).strip().partition("\n")[0]
+    except (RuntimeError, OSError, ImportError) as error:  # the last two: a library there that cannot be loaded
+        return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,8 @@ from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.runtime.averages import open_average
 from ecar_dist.runtime.checkpoint_files import Progress, check_identity, read_manifest
-from ecar_dist.runtime.export_files import CONFIG, ExportReader, flat_identity, is_export
+from ecar_dist.runtime.checkpoint_manifest import Manifest
+from ecar_dist.runtime.export_files import CONFIG, ExportFacts, ExportReader, flat_identity, is_export
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
@@ -38,13 +38,15 @@ class TrainedModel:
 def open_trained(path: Path, device: torch.device) -> TrainedModel:
     """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is not, or not whole."""
     weights: Mapping[str, torch.Tensor]
+    facts: ExportFacts | Manifest
     if is_export(path):
         config, source, weights = load_config(path / CONFIG), path, (reader := ExportReader(path))
         facts = reader.facts
     else:
         config, weights = RunDirectory(path).load_config(), (average := open_average(path))
         source, facts = average.checkpoint, read_manifest(average.checkpoint)
-    progress, identity = _progress(source, facts), flat_identity(facts["identity"])
+    progress = Progress(facts.progress.samples_seen, facts.progress.step)
+    identity = flat_identity(facts.identity)
     check_identity(source, {key: identity.get(key) for key in config.model_identity}, config.model_identity)
     codec = open_codec(config.vae, device)
     if codec.identity.weights_sha256 != identity.get("encoder.weights_sha256"):
@@ -53,13 +55,6 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
             f"{path / CONFIG} to the one that encoded them"
         )
     return TrainedModel(config, load_weights(config, weights, device), codec, device, progress, source)
-
-
-def _progress(source: Path, facts: dict[str, Any]) -> Progress:
-    try:
-        return Progress(**facts["progress"])
-    except TypeError:
-        raise CheckpointError(f"{source} does not say how far it was trained; it is of another release") from None
 
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

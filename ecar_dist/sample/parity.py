@@ -45,7 +45,7 @@ def parity_report(exported: Exported, device: torch.device | None = None) -> str
     }
     sizes = {name: [float(value.square().mean().sqrt()) for value in values] for name, values in ours.items()}
     worst = {name: _worst(values) for name, values in differences.items()}
-    dtype = reader.facts["dtype"]
+    dtype = reader.facts.dtype
     if dtype == "fp32" and set(worst.values()) != {0.0}:
         shutil.rmtree(exported.path)
         raise CheckpointError(

@@ -22,11 +22,22 @@ def temporary_beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block has a file name, for the message: a write to an open file that fails has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write under a temporary name; on success fsync and rename, on any exception leave nothing."""
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -69,3 +80,16 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file (or whatever stands in its place) the first free name of NAME.damaged-1, -2, ...
+
+    What is not there needs no name. Returns the new name.
+    """
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+    return aside

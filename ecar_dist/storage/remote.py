@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import fsspec.asyn
@@ -21,6 +22,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact, scrub
 from ecar_dist.storage.retries import ObjectMissing, Transfer, insist, status_of
+from ecar_dist.storage.untrusted import UntrustedError, printable, relative_name
 
 T = TypeVar("T")
 _LISTING_THREADS = 16
@@ -57,11 +59,35 @@ def local_path(folder: str | Path) -> Path:
 
 
 def join(folder: str | Path, name: str) -> str:
-    """Where `name` lies in a folder or URL; a query string (a signature) stays behind the path."""
-    if not is_remote(folder):
-        return str(local_path(folder) / name)
+    """Where `name` lies in a folder or URL; a query string (a signature) stays behind the path.
+
+    Every path made from a name that stands in a manifest, a table or a listing is made here. Raises DataError for a
+    name that leads out of the folder, or that would be something else than a path in a URL.
+    """
+    try:
+        relative_name(name)
+        if not is_remote(folder):
+            return str(local_path(folder) / name)
+        _check_in_url(str(folder), name)
+    except UntrustedError as error:
+        raise DataError(f"{redact(folder)}: the name {error}; rename it, or make the set again") from None
     base, mark, query = str(folder).partition("?")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def file_in(folder: str | Path, name: str) -> Path:
+    """The file `name` of a local folder. Raises DataError as `join`."""
+    return Path(join(local_path(folder), name))
+
+
+def _check_in_url(url: str, name: str) -> None:
+    """Raises UntrustedError for a name that is not the same path once it stands in this URL."""
+    if "?" in name:
+        raise UntrustedError(f"{printable(repr(name))} has a ?, which begins the query of a URL")
+    if url.startswith(("http://", "https://")):  # where a name is also an address: %2e%2e is .. there
+        relative_name(unquote(name))
+        if "#" in name:
+            raise UntrustedError(f"{printable(repr(name))} has a #, which begins the fragment of a URL")
 
 
 def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int | None = None) -> bytes:

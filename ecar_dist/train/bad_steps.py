@@ -6,15 +6,20 @@ JSON in the checkpoint's notes: a run that resumes decides as the uninterrupted 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import math
 import statistics
+import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from ecar_dist.config import BadStepsSection
+from ecar_dist.storage.untrusted import UntrustedError, parse_json, parse_record
 
 Window = tuple[int, int]  # first and last step, both included
 
@@ -124,19 +129,49 @@ def bad_step_record(
 
 
 def roll_back_record(step: int, window: Window) -> str:
-    """One line of bad_steps.jsonl: at `step` the run was rolled back, and passes over `window`."""
-    return json.dumps({"step": step, "pass_over": list(window)}) + "\n"
+    """One line of bad_steps.jsonl: at `step` the run was rolled back, and passes over `window`.
+
+    The line is state: which samples are passed over depends on it. So it says its own CRC-32.
+    """
+    return json.dumps({"step": step, "pass_over": list(window), "crc32": _sum_of(step, window)}) + "\n"
+
+
+class RollBack(BaseModel):
+    """A line of bad_steps.jsonl that says what is passed over. Earlier versions wrote no sum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    step: int = Field(ge=1, le=1 << 53)
+    pass_over: tuple[int, int]
+    crc32: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RollBack:
+        first, last = self.pass_over
+        if not 1 <= first <= last <= self.step:
+            raise ValueError(f"steps {first} to {last} are not a window up to step {self.step}")
+        if self.crc32 not in (None, _sum_of(self.step, self.pass_over)):
+            raise ValueError("it is not what was written")
+        return self
+
+
+def window_in(line: bytes) -> Window | None:
+    """The window of one line of bad_steps.jsonl; None where it notes a bad step. Raises UntrustedError."""
+    tree = parse_json(line)
+    if not isinstance(tree, dict) or "step" not in tree:
+        raise UntrustedError("it is no line of a step")
+    # a bad step's line has no say in what the run does: it may hold anything
+    return None if "reason" in tree else parse_record(line, RollBack).pass_over
 
 
 def windows_in(lines: Iterable[str]) -> list[Window]:
     """The windows of all roll-backs in the lines of bad_steps.jsonl. A line cut by a kill was not yet acted on."""
     windows = []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "pass_over" in record:
-            first, last = record["pass_over"]
-            windows.append((first, last))
-    return windows
+        with contextlib.suppress(UntrustedError):
+            windows.append(window_in(line.encode()))
+    return [window for window in windows if window is not None]
+
+
+def _sum_of(step: int, window: Window) -> int:
+    return zlib.crc32(f"{step} {window[0]} {window[1]}".encode())

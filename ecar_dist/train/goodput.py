@@ -41,5 +41,6 @@ class Goodput:
 
 
 def began(attempts: Sequence[Mapping[str, Any]]) -> float:
-    """When the first of a run's attempts (lineage.json) began, in seconds since the epoch."""
-    return datetime.datetime.fromisoformat(attempts[0]["started"]).timestamp()
+    """When the first of a run's attempts (lineage.json) that says so began, in seconds since the epoch."""
+    started = next((one["started"] for one in attempts if one.get("started")), None)
+    return datetime.datetime.fromisoformat(started).timestamp() if started else time.time()

@@ -16,13 +16,15 @@ from ecar_dist.command_line import say
 from ecar_dist.config import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.substitution import Substitution
-from ecar_dist.errors import EcarError, FruitlessError
+from ecar_dist.errors import EcarError, FruitlessError, NodeError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.metrics import MetricsWriter
+from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.world import World
@@ -30,6 +32,7 @@ from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps, Verdict
 from ecar_dist.train.learning_rate import learning_rate
 from ecar_dist.train.phases import Phases
+from ecar_dist.train.shares import check_shares
 from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_line
 
 Preview = Callable[[dict[str, torch.Tensor]], np.ndarray]  # full EMA weights -> picture, uint8 [H, W, 3]
@@ -62,10 +65,14 @@ class Training:
 def train(run: Training, progress: Progress) -> Progress:
     """Train from `progress` to the end, a stop signal, or data that fail: whichever, the last step is committed."""
     config, batch, saved, due = run.config, run.config.batch.global_batch_size, progress, False
+    shares_checked = False
     run.stop.defer()
     while progress.samples_seen < config.train.total_samples and (batches := next_batches(run, progress.step + 1)):
         begun, progress = progress, Progress(progress.samples_seen + batch, progress.step + 1)
         result = None
+        if not shares_checked:
+            check_shares(run.world, run.loader, batches, begun.samples_seen, batch)
+            shares_checked = True
         if run.bad_steps.passes_over(progress.step):
             run.bad_steps.pass_over()
             run.engine.set_optimizer_step(progress.step)
@@ -98,9 +105,24 @@ def train(run: Training, progress: Progress) -> Progress:
 
 
 def save(run: Training, progress: Progress, *, checkpoint: bool = True, averages: bool = False) -> None:
-    """Begin to write a checkpoint, a copy of the averages alone, or both; training goes on meanwhile."""
+    """Begin to write a checkpoint, a copy of the averages alone, or both; training goes on meanwhile.
+
+    Raises NodeError, or RemoteError, on all ranks where their copies of the weights have drifted apart: nothing of this
+    step is written then, and the save that is on its way, of an earlier one, stands.
+    """
     run.phases.enter("checkpoint", progress.step)
+    try:
+        check_replicas(run.world, run.engine, run.ema, progress.step)
+    except (NodeError, RemoteError):
+        finish_save(run)
+        raise
     run.store.begin(progress, run.engine, run.ema, notes(run), checkpoint=checkpoint, averages=averages)
+
+
+def finish_save(run: Training) -> None:
+    """Wait for the save that is on its way, where there is one."""
+    while run.store.in_flight:
+        run.store.settle()
 
 
 def notes(run: Training) -> dict[str, Any]:
@@ -194,8 +216,7 @@ def settle_step(run: Training, batches: Sequence[MicroBatch], progress: Progress
 
 def give_up(run: Training, why: str) -> NoReturn:
     """End the run on all ranks, once the save that is on its way stands: it is the one to go back to."""
-    while run.store.in_flight:
-        run.store.settle()
+    finish_save(run)
     error = FruitlessError(why)
     run.world.agree(error)
     raise error

@@ -7,31 +7,50 @@ from typing import Any
 
 from ecar_dist.command_line import say
 from ecar_dist.config import RunConfig
+from ecar_dist.data.shard_probe import NO_PROBE
+from ecar_dist.runtime.agreement import agree_on
 from ecar_dist.runtime.preflight import preflight
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.storage.retries import RetryPolicy
-from ecar_dist.train.sources import TrainingData, cache_options, try_data
+from ecar_dist.train.sources import TrainingData, cache_options, check_data, try_data
 
 LOCAL_SECONDS = 120.0  # for a rank's look; a file system that takes longer is one that hangs
 REMOTE_SECONDS = RetryPolicy().deadline + 60.0  # object stores are insisted on
 
 
 def check_nodes(config: RunConfig, world: World) -> TrainingData:
-    """Every node is fit and sees the data, which are given back; rank 0 says so. Collective.
+    """Every node is fit and sees the same data, which are given back; rank 0 says so. Collective.
 
-    Raises on all ranks: NodeError where some nodes are unfit, DataError where no node can read the data.
+    The manifests are read by every rank, the beginning of the shards by one rank of each node: a thousand ranks that
+    read the same bytes past their node's cache would be a load of their own.
+
+    Raises on all ranks: NodeError where some nodes are unfit, DataError where no node can read the data, ConfigError
+    where they are not the same data.
     """
 
     def read() -> tuple[TrainingData, dict[str, Any]]:
-        data, probe = try_data(config)
+        data = check_data(config)
+        probe = try_data(data) if speaks_for_its_node else NO_PROBE
         return data, {"where": probe.where, "bytes": probe.nbytes, "seconds": probe.seconds}
+
+    speaks_for_its_node = world.nodes.index(world.nodes[world.rank]) == world.rank
 
     seconds = REMOTE_SECONDS if _reads_remotely(config) else LOCAL_SECONDS
     data, lines = preflight(world, folders(config), read, seconds=seconds)
     for line in lines:
         say(line)
+    agree_on(world, "data", data_facts(config, data), "give every node the same data set, wherever it lies there")
     return data
+
+
+def data_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
+    """The id of each data set, by the config's key of its place, which may be another on each node."""
+    if config.data.mixture:
+        keys = [f"data.mixture[{index}].latents" for index in range(len(data.dataset_ids))]
+    else:
+        keys = ["data.images" if data.encoder is None else "data.latents"]
+    return {f"dataset_id of {key}": found for key, found in zip(keys, data.dataset_ids, strict=True)}
 
 
 def folders(config: RunConfig) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +14,7 @@ from ecar_dist.command_line import counted, say
 from ecar_dist.config import RunConfig
 from ecar_dist.errors import CheckpointError, EcarError, FruitlessError
 from ecar_dist.runtime.checkpoint_files import Progress, step_of
-from ecar_dist.runtime.checkpoint_place import open_place, place_at
+from ecar_dist.runtime.checkpoint_place import CheckpointPlace, open_place, place_at
 from ecar_dist.runtime.checkpoint_restore import Restored
 from ecar_dist.runtime.drift import resume_lines
 from ecar_dist.runtime.metrics import MetricsWriter
@@ -34,7 +35,7 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
     place = open_place(config)
     found, attempts = place.committed(), directory.attempts()
     where = place.where if is_remote(place.where) else str(Path(place.where).absolute())
-    before = attempts[-1].get("checkpoints", where) if attempts else where
+    before = (attempts[-1].get("checkpoints") or where) if attempts else where
     if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
         newest, left = (step_of(found[0]) if found else None), newest_step_at(config, before)
         if newest is None or (left is not None and left > newest):
@@ -44,14 +45,26 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
                 f"{where} holds {held}, and the last attempt kept {theirs} in {before}; set checkpoint.dir back, bring "
                 f"them over, or choose another run.name to train anew"
             )
+    # its own folder alone: to take checkpoints from elsewhere for one's own, there is --adopt
+    lost = directory.record_lost and where == str(directory.checkpoints.absolute())
+    lost_name = {"run": name} if lost and (name := run_of(place, found)) else {}
     attempt = directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
         device=world.device.type,
         checkpoints=where,
         newest_step=step_of(found[0]) if found else None,
+        **lost_name,
     )
     return attempt, directory.run_id
+
+
+def run_of(place: CheckpointPlace, found: Sequence[str]) -> str | None:
+    """The run whose checkpoints these are, by the newest that can be read; None where none can."""
+    for name in found:
+        with contextlib.suppress(OSError, EcarError):
+            return place.manifest(name).run
+    return None
 
 
 def newest_step_at(config: RunConfig, where: str) -> int | None:

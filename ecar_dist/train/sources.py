@@ -65,14 +65,13 @@ def check_data(config: RunConfig) -> TrainingData:
     return TrainingData(places, manifests, encoders[0])
 
 
-def try_data(config: RunConfig) -> tuple[TrainingData, Probe]:
-    """`check_data`, then a read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
-    data = check_data(config)
+def try_data(data: TrainingData) -> Probe:
+    """A read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
     if data.encoder is None:
-        return data, probe_images(data.places[0])
+        return probe_images(data.places[0])
     latents = zip(data.places, cast(tuple[Manifest, ...], data.manifests), strict=True)
     probes = [probe_latents(place, manifest) for place, manifest in latents]
-    return data, max(probes, key=lambda probe: probe.seconds)
+    return max(probes, key=lambda probe: probe.seconds)
 
 
 def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -15,10 +16,12 @@ from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
+from ecar_dist.runtime.agreement import agree_on
 from ecar_dist.runtime.checkpoint import CheckpointStore
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
@@ -33,8 +36,9 @@ from ecar_dist.train.record import begin_record, end_attempt, open_attempt
 from ecar_dist.train.sources import TrainingData, check_codec, normaliser, open_loader, open_stream
 from ecar_dist.train.telemetry import Telemetry
 from ecar_dist.vae.build import open_codec
-from ecar_dist.vae.codec import LatentCodec
+from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
+SAME_IDENTITY = "give every node the same autoencoder (vae.path), data and version of ecar_dist"
 PreviewFactory = Callable[[RunConfig, LatentCodec, torch.device], Preview]
 
 
@@ -59,6 +63,8 @@ def start_training(
     stream = world.together(lambda: open_stream(config, data))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
+    identity = run_identity(config, data, stream, codec)
+    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
@@ -66,7 +72,6 @@ def start_training(
     world.together(lambda: check_accumulation(config, world, precision))
     engine = build_engine(config, normaliser(data, codec), world, precision)
     ema = ShardedEma(engine.partitions, config.ema)
-    identity = run_identity(config, data, stream, codec)
     store = CheckpointStore(
         config,
         world,
@@ -80,6 +85,7 @@ def start_training(
     phases.enter("load", 0)
     restored = store.restore(engine, ema)
     progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
+    check_replicas(world, engine, ema, progress.step)
     phases.enter("start", progress.step)
     open_at = partial(open_together, config, world, stream)
     telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
@@ -137,11 +143,16 @@ def build_engine(config: RunConfig, normalise: Normalise, world: World, precisio
     return Engine(objective, model, groups, config, world, precision)
 
 
+def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
+    """Whose latents the model sees; None on a rank that has neither latents nor the autoencoder."""
+    return data.encoder or (codec.identity if codec else None)
+
+
 def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
 ) -> dict[str, dict[str, Any]]:
     """What must not change while a run goes on: what the weights mean, and the order of the data."""
-    encoder = data.encoder or (codec and codec.identity)
+    encoder = encoder_of(data, codec)
     return {
         "model": {
             **config.model_identity,
@@ -155,3 +166,11 @@ def run_identity(
             "data.flip_images": config.data.flip_images,
         },
     }
+
+
+def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
+    """The run's identity, and all of its autoencoder's but the name, as all ranks must have them."""
+    facts = {key: value for part in identity.values() for key, value in part.items()}
+    if encoder is not None:
+        facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
+    return {key: json.dumps(value) for key, value in facts.items()}

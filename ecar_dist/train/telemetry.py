@@ -199,15 +199,20 @@ def progress_line(
     step: int, total_steps: int, samples_seen: int, total: int, result: StepResult, report: Report
 ) -> str:
     """One line of the log: where the run is, how it goes, how long it will take, and what changed in the verdict."""
-    stages, values = " ".join(f"{loss:.4f}" for loss in result.stage_losses), report.values
+    stages, values = " ".join(_short(loss, 4) for loss in result.stage_losses), report.values
     line = (
-        f"step {step}/{total_steps}  loss {result.loss:.4f} ({stages})  grad {result.grad_norm:.3f}  "
+        f"step {step}/{total_steps}  loss {_short(result.loss, 4)} ({stages})  grad {_short(result.grad_norm, 3)}  "
         f"lr {result.learning_rate:.2e}"
     )
     if rate := values.get("perf/samples_per_second"):
         line += f"  {rate:,.0f} samples/s  data wait {values['perf/data_wait_fraction']:.0%}"
         line += f"  left {duration((total - samples_seen) / rate)}"
     return f"{line}  {report.news}" if report.news else line
+
+
+def _short(number: float, digits: int) -> str:
+    """So many digits after the point, or three in all where the number is so large that it would fill the line."""
+    return f"{number:.{digits}f}" if abs(number) < 1e5 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -49,7 +50,11 @@ def open_codec_by_spec(
     spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
     """`dct-f8`, `dct-f32`, or folder or hub name of a KL or DC autoencoder. Raises ConfigError as `open_codec` does."""
-    for downsample in KEPT_SIDE:
-        if spec == f"dct-f{downsample}":
-            return DctCodec(downsample, torch.device(device))
+    known = [f"dct-f{downsample}" for downsample in KEPT_SIDE]
+    if spec in known:
+        return DctCodec(list(KEPT_SIDE)[known.index(spec)], torch.device(device))
+    if spec.lower().startswith("dct") and "/" not in spec and not Path(spec).exists():
+        raise ConfigError(
+            f"--vae {spec} is not known; give {', '.join(known)}, or folder or hub name of an autoencoder"
+        )
     return open_pretrained(spec, torch.device(device), dtype)

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ecar_dist.errors import DataError
+from ecar_dist.storage.untrusted import first_violation
 
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp that latent-diffusion autoencoders put on their own posterior
 
@@ -27,13 +29,15 @@ class EncoderIdentity:
     Two encoders are the same when every field but `name` agrees: a hub name and a local copy are one encoder.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     kind: str  # "kl", "dc" or "dct"
     name: str  # hub name or folder; for people
     weights_sha256: str  # of the sorted state dict, see `hash_state_dict`
     config_sha256: str  # of the canonical JSON of the architecture
-    latent_channels: int  # C
-    downsample: int  # image pixels per latent pixel side
-    scaling_factor: float
+    latent_channels: Annotated[int, Field(ge=1)]  # C
+    downsample: Annotated[int, Field(ge=1)]  # image pixels per latent pixel side
+    scaling_factor: Annotated[float, Field(gt=0)]
     shift_factor: float
     deterministic: bool  # True: moments are [C, H, W]; False: mean and logvar, [2C, H, W]
     input_range: tuple[float, float] = (-1.0, 1.0)
@@ -43,11 +47,15 @@ class EncoderIdentity:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> EncoderIdentity:
-        """Raises DataError where a field is missing or unknown."""
+        """Raises DataError where a field is missing, unknown, of another type or out of range."""
         try:
-            return EncoderIdentity(**{**tree, "input_range": tuple(tree["input_range"])})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"encoder identity is damaged ({error}); encode the latents again") from None
+            # as JSON: there strict mode takes an array for a tuple
+            return TypeAdapter(EncoderIdentity).validate_json(json.dumps(tree), strict=True)
+        except ValidationError as error:
+            reason = first_violation(error)
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+        raise DataError(f"encoder identity is damaged ({reason}); encode the latents again")
 
     @property
     def moments_channels(self) -> int:

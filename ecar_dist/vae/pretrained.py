@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, UntrustedError, parse_json, plain_name, read_plain_file
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, denormalise, hash_config, hash_state_dict
 
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
@@ -75,6 +76,7 @@ def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: s
     Raises ConfigError, one line, where there is no such autoencoder.
     """
     found = _kind_of(path)
+    _check_weight_files(Path(path))
     if kind is not None and found != kind:
         raise ConfigError(f"{path} holds {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
     try:
@@ -139,6 +141,16 @@ def _class_name(path: str) -> str | None:
         return json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError):
         raise ConfigError(f"{path} has no readable config.json of an autoencoder; {_MAKE_ONE}") from None
+
+
+def _check_weight_files(folder: Path) -> None:
+    """The index of weights in several files names these; diffusers opens whatever stands there."""
+    for index in folder.glob("*.index.json"):
+        try:
+            for name in set(parse_json(read_plain_file(index, MAX_JSON_BYTES))["weight_map"].values()):
+                plain_name(name)
+        except (OSError, UntrustedError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} names no weights beside it ({error}); restore it, or {_MAKE_ONE}") from None
 
 
 def _not_loaded(path: str, error: Exception) -> ConfigError:

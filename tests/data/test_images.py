@@ -6,6 +6,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ecar_dist.data import images as images_module
+from ecar_dist.data.image_formats import IMAGE_EXTENSIONS, background_name, image_extension, parse_background
 from ecar_dist.data.images import open_decoder
 from ecar_dist.errors import ConfigError, DataError
 
@@ -18,10 +19,24 @@ def encoded(pixels, kind, **settings):
     return buffer.getvalue()
 
 
-def exif_rotated():
+def encoded_image(image, kind, **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def exif_rotated(kind="JPEG"):
     exif = Image.Exif()
     exif[274] = 6
-    return encoded(CHINA, "JPEG", exif=exif.tobytes())
+    return encoded(CHINA, kind, exif=exif.tobytes())
+
+
+def animated(kind):
+    return encoded(FLOWER, kind, save_all=True, append_images=[Image.fromarray(CHINA)])
+
+
+RGBA = np.dstack([CHINA, FLOWER[..., 0]])
+GREY_16 = (CHINA[..., 0].astype(np.uint16) << 8) + CHINA[..., 1]
 
 
 BLOBS = {
@@ -35,6 +50,28 @@ BLOBS = {
     "grey 8x8 png": encoded(CHINA[100:108, 200:208, 0], "PNG"),
     "webp": encoded(CHINA, "WEBP", quality=90),
     "twice 207": encoded(CHINA[:414, :520], "PNG"),
+    "palette png": encoded_image(Image.fromarray(CHINA).quantize(64), "PNG"),
+    "palette png with transparency": encoded_image(Image.fromarray(RGBA).quantize(64), "PNG"),
+    "grey png with alpha": encoded_image(Image.fromarray(RGBA).convert("LA"), "PNG"),
+    "png with a transparent colour": encoded(FLOWER, "PNG", transparency=tuple(FLOWER[5, 5].tolist())),
+    "webp with alpha": encoded(RGBA, "WEBP", lossless=True),
+    "png rotated by exif": exif_rotated("PNG"),
+    "webp rotated by exif": exif_rotated("WEBP"),
+    "cmyk jpeg": encoded_image(Image.fromarray(CHINA).convert("CMYK"), "JPEG"),
+    "16 bit grey": encoded(GREY_16, "PNG"),
+    "16 bit tiff": encoded(GREY_16, "TIFF"),
+    "black and white": encoded_image(Image.fromarray(CHINA).convert("1"), "PNG"),
+    "gif": encoded(FLOWER, "GIF"),
+    "tiff": encoded(CHINA, "TIFF"),
+    "cmyk tiff": encoded_image(Image.fromarray(CHINA).convert("CMYK"), "TIFF"),
+    "bmp": encoded(FLOWER, "BMP"),
+    "avif": encoded(CHINA, "AVIF"),
+    "animated gif": animated("GIF"),
+    "animated webp": animated("WEBP"),
+    "animated png": animated("PNG"),
+    "two pictures in a jpeg": animated("MPO"),
+    "1x1": encoded(CHINA[:1, :1], "PNG"),
+    "1x1 jpeg": encoded(CHINA[:1, :1], "JPEG"),
 }
 
 
@@ -57,14 +94,107 @@ def test_shapes_orientation_and_channels(decoder):
     assert arrays[2].shape == (640, 427, 3)
 
 
+# noise pixel by pixel, which the two resizes treat differently: only their decoding is compared
+DITHERED = ("black and white", "gif", "animated gif")
+
+
 @pytest.mark.parametrize("size", [32, 256])
 def test_resizes_differ_little(size):
     """Measured 38 dB and more over sides from 40 to 640; a crop off by one pixel gives 21 dB."""
-    blobs = list(BLOBS.values())
-    ours, reference = (open_decoder(name).decode_to_batch(blobs, list(BLOBS), size) for name in ("dali", "pil"))
+    names = [name for name in BLOBS if name not in DITHERED]
+    blobs = [BLOBS[name] for name in names]
+    ours, reference = (open_decoder(name).decode_to_batch(blobs, names, size) for name in ("dali", "pil"))
     assert ours.shape == reference.shape == (len(blobs), size, size, 3)
-    errors = np.square(ours.astype(float) - reference).mean(axis=(1, 2, 3))
+    errors = np.maximum(np.square(ours.astype(float) - reference).mean(axis=(1, 2, 3)), 1e-9)
     assert (10 * np.log10(255**2 / errors)).min() > 37
+
+
+WITH_ALPHA = {
+    "rgba png": encoded(RGBA, "PNG"),
+    "rgba webp": encoded(RGBA, "WEBP", lossless=True, exact=True),
+    "rgba tiff": encoded(RGBA, "TIFF"),
+}
+COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "#10ff80": (16, 255, 128)}
+
+
+@pytest.mark.parametrize("kind", ["pil", "dali"])
+@pytest.mark.parametrize("name", COLOURS)
+def test_transparency_is_composited_on_the_background(kind, name):
+    """A solid red background that is transparent came out solid red."""
+    decoder = open_decoder(kind, background=parse_background(name))
+    alpha = RGBA[..., 3:].astype(float) / 255
+    expected = alpha * CHINA + (1 - alpha) * np.array(COLOURS[name])
+    for array in decoder.decode(list(WITH_ALPHA.values()), list(WITH_ALPHA)):
+        assert np.abs(array - expected).max() <= 1.0
+    hidden = encoded(np.full((9, 9, 4), (255, 0, 0, 0), np.uint8), "PNG")
+    assert (decoder.decode_to_batch([hidden], ["red"], 4) == COLOURS[name]).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "P", "PA"])
+def test_transparency_of_grey_and_palette_images(decoder, mode):
+    image = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 4, 6))
+    kind = "TIFF" if mode == "PA" else "PNG"
+    (array,) = decoder.decode([encoded_image(image.quantize(4) if mode == "P" else image.convert(mode), kind)], ["a"])
+    assert (array[:, 4:] == 255).all()
+    assert np.abs(array[0, 0].astype(int) - ((29, 29, 29) if mode == "LA" else (0, 0, 255))).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["pil", "dali"])
+def test_without_a_background_alpha_is_dropped_as_earlier_versions_did(kind):
+    decoder = open_decoder(kind, background=None)
+    assert np.array_equal(decoder.decode([WITH_ALPHA["rgba png"]], ["a"])[0], CHINA)
+
+
+@pytest.mark.parametrize("text", ["", "red", "#fff", "#gggggg", "255,255,255", "white\n"])
+def test_backgrounds_that_are_none(text):
+    with pytest.raises(ConfigError, match="give white, black or #rrggbb"):
+        parse_background(text)
+
+
+def test_a_background_has_one_name():
+    assert [background_name(parse_background(text)) for text in ("white", "#FFFFFF", "#000000", "#10FF80")] == [
+        "white",
+        "white",
+        "black",
+        "#10ff80",
+    ]
+
+
+def test_16_bits_are_scaled_not_clipped(decoder):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    for kind in ("PNG", "TIFF"):
+        (array,) = decoder.decode([encoded(ramp, kind)], [kind])
+        assert np.abs(array[..., 1] - ramp / 257.0).max() <= 1.0
+
+
+def test_the_first_frame_is_taken_and_counted():
+    for kind in ("pil", "dali"):
+        decoder = open_decoder(kind)
+        names = ["animated webp", "png", "animated png", "two pictures in a jpeg"]
+        arrays = decoder.decode([BLOBS[name] for name in names], names)
+        assert np.abs(arrays[0].astype(int) - FLOWER).mean() < 5
+        assert np.array_equal(arrays[2], FLOWER)
+        assert decoder.animated == 2
+
+
+def test_1x1_becomes_one_colour(decoder):
+    batch = decoder.decode_to_batch([BLOBS["1x1"]], ["a"], 16)
+    assert (batch == CHINA[0, 0]).all()
+
+
+def test_formats_are_told_by_their_first_bytes():
+    names = ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"]
+    assert [image_extension(BLOBS[name]) for name in names] == ["png", "jpg", "webp", "gif", "tif", "bmp", "avif"]
+    assert [image_extension(data) for data in (b"", b"<svg></svg>", encoded(CHINA, "ICO"))] == [None] * 3
+    assert {"gif", "tif", "tiff", "bmp", "avif", "jpeg"} < set(IMAGE_EXTENSIONS)
+
+
+def test_checking_decodes_each_image_and_keeps_none():
+    names = [*BLOBS, *BAD]
+    faults = open_decoder("pil").check([{**BLOBS, **BAD}[name] for name in names], names)
+    assert [names[place] for place in faults] == list(BAD)
+    assert all(faults[place].startswith(f"image {names[place]} ") for place in faults)
 
 
 def test_the_centre_is_cropped(decoder):
@@ -80,7 +210,10 @@ BAD = {
     "nothing": b"",
     "cut jpeg": BLOBS["jpeg"][:5000],
     "cut png": BLOBS["png"][:5000],
-    "16 bit": encoded(CHINA[..., 0].astype(np.uint16), "PNG"),
+    "32 bit": encoded(CHINA[..., 0].astype(np.float32), "TIFF"),
+    "another format": encoded(CHINA, "ICO"),
+    "cut gif": BLOBS["gif"][:5000],
+    "cut tiff": BLOBS["tiff"][:5000],
 }
 
 
@@ -163,6 +296,14 @@ def test_a_bomb_is_refused_before_it_is_decoded(decoder, monkeypatch):
     monkeypatch.setattr(type(decoder), "_convert", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DataError, match="image big is 640 x 427, the limit is 273279 pixels"):
         decoder.decode([BLOBS["jpeg"]], ["big"])
+
+
+def test_a_strip_that_resizing_would_blow_up_is_refused(decoder):
+    """1 x 60000 at 256 is 256 x 15,360,000 pixels, 11 GiB."""
+    strip = encoded(np.zeros((1, 60_000, 3), np.uint8), "PNG")
+    separated = decoder.separate([strip, BLOBS["png"]], ["strip", "png"], 256)
+    assert separated.good == [1]
+    assert "60000 x 1" in separated.failures[0]
 
 
 @pytest.mark.parametrize(("kind", "device"), [("cv2", "cpu"), ("dali", "cuda")])

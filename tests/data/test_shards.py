@@ -185,9 +185,10 @@ def test_structure_is_checked_even_where_the_hash_agrees(tmp_path, part):
 
 def test_fewer_samples_than_stated(tmp_path):
     write_set(tmp_path)
-    restate(tmp_path, load_manifest(tmp_path), 0, count=80)
+    manifest = load_manifest(tmp_path)
+    entry = dataclasses.replace(manifest.shards[0], count=80)
     with pytest.raises(DataError, match="fewer than 80 samples"):
-        open_shard(tmp_path, 0)
+        open_latent_shard(tmp_path / entry.name, entry, manifest)
 
 
 @pytest.mark.parametrize("bad", [-1, NUM_CLASSES])

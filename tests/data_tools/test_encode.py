@@ -1,20 +1,24 @@
 import itertools
+import json
 import os
 import shlex
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_tools import encode as encode_module
 from data_tools.encode import encode, plan
-from data_tools.encode_plan import read_plan
+from data_tools.encode_plan import EncodePlan, read_plan
 from data_tools.finalize import finalize
+from data_tools.shard import shard
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.vae.codec import hash_config
 from ecar_dist.vae.dct import DctCodec
 from ecar_dist.vae.pixels import from_pixels
 from ecar_dist.vae.pretrained import new_autoencoder, save_autoencoder
@@ -80,6 +84,7 @@ CHANGES = {
     "decoder": "dali",
     "precision": "bf16",
     "resize": "adm",
+    "background": "black",
 }
 
 
@@ -91,6 +96,57 @@ def test_another_plan_is_refused_and_nothing_touched(images, whole, name):
     ):
         encode_small(images, whole, **{name: CHANGES[name]})
     assert content(whole) == before
+
+
+def as_an_earlier_version_left_it(out):
+    """plan.json without the key `background`, and with the id that such a plan has."""
+    tree = json.loads((out / "plan.json").read_text())
+    del tree["background"], tree["plan_id"]
+    old = EncodePlan(**tree)
+    (out / "plan.json").write_text(json.dumps({**tree, "plan_id": old.plan_id}))
+    return old
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_transparency_dropped(tmp_path, capsys):
+    red = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    (tmp_path / "in/a").mkdir(parents=True)
+    for place in range(4):
+        red.save(tmp_path / f"in/a/{place}.png")
+    shard(str(tmp_path / "in"), tmp_path / "images")
+    plan(tmp_path / "images", tmp_path / "old", vae="dct-f8", image_size=16, samples_per_shard=2, decoder="pil")
+    old = as_an_earlier_version_left_it(tmp_path / "old")
+    assert old.plan_id == hash_config({key: value for key, value in old.content().items() if key != "background"})
+    with pytest.raises(DataError, match="its background is None, this command's black"):
+        encode_small(tmp_path / "images", tmp_path / "old", samples_per_shard=2, background="black")
+    encode_small(tmp_path / "images", tmp_path / "old", samples_per_shard=2)
+    assert "dropped transparency and goes on so" in capsys.readouterr().out
+    finalize(tmp_path / "old")
+    assert load_manifest(tmp_path / "old").preprocessing["plan_id"] == old.plan_id
+    assert "background" not in load_manifest(tmp_path / "old").preprocessing
+    channel_means = {}
+    for name, background in (("white", "white"), ("black", "#000000")):
+        encode_small(tmp_path / "images", tmp_path / name, samples_per_shard=2, background=background)
+        finalize(tmp_path / name)
+        assert load_manifest(tmp_path / name).preprocessing["background"] == name
+    for name in ("old", "white", "black"):
+        moments, _ = rows_of(tmp_path / name)
+        brightness = moments[:, ::4].mean(axis=(0, 2, 3)) / 8  # the first of a colour's four frequencies
+        channel_means[name] = brightness.round().tolist()
+    assert channel_means == {"old": [1, -1, -1], "white": [1, 1, 1], "black": [-1, -1, -1]}
+
+
+def test_without_an_image_size_one_is_proposed(images, tmp_path):
+    """It silently made 256 out of 64-pixel pictures."""
+    with pytest.raises(ConfigError, match=r"10 images .* are 20 to 20 pixels, .* give e\.g\. --image-size 16$"):
+        encode_small(images, tmp_path / "out", image_size=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_enlarging_most_images_is_said(images, tmp_path, capsys):
+    encode_small(images, tmp_path / "small")
+    assert "warning" not in capsys.readouterr().err
+    encode_small(images, tmp_path / "large", image_size=32)
+    assert "warning: 10 of 10 images looked at are smaller than --image-size 32" in capsys.readouterr().err
 
 
 def test_another_decoder_is_often_another_device(images, tmp_path):

@@ -34,7 +34,7 @@ def test_tars_stay_where_they_are(tmp_path, capsys):
     data = write_tars(tmp_path / "tars")
     before = content(tmp_path / "tars")
     index(str(tmp_path / "tars"), tmp_path / "index")
-    assert f"next: ecar-data encode {tmp_path}/index LATENTS --vae NAME\n" in capsys.readouterr().out
+    assert f"next: ecar-data encode {tmp_path}/index LATENTS --vae NAME --image-size SIDE\n" in capsys.readouterr().out
     assert content(tmp_path / "tars") == before
     assert set(content(tmp_path / "index")) == {"manifest.json", "000000.npy", "000001.npy", "000002.npy"}
     assert read_all(tmp_path / "index") == data

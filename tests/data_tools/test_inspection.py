@@ -99,7 +99,7 @@ def test_stats_prints_the_manifest(sets, capsys):
 def test_stats_says_when_the_posterior_is_a_point(sets, capsys, sharpness, said):
     manifest = load_manifest(sets[1])
     numbers = {**manifest.statistics, "posterior_sharpness": sharpness}
-    encoder = {**manifest.encoder, "deterministic": False}
+    encoder = {**manifest.encoder, "deterministic": False, "latent_channels": 6}
     write_manifest(sets[1], dataclasses.replace(manifest, statistics=numbers, encoder=encoder))
     stats(sets[1])
     assert f"posterior_sharpness {said}" in capsys.readouterr().out
@@ -116,7 +116,9 @@ def test_verify_reads_dalis_index(sets):
 
 def test_verify_counts_bad_images(tmp_path):
     images = write_bad_image_shards(tmp_path)
-    with pytest.raises(DataError, match=r"3 of 24 images cannot be used, the first: image 000000000002 in 000000\.tar"):
+    with pytest.raises(
+        DataError, match=r"3 of 24 images cannot be used, the first: image 000000000002 \(bird/2\.jpeg\) in 000000\.tar"
+    ):
         verify(images)
 
 

@@ -1,8 +1,10 @@
+import os
+
 import fsspec
 import pytest
 
 from data_tools.sources import ClassFolders, FoundFile, Tars, find_source
-from ecar_dist.errors import DataError
+from ecar_dist.errors import ConfigError, DataError
 
 
 def touch(root, *names):
@@ -45,7 +47,7 @@ def check_imagenet(found):
     assert list(found.classes) == ["n01", "n02"]
     assert found.classes["n01"] == [FoundFile("c.JPG", len("n01/c.JPG"))]
     assert [file.name for file in found.classes["n02"]] == ["a_10.JPEG", "a_9.jpeg", "b_2.JPEG"]
-    assert found.skipped == 1
+    assert found.left_out == {".txt": 1}
 
 
 def test_class_folders_on_disk_and_behind_a_url(tmp_path, bucket, monkeypatch):
@@ -72,14 +74,10 @@ def test_linked_class_folders_count(tmp_path):
 @pytest.mark.parametrize(
     ("present", "message"),
     [
-        (
-            ("train/n01/a.png", "val/n01/a.png"),
-            "train/n01 is a folder inside a class folder; give the folder that holds",
-        ),
-        (("a/x.png", "b/x.txt"), "class folder .*/b has no image"),
-        (("a/x.png", "loose.png"), "holds the image loose.png beside its class folders"),
+        (("a/x.txt", "b/x.svg"), "none of its 2 class folders has an image"),
+        (("a/x.png", "loose.png"), "the image loose.png beside its class folders"),
         (("a/x.png", "0.tar"), "holds both 0.tar and class folders"),
-        (("a.png", "b.png"), "has no class folders"),
+        (("a.png", "b.png"), "has no class folders .* use --flat if there are no classes"),
         (("readme.txt",), "has no class folders"),
     ],
 )
@@ -88,6 +86,77 @@ def test_trees_that_would_lose_images_are_refused(tmp_path, bucket, present, mes
         with pytest.raises(DataError, match=message) as caught:
             find_source(source)
         assert "\n" not in str(caught.value)
+
+
+NESTED = ("cat/x.png", "cat/big/x.png", "cat/big/old/y.gif", "cat.d/z.TIFF", "dog/n/1.bmp", "empty/readme.md", "a.svg")
+
+
+def test_images_at_any_depth_belong_to_the_class_at_the_top(tmp_path, bucket):
+    """As torchvision's ImageFolder has it."""
+    for source in (str(touch(tmp_path, *NESTED)), bucket(*NESTED)):
+        found = find_source(source)
+        assert {name: [file.name for file in files] for name, files in found.classes.items()} == {
+            "cat": ["big/old/y.gif", "big/x.png", "x.png"],
+            "cat.d": ["z.TIFF"],
+            "dog": ["n/1.bmp"],
+        }
+        assert found.empty == ["empty"]
+        assert found.left_out == {".md": 1, ".svg": 1}
+        assert found.notes == []
+
+
+def test_folders_of_class_folders_are_pointed_out(tmp_path, bucket):
+    present = ("train/n01/a.png", "val/n01/a.png")
+    for source in (str(touch(tmp_path, *present)), bucket(*present)):
+        found = find_source(source)
+        assert list(found.classes) == ["train", "val"]
+        assert f"{source}/train" in found.notes[0]
+
+
+def test_all_images_as_one_class(tmp_path, bucket):
+    present = ("b.png", "a/x.jpg", ".hidden.png", "notes.txt")
+    for source in (str(touch(tmp_path / "deep", *present)), bucket(*(f"deep/{name}" for name in present)) + "/deep"):
+        found = find_source(source, flat=True)
+        assert found.location == source.removesuffix("/deep")
+        assert {name: [file.name for file in files] for name, files in found.classes.items()} == {
+            "deep": ["a/x.jpg", "b.png"]
+        }
+        assert found.left_out == {".txt": 1}
+    with pytest.raises(ConfigError, match="--flat is for folders"):
+        find_source(f"{tmp_path}/*.tar", flat=True)
+
+
+def test_all_problems_come_at_once(tmp_path):
+    touch(tmp_path, "a/x.png", "loose.png", "looser.jpg")
+    (tmp_path / "a/new\nline.png").write_bytes(b"x")
+    (tmp_path / "a/broken.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a/round").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "a/pipe.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    (tmp_path / os.fsdecode(b"n\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"n\xe9") / "x.png").write_bytes(b"x")
+    with pytest.raises(DataError) as caught:
+        find_source(str(tmp_path))
+    text = str(caught.value)
+    assert "has 6 problems: (1) " in text
+    for what in (r"new\nline.png", "a/broken.png", "a/round", "a/pipe.png", "loose.png and 1 more", "n\\xe9"):
+        assert what in text
+    assert text.isprintable()
+
+
+def test_a_file_name_that_is_not_utf8_is_kept(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xf0\x9f\x8e\x89.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"x")
+    assert find_source(str(tmp_path)).classes == {"a": [FoundFile(name, 1)]}
+
+
+def test_what_lies_beside_tars_is_counted(tmp_path, bucket):
+    """img2dataset's, for one."""
+    present = ("0.tar", "0.parquet", "0_stats.json", "1.tar", "1.parquet")
+    for source in (str(touch(tmp_path, *present)), bucket(*present)):
+        assert find_source(source).left_out == {".parquet": 2, ".json": 1}
 
 
 TARS = ("t/train-000.tar", "t/train-001.tar", "t/val-000.tar", "t/notes.txt", "t/deep/x.tar")
@@ -145,9 +214,9 @@ def test_compressed_tars_are_refused(tmp_path, bucket, pattern):
 
 
 def test_a_source_that_is_not_there(tmp_path, bucket):
-    with pytest.raises(DataError, match=r"s3:/bucket/x is no folder; did you mean s3://bucket/x\?"):
+    with pytest.raises(DataError, match=r"s3:/bucket/x is not a folder; did you mean s3://bucket/x\?"):
         find_source("s3:/bucket/x")
-    with pytest.raises(DataError, match=r"none is no folder; give one of tars or of a directory per class"):
+    with pytest.raises(DataError, match=r"none is not a folder; give one of tars or of a directory per class"):
         find_source(str(tmp_path / "none"))
     bucket("a/x.png")
     with pytest.raises(DataError):

@@ -1,12 +1,18 @@
+import json
+import os
 import re
 
 import pytest
+import torch
 
+from data_tools import autoencoder_state, train_vae
 from data_tools.cli import main
 from data_tools.finalize import finalize
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.vae.build import open_codec_by_spec
+from tests.data_tools.bad_images import write_bad_image_shards
 from tests.data_tools.image_folders import content, encode_small
+from tests.data_tools.workers import die_in_training, start
 
 
 def train(digits, out, *more):
@@ -32,11 +38,85 @@ def test_it_learns_and_its_normalisation_fits(digits, tmp_path, capsys):
     assert second_moment == pytest.approx(1.0, abs=0.1)
 
 
-def test_an_existing_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
+SMALL = ["--channels", "8", "--batch-size", "4", "--steps", "7", "--image-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def bad_images(tmp_path_factory):
+    return write_bad_image_shards(tmp_path_factory.mktemp("bad"))
+
+
+def command(images, out, *more):
+    return ["train-vae", str(images), str(out), *SMALL, *more]
+
+
+def test_bad_images_are_left_out_and_listed_under_their_files_names(bad_images, tmp_path, capsys):
+    """One 16-bit PNG ended it, and no flag helped."""
+    out = tmp_path / "vae"
+    assert main(command(bad_images, out)) == 1
+    said = capsys.readouterr().err
+    assert "--max-bad 0.001 allows 0" in said
+    assert re.search(r"image 0000000000\d\d \((bird|cat)/\d\.(png|jpeg)\) in 00000\d\.tar", said)
+    assert main(command(bad_images, out, "--max-bad", "0.125")) == 0
+    assert "3 bad images left out" in capsys.readouterr().out
+    listed = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["name"]) for line in listed] == [
+        (2, "bird/2.jpeg"),
+        (11, "cat/3.png"),
+        (13, "cat/5.png"),
+    ]
+
+
+def test_killed_and_run_again_it_ends_with_the_same_weights(bad_images, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(bad_images, whole, "--max-bad", "0.2")) == 0
+    for step in (0, 3, 2):
+        process = start(die_in_training, step, command(bad_images, killed, "--max-bad", "0.2"))
+        process.join()
+        assert process.exitcode == -9
+    state = torch.load(killed / autoencoder_state.STATE_NAME, weights_only=True)
+    assert state["step"] == 5
+    capsys.readouterr()
+    assert main(command(bad_images, killed, "--max-bad", "0.2", "--steps", "8")) == 1
+    assert "another steps: 7, this command's is 8; repeat the first command" in capsys.readouterr().err
+    assert main(command(bad_images, killed, "--max-bad", "0.2")) == 0
+    assert content(killed) == content(whole)
+    assert sorted(content(killed)) == ["config.json", "diffusion_pytorch_model.safetensors", "errors.jsonl"]
+
+
+def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    images, out = digits / "images/heldout", tmp_path / "vae"
+    true_replace = os.replace
+    moved = lambda source, _: ".finished" in str(source)  # noqa: E731
+    monkeypatch.setattr(os, "replace", lambda *names: stop() if moved(*names) else true_replace(*names))
+    assert main(command(images, out)) == 130
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(train_vae, "_step", lambda *_: pytest.fail("trained again"))
+    assert main(command(images, out)) == 0
+    assert sorted(content(out)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a state", b"PK\x03\x04"])
+def test_a_damaged_state_is_one_line(digits, tmp_path, capsys, damage):
+    out = tmp_path / "vae"
+    out.mkdir()
+    (out / autoencoder_state.STATE_NAME).write_bytes(damage)
+    assert main(command(digits / "images/heldout", out)) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "is damaged" in said[-1]
+    assert f"remove {out} and start again" in said[-1]
+
+
+def test_an_occupied_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
     (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/mine.txt").write_text("mine")
     assert train(digits, tmp_path / "vae") == 1
-    assert "vae exists; remove it" in capsys.readouterr().err
-    assert content(tmp_path / "vae") == {}
+    assert "vae exists and holds mine.txt; remove it" in capsys.readouterr().err
+    assert content(tmp_path / "vae") == {"mine.txt": b"mine"}
     assert train(digits, tmp_path / "new", "--downsample", "3") == 1
     assert "--downsample 3 must be a power of 2" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from data_tools import commit, encode, encode_plan
+from data_tools import commit, encode, encode_plan, train_vae
+from data_tools.cli import main
 from data_tools.finalize import finalize
 from ecar_dist.data import shard_writer
 from ecar_dist.vae.dct import DctCodec
@@ -31,6 +32,30 @@ def die_at(place: str, images: Path, out: Path, settings: dict[str, Any]) -> Non
     PLACES[place]()
     encode_small(images, out, **settings)
     finalize(out, max_bad=1.0)
+
+
+def die_in_training(step: int, arguments: list[str]) -> None:
+    """`ecar-data` train-vae that saves after each step; SIGKILL to itself before its step `step`."""
+    train_vae._SAVE_SECONDS = 0.0
+    train_vae.time = Ticking()  # type: ignore[assignment]
+    original = train_vae._step
+    steps = iter(range(1_000_000))
+
+    def deadly(*values: Any) -> Any:
+        if next(steps) == step:
+            _die()
+        return original(*values)
+
+    train_vae._step = deadly
+    main(arguments)
+
+
+class Ticking:
+    """A clock that stands still: writing a state takes no time, so the next one is due at once."""
+
+    @staticmethod
+    def monotonic() -> float:
+        return 0.0
 
 
 def race(barrier: Barrier, offset: float, images: Path, out: Path) -> None:

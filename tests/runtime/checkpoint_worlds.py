@@ -29,6 +29,7 @@ class State:
         total = sum(torch.Size(shape).numel() for shape in shapes.values())
         share = -(-total // size)
         self.full = {kind: torch.randn(total, generator=generator) for kind in ("master", *ADAM_MOMENTS)}
+        self.full["exp_avg_sq"].abs_()
         padded = {kind: torch.cat((values, torch.zeros(share * size - total))) for kind, values in self.full.items()}
         mine = {kind: values[rank * share : (rank + 1) * share].clone() for kind, values in padded.items()}
         self.partitions = [mine["master"]]

@@ -8,8 +8,9 @@ import xxhash
 
 from ecar_dist.config import EmaSection
 from ecar_dist.config_file import config_from_dict, config_to_yaml
-from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, SCHEMA
+from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER
 from ecar_dist.runtime.checkpoint_load import meanings
+from ecar_dist.runtime.checkpoint_manifest import SCHEMA
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
 
 DATA = {"dataset_ids": ["sha-of-the-data"], "run.seed": 0}
@@ -59,8 +60,11 @@ def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, em
         "identity": identity or {"model": {}, "data": DATA},
         "world_size": ranks,
         "zero_stage": 2,
+        "precision": "fp32",
         "shapes": {name: list(value.shape) for name, value in first.items()},
-        "files": [dataclasses.asdict(file) for file in files],
+        "files": [
+            {**dataclasses.asdict(file), "fragments": _held(first, rank, ranks)} for rank, file in enumerate(files)
+        ],
     }
     commit(path, manifest)
     return path
@@ -72,13 +76,21 @@ def commit(path, manifest):
     (path / MARKER).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
+def _pieces(tensors, rank, ranks):
+    for name, value in tensors.items():
+        share = -(-value.numel() // ranks)
+        piece = value.flatten()[rank * share : (rank + 1) * share]
+        if piece.numel():
+            yield f"{name}:{rank * share}", piece
+
+
 def _share(state, rank, ranks):
-    entries = []
-    for kind, tensors in state.items():
-        for name, value in tensors.items():
-            share = -(-value.numel() // ranks)
-            piece = value.flatten()[rank * share : (rank + 1) * share]
-            key = f"{kind}:{name}:{rank * share}"
-            if piece.numel():
-                entries.append(TensorEntry(key, torch.float32, tuple(piece.shape), lambda piece=piece: piece))
-    return entries
+    return [
+        TensorEntry(f"{kind}:{key}", torch.float32, tuple(piece.shape), lambda piece=piece: piece)
+        for kind, tensors in state.items()
+        for key, piece in _pieces(tensors, rank, ranks)
+    ]
+
+
+def _held(tensors, rank, ranks):
+    return [f"{key}:{piece.numel()}" for key, piece in _pieces(tensors, rank, ranks)]

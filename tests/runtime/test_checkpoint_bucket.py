@@ -13,8 +13,9 @@ import torch
 
 from ecar_dist.errors import CheckpointError, DataError
 from ecar_dist.runtime import checkpoint_bucket
-from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, step_of, verify
+from ecar_dist.runtime.checkpoint_files import Progress, step_of, verify
 from ecar_dist.runtime.checkpoint_place import newest_whole, open_ema_place, open_place
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.storage.remote import list_files, read_bytes, remove
 from ecar_dist.storage.retries import Transfer
@@ -86,7 +87,7 @@ def test_each_node_fetches_what_its_ranks_need_once(bucket, config):
     bucket.break_on()
 
     place = open_place(config)
-    folder = place.fetch(place.committed()[0], needed=lambda entry: "00000-of" in entry["name"])
+    folder = place.fetch(place.committed()[0], needed=lambda file: "00000-of" in file.name)
     assert len(bucket.log("GET", ".safetensors")) == 1
     assert torch.equal(FragmentReader(folder).read("master", "a", 0, 5), State(0, 1, 1).full["master"][:5])
 
@@ -167,7 +168,7 @@ def test_for_readers_outside_of_training(bucket, config):
     place = open_place(config)
     folder = newest_whole(place)
     verify(folder)
-    assert place.manifest(folder.name)["progress"]["step"] == 4
+    assert place.manifest(folder.name).progress.step == 4
     assert torch.equal(FragmentReader(folder).full("ema", "c"), State(0, 1, 1).full["master"][34:])
     with pytest.raises(CheckpointError, match=f"{bucket.url}/runs/tiny/ema holds no checkpoint"):
         newest_whole(open_ema_place(config))

@@ -132,5 +132,5 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path):
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["files"][0]["name"] = "../b"
     commit(path, manifest)
-    with pytest.raises(CheckpointError, match="a plain name without folders"):
-        report.kinds_in(path)
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        inspect_lines(path)

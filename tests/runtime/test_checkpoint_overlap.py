@@ -10,7 +10,8 @@ import torch
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime import checkpoint_writer
-from ecar_dist.runtime.checkpoint_files import FragmentReader, Progress, committed, read_manifest, verify
+from ecar_dist.runtime.checkpoint_files import Progress, committed, read_manifest, verify
+from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.world import RemoteError
 from tests.runtime.checkpoint_worlds import BATCH, Ranks, State, checkpoints, load, make_config, newest, save, store_of
@@ -84,7 +85,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_own_ste
             settled(store, world)
             assert (store.ready, store.last_committed, store.failures) == (False, 4, 0)
             assert store.bytes_written == sum(
-                entry["bytes"] for entry in read_manifest(tmp_path / "tiny/checkpoints" / OLD)["files"]
+                file.bytes for file in read_manifest(tmp_path / "tiny/checkpoints" / OLD).files
             )
 
     Ranks(3)(run)
@@ -144,7 +145,7 @@ def test_a_failure_on_one_rank_is_one_for_all_said_once_and_training_goes_on(con
             assert (store.failures, store.last_committed) == (1, 4)
             with pytest.raises(CheckpointError if world.is_first else RemoteError) as error:
                 store.finish()  # the last save of a run has to stand
-            assert not world.is_first or str(error.value).endswith("step 4 is whole; see to that, " + WHAT_TO_DO)
+            assert not world.is_first or str(error.value).endswith("saved is of step 4; see to that, " + WHAT_TO_DO)
             gate.failing = {}
             store.begin(at(12), state, ema, {})
             settled(store, world)
@@ -155,7 +156,7 @@ def test_a_failure_on_one_rank_is_one_for_all_said_once_and_training_goes_on(con
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "warning: the checkpoint of step 8 was not saved: rank 1: cannot write /disk/x: Input/output error; "
-        "the one of step 4 is whole; training goes on"
+        "the last one that was saved is of step 4; training goes on"
     )
     assert checkpoints(tmp_path) == [OLD, "step-00000012"]
 
@@ -179,7 +180,7 @@ def test_the_run_ends_after_so_many_failures_in_a_row(tmp_path, monkeypatch, cap
 
     message = Ranks(2)(run)[0]
     assert message == (
-        "the checkpoint of step 16 was not saved: rank 0: RuntimeError: odd; the one of step 8 is whole; "
+        "the checkpoint of step 16 was not saved: rank 0: RuntimeError: odd; the last one that was saved is of step 8; "
         "that was failure 2 in a row; see to that, or set checkpoint.dir, and run the same command again"
     )
     assert len(capsys.readouterr().err.splitlines()) == 2  # of steps 4 and 12
@@ -238,7 +239,9 @@ def test_numbers_that_are_not_finite_are_never_committed(config, tmp_path, kind,
             store.begin(at(8), state, ema, {})
             store.finish()
 
-    with pytest.raises(CheckpointError, match=f"step 8 was not saved: rank 1: {kind} of . is not finite; the one of "):
+    with pytest.raises(
+        CheckpointError, match=f"step 8 was not saved: rank 1: {kind} of . is not finite; the last one "
+    ):
         Ranks(2)(run)
     assert checkpoints(tmp_path) == [OLD]
 

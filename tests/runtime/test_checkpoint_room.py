@@ -55,7 +55,9 @@ def test_a_full_disk(small_disk, tmp_path, capsys):
     warning = Ranks(2)(run)[0]
     assert warning.startswith(f"warning: {folder} has 20.0 MiB free, and 30.5 MiB more are needed: checkpoint.keep=3")
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"cannot write {folder}: No space left on device (it needs 7.6 MiB, and 4.7 MiB are free); the one" in line
+    assert (
+        f"cannot write {folder}: No space left on device (it needs 7.6 MiB, and 4.7 MiB are free); the last one" in line
+    )
     assert [path.name for path in committed(folder)] == ["step-00000016", "step-00000008"]
     for path in committed(folder):
         verify(path)

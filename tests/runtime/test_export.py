@@ -21,7 +21,7 @@ from ecar_dist.runtime.averages import Wanted, open_average
 from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.export import export_run
 from ecar_dist.runtime.export_files import INDEX, WEIGHTS, ExportReader
-from ecar_dist.runtime.untrusted import MAX_JSON_BYTES, file_inside, read_json
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES
 from tests.runtime.made_runs import make_checkpoint, make_run
 
 SHAPES = {"a.weight": (64, 32), "a.bias": (64,), "b.weight": (48, 64), "c.scale": ()}
@@ -286,7 +286,7 @@ def rewrite(path, change):
 @pytest.mark.parametrize("name", ["../tiny/config.yaml", "/etc/passwd", "a/b", "..", "", ".hidden", None, 3, "a\nb"])
 def test_a_name_that_leads_elsewhere_is_refused(out, name):
     rewrite(out / "config.json", lambda tree: tree["files"][0].update(name=name))
-    refused(out, "a plain name without folders")
+    refused(out, r"files\.0\.name")
 
 
 def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(out, tmp_path):
@@ -300,14 +300,14 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(out, tmp_path
     refused(out, "is a link out of its folder")
     shard.unlink()
     os.mkfifo(shard)
-    refused(out, "is no regular file")
+    refused(out, "is not a regular file")
 
 
 def test_every_damage_of_a_shard_is_seen_before_it_is_opened(out):
     shard = out / "model-00002-of-00003.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    refused(out, r"has 12\d+ bytes, 12\d+ were written")
+    refused(out, r"has 12\d+ bytes, expected 12\d+")
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refused(out, "does not have its recorded hash")
     shard.unlink()
@@ -322,14 +322,14 @@ def test_an_index_that_says_otherwise_is_refused(out):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", "is damaged: Expecting property name"),
-        (b"[]", "is damaged: it is no JSON object"),
-        (b'{"a": ' * 100_000, "is damaged: it is nested too deep"),
-        (b'{"a": ' * 40 + b"1" + b"}" * 40, "is damaged: it is nested deeper than 32"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "is damaged: Exceeds the limit"),
-        (b'{"schema": "other"}', r"is no export of this program \(schema 'other'"),
-        (b'{"schema": "ecar-export-v1", "files": 3}', "is no export of this program"),
-        (b"\xff\xfe", "is damaged: "),
+        (b"{", "it is not JSON"),
+        (b"[]", "a JSON list, not an object"),
+        (b'{"a": ' * 100_000, "it is nested deeper than 32"),
+        (b'{"a": ' * 40 + b"1" + b"}" * 40, "it is nested deeper than 32"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON"),
+        (b'{"schema": "other"}', "schema: "),
+        (b'{"schema": "ecar-export-v1", "files": 3}', "dtype: "),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_json_that_is_not_ours(out, content, said):
@@ -337,15 +337,11 @@ def test_json_that_is_not_ours(out, content, said):
     refused(out, said)
 
 
-def test_json_is_bounded_before_it_is_parsed(tmp_path):
-    path = tmp_path / "x.json"
-    with path.open("wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
-    with pytest.raises(CheckpointError, match="larger than 64 MiB"):
-        read_json(path)
-    with pytest.raises(CheckpointError, match="cannot read"):
-        read_json(tmp_path / "none.json")
-    assert file_inside(tmp_path, "none.json") == tmp_path / "none.json"
+def test_json_is_bounded_before_it_is_parsed(out):
+    os.truncate(out / "config.json", MAX_JSON_BYTES + 1)
+    refused(out, f"{MAX_JSON_BYTES:,} are read")
+    (out / "config.json").unlink()
+    refused(out, "cannot read")
 
 
 MEMORY = """

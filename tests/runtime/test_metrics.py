@@ -79,6 +79,34 @@ def test_a_resume_drops_what_is_made_again_from_the_lines(directory):
     assert [line["step"] for line in lines(directory)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_damaged_line_costs_no_other_and_is_said(directory, capsys):
+    write(directory, range(1, 9), tensorboard=False)
+    whole = directory.metrics.read_bytes().splitlines(keepends=True)
+    damaged = (
+        b"\xff" + whole[1],
+        whole[2].replace(b"step", b"sdep", 1),
+        b"\0" * 99 + b"\n",
+        b"[" * 10**5 + b"\n",
+        b"3\n",
+    )
+    directory.metrics.write_bytes(b"".join([whole[0], *damaged, *whole[3:]]))
+    write(directory, range(6, 8), start_step=5, tensorboard=False)
+    assert [line["step"] for line in lines(directory)] == [1, 4, 5, 6, 7]
+    assert f"{directory.metrics} had {len(damaged)} damaged lines" in capsys.readouterr().err
+
+
+def test_what_is_no_log_is_put_aside_and_a_new_one_begins(directory, capsys):
+    path = directory.metrics
+    makers = [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name)]
+    makers.append(lambda path: (path.touch(), os.truncate(path, 40 << 30)))
+    for number, make in enumerate(makers, 1):
+        path.unlink(missing_ok=True)
+        make(path)
+        write(directory, range(6, 8), start_step=5, tensorboard=False)
+        assert [line["step"] for line in lines(directory)] == [6, 7]
+        assert f"it is now metrics.jsonl.damaged-{number}" in capsys.readouterr().err
+
+
 def test_a_roll_back_drops_what_came_after_the_checkpoint(directory):
     with contextlib.closing(MetricsWriter(directory, 0, tensorboard=True)) as writer:
         for step in range(1, 9):

@@ -157,3 +157,20 @@ def test_ranks_and_errors_in_a_sentence():
     assert describe(DataError("two\nlines")) == "two"
     assert describe(RuntimeError("CUDA error")) == "RuntimeError: CUDA error"
     assert describe(RuntimeError()) == "RuntimeError: RuntimeError"
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"rank": 1, "node": "n", "problem": "", "facts": {"a": NaN}}'])
+def test_an_answer_of_another_version_is_said_and_ends_all_ranks(text):
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: second.roll_call("test", text, 30, str))
+    assert isinstance(raised[0], ConfigError)
+    assert "rank 1" in str(raised[0])
+    first, second = worlds(2)
+    raised = in_threads(lambda: first.roll_call("test", "", 30, lambda _: text), lambda: held(second))
+    assert isinstance(raised[1], ConfigError)
+
+
+def test_a_file_name_that_is_not_utf_8_is_no_unreadable_answer():
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: held(second, "no \udcff.tar"))
+    assert str(raised[0]).startswith("node n2 failed the preflight: no ?.tar")

@@ -142,6 +142,129 @@ def test_an_attempt_knows_when_a_later_one_has_taken_over(tmp_path):
     assert (first.is_ours(), second.is_ours()) == (False, True)
 
 
+DAMAGE = {
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes().replace(b'"attempt"', b'"\x61ttempu"', 1)[:-3]),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff" + path.read_bytes()),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another type": lambda path: path.write_text("{}"),
+    "a number for a name": lambda path: path.write_text('[{"attempt": 7}]'),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "a start that is no time": lambda path: path.write_text('[{"attempt": "ab", "started": "2024-13-45"}]'),
+    "huge": lambda path: os.truncate(path, 40 << 30),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "a loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+def test_a_damaged_lineage_is_put_aside_and_its_copy_takes_its_place(tmp_path, capsys):
+    for number, (case, damage) in enumerate(DAMAGE.items()):
+        run = tmp_path / str(number)
+        first = start(run, step=3)
+        before = first.attempts()
+        capsys.readouterr()
+        damage(first.lineage)
+        assert first.attempts() == before, case
+        second = start(run, step=4)
+        assert second.attempts()[:-1] == before, case
+        assert (second.run_id, second.record_lost) == (before[0]["attempt"], False), case
+        assert os.path.lexists(run / "lineage.json.damaged-1"), case
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{run}/lineage.json is damaged" in said
+        for path in (second.lineage, second._record.copy):
+            damage(path)
+        third = start(run, step=4)
+        assert (len(third.attempts()), third.record_lost) == (1, True), case
+        kept = sorted(path.name for path in run.glob("*.damaged-*"))
+        assert kept == [".lineage.json.copy.damaged-1", "lineage.json.damaged-1", "lineage.json.damaged-2"], case
+
+
+def test_a_flipped_bit_that_is_still_json_is_found(tmp_path):
+    first = start(tmp_path, step=3)
+    start(tmp_path, step=3)
+    name, text = first.run_id, first.lineage.read_text()
+    for old, new in (
+        (f'"{name}"', '"00000000"'),
+        ('"newest_step": 3', '"newest_step": 7'),
+        ("newest_step", "oewest_step"),
+    ):
+        first.lineage.write_text(text.replace(old, new, 1))
+        again = start(tmp_path, step=3)
+        assert again.run_id == name
+        assert {one["newest_step"] for one in again.attempts()} == {3}
+        text = first.lineage.read_text()
+    assert len(list(tmp_path.glob("lineage.json.damaged-*"))) == 3
+
+
+def test_a_copy_that_is_behind_or_damaged_changes_nothing(tmp_path, capsys):
+    first = start(tmp_path)
+    behind = first._record.copy.read_text()
+    first.note_attempt(precision="fp32")
+    for text in (behind, behind.replace("sha", "shb"), behind[:50], ""):
+        first._record.copy.write_text(text)
+        again = start(tmp_path)
+        assert again.attempts()[0]["precision"] == "fp32"
+        assert again.run_id == first.run_id
+    assert capsys.readouterr().err == ""
+
+
+def test_damage_while_it_runs_neither_ends_an_attempt_nor_hides_a_later_one(tmp_path):
+    in_place = ("a flipped bit", "not UTF-8", "cut", "empty", "huge")
+    for number, case in enumerate(in_place):
+        run = tmp_path / str(number)
+        first = start(run)
+        DAMAGE[case](first.lineage)
+        assert first.is_ours(), case
+        first.note_attempt(precision="fp32")
+        assert first.attempts()[-1]["precision"] == "fp32", case
+        assert (run / "lineage.json.damaged-1").exists(), case
+        second = start(run)
+        DAMAGE[case](second.lineage)
+        assert (first.is_ours(), second.is_ours()) == (False, True), case
+        first.note_attempt(reason="mine")
+        second.end_attempt("done")
+        assert [one.get("reason") for one in second.attempts()] == [None, "done"], case
+
+
+def test_a_lineage_that_is_gone_is_the_owners_of_the_lock(tmp_path):
+    first = RunDirectory(tmp_path)
+    first.open_for_training()
+    first.begin_attempt(newest_step=None)
+    first.lineage.unlink()
+    assert first.is_ours()
+    (tmp_path / ".lock").unlink()  # the whole folder was removed, and another run has begun there
+    assert not first.is_ours()
+    (tmp_path / ".lock").touch()
+    assert not first.is_ours()
+
+
+def test_a_record_of_many_attempts_stays_small_and_keeps_the_runs_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("ecar_dist.runtime.lineage.MAX_ATTEMPTS", 3)
+    names = [start(tmp_path).run_id for _ in range(6)]
+    assert len(set(names)) == 1
+    assert len(RunDirectory(tmp_path).attempts()) == 3
+
+
+def test_a_lock_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    for number, make in enumerate((os.mkfifo, os.mkdir)):
+        run = tmp_path / str(number)
+        run.mkdir()
+        make(run / ".lock")
+        with pytest.raises(ConfigError, match=r"\.lock .*; make sure that nobody trains there, and remove it"):
+            RunDirectory(run).open_for_training()
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    start(tmp_path / "run")
+    (tmp_path / "run/samples").rmdir()
+    (tmp_path / "run/samples").touch()
+    with pytest.raises(ConfigError, match=r"run/samples is not a folder; move it away"):
+        start(tmp_path / "run")
+
+
 def test_a_directory_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
@@ -165,7 +288,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     victim.write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ConfigError, match="symbolic links"):
         RunDirectory(tmp_path / "run").open_for_training()
     assert victim.read_text() == "precious"
 

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from ecar_dist.runtime.stop import STOP_SIGNALS, StoppedEarlyError, StopRequest
+from ecar_dist.runtime.stop import BURST_SECONDS, STOP_SIGNALS, StoppedEarlyError, StopRequest
 
 
 @pytest.fixture
@@ -45,3 +45,13 @@ def test_only_a_second_interrupt_means_it(stop):
     assert stop.received is signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_burst_of_signals_before_training_is_one(stop):
+    with pytest.raises(StoppedEarlyError, match="SIGTERM before the first step"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(os.getpid(), number)  # while the first is on its way out
+    stop._ends_since -= BURST_SECONDS + 1  # somebody has swallowed it
+    with pytest.raises(StoppedEarlyError):
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ecar_dist.runtime.watchdog import KEPT_ATTEMPTS, Watchdog, longest_wait
+from ecar_dist.runtime.watchdog import KEPT_ATTEMPTS, MOST_MONITORS, Watchdog, longest_wait
 from ecar_dist.runtime.watchdog_monitor import ENOUGH_SECONDS, innermost_line, process_state
 from ecar_dist.runtime.watchdog_place import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Place, read_place
 from tests.conftest import free_port
@@ -283,3 +283,40 @@ def test_the_innermost_line_is_the_main_threads():
     )
     assert innermost_line(stacks) == 'File "b.py", line 9 in all_reduce'
     assert innermost_line("") == ""
+
+
+def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
+    (rank,) = start(tmp_path, 1, 600, waiting=3)
+    assert rank.stdout.readline() == "waiting\n"
+    killed = monitor_of(rank)
+    os.kill(killed, signal.SIGKILL)
+    until = time.monotonic() + SLACK
+    while (children_of(rank.pid) or [killed]) == [killed] and time.monotonic() < until:
+        time.sleep(0.02)
+    assert monitor_of(rank) != killed
+    statuses, lines = end([rank], 3 + SLACK)
+    assert statuses == [0]
+    assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
+
+
+def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
+    (rank,) = start(tmp_path, 1, 2.5)
+    assert rank.stdout.readline() == "waiting\n"
+    os.kill(monitor_of(rank), signal.SIGKILL)
+    statuses, lines = end([rank], 2.5 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL]
+    assert len(lines) == 2
+    assert 'has been in phase "backward" of step 5' in lines[1]
+
+
+def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path):
+    (rank,) = start(tmp_path, 1, 600, waiting=4)
+    assert rank.stdout.readline() == "waiting\n"
+    for _ in range(MOST_MONITORS):
+        os.kill(monitor_of(rank), signal.SIGKILL)
+        time.sleep(0.3)
+    assert children_of(rank.pid) == []
+    statuses, lines = end([rank], 4 + SLACK)
+    assert statuses == [0]
+    assert len(lines) == MOST_MONITORS
+    assert lines[-1].endswith("nobody watches this rank any more")

@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime import cache_dir_utils
 
 import ecar_dist.sample.fast as module
 from ecar_dist.errors import ConfigError
 from ecar_dist.models import layers
-from ecar_dist.sample.fast import compiler_fault, prepare, round_matrices
+from ecar_dist.sample.fast import CACHE_VARIABLE, compiler_fault, prepare, private_cache, round_matrices
 from ecar_dist.sample.generate import generate, generate_in_batches, velocities
 from tests.sample.test_generate import INDICES, LABELS, SEED, make_plan
 from tests.train.test_objective import make_config, make_model
@@ -121,3 +124,30 @@ def test_what_cannot_be_compiled_says_so(monkeypatch):
     monkeypatch.setattr(module, "_compile", refuse)
     with pytest.raises(ConfigError, match=r"nothing can be compiled on cpu here \(no compiler\); leave --compile out"):
         prepare(model, plan, CPU, compiled=True)
+
+
+def test_compiled_code_lies_in_a_folder_of_this_process_alone(tmp_path, monkeypatch):
+    """The user's one folder for all may hold libraries that a killed process has torn."""
+    monkeypatch.setenv(CACHE_VARIABLE, default := cache_dir_utils.default_cache_dir())  # as torch leaves it
+    with private_cache():
+        own = Path(cache_dir_utils.cache_dir())
+        assert own != Path(default)
+        assert list(own.iterdir()) == []
+        (own / "torn.so").write_bytes(b"\x7fELF")
+    assert not own.exists()
+    assert os.environ[CACHE_VARIABLE] == default
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    with private_cache():
+        assert cache_dir_utils.cache_dir() == str(tmp_path)
+    assert tmp_path.exists()
+
+
+def test_a_library_that_cannot_be_loaded_is_a_fault_with_its_name(monkeypatch):
+    def load(function, mode=None):
+        raise OSError("/tmp/x/torn.so: invalid ELF header")
+
+    monkeypatch.setattr(module, "_compile", load)
+    assert compiler_fault(CPU) == "/tmp/x/torn.so: invalid ELF header"
+    monkeypatch.setenv(CACHE_VARIABLE, "/tmp/x")
+    with pytest.raises(ConfigError, match=r"invalid ELF header\); leave --compile out, or empty /tmp/x$"):
+        prepare(small("dit", 1)[0], small("dit", 1)[1], CPU, compiled=True)

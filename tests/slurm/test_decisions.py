@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import ENDED
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # as job scripts name it
 PLANS = {
     "done": "",
     "to mend": "print('ecar-dist: this is not a number: x; give one'); leave(1)",

@@ -37,7 +37,7 @@ def test_a_run_goes_on_and_its_loss_falls(trained):
     kind, run, metrics = trained
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert losses(metrics)[3] < losses(metrics)[0]
-    identity = read_manifest(run / "checkpoints/step-00000004")["identity"]["model"]
+    identity = read_manifest(run / "checkpoints/step-00000004").identity["model"]
     assert (identity["model.kind"], identity["model.flow_depth"]) == (kind, 2)
     by_time = [tag for tag in metrics[-1] if tag.startswith("train/loss_stage0_t")]
     assert bool(by_time) == (kind != "mar")

@@ -68,6 +68,22 @@ def test_a_run_does_not_go_back_to_older_checkpoints_in_another_place(write_conf
         opened(config)
 
 
+def test_a_run_that_lost_its_record_is_named_by_its_own_checkpoints_alone(write_config, tmp_path, monkeypatch):
+    config = write_config()
+    first, elsewhere = opened(config), tmp_path / "there/tiny"
+    for folder in (first.checkpoints, elsewhere):
+        (folder / "step-00000005").mkdir(parents=True)
+        (folder / "step-00000005/COMMITTED").write_text("")
+    monkeypatch.setattr("ecar_dist.runtime.checkpoint_place.LocalPlace.manifest", lambda *_: {"run": "0ld"})
+    names = [first.run_id]
+    for override in ((), (f"checkpoint.dir={tmp_path}/there",)):
+        for name in ("lineage.json", ".lineage.json.copy"):
+            (first.path / name).write_text("[")
+        names.append(opened(config, *override).run_id)
+    assert names[1] == "0ld"
+    assert len(set(names)) == 3
+
+
 @pytest.mark.parametrize(("half_lives", "said"), [((100,), []), ((100, 5000), ["5000: capped at 960 by the end"])])
 def test_a_half_life_that_the_run_is_too_short_for_is_said(write_config, half_lives, said):
     config = load_config(write_config(), ["train.total_samples=9600", f"ema.half_life_samples={list(half_lives)}"])

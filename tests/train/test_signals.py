@@ -4,12 +4,18 @@ The bound is one step, the save on its way and one save; here each of them takes
 process group and the launcher's own end take the rest. A launcher under Slurm gives 30 s by default.
 """
 
+import contextlib
 import json
+import os
+import sys
+import time
 from signal import SIGTERM, SIGUSR1
 
+from ecar_dist.drills.processes import Job
 from ecar_dist.runtime.checkpoint_files import committed, verify
+from ecar_dist.runtime.watchdog_monitor import process_state
 from tests.conftest import losses, read_metrics, write_yaml
-from tests.train.struck_ranks import REQUEUE, stop_at
+from tests.train.struck_ranks import PATIENCE, REQUEUE, launch, stop_at
 
 BOUND = 15.0  # seconds
 
@@ -79,3 +85,40 @@ def test_a_run_that_is_stopped_again_and_again_is_the_undisturbed_one(undisturbe
     assert losses(read_metrics(config)) == expected
     assert [line["step"] for line in read_metrics(config)] == list(range(1, 11))
     assert run.last_end() == "done"
+
+
+def burst(pid, count=50, seconds=1.5):
+    """So many SIGTERM to one process, as long as it is there."""
+    for _ in range(count):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, SIGTERM)
+        time.sleep(seconds / count)
+
+
+def test_fifty_signals_to_the_launcher_cost_no_step(undisturbed, tmp_path):
+    """torchrun is gone at its third signal; the ranks, which it has asked to end, do so with their last step saved."""
+    tree = undisturbed[0] | {"run": undisturbed[0]["run"] | {"dir": str(tmp_path / "runs")}}
+    run = Run(tmp_path, write_yaml(tree, tmp_path))
+    slow = "train.step:delay=0.2,checkpoint.write:delay=1.5"
+    with launch(run.config, run.log(), "checkpoint.every_samples=100000", failpoint=slow) as job:
+        job.reach(2)
+        burst(job.pid)
+        assert process_state(job.pid) in ("", "Z")
+        ended = job.end()
+    assert not ended.orphans
+    assert run.steps_saved() == [read_metrics(run.config)[-1]["step"]]
+    assert run.last_end() == "signal"
+
+
+def test_fifty_signals_to_a_rank_are_one(undisturbed, tmp_path):
+    tree = undisturbed[0] | {"run": undisturbed[0]["run"] | {"dir": str(tmp_path / "runs")}}
+    run = Run(tmp_path, write_yaml(tree, tmp_path))
+    command = [sys.executable, "-m", "ecar_dist", "train", str(run.config), "checkpoint.every_samples=100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ECAR_FAILPOINT": "checkpoint.write:delay=1.5"}
+    with Job(command, environment, run.log(), PATIENCE) as job:
+        job.reach(2)
+        burst(job.pid)
+        ended = job.end()
+    assert ended.status == REQUEUE
+    assert run.steps_saved() == [read_metrics(run.config)[-1]["step"]]
+    assert run.last_end() == "signal"

@@ -73,4 +73,14 @@ def test_a_refused_step_leaves_nothing_behind(reports, setting):
         if not ok
     ]
     assert failed == []
-    assert len(reports[setting][1]["refusals"]) == 11
+    assert len(reports[setting][1]["refusals"]) == 14
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
+    """So that a hash tells a rank that has drifted: all of the state, the weights, or what ZeRO-3 leaves whole."""
+    parameters = reports[REFERENCE][0]["elements"]
+    copies = {0: 4 if "bf16" in setting else 3, 1: 1, 2: 1, 3: 1}[int(setting[5])]
+    split = any("persistence_threshold: 0" in override for override in SETTINGS[setting])
+    for report in reports[setting]:
+        assert report["replicas"] == {"elements": 0 if split else copies * parameters, "hashes": 1}

@@ -16,6 +16,7 @@ from ecar_dist.config_file import load_config
 from ecar_dist.models.presets import PRESETS, Preset
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
+from ecar_dist.runtime.replicas import check_replicas, fingerprint
 from ecar_dist.runtime.world import World, start_world, stop_world
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
@@ -85,7 +86,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
-    """Three kinds of refused step: whether the state stays and the next step is as if nothing had been."""
+    """Four kinds of refused step: whether the state stays and the next step is as if nothing had been."""
     before, found = state(engine), {}
 
     def refuse(kind: str, factor: float = 1.0) -> None:
@@ -101,6 +102,7 @@ def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
     engine.grad_norm_limit = engine.grad_norm / 2
     refuse("norm above the limit")
     engine.grad_norm_limit = math.inf
+    refuse("norm beyond what a stage in fp32 can square", 1e30)
     after = step_from(engine, before, batches, restore=False)
     found["the next step is as if none had been refused"] = equal(
         after, step_from(engine, before, batches, restore=True)
@@ -129,6 +131,14 @@ def adam_steps(engine: Engine) -> set[int]:
     return {int(engine._adam_state(partition)["step"]) for partition in engine.partitions}
 
 
+def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
+    """Elements that this rank holds like the others, and how many hashes all ranks have of them: 1 if none drifted."""
+    check_replicas(engine.world, engine, ema, STEPS)  # raises else
+    copies = engine.replicas()
+    hashes = engine.world.of_each(fingerprint(copies, engine.world.device).view(1))
+    return {"elements": sum(copy.numel() for copy in copies), "hashes": len({row[0] for row in hashes})}
+
+
 def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
     engine = build_engine(config, normaliser(check_data(config), None), world, config.deepspeed.precision)
@@ -142,6 +152,7 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         "sharded EMA against unsharded": max(float((results[kind] - unsharded[kind]).abs().max()) for kind in results),
         "adam steps": sorted(adam_steps(engine)),
         "elements": sum(fragment.numel for fragment in engine.fragments),
+        "replicas": replicas(engine, ema),
         "refusals": refusals(engine, steps[0]),
     }
     return report, {"weights": weights, **results}

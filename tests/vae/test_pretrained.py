@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -220,3 +221,25 @@ def test_dct_does_not_import_diffusers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x", "a/../../b", "a\n", "a\0", "a\x1b[2J", 3])
+def test_weights_in_several_files_lie_in_the_folder(tmp_path, name):
+    model = new_autoencoder((8, 16, 16), 4, layers_per_block=1)
+    model.save_pretrained(tmp_path / "vae", max_shard_size="20KB")
+    assert open_codec_by_spec(str(tmp_path / "vae")).identity.downsample == 4
+    (index,) = (tmp_path / "vae").glob("*.index.json")
+    tree = json.loads(index.read_text())
+    first = next(iter(tree["weight_map"]))
+    tree["weight_map"][first] = name
+    index.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError) as refused:
+        open_codec_by_spec(str(tmp_path / "vae"))
+    assert index.name in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("spec", ["dct-f16", "dct", "DCT-f8", "dct8"])
+def test_a_mistyped_dct_is_told_the_two_there_are(spec):
+    with pytest.raises(ConfigError, match=rf"--vae {spec} is not known; give dct-f8, dct-f32"):
+        open_codec_by_spec(spec)

@@ -1,0 +1,57 @@
+"""Sets that version 0.1 wrote, a few KB each: whatever changes here must go on reading them, under the same ids.
+
+`golden/images` are two tars of six pictures in two classes, one of them damaged; `golden/indexed` the same pictures in
+their class folders; `golden/latents` is what `encode --vae dct-f8 --image-size 16 --flip store` made of the tars.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.commit import is_committed
+from data_tools.encode_plan import read_plan
+from data_tools.inspection import stats, verify
+from data_tools.markers import read_marker
+from ecar_dist.data.image_shards import ImageShards
+from ecar_dist.data.manifest import load_image_manifest, load_manifest
+from ecar_dist.data.shards import open_latent_shard
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_latents_of_the_first_version_are_read():
+    manifest = load_manifest(GOLDEN / "latents")
+    assert manifest.dataset_id == "12999c481eb5faa3a2716ee3ad64659e994bdcf6287ea59f452320465d9ac755"
+    shards = [open_latent_shard(GOLDEN / "latents" / entry.name, entry, manifest) for entry in manifest.shards]
+    assert [shard.entry.rows.tolist() for shard in shards] == [[0, 2, 3], [4, 5]]
+    assert np.concatenate([shard.labels for shard in shards]).tolist() == [0, 0, 1, 0, 1]
+    moments = np.concatenate([shard.moments for shard in shards]).astype(np.float64)
+    assert moments.shape == (5, 12, 2, 2)
+    assert moments.mean(axis=(0, 2, 3)).tolist() == pytest.approx(manifest.statistics["raw_mean"])
+
+
+def test_a_plan_and_its_markers_of_the_first_version_are_read():
+    plan = read_plan(GOLDEN / "latents")
+    assert plan.plan_id == "5835192a17d4657f76c1e3c92b16cdbbd4f6f1c2808373c5c31245eb5722ed98"
+    assert [is_committed(GOLDEN / "latents", index, plan) for index in range(3)] == [True, True, False]
+    assert read_marker(GOLDEN / "latents", 0).failures[0].row == 1
+
+
+def test_images_of_the_first_version_are_read():
+    ids = {name: load_image_manifest(GOLDEN / name).dataset_id for name in ("images", "indexed")}
+    assert ids == {
+        "images": "f971cf340c61b76901e222067775c7edcf1263e75adca2534a3039130036c9e4",
+        "indexed": "09bab1c670d418b7822df3ecfaa75cb0c973e3372fe524318baf47f833ace98a",
+    }
+    tars, files = (ImageShards(GOLDEN / name) for name in ids)
+    assert [record.data for record in tars.read_many(range(6))] == [record.data for record in files.read_many(range(6))]
+    assert tars.labels().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_tools_read_them(capsys):
+    verify(GOLDEN / "latents")
+    stats(GOLDEN / "latents")
+    said = capsys.readouterr().out
+    assert "5 samples verified" in said
+    assert "errors.jsonl" in said
