@@ -253,7 +253,7 @@ def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
     assert main(["status", str(tmp_path / "all")]) == 0
     _, first, second = capsys.readouterr().out.splitlines()
     assert [line.split()[0].rpartition("/")[2] for line in (first, second)] == ["a", "b"]
-    assert "running" in first
+    assert "starting" in first
     assert "failed" in second
     assert main(["status", str(tmp_path / "all/notes")]) == 1
 
