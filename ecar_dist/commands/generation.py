@@ -44,11 +44,8 @@ def sample(parsed: argparse.Namespace) -> int:
 
 
 def _sample(parsed: argparse.Namespace) -> int:
-    from PIL import Image
-
-    from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid
+    from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
-    from ecar_dist.storage.atomic import naming
 
     if parsed.out.exists() and any(parsed.out.iterdir()):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
@@ -64,8 +61,7 @@ def _sample(parsed: argparse.Namespace) -> int:
         pictures = decode_stages(trained.codec, stages[-1:] if first_stages else stages)
         first_stages = first_stages or [stage[: len(columns)] for stage in pictures]
         for picture in pictures[-1]:
-            with naming(path := parsed.out / "images" / f"{done:06d}-class{labels[done]}.png"):
-                Image.fromarray(picture).save(path)
+            save_picture(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png", picture)
             column = columns.get(labels[done])
             if column is not None and len(column) < GRID_ROWS:
                 column.append(picture)
@@ -73,9 +69,8 @@ def _sample(parsed: argparse.Namespace) -> int:
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
     drawn = [label for label, column in columns.items() if column]  # fewer images than classes leave some out
     grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
-    for name, sheet in (("grid.png", grid), ("stages.png", stage_strip(first_stages))):
-        with naming(parsed.out / name):
-            Image.fromarray(sheet).save(parsed.out / name)
+    save_picture(parsed.out / "grid.png", grid)
+    save_picture(parsed.out / "stages.png", stage_strip(first_stages))
     print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
     return 0
 

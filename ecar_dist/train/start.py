@@ -18,7 +18,8 @@ from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.agreement import agree_on
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint_files import Progress, committed
+from ecar_dist.runtime.checkpoint_place import open_place
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.replicas import check_replicas
@@ -26,6 +27,7 @@ from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.loop import Preview, Training
@@ -61,6 +63,8 @@ def start_training(
     directory = RunDirectory(config.run_directory)
     data = check_nodes(config, world)
     stream = world.together(lambda: open_stream(config, data))
+    if adopt:
+        world.on_first_rank(lambda: check_adoption(config))
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
     identity = run_identity(config, data, stream, codec)
@@ -99,9 +103,25 @@ def start_training(
     world.on_first_rank(lambda: begin_record(run, data, precision, restored))
     if run.writer:
         ends.callback(run.writer.close)
-    if config.sample.every_samples and config.log.tensorboard:
+    if config.sample.every_samples:
         run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
     return run, progress
+
+
+def check_adoption(config: RunConfig) -> None:
+    """Raises ConfigError where there is no checkpoint to adopt, and says where some are."""
+    with contextlib.closing(open_place(config)) as place:
+        if place.committed():
+            return
+        where = place.where
+    near: list[str] = []
+    if not is_remote(where):
+        above = local_path(where).parent
+        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
+        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
+    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
+    wrong = "checkpoint.dir, run.dir or run.name"
+    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
 
 
 def open_together(config: RunConfig, world: World, stream: SampleStream, position: int) -> SampleLoader:

@@ -238,8 +238,24 @@ def test_several_runs_make_a_table(made, tmp_path, capsys):
     assert first.split()[1:5] == ["running", "300", "30.0", "32"]
     assert "failed" in second
     assert second.endswith("1 min ago: failed: the disk is full")
-    assert main(["status", str(made.path), str(tmp_path)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{tmp_path} is no run directory")
+    (none := tmp_path / "none").mkdir()
+    assert main(["status", str(made.path), str(none)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} is no run directory")
+
+
+def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
+    made.attempt(900, job="12")
+    other = MadeRecord(tmp_path / "other")
+    other.attempt(900, 100, "failed: the disk is full")
+    (tmp_path / "all/notes").mkdir(parents=True)
+    made.path.rename(tmp_path / "all/a")
+    other.path.rename(tmp_path / "all/b")
+    assert main(["status", str(tmp_path / "all")]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].rpartition("/")[2] for line in (first, second)] == ["a", "b"]
+    assert "starting" in first
+    assert "failed" in second
+    assert main(["status", str(tmp_path / "all/notes")]) == 1
 
 
 def test_as_json_each_run_is_a_line(made, tmp_path, capsys):

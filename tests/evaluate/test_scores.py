@@ -1,15 +1,25 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from ecar_dist.data.manifest import load_image_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
-from ecar_dist.evaluate.images import read_images, reconstruct
+from ecar_dist.evaluate.images import read_images, reconstruct, short_name
 from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
 from ecar_dist.evaluate.score import LabelledImages, Scorer
 from ecar_dist.vae.dct import DctCodec
+
+
+def test_a_metric_has_the_same_name_wherever_the_images_lie(digits):
+    manifest = load_image_manifest(str(digits / "images/train"))
+    assert short_name(manifest) == "digits"
+    names = {short_name(dataclasses.replace(manifest, source=place)) for place in ("/data/a", "s3://bucket/b?key", "c")}
+    assert names == {manifest.dataset_id[:8]}
 
 
 def test_frechet_distance_of_known_gaussians():
