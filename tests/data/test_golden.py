@@ -49,7 +49,7 @@ def variants(path):
     """The file with each of its fields changed to what it cannot be, and junk in its place."""
     tree = json.loads(path.read_bytes())
     for key in tree:
-        for value in (None, [], {}, 0.5, -1, 10**30, [[1]], "\x1b"):
+        for value in ([], {}, 0.5, -1, 10**30, [[1]], "\x1b"):
             yield json.dumps({**tree, key: value}).encode()
     yield from JUNK
 
