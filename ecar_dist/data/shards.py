@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import mmap
 import tarfile
@@ -19,6 +18,7 @@ from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
     LABEL_BYTES,
     MOMENTS_DTYPE,
+    Description,
     Member,
     ShardLayout,
     npy_header,
@@ -26,6 +26,7 @@ from ecar_dist.data.shard_layout import (
 )
 from ecar_dist.data.tar_index import BLOCK
 from ecar_dist.errors import DataError
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, parse_record
 
 # Fields of a USTAR header: name 0:100, size 124:136, checksum 148:156, type 156, magic and version 257:265.
 _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
@@ -167,9 +168,9 @@ def parse_description(tail: bytes) -> dict[str, Any]:
         raise ValueError(f"no tar header: {error}") from None
     if header.name != DESCRIPTION_NAME:
         raise ValueError(f"the last member is {header.name!r}")
-    tree = json.loads(tail[BLOCK : BLOCK + header.size])
-    if not isinstance(tree, dict):
-        raise ValueError("not a tree")
+    text = bytes(tail[BLOCK : BLOCK + min(header.size, MAX_JSON_BYTES)])
+    parse_record(text, Description)
+    tree: dict[str, Any] = parse_json(text)
     return tree
 
 

@@ -175,11 +175,11 @@ REFUSED = {
     "label too large": ([("a.jpg", b"x"), ("a.cls", b"1" * 5000)], {}, r"is no number in 0\.\.999999"),
     "label is no text": ([("a.jpg", b"x"), ("a.cls", b"\xff")], {}, "sample 'a': 'utf-8' codec"),
     "label is huge": ([("a.jpg", b"x"), ("a.cls", b"1" * (1 << 21))], {}, "has 2097152 bytes, the limit is 1048576"),
-    "no json": ([("a.jpg", b"x"), ("a.json", b"{")], {"label": "json:id"}, "sample 'a': Expecting"),
+    "no json": ([("a.jpg", b"x"), ("a.json", b"{")], {"label": "json:id"}, "sample 'a': it is not JSON: Expecting"),
     "no field": ([("a.jpg", b"x"), ("a.json", b'{"x": 1}')], {"label": "json:id"}, "json has no field 'id'"),
     "no object": ([("a.jpg", b"x"), ("a.json", b"[1]")], {"label": "json:id"}, "json has no field 'id'"),
     "json that is code": ([("a.jpg", b"x"), ("a.json", b"__import__('os')")], {"label": "json:id"}, "Expecting value"),
-    "deep json": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], {"label": "json:id"}, "nested too deeply"),
+    "deep json": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], {"label": "json:id"}, "nested deeper than 32"),
     "true is no label": (
         [("a.jpg", b"x"), ("a.json", b'{"id": true}')],
         {"label": "json:id"},
@@ -302,3 +302,9 @@ def test_the_table_costs_24_bytes_and_the_key(tmp_path):
     table = np.load(tmp_path / "index/000000.npy", allow_pickle=False)
     assert table.dtype.itemsize == 24 + 6
     assert table["label"].tolist() == [place % 10 for place in range(30)]
+
+
+def test_json_of_other_programs_need_not_be_strict(tmp_path):
+    """img2dataset writes NaN for what it does not know, and captions with half of an emoji."""
+    rule = LabelRule.parse("json:label")
+    assert rule.read(b'{"similarity": NaN, "caption": "\\ud83d", "label": 3}') == 3
