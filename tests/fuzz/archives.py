@@ -242,7 +242,7 @@ def change_table(content: bytes, mutation: Mutation) -> bytes:
     try:
         table = np.load(io.BytesIO(content), allow_pickle=False).copy()
         column = table.dtype.names[first % len(table.dtype.names)]
-    except (ValueError, TypeError, EOFError, SyntaxError):
+    except (ValueError, TypeError, EOFError, SyntaxError, MemoryError):
         return content
     row = min(int(mutation.at * len(table)), len(table) - 1)
     if column == "key":

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def apply(mutation: Mutation, folder: Path, files: list[str], outside: Path) -> 
     path = folder / name
     if not os.path.lexists(path) and mutation.op not in ("content", "sparse"):
         return  # an earlier change has removed it
-    with contextlib.suppress(Unfit, IsADirectoryError, NotADirectoryError):
+    with contextlib.suppress(*_UNFIT):
         if mutation.op in KIND_OPS:
             _change_kind(mutation, path, folder, files, outside)
         elif not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 30:
@@ -89,6 +90,10 @@ def apply(mutation: Mutation, folder: Path, files: list[str], outside: Path) -> 
 
 class Unfit(Exception):
     """The file is not, or not any more, of the form that this change needs."""
+
+
+# what reading one's own hostile files meets, after another change of the same file
+_UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, ValueError, TypeError, LookupError, MemoryError)
 
 
 def _write(path: Path, content: bytes) -> None:

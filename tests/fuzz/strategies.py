@@ -246,7 +246,9 @@ def tars(draw: st.DrawFn) -> Case:
     needs = {"latents/000000.tar": ("latents", "images"), "foreign.tar": ("foreign.tar", "index")}.get(
         file, ("images",)
     )
-    ops = weighted((12, TAR_OPS), (2, BYTE_OPS), (1, KIND_OPS))
+    # a tar of 40 GiB in zeros is a tar: indexing it takes its time
+    kinds = tuple(op for op in KIND_OPS if op != "sparse" or file != "foreign.tar")
+    ops = weighted((12, TAR_OPS), (2, BYTE_OPS), (1, kinds))
     values = st.one_of(st.sampled_from(sorted({*STRINGS} - {"very_long"})), _JSON_VALUES)
     drawn = draw(mutations(st.just(file), ops, values))
     return Case(words, needs, drawn, sealed=draw(st.integers(0, 2)) > 0)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 10
-WALL_SECONDS = 20.0  # a command that waits for something takes none of the processor's time; the machine may be busy
+WALL_SECONDS = 30.0  # a command that waits for something takes none of the processor's time; the machine may be busy
 MEMORY_BYTES = 2 << 30
 TRAINING_BYTES = 6 << 30  # DeepSpeed sets a bucket of 2 GB aside, and touches little of it
 FILE_BYTES = 1 << 30
@@ -256,10 +256,9 @@ class _Guard:
             elif (place := _absolute(path)) and place.startswith(self._unreadable):
                 self._refuse(f"read {place}")
         elif event in self.CHANGES:
-            changed = arguments[1:2] if event in ("os.link", "os.symlink") else arguments[:1]
-            changed = arguments[:2] if event == "os.rename" else changed
-            for path in changed:
-                self._check_write(event, path)
+            for path in self._changed(event, arguments):
+                if path and not path.startswith(self._writable):
+                    self._refuse(f"{event} {path}")
         elif event in self.STARTS and "ecar_dist.runtime.watchdog_monitor" not in str(arguments[1:2]):
             if os.path.basename(str(arguments[0])) in self.PROBES:
                 raise FileNotFoundError(2, "No such file or directory", arguments[0])
@@ -271,6 +270,16 @@ class _Guard:
         place = _absolute(path)
         if place and not place.startswith(self._writable):
             self._refuse(f"{event} {place}")
+
+    def _changed(self, event: str, arguments: tuple[Any, ...]) -> list[str | None]:
+        """The names that change; a link that is removed or renamed is not followed."""
+        if event == "os.rename":
+            return [_name(arguments[0], arguments[2]), _name(arguments[1], arguments[3])]
+        if event in ("os.link", "os.symlink"):
+            return [_name(arguments[1], arguments[-1])]
+        if event in ("os.remove", "os.rmdir", "os.mkdir"):
+            return [_name(arguments[0], arguments[-1])]
+        return [_absolute(arguments[0])]
 
     def _refuse(self, what: str) -> None:
         os.write(self._noted, (what.replace("\n", "\\n") + "\n").encode("utf-8", "backslashreplace"))
@@ -285,6 +294,17 @@ def _absolute(path: Any) -> str | None:
         return os.path.realpath(os.fsdecode(path))
     except (OSError, ValueError, TypeError):
         return None  # no path: the system will say so
+
+
+def _name(path: Any, folder: Any) -> str | None:
+    """Where a name lies that itself is not followed; `folder` is the descriptor that it counts from, or -1."""
+    if isinstance(path, int):
+        return None
+    text = os.fsdecode(path).rstrip("/")
+    with contextlib.suppress(OSError, TypeError):
+        text = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), text) if folder >= 0 else text
+    head, tail = os.path.split(text)
+    return os.path.join(_absolute(head or ".") or "/", tail)
 
 
 def _is_here(event: str, arguments: tuple[Any, ...]) -> bool:
