@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -61,14 +61,8 @@ def start_training(
     stop = StopRequest()
     world.together(lambda: config.grad_accum_steps(world.size))
     directory = RunDirectory(config.run_directory)
-    data = check_nodes(config, world)
-    stream = world.together(lambda: open_stream(config, data))
-    if adopt:
-        world.on_first_rank(lambda: check_adoption(config))
-    precision = config.precision_on(world.device.type)
-    codec = world.together(lambda: run_codec(config, data, world, precision))
-    identity = run_identity(config, data, stream, codec)
-    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
+    inputs = open_inputs(config, world, adopt)
+    data, codec, precision = inputs.data, inputs.codec, inputs.precision
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
@@ -79,7 +73,7 @@ def start_training(
     store = CheckpointStore(
         config,
         world,
-        identity,
+        inputs.identity,
         run_id=run_id,
         still_ours=directory.is_ours,
         allow_new_data=allow_new_data,
@@ -91,7 +85,7 @@ def start_training(
     progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
     check_replicas(world, engine, ema, progress.step)
     phases.enter("start", progress.step)
-    open_at = partial(open_together, config, world, stream)
+    open_at = partial(open_together, config, world, inputs.stream)
     telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
     bad_step_file = BadStepFile(directory.path / "bad_steps.jsonl", world)
     bad_steps = BadSteps(config.train.bad_steps, notes.get("bad_steps"), bad_step_file.windows())
@@ -106,6 +100,32 @@ def start_training(
     if config.sample.every_samples:
         run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
     return run, progress
+
+
+class Inputs(NamedTuple):
+    """What a run reads and all ranks hold alike."""
+
+    data: TrainingData
+    stream: SampleStream
+    codec: LatentCodec | None
+    precision: str  # "fp32" or "bf16", on this device
+    identity: dict[str, dict[str, Any]]
+
+
+def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
+    """The data, their order and the autoencoder, the same on all ranks. Nothing is written before. Collective.
+
+    Raises as `start_training`.
+    """
+    data = check_nodes(config, world)
+    stream = world.together(lambda: open_stream(config, data))
+    if adopt:
+        world.on_first_rank(lambda: check_adoption(config))
+    precision = config.precision_on(world.device.type)
+    codec = world.together(lambda: run_codec(config, data, world, precision))
+    identity = run_identity(config, data, stream, codec)
+    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
+    return Inputs(data, stream, codec, precision, identity)
 
 
 def check_adoption(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Names in manifests and tables that lead out of their folder, or that a terminal would obey."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from data_tools.cli import main
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.image_table import ImageRow, write_table
 from ecar_dist.data.latent_source import LatentSource
-from ecar_dist.data.manifest import ImageEntry, ImageManifest, load_manifest, write_manifest
+from ecar_dist.data.manifest import ImageEntry, ImageManifest, Manifest, load_manifest
 from ecar_dist.data.order import rank_positions
 from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
@@ -48,16 +49,22 @@ def refused(act) -> str:
     return said
 
 
+def write_unchecked(folder: Path, manifest: Manifest | ImageManifest) -> None:
+    """A manifest as somebody else would write it, whose id agrees; `write_manifest` refuses such names."""
+    tree = {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest), "dataset_id": manifest.dataset_id}
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
 def latents_with(folder: Path, **changes: object) -> Path:
     """A set of latents whose first entry, or whose list of failures, was changed; its id agrees."""
     folder.mkdir()
     write_set(folder)
     manifest = load_manifest(folder)
     if "failures" in changes:
-        write_manifest(folder, dataclasses.replace(manifest, **changes))
+        write_unchecked(folder, dataclasses.replace(manifest, **changes))
         return folder
     entries = [dataclasses.replace(manifest.shards[0], **changes), *manifest.shards[1:]]
-    write_manifest(folder, dataclasses.replace(manifest, shards=entries))
+    write_unchecked(folder, dataclasses.replace(manifest, shards=entries))
     return folder
 
 
@@ -69,7 +76,7 @@ def images_with(folder: Path, *, key: str = "a.jpg", location: str | None = None
     digest = write_table(folder / "000000.npy", [ImageRow(key, 0, 0, len(data), 0)])
     entry = ImageEntry("class", len(data), 1, 0, "", "", "000000.npy", digest, "files")
     entry = dataclasses.replace(entry, **changes)
-    write_manifest(folder, ImageManifest("s", 1, 1, ["c"], [entry], location))
+    write_unchecked(folder, ImageManifest("s", 1, 1, ["c"], [entry], location))
     return folder
 
 
@@ -170,7 +177,9 @@ def test_the_verbs_of_a_set_refuse_it_in_one_line(place, capsys, verb):
 
 def test_names_in_a_table_of_tars_are_printed_as_they_are(place):
     """A key of a tar makes no path, and yet it stands in messages and lists."""
-    folder = images_with(place / "set", key="a\x1b[2Jb", kind="tar", name="000000.tar")
+    folder = images_with(
+        place / "set", key="a\x1b[2Jb", kind="tar", name="000000.tar", xxh3_128="0" * 32, sha256="0" * 64
+    )
     (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes())
     said = refused(lambda: ImageShards(folder).read_many([0]))
     assert "000000.npy" in said
@@ -223,7 +232,8 @@ def test_a_member_of_a_tar_that_leads_out_is_a_key_and_no_path(place):
     before = everything_under(place.parent)
     assert main(["shard", str(tars), str(place / "out")]) == 0
     assert everything_under(place.parent).keys() - before.keys() == {
-        f"inner/out{name}" for name in ("", "/000000.tar", "/000000.idx", "/000000.npy", "/manifest.json")
+        f"inner/out{name}"
+        for name in ("", "/000000.tar", "/000000.idx", "/000000.npy", "/000000.names", "/manifest.json")
     }
     assert main(["index", str(tars), str(place / "index")]) == 0
     assert ImageShards(place / "index").read(0).label == 1
