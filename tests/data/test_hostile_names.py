@@ -177,10 +177,9 @@ def test_the_verbs_of_a_set_refuse_it_in_one_line(place, capsys, verb):
 
 def test_names_in_a_table_of_tars_are_printed_as_they_are(place):
     """A key of a tar makes no path, and yet it stands in messages and lists."""
-    folder = images_with(
-        place / "set", key="a\x1b[2Jb", kind="tar", name="000000.tar", xxh3_128="0" * 32, sha256="0" * 64
-    )
-    (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes())
+    tar = {"kind": "tar", "name": "000000.tar", "bytes": 10_240, "xxh3_128": "0" * 32, "sha256": "0" * 64}
+    folder = images_with(place / "set", key="a\x1b[2Jb", **tar)
+    (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes().ljust(10_240, b"\0"))
     said = refused(lambda: ImageShards(folder).read_many([0]))
     assert "000000.npy" in said
 
