@@ -143,6 +143,24 @@ def sparse_weights(path):
     edit_manifest(path, say)
 
 
+def moved(start, numel):
+    """The second file's piece of `a`, elements 19 to 24, is another, in the file as in the manifest."""
+
+    def edit(path):
+        file = sorted(path.glob("*.safetensors"))[1]
+        held = load_file(file)
+        for kind in {key.partition(":")[0] for key in held}:
+            values = held.pop(f"{kind}:a:19")
+            if numel:
+                held[f"{kind}:a:{start}"] = values.new_ones(numel)
+        save_file(held, file)
+        rehash(path, file)
+        place = [f"a:{start}:{numel}"] if numel else []
+        edit_manifest(path, lambda tree: tree["files"][1].update(fragments=[*place, "b:0:10", "c:0:3"]))
+
+    return edit
+
+
 OTHER_TYPES = (None, True, -1, 10**30, "x\n\x1b[2J", [None], {}, {"a": {"a": []}})
 # of these fields some of the values above are ones that a checkpoint may have
 FITTING = {
@@ -207,6 +225,12 @@ EDITED = {
         )
     },
     "notes that are a list": put("notes", value={"goodput": [], "bad_steps": []}),
+    "a piece twice and a hole of its length": moved(14, 5),
+    "a piece that is there already": moved(0, 5),
+    "a piece that begins too late": moved(20, 4),
+    "a piece beyond the end": moved(19, 6),
+    "a piece that is too short": moved(19, 4),
+    "a piece less": moved(19, 0),
     "NaN": text('{"schema": "ecar-checkpoint-v2", "world_size": NaN}'),
     "a key twice": lambda path: recommit(path, (path / MANIFEST).read_text().replace("{", '{"run": "x", ', 1)),
     "lists in lists": text("[" * 100_000),
