@@ -141,8 +141,8 @@ def manifest_as_it_is(path: Path) -> Any:
 
 def proven_manifest(path: Path, name: str | None = None) -> Manifest:
     """The manifest, equal to what was committed. Raises as `read_manifest`, and DamagedError where it is not."""
-    marker, text = _content(path, MARKER, MARKER_BYTES), _content(path, MANIFEST, MAX_MANIFEST_BYTES)
-    if marker_of(text) != marker:
+    text = _content(path, MANIFEST, MAX_MANIFEST_BYTES)
+    if marker_of(text) != _content(path, MARKER, MARKER_BYTES):
         raise DamagedError(path, f"{MANIFEST} does not match {MARKER}")
     return _parsed(path, text, name or path.name)
 

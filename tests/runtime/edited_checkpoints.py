@@ -143,12 +143,28 @@ def sparse_weights(path):
     edit_manifest(path, say)
 
 
-OTHER_TYPES = (None, True, -1, 1.5, 10**30, "", "x\n\x1b[2J", [], [[]], [None], {}, {"a": None}, {"a": {"a": []}})
+def moved(start, numel):
+    """The second file's piece of `a`, elements 19 to 24, is another, in the file as in the manifest."""
+
+    def edit(path):
+        file = sorted(path.glob("*.safetensors"))[1]
+        held = load_file(file)
+        for kind in {key.partition(":")[0] for key in held}:
+            values = held.pop(f"{kind}:a:19")
+            if numel:
+                held[f"{kind}:a:{start}"] = values.new_ones(numel)
+        save_file(held, file)
+        rehash(path, file)
+        place = [f"a:{start}:{numel}"] if numel else []
+        edit_manifest(path, lambda tree: tree["files"][1].update(fragments=[*place, "b:0:10", "c:0:3"]))
+
+    return edit
+
+
+OTHER_TYPES = (None, True, -1, 10**30, "x\n\x1b[2J", [None], {}, {"a": {"a": []}})
 # of these fields some of the values above are ones that a checkpoint may have
 FITTING = {
-    "notes": ({}, {"a": None}, {"a": {"a": []}}),
-    "run": ("",),
-    "precision": ("",),
+    "notes": ({}, {"a": {"a": []}}),
 }
 FIELDS = ("schema", "progress", "notes", "run", "identity", "averages", "averages_since", "shapes")
 FIELDS += ("world_size", "zero_stage", "precision", "files")
@@ -196,6 +212,25 @@ EDITED = {
     "overlap and a gap of the same length": lambda path: edit_manifest(
         path, lambda tree: tree["files"][1].update(fragments=["a:14:5", "b:0:10", "c:0:3"])
     ),
+    **{
+        f"the note {section}.{name} is {value!r}": put("notes", value={section: {name: value}})
+        for section, name, value in (
+            ("goodput", "kept_seconds", 10**400),
+            ("goodput", "kept_seconds", "3"),
+            ("bad_steps", "good_norms", 3),
+            ("bad_steps", "good_norms", ["1"]),
+            ("bad_steps", "in_a_row", None),
+            ("bad_steps", "windows", [[1]]),
+            ("bad_steps", "windows", [[1, "2"]]),
+        )
+    },
+    "notes that are a list": put("notes", value={"goodput": [], "bad_steps": []}),
+    "a piece twice and a hole of its length": moved(14, 5),
+    "a piece that is there already": moved(0, 5),
+    "a piece that begins too late": moved(20, 4),
+    "a piece beyond the end": moved(19, 6),
+    "a piece that is too short": moved(19, 4),
+    "a piece less": moved(19, 0),
     "NaN": text('{"schema": "ecar-checkpoint-v2", "world_size": NaN}'),
     "a key twice": lambda path: recommit(path, (path / MANIFEST).read_text().replace("{", '{"run": "x", ', 1)),
     "lists in lists": text("[" * 100_000),

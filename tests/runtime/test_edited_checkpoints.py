@@ -96,6 +96,16 @@ def test_values_that_no_run_can_go_on_from_are_refused_when_they_are_loaded(run,
         load(config, ranks)
 
 
+@pytest.mark.parametrize("name", [name for name in ODD_VALUES if name.endswith("ema")])
+def test_such_values_are_not_exported(run, capsys, name):
+    ODD_VALUES[name](run / "checkpoints" / NEW)
+    before = files_of(run.parent)
+    status, out, error = asked(capsys, "export", run)
+    assert (status, out, len(error)) == (1, [], 1)
+    assert "ema of a" in error[0]
+    assert files_of(run.parent) == before
+
+
 def test_what_a_later_version_adds_does_not_hide_a_checkpoint(run, capsys):
     def add(tree):
         tree["hardware"] = {"gpus": 8}

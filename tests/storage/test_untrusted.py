@@ -112,6 +112,9 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     with pytest.raises(UntrustedError):
         path_inside(tmp_path / "inside", "out")
     assert path_inside(tmp_path / "inside", "own")
+    (tmp_path / "inside/loop").symlink_to("loop")
+    with pytest.raises(UntrustedError):
+        path_inside(tmp_path / "inside", "loop")
 
 
 def test_of_a_foreign_document_little_is_asked():
