@@ -230,7 +230,7 @@ def test_json_made_to_exhaust_us_is_refused_in_one_line(tmp_path, name):
 def test_a_manifest_beyond_its_bound_is_not_read(tmp_path, monkeypatch):
     (tmp_path / MANIFEST_NAME).write_text(" " * 2000)
     monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 1000)
-    with pytest.raises(DataError, match=r"manifest\.json has 2,000 bytes, expected at most 1,000"):
+    with pytest.raises(DataError, match=r"manifest\.json: it has 2,000 bytes, at most 1,000 are read"):
         load_manifest(tmp_path)
 
 
