@@ -20,6 +20,7 @@ from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.manifest import load_image_manifest, load_manifest
 from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import DataError
+from ecar_dist.vae.codec import EncoderIdentity
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -97,3 +98,13 @@ def test_the_tools_read_them(capsys):
     said = capsys.readouterr().out
     assert "5 samples verified" in said
     assert "errors.jsonl" in said
+
+
+def test_an_encoder_identity_of_other_types_is_refused():
+    encoder = load_manifest(GOLDEN / "latents").encoder
+    assert EncoderIdentity.from_dict(encoder).to_dict() == encoder
+    wrong = {"latent_channels": "12", "downsample": 0, "scaling_factor": 0.0, "deterministic": 1, "more": 1}
+    wrong |= {"input_range": [0.0], "shift_factor": None, "kind": [], "name": float("nan")}
+    for key, value in wrong.items():
+        with pytest.raises(DataError, match="encoder identity is damaged"):
+            EncoderIdentity.from_dict({**encoder, key: value})
