@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"failpoint"},
-    {"storage", "command_line"},
+    {"storage"},
+    {"command_line"},
     {"config_model"},
     {"config"},
     {"config_file"},
