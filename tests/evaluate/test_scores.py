@@ -136,3 +136,20 @@ def test_the_neighbour_ratio_tells_copies_from_draws_of_the_same_law():
     assert neighbour_ratio(fresh, train, heldout) == pytest.approx(real, abs=0.08)
     copies = torch.cat((train[:150], fresh[:150]))
     assert neighbour_ratio(copies, train, heldout) == pytest.approx(real / 2, abs=0.08)
+
+
+def test_scores_do_not_depend_on_the_number_of_threads():
+    """The classifier's training makes more of the last bit, in which sums of another order differ."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (256, 32, 32, 3), np.uint8), generator.integers(0, 4, 256)
+    before, features = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            classifier = train_classifier(images, labels, 4, epochs=2)
+            assert torch.get_num_threads() == threads
+            features.append(torch.cat([weights.flatten() for weights in classifier.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[0], features[2])
