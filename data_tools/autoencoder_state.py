@@ -68,7 +68,7 @@ class TrainingFolder:
         if changed:
             key = changed[0]
             raise DataError(
-                f"{self._out} holds a training under way with another {key}: {theirs.get(key)}, this command's is "
+                f"{self._out} holds an unfinished training with {key} {theirs.get(key)}, this command has "
                 f"{self._settings[key]}; repeat the first command, or remove the folder"
             )
         try:

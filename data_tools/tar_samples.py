@@ -196,7 +196,8 @@ def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]
     try:
         label = rule.read(sample.label)
     except ValueError as error:
-        raise DataError(f"{where}: sample {sample.key!r}: {error}; mend it, or give --label or --classes") from None
+        fix = "repair it, choose another --label, or give the classes' names with --classes FILE, one a line"
+        raise DataError(f"{where}: sample {sample.key!r}: {error}; {fix}") from None
     member, digest = sample.image
     return ImageRow(sample.key, label, member.offset, member.size, digest)
 

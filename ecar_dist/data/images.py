@@ -109,8 +109,11 @@ class ImageDecoder(ABC):
                 (arrays[place],) = self._convert([image], image_size)
             except Exception as error:
                 _raise_if_device_fault(error)
-                failures[place] = _unreadable(keys[place], error)
+                failures[place] = self._reason(image, keys[place], error)
         return arrays, failures
+
+    def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
+        return _unreadable(key, error)
 
     def _look_at(self, blob: bytes, key: object, image_size: int | None) -> _Encoded:
         """Judge an image by its header alone. Raises DataError naming it where that is enough to refuse it."""
@@ -226,6 +229,10 @@ class DaliDecoder(ImageDecoder):
             return batch.gpu() if self._device == "gpu" else batch
         encoded = self._dynamic.Batch([np.frombuffer(image.data, dtype=np.uint8) for image in images])
         return self._dynamic.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
+
+    def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
+        """In PIL's words where it fails too: DALI's are numbers."""
+        return self._pil.check([image.data], [key]).get(0) or _unreadable(key, error)
 
     def _finished(self, images: Any, image_size: int | None) -> list[np.ndarray]:
         if image_size is not None:
