@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ecar_dist.data.manifest import LatentEntry
-from ecar_dist.data.shard_files import map_verified
+from ecar_dist.data.shard_files import ProvenMap, map_verified
 from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
     LABEL_BYTES,
@@ -70,6 +70,14 @@ class LatentShard:
         self.moments, self.mirrored = self._array_view(arrays[0]), self._array_view(arrays[-1])
         self.records = self._record_view(arrays[0]), self._record_view(arrays[-1])
         self.labels = self._read_labels(manifest.num_classes)
+
+    def has_changed(self) -> bool:
+        """Whether the file is not as it was when its proof began. Raises DataError where nobody can look."""
+        return isinstance(self._mapped, ProvenMap) and self._mapped.has_changed()
+
+    def is_cut(self) -> bool:
+        """Whether the file has become shorter than its map, so that reading on would end the process."""
+        return self._mapped.size() < len(self._mapped)
 
     def encoded(self, mirrored: bool) -> np.ndarray:
         """The npy files themselves, for a reader that decodes them: uint8 [count, nbytes], without a copy."""

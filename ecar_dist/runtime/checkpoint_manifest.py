@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record, UntrustedError, first_violation, parse_json, printable
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record, UntrustedError, parse_json, printable, validate_record
 from ecar_dist.storage.untrusted import plain_name as plain
 
 SCHEMA = "ecar-checkpoint-v2"
@@ -205,7 +205,4 @@ def parse_manifest(text: bytes) -> Manifest:
             f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r}; use the "
             f"version that wrote it"
         )
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise UntrustedError(first_violation(error)) from None
+    return validate_record(text, Manifest)

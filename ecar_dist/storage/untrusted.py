@@ -108,6 +108,11 @@ def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
     value = parse_json(text)
     if not isinstance(value, dict):
         raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
+    return validate_record(text, model)
+
+
+def validate_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
+    """The record in a document that `parse_json` has taken. Raises as `parse_record`."""
     try:
         # from the text: in strict mode JSON arrays may become tuples only there
         return model.model_validate_json(text)
