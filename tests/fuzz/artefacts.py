@@ -2,6 +2,7 @@
 
     folder/        a directory of images per class          foreign.tar    the same in a tar of another writer's
     images/        image shards of them                     index/         an index of foreign.tar
+    jsons.tar      the same, the labels in JSON             vae/           an autoencoder, hardly trained
     latents/       latent shards, with the plan and the markers of their encoding
     config.yaml    a run on the latents                     runs/tiny/     that run, finished, by two ranks
     export/        its export                               bucket/        its newest checkpoint, as a bucket has it
@@ -25,7 +26,7 @@ import yaml
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
 from tests.conftest import free_port
-from tests.data.image_sets import write_webdataset_tar
+from tests.data.image_sets import write_tar, write_webdataset_tar
 from tests.data_tools.image_folders import write_image_folder
 from tests.fork_server import run_ranks
 
@@ -55,8 +56,10 @@ def make(root: Path) -> None:
         write_image_folder(Path("folder"))
         samples = [(f"{place:04d}", path.read_bytes(), place % 3) for place, path in enumerate(_images())]
         write_webdataset_tar(Path("foreign.tar"), samples)
+        write_tar(Path("jsons.tar"), [part for sample in samples for part in _with_json(*sample)])
         _call(ecar_data, "shard folder images --samples-per-shard 10")
         _call(ecar_data, "index foreign.tar index")
+        _call(ecar_data, "train-vae images vae --image-size 16 --steps 1 --batch-size 2 --channels 8 --device cpu")
         _call(ecar_data, "encode images latents --vae dct-f8 --image-size 16 --samples-per-shard 12 --decoder pil")
         _call(ecar_data, "finalize latents")
         Path("config.yaml").write_text(yaml.safe_dump(TREE, sort_keys=False))
@@ -68,6 +71,10 @@ def make(root: Path) -> None:
         shutil.copytree(newest, Path("bucket/tiny") / f"{newest.name}-0123abcd")
         shutil.copytree(Path(__file__).parents[2] / "configs", "configs")
         Path("classes.txt").write_text("bird\ncat\ndog\n")
+
+
+def _with_json(key: str, image: bytes, label: int) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", image), (f"{key}.json", json.dumps({"label": label, "words": "a picture"}).encode())]
 
 
 def _images() -> list[Path]:

@@ -227,13 +227,27 @@ def exports(draw: st.DrawFn) -> Case:
     return Case(words, ("export",), drawn, sealed=draw(st.booleans()))
 
 
+@st.composite
+def autoencoders(draw: st.DrawFn) -> Case:
+    files = weighted((4, ("vae/config.json",)), (1, ("vae/diffusion_pytorch_model.safetensors",)))
+    ops = weighted((12, TREE_OPS), (2, BYTE_OPS), (2, KIND_OPS), (2, TENSOR_OPS))
+    words = ("ecar-data", "encode", "images", "made", "--vae", "vae", "--image-size", "16", "--decoder", "pil")
+    return Case(words, ("vae", "images"), draw(mutations(files, ops, _JSON_VALUES)))
+
+
 def manifests() -> st.SearchStrategy[Case]:
-    return st.one_of(checkpoints(), checkpoints(), sets(), sets(), exports(), damaged())
+    return st.one_of(
+        checkpoints(), checkpoints(), checkpoints(), sets(), sets(), sets(), exports(), damaged(), autoencoders()
+    )
 
 
 _TARS = {
     "latents/000000.tar": (_SETS["latents"][0], _SETS["latents"][2], *_SETS["encoding"][2:]),
     "images/000000.tar": (_SETS["images"][0], _SETS["images"][2], _SETS["images"][4]),
+    "jsons.tar": (
+        ("shard", "jsons.tar", "made", "--label", "json:label"),
+        ("index", "jsons.tar", "made", "--label", "json:label"),
+    ),
     "foreign.tar": (("index", "foreign.tar", "made"), ("shard", "foreign.tar", "made"), _SETS["index"][1]),
 }
 
@@ -243,11 +257,13 @@ def tars(draw: st.DrawFn) -> Case:
     """Headers, members and payloads of latent shards, of image shards, and of another writer's tar."""
     file = draw(st.sampled_from(sorted(_TARS)))
     words = ("ecar-data", *draw(st.sampled_from(_TARS[file])))
-    needs = {"latents/000000.tar": ("latents", "images"), "foreign.tar": ("foreign.tar", "index")}.get(
-        file, ("images",)
-    )
+    needs = {
+        "latents/000000.tar": ("latents", "images"),
+        "foreign.tar": ("foreign.tar", "index"),
+        "jsons.tar": ("jsons.tar",),
+    }.get(file, ("images",))
     # a tar of 40 GiB in zeros is a tar: indexing it takes its time
-    kinds = tuple(op for op in KIND_OPS if op != "sparse" or file != "foreign.tar")
+    kinds = tuple(op for op in KIND_OPS if op != "sparse" or "/" in file)
     ops = weighted((12, TAR_OPS), (2, BYTE_OPS), (1, kinds))
     values = st.one_of(st.sampled_from(sorted({*STRINGS} - {"very_long"})), _JSON_VALUES)
     drawn = draw(mutations(st.just(file), ops, values))

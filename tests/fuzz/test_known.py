@@ -144,10 +144,10 @@ def test_b7_a_copy_beside_a_checkpoint_stops_nothing(keeps, verb, name):
 
 
 HOSTILE = {
-    "date": "run.name=2024-13-45",
+    "date": "train.total_samples=2024-13-45",
     "int": "run.name=!!int abc",
     "float": 'run.name=!!float ""',
-    "time": "run.name=!!timestamp soon",
+    "time": "train.total_samples=!!timestamp soon",
     "400 digits": "train.total_samples=" + "9" * 400,
     "5000 digits": "train.total_samples=" + "9" * 5000,
     "number for a section": "deepspeed.raw={zero_optimization: 5}",

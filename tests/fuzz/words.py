@@ -104,7 +104,7 @@ BASES = (
     _base("ecar-data shard folder made --holdout 0.2 --shuffle --seed 1 --samples-per-shard 5 --max-bad 0.1", "folder"),
     _base("ecar-data shard foreign.tar made --label none", "foreign.tar"),
     _base(
-        "ecar-data train-vae images made --image-size 16 --steps 1 --batch-size 2 --channels 4 --latent-channels 2 "
+        "ecar-data train-vae images made --image-size 16 --steps 1 --batch-size 2 --channels 8 --latent-channels 2 "
         "--learning-rate 0.001 --kl-weight 0.001 --device cpu",
         "images",
     ),

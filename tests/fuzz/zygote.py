@@ -25,6 +25,7 @@ from typing import Any
 
 CPU_SECONDS = 10
 WALL_SECONDS = 30.0  # a command that waits for something takes none of the processor's time; the machine may be busy
+PATIENCE = 3  # seconds before it is looked whether a command sleeps
 MEMORY_BYTES = 2 << 30
 TRAINING_BYTES = 6 << 30  # DeepSpeed sets a bucket of 2 GB aside, and touches little of it
 FILE_BYTES = 1 << 30
@@ -49,6 +50,7 @@ HEAVY = (
     "s3fs",
     "fsspec.implementations.memory",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
     "data_tools.cli",
     "data_tools.encode",
     "data_tools.finalize",
@@ -137,7 +139,7 @@ def _fork(task: dict[str, Any]) -> dict[str, Any]:
     handle = os.pidfd_open(process)
     poll = select.poll()
     poll.register(handle, select.POLLIN)
-    hung = not poll.poll(WALL_SECONDS * 1000)
+    hung = not _wait(poll, process)
     if hung:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGUSR1)  # faulthandler writes down where it is
@@ -155,6 +157,27 @@ def _fork(task: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.monotonic() - begun,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
+
+
+def _wait(poll: select.poll, process: int) -> bool:
+    """Whether the process ends in time. One that sleeps all along, and took no processor's time, waits for ever."""
+    looks: list[str] = []
+    for second in range(int(WALL_SECONDS)):
+        if poll.poll(1000):
+            return True
+        if second >= PATIENCE - 1:
+            looks.append(_state(process))
+        if len(looks) >= 4 and looks[-1].startswith("S") and len(set(looks[-4:])) == 1:
+            return False
+    return False
+
+
+def _state(process: int) -> str:
+    """State and processor time so far."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return f"{fields[0]} {fields[11]} {fields[12]}"
+    return "gone"
 
 
 def _run(task: dict[str, Any]) -> None:
