@@ -84,7 +84,7 @@ def train(run: Training, progress: Progress) -> Progress:
         run.ema.update(progress.samples_seen, batch)
         if result and progress.step % config.log.every_steps == 0:
             log(run, progress, result)
-        if crossed(config.sample.every_samples, progress.samples_seen, batch):
+        if config.log.tensorboard and crossed(config.sample.every_samples, progress.samples_seen, batch):
             draw_preview(run, progress)
         due = due or crossed(config.checkpoint.every_samples, progress.samples_seen, batch)
         averages = crossed(config.ema.snapshot_every_samples, progress.samples_seen, batch)

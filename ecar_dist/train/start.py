@@ -97,7 +97,7 @@ def start_training(
     world.on_first_rank(lambda: begin_record(run, data, precision, restored))
     if run.writer:
         ends.callback(run.writer.close)
-    if config.sample.every_samples:
+    if config.sample.every_samples and config.log.tensorboard:
         run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
     return run, progress
 
