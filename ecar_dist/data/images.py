@@ -273,8 +273,19 @@ def _is_plain(image: Image.Image, blob: bytes) -> bool:
     if image.format not in _DALI_FORMATS or image.mode not in ("L", "RGB") or image.has_transparency_data:
         return False
     if image.format == "PNG":
-        return blob[_PNG_DEPTH] == 8 and b"eXIf" not in blob and b"Raw profile type" not in blob
+        return blob[_PNG_DEPTH] == 8 and not _png_may_be_turned(blob)
     return image.format != "WEBP" or b"EXIF" not in blob
+
+
+def _png_may_be_turned(blob: bytes) -> bool:
+    """Whether a chunk may hold an orientation; it may stand behind the pixels, where opening does not see it."""
+    at = 8  # behind the signature; a chunk is its length, its kind, the payload and a CRC of four bytes
+    while at + 8 <= len(blob):
+        kind, payload = blob[at + 4 : at + 8], blob[at + 8 : at + 28]
+        if kind == b"eXIf" or payload.startswith((b"Raw profile type", b"XML:com.adobe.xmp")):
+            return True
+        at += 12 + int.from_bytes(blob[at : at + 4], "big")
+    return False
 
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
