@@ -12,7 +12,7 @@ A map shows what is in the file now, not what was proven. Two looks are taken, s
 
 A batch may touch hundreds of shards, at about 2 microseconds each. So looks take a bounded share of the reader's time:
 after one that took t, the batches of the next 40 t (0.1 s at most) are handed out without. Training takes longer over
-a batch, and has each one looked at; a consumer in a hurry learns of a change within that time.
+a batch, and has each one looked at; a consumer in a hurry learns of a change at the next look.
 """
 
 from __future__ import annotations
