@@ -50,14 +50,15 @@ from pathlib import Path
 
 run, out = (Path(word) for word in sys.argv[1:])
 steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-cpu = next((line.partition(": ")[2] for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+cpu = next((line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+vae = json.loads((out / "vae/config.json").read_text())
 result = {
     "date": datetime.date.today().isoformat(),
     "machine": f"{os.cpu_count()} cores of {cpu or platform.machine()}",
     "versions": {name: version(name) for name in ("torch", "deepspeed", "numpy", "scikit-learn")},
     "seconds": {name: int(taken) for name, taken in csv.reader(open(out / "seconds.tsv"), delimiter="\t")},
     "dataset_id": json.loads((out / "latents/manifest.json").read_text())["dataset_id"],
-    "autoencoder": json.loads((out / "vae/config.json").read_text()),
+    "autoencoder": {name: vae[name] for name in ("scaling_factor", "shift_factor")},
     "losses": {str(step["step"]): step["train/loss"] for step in steps},
     "scores": json.loads((run / "scores.json").read_text()),
 }

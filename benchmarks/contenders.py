@@ -45,6 +45,18 @@ def load_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
 
+def write_arrays(folder: Path, samples: int) -> None:
+    """Random moments and labels: the content that every contender writes in its own format."""
+    folder.mkdir()
+    generator = np.random.default_rng(SEED)
+    moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (samples, *SHAPE))
+    for first in range(0, samples, 4096):
+        part = moments[first : first + 4096]
+        part[:] = generator.standard_normal(part.shape, dtype=np.float32)
+    moments.flush()
+    np.save(folder / "labels.npy", generator.integers(0, NUM_CLASSES, samples))
+
+
 # ---- ours
 
 

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cold
+import contenders
 import growth
 import rounds
 import traffic
-from contenders import BATCH, CONTENDERS, NUM_CLASSES, SEED, SHAPE
+import watching
+from contenders import BATCH, CONTENDERS, WARM_UP
 
 REFERENCE = "ours"
+_WAYS = {"by the clock": "by_the_clock", "in CPU time": "in_cpu_time"}
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
-    _write_arrays(work, plan.samples)
+    contenders.write_arrays(work / "arrays", plan.samples)
     homes, missing = _prepare(work, pythons)
     speed = _compare(work, homes, missing, plan)
 
     return {
         **speed,
         "not_measured": missing,
+        "watching": watching.cost({name: work / CONTENDERS[name].folder for name in (REFERENCE, WARM_UP)}),
         "cold": _first_pass(work, plan.cold_repeats),
         "start_up": growth.start_up(work, plan.set_sizes),
         "bytes_per_sample_held_while_reading": growth.held_while_reading(work),
@@ -108,19 +110,6 @@ def _work_folder(named: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def _write_arrays(work: Path, samples: int) -> None:
-    """Random moments and labels: the content that every contender writes in its own format."""
-    folder = work / "arrays"
-    folder.mkdir()
-    generator = np.random.default_rng(SEED)
-    moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (samples, *SHAPE))
-    for first in range(0, samples, 4096):
-        part = moments[first : first + 4096]
-        part[:] = generator.standard_normal(part.shape, dtype=np.float32)
-    moments.flush()
-    np.save(folder / "labels.npy", generator.integers(0, NUM_CLASSES, samples))
 
 
 def _prepare(work: Path, pythons: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -181,6 +170,15 @@ def _targets(result: dict[str, Any]) -> list[Target]:
         Target("speed over webdataset (shuffle, decode, batch)", _best(clock, cpu, ("webdataset",)), 30),
         Target("speed over the better of MDS and litdata", _best(clock, cpu, ("mds", "litdata")), 5),
         Target("time over memcpy", {"by the clock": 1 / clock["memcpy"], "in CPU time": 1 / cpu["memcpy"]}, 3, True),
+        *(
+            Target(
+                f"cost of watching for changes, {name}",
+                {how: found[key] for how, key in _WAYS.items()},
+                watching.AT_MOST,
+                True,
+            )
+            for name, found in result["watching"].items()
+        ),
         Target("cold-file rate over the disk's own", cold_rate and {"": cold_rate["share_of_disk"]}, 0.7),
         Target("memory per sample at start, bytes", {"": start["bytes_per_sample"]}, 16, True),
         Target("memory per sample held, bytes", {"": result["bytes_per_sample_held_while_reading"]}, 16, True),

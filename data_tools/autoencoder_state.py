@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from data_tools.failures import ERRORS_NAME
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write, sync_to_disk
+from ecar_dist.storage.untrusted import parse_json
 from ecar_dist.vae.pretrained import save_autoencoder
 
 STATE_NAME = ".train-vae.state"
@@ -54,44 +58,44 @@ class TrainingFolder:
         if not self._state.is_file():
             return 0, []
         try:
-            tree = torch.load(self._state, map_location="cpu", weights_only=True)  # runs no code
-            theirs = tree["settings"]
-            step, bad = int(tree["step"]), list(tree["bad"])
-        except Exception as error:  # a damaged pickle fails in many ways
+            with safe_open(self._state, framework="pt", device="cpu") as file:
+                about = parse_json(file.metadata()["about"].encode())
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            theirs, step, bad = about["settings"], int(about["step"]), list(about["bad"])
+        except Exception as error:  # a damaged file fails in many ways
             raise self._damaged(error) from None
         changed = [key for key, value in self._settings.items() if theirs.get(key) != value]
         if changed:
             key = changed[0]
             raise DataError(
-                f"{self._out} holds a training under way with another {key}: {theirs.get(key)}, this command's is "
+                f"{self._out} holds an unfinished training with {key} {theirs.get(key)}, this command has "
                 f"{self._settings[key]}; repeat the first command, or remove the folder"
             )
         try:
-            training.model.load_state_dict(tree["model"])
-            training.optimizer.load_state_dict(tree["optimizer"])
-            training.schedule.load_state_dict(tree["schedule"])
-            torch.set_rng_state(tree["rng"])
-            if training.device.type == "cuda":
-                torch.cuda.set_rng_state(tree["device_rng"], training.device)
+            _load(training, about, tensors)
         except Exception as error:
             raise self._damaged(error) from None
         return step, bad
 
     def save(self, training: Training, step: int, bad: list[dict[str, Any]]) -> None:
         """Replace the state by that after `step` steps, whole or not at all."""
-        on_gpu = training.device.type == "cuda"
-        tree = {
+        optimizer = training.optimizer.state_dict()
+        tensors = {f"model.{name}": tensor for name, tensor in training.model.state_dict().items()}
+        for index, values in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
+        tensors["generator.cpu"] = torch.get_rng_state()
+        if training.device.type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state(training.device)
+        about = {
             "settings": self._settings,
             "step": step,
             "bad": bad,
-            "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
+            "param_groups": optimizer["param_groups"],
             "schedule": training.schedule.state_dict(),
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(training.device) if on_gpu else None,
         }
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_write(self._state) as file:
-            torch.save(tree, file)
+            file.write(safetensors.torch.save(stored, {"about": json.dumps(about)}))
 
     def finish(self, model: Any, scaling_factor: float, shift_factor: float) -> None:
         """Put the autoencoder in place and remove the state. Killed in between, the same command does it again."""
@@ -109,3 +113,21 @@ class TrainingFolder:
     def _damaged(self, error: Exception) -> DataError:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         return DataError(f"{self._state} is damaged ({reason:.200}); remove {self._out} and start again")
+
+
+def _load(training: Training, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Into model, optimizer, schedule and generators."""
+    model, moments = dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "model":
+            model[rest] = tensor
+        elif part == "optimizer":
+            index, _, value = rest.partition(".")
+            moments.setdefault(int(index), {})[value] = tensor
+    training.model.load_state_dict(model)
+    training.optimizer.load_state_dict({"state": moments, "param_groups": about["param_groups"]})
+    training.schedule.load_state_dict(about["schedule"])
+    torch.set_rng_state(tensors["generator.cpu"])
+    if training.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator.cuda"], training.device)

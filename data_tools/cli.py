@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ecar_dist import __version__
-from ecar_dist.command_line import positive, prepare_process, run_command
+from ecar_dist.command_line import CommandParser, positive, prepare_process, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def _call(run: str, values: dict[str, Any]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ecar-data", description=__doc__)
+    parser = CommandParser(prog="ecar-data", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_index, _add_shard, _add_train_vae, _add_plan, _add_encode, _add_status, _add_finalize):

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_tools.failures import MAX_BAD
+from ecar_dist.data.manifest import STRICT
+from ecar_dist.data.manifest_rules import Classes, MomentsShape, Samples, Side, Tree, Visible
 from ecar_dist.data.order import sample_indices
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
-from ecar_dist.vae.codec import hash_config
+from ecar_dist.storage.untrusted import (
+    MAX_JSON_BYTES,
+    UntrustedError,
+    first_violation,
+    parse_json,
+    read_plain_file,
+)
+from ecar_dist.vae.codec import EncoderIdentity, hash_config
 
 PLAN_NAME = "plan.json"
+MAX_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
 class EncodePlan:
     """Output shard i holds rows i x samples_per_shard ... of the source, permuted once by `seed`."""
 
-    source_folder: str  # a hint for people; the identity is the data set's id
-    source_dataset_id: str
-    count: int
-    num_classes: int
-    class_names: list[str]
-    samples_per_shard: int
-    seed: int
-    image_size: int
-    moments_shape: tuple[int, ...]
-    encoder: dict[str, Any]
-    decoder: str
-    resize: str
-    precision: str
-    flip: str
-    versions: dict[str, str]  # of the libraries that decide on the numbers
-    background: str | None = None  # behind transparency; None in plans of versions that dropped transparency
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    source_folder: Visible  # a hint for people; the identity is the data set's id
+    source_dataset_id: Visible
+    count: Samples
+    num_classes: Classes
+    class_names: list[Visible]
+    samples_per_shard: Samples
+    seed: Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
+    image_size: Side
+    moments_shape: MomentsShape
+    encoder: Tree
+    decoder: Visible
+    resize: Visible
+    precision: Visible
+    flip: Visible
+    versions: dict[str, Visible]  # of the libraries that decide on the numbers
+    background: Visible | None = None  # behind transparency; None in plans of versions that dropped transparency
 
     @property
     def plan_id(self) -> str:
@@ -97,6 +108,11 @@ def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
 
     A folder begun by a version that dropped transparency goes on so, unless a background other than white is asked for.
     """
+    if plan.num_shards > MAX_SHARDS:
+        raise DataError(
+            f"{plan.count:,} images in shards of {plan.samples_per_shard:,} are {plan.num_shards:,} shards, at most "
+            f"{MAX_SHARDS:,} are made; give a larger --samples-per-shard"
+        )
     out.mkdir(parents=True, exist_ok=True)
     path = out / PLAN_NAME
     if not path.exists() and any(not name.startswith(".") for name in os.listdir(out)):
@@ -117,18 +133,25 @@ def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
 
 
 def read_plan(out: Path) -> EncodePlan:
-    """Raises DataError where there is no plan."""
+    """Raises DataError where there is no plan, or one that breaks a rule or was changed."""
     path = out / PLAN_NAME
     try:
-        tree = json.loads(path.read_text())
-        tree.pop("plan_id", None)
-        return TypeAdapter(EncodePlan).validate_python(tree)
+        tree = parse_json(read_plain_file(path, MAX_JSON_BYTES))
+        if not isinstance(tree, dict):
+            raise UntrustedError(f"it holds a JSON {type(tree).__name__}, not an object")
+        stated = tree.pop("plan_id", None)
+        plan = TypeAdapter(EncodePlan).validate_python(tree)
+        EncoderIdentity.from_dict(plan.encoder)
+        if plan.num_shards > MAX_SHARDS or stated not in (None, plan.plan_id):
+            raise UntrustedError("it is not what was written")
+        return plan
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist; make the shards with `ecar-data encode SHARDS {out} --vae ...`"
         ) from None
-    except (ValueError, ValidationError, AttributeError):
-        raise DataError(f"{path} is damaged; remove {out} and encode again") from None
+    except (UntrustedError, ValidationError) as error:
+        reason = first_violation(error) if isinstance(error, ValidationError) else error
+        raise DataError(f"{path} is damaged ({reason}); remove {out} and encode again") from None
 
 
 def _create(path: Path, tree: dict[str, Any]) -> None:

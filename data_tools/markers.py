@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
+from data_tools.moments_statistics import check_sums
 from ecar_dist.data.manifest import LatentEntry
+from ecar_dist.data.manifest_rules import Count
 from ecar_dist.data.shard_writer import marker_of
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, read_plain_file
 
 
 @dataclass(frozen=True)
 class Failure:
     """One image of the plan without a sample."""
 
-    row: int  # of the plan
+    row: Count  # of the plan
     key: str  # in the source
     shard: str  # of the source
     stage: str  # "decode" or "encode"
@@ -28,15 +31,16 @@ class Failure:
 class Marker:
     plan_id: str
     entry: LatentEntry
-    statistics: dict[str, Any]  # moments_statistics.measure
+    statistics: Annotated[dict[str, Any], AfterValidator(check_sums)]
     failures: tuple[Failure, ...]
 
 
 def read_marker(out: Path, shard_index: int) -> Marker | None:
     """A marker that is not whole proves nothing, so it counts as none."""
     try:
-        return _MARKER.validate_json((out / f"{shard_index:06d}.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+        tree = parse_json(read_plain_file(out / f"{shard_index:06d}.json", MAX_JSON_BYTES))
+        return _MARKER.validate_python(tree)
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
 
 

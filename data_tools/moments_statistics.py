@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from ecar_dist.storage.untrusted import Record
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity
 
 FP16_MAX = float(np.finfo(np.float16).max)
@@ -27,6 +29,26 @@ def measure(moments: np.ndarray, identity: EncoderIdentity) -> dict[str, Any]:
         "saturated_means": int((np.abs(mean) >= FP16_MAX).sum()),
         "clamped_logvars": int(((logvar <= LOGVAR_RANGE[0]) | (logvar >= LOGVAR_RANGE[1])).sum()),
     }
+
+
+class Sums(Record):
+    """What `measure` gives of one shard."""
+
+    values_per_channel: Annotated[int, Field(ge=1, le=1 << 53)]
+    mean_sum: list[float]
+    mean_square_sum: list[float]
+    sigma_sum: list[float]
+    sigma_square_sum: list[float]
+    saturated_means: Annotated[int, Field(ge=0, le=1 << 53)]
+    clamped_logvars: Annotated[int, Field(ge=0, le=1 << 53)]
+
+
+def check_sums(tree: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what `combine` could not add up."""
+    sums = Sums.model_validate(tree)
+    if len({len(part) for part in (sums.mean_sum, sums.mean_square_sum, sums.sigma_sum, sums.sigma_square_sum)}) != 1:
+        raise ValueError("its sums are not of the same channels")
+    return tree
 
 
 def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str, Any]:

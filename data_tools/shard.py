@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import atomic_write, naming
 from ecar_dist.storage.daemon_pool import DaemonPool
 
+_SHOWN = 10  # bad images in an error
+_MORE = 100  # bad images past the bound: then the source is not worth reading to its end
 _BATCH = 256  # images in memory: one batch is written while the next is read
 
 
@@ -59,21 +61,36 @@ def shard(
     if not 0.0 <= max_bad < 1.0:
         raise ConfigError(f"--max-bad {max_bad} is outside [0, 1); give the share of images that may be left out")
     rule = LabelRule.parse(label, read_class_names(classes))
-    counts, checker, bad = {}, PilDecoder(), 0
+    parts: list[_Part] = []
+    checker = PilDecoder()
     with new_folder(out) as working, open_images(source, rule, flat=flat) as images:
-        parts = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
+        chosen = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
         if shuffle:
-            parts = {name: np.random.default_rng(seed).permutation(indices) for name, indices in parts.items()}
+            chosen = {name: np.random.default_rng(seed).permutation(indices) for name, indices in chosen.items()}
         with progress(len(images.labels), "image", "shard") as bar:
-            for name, indices in parts.items():
-                part = _Part(images, checker, working / name, samples_per_shard, bar)
-                counts[name] = part.write(indices, max_bad)
-                bad += len(part.failures)
+            for name, indices in chosen.items():
+                parts.append(_Part(images, checker, working / name, samples_per_shard, bar))
+                parts[-1].write(indices, max_bad)
+        _check_failures(parts)
+    bad = sum(len(part.failures) for part in parts)
     notes = f"; {bad} bad images left out, listed in {ERRORS_NAME}" if bad else ""
-    notes += f"; {checker.animated} animated or with several pages: the first picture will be used" * (
-        checker.animated > 0
+    if checker.animated:
+        notes += f"; {checker.animated} animated or with several pages: the first picture will be used"
+    counts = zip((part.count for part in parts), chosen, strict=True)
+    print(f"{out}: " + ", ".join(f"{count} images {name}".strip() for count, name in counts) + notes)
+
+
+def _check_failures(parts: Sequence[_Part]) -> None:
+    """Raises DataError where a part has too many bad images, with those of all parts: whoever repairs them wants to do
+    so once."""
+    if all(len(part.failures) <= part.allowed and part.count for part in parts):
+        return
+    errors = [failure["error"] for part in parts for failure in part.failures]
+    more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+    raise DataError(
+        "; ".join(errors[:_SHOWN]) + f"{more}; bad images: {len(errors)}, --max-bad allows "
+        f"{sum(part.allowed for part in parts)}; remove them, or raise --max-bad"
     )
-    print(f"{out}: " + ", ".join(f"{count} images {name}".strip() for name, count in counts.items()) + notes)
 
 
 def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarray]:
@@ -95,26 +112,28 @@ class _Part:
         self, images: ImageReader, checker: PilDecoder, folder: Path, samples_per_shard: int, bar: tqdm[Any]
     ) -> None:
         self.images, self.checker, self.folder = images, checker, folder
-        self.samples_per_shard, self.bar = samples_per_shard, bar
+        self.samples_per_shard, self.bar, self.allowed = samples_per_shard, bar, 0
         self.entries: list[ImageEntry] = []
         self.failures: list[dict[str, Any]] = []
 
-    def write(self, indices: np.ndarray, max_bad: float) -> int:
-        """The number of images written."""
+    def write(self, indices: np.ndarray, max_bad: float) -> None:
+        """Raises DataError where more images are bad than any list should have; `_check_failures` for fewer."""
+        self.allowed = int(max_bad * len(indices))
         self.folder.mkdir(parents=True, exist_ok=True)
         samples = self._read_ahead(indices)
         for _ in range(0, len(indices), self.samples_per_shard):
-            self._write_shard(itertools.islice(samples, self.samples_per_shard), int(max_bad * len(indices)))
+            self._write_shard(itertools.islice(samples, self.samples_per_shard))
         if self.failures:
             with atomic_write(self.folder / ERRORS_NAME) as file:
                 file.write("".join(json.dumps(failure, sort_keys=True) + "\n" for failure in self.failures).encode())
-        count, names = sum(entry.count for entry in self.entries), self.images.class_names
-        if not count:
-            raise DataError(f"{self.images.name}: no image of {len(indices)} can be decoded; check the source")
-        write_manifest(self.folder, ImageManifest(self.images.name, count, len(names), names, self.entries))
-        return count
+        names = self.images.class_names
+        write_manifest(self.folder, ImageManifest(self.images.name, self.count, len(names), names, self.entries))
 
-    def _write_shard(self, samples: Iterable[tuple[int, ImageRecord, str | None]], allowed: int) -> None:
+    @property
+    def count(self) -> int:
+        return sum(entry.count for entry in self.entries)
+
+    def _write_shard(self, samples: Iterable[tuple[int, ImageRecord, str | None]]) -> None:
         """Keys are places in the source, so the parts of a split never share one."""
         path = self.folder / f"{len(self.entries):06d}.tar"
         names: list[tuple[str, str]] = []
@@ -123,7 +142,7 @@ class _Part:
                 self.bar.update()
                 extension, key = image_extension(record.data), f"{index:012d}"
                 if fault is not None or extension is None:
-                    self._leave_out(index, record, fault or f"image {record.where} has an unknown format", allowed)
+                    self._leave_out(index, record, fault or f"image {record.where} has an unknown format")
                     continue
                 writer.write({"__key__": key, extension: record.data, "cls": str(record.label).encode()})
                 names.append((key, record.name))
@@ -142,14 +161,11 @@ class _Part:
         hashes = tar.xxh3_128, tar.sha256
         return ImageEntry(path.name, tar.size, len(tar.rows), first, *hashes, table.name, digest, "tar")
 
-    def _leave_out(self, index: int, record: ImageRecord, error: str, allowed: int) -> None:
+    def _leave_out(self, index: int, record: ImageRecord, error: str) -> None:
         about = {"key": readable(record.key), "shard": readable(record.shard), "name": record.name}
         self.failures.append({"index": index, **about, "error": error})
-        if len(self.failures) > allowed:
-            raise DataError(
-                f"{error}; bad images so far: {len(self.failures)}, --max-bad allows {allowed}; remove them, or raise "
-                "--max-bad"
-            )
+        if len(self.failures) > self.allowed + _MORE:
+            _check_failures([self])
 
     def _read_ahead(self, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord, str | None]]:
         """Images in the order of the indices, with what is wrong with each.

@@ -145,7 +145,9 @@ def _class_folders(tree: _Tree, text: str) -> ClassFolders:
         )
     if loose:
         more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
-        tree.problems.append(f"the image {loose[0]}{more} beside its class folders; move it into one of them")
+        tree.problems.append(
+            f"the image {loose[0]}{more} beside its class folders; move it into one of them, or use --flat"
+        )
     classes = {name: [file for file in tree.folders[name] if is_image(file.name)] for name in sorted(tree.folders)}
     empty = [name for name, files in classes.items() if not files]
     _check(tree, classes, text)

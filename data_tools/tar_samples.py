@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from ecar_dist.storage import remote
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import Transfer
+from ecar_dist.storage.untrusted import parse_json
 
 _CHUNK = 8 << 20
 _AHEAD = 4  # chunks of a remote tar in flight
@@ -69,13 +69,9 @@ class LabelRule:
         return number
 
     def _value(self, payload: bytes) -> object:
-        text = payload.decode("utf-8")
         if self.kind == "cls":
-            return text.strip()
-        try:
-            tree = json.loads(text)
-        except RecursionError:
-            raise ValueError("json is nested too deeply") from None
+            return payload.decode("utf-8").strip()
+        tree = parse_json(payload, foreign=True)
         if not isinstance(tree, dict) or self.field not in tree:
             raise ValueError(f"json has no field {self.field!r}")
         return tree[self.field]
@@ -200,7 +196,8 @@ def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]
     try:
         label = rule.read(sample.label)
     except ValueError as error:
-        raise DataError(f"{where}: sample {sample.key!r}: {error}; mend it, or give --label or --classes") from None
+        fix = "repair it, choose another --label, or give the classes' names with --classes FILE, one a line"
+        raise DataError(f"{where}: sample {sample.key!r}: {error}; {fix}") from None
     member, digest = sample.image
     return ImageRow(sample.key, label, member.offset, member.size, digest)
 

@@ -57,22 +57,14 @@ def train_vae(
     and for an OUT that holds anything but an unfinished training by the same command; ConfigError where sizes do not
     fit.
     """
+    settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
     levels = _levels(image_size, downsample)
     colour = parse_background(background)
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)
-    settings = {
+    # what an unfinished training must share with the command that goes on with it
+    settings |= {
         "source": images.manifest.dataset_id,
-        "image_size": image_size,
-        "downsample": downsample,
-        "latent_channels": latent_channels,
-        "channels": channels,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "kl_weight": kl_weight,
-        "seed": seed,
-        "decoder": decoder,
         "device": target.type,
         "background": background_name(colour),
     }
@@ -84,8 +76,10 @@ def train_vae(
     widths = [channels * min(2, 2**level) for level in range(levels + 1)]
     model = new_autoencoder(widths, latent_channels, layers_per_block=1).to(target)
     training = _training(model, target, learning_rate, steps)
+    done, bad = folder.restore(training)
+    pictures.bad = {failure["row"]: Failure(**failure) for failure in bad}
     try:
-        _fit(training, pictures, folder, steps, batch_size, kl_weight)
+        _fit(training, pictures, folder, range(done, steps), batch_size, kl_weight)
         by_mean, by_sample = _held_back_psnr(model.eval(), pictures, batch_size)
         mean, std = _latent_mean_and_std(model, pictures, batch_size)
     finally:
@@ -115,6 +109,8 @@ class _Pictures:
         self.bad: dict[int, Failure] = {}  # by index; each is met once
         self._shards, self._decoder, self._image_size, self._device = shards, decoder, image_size, device
         self._seed, self._tally = seed, tally
+        if len(shards) < 2:
+            raise DataError(f"the set has {len(shards)} image, train-vae needs at least 2: some are held back")
         mixed = sample_indices(np.arange(len(shards)), len(shards), seed)
         number = max(1, min(_HELD_BACK, len(shards) // 10))
         self.held_back, self.training = mixed[:number], mixed[number:]
@@ -155,22 +151,20 @@ def _training(model: Any, device: torch.device, learning_rate: float, steps: int
 
 
 def _fit(
-    training: Training, pictures: _Pictures, folder: TrainingFolder, steps: int, batch_size: int, kl_weight: float
+    training: Training, pictures: _Pictures, folder: TrainingFolder, steps: range, batch_size: int, kl_weight: float
 ) -> None:
-    """Train from where the folder's state is, or from the start; save now and then, and at the end."""
-    done, bad = folder.restore(training)
-    pictures.bad = {failure["row"]: Failure(**failure) for failure in bad}
+    """Do these steps; save now and then, and at the end."""
     saved_at, pause = time.monotonic(), _SAVE_SECONDS
-    with progress(steps, "step", "train-vae") as bar:
-        bar.update(done)
-        for step in range(done, steps):
+    with progress(steps.stop, "step", "train-vae") as bar:
+        bar.update(steps.start)
+        for step in steps:
             images = pictures.training_batch(step, batch_size)
             if len(images):  # else all of the batch are bad
                 error = _step(training, images, kl_weight)
             bar.update()
             if step % 20 == 0 and len(images):
                 bar.set_postfix(psnr=f"{_psnr(error.item()):.2f}", refresh=False)
-            if step + 1 == steps or time.monotonic() - saved_at >= pause:
+            if step + 1 == steps.stop or time.monotonic() - saved_at >= pause:
                 began = time.monotonic()
                 folder.save(training, step + 1, [dataclasses.asdict(failure) for failure in pictures.bad.values()])
                 saved_at = time.monotonic()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ecar_dist import __version__
-from ecar_dist.command_line import prepare_process, run_command
+from ecar_dist.command_line import CommandParser, prepare_process, run_command
 from ecar_dist.commands import checkpoints, drilling, generation, submitting, training, watching
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
+    parser = CommandParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     # The deepspeed launcher passes this to whatever it starts; the rank is read from LOCAL_RANK, under every launcher.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)

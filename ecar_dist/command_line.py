@@ -9,9 +9,10 @@ import locale
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from ecar_dist.errors import EcarError, FruitlessError, NodeError
+from ecar_dist.storage.redaction import redact_text
 
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
@@ -38,6 +39,13 @@ def positive(text: str) -> int:
 def counted(number: int, thing: str) -> str:
     """`1 rank`, `1,200 ranks`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that repeats no secret of a URL when it refuses a word; its subcommands have parsers of this kind."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_text(message))
 
 
 def say(text: str) -> None:
@@ -75,7 +83,9 @@ def run_command(program: str, action: Callable[[], int]) -> int:
     except (EcarError, OSError) as error:
         if os.environ.get("ECAR_TRACEBACK"):
             raise
-        print(f"{program}: {error if isinstance(error, EcarError) else _sentence(error)}", file=sys.stderr)
+        said = str(error) if isinstance(error, EcarError) else _sentence(error)
+        # what was given as a path may be a URL with a password
+        print(f"{program}: {redact_text(said)}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)

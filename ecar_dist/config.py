@@ -91,6 +91,11 @@ class DataSection(Section):
     resize: Literal["cubic", "adm"] = Field(
         "cubic", description="of images: cubic, or the reference of ADM and DiT (PIL)"
     )
+    background: str = Field(
+        "white",
+        pattern=r"^(white|black|#[0-9a-fA-F]{6})$",
+        description="behind transparent pixels of images: white, black or #rrggbb (latents: `ecar-data encode`)",
+    )
     num_classes: int = Field(ge=1, description="labels are 0 .. num_classes-1; the null label is num_classes")
     latent_channels: int = Field(4, ge=1)
     latent_size: int = Field(32, ge=1, description="latent side at the finest stage")

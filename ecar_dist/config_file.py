@@ -132,7 +132,7 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message
-    if kind == "string_pattern_mismatch":
+    if kind == "string_pattern_mismatch" and dotted == "run.name":
         message = "letters, digits, '.', '_' and '-' only, and a letter or digit first"
     if kind == "string_type":
         message += "; put it in quotes"

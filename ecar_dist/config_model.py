@@ -95,4 +95,4 @@ class SampleSection(Section):
     guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
     guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 to the scale, by stage")
     ar_steps: int = Field(64, ge=1, description="mar: steps in which the tokens are drawn, at most one a token")
-    every_samples: int = Field(0, ge=0, description="samples between image strips in TensorBoard; 0 switches them off")
+    every_samples: int = Field(0, ge=0, description="samples between strips in samples/ and TensorBoard; 0: none")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -82,6 +83,9 @@ def test_tensorboard_holds_the_curve_and_the_stage_strips(trained):
     events.Reload()
     assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [point.step for point in events.Images("samples/stages")] == [3, 6]
+    shown = [Image.open(io.BytesIO(point.encoded_image_string)) for point in events.Images("samples/stages")]
+    kept = [Image.open(trained[1] / f"samples/step-{step:08d}.png") for step in (3, 6)]
+    assert [np.asarray(one).tolist() for one in kept] == [np.asarray(one).tolist() for one in shown]
     logged = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     assert [point.value for point in events.Scalars("train/loss")] == pytest.approx([x["train/loss"] for x in logged])
 
@@ -353,6 +357,19 @@ def test_another_order_of_the_data_needs_the_word(write_config, tmp_path, capsys
     assert "new data order from here on: run.seed=0 -> 1" in out
     assert "config on resume: optim.learning_rate 0.001 -> 0.0005 (changes optimisation)" in out
     assert [line["step"] for line in read_metrics(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_adopting_nothing_fails_and_leaves_nothing(write_config, tmp_path, capsys):
+    config = write_config()
+    kept = tmp_path / "kept"
+    (kept / "other/step-00000050").mkdir(parents=True)
+    (kept / "other/step-00000050/COMMITTED").touch()
+    words = ["run.name=ft2", f"checkpoint.dir={kept}", "--adopt"]
+    said = fails(capsys, "train", config, *words)
+    assert f"{kept}/ft2" in said
+    assert f"step-00000050 in {kept}/other" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "kept"]
+    assert [path.name for path in kept.iterdir()] == ["other"]
 
 
 def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path, capsys):

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_from_dict, load_config, shown_config
@@ -86,11 +87,11 @@ def place(tree, key, url):
     return tree
 
 
-def said_by(*words):
-    """What a command prints and how it ends, in this process."""
+def said_by(*words, program=main):
+    """What a command prints, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
-        main(list(map(str, words)))
+        program(list(map(str, words)))
     return out.getvalue() + err.getvalue()
 
 
@@ -135,6 +136,44 @@ def test_a_config_that_breaks_a_rule_is_refused_without_its_secrets(make_tree, t
     (tmp_path / "broken.yaml").write_text(f"a: {FORMS[form]}\n  b: [{FORMS[form]}\n")
     assert SECRET not in said_by("check", tmp_path / "broken.yaml")
     assert SECRET not in said_by("check", FORMS[form])
+
+
+WHERE_A_FOLDER_BELONGS = [
+    (main, ("sample", "URL", "--labels", "0", "--count", "1", "--out", "OUT")),
+    (main, ("evaluate", "URL")),
+    (main, ("status", "URL")),
+    (main, ("checkpoint", "list", "URL")),
+    (main, ("checkpoint", "inspect", "URL")),
+    (main, ("checkpoint", "verify", "URL")),
+    (main, ("checkpoint", "diff", "URL", "URL")),
+    (main, ("checkpoint", "export", "URL", "--out", "OUT")),
+    (main, ("drill", "all", "URL")),
+    (main, ("tensorboard", "URL")),
+    (main, ("check", "URL", "--nope=URL")),
+    (main, ("plan", "CONFIG", "--device", "URL")),
+    (main, ("URL",)),
+    (ecar_data, ("shard", "URL", "URL")),
+    (ecar_data, ("index", "s3://URL", "URL")),
+    (ecar_data, ("encode", "OUT", "OUT", "--vae", "URL", "--image-size", "32")),
+    (ecar_data, ("encode", "OUT", "URL", "--vae", "dct-f8", "--image-size", "32")),
+    (ecar_data, ("finalize", "URL")),
+    (ecar_data, ("verify", "URL")),
+    (ecar_data, ("stats", "URL")),
+    (ecar_data, ("preview", "URL", "--out", "OUT")),
+    (ecar_data, ("train-vae", "OUT", "URL")),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_url_where_a_folder_belongs_is_not_repeated_with_its_secrets(form, tmp_path, write_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, url = str(write_config()), FORMS[form].replace("HOST", "127.0.0.1:1")
+    for program, words in WHERE_A_FOLDER_BELONGS:
+        given = [word.replace("CONFIG", config).replace("OUT", "out").replace("URL", url) for word in words]
+        said = said_by(*given, program=program)
+        assert said
+        assert SECRET not in said, said
+    assert not [path for path in tmp_path.rglob("*") if SECRET in str(path)]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecar_dist.cluster.bounded_read import last_object, number, objects_at_end, printable, read_bytes, word
+from ecar_dist.cluster.bounded_read import last_object, number, objects_at_end, word
 from ecar_dist.config import RunConfig
 from ecar_dist.config_file import load_config
 from ecar_dist.errors import EcarError
+from ecar_dist.runtime.lineage import MAX_LINEAGE_BYTES
 from ecar_dist.runtime.run_directory import LOCK_NAME, RunDirectory
+from ecar_dist.storage.untrusted import UntrustedError, parse_json, printable, read_plain_file
 
-MAX_LINEAGE_BYTES = 1 << 24  # 10,000 attempts
 MAX_CONFIG_BYTES = 1 << 20
 _OWNER = re.compile(r"process ([1-9]\d{0,8}) on ([^\s,]{1,255})")
 _JOB = re.compile(r"\d{1,12}(_\d{1,8})?")
@@ -124,13 +124,15 @@ class _Reading:
         if not path.exists():  # a run that was only submitted has it with its job
             path = max(self._path.glob("jobs/*/config.yaml"), default=path, key=_number_of_folder)
         with self._noting(path):
-            read_bytes(path, MAX_CONFIG_BYTES, whole=True)
+            read_plain_file(path, MAX_CONFIG_BYTES)
             self._record.config = load_config(path)
 
     def attempts(self) -> None:
         path = self._record.directory.lineage
         with self._noting(path):
-            entries = json.loads(read_bytes(path, MAX_LINEAGE_BYTES, whole=True))
+            entries = parse_json(read_plain_file(path, MAX_LINEAGE_BYTES))
+            if not isinstance(entries, list):
+                raise UntrustedError(f"it holds a JSON {type(entries).__name__}, not a list of attempts")
             self._record.attempts = [_attempt(entry) for entry in entries if isinstance(entry, dict)]
 
     def lines(self) -> None:

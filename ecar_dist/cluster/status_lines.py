@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ecar_dist.cluster.bounded_read import printable
 from ecar_dist.cluster.run_state import DONE, span
 from ecar_dist.cluster.status import Checkpoints, Progress, RunStatus
 from ecar_dist.command_line import counted
+from ecar_dist.storage.untrusted import printable
 
 _LABEL = 12  # columns
 _HEAD = ("run", "state", "step", "%", "samples/s", "left", "loss", "checkpoint", "last problem")

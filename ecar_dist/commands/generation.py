@@ -26,6 +26,9 @@ def add_commands(add: AddCommand) -> None:
     scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
     scoring.add_argument("--count", type=positive, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument(
+        "--background", help="behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)"
+    )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
     for command in (drawing, scoring):
         command.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
@@ -41,11 +44,8 @@ def sample(parsed: argparse.Namespace) -> int:
 
 
 def _sample(parsed: argparse.Namespace) -> int:
-    from PIL import Image
-
-    from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid
+    from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
-    from ecar_dist.storage.atomic import naming
 
     if parsed.out.exists() and any(parsed.out.iterdir()):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
@@ -61,8 +61,7 @@ def _sample(parsed: argparse.Namespace) -> int:
         pictures = decode_stages(trained.codec, stages[-1:] if first_stages else stages)
         first_stages = first_stages or [stage[: len(columns)] for stage in pictures]
         for picture in pictures[-1]:
-            with naming(path := parsed.out / "images" / f"{done:06d}-class{labels[done]}.png"):
-                Image.fromarray(picture).save(path)
+            save_picture(parsed.out / "images" / f"{done:06d}-class{labels[done]}.png", picture)
             column = columns.get(labels[done])
             if column is not None and len(column) < GRID_ROWS:
                 column.append(picture)
@@ -70,9 +69,8 @@ def _sample(parsed: argparse.Namespace) -> int:
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
     drawn = [label for label, column in columns.items() if column]  # fewer images than classes leave some out
     grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
-    for name, sheet in (("grid.png", grid), ("stages.png", stage_strip(first_stages))):
-        with naming(parsed.out / name):
-            Image.fromarray(sheet).save(parsed.out / name)
+    save_picture(parsed.out / "grid.png", grid)
+    save_picture(parsed.out / "stages.png", stage_strip(first_stages))
     print(f"{done} images of {trained.source}: {parsed.out / 'grid.png'}, {parsed.out / 'stages.png'}")
     return 0
 
@@ -92,7 +90,8 @@ def _compiler(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[N
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from ecar_dist.evaluate.images import read_images, reconstruct
+    from ecar_dist.data.image_formats import parse_background
+    from ecar_dist.evaluate.images import background_of, read_images, reconstruct
     from ecar_dist.evaluate.score import Scorer
     from ecar_dist.runtime.metrics import log_scores
     from ecar_dist.runtime.run_directory import RunDirectory
@@ -108,7 +107,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         if folder is None:
             raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
     size = config.data.latent_size * trained.codec.identity.downsample
-    (real, source), (heldout, _) = (read_images(str(folder), size) for folder in folders.values())
+    background = parse_background(parsed.background) if parsed.background else background_of(config.data)
+    (real, source), (heldout, _) = (
+        read_images(str(folder), size, background=background) for folder in folders.values()
+    )
     if real.labels.max() >= config.data.num_classes:
         raise DataError(
             f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."

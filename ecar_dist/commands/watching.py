@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -21,7 +22,9 @@ _CLEAR = "\033[H\033[2J"
 
 def add_commands(add: AddCommand) -> None:
     looking = add("status", status, "state, progress, last checkpoint and last problem of runs (no torch, no Slurm)")
-    looking.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; several make a table")
+    looking.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder of some; several make a table"
+    )
     looking.add_argument("--json", action="store_true", help="a line of JSON for each run; times are in seconds")
     looking.add_argument("--watch", type=positive, metavar="SECONDS", help="look again and again, until Ctrl-C")
 
@@ -51,9 +54,23 @@ def _look(runs: list[Path]) -> list[RunStatus | str]:
         try:
             found.append(run_status(run))
         except (EcarError, OSError) as error:
+            if within := _runs_in(run):
+                found += within
+                continue
             if len(runs) == 1:
                 raise
             found.append(str(error))
+    return found
+
+
+def _runs_in(folder: Path) -> list[RunStatus | str]:
+    """The status of each run that lies in a folder of runs, as `ecar-dist tensorboard` takes one."""
+    from ecar_dist.cluster.status import run_status
+
+    found: list[RunStatus | str] = []
+    for path in sorted(folder.glob("*/")):
+        with contextlib.suppress(EcarError, OSError):
+            found.append(run_status(path))
     return found
 
 

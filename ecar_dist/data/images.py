@@ -109,8 +109,11 @@ class ImageDecoder(ABC):
                 (arrays[place],) = self._convert([image], image_size)
             except Exception as error:
                 _raise_if_device_fault(error)
-                failures[place] = _unreadable(keys[place], error)
+                failures[place] = self._reason(image, keys[place], error)
         return arrays, failures
+
+    def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
+        return _unreadable(key, error)
 
     def _look_at(self, blob: bytes, key: object, image_size: int | None) -> _Encoded:
         """Judge an image by its header alone. Raises DataError naming it where that is enough to refuse it."""
@@ -227,6 +230,10 @@ class DaliDecoder(ImageDecoder):
         encoded = self._dynamic.Batch([np.frombuffer(image.data, dtype=np.uint8) for image in images])
         return self._dynamic.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
 
+    def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
+        """In PIL's words where it fails too: DALI's are numbers."""
+        return self._pil.check([image.data], [key]).get(0) or _unreadable(key, error)
+
     def _finished(self, images: Any, image_size: int | None) -> list[np.ndarray]:
         if image_size is not None:
             size, cubic = [image_size, image_size], self._types.INTERP_CUBIC
@@ -266,8 +273,19 @@ def _is_plain(image: Image.Image, blob: bytes) -> bool:
     if image.format not in _DALI_FORMATS or image.mode not in ("L", "RGB") or image.has_transparency_data:
         return False
     if image.format == "PNG":
-        return blob[_PNG_DEPTH] == 8 and b"eXIf" not in blob and b"Raw profile type" not in blob
+        return blob[_PNG_DEPTH] == 8 and not _png_may_be_turned(blob)
     return image.format != "WEBP" or b"EXIF" not in blob
+
+
+def _png_may_be_turned(blob: bytes) -> bool:
+    """Whether a chunk may hold an orientation; it may stand behind the pixels, where opening does not see it."""
+    at = 8  # behind the signature; a chunk is its length, its kind, the payload and a CRC of four bytes
+    while at + 8 <= len(blob):
+        kind, payload = blob[at + 4 : at + 8], blob[at + 8 : at + 28]
+        if kind == b"eXIf" or payload.startswith((b"Raw profile type", b"XML:com.adobe.xmp")):
+            return True
+        at += 12 + int.from_bytes(blob[at : at + 4], "big")
+    return False
 
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:

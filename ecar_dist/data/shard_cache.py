@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import os
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from urllib.parse import quote
 
 from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.shard_download import Download, fetch_shard
-from ecar_dist.data.shard_files import ShardDamaged, map_open_file
+from ecar_dist.data.shard_files import ProvenMap, ShardDamaged, map_open_file
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.node_lock import node_lock, sweep_temporaries
@@ -76,7 +75,7 @@ class ShardCache:
     def where(self, shard_index: int) -> str:
         return redact(self._urls[shard_index])
 
-    def open(self, shard_index: int) -> mmap.mmap:
+    def open(self, shard_index: int) -> ProvenMap:
         path, damaged = self._paths[shard_index], None
         self._finish(shard_index)
         while True:

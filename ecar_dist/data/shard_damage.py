@@ -7,17 +7,16 @@ a CRC-32 of each sample, so most damage can be placed. Nothing here is needed to
 from __future__ import annotations
 
 import base64
-import json
 import mmap
 import tarfile
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ecar_dist.data.shard_layout import DESCRIPTION_NAME
+from ecar_dist.data.shard_layout import DESCRIPTION_NAME, Description, MemberRecord
 from ecar_dist.data.tar_index import BLOCK, padded
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_record
 
 
 def describe_damage(mapped: mmap.mmap) -> str:
@@ -37,7 +36,7 @@ def first_damage(mapped: mmap.mmap) -> int | None:
     if found >= 0 and found % BLOCK == 0:
         try:
             samples = _first_bad_sample(mapped, _description(mapped, found))
-        except (ValueError, KeyError, TypeError, tarfile.HeaderError):
+        except (ValueError, tarfile.HeaderError):
             samples = found
     return min((offset for offset in (headers, samples) if offset is not None), default=None)
 
@@ -59,28 +58,27 @@ def _first_bad_header(mapped: mmap.mmap) -> int | None:
     return None
 
 
-def _description(mapped: mmap.mmap, at: int) -> dict[str, Any]:
+def _description(mapped: mmap.mmap, at: int) -> Description:
     member = tarfile.TarInfo.frombuf(mapped[at : at + BLOCK], "ascii", "strict")
-    described: dict[str, Any] = json.loads(mapped[at + BLOCK : at + BLOCK + member.size])
-    return described
+    return parse_record(mapped[at + BLOCK : at + BLOCK + min(member.size, MAX_JSON_BYTES)], Description)
 
 
-def _first_bad_sample(mapped: mmap.mmap, description: dict[str, Any]) -> int | None:
+def _first_bad_sample(mapped: mmap.mmap, description: Description) -> int | None:
     """By the layout and the CRC-32 of each sample's payloads that its writer stated."""
-    layout = description["layout"]
-    sums = np.frombuffer(base64.b64decode(description["crc32"]), dtype="<u4").tolist()
+    layout = description.layout
+    sums = np.frombuffer(base64.b64decode(description.crc32), dtype="<u4").tolist()
     for row, expected in enumerate(sums):
-        start = layout["first_offset"] + row * layout["stride"]
-        if zlib.crc32(b"".join(_payloads(mapped, start, layout["members"]))) != expected:
-            return int(start)
+        start = layout.first_offset + row * layout.stride
+        if zlib.crc32(b"".join(_payloads(mapped, start, layout.members))) != expected:
+            return start
     return None
 
 
-def _payloads(mapped: mmap.mmap, start: int, members: list[dict[str, Any]]) -> Iterator[bytes]:
+def _payloads(mapped: mmap.mmap, start: int, members: Sequence[MemberRecord]) -> Iterator[bytes]:
     for member in members:
-        at = start + member["rel_offset"]
+        at = start + member.rel_offset
         # a label's size varies and only its header knows it
-        size = member["nbytes"]
+        size = member.nbytes
         yield mapped[at : at + (size if size is not None else _stated_size(mapped, at - BLOCK))]
 
 

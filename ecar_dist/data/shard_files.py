@@ -24,6 +24,22 @@ class ShardDamaged(DataError):
     """The file is there, and is not what its manifest entry says."""
 
 
+class ProvenMap(mmap.mmap):
+    """A shard mapped read-only, and how its file stood when the proof of its content began."""
+
+    path: str
+    stamp: tuple[int, ...]
+
+    def has_changed(self) -> bool:
+        """Whether another file has the name now, or this one was written to. One without a name is out of reach."""
+        try:
+            return _stamp(os.stat(self.path)) != self.stamp
+        except FileNotFoundError:  # a cache evicts files that are still mapped
+            return False
+        except OSError as error:
+            raise _unreadable(Path(self.path), error) from None
+
+
 def describe_shard(path: Path, count: int, first_index: int) -> ShardEntry:
     """Read a finished shard once and state its size and hashes."""
     fast, strong, size = xxhash.xxh3_128(), hashlib.sha256(), 0
@@ -64,7 +80,7 @@ def check_presence(folder: str | Path, entries: Sequence[ShardEntry]) -> None:
             check_size(file_in(folder, entry.name), entry)
 
 
-def map_verified(path: Path, entry: ShardEntry) -> mmap.mmap:
+def map_verified(path: Path, entry: ShardEntry) -> ProvenMap:
     """Map a shard whose every byte was just hashed.
 
     Raises ShardDamaged where size or hash differ, DataError where the file cannot be read.
@@ -76,13 +92,14 @@ def map_verified(path: Path, entry: ShardEntry) -> mmap.mmap:
         raise _unreadable(path, error) from None
 
 
-def map_open_file(file: BinaryIO, path: Path, entry: ShardEntry) -> mmap.mmap:
+def map_open_file(file: BinaryIO, path: Path, entry: ShardEntry) -> ProvenMap:
     """As `map_verified`, of an open file. Raises OSError where it cannot be read."""
-    size = os.fstat(file.fileno()).st_size
-    if size != entry.bytes:
-        raise ShardDamaged(f"shard {path} has {size} bytes, the manifest says {entry.bytes}; {_mend(path)}")
+    before = os.fstat(file.fileno())
+    if before.st_size != entry.bytes:
+        raise ShardDamaged(f"shard {path} has {before.st_size} bytes, the manifest says {entry.bytes}; {_mend(path)}")
     found = hash_file(file)
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped = ProvenMap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.path, mapped.stamp = str(path), _stamp(before)
     if found != entry.xxh3_128:
         raise ShardDamaged(
             f"shard {path} has xxh3_128 {found}, the manifest says {entry.xxh3_128}, "
@@ -103,6 +120,10 @@ def hash_file(file: BinaryIO) -> str:
     while got := file.readinto(chunk):  # type: ignore[attr-defined]
         digest.update(view[:got])
     return digest.hexdigest()
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -10,16 +10,20 @@ import dataclasses
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ecar_dist.data.tar_index import BLOCK, padded
+from ecar_dist.storage.untrusted import Record
 
 DESCRIPTION_NAME = ".ecar.json"
 LABEL_EXTENSION = "cls"
 LABEL_BYTES = 20  # at most, as int64 in ASCII; the rest of the label's block is zero
 MOMENTS_DTYPE = np.dtype("<f2")
+MAX_MEMBERS = 8  # of a sample
+Offset = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,37 @@ class ShardLayout:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+class MemberRecord(Record):
+    """A `Member`, as `.ecar.json` has it."""
+
+    ext: str
+    rel_offset: Offset
+    nbytes: Offset | None
+    npy_header_len: Offset
+    dtype: str
+    shape: tuple[Offset, ...]
+
+
+class LayoutRecord(Record):
+    """A `ShardLayout`, as `.ecar.json` has it."""
+
+    count: Offset
+    first_offset: Offset
+    stride: Offset
+    members: Annotated[tuple[MemberRecord, ...], Field(max_length=MAX_MEMBERS)]
+
+
+class Description(BaseModel):
+    """What is read of `.ecar.json`. There is more in it: the encoder, and all that a marker repeats."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    layout: LayoutRecord
+    first_row: Offset
+    missing: tuple[Offset, ...]
+    crc32: str  # base64 of a little-endian uint32 for each sample
 
 
 def sample_key(sample_index: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Protocol
 
 from ecar_dist.data.manifest import ShardEntry
 from ecar_dist.data.shard_cache import CacheOptions, ShardCache
-from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
+from ecar_dist.data.shard_files import ProvenMap, check_presence, local_folder, map_verified
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.remote import file_in, is_remote
 from ecar_dist.storage.retries import TransferStats
@@ -23,7 +22,7 @@ class ShardStore(Protocol):
     stats: TransferStats
     evicts: bool  # whether `retire` may remove files: who keeps their maps keeps their disk space
 
-    def open(self, shard_index: int) -> mmap.mmap:
+    def open(self, shard_index: int) -> ProvenMap:
         """The whole shard, mapped read-only; waits until it is here. Size and xxh3_128 were checked on the way.
 
         Raises DataError naming the shard where it is missing, damaged or out of reach. The map belongs to the caller.
@@ -62,10 +61,10 @@ class LocalShards:
         self.stats = TransferStats()
         self._folder = local_folder(folder)
         self._pool = DaemonPool(1, "shard-prove")
-        self._ahead: dict[int, Future[mmap.mmap]] = {}
+        self._ahead: dict[int, Future[ProvenMap]] = {}
         check_presence(folder, entries)
 
-    def open(self, shard_index: int) -> mmap.mmap:
+    def open(self, shard_index: int) -> ProvenMap:
         proving = self._ahead.pop(shard_index, None)
         if proving is not None and not proving.cancel():
             return proving.result()
@@ -88,7 +87,7 @@ class LocalShards:
     def close(self) -> None:
         self._pool.end()
 
-    def _prove(self, shard_index: int) -> mmap.mmap:
+    def _prove(self, shard_index: int) -> ProvenMap:
         return map_verified(self._path(shard_index), self.entries[shard_index])
 
     def _path(self, shard_index: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import mmap
 import tarfile
@@ -14,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ecar_dist.data.manifest import LatentEntry
-from ecar_dist.data.shard_files import map_verified
+from ecar_dist.data.shard_files import ProvenMap, map_verified
 from ecar_dist.data.shard_layout import (
     DESCRIPTION_NAME,
     LABEL_BYTES,
     MOMENTS_DTYPE,
+    Description,
     Member,
     ShardLayout,
     npy_header,
@@ -26,6 +26,7 @@ from ecar_dist.data.shard_layout import (
 )
 from ecar_dist.data.tar_index import BLOCK
 from ecar_dist.errors import DataError
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, parse_record
 
 # Fields of a USTAR header: name 0:100, size 124:136, checksum 148:156, type 156, magic and version 257:265.
 _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
@@ -69,6 +70,14 @@ class LatentShard:
         self.moments, self.mirrored = self._array_view(arrays[0]), self._array_view(arrays[-1])
         self.records = self._record_view(arrays[0]), self._record_view(arrays[-1])
         self.labels = self._read_labels(manifest.num_classes)
+
+    def has_changed(self) -> bool:
+        """Whether the file is not as it was when its proof began. Raises DataError where nobody can look."""
+        return isinstance(self._mapped, ProvenMap) and self._mapped.has_changed()
+
+    def is_cut(self) -> bool:
+        """Whether the file has become shorter than its map, so that reading on would end the process."""
+        return self._mapped.size() < len(self._mapped)
 
     def encoded(self, mirrored: bool) -> np.ndarray:
         """The npy files themselves, for a reader that decodes them: uint8 [count, nbytes], without a copy."""
@@ -167,9 +176,9 @@ def parse_description(tail: bytes) -> dict[str, Any]:
         raise ValueError(f"no tar header: {error}") from None
     if header.name != DESCRIPTION_NAME:
         raise ValueError(f"the last member is {header.name!r}")
-    tree = json.loads(tail[BLOCK : BLOCK + header.size])
-    if not isinstance(tree, dict):
-        raise ValueError("not a tree")
+    text = bytes(tail[BLOCK : BLOCK + min(header.size, MAX_JSON_BYTES)])
+    parse_record(text, Description)
+    tree: dict[str, Any] = parse_json(text)
     return tree
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from typing import Any
 from ecar_dist.drills.processes import Ended, last_words
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint_files import verify
+from ecar_dist.storage.untrusted import parse_objects, read_tail
+
+_MOST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,11 @@ class Finding:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A kill may have cut the last one: the run itself drops it, and so do we."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    """The lines of a metrics.jsonl, or of another log. What a kill has cut, the run itself drops, and so do we."""
+    try:
+        return parse_objects(read_tail(path, _MOST_BYTES).splitlines())
+    except FileNotFoundError:
+        return []
 
 
 def losses(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from signal import SIGKILL, SIGSTOP, SIGTERM
@@ -17,6 +16,7 @@ from ecar_dist.drills.evidence import (
     no_orphans,
     one_line_with,
     rank_statuses,
+    read_metrics,
     same_losses,
     whole_checkpoints,
 )
@@ -127,9 +127,7 @@ def nan(ground: Ground) -> Iterator[Finding]:
     yield every_step_once(metrics, STEPS)
     skipped = metrics[-1].get("train/skipped_steps") if metrics else None
     yield Finding("one step is skipped, by all ranks", f"train/skipped_steps is {skipped}", skipped == 1)
-    record = trial.path / "bad_steps.jsonl"
-    found = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    steps = [entry.get("step") for entry in found]
+    steps = [entry.get("step") for entry in read_metrics(trial.path / "bad_steps.jsonl")]
     yield Finding(f"its samples are written down for step {STRIKE_AT}", f"steps {steps}", steps == [STRIKE_AT])
     yield whole_checkpoints(trial.checkpoints, committed(trial.checkpoints))
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ecar_dist.config import DataSection
+from ecar_dist.data.image_formats import parse_background
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import WHITE, Background, open_decoder
-from ecar_dist.data.manifest import ImageManifest
+from ecar_dist.data.manifest import ImageManifest, load_manifest
+from ecar_dist.errors import DataError
 from ecar_dist.evaluate.score import LabelledImages
 from ecar_dist.rng import Purpose, normal
 from ecar_dist.vae.codec import LatentCodec, normalise
@@ -36,6 +39,21 @@ def read_images(
 def short_name(manifest: ImageManifest) -> str:
     """For names of metrics: the same on every machine, wherever the images were taken from."""
     return manifest.source if manifest.source in KNOWN_SETS else manifest.dataset_id[:ID_DIGITS]
+
+
+def background_of(data: DataSection) -> Background:
+    """The background of the images that a run was trained on: what its latents' manifest says, as far as it is there.
+
+    None where an earlier version encoded them, which dropped transparency.
+    """
+    if data.images is None:
+        try:
+            preprocessing = load_manifest(data.latent_sources[0].latents).preprocessing
+        except DataError:
+            return parse_background(data.background)
+        name = preprocessing.get("background")
+        return None if name is None else parse_background(str(name))
+    return parse_background(data.background)
 
 
 def reconstruct(codec: LatentCodec, images: LabelledImages, device: torch.device) -> LabelledImages:

@@ -25,6 +25,7 @@ Facts = Mapping[str, str]
 SECONDS = 60.0  # for a rank's facts: they are at hand
 _MOST_FACTS = 8  # that differ, in one line
 _LONGEST = 120  # characters of a value
+_LONGEST_PROBLEM = 1000  # characters
 
 
 def agree_on_settings(world: World, config: RunConfig | None, problem: str = "") -> None:
@@ -55,7 +56,7 @@ def judge_agreement(answers: Sequence[Answer | None], *, seconds: float, came: S
     failed = [answer for answer in present if answer.problem]
     if failed:
         who = ranks_on_nodes([answer.rank for answer in failed], came)
-        return Verdict(tuple(came), problem=f"{who}, unlike rank 0: {failed[0].problem}")
+        return Verdict(tuple(came), problem=f"{who}, unlike rank 0: {printable(failed[0].problem, _LONGEST_PROBLEM)}")
     different = differences([answer.facts for answer in present], came)
     return Verdict(tuple(came), problem=f"{different}; {fix}" if different else "")
 

@@ -84,12 +84,12 @@ class BucketPlace:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
-        manifest = self._manifest(name, folder)
+        manifest, kinds = self._manifest(name, folder), set[str]()
         for file in filter(needed, manifest.files):
             url, path = join(self._url, f"{name}/{file.name}"), path_inside(folder, file.name)
             with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
                 bring(url, file, path, self.transfer)
-            open_fragments(folder, manifest, file, "np")
+            _, kinds = open_fragments(folder, manifest, file, "np", kinds)
         return folder
 
     def release(self, name: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,8 +141,8 @@ def manifest_as_it_is(path: Path) -> Any:
 
 def proven_manifest(path: Path, name: str | None = None) -> Manifest:
     """The manifest, equal to what was committed. Raises as `read_manifest`, and DamagedError where it is not."""
-    marker, text = _content(path, MARKER, MARKER_BYTES), _content(path, MANIFEST, MAX_MANIFEST_BYTES)
-    if marker_of(text) != marker:
+    text = _content(path, MANIFEST, MAX_MANIFEST_BYTES)
+    if marker_of(text) != _content(path, MARKER, MARKER_BYTES):
         raise DamagedError(path, f"{MANIFEST} does not match {MARKER}")
     return _parsed(path, text, name or path.name)
 
@@ -174,8 +174,10 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
     Raises DamagedError naming the first bad one, and UnreadableError.
     """
     manifest = proven_manifest(path)
+    kinds: set[str] = set()
     for file in manifest.files[rank::size]:
-        open_fragments(path, manifest, file, "np")  # before it is hashed: that reads all of it, whatever its size
+        # its header first: to be hashed all of it is read, whatever its size
+        _, kinds = open_fragments(path, manifest, file, "np", kinds)
         try:
             digest = hash_file(sized_file(path, file))
         except OSError as error:
@@ -200,10 +202,13 @@ def sized_file(path: Path, file: WeightsFile) -> Path:
     return found
 
 
-def open_fragments(path: Path, manifest: Manifest, file: RankFile, framework: str) -> tuple[Any, set[str]]:
+def open_fragments(
+    path: Path, manifest: Manifest, file: RankFile, framework: str, expected: Collection[str] = ()
+) -> tuple[Any, set[str]]:
     """A rank's file, opened, and its kinds of state: it holds one fp32 tensor for each kind and fragment, no others.
 
-    Raises DamagedError. `framework`: what its tensors will be, `pt` or `np`.
+    `framework`: what its tensors will be, `pt` or `np`. `expected`: the kinds that other files hold, where that is
+    known. Raises DamagedError.
     """
     try:
         handle = open_tensors(sized_file(path, file), framework, file.header_limit(manifest.most_kinds))
@@ -211,6 +216,9 @@ def open_fragments(path: Path, manifest: Manifest, file: RankFile, framework: st
         raise DamagedError(path, f"{file.name} {error}") from None
     keys = set(handle.keys())
     kinds = {key.partition(":")[0] for key in keys}
+    if expected and kinds != expected:
+        said = printable(f"{sorted(kinds)}, others hold {sorted(expected)}")
+        raise DamagedError(path, f"{file.name} holds {said}")
     for piece in file.pieces():
         for kind in kinds:
             key = f"{kind}:{piece.name}:{piece.start}"

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record, UntrustedError, first_violation, parse_json, printable
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record, UntrustedError, parse_json, printable, validate_record
 from ecar_dist.storage.untrusted import plain_name as plain
 
 SCHEMA = "ecar-checkpoint-v2"
@@ -80,11 +80,12 @@ class RankFile(WeightsFile):
             match = _FRAGMENT.fullmatch(text)
             if match is None:
                 raise UntrustedError(f"{self.name}: {printable(repr(text))} is not parameter:start:numel")
-            yield Piece(match[1], int(match[2]), int(match[3]))
+            name, start, numel = match.groups()
+            yield Piece(name, int(start), int(numel))
 
     def header_limit(self, kinds: int) -> int:
         """Bytes that the header of such a file with so many kinds of state has at most."""
-        return 8 + kinds * sum(len(text) + _HEADER_BYTES for text in self.fragments) + _HEADER_BYTES
+        return 8 + kinds * (sum(map(len, self.fragments)) + len(self.fragments) * _HEADER_BYTES) + _HEADER_BYTES
 
 
 class Reached(Record):
@@ -96,11 +97,39 @@ class Reached(Record):
     step: Count
 
 
+class _BadStepNotes(Record):
+    """As train.bad_steps makes them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    good_norms: list[Annotated[float, Field(ge=0)]] = Field(default_factory=list)
+    in_a_row: Count = 0
+    skipped: Count = 0
+    windows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
+
+
+class _GoodputNotes(Record):
+    """As train.goodput makes them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kept_seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+class _Notes(Record):
+    """What a run that resumes takes from the notes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bad_steps: _BadStepNotes | None = None
+    goodput: _GoodputNotes | None = None
+
+
 class Manifest(Record):
     """A checkpoint's description, whole and consistent: `files` hold every value of every parameter exactly once.
 
     `averages`: what each average is, by its kind; `averages_since`: the step that it goes back to. `notes` belong to
-    the caller of the store, and only their size and depth are bounded.
+    the caller of the store: those of train are checked, and of all size and depth are bounded.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -124,6 +153,7 @@ class Manifest(Record):
             raise UntrustedError("identity: it lacks model or data")
         if "ema" not in self.averages or self.averages.keys() != self.averages_since.keys():
             raise UntrustedError("averages: they lack ema, or averages_since names others")
+        _Notes.model_validate(self.notes)
         if len({file.name for file in self.files}) != len(self.files):
             raise UntrustedError("files: a name is there twice")
         if not self.shapes or sum(map(math.prod, self.shapes.values())) > _MAX_VALUES:
@@ -138,24 +168,24 @@ class Manifest(Record):
 
     def _check_intervals(self) -> None:
         """Every value is in one fragment, and no file is larger than its fragments can be: it will be read whole."""
-        held: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        held: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
         for file in self.files:
             values = 0
-            for piece in file.pieces():
-                if piece.name not in held:
-                    raise UntrustedError(f"{file.name} holds {piece.name}, which has no shape")
-                held[piece.name].append(piece)
-                values += piece.numel
+            for name, start, numel in file.pieces():
+                if name not in held:
+                    raise UntrustedError(f"{file.name} holds {name}, which has no shape")
+                held[name].append((start, numel))
+                values += numel
             most = self.most_kinds * values * VALUE_BYTES + file.header_limit(self.most_kinds)
             if file.bytes > most:
                 raise UntrustedError(f"{file.name} has {file.bytes:,} bytes, its fragments take at most {most:,}")
         for name, pieces in held.items():
             end = 0
-            for piece in sorted(pieces):
-                if piece.start != end or piece.numel < 1:
-                    fault = "overlap" if piece.start < end else "leave a gap"
+            for start, numel in sorted(pieces):
+                if start != end or numel < 1:
+                    fault = "overlap" if start < end else "leave a gap"
                     raise UntrustedError(f"the fragments of {name} {fault} at element {end}")
-                end += piece.numel
+                end += numel
             if end != math.prod(self.shapes[name]):
                 raise UntrustedError(f"the fragments of {name} hold {end} of {math.prod(self.shapes[name])} values")
 
@@ -175,7 +205,4 @@ def parse_manifest(text: bytes) -> Manifest:
             f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r}; use the "
             f"version that wrote it"
         )
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise UntrustedError(first_violation(error)) from None
+    return validate_record(text, Manifest)

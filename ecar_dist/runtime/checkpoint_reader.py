@@ -35,10 +35,7 @@ class FragmentReader:
         for file in filter(needed, self.manifest.files):
             if not (path / file.name).exists():
                 continue
-            handle, kinds = open_fragments(path, self.manifest, file, "pt")
-            if self.kinds and kinds != self.kinds:
-                raise DamagedError(path, f"{file.name} holds {sorted(kinds)}, others hold {sorted(self.kinds)}")
-            self.kinds = kinds
+            handle, self.kinds = open_fragments(path, self.manifest, file, "pt", self.kinds)
             for piece in file.pieces():
                 self._pieces.setdefault(piece.name, []).append((piece.start, piece.numel, handle))
 

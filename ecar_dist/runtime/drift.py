@@ -73,7 +73,7 @@ _LEAVES: dict[Kind, dict[str, str]] = {
     },
     Kind.DATA_ORDER: {
         "run": "seed",
-        "data": "latents mixture mixture_by images flip_images resize lanes window_shards",
+        "data": "latents mixture mixture_by images flip_images resize background lanes window_shards",
     },
     Kind.MODEL: {
         "model": "kind preset ar_depth flow_depth patch_size",

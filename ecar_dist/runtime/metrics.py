@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from ecar_dist.command_line import counted
 from ecar_dist.config_file import shown_yaml
@@ -57,7 +58,12 @@ class MetricsWriter:
                 self._board.add(step, partial(summary.scalar, tag, value))
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """picture: uint8 [H, W, 3]."""
+        """picture: uint8 [H, W, 3]; for TensorBoard, and as samples/step-NNNNNNNN.png in the run directory."""
+        try:
+            Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
+        except OSError as error:
+            why = error.strerror or error
+            print(f"warning: the picture of step {step} is not in samples/ ({why})", file=sys.stderr, flush=True)
         if self._board:
             from torch.utils.tensorboard import summary
 

@@ -32,7 +32,7 @@ def fingerprint(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.
     total = torch.zeros((), dtype=torch.int64, device=device)
     flats = [tensor.detach().reshape(-1) for tensor in tensors]
     length = min(_CHUNK, max((flat.numel() for flat in flats), default=0))
-    weights = torch.arange(1, 2 * length, 2, dtype=torch.int64, device=device) * _FACTOR
+    weights = (2 * torch.arange(length, device=device) + 1) * _FACTOR  # odd, int64
     for flat in flats:
         for chunk in flat.view(_WORDS[flat.element_size()]).split(_CHUNK):
             total = total * _FACTOR + (chunk.to(device, torch.int64) * weights[: len(chunk)]).sum()

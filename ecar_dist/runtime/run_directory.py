@@ -23,7 +23,7 @@ from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError, FruitlessError, NodeError
 from ecar_dist.runtime.lineage import MAX_REASON, LineageFile
-from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, set_aside
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 LOCK_NAME = ".lock"
@@ -173,6 +173,8 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config of the run; for its owner's eyes where a URL holds a key. Call on rank 0 only."""
         text = config_to_yaml(config)
+        if self.config.is_dir():  # a rename does not replace it, as it does whatever else stands there
+            set_aside(self.config)
         with atomic_write(self.config) as file:
             if _WITH_KEY.search(text):
                 os.fchmod(file.fileno(), 0o600)

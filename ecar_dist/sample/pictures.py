@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from ecar_dist.storage.atomic import naming
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.pixels import to_pixels
 
@@ -45,6 +47,12 @@ def labelled_grid(columns: Sequence[Sequence[np.ndarray]], names: Sequence[str],
     for j, name in enumerate(names):
         pen.text((MARGIN + j * step + (step - MARGIN) // 2, LABEL_HEIGHT // 2), name, fill="black", anchor="mm")
     return np.asarray(page)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """uint8 [H, W, 3] as a PNG file. Raises OSError, which names it."""
+    with naming(path):
+        Image.fromarray(picture).save(path)
 
 
 def enlarge(picture: np.ndarray, scale: int) -> np.ndarray:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = "***"
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::[A-Za-z][A-Za-z0-9+.\-]*)*://")
+_WORD = r"[A-Za-z][A-Za-z0-9+.\-]*"
+# with one slash: a URL that was given where a path is expected
+_SCHEME = re.compile(rf"{_WORD}(?:::{_WORD})*://|\b(?i:s3a?|gs|gcs|https?|az|abfss?|s?ftp|hf):/(?=[^/\s])")
 # where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
 _USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"
-_URL = re.compile(rf"{_SCHEME.pattern}{_USER}?[^\s'\"<>\]]+")
+_URL = re.compile(rf"(?:{_SCHEME.pattern}){_USER}?[^\s'\"<>\]]+")
 _PORT = re.compile(r"\d*")
 _AT = re.compile(r"@|%40", re.IGNORECASE)
 # a query string whose marks are percent-encoded; "%3F" alone may belong to a file's name

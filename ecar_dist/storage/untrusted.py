@@ -76,15 +76,18 @@ def open_plain_file(path: Path) -> BinaryIO:
     return file
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, *, foreign: bool = False) -> Any:
     """The value of a JSON document. Raises UntrustedError.
 
     Stricter than `json.loads`: no NaN or Infinity, no key given twice, no lone surrogates (which cannot be printed),
-    nested MAX_JSON_DEPTH deep at most.
+    nested MAX_JSON_DEPTH deep at most. Of `foreign` documents, which other programs write, only the last is asked.
     """
     try:
         document = text.decode("utf-8")
-        value = json.loads(document, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        rules: dict[str, Any] = (
+            {} if foreign else {"parse_constant": _refuse_constant, "object_pairs_hook": _unique_keys}
+        )
+        value = json.loads(document, **rules)
     except UnicodeDecodeError as error:
         raise UntrustedError(f"it is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -95,7 +98,7 @@ def parse_json(text: bytes) -> Any:
         raise UntrustedError(f"it is not JSON: {str(error).splitlines()[0]}") from None
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise UntrustedError(f"it is nested deeper than {MAX_JSON_DEPTH}")
-    if "\\u" in document and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if not foreign and "\\u" in document and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise UntrustedError("it holds half of a surrogate pair")
     return value
 
@@ -105,6 +108,11 @@ def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
     value = parse_json(text)
     if not isinstance(value, dict):
         raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
+    return validate_record(text, model)
+
+
+def validate_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
+    """The record in a document that `parse_json` has taken. Raises as `parse_record`."""
     try:
         # from the text: in strict mode JSON arrays may become tuples only there
         return model.model_validate_json(text)

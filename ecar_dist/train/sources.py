@@ -14,6 +14,7 @@ import torch
 
 from ecar_dist.config import DataSection, RunConfig
 from ecar_dist.data.fit import check_fits
+from ecar_dist.data.image_formats import parse_background
 from ecar_dist.data.image_source import ImageSource
 from ecar_dist.data.images import open_decoder
 from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
@@ -133,7 +134,7 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
     if data.images is not None:
         kind = "dali" if data.backend == "dali" else "pil"
         mixed = kind == "dali" and device.type == "cuda"
-        decoder = open_decoder(kind, "mixed" if mixed else "cpu", data.resize)
+        decoder = open_decoder(kind, "mixed" if mixed else "cpu", data.resize, parse_background(data.background))
         size = data.latent_size * config.vae.downsample
         return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
     sources = [LatentSource(source.latents, cache) for source in data.latent_sources]

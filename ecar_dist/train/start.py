@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -18,7 +18,8 @@ from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.agreement import agree_on
 from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint_files import Progress, committed
+from ecar_dist.runtime.checkpoint_place import open_place
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.replicas import check_replicas
@@ -26,6 +27,7 @@ from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog import Watchdog
 from ecar_dist.runtime.world import World
+from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.loop import Preview, Training
@@ -59,12 +61,8 @@ def start_training(
     stop = StopRequest()
     world.together(lambda: config.grad_accum_steps(world.size))
     directory = RunDirectory(config.run_directory)
-    data = check_nodes(config, world)
-    stream = world.together(lambda: open_stream(config, data))
-    precision = config.precision_on(world.device.type)
-    codec = world.together(lambda: run_codec(config, data, world, precision))
-    identity = run_identity(config, data, stream, codec)
-    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
+    inputs = open_inputs(config, world, adopt)
+    data, codec, precision = inputs.data, inputs.codec, inputs.precision
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
@@ -75,7 +73,7 @@ def start_training(
     store = CheckpointStore(
         config,
         world,
-        identity,
+        inputs.identity,
         run_id=run_id,
         still_ours=directory.is_ours,
         allow_new_data=allow_new_data,
@@ -87,7 +85,7 @@ def start_training(
     progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
     check_replicas(world, engine, ema, progress.step)
     phases.enter("start", progress.step)
-    open_at = partial(open_together, config, world, stream)
+    open_at = partial(open_together, config, world, inputs.stream)
     telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
     bad_step_file = BadStepFile(directory.path / "bad_steps.jsonl", world)
     bad_steps = BadSteps(config.train.bad_steps, notes.get("bad_steps"), bad_step_file.windows())
@@ -102,6 +100,48 @@ def start_training(
     if config.sample.every_samples and config.log.tensorboard:
         run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
     return run, progress
+
+
+class Inputs(NamedTuple):
+    """What a run reads and all ranks hold alike."""
+
+    data: TrainingData
+    stream: SampleStream
+    codec: LatentCodec | None
+    precision: str  # "fp32" or "bf16", on this device
+    identity: dict[str, dict[str, Any]]
+
+
+def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
+    """The data, their order and the autoencoder, the same on all ranks. Nothing is written before. Collective.
+
+    Raises as `start_training`.
+    """
+    data = check_nodes(config, world)
+    stream = world.together(lambda: open_stream(config, data))
+    if adopt:
+        world.on_first_rank(lambda: check_adoption(config))
+    precision = config.precision_on(world.device.type)
+    codec = world.together(lambda: run_codec(config, data, world, precision))
+    identity = run_identity(config, data, stream, codec)
+    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
+    return Inputs(data, stream, codec, precision, identity)
+
+
+def check_adoption(config: RunConfig) -> None:
+    """Raises ConfigError where there is no checkpoint to adopt, and says where some are."""
+    with contextlib.closing(open_place(config)) as place:
+        if place.committed():
+            return
+        where = place.where
+    near: list[str] = []
+    if not is_remote(where):
+        above = local_path(where).parent
+        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
+        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
+    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
+    wrong = "checkpoint.dir, run.dir or run.name"
+    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
 
 
 def open_together(config: RunConfig, world: World, stream: SampleStream, position: int) -> SampleLoader:

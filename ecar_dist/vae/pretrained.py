@@ -5,7 +5,6 @@ diffusers takes seconds to import, so it is imported where it is used.
 
 from __future__ import annotations
 
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,10 +14,18 @@ from typing import Any
 import torch
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, UntrustedError, parse_json, plain_name, read_plain_file
+from ecar_dist.storage.untrusted import (
+    MAX_JSON_BYTES,
+    UntrustedError,
+    parse_json,
+    plain_name,
+    printable,
+    read_plain_file,
+)
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, denormalise, hash_config, hash_state_dict
 
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
+_MAX_CONFIG_BYTES = 1 << 20
 _MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
 
 
@@ -82,9 +89,9 @@ def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: s
     try:
         # A pickle can run code: weights that are not in safetensors are not loaded.
         model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        return _CODECS[found](model, path, device, dtype)
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise _not_loaded(path, error) from None
-    return _CODECS[found](model, path, device, dtype)
 
 
 def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_block: int) -> Any:
@@ -138,7 +145,8 @@ def _class_name(path: str) -> str | None:
         except (OSError, ValueError, RuntimeError) as error:
             raise _not_loaded(path, error) from None
     try:
-        return json.loads((folder / "config.json").read_text()).get("_class_name")
+        name = parse_json(read_plain_file(folder / "config.json", _MAX_CONFIG_BYTES), foreign=True).get("_class_name")
+        return name if name is None else printable(str(name), 80)
     except (OSError, ValueError, AttributeError):
         raise ConfigError(f"{path} has no readable config.json of an autoencoder; {_MAKE_ONE}") from None
 

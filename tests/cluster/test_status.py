@@ -148,7 +148,7 @@ def test_of_a_long_file_the_end_is_read(made, monkeypatch):
         file.write(b'{"step": 99999, "samples_se')
     assert made.status().progress.step == 30_000
     reads = []
-    monkeypatch.setattr("ecar_dist.cluster.bounded_read.json.loads", lambda text: reads.append(text) or {})
+    monkeypatch.setattr("ecar_dist.cluster.bounded_read.parse_objects", lambda lines: reads.extend(lines) or [])
     run_status(made.path)
     assert sum(map(len, reads)) < TAIL_BYTES + 10_000
 
@@ -179,7 +179,7 @@ def test_junk_in_a_file_is_no_reason_to_fall(made, name, junk):
 @pytest.mark.parametrize(
     ("name", "junk", "said"),
     [
-        ("lineage.json", "{", "lineage.json: Expecting property name"),
+        ("lineage.json", "{", "lineage.json: it is not JSON: Expecting property name"),
         ("metrics.jsonl", LONG, "metrics.jsonl: its end holds no line of a step"),
         ("config.yaml", "run: [", "config.yaml"),
         ("config.yaml", "run: {nme: x}", "config key run.name is required"),
@@ -208,7 +208,7 @@ def test_a_pipe_a_folder_and_a_loop_are_not_read(made):
     (made.path / ".lock").symlink_to(".lock")
     status = made.status()
     assert len(status.unread) == 3
-    assert "lineage.json: it is no regular file" in text(status)
+    assert "lineage.json: it is not a regular file" in text(status)
 
 
 def test_a_name_that_a_terminal_would_obey(made):
@@ -238,8 +238,24 @@ def test_several_runs_make_a_table(made, tmp_path, capsys):
     assert first.split()[1:5] == ["running", "300", "30.0", "32"]
     assert "failed" in second
     assert second.endswith("1 min ago: failed: the disk is full")
-    assert main(["status", str(made.path), str(tmp_path)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{tmp_path} is no run directory")
+    (none := tmp_path / "none").mkdir()
+    assert main(["status", str(made.path), str(none)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} is no run directory")
+
+
+def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
+    made.attempt(900, job="12")
+    other = MadeRecord(tmp_path / "other")
+    other.attempt(900, 100, "failed: the disk is full")
+    (tmp_path / "all/notes").mkdir(parents=True)
+    made.path.rename(tmp_path / "all/a")
+    other.path.rename(tmp_path / "all/b")
+    assert main(["status", str(tmp_path / "all")]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].rpartition("/")[2] for line in (first, second)] == ["a", "b"]
+    assert "starting" in first
+    assert "failed" in second
+    assert main(["status", str(tmp_path / "all/notes")]) == 1
 
 
 def test_as_json_each_run_is_a_line(made, tmp_path, capsys):

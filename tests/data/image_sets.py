@@ -1,12 +1,17 @@
 """Small encoded images and tars of them, by every writer that people use."""
 
+import dataclasses
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import webdataset
 from PIL import Image
+
+from ecar_dist.data.image_table import ImageRow, write_table
+from ecar_dist.data.manifest import ImageEntry, ImageManifest, Manifest
 
 NUM_CLASSES = 10
 
@@ -50,3 +55,21 @@ def write_webdataset_tar(path: Path, content: list[tuple[str, bytes, int]]) -> P
 def what_webdataset_sees(path: Path) -> int:
     """Samples in a tar for plain webdataset; it may raise."""
     return sum(1 for _ in webdataset.WebDataset(str(path), shardshuffle=False))
+
+
+def write_unchecked(folder: Path, manifest: Manifest | ImageManifest) -> None:
+    """A manifest as somebody else would write it, whose id agrees; `write_manifest` refuses such names."""
+    tree = {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest), "dataset_id": manifest.dataset_id}
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def write_class_directory(folder: Path, *, key: str = "a.jpg", location: str | None = None, **changes: object) -> Path:
+    """An index of one class directory with one image, `class/a.jpg`; fields of its entry may be others."""
+    (folder / "class").mkdir(parents=True)
+    data = encoded(0)
+    (folder / "class/a.jpg").write_bytes(data)
+    digest = write_table(folder / "000000.npy", [ImageRow(key, 0, 0, len(data), 0)])
+    entry = ImageEntry("class", len(data), 1, 0, "", "", "000000.npy", digest, "files")
+    entry = dataclasses.replace(entry, **changes)
+    write_unchecked(folder, ImageManifest("s", 1, 1, ["c"], [entry], location))
+    return folder

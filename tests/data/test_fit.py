@@ -60,7 +60,8 @@ def test_what_one_command_prints_can_be_given_to_the_next(write_config, capsys):
 def test_each_set_of_a_mixture_is_compared(tree, digits, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    write_manifest(other, dataclasses.replace(load_manifest(digits / "latents"), num_classes=12))
+    found = load_manifest(digits / "latents")
+    write_manifest(other, dataclasses.replace(found, num_classes=12, class_names=[str(n) for n in range(12)]))
     del tree["data"]["latents"]
     tree["data"]["mixture"] = [{"latents": str(place), "weight": 1} for place in (digits / "latents", other)]
     tree["data"]["num_classes"] = 9

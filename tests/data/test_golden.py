@@ -4,6 +4,9 @@
 their class folders; `golden/latents` is what `encode --vae dct-f8 --image-size 16 --flip store` made of the tars.
 """
 
+import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ from data_tools.markers import read_marker
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.manifest import load_image_manifest, load_manifest
 from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.errors import DataError
+from ecar_dist.vae.codec import EncoderIdentity
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,6 +43,44 @@ def test_a_plan_and_its_markers_of_the_first_version_are_read():
     assert read_marker(GOLDEN / "latents", 0).failures[0].row == 1
 
 
+JUNK = (b"", b"{", b"[" * 10**5, b"\xff", b"null", b"[]")
+
+
+def variants(path):
+    """The file with each of its fields changed to what it cannot be, and junk in its place."""
+    tree = json.loads(path.read_bytes())
+    for key in tree:
+        for value in ([], {}, 0.5, -1, 10**30, [[1]], "\x1b"):
+            yield json.dumps({**tree, key: value}).encode()
+    yield from JUNK
+
+
+def test_a_damaged_plan_is_one_line(tmp_path):
+    path = tmp_path / "plan.json"
+    for text in variants(GOLDEN / "latents/plan.json"):
+        path.write_bytes(text)
+        with pytest.raises(DataError) as caught:
+            read_plan(tmp_path)
+        assert str(caught.value).isprintable()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError):
+        read_plan(tmp_path)
+
+
+def test_a_damaged_marker_is_none(tmp_path):
+    path = tmp_path / "000000.json"
+    whole = read_marker(GOLDEN / "latents", 0)
+    for text in variants(GOLDEN / "latents/000000.json"):
+        path.write_bytes(text)
+        found = read_marker(tmp_path, 0)
+        assert found in (None, dataclasses.replace(whole, plan_id="\x1b"), dataclasses.replace(whole, failures=()))
+    for make in (os.mkfifo, os.mkdir):
+        path.unlink()
+        make(path)
+        assert read_marker(tmp_path, 0) is None
+
+
 def test_images_of_the_first_version_are_read():
     ids = {name: load_image_manifest(GOLDEN / name).dataset_id for name in ("images", "indexed")}
     assert ids == {
@@ -55,3 +98,13 @@ def test_the_tools_read_them(capsys):
     said = capsys.readouterr().out
     assert "5 samples verified" in said
     assert "errors.jsonl" in said
+
+
+def test_an_encoder_identity_of_other_types_is_refused():
+    encoder = load_manifest(GOLDEN / "latents").encoder
+    assert EncoderIdentity.from_dict(encoder).to_dict() == encoder
+    wrong = {"latent_channels": "12", "downsample": 0, "scaling_factor": 0.0, "deterministic": 1, "more": 1}
+    wrong |= {"input_range": [0.0], "shift_factor": None, "kind": [], "name": float("nan")}
+    for key, value in wrong.items():
+        with pytest.raises(DataError, match="encoder identity is damaged"):
+            EncoderIdentity.from_dict({**encoder, key: value})

@@ -9,15 +9,14 @@ import pytest
 
 from data_tools.cli import main
 from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.image_table import ImageRow, write_table
 from ecar_dist.data.latent_source import LatentSource
-from ecar_dist.data.manifest import ImageEntry, ImageManifest, load_manifest, write_manifest
+from ecar_dist.data.manifest import load_manifest
 from ecar_dist.data.order import rank_positions
 from ecar_dist.data.shard_store import CacheOptions
 from ecar_dist.data.stream import SampleStream
 from ecar_dist.errors import DataError
 from ecar_dist.storage.remote import join, list_files
-from tests.data.image_sets import encoded, members_of, write_tar
+from tests.data.image_sets import encoded, members_of, write_class_directory, write_tar, write_unchecked
 from tests.data.latent_sets import write_set
 from tests.data.object_store import QUICK
 
@@ -54,22 +53,10 @@ def latents_with(folder: Path, **changes: object) -> Path:
     write_set(folder)
     manifest = load_manifest(folder)
     if "failures" in changes:
-        write_manifest(folder, dataclasses.replace(manifest, **changes))
+        write_unchecked(folder, dataclasses.replace(manifest, **changes))
         return folder
     entries = [dataclasses.replace(manifest.shards[0], **changes), *manifest.shards[1:]]
-    write_manifest(folder, dataclasses.replace(manifest, shards=entries))
-    return folder
-
-
-def images_with(folder: Path, *, key: str = "a.jpg", location: str | None = None, **changes: object) -> Path:
-    """An index of one class directory with one image."""
-    (folder / "class").mkdir(parents=True)
-    data = encoded(0)
-    (folder / "class/a.jpg").write_bytes(data)
-    digest = write_table(folder / "000000.npy", [ImageRow(key, 0, 0, len(data), 0)])
-    entry = ImageEntry("class", len(data), 1, 0, "", "", "000000.npy", digest, "files")
-    entry = dataclasses.replace(entry, **changes)
-    write_manifest(folder, ImageManifest("s", 1, 1, ["c"], [entry], location))
+    write_unchecked(folder, dataclasses.replace(manifest, shards=entries))
     return folder
 
 
@@ -88,7 +75,7 @@ def test_images_of_a_folder(place, name):
     for field in ({"name": name}, {"table": name}, {"key": name}):
         if field == {"key": ""} or "\0" in field.get("key", "") or field == {"location": ""}:
             continue  # numpy's strings cannot hold them
-        folder = images_with(place / "set", **field)
+        folder = write_class_directory(place / "set", **field)
         before = everything_under(place.parents[1])
         refused(lambda folder=folder: ImageShards(folder).read_many([0]))
         assert everything_under(place.parents[1]) == before
@@ -97,7 +84,7 @@ def test_images_of_a_folder(place, name):
 
 @pytest.mark.parametrize("location", ["a\0b", "a\nb", "a\x1b[2Jb"])
 def test_a_place_of_images_that_cannot_be_printed(place, location):
-    folder = images_with(place / "set", location=location)
+    folder = write_class_directory(place / "set", location=location)
     refused(lambda: ImageShards(folder))
 
 
@@ -127,7 +114,7 @@ def test_images_of_a_bucket(place, object_store, name):
     for field in ({"name": name}, {"table": name}, {"key": name}):
         if field == {"key": ""} or "\0" in field.get("key", ""):
             continue
-        folder = images_with(place / "set", **field)
+        folder = write_class_directory(place / "set", **field)
         for path in ("manifest.json", "000000.npy", "class/a.jpg"):
             object_store.put(f"set/{path}", (folder / path).read_bytes())
         before = everything_under(place.parents[1])
@@ -138,7 +125,7 @@ def test_images_of_a_bucket(place, object_store, name):
 
 def test_images_of_a_bucket_are_not_on_this_machine(place, object_store):
     """An index may say where its images are; one that came over the network may not name a folder of the reader."""
-    folder = images_with(place / "set", location=str(place / "private"))
+    folder = write_class_directory(place / "set", location=str(place / "private"))
     shutil.copytree(folder / "class", place / "private/class")
     for path in ("manifest.json", "000000.npy"):
         object_store.put(f"set/{path}", (folder / path).read_bytes())
@@ -170,8 +157,9 @@ def test_the_verbs_of_a_set_refuse_it_in_one_line(place, capsys, verb):
 
 def test_names_in_a_table_of_tars_are_printed_as_they_are(place):
     """A key of a tar makes no path, and yet it stands in messages and lists."""
-    folder = images_with(place / "set", key="a\x1b[2Jb", kind="tar", name="000000.tar")
-    (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes())
+    tar = {"kind": "tar", "name": "000000.tar", "bytes": 10_240, "xxh3_128": "0" * 32, "sha256": "0" * 64}
+    folder = write_class_directory(place / "set", key="a\x1b[2Jb", **tar)
+    (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes().ljust(10_240, b"\0"))
     said = refused(lambda: ImageShards(folder).read_many([0]))
     assert "000000.npy" in said
 
@@ -223,7 +211,8 @@ def test_a_member_of_a_tar_that_leads_out_is_a_key_and_no_path(place):
     before = everything_under(place.parent)
     assert main(["shard", str(tars), str(place / "out")]) == 0
     assert everything_under(place.parent).keys() - before.keys() == {
-        f"inner/out{name}" for name in ("", "/000000.tar", "/000000.idx", "/000000.npy", "/manifest.json")
+        f"inner/out{name}"
+        for name in ("", "/000000.tar", "/000000.idx", "/000000.npy", "/000000.names", "/manifest.json")
     }
     assert main(["index", str(tars), str(place / "index")]) == 0
     assert ImageShards(place / "index").read(0).label == 1

@@ -31,6 +31,14 @@ def exif_rotated(kind="JPEG"):
     return encoded(CHINA, kind, exif=exif.tobytes())
 
 
+def rotated_at_the_end():
+    """The same PNG with the orientation behind the pixels."""
+    data = exif_rotated("PNG")
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    return data[:start] + data[stop:-12] + data[start:stop] + data[-12:]
+
+
 def animated(kind):
     return encoded(FLOWER, kind, save_all=True, append_images=[Image.fromarray(CHINA)])
 
@@ -56,6 +64,7 @@ BLOBS = {
     "png with a transparent colour": encoded(FLOWER, "PNG", transparency=tuple(FLOWER[5, 5].tolist())),
     "webp with alpha": encoded(RGBA, "WEBP", lossless=True),
     "png rotated by exif": exif_rotated("PNG"),
+    "png rotated at its end": rotated_at_the_end(),
     "webp rotated by exif": exif_rotated("WEBP"),
     "cmyk jpeg": encoded_image(Image.fromarray(CHINA).convert("CMYK"), "JPEG"),
     "16 bit grey": encoded(GREY_16, "PNG"),

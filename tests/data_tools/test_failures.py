@@ -18,7 +18,7 @@ from ecar_dist.data.shards import open_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.vae.dct import DctCodec
 from tests.data_tools.bad_images import BAD, write_bad_image_shards
-from tests.data_tools.image_folders import content, encode_small, write_image_shards
+from tests.data_tools.image_folders import CLASSES, content, encode_small, write_image_shards
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,11 @@ def samples_of(folder):
 
 
 @pytest.mark.parametrize("decoder", ["pil", "dali"])
-def test_bad_images_are_left_out_listed_and_counted(images, clean, tmp_path, decoder):
+def test_bad_images_are_left_out_listed_and_counted(images, clean, tmp_path, decoder, capsys):
     out = tmp_path / "latents"
     for task in (1, 0):
         encode_small(images, out, decoder=decoder, max_bad=0.125, task=task, tasks=2, flip="store")
+    said = capsys.readouterr().err
     finalize(out, max_bad=0.125)
     verify(out)
     manifest, missing = load_manifest(out), bad_rows(out)
@@ -73,7 +74,11 @@ def test_bad_images_are_left_out_listed_and_counted(images, clean, tmp_path, dec
     assert {error["key"] for error in listed} == {f"{index:012d}" for index in BAD}
     assert {error["stage"] for error in listed} == {"decode"}
     assert all(error["shard"] == f"00000{int(error['key']) // 10}.tar" for error in listed)
-    assert all("cannot be decoded" in error["error"] for error in listed)
+    assert all("cannot be decoded (image file is truncated" in error["error"] for error in listed), "PIL's words"
+    names = {f"{index:012d}": f"{CLASSES[index // 8]}/{index % 8}.{'png' if index % 2 else 'jpeg'}" for index in BAD}
+    assert {error["key"]: error["name"] for error in listed} == names
+    assert all(names[error["key"]] in error["error"] for error in listed)
+    assert all(f"left out: {error['error']}" in said for error in listed)
     with_bad, without = samples_of(out), samples_of(clean)
     assert sorted(with_bad) == sorted(set(without) - set(missing))
     if decoder == "pil":

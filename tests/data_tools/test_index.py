@@ -175,11 +175,11 @@ REFUSED = {
     "label too large": ([("a.jpg", b"x"), ("a.cls", b"1" * 5000)], {}, r"is no number in 0\.\.999999"),
     "label is no text": ([("a.jpg", b"x"), ("a.cls", b"\xff")], {}, "sample 'a': 'utf-8' codec"),
     "label is huge": ([("a.jpg", b"x"), ("a.cls", b"1" * (1 << 21))], {}, "has 2097152 bytes, the limit is 1048576"),
-    "no json": ([("a.jpg", b"x"), ("a.json", b"{")], {"label": "json:id"}, "sample 'a': Expecting"),
+    "no json": ([("a.jpg", b"x"), ("a.json", b"{")], {"label": "json:id"}, "sample 'a': it is not JSON: Expecting"),
     "no field": ([("a.jpg", b"x"), ("a.json", b'{"x": 1}')], {"label": "json:id"}, "json has no field 'id'"),
     "no object": ([("a.jpg", b"x"), ("a.json", b"[1]")], {"label": "json:id"}, "json has no field 'id'"),
     "json that is code": ([("a.jpg", b"x"), ("a.json", b"__import__('os')")], {"label": "json:id"}, "Expecting value"),
-    "deep json": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], {"label": "json:id"}, "nested too deeply"),
+    "deep json": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], {"label": "json:id"}, "nested deeper than 32"),
     "true is no label": (
         [("a.jpg", b"x"), ("a.json", b'{"id": true}')],
         {"label": "json:id"},
@@ -296,9 +296,41 @@ def test_credentials_in_a_url_are_not_written_down(tmp_path):
     assert tree["location"] == tree["source"] == "memory:///secret"
 
 
+def test_captions_are_not_labels(tmp_path, capsys):
+    """As img2dataset writes them."""
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/0.tar", [("0.jpg", b"x"), ("0.json", b"{}"), ("0.txt", b"a dog")])
+    for name in ("0.parquet", "0_stats.json"):
+        (tmp_path / "in" / name).write_text("x")
+    with pytest.raises(DataError, match="captions are not read: give --label none"):
+        index(str(tmp_path / "in"), tmp_path / "index")
+    with pytest.raises(ConfigError, match="captions are not read"):
+        index(str(tmp_path / "in"), tmp_path / "index", label="txt")
+    index(str(tmp_path / "in"), tmp_path / "index", label="none")
+    assert "left out: 1 .parquet, 1 .json\n" in capsys.readouterr().out
+    assert read_all(tmp_path / "index") == [("0", b"x", 0)]
+
+
+def test_nested_files_are_read_by_their_places(tmp_path):
+    root = write_image_folder(tmp_path / "in")
+    (root / "cat/deep/er").mkdir(parents=True)
+    (root / "cat/2.jpeg").rename(root / "cat/deep/er/2.jpeg")
+    index(str(root), tmp_path / "index")
+    found = read_all(tmp_path / "index")
+    assert ("deep/er/2.jpeg", (root / "cat/deep/er/2.jpeg").read_bytes(), 1) in found
+    assert ImageShards(tmp_path / "index").read(15).name == "cat/deep/er/2.jpeg"
+    encode_small(tmp_path / "index", tmp_path / "latents")
+
+
 def test_the_table_costs_24_bytes_and_the_key(tmp_path):
     write_tar(tmp_path / "0.tar", members_of(samples(30)))
     index(str(tmp_path / "0.tar"), tmp_path / "index")
     table = np.load(tmp_path / "index/000000.npy", allow_pickle=False)
     assert table.dtype.itemsize == 24 + 6
     assert table["label"].tolist() == [place % 10 for place in range(30)]
+
+
+def test_json_of_other_programs_need_not_be_strict(tmp_path):
+    """img2dataset writes NaN for what it does not know, and captions with half of an emoji."""
+    rule = LabelRule.parse("json:label")
+    assert rule.read(b'{"similarity": NaN, "caption": "\\ud83d", "label": 3}') == 3

@@ -78,7 +78,7 @@ def test_bad_files_within_the_bound_are_left_out_and_listed(tmp_path):
         (0, "bird", "0.jpeg", "bird/0.jpeg"),
         (21, "dog", "5.png", "dog/5.png"),
     ]
-    with pytest.raises(DataError, match="bad images so far: 2, --max-bad allows 1"):
+    with pytest.raises(DataError, match="bad images: 2, --max-bad allows 1"):
         shard(str(root), tmp_path / "other", max_bad=0.05)
 
 
@@ -106,12 +106,26 @@ def test_images_are_decoded_not_only_looked_at(tmp_path):
     root = write_image_folder(tmp_path / "in")
     for name in ("cat/2.jpeg", "cat/3.png"):
         (root / name).write_bytes((root / name).read_bytes()[:-300])
-    with pytest.raises(DataError, match=r"image 3\.png in cat cannot be decoded .* --max-bad allows 1"):
+    with pytest.raises(
+        DataError, match=r"image 2\.jpeg in cat .*image 3\.png in cat .*bad images: 2, --max-bad allows 1"
+    ):
         shard(str(root), tmp_path / "out", max_bad=0.05)
     shard(str(root), tmp_path / "out", max_bad=0.1)
     listed = [json.loads(line)["name"] for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert listed == ["cat/2.jpeg", "cat/3.png"]
     assert load_image_manifest(tmp_path / "out").count == 22
+
+
+def test_the_bad_images_of_both_parts_come_in_one_error(tmp_path, monkeypatch):
+    root = write_image_folder(tmp_path / "in")
+    for path in sorted((root / "cat").iterdir()):
+        path.write_bytes(b"none")
+    with pytest.raises(DataError, match=r"bad images: 8, --max-bad allows 0") as caught:
+        shard(str(root), tmp_path / "out", holdout=0.25)
+    assert all(f"{place}." in str(caught.value) for place in range(8))
+    monkeypatch.setattr("data_tools.shard._MORE", 2)
+    with pytest.raises(DataError, match=r"bad images: 3, --max-bad allows 0"):
+        shard(str(root), tmp_path / "out")
 
 
 def test_the_names_of_the_files_travel_with_the_shards(tmp_path):

@@ -3,7 +3,8 @@ import os
 import re
 
 import pytest
-import torch
+from PIL import Image
+from safetensors import safe_open
 
 from data_tools import autoencoder_state, train_vae
 from data_tools.cli import main
@@ -46,6 +47,10 @@ def bad_images(tmp_path_factory):
     return write_bad_image_shards(tmp_path_factory.mktemp("bad"))
 
 
+def errors_of(out):
+    return [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+
+
 def command(images, out, *more):
     return ["train-vae", str(images), str(out), *SMALL, *more]
 
@@ -54,12 +59,13 @@ def test_bad_images_are_left_out_and_listed_under_their_files_names(bad_images, 
     """One 16-bit PNG ended it, and no flag helped."""
     out = tmp_path / "vae"
     assert main(command(bad_images, out)) == 1
+    assert len(errors_of(out)) >= 1
     said = capsys.readouterr().err
     assert "--max-bad 0.001 allows 0" in said
     assert re.search(r"image 0000000000\d\d \((bird|cat)/\d\.(png|jpeg)\) in 00000\d\.tar", said)
     assert main(command(bad_images, out, "--max-bad", "0.125")) == 0
     assert "3 bad images left out" in capsys.readouterr().out
-    listed = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    listed = errors_of(out)
     assert [(line["row"], line["name"]) for line in listed] == [
         (2, "bird/2.jpeg"),
         (11, "cat/3.png"),
@@ -74,14 +80,22 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(bad_images, tmp_path
         process = start(die_in_training, step, command(bad_images, killed, "--max-bad", "0.2"))
         process.join()
         assert process.exitcode == -9
-    state = torch.load(killed / autoencoder_state.STATE_NAME, weights_only=True)
-    assert state["step"] == 5
+    with safe_open(killed / autoencoder_state.STATE_NAME, framework="pt") as state:
+        assert json.loads(state.metadata()["about"])["step"] == 5
     capsys.readouterr()
     assert main(command(bad_images, killed, "--max-bad", "0.2", "--steps", "8")) == 1
-    assert "another steps: 7, this command's is 8; repeat the first command" in capsys.readouterr().err
+    assert "with steps 7, this command has 8; repeat the first command" in capsys.readouterr().err
     assert main(command(bad_images, killed, "--max-bad", "0.2")) == 0
     assert content(killed) == content(whole)
     assert sorted(content(killed)) == ["config.json", "diffusion_pytorch_model.safetensors", "errors.jsonl"]
+
+
+def test_one_image_is_too_few(tmp_path, capsys):
+    (tmp_path / "in/a").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "in/a/0.png")
+    assert main(["shard", str(tmp_path / "in"), str(tmp_path / "images")]) == 0
+    assert main(command(tmp_path / "images", tmp_path / "vae")) == 1
+    assert "has 1 image, train-vae needs at least 2" in capsys.readouterr().err
 
 
 def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypatch):

@@ -1,15 +1,25 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from ecar_dist.data.manifest import load_image_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
-from ecar_dist.evaluate.images import read_images, reconstruct
+from ecar_dist.evaluate.images import read_images, reconstruct, short_name
 from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
 from ecar_dist.evaluate.score import LabelledImages, Scorer
 from ecar_dist.vae.dct import DctCodec
+
+
+def test_a_metric_has_the_same_name_wherever_the_images_lie(digits):
+    manifest = load_image_manifest(str(digits / "images/train"))
+    assert short_name(manifest) == "digits"
+    names = {short_name(dataclasses.replace(manifest, source=place)) for place in ("/data/a", "s3://bucket/b?key", "c")}
+    assert names == {manifest.dataset_id[:8]}
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -126,3 +136,20 @@ def test_the_neighbour_ratio_tells_copies_from_draws_of_the_same_law():
     assert neighbour_ratio(fresh, train, heldout) == pytest.approx(real, abs=0.08)
     copies = torch.cat((train[:150], fresh[:150]))
     assert neighbour_ratio(copies, train, heldout) == pytest.approx(real / 2, abs=0.08)
+
+
+def test_scores_do_not_depend_on_the_number_of_threads():
+    """The classifier's training makes more of the last bit, in which sums of another order differ."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (256, 32, 32, 3), np.uint8), generator.integers(0, 4, 256)
+    before, features = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            classifier = train_classifier(images, labels, 4, epochs=2)
+            assert torch.get_num_threads() == threads
+            features.append(torch.cat([weights.flatten() for weights in classifier.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[0], features[2])

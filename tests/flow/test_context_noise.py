@@ -52,6 +52,25 @@ def test_the_fewest_steps_that_keep_95_percent(tau: float, steps: int) -> None:
     assert kept[0] < 0.95 <= kept[1]
 
 
+TABLE = {  # docs/ecar.md, section 5: tau, share kept by 8, 16 and 64 steps, steps for 95 % here and at unit variance
+    1.0: (1.000, 1.000, 1.000, 1, 2),
+    0.3: (1.000, 1.000, 1.000, 2, 3),
+    0.1: (0.993, 0.999, 1.000, 5, 7),
+    0.03: (0.758, 0.966, 1.000, 15, 23),
+    0.01: (0.235, 0.537, 0.987, 43, 67),
+    0.001: (0.077, 0.082, 0.185, 427, 665),
+}
+
+
+@pytest.mark.parametrize("tau", TABLE)
+def test_the_table_of_the_docs(tau: float) -> None:
+    *shares, here, unit = TABLE[tau]
+    kept = [kept_variance(THREE, tau, steps, variance=VARIANCE) for steps in (8, 16, 64)]
+    assert kept == pytest.approx(shares, abs=6e-4)
+    assert steps_to_keep(THREE, tau, 0.95, variance=VARIANCE) == here
+    assert steps_to_keep(THREE, tau, 0.95, variance=1.0) == unit
+
+
 def test_steps_grow_as_tau_falls() -> None:
     steps = [steps_to_keep(THREE, tau, 0.95, variance=1.0) for tau in (0.1, 0.01, 0.001)]
     assert steps == [7, 67, 665]

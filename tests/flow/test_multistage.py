@@ -105,6 +105,60 @@ def test_low_frequency_variance_is_the_alarm(history: History, tau: float, gamma
     assert mean_variance_ratio(sampled) == pytest.approx(share, abs=6e-4)
 
 
+def states_of_sampling(oracle: GaussianOracle, steps: int) -> tuple[list[torch.Tensor], ...]:
+    """Contexts, starts and ends of all stages under optimal velocities: rows are the random numbers of the sampler."""
+    contexts: list[torch.Tensor] = []
+    starts: list[torch.Tensor] = []
+    begin = begin_stages(oracle, "all")
+
+    def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
+        velocity = begin(stage, context)
+        if context is not None:
+            contexts.append(context.flatten(1))
+
+        def spying(x: torch.Tensor, u: float) -> torch.Tensor:
+            if len(starts) == stage:
+                starts.append(x.flatten(1))
+            return velocity(x, u)
+
+        return spying
+
+    draw, each = basis_draws(oracle.schedule, 4), [steps] * 3
+    ends = sample_stages(
+        oracle.schedule, begin_stage, draw, tau=oracle.tau, solver=SOLVERS["midpoint"], steps_per_stage=each
+    )
+    return contexts, starts, [end.flatten(1) for end in ends]
+
+
+def states_of_training(oracle: GaussianOracle) -> tuple[list[torch.Tensor], ...]:
+    """The same of the training points: rows are the sources of the data, scaled."""
+    at_start = oracle.points(oracle.source_root, 0.0)
+    starts = [state.flatten(1) for state in at_start.states]
+    ends = [start + target.flatten(1) for start, target in zip(starts, at_start.targets, strict=True)]
+    return [context.flatten(1) for context in at_start.contexts], starts, ends
+
+
+def joint_covariance(*parts: torch.Tensor) -> torch.Tensor:
+    rows = torch.cat(parts, dim=1)
+    return rows.T @ rows
+
+
+def test_sampling_meets_the_pairs_of_training_and_not_the_joint_law() -> None:
+    """Section 4.4 of docs/ecar.md: contexts with a stage's start, and contexts with its end; start and end differ."""
+    oracle = field(TAU)
+    ours, theirs = states_of_sampling(oracle, 400), states_of_training(oracle)
+    apart = []
+    for stage in range(3):
+        (seen, start, end), (wanted_seen, wanted_start, wanted_end) = (
+            (contexts[:stage], starts[stage], ends[stage]) for contexts, starts, ends in (ours, theirs)
+        )
+        for state, wanted in ((start, wanted_start), (end, wanted_end)):
+            found = joint_covariance(*seen, state)
+            assert relative_error(found, joint_covariance(*wanted_seen, wanted)) < 1e-6
+        apart.append(relative_error(start.T @ end, wanted_start.T @ wanted_end))
+    assert apart == pytest.approx([0.040, 0.489, 0.424], abs=6e-4)
+
+
 @pytest.mark.parametrize("gamma", [-0.2, -0.05])
 @pytest.mark.parametrize("history", ["none", "all"])
 def test_any_gamma_samples_the_data(gamma: float, history: History) -> None:

@@ -304,7 +304,7 @@ def test_a_rank_opens_the_files_that_it_needs_alone(config, monkeypatch):
     opened = []
     monkeypatch.setattr(
         "ecar_dist.runtime.checkpoint_reader.open_fragments",
-        lambda path, manifest, file, kind: (opened.append(file.name), open_fragments(path, manifest, file, kind))[1],
+        lambda path, manifest, file, *more: (opened.append(file.name), open_fragments(path, manifest, file, *more))[1],
     )
     load(config, 2)
     # of 37 values 10 in each file, and 19 for each reader: what lies in the second file both want

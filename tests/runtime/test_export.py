@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ecar_dist.runtime.averages as averages
 from ecar_dist.averaging import profile
@@ -22,6 +23,7 @@ from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.export import export_run
 from ecar_dist.runtime.export_files import INDEX, WEIGHTS, ExportReader
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES
+from tests.runtime.edited_checkpoints import device, folder, in_time, link_out, loop, pipe, sparse
 from tests.runtime.made_runs import make_checkpoint, make_run
 
 SHAPES = {"a.weight": (64, 32), "a.bias": (64,), "b.weight": (48, 64), "c.scale": ()}
@@ -335,6 +337,70 @@ def test_an_index_that_says_otherwise_is_refused(out):
 def test_json_that_is_not_ours(out, content, said):
     (out / "config.json").write_bytes(content)
     refused(out, said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held["a.bias"].fill_(float("nan")),
+        lambda held: held["a.bias"].fill_(float("inf")),
+        lambda held: held.update({"a.bias": held["a.bias"].view(torch.int32)}),
+        lambda held: held.update({"a.bias": held["a.bias"].half()}),
+        lambda held: held.update({"b.weight": held["a.bias"]}),  # it is in the second file too
+    ],
+)
+def test_values_of_another_type_or_that_are_not_finite_are_refused(out, change):
+    """Whose hashes are right, index and all."""
+    file = out / "model-00001-of-00003.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file({name: value.clone() for name, value in held.items()}, file)
+    content = file.read_bytes()
+    said = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    rewrite(out / "config.json", lambda tree: tree["files"][0].update(said))
+    with pytest.raises(CheckpointError) as caught:
+        dict(ExportReader(out))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree["progress"].update(samples_seen=10**30),
+        lambda tree: tree["progress"].update(step=-1),
+        lambda tree: tree["files"][0].update(bytes=-1),
+        lambda tree: tree["files"][0].update(xxh3_128=None),
+        lambda tree: tree.update(identity=[]),
+        lambda tree: tree.update(dtype="int8"),
+        lambda tree: tree.update(files=[]),
+        *(lambda tree, name=name: tree.pop(name) for name in ("schema", "files", "progress", "identity", "dtype")),
+    ],
+)
+def test_facts_that_are_missing_or_odd_are_refused(out, change):
+    rewrite(out / "config.json", change)
+    refused(out, r"config\.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors"])
+@pytest.mark.parametrize("make", [pipe, folder, device, loop, link_out, sparse])
+def test_what_is_not_a_file_of_the_export_is_refused_without_waiting(out, name, make):
+    content = (out / name).read_bytes()
+    (out / name).unlink()
+    make(out / name, content)
+    with in_time(), pytest.raises(CheckpointError) as caught:
+        ExportReader(out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scores", [b"[]", b"\xff", b"{", b'{"FD": 1' + b"0" * 400 + b"}"])
+def test_scores_that_are_damaged_end_in_one_line_or_are_left_out(run, tmp_path, scores):
+    (run / "scores.json").write_bytes(scores)
+    if scores.startswith(b'{"'):
+        assert "Nothing: the run holds no" in (export_run(run, tmp_path / "out").path / "README.md").read_text()
+        return
+    with pytest.raises(CheckpointError, match=r"scores\.json"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_json_is_bounded_before_it_is_parsed(out):

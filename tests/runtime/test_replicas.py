@@ -47,6 +47,7 @@ def test_it_is_of_the_bits_alone():
     wide = torch.zeros(3, 80)
     wide[:, ::2] = a
     assert hash_of(wide[:, ::2]) == hash_of(a)  # however it lies in memory
+    assert hash_of() == hash_of(torch.empty(0))
     assert hash_of(torch.tensor([0.0])) != hash_of(torch.tensor([-0.0]))
     assert hash_of(torch.tensor([float("nan")])) == hash_of(torch.tensor([float("nan")]))
 

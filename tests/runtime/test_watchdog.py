@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 import json
 import os
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from ecar_dist.runtime.watchdog import KEPT_ATTEMPTS, MOST_MONITORS, Watchdog, longest_wait
-from ecar_dist.runtime.watchdog_monitor import ENOUGH_SECONDS, innermost_line, process_state
+from ecar_dist.runtime.watchdog_monitor import ENOUGH_SECONDS, innermost_line, process_state, read_report
 from ecar_dist.runtime.watchdog_place import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Place, read_place
+from ecar_dist.runtime.watchdog_verdict import HUNG, Report
 from tests.conftest import free_port
 
 HERE = Path(__file__).parent
@@ -320,3 +322,21 @@ def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path)
     assert statuses == [0]
     assert len(lines) == MOST_MONITORS
     assert lines[-1].endswith("nobody watches this rank any more")
+
+
+def test_a_report_that_is_none_is_not_read(tmp_path):
+    report = Report(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
+    path = tmp_path / "rank-00001.json"
+    path.write_text(json.dumps(dataclasses.asdict(report)))
+    assert read_report(path, 2) == report
+    assert read_report(path, 1) is None
+    tree = dataclasses.asdict(report)
+    wrong = [{**tree, "rank": "1"}, {**tree, "seconds": None}, {**tree, "phase": []}, {**tree, "more": 1}, [], None]
+    for text in (*map(json.dumps, wrong), "", "{", "[" * 10**5, "\xff"):
+        path.write_text(text, encoding="latin-1")
+        assert read_report(path, 2) is None, text[:40]
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        assert read_report(path, 2) is None
+        path.rmdir() if path.is_dir() else path.unlink()

@@ -8,6 +8,7 @@ from ecar_dist.storage.untrusted import (
     Record,
     UntrustedError,
     parse_json,
+    parse_objects,
     path_inside,
     plain_name,
     read_log,
@@ -111,3 +112,20 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     with pytest.raises(UntrustedError):
         path_inside(tmp_path / "inside", "out")
     assert path_inside(tmp_path / "inside", "own")
+    (tmp_path / "inside/loop").symlink_to("loop")
+    with pytest.raises(UntrustedError):
+        path_inside(tmp_path / "inside", "loop")
+
+
+def test_of_a_foreign_document_little_is_asked():
+    text = b'{"a": NaN, "a": "\\ud83d", "b": 3}'
+    with pytest.raises(UntrustedError):
+        parse_json(text)
+    assert parse_json(text, foreign=True) == {"a": "\ud83d", "b": 3}
+    for junk in (b"[" * 100_000, b"\xff", b"{"):
+        with pytest.raises(UntrustedError):
+            parse_json(junk, foreign=True)
+
+
+def test_the_objects_among_lines():
+    assert parse_objects([b'{"a": 1}', b"3", b"\xff", b"[" * 10**5, b"", b'{"b"', b"{}"]) == [{"a": 1}, {}]

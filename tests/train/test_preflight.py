@@ -6,10 +6,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import ecar_dist.train.preflight as module
 from ecar_dist.config_file import config_from_dict
+from ecar_dist.data.manifest import load_manifest
 from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.train.preflight import LOCAL_SECONDS, REMOTE_SECONDS, _reads_remotely, folders
 from tests.conftest import free_port
@@ -86,3 +89,12 @@ def test_what_is_looked_at_follows_from_the_config(tree, tmp_path):
     assert LOCAL_SECONDS < REMOTE_SECONDS
     tree["checkpoint"]["dir"] = "s3://bucket/checkpoints"
     assert "for checkpoints" not in folders(config_from_dict(tree))
+
+
+def test_one_rank_of_each_node_reads_the_beginning_of_the_data(tree, monkeypatch):
+    """All of them would read the same bytes past their node's cache."""
+    monkeypatch.setattr(module, "preflight", lambda world, folders, read, seconds: (read()[1]["bytes"], []))
+    config, nodes = config_from_dict(tree), ("n1", "n1", "n2", "n2")
+    worlds = [SimpleNamespace(rank=rank, nodes=nodes, is_first=rank == 0) for rank in range(4)]
+    size = load_manifest(tree["data"]["latents"]).shards[0].bytes
+    assert [module.check_nodes(config, world) for world in worlds] == [size, 0, size, 0]

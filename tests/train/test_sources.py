@@ -234,6 +234,13 @@ def test_another_order_is_refused_on_resume_by_name(write_config):
     assert "made with data_order.window_shards=4, this run has data_order.window_shards=1: the order" in error
 
 
+def test_images_lie_on_the_background_that_the_config_says(tree, digits):
+    images(tree, digits, background="#010203")
+    (source,) = sources._open_sources(config_from_dict(tree), torch.device("cpu"))
+    assert source._decoder._background == (1, 2, 3)
+    source.close()
+
+
 @pytest.mark.parametrize("resize", ["cubic", "adm"])
 def test_images_are_resized_as_the_config_says(tree, digits, resize):
     images(tree, digits, resize=resize)

@@ -1,5 +1,6 @@
 """What a report says, on pretended phases and ranks."""
 
+import dataclasses
 import threading
 import time
 
@@ -204,6 +205,12 @@ def test_the_progress_line_has_what_is_known_and_news_last():
     assert progress_line(3, 9, 24, 72, RESULT, report).endswith(
         "  12 samples/s  data wait 50%  left 4s  data-bound: ..."
     )
+
+
+def test_a_huge_number_does_not_fill_the_progress_line():
+    huge = dataclasses.replace(RESULT, loss=2e30, stage_losses=(1.0, 3e30), grad_norm=1e38)
+    line = progress_line(3, 9, 24, 72, huge, Report({"perf/data_wait_fraction": 0.5}, None))
+    assert line == "step 3/9  loss 2e+30 (1.0000 3e+30)  grad 1e+38  lr 1.00e-04"
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3725, "1h02m"), (95, "1m35s"), (7, "7s"), (-1, "0s")])
