@@ -93,8 +93,9 @@ class Unfit(Exception):
     """The file is not, or not any more, of the form that this change needs."""
 
 
+_OF_PYTHON = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 # what reading one's own hostile files meets, after another change of the same file
-_UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, ValueError, TypeError, LookupError, MemoryError)
+_UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, *_OF_PYTHON)
 
 
 def _write(path: Path, content: bytes) -> None:
