@@ -27,7 +27,7 @@ def fingerprint(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.
     """A hash of the bits of all tensors, in order: one int64 on `device`. Nothing waits for the device.
 
     The elements as whole numbers, each times an odd number of its own, added up modulo 2^64: so no change of one
-    element alone goes unseen, and any other with a chance of 2^-64. One pass at the speed of memory.
+    element alone goes unseen, and any other with a chance of about 2^-64. One pass at the speed of memory.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     flats = [tensor.detach().reshape(-1) for tensor in tensors]

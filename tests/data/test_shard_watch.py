@@ -271,7 +271,7 @@ def test_looks_take_a_bounded_share_of_the_time(latents, monkeypatch):
 
     assert read_after(0) == len(COUNTS)  # just opened
     source.watch.looked(0.001)
-    assert [read_after(0.0099) for _ in range(4)] == [0, 0, 0, 0]
-    assert read_after(0.0005) == len(COUNTS)
+    assert [read_after(0.0099) for _ in range(5)] == [0, 0, 0, 0, 0]
+    assert read_after(0.001) == len(COUNTS)
     source.watch.looked(1.0)
     assert read_after(shard_watch.LONGEST_PAUSE) == len(COUNTS)

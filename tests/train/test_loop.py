@@ -11,7 +11,7 @@ import torch
 from ecar_dist.config import BadStepsSection, CheckpointSection, EmaSection, LogSection, OptimSection
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.data.substitution import Substitution
-from ecar_dist.errors import DataError, FruitlessError
+from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint_files import Progress
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.world import Placement, World
@@ -25,6 +25,7 @@ from ecar_dist.train.loop import (
     log,
     next_batches,
     roll_back,
+    save,
     settle_step,
     train,
     train_step,
@@ -404,6 +405,19 @@ def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):
         train(run, Progress())
     assert saved_steps(run) == [3]
     assert run.store.calls[-2:] == ["restore", "finish"]
+
+
+@pytest.mark.parametrize("ends", [NodeError, RemoteError])
+def test_ranks_that_have_drifted_save_nothing_more_and_finish_what_is_on_its_way(monkeypatch, ends):
+    def drifted(world, engine, ema, step):
+        raise ends("rank 1")
+
+    monkeypatch.setattr("ecar_dist.train.loop.check_replicas", drifted)
+    run = make_run(None)
+    run.ema, run.store._left = None, 2
+    with pytest.raises(ends):
+        save(run, Progress(8, 2))
+    assert run.store.calls == ["settle", "settle"]
 
 
 class Pair(World):

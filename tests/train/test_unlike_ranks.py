@@ -1,5 +1,6 @@
 """Real ranks that were not started alike, or stop being alike: the odd one is named, and nothing it did is kept."""
 
+import dataclasses
 import os
 import shutil
 
@@ -10,6 +11,7 @@ from data_tools.cli import main as ecar_data
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.runtime.checkpoint_files import committed
 from ecar_dist.train import loop
+from ecar_dist.train import start as beginning
 from tests.conftest import free_port, read_metrics
 from tests.fork_server import run_ranks
 
@@ -88,6 +90,26 @@ def test_the_same_data_set_elsewhere_is_the_same(start, digits, tmp_path):
     copied = shutil.copytree(digits / "latents", tmp_path / "copy")
     statuses, said, _ = start(2, "train.total_samples=16", each={1: [f"data.latents={copied}", "data.prefetch=1"]})
     assert (statuses, said) == ([0, 0], [])
+
+
+def have_another_autoencoder():
+    """The last rank, which has loaded other weights from its vae.path."""
+    encoder_of = beginning.encoder_of
+
+    def other(data, codec):
+        return dataclasses.replace(encoder_of(data, codec), name="/elsewhere", weights_sha256="0" * 64)
+
+    if os.environ["RANK"] != "0":
+        beginning.encoder_of = other
+
+
+def test_another_autoencoder_on_one_node_is_named_before_the_run_begins(start, tmp_path):
+    statuses, said, _ = start(2, each={}, before=have_another_autoencoder)
+    assert statuses == [1, 1]
+    (line,) = said
+    assert 'encoder.weights_sha256="' in line
+    assert f'"{"0" * 64}" on rank 1 on n2' in line
+    assert not (tmp_path / "runs/tiny/lineage.json").exists()
 
 
 FLIPPED_AT = {0: 3, 2: 4, 3: 4}  # by ZeRO stage; above 0 the next step makes all copies anew; step 4 is to be saved
