@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from ecar_dist.storage.redaction import redact, scrub
+from ecar_dist.storage.redaction import redact, redact_text, scrub
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,20 @@ def test_other_libraries_words_lose_their_secrets(monkeypatch, words):
 
 def test_plain_words_stay():
     assert scrub("NoSuchKey: The specified key does not exist.") == "NoSuchKey: The specified key does not exist."
+
+
+LONG = ["y" * 50_000, "a::" * 20_000, "s3://" * 10_000, ";" * 50_000, "token" * 10_000, "%3f" * 20_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: text[:5])
+@pytest.mark.parametrize("redacted", [redact, redact_text, scrub])
+def test_long_texts_take_no_quadratic_time(redacted, text):
+    began = time.process_time()
+    redacted(f"https://host/set?token=x {text}")
+    redacted(f"s3://host/{text}")
+    assert time.process_time() - began < 5
+
+
+def test_each_of_many_urls_is_redacted():
+    assert redact("s3://k:SECRET@a https://h/b?sig=SECRET") == "s3://a https://h/b"
+    assert "SECRET" not in redact(" ".join(f"s3://k:SECRET@bucket/{i}" for i in range(5000)))
