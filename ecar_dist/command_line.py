@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import locale
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
     return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A finite number from 0 on, for argparse."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)) and number >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
 
 
 def counted(number: int, thing: str) -> str:
