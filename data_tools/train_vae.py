@@ -157,8 +157,7 @@ def _fit(
 ) -> None:
     """Do these steps; save now and then, and at the end."""
     saved_at, pause = time.monotonic(), _SAVE_SECONDS
-    with progress(steps.stop, "step", "train-vae") as bar:
-        bar.update(steps.start)
+    with progress(steps.stop, "step", "train-vae", initial=steps.start) as bar:
         for step in steps:
             images = pictures.training_batch(step, batch_size)
             if len(images):  # else all of the batch are bad
