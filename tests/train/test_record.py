@@ -74,7 +74,7 @@ def test_a_run_that_lost_its_record_is_named_by_its_own_checkpoints_alone(write_
     for folder in (first.checkpoints, elsewhere):
         (folder / "step-00000005").mkdir(parents=True)
         (folder / "step-00000005/COMMITTED").write_text("")
-    monkeypatch.setattr("ecar_dist.runtime.checkpoint_place.LocalPlace.manifest", lambda *_: {"run": "0ld"})
+    monkeypatch.setattr("ecar_dist.runtime.checkpoint_place.LocalPlace.manifest", lambda *_: SimpleNamespace(run="0ld"))
     names = [first.run_id]
     for override in ((), (f"checkpoint.dir={tmp_path}/there",)):
         for name in ("lineage.json", ".lineage.json.copy"):
