@@ -22,6 +22,7 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import naming
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import file_in, is_remote, local_path, meant_url
+from ecar_dist.storage.untrusted import UntrustedError, read_plain_file
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
 from ecar_dist.vae.pixels import to_pixels
@@ -187,7 +188,14 @@ def _check_dali_index(path: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         derived = Path(scratch) / beside.name
         write_dali_index(derived, index_tar(path))
-        if beside.exists() and beside.read_bytes() != derived.read_bytes():
+        expected = derived.read_bytes()
+        try:
+            same = read_plain_file(beside, len(expected)) == expected
+        except FileNotFoundError:
+            return
+        except UntrustedError:
+            same = False
+        if not same:
             raise DataError(f"{beside} is not the index of its tar; delete it, or restore it")
 
 

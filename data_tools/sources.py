@@ -314,9 +314,12 @@ def _files_in(location: str, text: str, transfer: Transfer) -> list[FoundFile]:
 def _size(path: str, transfer: Transfer) -> int:
     if not remote.is_remote(path):
         try:
-            return os.stat(path).st_size
+            about = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
+        if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for whoever writes to it
+            raise DataError(f"{path} is not a regular file; give a tar, or a folder")
+        return about.st_size
     size = remote.stat(path, transfer).size
     if size is None:
         raise DataError(f"the store does not say how long {redact(path)} is; copy the data to one that does")

@@ -27,7 +27,7 @@ from ecar_dist.data.images import ImageDecoder, open_decoder
 from ecar_dist.data.order import sample_indices
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.pixels import from_pixels
-from ecar_dist.vae.pretrained import new_autoencoder
+from ecar_dist.vae.pretrained import NORM_GROUPS, new_autoencoder
 
 _HELD_BACK = 256  # images that never train the autoencoder, at most a tenth of them
 _SAVE_SECONDS = 30.0  # between two states, and at least twenty times what writing one takes
@@ -59,6 +59,8 @@ def train_vae(
     """
     settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
     levels = _levels(image_size, downsample)
+    if channels % NORM_GROUPS:
+        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
     colour = parse_background(background)
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)

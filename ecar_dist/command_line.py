@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 
 from ecar_dist.errors import EcarError, FruitlessError, NodeError
 from ecar_dist.storage.redaction import redact_text
+from ecar_dist.storage.untrusted import printable
 
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+LONGEST_LINE = 10_000  # characters of an error: a command to repeat may hold many paths
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
 _STATUSES: dict[type[BaseException], int] = {
@@ -45,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that repeats no secret of a URL when it refuses a word; its subcommands have parsers of this kind."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(redact_text(message))
+        super().error(printable(redact_text(message), LONGEST_LINE))
 
 
 def say(text: str) -> None:
@@ -85,7 +87,7 @@ def run_command(program: str, action: Callable[[], int]) -> int:
             raise
         said = str(error) if isinstance(error, EcarError) else _sentence(error)
         # what was given as a path may be a URL with a password
-        print(f"{program}: {redact_text(said)}", file=sys.stderr)
+        print(f"{program}: {printable(redact_text(said), LONGEST_LINE)}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)

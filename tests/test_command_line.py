@@ -156,3 +156,11 @@ def test_a_locale_without_utf8_reads_files_as_utf8_all_the_same(program):
     (first, before), (again, after) = (line.split() for line in done.stdout.splitlines() if line[:1].isdigit())
     assert (before, after) == ("0", "1")
     assert first == again
+
+
+def test_what_a_terminal_would_obey_is_not_in_the_error_line(capsys):
+    def fail():
+        raise DataError("a\rb\x1b[2J\nc does not exist")
+
+    assert run_command("ecar-data", fail) == 1
+    assert capsys.readouterr().err == "ecar-data: a b [2J c does not exist\n"

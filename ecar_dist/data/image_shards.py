@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from ecar_dist.data.image_names import read_names, readable
-from ecar_dist.data.image_table import UNKNOWN_HASH, decode_table, key_of
+from ecar_dist.data.image_table import MAX_IMAGE_BYTES, UNKNOWN_HASH, decode_table, key_of, largest_table
 from ecar_dist.data.manifest import ImageEntry, load_image_manifest
 from ecar_dist.data.shard_files import check_presence
 from ecar_dist.data.shard_store import ShardStore
@@ -135,7 +135,7 @@ class ImageShards:
         if owner not in self._tables:
             entry = self.manifest.shards[owner]
             where = remote.join(self._folder, entry.table)
-            data = remote.read_bytes(where, self._transfer)
+            data = remote.read_bytes(where, self._transfer, limit=largest_table(entry.count))
             self._tables[owner] = decode_table(data, entry, self.manifest.num_classes, redact(where))
 
     def _record(self, owner: int, row: int) -> ImageRecord:
@@ -174,7 +174,9 @@ class ImageShards:
 
     def _read_file(self, path: str, size: int) -> bytes:
         try:
-            return remote.read_object(path, size, self._transfer) if remote.is_remote(path) else remote.read_bytes(path)
+            if remote.is_remote(path):
+                return remote.read_object(path, size, self._transfer)
+            return remote.read_bytes(path, limit=MAX_IMAGE_BYTES)
         except ObjectMissing:
             raise DataError(
                 f"{readable(redact(path))} does not exist, but {redact(str(self._folder))} lists it: the index is out "

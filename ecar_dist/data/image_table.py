@@ -16,6 +16,7 @@ import xxhash
 from ecar_dist.data.manifest import ImageEntry
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.untrusted import MAX_NAME_BYTES
 
 MAX_IMAGE_BYTES = 256 << 20  # more is no photograph, and would be held in memory whole
 UNKNOWN_HASH = 0  # of files in a directory: nobody read them when the table was made
@@ -29,6 +30,11 @@ class ImageRow(NamedTuple):
     offset: int
     size: int
     xxh3_64: int
+
+
+def largest_table(count: int) -> int:
+    """Bytes that a table of `count` images has at most."""
+    return 1024 + count * _dtype(MAX_NAME_BYTES).itemsize
 
 
 def encode_table(rows: Sequence[ImageRow]) -> bytes:

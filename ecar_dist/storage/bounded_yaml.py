@@ -139,3 +139,5 @@ def parse_yaml(text: str) -> Any:
         raise UntrustedError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
     except RecursionError:
         raise UntrustedError(f"it is nested deeper than {MAX_DEPTH}") from None
+    except (OverflowError, ValueError) as error:  # PyYAML's own, of an escape like \UFFFFFFFF
+        raise error if isinstance(error, UntrustedError) else UntrustedError("an escape is not a letter") from None

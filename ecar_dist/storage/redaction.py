@@ -10,18 +10,18 @@ Our own keys (`flow.token_draws`) are never taken for secrets.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 _HIDDEN = "***"
-# bounded like all that may be repeated here: else a long word takes the square of its length
-_WORD = r"[A-Za-z][A-Za-z0-9+.\-]{0,30}"
+_WORD = r"[A-Za-z][A-Za-z0-9+.\-]{0,30}"  # bounded, as all below: a pattern must not take quadratic time
 # with one slash: a URL that was given where a path is expected
 _SCHEME = re.compile(
     rf"{_WORD}(?:::{_WORD}){{0,4}}://|\b(?i:s3a?|gs|gcs|https?|az|abfss?|s?ftp|hf):/(?=[^/\s])"
-    rf"|\b{_WORD}:/(?=[^/\s@:]{{0,200}}:[^/\s@]{{0,200}}@)"
+    rf"|\b{_WORD}:/(?=[^/\s@:]{{0,100}}:[^/\s@]{{0,100}}@)"
 )
 # where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
 _USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"
@@ -29,10 +29,10 @@ _URL = re.compile(rf"(?:{_SCHEME.pattern}){_USER}?[^\s'\"<>\]]+")
 _PORT = re.compile(r"\d*")
 _AT = re.compile(r"@|%40", re.IGNORECASE)
 # a query string whose marks are percent-encoded; "%3F" alone may belong to a file's name
-_ENCODED_QUERY = re.compile(r"%3f[^/]{0,1000}(?:=|%3d)", re.IGNORECASE)
+_ENCODED_QUERY = re.compile(r"%3f[^/]{0,500}(?:=|%3d)", re.IGNORECASE)
 _NAME = r"signature|token|secret|passw(?:or)?d|credential|access_?key|api_?key|\bsig\b"
 _SIGNED_PART = re.compile(rf"[;#&](?:[^/=]{{0,100}}(?:{_NAME})[^/=]{{0,100}})=.*", re.IGNORECASE)
-_ASSIGNED = re.compile(rf"([\w-]{{0,50}}(?:{_NAME})\w{{0,50}})\s{{0,9}}[=:]\s{{0,9}}[^\s&,;]+", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"([\w-]{{0,100}}(?:{_NAME})\w{{0,100}})\s{{0,9}}[=:]\s{{0,9}}[^\s&,;]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=\-]{8,}", re.IGNORECASE)
 _SECRET_KEY = re.compile(rf"(?:{_NAME})$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
@@ -45,18 +45,14 @@ def redact(url: str | Path) -> str:
     schemes = list(_SCHEME.finditer(text))
     if not schemes:
         return text
+    parts = [text[: schemes[0].start()]]
     # several URLs in one text: each by itself
-    ends = [further.start() for further in schemes[1:]] + [len(text)]
-    parts = [scheme[0] + _without_secrets(text[scheme.end() : end]) for scheme, end in zip(schemes, ends, strict=True)]
-    return text[: schemes[0].start()] + "".join(parts)
-
-
-def _without_secrets(rest: str) -> str:
-    """What follows `scheme://`, without user, password, query string and what else may sign it."""
-    rest = rest.partition("?")[0]
-    if (encoded := _ENCODED_QUERY.search(rest)) is not None:
-        rest = rest[: encoded.start()]
-    return _SIGNED_PART.sub("", _without_user(rest))
+    for match, following in itertools.zip_longest(schemes, schemes[1:]):
+        rest = text[match.end() : following.start() if following else len(text)].partition("?")[0]
+        if (encoded := _ENCODED_QUERY.search(rest)) is not None:
+            rest = rest[: encoded.start()]
+        parts.append(match[0] + _SIGNED_PART.sub("", _without_user(rest)))
+    return "".join(parts)
 
 
 def _without_user(rest: str) -> str:

@@ -22,7 +22,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact, scrub
 from ecar_dist.storage.retries import ObjectMissing, Transfer, insist, status_of
-from ecar_dist.storage.untrusted import UntrustedError, printable, relative_name
+from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, printable, relative_name
 
 T = TypeVar("T")
 _LISTING_THREADS = 16
@@ -106,9 +106,11 @@ def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int 
 
 def _read_file(path: Path, limit: int | None) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_plain_file(path) as file:
             _check_size(str(path), os.fstat(file.fileno()).st_size, limit)
             return file.read()
+    except UntrustedError as error:
+        raise DataError(f"cannot read {path}: {error}; restore it") from None
     except FileNotFoundError:
         raise ObjectMissing(f"{path} does not exist; check the path") from None
     except OSError as error:

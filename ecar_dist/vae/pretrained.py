@@ -24,6 +24,7 @@ from ecar_dist.storage.untrusted import (
 )
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, denormalise, hash_config, hash_state_dict
 
+NORM_GROUPS = 8  # of the autoencoders made here: widths are multiples of it
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
 _MAX_CONFIG_BYTES = 1 << 20
 _MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
@@ -103,7 +104,7 @@ def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_bl
         block_out_channels=tuple(channels),
         layers_per_block=layers_per_block,
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         scaling_factor=1.0,
         shift_factor=0.0,
         mid_block_add_attention=False,

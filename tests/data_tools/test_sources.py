@@ -3,6 +3,7 @@ import os
 import fsspec
 import pytest
 
+from data_tools.cli import main
 from data_tools.sources import ClassFolders, FoundFile, Tars, find_source
 from ecar_dist.errors import ConfigError, DataError
 
@@ -221,3 +222,10 @@ def test_a_source_that_is_not_there(tmp_path, bucket):
     bucket("a/x.png")
     with pytest.raises(DataError):
         find_source("memory:///other")
+
+
+@pytest.mark.parametrize("verb", ["index", "shard"])
+def test_a_pipe_in_the_place_of_a_tar_is_not_waited_for(tmp_path, verb, capsys):
+    os.mkfifo(tmp_path / "a.tar")
+    assert main([verb, str(tmp_path / "a.tar"), str(tmp_path / "out")]) == 1
+    assert "a.tar" in capsys.readouterr().err

@@ -134,3 +134,10 @@ def test_an_occupied_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
     assert train(digits, tmp_path / "new", "--downsample", "3") == 1
     assert "--downsample 3 must be a power of 2" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_width_that_the_norms_cannot_take_is_one_line(capsys, tmp_path):
+    assert main(["train-vae", str(tmp_path), str(tmp_path / "out"), "--channels", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "--channels 4" in said
+    assert "multiple of 8" in said

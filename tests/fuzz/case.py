@@ -28,6 +28,7 @@ from tests.fuzz.zygote import CPU_SECONDS, HEAVY, LIGHT, MEMORY_BYTES, TRAINING_
 
 STATUSES = (0, 1, 75, 93, 130)
 MAX_ERROR = 2_000  # letters of an error
+MOST_STAGED = 1 << 28  # bytes on disk, or in memory, that a case's own files may take
 MAX_LINES = 60  # of stderr, with what libraries warn of
 LIGHT_COMMANDS = ("check", "plan", "status", "submit")
 _FRAME = re.compile(r'File "[^"]*/((?:ecar_dist|data_tools)/[^"]+)", line (\d+),? in (\S+)')
@@ -94,6 +95,8 @@ class Runner:
         try:
             stage(case, given, outside)
             changed = not case.damage or _differs(given, PRISTINE.root)
+            taken = sum(path.lstat().st_blocks for path in given.rglob("*")) * 512
+            assert taken < MOST_STAGED, f"{taken:,} bytes staged; this is the suite's fault"
             if case.bucket:
                 _move_bucket(given, root / "bucket")
             answer = self._zygote(case).run(self._task(case, root))

@@ -25,6 +25,7 @@ from tests.fuzz.artefacts import own
 from tests.fuzz.nasty import FILES, OUTSIDE, STRINGS, VALUES, YAML_VALUES
 
 HUGE = 40 << 30  # bytes of a sparse file: it takes no room, and nobody may read it
+LARGEST_COPY = 1 << 26  # bytes
 TREE_OPS = ("replace", "delete", "twice", "rename", "add", "nudge", "wrap", "swap", "repeat", "drop")
 BYTE_OPS = ("flip", "cut", "append", "insert", "zero", "shift")
 KIND_OPS = (
@@ -67,7 +68,7 @@ def apply(mutation: Mutation, folder: Path, files: list[str], outside: Path) -> 
     with contextlib.suppress(*_UNFIT):
         if mutation.op in KIND_OPS:
             _change_kind(mutation, path, folder, files, outside)
-        elif not path.is_file() or path.is_symlink() or path.stat().st_size > 1 << 30:
+        elif not path.is_file() or path.is_symlink() or path.stat().st_size > LARGEST_COPY:
             return
         elif mutation.op in BYTE_OPS:
             _write(path, change_bytes(path.read_bytes(), mutation))
@@ -92,8 +93,9 @@ class Unfit(Exception):
     """The file is not, or not any more, of the form that this change needs."""
 
 
+_OF_PYTHON = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 # what reading one's own hostile files meets, after another change of the same file
-_UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, ValueError, TypeError, LookupError, MemoryError)
+_UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, *_OF_PYTHON)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -168,8 +170,11 @@ def _copy_beside(path: Path, folder: Path, mutation: Mutation) -> None:
     text = STRINGS.get(mutation.value, mutation.value).replace("\0", "").replace("/", "")[:200] or "x"
     source = path.parent if len(mutation.where) % 2 and path.parent != folder else path
     target = source.parent / (text if len(mutation.where) > 2 else source.name + text)
+    parts = [part for part in source.rglob("*") if part.is_file()] if source.is_dir() else [source]
+    if any(not part.is_file() or part.is_symlink() or part.stat().st_size > LARGEST_COPY for part in parts):
+        raise Unfit  # what an earlier change has made endless
     with contextlib.suppress(OSError, UnicodeEncodeError, shutil.Error):
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
 
 
 def _remove(path: Path) -> None:
@@ -191,7 +196,7 @@ def _change_lines(content: bytes, mutation: Mutation) -> bytes:
     elif mutation.op == "line_junk":
         lines.insert(place, FILES.get(mutation.value, VALUES.get(mutation.value, "junk").encode()))
     elif mutation.op == "line_long":
-        lines[place] = lines[place] * 10_000
+        lines[place] = lines[place] * min(10_000, 1 + (1 << 23) // (1 + len(lines[place])))
     elif mutation.op == "line_swap":
         lines[place], lines[0] = lines[0], lines[place]
     elif mutation.op == "line_drop":

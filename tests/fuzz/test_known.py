@@ -240,7 +240,7 @@ def test_b11_a_manifest_without_a_field_is_one_line(keeps, field, verb):
 @pytest.mark.parametrize("field", [*FIELDS, "zero_stage"])
 def test_b11_a_manifest_with_an_odd_field_is_one_line(keeps, field, value):
     changed = Mutation(f"{NEWEST}/checkpoint.json", "replace", (field,), value)
-    for verb in ("list", "verify", "inspect", "diff", "sample"):
+    for verb in ("list", "diff"):  # of the others, each reads as one of these
         keeps(of_run(changed, words=READERS[verb], sealed=True))
 
 

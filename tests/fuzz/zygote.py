@@ -28,7 +28,7 @@ WALL_SECONDS = 30.0  # a command that waits for something takes none of the proc
 PATIENCE = 3  # seconds before it is looked whether a command sleeps
 MEMORY_BYTES = 2 << 30
 TRAINING_BYTES = 6 << 30  # DeepSpeed sets a bucket of 2 GB aside, and touches little of it
-FILE_BYTES = 1 << 30
+FILE_BYTES = 1 << 27  # where cases lie in memory, this is what one can fill of it
 LIGHT = (
     "ecar_dist.cli",
     "ecar_dist.cluster.status",

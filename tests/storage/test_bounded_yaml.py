@@ -43,6 +43,8 @@ REFUSED = {
     "a merge key": "a: &a {b: 1}\nc: {<<: *a}",
     "half of a surrogate pair": 'a: "\\ud800"',
     "an escape": 'a: "\\x1b[31m"',
+    "an escape beyond Unicode": 'a: "\\U00110000"',
+    "an escape beyond all numbers": 'a: "\\UFFFFFFFF"',
     "an escape in a key": '"a\\x1b": 1',
     "a newline in a key": '"a\\nb": 1',
     "a key that is a list": "? [1]\n: 2",

@@ -45,21 +45,18 @@ def test_plain_words_stay():
     assert scrub("NoSuchKey: The specified key does not exist.") == "NoSuchKey: The specified key does not exist."
 
 
-LONG = {
-    "a word": "y" * 20_000,
-    "words with points": "a." * 10_000,
-    "protocols of protocols": "a::" * 7_000,
-    "2,000 URLs": "a://" * 2_000,
-    "marks of a fragment": "http://h" + ";a" * 10_000,
-    "encoded marks": "http://h/" + "%3f" * 7_000,
-    "a secret's name": "token_" * 4_000,
-}
+LONG = ["y" * 50_000, "a::" * 20_000, "s3://" * 10_000, ";" * 50_000, "token" * 10_000, "%3f" * 20_000]
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_a_long_text_takes_no_square_of_its_length(name):
+@pytest.mark.parametrize("text", LONG, ids=lambda text: text[:5])
+@pytest.mark.parametrize("redacted", [redact, redact_text, scrub])
+def test_long_texts_take_no_quadratic_time(redacted, text):
     began = time.process_time()
-    redact(LONG[name])
-    redact_text(LONG[name])
-    scrub(LONG[name])
-    assert time.process_time() - began < 4
+    redacted(f"https://host/set?token=x {text}")
+    redacted(f"s3://host/{text}")
+    assert time.process_time() - began < 5
+
+
+def test_each_of_many_urls_is_redacted():
+    assert redact("s3://k:SECRET@a https://h/b?sig=SECRET") == "s3://a https://h/b"
+    assert "SECRET" not in redact(" ".join(f"s3://k:SECRET@bucket/{i}" for i in range(5000)))
