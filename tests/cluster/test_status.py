@@ -261,7 +261,8 @@ def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
 def test_as_json_each_run_is_a_line(made, tmp_path, capsys):
     made.attempt(900, job="12")
     made.lines(30)
-    assert main(["status", "--json", str(made.path), str(tmp_path)]) == 1
+    (none := tmp_path / "none").mkdir()
+    assert main(["status", "--json", str(made.path), str(none)]) == 1
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["state"], first["progress"]["step"], first["attempts"]) == ("running", 300, {"running": 1})
     assert list(second) == ["error"]
