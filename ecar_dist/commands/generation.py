@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.command_line import AddCommand, not_negative, positive
 from ecar_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_commands(add: AddCommand) -> None:
     for command in (drawing, scoring):
         command.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--guidance-scale", type=float, help="default: sample.guidance_scale of the run")
+        command.add_argument("--guidance-scale", type=not_negative, help="default: sample.guidance_scale of the run")
         command.add_argument("--batch-size", type=positive, default=64)
         command.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster batches")
 
