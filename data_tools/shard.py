@@ -29,7 +29,7 @@ from ecar_dist.data.images import PilDecoder
 from ecar_dist.data.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.data.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
-from ecar_dist.storage.atomic import atomic_write, naming
+from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.daemon_pool import DaemonPool
 
 _SHOWN = 10  # bad images in an error
@@ -137,7 +137,7 @@ class _Part:
         """Keys are places in the source, so the parts of a split never share one."""
         path = self.folder / f"{len(self.entries):06d}.tar"
         names: list[tuple[str, str]] = []
-        with naming(path), webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
+        with webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
             for index, record, fault in samples:
                 self.bar.update()
                 extension, key = image_extension(record.data), f"{index:012d}"

@@ -99,13 +99,17 @@ def run_command(program: str, action: Callable[[], int]) -> int:
     except (EcarError, OSError) as error:
         if os.environ.get("ECAR_TRACEBACK"):
             raise
-        said = str(error) if isinstance(error, EcarError) else _sentence(error)
-        # what was given as a path may be a URL with a password
-        print(f"{program}: {printable(redact_text(said), LONGEST_LINE)}", file=sys.stderr)
+        print(f"{program}: {error_line(error)}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return status_of(interrupt)
+
+
+def error_line(error: EcarError | OSError) -> str:
+    """What is printed of an error: one line, without secrets (a path may be a URL with a password)."""
+    said = str(error) if isinstance(error, EcarError) else _sentence(error)
+    return printable(redact_text(said), LONGEST_LINE)
 
 
 def status_of(error: BaseException) -> int:

@@ -22,10 +22,11 @@ from ecar_dist.config_model import (
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.bounded_yaml import CONTROL_CHARACTER
 from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.untrusted import is_one_line
 
 
 def _one_line(value: str) -> str:
-    if not value.isprintable():
+    if not is_one_line(value):
         raise ValueError(f"{value!a} has a character that is not printable, such as a newline; leave it out")
     return value
 

@@ -124,7 +124,7 @@ def test_a_disk_that_takes_no_more_is_named(name, tmp_path, no_file_over_4_kib):
 def test_a_disk_that_takes_no_more_images_is_named(tmp_path, no_file_over_4_kib, capsys):
     assert ecar_data(["shard", "digits", str(tmp_path / "images")]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ecar-data: ")]
-    assert "000000.tar: File too large" in line
+    assert f"{tmp_path / 'images'}: File too large" in line
 
 
 PROGRAMS = {

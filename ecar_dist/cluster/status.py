@@ -85,7 +85,7 @@ def run_status(run: Path, now: float | None = None, here: str | None = None) -> 
     now, here = now or time.time(), here or socket.gethostname()
     record = read_record(run)
     if not (record.attempts or record.config or record.submitted or record.owner or record.logs or record.unread):
-        raise ConfigError(f"{run} is no run directory; give one: <run.dir>/<run.name> of its config")
+        raise ConfigError(f"{run} is not a run directory; give one: <run.dir>/<run.name> of its config")
     state, sentence = state_of(record, now, here)
     progress, last, logs = progress_of(record), record.last, record.logs
     job = logs.job if logs else last.job if last else None

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.command_line import AddCommand, error_line, positive
 from ecar_dist.errors import EcarError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _look(runs: list[Path]) -> list[RunStatus | str]:
                 continue
             if len(runs) == 1:
                 raise
-            found.append(str(error))
+            found.append(error_line(error))
     return found
 
 

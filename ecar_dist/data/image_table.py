@@ -6,6 +6,7 @@ A plain `.npy` of fixed-width rows (24 bytes and the longest key), so that any n
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import xxhash
 from ecar_dist.data.manifest import ImageEntry
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
-from ecar_dist.storage.untrusted import MAX_NAME_BYTES
+from ecar_dist.storage.untrusted import MAX_NAME_BYTES, printable
 
 MAX_IMAGE_BYTES = 256 << 20  # more is no photograph, and would be held in memory whole
 UNKNOWN_HASH = 0  # of files in a directory: nobody read them when the table was made
@@ -66,9 +67,9 @@ def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -
     if found != entry.table_xxh3_128:
         raise DataError(f"{where} has xxh3_128 {found}, the manifest says {entry.table_xxh3_128}; {_AGAIN}")
     try:
-        table = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where} is no table ({error}); {_AGAIN}") from None
+        table = _array_in(data)
+    except (ValueError, EOFError, MemoryError, RecursionError) as error:  # the header is parsed as Python
+        raise DataError(f"{where} is not a table ({printable(str(error))}); {_AGAIN}") from None
     names = table.dtype.names or ()
     if names != ImageRow._fields or table.dtype != _dtype(table.dtype["key"].itemsize):
         raise DataError(f"{where} has dtype {table.dtype}, not that of {ImageRow._fields}; {_AGAIN}")
@@ -77,6 +78,17 @@ def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -
     _check_rows(table, entry, num_classes, where)
     _check_keys(table["key"], where)
     return table
+
+
+def _array_in(data: bytes) -> np.ndarray:
+    """The array of a `.npy` file (format 1.0), as a view. `np.load` would allocate whatever its header asks for."""
+    buffer = io.BytesIO(data)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("it is not of format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+        raise ValueError(f"{len(data)} bytes do not hold shape {shape} of {dtype}")
+    return np.frombuffer(data, dtype, offset=buffer.tell()).reshape(shape)
 
 
 def key_of(row: np.void) -> str:

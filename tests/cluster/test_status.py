@@ -220,7 +220,7 @@ def test_a_name_that_a_terminal_would_obey(made):
 
 
 def test_what_is_no_run(tmp_path, capsys):
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         run_status(tmp_path)
     assert main(["status", str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr()
@@ -240,7 +240,7 @@ def test_several_runs_make_a_table(made, tmp_path, capsys):
     assert second.endswith("1 min ago: failed: the disk is full")
     (none := tmp_path / "none").mkdir()
     assert main(["status", str(made.path), str(none)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} is no run directory")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} is not a run directory")
 
 
 def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
@@ -261,8 +261,7 @@ def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
 def test_as_json_each_run_is_a_line(made, tmp_path, capsys):
     made.attempt(900, job="12")
     made.lines(30)
-    (none := tmp_path / "none").mkdir()
-    assert main(["status", "--json", str(made.path), str(none)]) == 1
+    assert main(["status", "--json", str(made.path), str(tmp_path / "none")]) == 1
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["state"], first["progress"]["step"], first["attempts"]) == ("running", 300, {"running": 1})
     assert list(second) == ["error"]

@@ -59,8 +59,8 @@ def npy(array):
     ("data", "message"),
     [
         (npy(np.zeros(2)), "not that of"),
-        (npy(np.array([{}, {}], dtype=object)), "is no table"),  # a pickle: never loaded
-        (b"", "is no table"),
+        (npy(np.array([{}, {}], dtype=object)), "is not a table"),  # a pickle: never loaded
+        (b"", "is not a table"),
         (encode_table(ROWS[:1]), r"has shape \(1,\), the manifest says 2"),
     ],
 )

@@ -164,5 +164,5 @@ def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
             os.mkfifo(path)
         else:
             path.symlink_to("/dev/zero")
-        with pytest.raises(DataError, match="has bytes 0|has 0 bytes"):
+        with pytest.raises(DataError, match=r"has bytes 0|has 0 bytes"):
             verify(folder)

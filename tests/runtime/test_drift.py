@@ -63,7 +63,7 @@ def test_what_a_checkpoint_refuses_is_classed_as_the_model():
             {"latents": "s3://bucket/b"},
             "data.latents s3://bucket/a -> s3://bucket/b (changes data order: needs --new-data-order)",
         ),
-        ("vae", {}, {"path": "a/b"}, "vae.path null -> a/b (safe)"),
+        ("vae", {}, {"path": "a\u202fb"}, 'vae.path null -> "a\\u202fb" (safe)'),
     ],
 )
 def test_a_difference_is_one_line(section, old, new, line):

@@ -122,7 +122,7 @@ def test_what_cannot_be_compiled_says_so(monkeypatch):
         raise RuntimeError("no compiler\nand a long story")
 
     monkeypatch.setattr(module, "_compile", refuse)
-    with pytest.raises(ConfigError, match=r"nothing can be compiled on cpu here \(no compiler\); leave --compile out"):
+    with pytest.raises(ConfigError, match=r"on cpu here \(no compiler and a long story\); leave --compile out"):
         prepare(model, plan, CPU, compiled=True)
 
 

@@ -94,6 +94,8 @@ def test_what_is_looked_at_follows_from_the_config(tree, tmp_path):
 def test_one_rank_of_each_node_reads_the_beginning_of_the_data(tree, monkeypatch):
     """All of them would read the same bytes past their node's cache."""
     monkeypatch.setattr(module, "preflight", lambda world, folders, read, seconds: (read()[1]["bytes"], []))
+    monkeypatch.setattr(module, "agree_on", lambda *_: None)
+    monkeypatch.setattr(module, "data_facts", lambda *_: {})
     config, nodes = config_from_dict(tree), ("n1", "n1", "n2", "n2")
     worlds = [SimpleNamespace(rank=rank, nodes=nodes, is_first=rank == 0) for rank in range(4)]
     size = load_manifest(tree["data"]["latents"]).shards[0].bytes
