@@ -201,9 +201,12 @@ def _check_dali_index(path: Path) -> None:
 
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:
     path = file_in(folder, entry.name)
-    found = describe_shard(path, entry.count, entry.first_index) if path.exists() else None
-    if found is None:
+    if not path.exists():
         raise DataError(f"{path} is missing, the manifest lists it; restore it or write it again")
-    for name in ("bytes", "sha256"):
-        if (there := getattr(found, name)) != (expected := getattr(entry, name)):
-            raise DataError(f"{path} has {name} {there}, the manifest says {expected}; restore it or write it again")
+    # by its size first: a pipe or a device in its place would be read without end
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise DataError(f"{path} has bytes {size}, the manifest says {entry.bytes}; restore it or write it again")
+    found = describe_shard(path, entry.count, entry.first_index).sha256
+    if found != entry.sha256:
+        raise DataError(f"{path} has sha256 {found}, the manifest says {entry.sha256}; restore it or write it again")

@@ -59,7 +59,7 @@ def train_vae(
     """
     settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
     levels = _levels(image_size, downsample)
-    _check_width(channels)
+    _check_channels(channels)
     colour = parse_background(background)
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)
@@ -93,6 +93,11 @@ def train_vae(
         f"{mean:.5f}; PSNR on {len(pictures.held_back)} held-back images {by_mean:.2f} dB, of posterior samples "
         f"{by_sample:.2f} dB{left_out}"
     )
+
+
+def _check_channels(channels: int) -> None:
+    if channels % NORM_GROUPS:
+        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
 
 
 class _Pictures:
@@ -143,11 +148,6 @@ def _levels(image_size: int, downsample: int) -> int:
         rule = f"must be a power of 2, at least 2, that divides --image-size {image_size}"
         raise ConfigError(f"--downsample {downsample} {rule}; change one of the two")
     return levels
-
-
-def _check_width(channels: int) -> None:
-    if channels % NORM_GROUPS:
-        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
 
 
 def _training(model: Any, device: torch.device, learning_rate: float, steps: int) -> Training:

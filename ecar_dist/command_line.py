@@ -19,6 +19,7 @@ from ecar_dist.storage.untrusted import printable
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+LARGEST_WORD = 2**31 - 1  # of a number on the command line: every library can count so far
 LONGEST_LINE = 10_000  # characters of an error: a command to repeat may hold many paths
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
@@ -33,18 +34,22 @@ AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what i
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
+    """A whole number from 1 to LARGEST_WORD, for argparse."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+    if not 1 <= number <= LARGEST_WORD:
+        raise argparse.ArgumentTypeError(f"{printable(text, 30)} is not a whole number from 1 to {LARGEST_WORD:,}")
+    return number
 
 
 def not_negative(text: str) -> float:
     """A finite number from 0 on, for argparse."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(text)) and number >= 0:
-            return number
-    raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{printable(text, 30)} is not a finite number of at least 0")
+    return value
 
 
 def counted(number: int, thing: str) -> str:

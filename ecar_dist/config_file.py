@@ -24,6 +24,7 @@ from ecar_dist.storage.untrusted import UntrustedError, printable, read_plain_fi
 MAX_CONFIG_BYTES = 1 << 20
 SHOWN_VALUE = 80  # characters of a value that a message repeats
 SHOWN_MESSAGE = 600
+MOST_SEARCHED = 1 << 15  # characters of a text that are searched for secrets before its first ones are shown
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -174,4 +175,5 @@ def _value(value: Any) -> str:
 
 
 def _words(text: str, limit: int = 3 * SHOWN_VALUE) -> str:
-    return printable(redact_text(text), limit)
+    # what lies far behind the words that are shown need not be looked through
+    return printable(redact_text(text[:MOST_SEARCHED]), limit)

@@ -76,8 +76,11 @@ def test_the_traceback_of_a_system_error_on_request(monkeypatch, capsys):
     [
         (["index", "photos", "s3://bucket/out"], "s3://bucket/out is a URL, this must be a local folder"),
         (["verify", "s3://bucket/set"], "ecar-data push FOLDER URL"),
-        (["encode", "a", "b", "--vae", "dct-f8", "--samples-per-shard", "0"], "0 is no whole number of at least 1"),
-        (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "-5"], "-5 is no whole number of at least 1"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--samples-per-shard", "0"], "0 is not a whole number from 1"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "-5"], "-5 is not a whole number from 1"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "9" * 30], "is not a whole number from 1"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "9" * 5000], "is not a whole number from 1"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "²"], "is not a whole number from 1"),
         (["encode", "a", "b", "--vae", "dct-f8", "--device", "gpu"], "gpu is none of auto, cpu, cuda"),
     ],
 )
@@ -181,3 +184,14 @@ def test_what_a_terminal_would_obey_is_not_in_the_error_line(capsys):
 
     assert run_command("ecar-data", fail) == 1
     assert capsys.readouterr().err == "ecar-data: a b [2J c does not exist\n"
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-1", "x"])
+def test_a_guidance_that_makes_no_picture_is_refused(word, tmp_path, capsys):
+    from ecar_dist.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(tmp_path), "--out", str(tmp_path / "out"), f"--guidance-scale={word}"])
+    assert ended.value.code == 2
+    assert "is not a finite number of at least 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

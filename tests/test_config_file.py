@@ -277,6 +277,7 @@ ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         'checkpoint: {dir: "a\\0b"}\n',
         'checkpoint: {dir: "a\\ud800b"}\n',
         f"{'k' * 5000}: 1\n",
+        f"? {'k' * 1_000_000}\n: 1\n",
         f"log: {{every_steps: {'x' * 5000}}}\n",
         "mixture: 5\n",
         "sample: 5\n",

@@ -56,9 +56,9 @@ def judge_agreement(answers: Sequence[Answer | None], *, seconds: float, came: S
     failed = [answer for answer in present if answer.problem]
     if failed:
         who = ranks_on_nodes([answer.rank for answer in failed], came)
-        return Verdict(tuple(came), problem=f"{who}, unlike rank 0: {printable(failed[0].problem, _LONGEST_PROBLEM)}")
+        return Verdict(problem=f"{who}, unlike rank 0: {printable(failed[0].problem, _LONGEST_PROBLEM)}")
     different = differences([answer.facts for answer in present], came)
-    return Verdict(tuple(came), problem=f"{different}; {fix}" if different else "")
+    return Verdict(problem=f"{different}; {fix}" if different else "")  # the names of all nodes are known already
 
 
 def differences(facts: Sequence[Facts], nodes: Sequence[str]) -> str:
@@ -85,7 +85,8 @@ def odd_ranks(values: Sequence[object]) -> list[int]:
 def source_version() -> str:
     """The package's version, and a hash of all its modules as they are installed here."""
     root, digest = Path(ecar_dist.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    # what cannot be imported is not code: an editor's lock (`.#loop.py`, a link to nowhere) or a copy it keeps
+    for path in sorted(path for path in root.rglob("*.py") if path.stem.isidentifier() and path.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return f"{ecar_dist.__version__} (source {digest.hexdigest()[:12]})"

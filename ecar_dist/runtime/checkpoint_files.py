@@ -10,6 +10,7 @@ weight, AdamW's two moments, the averages. Only safetensors and JSON are read: n
 
 from __future__ import annotations
 
+import errno
 import re
 import stat
 import sys
@@ -50,7 +51,19 @@ class DamagedError(CheckpointError):
 
 
 class UnreadableError(DamagedError):
-    """A checkpoint that this version cannot read, and another may: it is never removed."""
+    """A checkpoint that cannot be read now, or not by this version, and may be another time: it is never removed."""
+
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def refused_file(path: Path, name: str, error: OSError) -> DamagedError:
+    """What follows for the checkpoint where the system does not give one of its files.
+
+    A file that is gone is damage. Anything else (EIO, ESTALE, EACCES of a network drive) may pass.
+    """
+    kind = DamagedError if error.errno in _GONE else UnreadableError
+    return kind(path, f"{name}: {error.strerror}")
 
 
 @dataclass(frozen=True)
@@ -92,13 +105,13 @@ def has_marker(path: Path) -> bool:
     """Whether anything is in the marker's place; whether it is the marker shows when it is read."""
     try:
         (path / MARKER).lstat()
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in _GONE  # else nobody knows, and nothing is removed that may be whole
     return True
 
 
 class PassedOver(NamedTuple):
-    """A checkpoint that is not used, and why; `unreadable` where another version may be able to read it."""
+    """A checkpoint that is not used, and why; `unreadable` where it may be whole all the same."""
 
     path: str
     problem: str
@@ -108,7 +121,7 @@ class PassedOver(NamedTuple):
 def warn_of_damage(passed_over: Iterable[PassedOver], taken: object) -> None:
     """A line on stderr for each checkpoint that is newer than the one that was taken."""
     for path, problem, unreadable in passed_over:
-        fault = "cannot be read by this version" if unreadable else "is damaged"
+        fault = "cannot be read now, or not by this version" if unreadable else "is damaged"
         line = f"warning: checkpoint {path} {fault} ({problem}); {taken} is used instead"
         print(line + ("; stop now if its progress is to be kept" if unreadable else ""), file=sys.stderr)
 
@@ -181,7 +194,7 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
         try:
             digest = hash_file(sized_file(path, file))
         except OSError as error:
-            raise DamagedError(path, f"{file.name}: {error.strerror}") from None
+            raise refused_file(path, file.name, error) from None
         if digest != file.xxh3_128:
             raise DamagedError(path, f"{file.name} does not have its recorded hash")
 
@@ -194,7 +207,7 @@ def sized_file(path: Path, file: WeightsFile) -> Path:
     except UntrustedError as error:
         raise DamagedError(path, str(error)) from None
     except OSError as error:
-        raise DamagedError(path, f"{file.name}: {error.strerror}") from None
+        raise refused_file(path, file.name, error) from None
     if not stat.S_ISREG(status.st_mode):
         raise DamagedError(path, f"{file.name} is not a regular file")
     if status.st_size != file.bytes:
@@ -281,7 +294,7 @@ def _content(path: Path, name: str, limit: int) -> bytes:
     except UntrustedError as error:
         raise DamagedError(path, f"{name}: {error}") from None
     except OSError as error:
-        raise DamagedError(path, f"{name}: {error.strerror}") from None
+        raise refused_file(path, name, error) from None
 
 
 def _parsed(path: Path, text: bytes, name: str) -> Manifest:

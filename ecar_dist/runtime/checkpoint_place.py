@@ -200,10 +200,11 @@ class LocalPlace:
                 _remove(path)
 
     def _is_unreadable(self, path: Path) -> bool:
-        """Whether another version may be able to read it."""
+        """Whether it may be whole, though it cannot be read now, or not by this version."""
         try:
             if has_marker(path):
-                self.manifest(path.name)
+                for file in self.manifest(path.name).files:
+                    sized_file(path, file)
         except UnreadableError:
             return True
         except DamagedError:

@@ -141,7 +141,13 @@ def resume_lines(old_config: Path, new: RunConfig, *, same_data: bool = False) -
         old = load_config(old_config)
     except ConfigError as error:
         return [f"warning: the config of the last attempt cannot be compared with this one: {error}"]
-    return [str(difference) for difference in drift(old, new, same_data=same_data)]
+    said = [str(difference) for difference in drift(old, new, same_data=same_data)]
+    if new.data.images is not None and "background" not in old.data.model_fields_set:
+        said.append(
+            "warning: the version that began this run dropped the transparency of images; from here on they lie on "
+            f"data.background={new.data.background}"
+        )
+    return said
 
 
 def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -176,4 +182,4 @@ def _weights(config: RunConfig) -> list[float]:
 def _shown(value: Any) -> str:
     """On one line, and without the credentials that a URL may hold."""
     shown = redact_tree(value)
-    return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown)
+    return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown, sort_keys=True)

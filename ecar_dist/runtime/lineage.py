@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,10 +88,17 @@ class LineageFile:
         if len(attempts) > MAX_ATTEMPTS:
             attempts = [attempts[0], *attempts[1 - MAX_ATTEMPTS :]]
         write_json(self.path, attempts)
+        if self.copy.is_dir():  # a rename does not replace it, as it does whatever else is in the copy's place
+            set_aside(self.copy)
         write_json(self.copy, {"attempts": attempts, "sha256": _digest(attempts)})
 
+    def exists(self) -> bool:
+        """Whether anything is in the place of the file or of its copy."""
+        return os.path.lexists(self.path) or os.path.lexists(self.copy)
+
     def repair(self) -> bool:
-        """Put a damaged file aside and its copy in its place, and say so. For the run's owner only.
+        """Put a damaged file aside and its copy in its place, or in that of one that is gone, and say so. For the run's
+        owner only.
 
         False where the copy is no better: then nothing is known of the run any more, and the file holds no attempt.
         """
@@ -101,11 +109,13 @@ class LineageFile:
         try:
             goes_on = _goes_on(attempts, self._read_copy())
         except (UntrustedError, OSError):
-            return True
+            return bool(attempts)
         return goes_on or self._put_aside("it is not what was written")
 
     def _put_aside(self, reason: str | None) -> bool:
-        aside = set_aside(self.path)
+        what = f"{self.path} is gone"
+        if os.path.lexists(self.path):
+            what = f"{self.path} is damaged ({reason}): it is now {set_aside(self.path).name}"
         try:
             attempts = self._read_copy()
         except (UntrustedError, OSError):
@@ -113,7 +123,7 @@ class LineageFile:
             attempts = []
         self.write(attempts)
         then = "its copy has taken its place" if attempts else "there is no whole copy, so the record begins anew"
-        print(f"warning: {self.path} is damaged ({reason}): it is now {aside.name}, {then}", file=sys.stderr)
+        print(f"warning: {what}; {then}", file=sys.stderr)
         return bool(attempts)
 
     def _read_copy(self) -> Attempts:
@@ -155,4 +165,6 @@ def _checked(attempts: Any) -> Attempts:
         _ENTRIES.validate_python(attempts)
     except ValidationError as error:
         raise UntrustedError(first_violation(error)) from None
+    if attempts and not (attempts[0].get("run") or attempts[0].get("attempt")):
+        raise UntrustedError("its first entry does not name the run")
     return attempts

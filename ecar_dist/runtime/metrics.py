@@ -22,7 +22,7 @@ from ecar_dist.storage.atomic import atomic_write, set_aside
 from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, parse_json
 
 HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
-MAX_LOG_BYTES = 1 << 33  # ten million lines; what is larger is no log of ours
+MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
 MAX_LINE_BYTES = 1 << 20
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
@@ -168,7 +168,7 @@ def _verbatim(text: str) -> str:
 
 
 def _keep_up_to(path: Path, step: int) -> int:
-    """Write the lines anew, without later steps and without what is no line of a step; the number of the latter.
+    """Write the lines anew, without later steps and without what is not a line of a step; the number of the latter.
 
     A last line that was cut by a kill is not counted. Raises UntrustedError and OSError.
     """
@@ -183,7 +183,7 @@ def _keep_up_to(path: Path, step: int) -> int:
 
 
 def _readable(path: Path) -> BinaryIO:
-    """Raises UntrustedError for what is no log, FileNotFoundError."""
+    """Raises UntrustedError for what is not a log, FileNotFoundError."""
     try:
         file = open_plain_file(path)
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def _readable(path: Path) -> BinaryIO:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of one line; None where it is no line of a step."""
+    """The step of one line; None where it is not a line of a step."""
     try:
         tree = parse_json(line)
     except UntrustedError:

@@ -121,7 +121,7 @@ def hold_roll_call(
 
 
 def enforce(world: World, verdict: Verdict, error: Exception | None = None) -> None:
-    """Raises on all ranks, which know the same verdict, where it is no good: as `hold_roll_call`."""
+    """Raises on all ranks, which know the same verdict, where they cannot go on: as `hold_roll_call`."""
     if verdict.culprit == world.rank:
         raise error or ConfigError(verdict.problem)  # what only the others' answers show is no error of its own
     if verdict.culprit is not None:

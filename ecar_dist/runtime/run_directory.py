@@ -63,7 +63,7 @@ class RunDirectory:
         """
         ours = (TEMPORARY_SUFFIX, LOCK_NAME)
         found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
-        if not os.path.lexists(self.lineage) and any(not path.name.endswith(ours) for path in found):
+        if not self._record.exists() and any(not path.name.endswith(ours) for path in found):
             raise ConfigError(
                 f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
             )

@@ -18,6 +18,7 @@ MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used
 LONG_TEXT = 64  # characters of a text that count as one value more
 MAX_DEPTH = 32
 INTEGER_LIMIT = 1 << 63
+LONGEST_NUMBER = 100  # characters; base 60 (`1:59:59`) takes the square of its length
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -88,6 +89,9 @@ def _scalar(kind: str) -> Any:
     construct = yaml.SafeLoader.yaml_constructors[_TAG + kind]
 
     def constructor(loader: _StrictLoader, node: yaml.Node) -> Any:
+        if kind in ("int", "float") and len(node.value) > LONGEST_NUMBER:
+            problem = f"a number of {len(node.value):,} characters is too long, at most {LONGEST_NUMBER} are read"
+            raise _Refused(None, None, problem, node.start_mark)
         try:
             value = construct(loader, node)
         except (ValueError, KeyError, IndexError, OverflowError):

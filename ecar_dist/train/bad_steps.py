@@ -159,7 +159,7 @@ def window_in(line: bytes) -> Window | None:
     """The window of one line of bad_steps.jsonl; None where it notes a bad step. Raises UntrustedError."""
     tree = parse_json(line)
     if not isinstance(tree, dict) or "step" not in tree:
-        raise UntrustedError("it is no line of a step")
+        raise UntrustedError("it is not a line of a step")
     # a bad step's line has no say in what the run does: it may hold anything
     return None if "reason" in tree else parse_record(line, RollBack).pass_over
 

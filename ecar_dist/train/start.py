@@ -204,8 +204,15 @@ def run_identity(
             "dataset_ids": data.dataset_ids,
             **{f"data_order.{name}": value for name, value in stream.describe().items()},
             "data.flip_images": config.data.flip_images,
+            **_background_of_images(config),
         },
     }
+
+
+def _background_of_images(config: RunConfig) -> dict[str, str]:
+    """What lies behind transparent images, where it is not white: checkpoints from before it was known lack the key."""
+    data = config.data
+    return {"data.background": data.background} if data.images is not None and data.background != "white" else {}
 
 
 def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:

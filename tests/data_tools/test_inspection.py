@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,16 @@ def test_preview_refuses_another_autoencoder(sets, tmp_path):
         preview(sets[1], tmp_path / "sheet.png", vae="dct-f32")
     assert not (tmp_path / "sheet.png").exists()
     assert json.loads((sets[1] / "manifest.json").read_text())["encoder"]["name"] == "dct-f8"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
+    for folder in sets:
+        path = sorted(folder.glob("*.tar"))[0]
+        path.unlink()
+        if kind == "a pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/dev/zero")
+        with pytest.raises(DataError, match=r"has bytes 0|has 0 bytes"):
+            verify(folder)

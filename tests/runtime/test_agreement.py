@@ -61,6 +61,13 @@ def test_the_same_data_may_lie_elsewhere_and_a_mixture_has_its_weights():
     assert {key for key in ours if ours[key] != other[key]} == {"data.mixture"}
 
 
+def test_the_order_of_keys_in_a_raw_section_is_no_difference(tree):
+    shared = []
+    for raw in ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}):
+        shared.append(shared_settings(config_from_dict({**tree, "deepspeed": {"raw": raw}})))
+    assert shared[0] == shared[1]
+
+
 def test_no_value_that_is_sent_holds_a_credential():
     secret = config(checkpoint={"dir": "s3://user:hunter2@bucket/a?X-Amz-Signature=hunter2"})
     assert "hunter2" not in "".join(shared_settings(secret).values())
@@ -132,3 +139,13 @@ def test_the_source_is_known_by_its_content(tmp_path, monkeypatch):
         found.append(source_version())
     assert len(set(found)) == 3
     assert found[2] == found[3]
+
+
+def test_what_an_editor_leaves_is_not_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement.ecar_dist, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "loop.py").write_text("1")
+    before = source_version()
+    (tmp_path / ".#loop.py").symlink_to("somebody@host.1234")
+    (tmp_path / "._loop.py").write_bytes(b"\x00")
+    (tmp_path / "gone.py").symlink_to("nowhere")
+    assert source_version() == before

@@ -1,8 +1,10 @@
 """What a folder of checkpoints may hold besides ours, and what becomes of one that this version cannot read."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -117,7 +119,7 @@ def test_what_another_version_may_read_hides_no_older_one_and_is_never_removed(c
     assert load(config)[0][0].progress.step == 8
     (warning,) = capsys.readouterr().err.splitlines()
     assert str(folder / "step-00000012") in warning
-    assert "cannot be read by this version" in warning
+    assert "not by this version" in warning
     assert f"{folder / NEW} is used instead" in warning
     assert newest(folder).name == NEW
     for step in (10, 14, 16):
@@ -156,3 +158,32 @@ def test_intervals_that_no_reader_takes_are_not_committed(config, folder, monkey
     with pytest.raises(CheckpointError, match=r"step 8 was not saved: .* overlap at element 24"):
         save(config, 2, seed=8, step=8, replicated=True)
     assert checkpoints(folder.parents[1]) == [OLD]
+
+
+@pytest.mark.parametrize("part", ["COMMITTED", "checkpoint.json", "weights"])
+def test_what_a_drive_does_not_give_for_a_moment_is_not_removed(config, folder, monkeypatch, part):
+    """EIO or ESTALE of a network drive: the checkpoint may be whole, and the next sweep leaves it alone."""
+    for step in (4, 8):
+        save(config, seed=step, step=step)
+    stat, lstat = Path.stat, Path.lstat
+
+    def fails(path):
+        return path.parent.name == NEW and (path.name == part or (part == "weights" and path.suffix == ".safetensors"))
+
+    def refuse(real):
+        def looked(path, **options):
+            if fails(path):
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return real(path, **options)
+
+        return looked
+
+    monkeypatch.setattr(Path, "stat", refuse(stat))
+    monkeypatch.setattr(Path, "lstat", refuse(lstat))
+    for step in (12, 16, 20):
+        save(config, seed=step, step=step)
+    monkeypatch.undo()
+    assert checkpoints(folder.parents[1]) == [NEW, "step-00000016", "step-00000020"]
+    (folder / "step-00000016/COMMITTED").unlink()
+    (folder / "step-00000020/COMMITTED").unlink()
+    assert load(config)[0][0].progress.step == 8

@@ -119,3 +119,15 @@ def test_the_config_on_disk_is_compared_and_one_that_cannot_be_read_is_a_warning
         path.write_bytes(content)
         (line,) = resume_lines(path, config())
         assert line.startswith("warning: the config of the last attempt cannot be compared with this one: ")
+
+
+def test_a_run_on_images_from_before_backgrounds_is_told_of_its_background(tmp_path):
+    path = tmp_path / "config.yaml"
+    images, latents = config(data={"latents": None, "images": "shards"}), config()
+    for run, told in ((images, 1), (latents, 0)):
+        tree = yaml.safe_load(config_to_yaml(run))
+        path.write_text(yaml.safe_dump(tree))
+        assert resume_lines(path, run) == []
+        del tree["data"]["background"]
+        path.write_text(yaml.safe_dump(tree))
+        assert [("data.background=white" in line) for line in resume_lines(path, run)] == [True] * told

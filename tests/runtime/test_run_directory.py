@@ -80,7 +80,8 @@ def test_what_a_job_script_writes_before_the_start_is_no_other_run(tmp_path):
     (tmp_path / "logs/job-77").mkdir(parents=True)
     RunDirectory(tmp_path).open_for_training()
     assert (tmp_path / "lineage.json").exists()
-    (tmp_path / "lineage.json").unlink()
+    for name in ("lineage.json", ".lineage.json.copy"):
+        (tmp_path / name).unlink()
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         RunDirectory(tmp_path).open_for_training()
@@ -152,6 +153,7 @@ DAMAGE = {
     "another type": lambda path: path.write_text("{}"),
     "a number for a name": lambda path: path.write_text('[{"attempt": 7}]'),
     "nested": lambda path: path.write_text("[" * 100_000),
+    "a first entry without a name": lambda path: path.write_text("[{}]"),
     "a start that is no time": lambda path: path.write_text('[{"attempt": "ab", "started": "2024-13-45"}]'),
     "huge": lambda path: os.truncate(path, 40 << 30),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
@@ -211,6 +213,38 @@ def test_a_copy_that_is_behind_or_damaged_changes_nothing(tmp_path, capsys):
         assert again.attempts()[0]["precision"] == "fp32"
         assert again.run_id == first.run_id
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left", [("lineage.json", ".lineage.json.copy"), ("metrics.jsonl", ".lineage.json.copy")])
+def test_a_lineage_that_is_gone_comes_from_its_copy(tmp_path, capsys, left):
+    first = start(tmp_path, step=3)
+    (tmp_path / "metrics.jsonl").touch()
+    for path in tmp_path.iterdir():
+        if path.is_file() and path.name not in left:
+            path.unlink()
+    (tmp_path / "lineage.json").unlink(missing_ok=True)
+    again = start(tmp_path, step=3)
+    assert (again.run_id, len(again.attempts()), again.record_lost) == (first.run_id, 2, False)
+    assert f"{tmp_path}/lineage.json is gone" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_a_lineage_that_is_gone_and_a_damaged_copy_are_a_lost_record(tmp_path):
+    first = start(tmp_path)
+    first.lineage.unlink()
+    first._record.copy.write_text("{")
+    again = RunDirectory(tmp_path)
+    again.open_for_training()
+    assert again.record_lost
+
+
+def test_a_folder_in_the_place_of_the_copy_stops_no_start(tmp_path):
+    first = start(tmp_path)
+    first._record.copy.unlink()
+    first._record.copy.mkdir()
+    again = start(tmp_path)
+    assert (again.run_id, len(again.attempts())) == (first.run_id, 2)
+    assert again._record.known() == again.attempts()
 
 
 def test_damage_while_it_runs_neither_ends_an_attempt_nor_hides_a_later_one(tmp_path):

@@ -27,6 +27,7 @@ REFUSED = {
     "an integer of 5,000 digits": f"a: {'9' * 5000}",
     "a negative one": f"a: -{'9' * 400}",
     "a sexagesimal one": f"a: {':'.join(['59'] * 200)}",
+    "a sexagesimal one of a megabyte": f"a: 1{':59' * 300_000}",
     "a word as integer": "a: !!int abc",
     "nothing as float": 'a: !!float ""',
     "a word as boolean": "a: !!bool abc",

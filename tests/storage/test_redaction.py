@@ -15,6 +15,9 @@ from ecar_dist.storage.redaction import redact, redact_text, scrub
         ("http://host:8080/a@b/c", "http://host:8080/a@b/c"),
         ("s3://bucket/a@b:c/d", "s3://bucket/a@b:c/d"),
         ("/local/path?with=mark", "/local/path?with=mark"),
+        ("file:/u:secret@host/a", "file:/host/a"),
+        ("jdbc:x:/u:secret@host", "jdbc:x:/host"),
+        ("s3://k:secret@b/a,https://h/b?sig=secret", "s3://b/a,https://h/b"),
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url, shown):

@@ -40,6 +40,20 @@ def test_an_autoencoder_is_known_by_all_but_its_name(opened, field, value, keys)
     assert changed(facts(config, data, stream), facts(config, other, stream)) == keys
 
 
+def test_another_background_of_images_is_another_run_and_white_is_as_before(opened):
+    _, data, stream = opened
+    tree = {"run": {"name": "a"}, "vae": {"kind": "dct"}, "train": {"total_samples": 512}}
+    found = {}
+    for place in ("images", "latents"):
+        for colour in ("white", "#000000"):
+            section = {place: "x", "num_classes": 10, "background": colour}
+            config = config_from_dict({**tree, "data": section})
+            found[place, colour] = run_identity(config, data, stream, None)["data"]
+    assert found["images", "#000000"]["data.background"] == "#000000"
+    assert "data.background" not in found["images", "white"]
+    assert found["latents", "white"] == found["latents", "#000000"] == found["images", "white"]
+
+
 def test_the_version_of_the_order_is_compared(opened, monkeypatch):
     config, data, stream = opened
     ours = facts(config, data, stream)
