@@ -23,6 +23,7 @@ from data_tools.progress import progress
 from ecar_dist.data.image_formats import background_name, parse_background
 from ecar_dist.data.image_shards import ImageShards
 from ecar_dist.data.images import ImageDecoder, open_decoder
+from ecar_dist.data.manifest_rules import MAX_SIDE
 from ecar_dist.data.shard_layout import ShardLayout
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.redaction import redact
@@ -185,6 +186,8 @@ def _print_plan(plan: EncodePlan, out: Path, tasks: int) -> None:
 
 
 def _moments_shape(identity: EncoderIdentity, image_size: int) -> tuple[int, int, int]:
+    if image_size > MAX_SIDE:
+        raise ConfigError(f"--image-size {image_size} is more than {MAX_SIDE}; take a smaller one")
     side, rest = divmod(image_size, identity.downsample)
     if rest or side < 1:
         raise ConfigError(

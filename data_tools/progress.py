@@ -10,14 +10,15 @@ from tqdm import tqdm
 _LOG_SECONDS = 30.0
 
 
-def progress(total: int, unit: str, label: str) -> tqdm[Any]:
-    """`unit` is one thing, or "B" for bytes, which are shown as kB, MB, GB."""
+def progress(total: int, unit: str, label: str, initial: int = 0) -> tqdm[Any]:
+    """`unit` is one thing, or "B" for bytes, which are shown as kB, MB, GB; `initial` of them were done before."""
     in_bytes = unit == "B"
     if sys.stderr.isatty():
-        return tqdm(total=total, unit=unit, desc=label, mininterval=0.2, unit_scale=in_bytes)
+        return tqdm(total=total, initial=initial, unit=unit, desc=label, mininterval=0.2, unit_scale=in_bytes)
     counted = "{n_fmt}B of {total_fmt}B" if in_bytes else "{n_fmt} of {total_fmt} {unit}s"
     return _LogLines(
         total=total,
+        initial=initial,
         unit=unit,
         desc=label,
         mininterval=_LOG_SECONDS,

@@ -59,7 +59,7 @@ def train_vae(
     """
     settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
     levels = _levels(image_size, downsample)
-    _check_channels(channels)
+    _check_width(channels)
     colour = parse_background(background)
     target = torch.device(resolve_device(device))
     images = ImageShards(shards)
@@ -93,11 +93,6 @@ def train_vae(
         f"{mean:.5f}; PSNR on {len(pictures.held_back)} held-back images {by_mean:.2f} dB, of posterior samples "
         f"{by_sample:.2f} dB{left_out}"
     )
-
-
-def _check_channels(channels: int) -> None:
-    if channels % NORM_GROUPS:
-        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
 
 
 class _Pictures:
@@ -150,6 +145,11 @@ def _levels(image_size: int, downsample: int) -> int:
     return levels
 
 
+def _check_width(channels: int) -> None:
+    if channels % NORM_GROUPS:
+        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
+
+
 def _training(model: Any, device: torch.device, learning_rate: float, steps: int) -> Training:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -161,8 +161,7 @@ def _fit(
 ) -> None:
     """Do these steps; save now and then, and at the end."""
     saved_at, pause = time.monotonic(), _SAVE_SECONDS
-    with progress(steps.stop, "step", "train-vae") as bar:
-        bar.update(steps.start)
+    with progress(steps.stop, "step", "train-vae", initial=steps.start) as bar:
         for step in steps:
             images = pictures.training_batch(step, batch_size)
             if len(images):  # else all of the batch are bad

@@ -52,6 +52,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A finite number from 0 on, for argparse."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)) and number >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+
+
 def counted(number: int, thing: str) -> str:
     """`1 rank`, `1,200 ranks`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.cli import main as ecar_data
+from ecar_dist.cli import main as ecar_dist
 from ecar_dist.command_line import counted, run_command, say
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
@@ -90,6 +91,22 @@ def test_arguments_out_of_range_are_refused_before_anything_is_made(arguments, s
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1", "1,5"])
+def test_a_guidance_scale_that_makes_no_image_is_refused(command, scale, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ecar_dist([command, str(tmp_path), "--out", str(tmp_path / "out"), f"--guidance-scale={scale}"])
+    assert caught.value.code == 2
+    assert f"--guidance-scale: {scale} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "check", "plan", "submit", "preflight"])
+def test_only_what_is_needed_is_called_missing(command, capsys):
+    with pytest.raises(SystemExit):
+        ecar_dist([command])
+    assert "a.b=c" not in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_log_that_nobody_reads_any_more_does_not_end_the_work(monkeypatch):

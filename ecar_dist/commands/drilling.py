@@ -13,7 +13,7 @@ def add_commands(add: AddCommand) -> None:
     drilling = add("drill", drill, help)
     drilling.add_argument("names", metavar="NAME", help="all, one drill, or several with commas")
     drilling.add_argument("config", type=Path, help="YAML file of the run")
-    drilling.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+    drilling.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values")
     drilling.add_argument("--ranks", type=positive, default=2, help="processes to start (default 2)")
     drilling.add_argument("--keep", type=Path, help="folder for the runs and their logs (default: removed at the end)")
     drilling.add_argument("--skip", default="", help="drills to leave out, with commas")

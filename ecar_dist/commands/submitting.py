@@ -24,7 +24,9 @@ START_SECONDS = 300  # to wait for TensorBoard's job
 def add_commands(add: AddCommand) -> None:
     submitting = add("submit", submit, "check a config, plan memory, and submit its training to Slurm (no torch)")
     submitting.add_argument("config", help="YAML file of the run")
-    submitting.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+    submitting.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values"
+    )
     _add_resources(submitting)
     _add_going_on(submitting)
     _add_pipeline(submitting)

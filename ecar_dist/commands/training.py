@@ -29,7 +29,9 @@ def add_commands(add: AddCommand) -> None:
     flying = add("preflight", preflight, "see whether all nodes are fit to train a config: launched as `train` is")
     for command in (checking, planning, training, flying):
         command.add_argument("config", help="YAML file of the run")
-        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of single config values")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values"
+        )
     checking.add_argument(
         "--job",
         nargs=2,

@@ -23,7 +23,7 @@ from ecar_dist.config import RunConfig
 from ecar_dist.config_file import config_to_yaml, load_config
 from ecar_dist.errors import ConfigError, FruitlessError, NodeError
 from ecar_dist.runtime.lineage import MAX_REASON, LineageFile
-from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, set_aside
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, naming, set_aside
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 LOCK_NAME = ".lock"
@@ -87,8 +87,9 @@ class RunDirectory:
             _lock(file, self.path)
         except OSError as error:
             print(f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains there")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n".encode())
+        with naming(self.path / LOCK_NAME):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n".encode())
         self._lock = file
 
     def attempts(self) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ _WORD = r"[A-Za-z][A-Za-z0-9+.\-]{0,30}"  # bounded, as all below: a pattern mus
 # with one slash: a URL that was given where a path is expected
 _SCHEME = re.compile(
     rf"{_WORD}(?:::{_WORD}){{0,4}}://|\b(?i:s3a?|gs|gcs|https?|az|abfss?|s?ftp|hf):/(?=[^/\s])"
-    rf"|\b{_WORD}:/(?=[^/\s@:]{{0,100}}:[^/\s@]{{0,100}}@)"
+    # of other schemes only with a user: "a:/b" is a path as well
+    rf"|\b{_WORD}:/(?=[^/\s]\S{{0,300}}@)"
 )
 # where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
 _USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ecar_dist.storage.redaction import redact_text
+
 MAX_JSON_BYTES = 64 << 20  # the manifest of a checkpoint with 100,000 files or parameters has about 15 MiB
 MAX_JSON_DEPTH = 32
 MAX_NAME_BYTES = 1024  # S3's own bound for a key
@@ -34,7 +36,13 @@ _HARMLESS = re.compile("[\ud800-\udfff\xa0\u1680\u2000-\u200a\u200c\u200d\u202f\
 
 
 class UntrustedError(ValueError):
-    """What is wrong with a file's content, or with a name, as a short phrase: "it is not a regular file"."""
+    """What is wrong with a file's content, or with a name, as a short phrase: "it is not a regular file".
+
+    The phrase may repeat a key or a name of the file, so it is kept without the secrets of URLs.
+    """
+
+    def __init__(self, phrase: str) -> None:
+        super().__init__(redact_text(phrase))
 
 
 class Record(BaseModel):

@@ -187,6 +187,9 @@ def test_settings_that_do_not_fit(images, tmp_path):
     for image_size in (0, -8):
         with pytest.raises(ConfigError, match=f"--image-size {image_size} is not a positive multiple of 8, .* e.g. 8"):
             encode_small(images, tmp_path / "out", image_size=image_size)
+    with pytest.raises(ConfigError, match="--image-size 100000 is more than 65536"):
+        encode_small(images, tmp_path / "out", image_size=100_000)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match=r"--task 3 is outside 0\.\.2"):
         encode_small(images, tmp_path / "out", task=3, tasks=3)
     with pytest.raises(ConfigError, match=r"--max-bad 1.5 is outside \[0, 1\]"):

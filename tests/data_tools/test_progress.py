@@ -31,6 +31,14 @@ def test_a_log_gets_whole_lines(monkeypatch):
     assert text.endswith("\n")
 
 
+def test_what_was_done_before_is_no_part_of_the_rate(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress(1500, "step", "train-vae", initial=121) as bar:
+        assert (bar.n, bar.format_dict["initial"]) == (121, 121)
+    assert stream.getvalue().startswith("train-vae: 121 of 1500 steps")
+
+
 def test_a_log_of_a_long_run_gets_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr("data_tools.progress._LOG_SECONDS", 0.0)
     assert len(run(io.StringIO(), monkeypatch).splitlines()) > 4

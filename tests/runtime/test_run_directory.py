@@ -1,4 +1,6 @@
+import errno
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -347,3 +349,16 @@ def test_a_config_with_a_key_in_a_url_is_for_its_owner(tmp_path, latents, mode):
     config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
     RunDirectory(tmp_path).write_config(config)
     assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == mode
+
+
+def test_a_disk_that_takes_not_even_the_owners_name_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    directory = RunDirectory(tmp_path / "run")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            directory.open_for_training()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "run" / ".lock")

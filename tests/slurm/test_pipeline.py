@@ -116,7 +116,7 @@ def submit_encoding(site, digits, out, array, **environment):
 
 @pytest.fixture(scope="module")
 def piped(site, digits, make_tree):
-    """The pipeline on a source with an empty class folder, so that its first step fails: config, words, output."""
+    """The pipeline on a source with a broken link, so that its first step fails: config, words, output."""
     folder = site.folder / "piped"
     source = folder / "source"
     write_images(source)
@@ -136,7 +136,7 @@ def piped(site, digits, make_tree):
 
 
 def write_images(source):
-    """Seventy PNGs of each of three digits, and a fourth folder without any."""
+    """Seventy PNGs of each of three digits, and a link to an image that is not there."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -145,7 +145,7 @@ def write_images(source):
         for number, image in enumerate(data.images[data.target == label][:70]):
             picture = Image.fromarray((image * 15.9).astype("uint8")).resize((32, 32))
             picture.convert("RGB").save(source / f"class {label}" / f"{number:03d}.png")
-    (source / "empty").mkdir()
+    (source / "class 0/broken.png").symlink_to("nowhere.png")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,7 +161,7 @@ def test_a_failing_link_cancels_the_rest_of_the_pipeline(site, piped):
     assert site.ended(jobs["shard"]) == {"FAILED"}
     for step in STEPS[1:]:
         assert site.ended(jobs[step], seconds=20) == {"CANCELLED"}, step
-    assert "has no image" in (folder / f"runs/tiny/logs/shard-{jobs['shard']}.log").read_text()
+    assert "broken.png" in (folder / f"runs/tiny/logs/shard-{jobs['shard']}.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def mended(site, piped):
     jobs = jobs_of(folder / "runs/tiny/jobs/001")
     for job in jobs.values():
         site.ended(job)
-    (folder / "source/empty").rmdir()
+    (folder / "source/class 0/broken.png").unlink()
     site.submit(config, *words)
     return folder, jobs_of(folder / "runs/tiny/jobs/002")
 

@@ -60,3 +60,10 @@ def test_long_texts_take_no_quadratic_time(redacted, text):
 def test_each_of_many_urls_is_redacted():
     assert redact("s3://k:SECRET@a https://h/b?sig=SECRET") == "s3://a https://h/b"
     assert "SECRET" not in redact(" ".join(f"s3://k:SECRET@bucket/{i}" for i in range(5000)))
+
+
+def test_a_url_whose_slash_was_lost_on_the_way_through_a_path():
+    for scheme in ("s3", "hdfs", "https", "webhdfs"):
+        said = redact_text(f"{scheme}:/key:SECRET@host/set is not a run directory")
+        assert said == f"{scheme}:/host/set is not a run directory"
+    assert redact_text("a:/b c:/d/e.txt") == "a:/b c:/d/e.txt"

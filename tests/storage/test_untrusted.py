@@ -9,6 +9,7 @@ from ecar_dist.storage.untrusted import (
     UntrustedError,
     parse_json,
     parse_objects,
+    parse_record,
     path_inside,
     plain_name,
     read_log,
@@ -129,3 +130,10 @@ def test_of_a_foreign_document_little_is_asked():
 
 def test_the_objects_among_lines():
     assert parse_objects([b'{"a": 1}', b"3", b"\xff", b"[" * 10**5, b"", b'{"b"', b"{}"]) == [{"a": 1}, {}]
+
+
+def test_what_a_file_repeats_of_a_url_is_without_its_secrets():
+    with pytest.raises(UntrustedError) as refused:
+        parse_record(b'{"step": 1, "s3://key:SECRET@bucket/a": 1}', Line)
+    assert "SECRET" not in str(refused.value)
+    assert "bucket/a" in str(refused.value)
