@@ -43,17 +43,6 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> float:
     """A finite number from 0 on, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{printable(text, 30)} is not a finite number of at least 0")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A finite number from 0 on, for argparse."""
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)) and number >= 0:
             return number
