@@ -3,7 +3,7 @@
 One door for every file whose content decides what happens next. Three kinds of reader stand on it:
 
     state    `read_record`: strict. Anything but a record of the given schema is an error.
-    logs     `read_log`: tolerant. A line that is cut or damaged is skipped; a log never stops a run.
+    logs     `parse_objects`: tolerant. A line that is cut or damaged is skipped; a log never stops a run.
     names    `relative_name`, `plain_name`, `path_inside`: a name in a file never leads out of its folder.
 
 Errors of the content are `UntrustedError`, a short phrase without place or fix: only the caller knows what the file is
@@ -142,30 +142,8 @@ def read_record(path: Path, model: type[AnyRecord], limit: int = MAX_JSON_BYTES)
     return parse_record(read_plain_file(path, limit), model)
 
 
-def read_log(path: Path, model: type[AnyRecord], tail: int) -> list[AnyRecord]:
-    """The records among the last `tail` bytes of a file of JSON lines, oldest first.
-
-    A line that is cut, damaged or of another schema is skipped. A missing file has no records, and neither has one that
-    cannot be read: whoever reads a log goes on without it.
-    """
-    try:
-        lines = read_tail(path, tail).splitlines()
-    except (OSError, UntrustedError):
-        return []
-    return parse_log(lines, model)
-
-
-def parse_log(lines: list[bytes], model: type[AnyRecord]) -> list[AnyRecord]:
-    """The records among lines of JSON, oldest first, as `read_log`."""
-    records = []
-    for line in lines:
-        with contextlib.suppress(UntrustedError):
-            records.append(parse_record(line, model))
-    return records
-
-
 def parse_objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The JSON objects among lines, whatever is in them, oldest first; other lines are skipped, as in `read_log`."""
+    """The JSON objects among lines, whatever is in them, oldest first; other lines are skipped."""
     found = []
     for line in lines:
         with contextlib.suppress(UntrustedError):

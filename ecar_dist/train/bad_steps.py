@@ -6,7 +6,6 @@ JSON in the checkpoint's notes: a run that resumes decides as the uninterrupted 
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
 import math
@@ -162,15 +161,6 @@ def window_in(line: bytes) -> Window | None:
         raise UntrustedError("it is not a line of a step")
     # a bad step's line has no say in what the run does: it may hold anything
     return None if "reason" in tree else parse_record(line, RollBack).pass_over
-
-
-def windows_in(lines: Iterable[str]) -> list[Window]:
-    """The windows of all roll-backs in the lines of bad_steps.jsonl. A line cut by a kill was not yet acted on."""
-    windows = []
-    for line in lines:
-        with contextlib.suppress(UntrustedError):
-            windows.append(window_in(line.encode()))
-    return [window for window in windows if window is not None]
 
 
 def _sum_of(step: int, window: Window) -> int:

@@ -12,7 +12,6 @@ from ecar_dist.storage.untrusted import (
     parse_record,
     path_inside,
     plain_name,
-    read_log,
     read_plain_file,
     read_record,
     relative_name,
@@ -77,16 +76,6 @@ def test_a_record_has_its_schema_and_nothing_else(tmp_path):
         path.write_text(text)
         with pytest.raises(UntrustedError):
             read_record(path, Line)
-
-
-def test_a_log_skips_what_is_damaged(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"step": "2"}\n{"step": 3}\n{"st')
-    assert [line.step for line in read_log(path, Line, 1000)] == [1, 3]
-    assert read_log(tmp_path / "none", Line, 1000) == []
-    assert read_log(tmp_path, Line, 1000) == []
-    os.mkfifo(tmp_path / "pipe")
-    assert read_log(tmp_path / "pipe", Line, 1000) == []
 
 
 @pytest.mark.parametrize(

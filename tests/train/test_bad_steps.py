@@ -1,5 +1,6 @@
 """The policy of bad steps on scripted losses and norms: no engine, no rank."""
 
+import contextlib
 import json
 import math
 
@@ -8,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecar_dist.config import BadStepsSection
-from ecar_dist.train.bad_steps import BadSteps, Verdict, bad_step_record, roll_back_record, windows_in
+from ecar_dist.storage.untrusted import UntrustedError
+from ecar_dist.train.bad_steps import BadSteps, Verdict, bad_step_record, roll_back_record, window_in
 
 FINE, SKIPPED, ROLL_BACK, STOP = Verdict.FINE, Verdict.SKIPPED, Verdict.ROLL_BACK, Verdict.STOP
 NAN, INF = math.nan, math.inf
 SECTION = BadStepsSection(spike_factor=4.0, window=8, roll_back_after=3, stop_after=2)
+
+
+def windows_in(lines):
+    """The windows of all roll-backs in lines of bad_steps.jsonl; a line that was cut by a kill was never acted on."""
+    windows = []
+    for line in lines:
+        with contextlib.suppress(UntrustedError):
+            windows.append(window_in(line.encode()))
+    return [window for window in windows if window is not None]
 
 
 def feed(bad, steps):
