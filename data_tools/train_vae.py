@@ -123,11 +123,12 @@ class _Pictures:
 
     def load(self, indices: np.ndarray) -> torch.Tensor:
         """Float32 [G, 3, S, S] of the good ones. Raises DataError where too many are bad."""
-        records = {int(index): self._shards.read(int(index)) for index in indices if int(index) not in self.bad}
-        blobs = [record.data for record in records.values()]
-        decoded = self._decoder.separate(blobs, list(records.values()), self._image_size)
+        # pairs, not a dict: a batch across the end of an epoch may hold an image twice
+        records = [(index, self._shards.read(index)) for index in map(int, indices) if index not in self.bad]
+        blobs = [record.data for _, record in records]
+        decoded = self._decoder.separate(blobs, [record for _, record in records], self._image_size)
         if decoded.failures:
-            self._note(list(records.items()), decoded.failures)
+            self._note(records, decoded.failures)
         return from_pixels(decoded.pixels).to(self._device)
 
     def training_batch(self, step: int, batch_size: int) -> torch.Tensor:

@@ -2,13 +2,18 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 from data_tools import autoencoder_state, train_vae
 from data_tools.cli import main
+from data_tools.failures import FailureTally
 from data_tools.finalize import finalize
+from ecar_dist.data.image_shards import ImageShards
+from ecar_dist.data.images import open_decoder
 from ecar_dist.data.manifest import load_manifest
 from ecar_dist.vae.build import open_codec_by_spec
 from tests.data_tools.bad_images import write_bad_image_shards
@@ -141,3 +146,13 @@ def test_a_width_that_the_norms_cannot_take_is_one_line(capsys, tmp_path):
     said = capsys.readouterr().err
     assert "--channels 4" in said
     assert "multiple of 8" in said
+
+
+def test_a_batch_across_the_end_of_an_epoch_may_hold_an_image_twice(digits, tmp_path):
+    images = ImageShards(digits / "images/train")
+    tally = FailureTally(tmp_path, len(images), 0)
+    pictures = train_vae._Pictures(images, open_decoder("pil"), 16, torch.device("cpu"), 0, tally)
+    batch = pictures.load(np.array([3, 3, 5]))
+    assert len(batch) == 3
+    assert batch[0].equal(batch[1])
+    assert not batch[0].equal(batch[2])
