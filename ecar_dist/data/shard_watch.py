@@ -11,7 +11,7 @@ A map shows what is in the file now, not what was proven. Two looks are taken, s
                  it was.
 
 A batch may touch hundreds of shards, at about 2 microseconds each. So looks take a bounded share of the reader's time:
-after one that took t, the batches of the next 50 t (0.1 s at most) are handed out without. Training takes longer over
+after one that took t, the batches of the next 150 t (0.1 s at most) are handed out without. Training takes longer over
 a batch, and has each one looked at; a consumer in a hurry learns of a change at the next look.
 """
 
@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-PAUSE = 50  # times the time of a look: 1/50 of the reader's time goes into looks
+PAUSE = 150  # times the time of a look: 1/150 of the reader's time goes into looks
 LONGEST_PAUSE = 0.1  # seconds
 _PROBE = np.dtype(np.uint16)  # one fp16 value as its bits: a NaN equals itself
 

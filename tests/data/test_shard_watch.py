@@ -106,6 +106,7 @@ def test_each_row_is_looked_at_where_the_file_says_nothing(tmp_path, monkeypatch
     """As on a tmpfs, whose times a writer through a map leaves alone; without a pause between write and read."""
     write_set(tmp_path, flip=flip)
     monkeypatch.setattr(ProvenMap, "has_changed", lambda self: False)
+    monkeypatch.setattr(shard_watch, "PAUSE", 0)
     source = LatentSource(tmp_path)
     places = places_of(source)
     back = np.arange(TOTAL) % 2 == 0 if flip else None
@@ -270,8 +271,8 @@ def test_looks_take_a_bounded_share_of_the_time(latents, monkeypatch):
         return len(looks)
 
     assert read_after(0) == len(COUNTS)  # just opened
-    source.watch.looked(0.001)
-    assert [read_after(0.0099) for _ in range(5)] == [0, 0, 0, 0, 0]
-    assert read_after(0.001) == len(COUNTS)
+    source.watch.looked(0.0001)
+    assert [read_after(0.0001 * shard_watch.PAUSE / 6) for _ in range(5)] == [0, 0, 0, 0, 0]
+    assert read_after(0.0001 * shard_watch.PAUSE / 5) == len(COUNTS)
     source.watch.looked(1.0)
     assert read_after(shard_watch.LONGEST_PAUSE) == len(COUNTS)
