@@ -66,14 +66,14 @@ def test_where_a_run_went_on_from_is_not_known_of_one_that_did_not_get_so_far(tr
     trial.path.mkdir(parents=True)
     for attempts, found in (
         ([], None),
-        ([{}], None),
-        ([{"resumed_from_step": None}], 0),
-        ([{}, {"resumed_from_step": 20}], 20),
+        ([{"attempt": "a"}], None),
+        ([{"attempt": "a", "resumed_from_step": None}], 0),
+        ([{"attempt": "a"}, {"attempt": "b", "resumed_from_step": 20}], 20),
     ):
         (trial.path / "lineage.json").write_text(json.dumps(attempts))
         assert trial.resumed_from() == found
     assert from_step(trial, 20).ok
-    (trial.path / "lineage.json").write_text(json.dumps([{"resumed_from_step": 20}, {}]))
+    (trial.path / "lineage.json").write_text(json.dumps([{"attempt": "a", "resumed_from_step": 20}, {"attempt": "b"}]))
     assert not from_step(trial, 20).ok
     assert not from_step(trial, 0).ok, "a run that never began to train"
 
