@@ -12,23 +12,14 @@ import pytest
 import torch
 
 from ecar_dist.errors import CheckpointError, DataError
-from ecar_dist.runtime import checkpoint_bucket
 from ecar_dist.runtime.checkpoint_files import Progress, step_of, verify
 from ecar_dist.runtime.checkpoint_place import newest_whole, open_ema_place, open_place
 from ecar_dist.runtime.checkpoint_reader import FragmentReader
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.storage.remote import list_files, read_bytes, remove
 from ecar_dist.storage.retries import Transfer
-from tests.data.object_store import QUICK, object_store, s3_server
+from tests.data.object_store import QUICK
 from tests.runtime.checkpoint_worlds import Ranks, State, load, make_config, save, store_of
-
-__all__ = ["object_store", "s3_server"]
-
-
-@pytest.fixture
-def bucket(object_store, monkeypatch):
-    monkeypatch.setattr(checkpoint_bucket, "RetryPolicy", lambda: QUICK)
-    return object_store
 
 
 @pytest.fixture

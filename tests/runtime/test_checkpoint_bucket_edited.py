@@ -13,16 +13,8 @@ from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, marker_of, step
 from ecar_dist.runtime.checkpoint_place import newest_whole, open_place
 from ecar_dist.storage.remote import list_files, read_bytes
 from ecar_dist.storage.retries import Transfer
-from tests.data.object_store import QUICK, object_store, s3_server
+from tests.data.object_store import QUICK
 from tests.runtime.checkpoint_worlds import load, make_config, save
-
-__all__ = ["object_store", "s3_server"]
-
-
-@pytest.fixture
-def bucket(object_store, monkeypatch):
-    monkeypatch.setattr(checkpoint_bucket, "RetryPolicy", lambda: QUICK)
-    return object_store
 
 
 @pytest.fixture
