@@ -246,7 +246,8 @@ def _fill_bucket(folder: Path) -> None:
 
 
 def _states(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.glob("state-*")) if path.stat().st_size < FILE_BYTES]
+    states = (path for path in sorted(folder.glob("state-*")) if path.is_file())  # not a device, which never ends
+    return [path.read_bytes() for path in states if path.stat().st_size < FILE_BYTES]
 
 
 class _Guard:
