@@ -37,7 +37,9 @@ def positive(text: str) -> int:
     """A whole number from 1 to LARGEST_WORD, for argparse."""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     if not 1 <= number <= LARGEST_WORD:
-        raise argparse.ArgumentTypeError(f"{printable(text, 30)} is not a whole number from 1 to {LARGEST_WORD:,}")
+        raise argparse.ArgumentTypeError(
+            f"{printable(redact_text(text), 30)} is not a whole number from 1 to {LARGEST_WORD:,}"
+        )
     return number
 
 
@@ -48,7 +50,7 @@ def not_negative(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{printable(text, 30)} is not a finite number of at least 0")
+        raise argparse.ArgumentTypeError(f"{printable(redact_text(text), 30)} is not a finite number of at least 0")
     return value
 
 

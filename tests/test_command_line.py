@@ -1,3 +1,4 @@
+import argparse
 import errno
 import os
 import resource
@@ -10,7 +11,7 @@ import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
-from ecar_dist.command_line import counted, run_command, say
+from ecar_dist.command_line import counted, not_negative, positive, run_command, say
 from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
@@ -184,3 +185,10 @@ def test_what_a_terminal_would_obey_is_not_in_the_error_line(capsys):
 
     assert run_command("ecar-data", fail) == 1
     assert capsys.readouterr().err == "ecar-data: a b [2J c does not exist\n"
+
+
+@pytest.mark.parametrize("number", [positive, not_negative])
+def test_a_url_in_the_place_of_a_number_is_cut_after_its_secrets_are_out(number):
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        number("hdfs://AKIAPLANTEDUSER0:planted-password-of-a-url@127.0.0.1/set")
+    assert "AKIA" not in str(refused.value)
