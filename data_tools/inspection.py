@@ -66,9 +66,11 @@ def stats(folder: Path) -> None:
 def preview(folder: Path, out: Path, vae: str | None = None) -> None:
     """Decode the first 64 samples into one sheet; they are in a random order since they were written.
 
-    Raises DataError for another autoencoder.
+    Raises DataError for another autoencoder, ConfigError for an `out` whose name is not that of an image.
     """
     _refuse_url(folder)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--out {out} does not end in the extension of an image; give e.g. {out.name}.png")
     manifest = load_manifest(folder)
     identity = EncoderIdentity.from_dict(manifest.encoder)
     codec = _open_codec(vae, identity)

@@ -20,7 +20,7 @@ EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 LARGEST_WORD = 2**31 - 1  # of a number on the command line: every library can count so far
-LONGEST_LINE = 10_000  # characters of an error: a command to repeat may hold many paths
+LONGEST_LINE = 4_000  # characters of an error: a command to repeat may hold several paths
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
 _STATUSES: dict[type[BaseException], int] = {
@@ -111,7 +111,9 @@ def run_command(program: str, action: Callable[[], int]) -> int:
 def error_line(error: EcarError | OSError) -> str:
     """What is printed of an error: one line, without secrets (a path may be a URL with a password)."""
     said = str(error) if isinstance(error, EcarError) else _sentence(error)
-    return printable(redact_text(said), LONGEST_LINE)
+    line = printable(redact_text(said), len(said))
+    # the fix stands at the end
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} ... {line[-480:]}"
 
 
 def status_of(error: BaseException) -> int:

@@ -192,3 +192,14 @@ def test_a_url_in_the_place_of_a_number_is_cut_after_its_secrets_are_out(number)
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         number("hdfs://AKIAPLANTEDUSER0:planted-password-of-a-url@127.0.0.1/set")
     assert "AKIA" not in str(refused.value)
+
+
+def test_a_long_error_keeps_its_beginning_and_its_fix(capsys):
+    def fail():
+        raise DataError(f"{'x' * 60_000} does not exist; check the path")
+
+    assert run_command("ecar-data", fail) == 1
+    said = capsys.readouterr().err
+    assert len(said) < 4_100
+    assert said.startswith("ecar-data: xxx")
+    assert said.endswith("does not exist; check the path\n")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.cli import main
 from data_tools.finalize import finalize
 from data_tools.inspection import preview, stats, verify
 from ecar_dist.data.manifest import load_manifest, write_manifest
@@ -166,3 +167,8 @@ def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
             path.symlink_to("/dev/zero")
         with pytest.raises(DataError, match=r"has bytes 0|has 0 bytes"):
             verify(folder)
+
+
+def test_preview_is_told_an_extension(sets, tmp_path, capsys):
+    assert main(["preview", str(tmp_path), "--out", str(tmp_path / "1.5")]) == 1
+    assert "1.5.png" in capsys.readouterr().err

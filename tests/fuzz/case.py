@@ -27,7 +27,7 @@ from tests.fuzz.seals import seal
 from tests.fuzz.zygote import CPU_SECONDS, HEAVY, LIGHT, MEMORY_BYTES, TRAINING_BYTES, Zygote
 
 STATUSES = (0, 1, 75, 93, 130)
-MAX_ERROR = 2_000  # letters of an error
+MAX_ERROR = 4_500  # letters of an error
 MOST_STAGED = 1 << 28  # bytes on disk, or in memory, that a case's own files may take
 MAX_LINES = 60  # of stderr, with what libraries warn of
 LIGHT_COMMANDS = ("check", "plan", "status", "submit")

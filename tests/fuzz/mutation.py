@@ -224,7 +224,7 @@ def _change_json_bytes(content: bytes, mutation: Mutation) -> bytes:
 def _change_yaml(content: bytes, mutation: Mutation) -> bytes:
     try:
         tree = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # PyYAML's own, of `!!timestamp soon`
         raise Unfit from None
     if not isinstance(tree, dict):
         raise Unfit
