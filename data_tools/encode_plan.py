@@ -22,7 +22,7 @@ from ecar_dist.storage.untrusted import (
     MAX_JSON_BYTES,
     UntrustedError,
     first_violation,
-    parse_json,
+    parse_object,
     read_plain_file,
 )
 from ecar_dist.vae.codec import EncoderIdentity, hash_config
@@ -136,9 +136,7 @@ def read_plan(out: Path) -> EncodePlan:
     """Raises DataError where there is no plan, or one that breaks a rule or was changed."""
     path = out / PLAN_NAME
     try:
-        tree = parse_json(read_plain_file(path, MAX_JSON_BYTES))
-        if not isinstance(tree, dict):
-            raise UntrustedError(f"it holds a JSON {type(tree).__name__}, not an object")
+        tree = parse_object(read_plain_file(path, MAX_JSON_BYTES))
         stated = tree.pop("plan_id", None)
         plan = TypeAdapter(EncodePlan).validate_python(tree)
         EncoderIdentity.from_dict(plan.encoder)

@@ -19,7 +19,7 @@ from ecar_dist.storage.untrusted import printable
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-LARGEST_WORD = 2**31 - 1  # of a number on the command line: every library can count so far
+LARGEST_COUNT = 2**31 - 1  # of a number on the command line: every library can count so far
 LONGEST_LINE = 4_000  # characters of an error: a command to repeat may hold several paths
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
 
@@ -34,11 +34,11 @@ AddCommand = Callable[[str, Any, str], argparse.ArgumentParser]  # (name, what i
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 to LARGEST_WORD, for argparse."""
+    """A whole number from 1 to LARGEST_COUNT, for argparse."""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
-    if not 1 <= number <= LARGEST_WORD:
+    if not 1 <= number <= LARGEST_COUNT:
         raise argparse.ArgumentTypeError(
-            f"{printable(redact_text(text), 30)} is not a whole number from 1 to {LARGEST_WORD:,}"
+            f"{printable(redact_text(text), 30)} is not a whole number from 1 to {LARGEST_COUNT:,}"
         )
     return number
 
@@ -63,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that repeats no secret of a URL when it refuses a word; its subcommands have parsers of this kind."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(redact_text(message), LONGEST_LINE))
+        super().error(one_line(message))
 
 
 def say(text: str) -> None:
@@ -109,10 +109,14 @@ def run_command(program: str, action: Callable[[], int]) -> int:
 
 
 def error_line(error: EcarError | OSError) -> str:
-    """What is printed of an error: one line, without secrets (a path may be a URL with a password)."""
-    said = str(error) if isinstance(error, EcarError) else _sentence(error)
+    """What is printed of an error."""
+    return one_line(str(error) if isinstance(error, EcarError) else _sentence(error))
+
+
+def one_line(said: str) -> str:
+    """A message on one line of bounded length, without secrets: a path may be a URL with a password."""
     line = printable(redact_text(said), len(said))
-    # the fix stands at the end
+    # cut in the middle: the fix stands at the end
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} ... {line[-480:]}"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from ecar_dist.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
+
+Command = Callable[[argparse.Namespace], int]
 
 
 def add_commands(add: AddCommand) -> None:
@@ -38,12 +40,23 @@ def add_commands(add: AddCommand) -> None:
         command.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster batches")
 
 
+def _with_private_cache(command: Command) -> Command:
+    """The command, with a folder of its own for what `--compile` compiles."""
+
+    @functools.wraps(command)
+    def run(parsed: argparse.Namespace) -> int:
+        if not parsed.compile:
+            return command(parsed)
+        from ecar_dist.sample.fast import private_cache
+
+        with private_cache():
+            return command(parsed)
+
+    return run
+
+
+@_with_private_cache
 def sample(parsed: argparse.Namespace) -> int:
-    with _compiler(parsed):
-        return _sample(parsed)
-
-
-def _sample(parsed: argparse.Namespace) -> int:
     from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
 
@@ -75,21 +88,8 @@ def _sample(parsed: argparse.Namespace) -> int:
     return 0
 
 
+@_with_private_cache
 def evaluate(parsed: argparse.Namespace) -> int:
-    with _compiler(parsed):
-        return _evaluate(parsed)
-
-
-def _compiler(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Around a command that may compile."""
-    if not parsed.compile:
-        return contextlib.nullcontext()
-    from ecar_dist.sample.fast import private_cache
-
-    return private_cache()
-
-
-def _evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.data.image_formats import parse_background
     from ecar_dist.evaluate.images import background_of, read_images, reconstruct
     from ecar_dist.evaluate.score import Scorer

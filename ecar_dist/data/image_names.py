@@ -13,7 +13,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.retries import Transfer
-from ecar_dist.storage.untrusted import UntrustedError, printable, read_plain_file
+from ecar_dist.storage.untrusted import printable
 
 NAMES_SUFFIX = ".names"
 _LIMIT = 256 << 20  # bytes; 10,000 samples have about 500 kB
@@ -38,11 +38,8 @@ def read_names(folder: str | Path, tar: str, transfer: Transfer) -> dict[str, st
     """Names by key; empty where they are not known. They are a help to people: no reader stops for them."""
     where = remote.join(folder, tar.removesuffix(".tar") + NAMES_SUFFIX)
     try:
-        if remote.is_remote(where):
-            data = remote.read_bytes(where, transfer, limit=_LIMIT)
-        else:
-            data = read_plain_file(Path(where), _LIMIT)
-    except (OSError, DataError, UntrustedError):
+        data = remote.read_bytes(where, transfer, limit=_LIMIT)
+    except DataError:
         return {}
     lines = (line.partition("\t") for line in data.decode("utf-8", "replace").split("\n"))
     return {key: printable(name) for key, tab, name in lines if tab}

@@ -149,16 +149,17 @@ class DaliLatentSource:
         """As LatentSource.read."""
         mirrored = np.zeros(len(places), dtype=bool) if flip is None else flip
         rows = list(zip(places.shards.tolist(), places.rows.tolist(), mirrored.tolist(), strict=True))
-        encoded: list[np.ndarray] = []
+        files: list[np.ndarray] = []  # uint8 [n, bytes of a file], of the last copy
 
         def copy(shards: Mapping[int, LatentShard]) -> _Copied:
-            encoded[:] = [shards[owner].encoded(back)[row].copy() for owner, row, back in rows]
+            copied = np.stack([shards[owner].encoded(back)[row] for owner, row, back in rows])
+            files[:] = copied
             labels = [shards[owner].labels[row] for owner, row, _ in rows]
-            moments = np.stack([file[-shards[rows[0][0]].moments[0].nbytes :] for file in encoded])
-            return moments, np.array(labels, dtype=np.int64)
+            payload = shards[rows[0][0]].moments[0].nbytes  # behind the header of the file
+            return copied[:, -payload:], np.array(labels, dtype=np.int64)
 
         _, labels = self._source.watched(places, flip, copy)
-        return self._decoder.decode(encoded), torch.from_numpy(labels)
+        return self._decoder.decode(files), torch.from_numpy(labels)
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
         self._source.plan(soon, future)

@@ -38,15 +38,13 @@ from ecar_dist.data.manifest_rules import (
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, join, local_path, meant_url, read_bytes
+from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
 from ecar_dist.storage.retries import ObjectMissing
 from ecar_dist.storage.untrusted import (
     UntrustedError,
     first_violation,
-    is_one_line,
     parse_json,
     printable,
-    read_plain_file,
 )
 
 MANIFEST_NAME = "manifest.json"
@@ -241,8 +239,6 @@ def _check_location(location: str | None, url: str) -> None:
     """An index names the place of its images, which is anywhere; but not on the machine of whoever downloads it."""
     if location is None:
         return
-    if not is_one_line(location):
-        raise DataError(f"{redact(url)}: location: {location!a} has characters that are not printable; correct it")
     if is_remote(url) and not is_remote(location):
         raise DataError(
             f"{redact(url)}: location: {location} is a folder of this machine, and the manifest is not; give a URL, or "
@@ -261,18 +257,12 @@ def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
 def _read(url: str, kind: type[AnyManifest]) -> bytes:
     """The manifest's text. Raises DataError where there is none, or no regular file, or one that is too large."""
     try:
-        if is_remote(url):
-            return read_bytes(url, limit=MAX_MANIFEST_BYTES)
-        return read_plain_file(local_path(url), MAX_MANIFEST_BYTES)
+        return read_bytes(url, limit=MAX_MANIFEST_BYTES)
     except ObjectMissing as error:
-        raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
-    except FileNotFoundError:
+        if is_remote(url):
+            raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
         fix = f"did you mean {meant}?" if (meant := meant_url(url)) else f"make it with `{kind.MADE_BY}`"
         raise DataError(f"{url} does not exist; {fix}") from None
-    except UntrustedError as error:
-        raise DataError(f"cannot read {url}: {error}; restore it, or run `{kind.MADE_BY}` again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {url} ({error.strerror}); check the path and its permissions") from None
 
 
 def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:

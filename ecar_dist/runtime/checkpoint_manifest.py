@@ -14,8 +14,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record, UntrustedError, parse_json, printable, validate_record
-from ecar_dist.storage.untrusted import plain_name as plain
+from ecar_dist.storage.untrusted import (
+    MAX_JSON_BYTES,
+    Record,
+    UntrustedError,
+    parse_object,
+    plain_name,
+    printable,
+    validate_record,
+)
 
 SCHEMA = "ecar-checkpoint-v2"
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
@@ -40,7 +47,7 @@ class Piece(NamedTuple):
 
 
 def _weights_name(name: str) -> str:
-    if not plain(name).endswith(".safetensors"):
+    if not plain_name(name).endswith(".safetensors"):
         raise UntrustedError(f"{name} is not named *.safetensors")
     return name
 
@@ -197,9 +204,7 @@ def parse_manifest(text: bytes) -> Manifest:
     """
     if len(text) > MAX_MANIFEST_BYTES:
         raise UntrustedError(f"it has {len(text):,} bytes, at most {MAX_MANIFEST_BYTES:,} are read")
-    tree = parse_json(text)
-    if not isinstance(tree, dict):
-        raise UntrustedError(f"it holds a JSON {type(tree).__name__}, not an object")
+    tree = parse_object(text)
     if tree.get("schema") != SCHEMA:
         raise OtherSchemaError(
             f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r}; use the "

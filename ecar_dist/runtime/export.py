@@ -25,7 +25,7 @@ from ecar_dist.runtime.run_directory import RunDirectory
 from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.storage.redaction import redact_tree
-from ecar_dist.storage.untrusted import UntrustedError, parse_json, read_plain_file
+from ecar_dist.storage.untrusted import UntrustedError, parse_object, read_plain_file
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,10 +160,7 @@ def _facts(
 def _scores(directory: RunDirectory) -> dict[str, Any] | None:
     path = directory.path / "scores.json"
     try:
-        scores = parse_json(read_plain_file(path, MAX_SCORES_BYTES))
-        if not isinstance(scores, dict):
-            raise UntrustedError(f"it holds a JSON {type(scores).__name__}, not an object")
-        return scores
+        return parse_object(read_plain_file(path, MAX_SCORES_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, UntrustedError) as error:

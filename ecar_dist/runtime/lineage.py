@@ -67,6 +67,8 @@ _ENTRIES = TypeAdapter(list[AttemptEntry])
 
 
 class LineageFile:
+    """lineage.json at `path`, and its copy beside it."""
+
     def __init__(self, path: Path) -> None:
         self.path, self.copy = path, path.with_name(f".{path.name}.copy")
 

@@ -106,8 +106,7 @@ def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int 
 
 def _read_file(path: Path, limit: int | None) -> bytes:
     try:
-        with open_plain_file(path) as file:
-            _check_size(str(path), os.fstat(file.fileno()).st_size, limit)
+        with open_plain_file(path, limit) as file:
             return file.read()
     except UntrustedError as error:
         raise DataError(f"cannot read {path}: {error}; restore it") from None

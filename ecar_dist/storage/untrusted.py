@@ -60,11 +60,10 @@ def read_plain_file(path: Path, limit: int) -> bytes:
     Raises UntrustedError for anything that is not a regular file (a pipe is not waited for) and for a larger file,
     OSError where it cannot be read.
     """
-    with open_plain_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
-    if size > limit or len(content) > limit:  # it may have grown since its size was looked up
-        raise UntrustedError(f"it has {max(size, len(content)):,} bytes, at most {limit:,} are read")
+    with open_plain_file(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # it has grown since its size was looked up
+        raise _too_large(len(content), limit)
     return content
 
 
@@ -75,13 +74,24 @@ def read_tail(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def open_plain_file(path: Path) -> BinaryIO:
-    """A regular file, open for reading. Raises UntrustedError for anything else (a pipe is not waited for), OSError."""
+def open_plain_file(path: Path, limit: int | None = None) -> BinaryIO:
+    """A regular file of at most `limit` bytes, open for reading.
+
+    Raises UntrustedError for anything else (a pipe is not waited for), OSError where it cannot be opened.
+    """
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
         file.close()
         raise UntrustedError("it is not a regular file")
+    if limit is not None and found.st_size > limit:
+        file.close()
+        raise _too_large(found.st_size, limit)
     return file
+
+
+def _too_large(size: int, limit: int) -> UntrustedError:
+    return UntrustedError(f"it has {size:,} bytes, at most {limit:,} are read")
 
 
 def parse_json(text: bytes, *, foreign: bool = False) -> Any:
@@ -111,11 +121,17 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
     return value
 
 
-def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
-    """The record in a JSON document. Raises UntrustedError naming the first field that breaks the schema."""
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object in a document, whatever is in it. Raises UntrustedError."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
+    """The record in a JSON document. Raises UntrustedError naming the first field that breaks the schema."""
+    parse_object(text)
     return validate_record(text, model)
 
 
@@ -147,8 +163,7 @@ def parse_objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         with contextlib.suppress(UntrustedError):
-            if isinstance(tree := parse_json(line), dict):
-                found.append(tree)
+            found.append(parse_object(line))
     return found
 
 

@@ -69,9 +69,7 @@ def _windows(path: Path) -> list[Window]:
 def _read(path: Path) -> tuple[list[Window], int]:
     """The windows, and the number of damaged lines but for a last one that was cut by a kill, and never acted on."""
     windows, damaged = [], 0
-    with open_plain_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
-            raise UntrustedError(f"it has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+    with open_plain_file(path, MAX_FILE_BYTES) as file:
         while line := file.readline(MAX_LINE_BYTES):
             try:
                 window = window_in(line)

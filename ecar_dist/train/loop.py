@@ -65,14 +65,13 @@ class Training:
 def train(run: Training, progress: Progress) -> Progress:
     """Train from `progress` to the end, a stop signal, or data that fail: whichever, the last step is committed."""
     config, batch, saved, due = run.config, run.config.batch.global_batch_size, progress, False
-    shares_checked = False
+    first_step = progress.step + 1
     run.stop.defer()
     while progress.samples_seen < config.train.total_samples and (batches := next_batches(run, progress.step + 1)):
         begun, progress = progress, Progress(progress.samples_seen + batch, progress.step + 1)
         result = None
-        if not shares_checked:
+        if progress.step == first_step:
             check_shares(run.world, run.loader, batches, begun.samples_seen, batch)
-            shares_checked = True
         if run.bad_steps.passes_over(progress.step):
             run.bad_steps.pass_over()
             run.engine.set_optimizer_step(progress.step)

@@ -50,9 +50,9 @@ def open_codec_by_spec(
     spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
     """`dct-f8`, `dct-f32`, or folder or hub name of a KL or DC autoencoder. Raises ConfigError as `open_codec` does."""
-    known = [f"dct-f{downsample}" for downsample in KEPT_SIDE]
+    known = {f"dct-f{downsample}": downsample for downsample in KEPT_SIDE}
     if spec in known:
-        return DctCodec(list(KEPT_SIDE)[known.index(spec)], torch.device(device))
+        return DctCodec(known[spec], torch.device(device))
     if spec.lower().startswith("dct") and "/" not in spec and not Path(spec).exists():
         raise ConfigError(
             f"--vae {spec} is not known; give {', '.join(known)}, or folder or hub name of an autoencoder"
