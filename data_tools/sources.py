@@ -52,7 +52,7 @@ class ClassFolders:
 
     location: str  # absolute path or URL of the folder that holds the class directories
     classes: dict[str, list[FoundFile]]
-    left_out: Counter[str]  # files that are no images, by extension
+    left_out: Counter[str]  # files that are not images, by extension
     empty: list[str]  # class directories without an image
     notes: list[str] = field(default_factory=list)  # what a user may not have meant
 
@@ -295,7 +295,7 @@ def _match_tars(text: str, transfer: Transfer) -> Tars:
     ordered = sorted(files, key=lambda file: file.name)
     twice = next((a.name for a, b in itertools.pairwise(ordered) if a.name == b.name), None)
     if twice:
-        raise DataError(f"{text} names {twice} twice; mend the pattern")
+        raise DataError(f"{text} names {twice} twice; fix the pattern")
     return Tars(location, ordered)
 
 

@@ -1,4 +1,4 @@
-"""How every command ends: what it could not do is one line on stderr, and its exit status says who can mend it."""
+"""How every command ends: what it could not do is one line on stderr, and its exit status says who can fix it."""
 
 from __future__ import annotations
 

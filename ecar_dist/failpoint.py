@@ -40,7 +40,7 @@ def faults_on_purpose() -> str | None:
         if not _POINT.fullmatch(point):
             raise ConfigError(
                 f"ECAR_FAILPOINT: {point!r} is not SITE[:rank=R][:step=S][:nth=N]:ACTION with one of the actions "
-                f"{', '.join(ACTIONS)}; mend it, or unset it"
+                f"{', '.join(ACTIONS)}; fix it, or unset it"
             )
     return f"warning: faults will strike in this run on purpose (ECAR_FAILPOINT={points}); unset it to train"
 

@@ -7,7 +7,7 @@
 #                       "${SRUN[@]}" --ntasks=1 "${INSIDE[@]}" "${BIN}ecar-data" encode ...
 #   here COMMAND    runs a command on this node alone, in the container if there is one
 #   say TEXT        a line with the time, for whoever reads the job's log
-#   die TEXT        the same on stderr, and the end of the script: status 1, a person must mend something
+#   die TEXT        the same on stderr, and the end of the script: status 1, a person must fix something
 
 # module load cuda/13.0                        # where the site keeps its software in modules
 # export NCCL_SOCKET_IFNAME=ib0                # where NCCL picks the wrong network

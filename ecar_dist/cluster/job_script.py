@@ -37,7 +37,7 @@ def parse_option(text: str) -> tuple[str, str]:
     """Name and value of one long option of sbatch. Raises ConfigError for anything else."""
     match = _LONG_OPTION.fullmatch(text)
     if match is None or not text.isprintable():
-        raise ConfigError(f"--sbatch={printable(text)} is no long option; give one such as --sbatch=--partition=gpu")
+        raise ConfigError(f"--sbatch={printable(text)} is not a long option; give one such as --sbatch=--partition=gpu")
     return match[1], match[2] or ""
 
 

@@ -34,7 +34,7 @@ def submitted_lines(submission: Submission, jobs: Mapping[str, str]) -> list[str
         f"stop           scancel {' '.join(jobs.values())}",
     ]
     if len(submission.steps) > 1:
-        lines.append("a failure cancels what waits for it; mend the cause and give the same command: it goes on there")
+        lines.append("a failure cancels what waits for it; fix the cause and give the same command: it goes on there")
     return lines
 
 

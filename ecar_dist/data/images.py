@@ -55,7 +55,7 @@ class _Encoded:
 
 
 class ImageDecoder(ABC):
-    """A bad image never spoils another one, and leaves the decoder usable.
+    """A bad image never affects another one, and leaves the decoder usable.
 
     `keys` name the images in messages, by their `str`.
     """

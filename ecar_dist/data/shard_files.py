@@ -67,7 +67,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     except OSError as error:
         raise _unreadable(path, error) from None
     if size != entry.bytes:
-        raise ShardDamaged(f"shard {path} has {size} bytes, the manifest says {entry.bytes}; {_mend(path)}")
+        raise ShardDamaged(f"shard {path} has {size} bytes, the manifest says {entry.bytes}; {_fix(path)}")
 
 
 def check_presence(folder: str | Path, entries: Sequence[ShardEntry]) -> None:
@@ -96,14 +96,14 @@ def map_open_file(file: BinaryIO, path: Path, entry: ShardEntry) -> ProvenMap:
     """As `map_verified`, of an open file. Raises OSError where it cannot be read."""
     before = os.fstat(file.fileno())
     if before.st_size != entry.bytes:
-        raise ShardDamaged(f"shard {path} has {before.st_size} bytes, the manifest says {entry.bytes}; {_mend(path)}")
+        raise ShardDamaged(f"shard {path} has {before.st_size} bytes, the manifest says {entry.bytes}; {_fix(path)}")
     found = hash_file(file)
     mapped = ProvenMap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.path, mapped.stamp = str(path), _stamp(before)
     if found != entry.xxh3_128:
         raise ShardDamaged(
             f"shard {path} has xxh3_128 {found}, the manifest says {entry.xxh3_128}, "
-            f"{describe_damage(mapped)}; {_mend(path)}"
+            f"{describe_damage(mapped)}; {_fix(path)}"
         )
     return mapped
 
@@ -127,8 +127,8 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read shard {path} ({error.strerror}), the manifest lists it; {_mend(path)}")
+    return DataError(f"cannot read shard {path} ({error.strerror}), the manifest lists it; {_fix(path)}")
 
 
-def _mend(path: Path) -> str:
+def _fix(path: Path) -> str:
     return f"restore the file, or delete {path.with_suffix('').name}.* there and run the command that made it again"

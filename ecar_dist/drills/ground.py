@@ -69,7 +69,7 @@ class Ground:
             ended = job.end()
         if ended.status != 0:
             raise TrainingError(
-                f"the quiet run of the drills ended with status {ended.status}: {last_words(ended.text)}; mend that "
+                f"the quiet run of the drills ended with status {ended.status}: {last_words(ended.text)}; fix that "
                 f"first (log: {self.folder / 'logs/quiet-1.txt'})"
             )
         metrics, newest = trial.metrics(), committed(trial.checkpoints)[0]

@@ -19,7 +19,7 @@ import xxhash
 
 from ecar_dist.errors import CheckpointError, DataError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint_download import bring
+from ecar_dist.runtime.checkpoint_download import download_file
 from ecar_dist.runtime.checkpoint_files import (
     MANIFEST,
     MARKER,
@@ -88,7 +88,7 @@ class BucketPlace:
         for file in filter(needed, manifest.files):
             url, path = join(self._url, f"{name}/{file.name}"), path_inside(folder, file.name)
             with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
-                bring(url, file, path, self.transfer)
+                download_file(url, file, path, self.transfer)
             _, kinds = open_fragments(folder, manifest, file, "np", kinds)
         return folder
 

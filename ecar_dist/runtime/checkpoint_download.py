@@ -22,7 +22,7 @@ _RANGE = 16 << 20  # bytes of one request
 _THREADS = 8  # ranges of one file at a time
 
 
-def bring(url: str, wanted: RankFile, path: Path, transfer: Callable[[int], Transfer]) -> None:
+def download_file(url: str, wanted: RankFile, path: Path, transfer: Callable[[int], Transfer]) -> None:
     """Have the file `wanted` of a manifest at `path`; `transfer` is for so many bytes.
 
     Raises DamagedError where the store has none or another, DataError where it is out of reach, CheckpointError where
@@ -39,7 +39,7 @@ def bring(url: str, wanted: RankFile, path: Path, transfer: Callable[[int], Tran
         raise DamagedError(redact(url), f"{wanted.name} has {found} bytes, expected {size}")
     with owned_temporary(path) as (temporary, file):
         _reserve(file, size, path)
-        for _ in range(2):  # what was spoilt on the way comes right the second time
+        for _ in range(2):  # what was corrupted on the way arrives whole the second time
             _fetch_ranges(url, size, file, transfer(size))
             if hash_file(temporary) == wanted.xxh3_128:
                 os.replace(temporary, path)  # no fsync: it is proven again before each use

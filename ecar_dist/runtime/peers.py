@@ -18,7 +18,7 @@ _SOURCE_PLACE = re.compile(r"^\[\S+\]\s*")  # gloo opens with the C++ file it sp
 class RemoteError(Exception):
     """Another rank met an error, and says which: this one ends without a word.
 
-    `again`: the same command may run again as it is, since a rank or a node was lost and nothing has to be mended.
+    `again`: the same command may run again as it is, since a rank or a node was lost and nothing has to be fixed.
     """
 
     def __init__(self, message: str, *, again: bool = False) -> None:

@@ -259,7 +259,7 @@ def _now() -> str:
 def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
     """Raises FruitlessError where this Slurm job was started before from the newest checkpoint of now, and cut short.
 
-    Only of one job, or one chain of jobs: a person who starts again by hand may have mended the cause.
+    Only of one job, or one chain of jobs: a person who starts again by hand may have fixed the cause.
     """
     now, earlier = attempts[-1], attempts[-1 - MAX_FRUITLESS : -1]
     job, step = _submitted_as(now), now.get("newest_step")

@@ -42,7 +42,7 @@ class TimeBudget:
         return {name: self.share(seconds) for name, seconds in self.phases.items()}
 
     def verdict(self) -> str:
-        """What to mend first. "compute-bound" is what remains: computing, and talking between ranks."""
+        """What to fix first. "compute-bound" is what remains: computing, and talking between ranks."""
         shares = self.shares()
         if self.slow:
             return f"rank {self.slow.rank} is {self.slow.ratio:.1f}x slower than the median rank ({self.slow.part})"

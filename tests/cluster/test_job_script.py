@@ -55,7 +55,7 @@ def test_options_as_words():
 
 @pytest.mark.parametrize("text", ["-pgpu", "partition=gpu", "--", "--x y", "--a=1\n#SBATCH --b"])
 def test_what_is_no_long_option_is_refused(text):
-    with pytest.raises(ConfigError, match="is no long option"):
+    with pytest.raises(ConfigError, match="is not a long option"):
         parse_option(text)
 
 

@@ -113,7 +113,7 @@ def test_a_range_of_nodes(submit, slurm, tmp_path):
         (["batch.global_batch_size=24"], "24 is no multiple of micro_batch_size x ranks a node x nodes = 4 x 2 x 2"),
         (["batch.global_batch_size=24", "--min-nodes", "1"], "x nodes = 4 x 2 x 2; use"),
         (["--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
-        (["--sbatch=-pgpu"], "is no long option"),
+        (["--sbatch=-pgpu"], "is not a long option"),
         (["--sbatch=--nodes=3"], "contradicts the plan; say it with --nodes"),
         (["--scripts", "here"], "no train.sbatch and env.sh in here"),
         (["--device", "B9000"], "'B9000' has no known peak"),

@@ -116,7 +116,7 @@ def test_a_folder_to_keep_must_be_new(write_config, tmp_path):
 
 def test_a_quiet_run_that_fails_is_the_users_to_mend(write_config, tree, tmp_path):
     tree["data"]["num_classes"] = 9
-    with pytest.raises(TrainingError, match=r"quiet run .*: ecar-dist: data\.num_classes=9.*; mend that first \(log: "):
+    with pytest.raises(TrainingError, match=r"quiet run .*: ecar-dist: data\.num_classes=9.*; fix that first \(log: "):
         run_drills(["nan"], write_config(), keep=tmp_path / "kept", ranks=1)
 
 
