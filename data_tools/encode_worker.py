@@ -72,7 +72,7 @@ class EncodeWorker:
         return ShardContent(first_row, straight, labels, mirrored if plan.has_flip else None, missing)
 
     def close(self) -> None:
-        """End the reading ahead, and with it the images: their reads insist for minutes."""
+        """End the reading ahead, and with it the images: their reads retry for minutes."""
         self._images.close()
         self._ahead.end(PATIENCE)  # a decoder in the middle of its work must not meet the interpreter's end
 

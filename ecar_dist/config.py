@@ -20,9 +20,8 @@ from ecar_dist.config_model import (
     Section,
 )
 from ecar_dist.errors import ConfigError
-from ecar_dist.storage.bounded_yaml import CONTROL_CHARACTER
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.untrusted import is_one_line
+from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
 
 
 def _one_line(value: str) -> str:

@@ -22,7 +22,6 @@ from ecar_dist.runtime.lineage import MAX_LINEAGE_BYTES
 from ecar_dist.runtime.run_directory import LOCK_NAME, RunDirectory
 from ecar_dist.storage.untrusted import UntrustedError, parse_json, printable, read_plain_file
 
-MAX_CONFIG_BYTES = 1 << 20
 _OWNER = re.compile(r"process ([1-9]\d{0,8}) on ([^\s,]{1,255})")
 _JOB = re.compile(r"\d{1,12}(_\d{1,8})?")
 _JOB_LOGS = re.compile(r"job-(\d{1,12})")
@@ -123,9 +122,9 @@ class _Reading:
         path = self._record.directory.config
         if not path.exists():  # a run that was only submitted has it with its job
             path = max(self._path.glob("jobs/*/config.yaml"), default=path, key=_number_of_folder)
-        with self._noting(path):
-            read_plain_file(path, MAX_CONFIG_BYTES)
-            self._record.config = load_config(path)
+        if path.exists():
+            with self._noting(path):
+                self._record.config = load_config(path)
 
     def attempts(self) -> None:
         path = self._record.directory.lineage

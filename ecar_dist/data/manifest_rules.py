@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, Field
 
 from ecar_dist.data.tar_index import BLOCK
-from ecar_dist.storage.untrusted import Record, UntrustedError, plain_name, printable, relative_name
+from ecar_dist.storage.untrusted import CONTROL_CHARACTER, Record, UntrustedError, plain_name, printable, relative_name
 
 MAX_ROWS = 10**12  # keys have 12 digits
 MAX_BYTES = 1 << 53
 MAX_SIDE = 1 << 16
 MAX_MOMENTS = 1 << 31  # values of one sample
 MAX_TEXT = 4096  # characters of a name or place
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _Entry(Protocol):
@@ -45,10 +43,8 @@ def visible(text: str) -> str:
     """A text for people: MAX_TEXT characters at most, none that a terminal would obey. Raises UntrustedError."""
     if len(text) > MAX_TEXT:
         raise UntrustedError(f"it has {len(text):,} characters, at most {MAX_TEXT:,} are read")
-    if _CONTROL.search(text):
-        raise UntrustedError(f"{printable(repr(text), 80)} has control characters")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON of other makers cannot hold it
-        raise UntrustedError(f"{printable(repr(text), 80)} is not UTF-8")
+    if CONTROL_CHARACTER.search(text):
+        raise UntrustedError(f"{printable(repr(text), 80)} has control characters or is not UTF-8")
     return text
 
 

@@ -96,7 +96,8 @@ class CheckpointPlace(Protocol):
     def sweep(self, keep: set[str]) -> None:
         """Remove all other checkpoints, and what was left half-made; a reader sees each whole, or not at all.
 
-        What is not named as we name it stays, and so does a checkpoint that another version may read.
+        What is not named as we name it stays, and so does a checkpoint that cannot be read now, or that another
+        version may read.
         """
 
     def free_bytes(self) -> int | None:

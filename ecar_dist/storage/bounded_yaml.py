@@ -12,14 +12,13 @@ from typing import Any
 import yaml
 
 from ecar_dist.storage.redaction import redact_text
-from ecar_dist.storage.untrusted import UntrustedError, printable
+from ecar_dist.storage.untrusted import CONTROL_CHARACTER, UntrustedError, printable
 
 MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used; a config has about 150
 LONG_TEXT = 64  # characters of a text that count as one value more
 MAX_DEPTH = 32
 INTEGER_LIMIT = 1 << 63
 LONGEST_NUMBER = 100  # characters; base 60 (`1:59:59`) takes the square of its length
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 

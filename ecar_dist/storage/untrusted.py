@@ -28,6 +28,8 @@ from ecar_dist.storage.redaction import redact_text
 MAX_JSON_BYTES = 64 << 20  # the manifest of a checkpoint with 100,000 files or parameters has about 15 MiB
 MAX_JSON_DEPTH = 32
 MAX_NAME_BYTES = 1024  # S3's own bound for a key
+# what a terminal obeys, what ends a line, and lone surrogates, which are not UTF-8
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # what `isprintable` refuses and file names have: spaces of all widths (macOS writes them), joiners and tags of emoji,
