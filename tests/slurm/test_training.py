@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 SLOW = "train.step:delay=0.8"
-SLEEPY = ",".join(f"train.step:step={step}:delay=9" for step in range(3, 9))  # 54 s, in which any signal is soon heeded
+SLEEPY = ",".join(f"train.step:step={step}:delay=9" for step in range(3, 11))  # 72 s: longer than the time limit
 GOES_ON = [one for one in ENDED if one != "FAILED"]  # between a script's own exit and its requeue Slurm says FAILED
 
 
@@ -98,7 +98,7 @@ def site(cluster, make_tree, tmp_path_factory):
     cluster.hide("n5", latents)
     fates = Fates(site)
     limited = ["--time=1", "--signal=B:USR1@5"]  # Slurm looks every 30 s: the warning comes 25 to 55 s after the start
-    site.submit("limited", 1, 1, "train.total_samples=128", options=limited, ECAR_FAILPOINT=SLEEPY)
+    site.submit("limited", 1, 1, "train.total_samples=160", options=limited, ECAR_FAILPOINT=SLEEPY)
     fates.befalls("limited", 1, lambda: submit_the_others(site, fates))
     fates.thread.start()
     assert site.all_submitted.wait(120), site.log("limited")
@@ -112,7 +112,7 @@ def site(cluster, make_tree, tmp_path_factory):
 def submit_the_others(site, fates):
     """Not before the limited job runs: they would take the processors, and its time would be up before it began."""
     cluster = site.cluster
-    site.submit("second", 1, 1, "train.total_samples=128", run="limited")
+    site.submit("second", 1, 1, "train.total_samples=160", run="limited")
     site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=SLOW)
     site.submit("pair", 2, 1)
     site.submit("blind", 2, 1, options=["--exclude=n[1-2,4,7]"])
@@ -193,7 +193,7 @@ def test_a_time_limit_is_no_end(site):
     assert ends == ["signal"] * int(job["Restarts"]) + ["done"]
     assert len(ends) > 1
     # that another job tried its directory did no harm
-    assert [line["step"] for line in site.metrics("limited")] == list(range(1, 9))
+    assert [line["step"] for line in site.metrics("limited")] == list(range(1, 11))
 
 
 def test_one_agent_of_torchrun_a_node(site):
