@@ -18,12 +18,12 @@ from ablation_report import plot, report
 from digits import IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, side_by_side
 from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.images import read_images
 from ecar_dist.flow.solvers import CALLS_PER_STEP
 from ecar_dist.plan.kinds import sampling_macs
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.vae.pixels import from_pixels
 
 GUIDANCE = 1.0  # none: it trades variance for distance, and variance is what is looked at

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rounds
 
-from ecar_dist.config import CheckpointSection, RunConfig
-from ecar_dist.config_file import config_from_dict
-from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress
-from ecar_dist.runtime.checkpoint_load import state_by_kind
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.config.run import CheckpointSection, RunConfig
+from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.load import state_by_kind
+from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.world import World, start_world, stop_world

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rounds
 
-from ecar_dist.data.images import open_decoder
+from ecar_dist.data.images.decode import open_decoder
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # an average picture of ImageNet
 IMAGE_SIZE = 256

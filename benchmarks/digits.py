@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.images import read_images, reconstruct
 from ecar_dist.evaluate.score import LabelledImages, Scorer
 from ecar_dist.plan.kinds import parameter_count, sampling_macs, training_macs
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
 from ecar_dist.sample.load import TrainedModel, open_trained
 from ecar_dist.vae.build import open_codec

@@ -40,7 +40,7 @@ def start_up(work: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def held_while_reading(work: Path) -> float:
     """Bytes per sample that the loader holds once every shard has been touched: a whole set against half of it."""
-    from ecar_dist.data.manifest import load_manifest
+    from ecar_dist.data.shards.manifest import load_manifest
 
     whole, half = work / "ours", work / "ours_half"
     manifest = load_manifest(whole)
@@ -50,7 +50,7 @@ def held_while_reading(work: Path) -> float:
 
 
 def write_hollow_set(folder: Path, size: int) -> None:
-    from ecar_dist.data.manifest import LatentEntry, Manifest, write_manifest
+    from ecar_dist.data.shards.manifest import LatentEntry, Manifest, write_manifest
 
     folder.mkdir()
     entries = []
@@ -65,7 +65,7 @@ def write_hollow_set(folder: Path, size: int) -> None:
 
 def write_part_of_set(whole: Path, part: Path, shards: int) -> None:
     """A finished set of the first `shards` shards of another one, without copies."""
-    from ecar_dist.data.manifest import load_manifest, write_manifest
+    from ecar_dist.data.shards.manifest import load_manifest, write_manifest
 
     manifest = load_manifest(whole)
     part.mkdir()

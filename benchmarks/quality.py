@@ -15,7 +15,7 @@ from typing import Any
 import rounds
 from digits import ROOT, Draw, Run, measure, parser, prepare, side_by_side, train
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.plan.kinds import training_macs
 
 KINDS = {

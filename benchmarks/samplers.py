@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.plan.kinds import calls_per_stage, sampling_macs
@@ -35,7 +35,7 @@ class Contender:
 
 
 CONTENDERS = {
-    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config_model.py
+    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config/model.py
     "dit, 250 steps": Contender("dit", 1, "euler", 250),
     "dit, 50 steps": Contender("dit", 1, "euler", 50),
 }

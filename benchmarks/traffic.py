@@ -29,7 +29,7 @@ def planned_traffic(nodes: tuple[int, ...]) -> dict[int, float]:
 
     1 where every shard goes to one node only. Each node is assumed to keep what it fetched for the epoch.
     """
-    from ecar_dist.data.stream import SampleStream
+    from ecar_dist.data.order.stream import SampleStream
 
     counts = [contenders.SHARD_SAMPLES] * PLANNED_SHARDS
     fetched = {}

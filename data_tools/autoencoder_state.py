@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from data_tools.failures import ERRORS_NAME
+from data_tools.encode.failures import ERRORS_NAME
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write, sync_to_disk
 from ecar_dist.storage.untrusted import parse_json

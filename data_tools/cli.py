@@ -80,11 +80,11 @@ def _add_source(command: argparse.ArgumentParser, also: str = "") -> None:
 
 
 def _add_index(commands: Commands) -> None:
-    _add_source(_command(commands, "index", "index:index", "say where each image of a source lies; copies nothing"))
+    _add_source(_command(commands, "index", "images.index:index", "say where each image of a source lies; copies nothing"))
 
 
 def _add_shard(commands: Commands) -> None:
-    command = _command(commands, "shard", "shard:shard", "images -> image shards of our own, each image decoded once")
+    command = _command(commands, "shard", "images.shard:shard", "images -> image shards of our own, each image decoded once")
     _add_source(command, ", or an index, or `digits`")
     command.add_argument("--holdout", type=float, default=0.0, help="share of each class that goes to OUT/heldout")
     command.add_argument("--shuffle", action="store_true", help="mix the images; for training straight from them")
@@ -120,13 +120,13 @@ def _add_train_vae(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    command = _command(commands, "plan", "encode:plan", "settle what encode will make, and print it")
+    command = _command(commands, "plan", "encode.encode:plan", "settle what encode will make, and print it")
     _add_encoding(command)
     command.add_argument("--tasks", type=positive, default=1, help="number of workers there will be")
 
 
 def _add_encode(commands: Commands) -> None:
-    command = _command(commands, "encode", "encode:encode", "images -> latent shards; run again to resume")
+    command = _command(commands, "encode", "encode.encode:encode", "images -> latent shards; run again to resume")
     _add_encoding(command)
     command.add_argument("--task", type=int, default=0, help="this worker's number, from 0")
     command.add_argument("--tasks", type=positive, default=1, help="number of workers")
@@ -185,7 +185,7 @@ def _add_max_bad(command: argparse.ArgumentParser) -> None:
 
 
 def _add_status(commands: Commands) -> None:
-    command = _command(commands, "status", "status:status", "how far an encoding is: shards, rates, time left")
+    command = _command(commands, "status", "encode.status:status", "how far an encoding is: shards, rates, time left")
     command.add_argument("out", type=_local, help="folder of the latent shards")
     command.add_argument("--tasks", type=positive, default=None, help="number of workers: shows the share of each")
 

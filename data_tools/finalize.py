@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.commit import is_committed
-from data_tools.encode_plan import EncodePlan, read_plan
-from data_tools.failures import ERRORS_NAME, MAX_BAD, FailureTally
-from data_tools.markers import Marker, read_marker
+from data_tools.encode.commit import is_committed
+from data_tools.encode.failures import ERRORS_NAME, MAX_BAD, FailureTally
+from data_tools.encode.markers import Marker, read_marker
+from data_tools.encode.plan import EncodePlan, read_plan
 from data_tools.moments_statistics import combine
-from ecar_dist.data.images import RESIZES
-from ecar_dist.data.manifest import LatentEntry, Manifest, write_manifest
+from ecar_dist.data.images.decode import RESIZES
+from ecar_dist.data.shards.manifest import LatentEntry, Manifest, write_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX
 from ecar_dist.vae.codec import EncoderIdentity

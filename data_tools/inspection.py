@@ -12,12 +12,12 @@ from PIL import Image
 
 from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
-from ecar_dist.data.image_shards import ImageRecord, ImageShards
-from ecar_dist.data.images import ImageDecoder, PilDecoder
-from ecar_dist.data.manifest import ImageManifest, Manifest, ShardEntry, load_manifest, schema_of
-from ecar_dist.data.shard_files import describe_shard
-from ecar_dist.data.shards import open_latent_shard
-from ecar_dist.data.tar_index import index_tar, write_dali_index
+from ecar_dist.data.images.decode import ImageDecoder, PilDecoder
+from ecar_dist.data.images.shards import ImageRecord, ImageShards
+from ecar_dist.data.shards.files import describe_shard
+from ecar_dist.data.shards.manifest import ImageManifest, Manifest, ShardEntry, load_manifest, schema_of
+from ecar_dist.data.shards.read import open_latent_shard
+from ecar_dist.data.shards.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import naming
 from ecar_dist.storage.redaction import redact

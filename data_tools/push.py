@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.progress import progress
-from ecar_dist.data.image_names import NAMES_SUFFIX
-from ecar_dist.data.manifest import (
+from ecar_dist.data.images.names import NAMES_SUFFIX
+from ecar_dist.data.shards.files import check_presence, local_folder, map_verified
+from ecar_dist.data.shards.manifest import (
     MANIFEST_NAME,
     ImageEntry,
     ImageManifest,
@@ -23,7 +24,6 @@ from ecar_dist.data.manifest import (
     load_manifest,
     write_manifest,
 )
-from ecar_dist.data.shard_files import check_presence, local_folder, map_verified
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact

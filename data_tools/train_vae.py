@@ -16,15 +16,15 @@ import torch
 from torch.nn import functional
 
 from data_tools.autoencoder_state import Training, TrainingFolder
-from data_tools.encode import resolve_device
-from data_tools.failures import ERRORS_NAME, MAX_BAD, FailureTally
-from data_tools.markers import Failure
+from data_tools.encode.encode import resolve_device
+from data_tools.encode.failures import ERRORS_NAME, MAX_BAD, FailureTally
+from data_tools.encode.markers import Failure
 from data_tools.progress import progress
-from ecar_dist.data.image_formats import background_name, parse_background
-from ecar_dist.data.image_names import readable
-from ecar_dist.data.image_shards import ImageRecord, ImageShards
-from ecar_dist.data.images import ImageDecoder, open_decoder
-from ecar_dist.data.order import sample_indices
+from ecar_dist.data.images.decode import ImageDecoder, open_decoder
+from ecar_dist.data.images.formats import background_name, parse_background
+from ecar_dist.data.images.names import readable
+from ecar_dist.data.images.shards import ImageRecord, ImageShards
+from ecar_dist.data.order.lanes import sample_indices
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.pixels import from_pixels
 from ecar_dist.vae.pretrained import NORM_GROUPS, new_autoencoder

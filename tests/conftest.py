@@ -92,7 +92,7 @@ def train_on_ranks(ranks, config, *overrides):
 
 
 def read_metrics(config, *overrides):
-    from ecar_dist.config_file import load_config
+    from ecar_dist.config.read import load_config
 
     path = load_config(config, overrides).run_directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]

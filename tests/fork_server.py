@@ -25,9 +25,9 @@ CONTEXT.set_forkserver_preload(
         "ecar_dist.sample.preview",
         "ecar_dist.train.loop",
         "ecar_dist.train.start",
-        "tests.data.test_shard_cache",
+        "tests.data.shards.test_cache",
         "tests.data_tools.workers",
-        "tests.runtime.test_checkpoint_crash",
+        "tests.runtime.checkpoint.test_crash",
     ]
 )
 STREAMS = ("stdout", "stderr")

@@ -18,11 +18,11 @@ from PIL import Image
 
 from ecar_dist.cli import main
 from ecar_dist.commands.training import on_record
-from ecar_dist.data.manifest import load_manifest, write_manifest
-from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
-from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.data.shards.manifest import load_manifest, write_manifest
+from ecar_dist.data.shards.read import open_latent_shard
+from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError, FruitlessError, NodeError
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.runtime.checkpoint.files import committed
 from tests.conftest import read_metrics, start_ranks, train_on_ranks, write_yaml
 from tests.fork_server import run_forked
 

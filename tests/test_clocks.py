@@ -10,15 +10,15 @@ ALLOWED = {
     "ecar_dist/cluster/liveness.py": {"time.time", "st_mtime"},  # `status`: how long a run has been silent, for people
     "ecar_dist/cluster/run_record.py": {"st_mtime"},  # `status`: when something was written down
     "ecar_dist/cluster/status.py": {"time.time", "st_mtime"},  # `status`: ages
-    "ecar_dist/data/shard_files.py": {"st_mtime_ns"},  # the same, of a mapped shard
-    "ecar_dist/data/shard_cache.py": {"st_mtime_ns"},  # whether a file is still the one that was proven
+    "ecar_dist/data/shards/files.py": {"st_mtime_ns"},  # the same, of a mapped shard
+    "ecar_dist/data/shards/cache.py": {"st_mtime_ns"},  # whether a file is still the one that was proven
     "ecar_dist/drills/table.py": {"datetime.datetime.now"},  # the date of a result
-    "ecar_dist/runtime/event_file.py": {"time.time"},  # TensorBoard's own axis of wall time
-    "ecar_dist/runtime/run_directory.py": {"datetime.datetime.now"},  # when an attempt began and ended, for its record
-    "ecar_dist/runtime/watchdog.py": {"st_mtime"},  # which reports are old enough to go
+    "ecar_dist/runtime/run/event_file.py": {"time.time"},  # TensorBoard's own axis of wall time
+    "ecar_dist/runtime/run/directory.py": {"datetime.datetime.now"},  # when an attempt began and ended, for its record
+    "ecar_dist/runtime/watchdog/watchdog.py": {"st_mtime"},  # which reports are old enough to go
     "ecar_dist/runtime/world.py": {"time.time"},  # the clock that the preflight compares between nodes
     "ecar_dist/train/goodput.py": {"time.time"},  # a share of the time since the first attempt
-    "data_tools/status.py": {"time.time", "st_mtime"},  # rates, to be looked at
+    "data_tools/encode/status.py": {"time.time", "st_mtime"},  # rates, to be looked at
 }
 
 

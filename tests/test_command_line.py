@@ -12,7 +12,7 @@ import pytest
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
 from ecar_dist.command_line import counted, not_negative, positive, run_command, say
-from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
+from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 

@@ -11,9 +11,7 @@ LAYERS = [
     {"failpoint"},
     {"storage"},
     {"command_line"},
-    {"config_model"},
     {"config"},
-    {"config_file"},
     {"rng", "averaging"},
     {"flow"},
     {"models", "vae", "data"},
@@ -27,9 +25,9 @@ HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/world.py"},
     "diffusers": {"ecar_dist/vae/pretrained.py"},
-    "nvidia": {"ecar_dist/data/dali.py"},
+    "nvidia": {"ecar_dist/data/images/dali.py"},
     "fsspec": {"ecar_dist/storage/remote.py"},
-    "webdataset": {"data_tools/shard.py"},
+    "webdataset": {"data_tools/images/shard.py"},
 }
 FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))
 
@@ -92,12 +90,12 @@ def test_no_long_functions():
 # Who parses JSON without `storage/untrusted.py`, and why that does no harm.
 OWN_JSON = {
     "ecar_dist/storage/untrusted.py": "the one door",
-    "ecar_dist/runtime/watchdog_monitor.py": "standard library only; checks its reports by hand",
+    "ecar_dist/runtime/watchdog/monitor.py": "standard library only; checks its reports by hand",
     "ecar_dist/vae/codec.py": "of a tree that the door has parsed, or of our own",
     "ecar_dist/drills/fault_proxy.py": "what the drill itself has sent it",
     "ecar_dist/drills/object_store.py": "what the drill's own proxy answers",
-    "ecar_dist/runtime/drift.py": "a round trip of the config at hand",
-    "ecar_dist/runtime/checkpoint.py": "a round trip of the notes at hand",
+    "ecar_dist/runtime/run/drift.py": "a round trip of the config at hand",
+    "ecar_dist/runtime/checkpoint/store.py": "a round trip of the notes at hand",
 }
 PARSERS = {"json.loads", "json.load", "json.JSONDecoder", "pydantic_core.from_json"}
 

@@ -13,8 +13,8 @@ import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import config_from_dict, load_config, shown_config
+from ecar_dist.config.read import config_from_dict, load_config, shown_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.storage.redaction import redact, redact_text, redact_tree, scrub
 from tests.conftest import write_yaml
 from tests.fork_server import run_forked

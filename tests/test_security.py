@@ -20,12 +20,12 @@ import xxhash
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.command_line import run_command
-from ecar_dist.config_file import load_config
-from ecar_dist.data import manifest as manifest_module
-from ecar_dist.data.manifest import MANIFEST_NAME, ShardEntry, load_image_manifest, load_manifest
-from ecar_dist.data.shard_cache import CacheOptions, ShardCache
+from ecar_dist.config.read import load_config
+from ecar_dist.data.shards import manifest as manifest_module
+from ecar_dist.data.shards.cache import CacheOptions, ShardCache
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, load_image_manifest, load_manifest
 from ecar_dist.errors import CheckpointError, ConfigError, DataError
-from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER, marker_of, read_manifest
+from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER, marker_of, read_manifest
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.pretrained import new_autoencoder
 from tests.conftest import read_metrics, start_ranks, train_on_ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.size import usable_counts
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 from ecar_dist.plan.kinds import parameter_count
 from ecar_dist.plan.memory import ModelState, model_state

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ecar_dist.cluster.job_script import SITE_FILE
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
 
 JOB_FILE = "job"  # id of the training job
 STEPS_FILE = "steps"  # of a pipeline, a line each: name of the step, job id

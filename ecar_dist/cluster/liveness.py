@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ecar_dist.cluster.bounded_read import number
 from ecar_dist.cluster.run_record import Owner, RunRecord
-from ecar_dist.runtime.watchdog_place import LONGEST_FACTOR
+from ecar_dist.runtime.watchdog.heartbeat import LONGEST_FACTOR
 
 SILENT_INTERVALS = 5  # without a line for so many times the usual while, a run is silent,
 LEAST_SILENCE = 60.0  # but not for less than so many seconds

@@ -10,8 +10,8 @@ from pathlib import Path
 from ecar_dist.cluster.job_script import Options
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.submission import Step
-from ecar_dist.config import RunConfig
-from ecar_dist.data.manifest import MANIFEST_NAME
+from ecar_dist.config.run import RunConfig
+from ecar_dist.data.shards.manifest import MANIFEST_NAME
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.remote import is_remote, local_path
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ecar_dist.cluster.bounded_read import last_object, number, objects_at_end, word
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import EcarError
-from ecar_dist.runtime.lineage import MAX_LINEAGE_BYTES
-from ecar_dist.runtime.run_directory import LOCK_NAME, RunDirectory
+from ecar_dist.runtime.run.directory import LOCK_NAME, RunDirectory
+from ecar_dist.runtime.run.lineage import MAX_LINEAGE_BYTES
 from ecar_dist.storage.untrusted import UntrustedError, parse_json, printable, read_plain_file
 
 _OWNER = re.compile(r"process ([1-9]\d{0,8}) on ([^\s,]{1,255})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from ecar_dist.cluster.run_record import JobLogs, Note, RunRecord, read_record
 from ecar_dist.cluster.run_state import RUNNING, STARTING, SUBMITTED, began_again, ending, state_of
 from ecar_dist.command_line import counted
 from ecar_dist.errors import ConfigError
-from ecar_dist.runtime.checkpoint_files import MARKER, committed, step_of
+from ecar_dist.runtime.checkpoint.files import MARKER, committed, step_of
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, join, local_path
 from ecar_dist.train.time_budget import SlowRank, TimeBudget

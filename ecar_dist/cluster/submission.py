@@ -19,9 +19,9 @@ from ecar_dist.cluster.job_folder import (
 from ecar_dist.cluster.job_script import SITE_FILE, Options, option_words, render
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.slurm import SlurmError, cancel_jobs, live_jobs, submit_script
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.runtime.run_directory import BEFORE_THE_START
+from ecar_dist.runtime.run.directory import BEFORE_THE_START
 
 
 @dataclass(frozen=True)

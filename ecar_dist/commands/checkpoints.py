@@ -11,7 +11,7 @@ from ecar_dist.command_line import positive
 from ecar_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ecar_dist.runtime.checkpoint_place import CheckpointPlace
+    from ecar_dist.runtime.checkpoint.folder import CheckpointPlace
 
 
 def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import DamagedError
+    from ecar_dist.runtime.checkpoint.files import DamagedError
 
     place, names = _committed(parsed.run_directory)
     for name in names:
@@ -56,8 +56,8 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_inspect(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import manifest_as_it_is
-    from ecar_dist.runtime.checkpoint_report import find_checkpoint, inspect_lines
+    from ecar_dist.runtime.checkpoint.files import manifest_as_it_is
+    from ecar_dist.runtime.checkpoint.report import find_checkpoint, inspect_lines
 
     path = find_checkpoint(parsed.run_directory, parsed.step)
     print(json.dumps(manifest_as_it_is(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
@@ -65,15 +65,15 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_diff(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_diff import diff_checkpoints
-    from ecar_dist.runtime.checkpoint_report import find_checkpoint
+    from ecar_dist.runtime.checkpoint.diff import diff_checkpoints
+    from ecar_dist.runtime.checkpoint.report import find_checkpoint
 
     print("\n".join(diff_checkpoints(find_checkpoint(parsed.a), find_checkpoint(parsed.b)).lines))
     return 0
 
 
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint_files import DamagedError
+    from ecar_dist.runtime.checkpoint.files import DamagedError
 
     damaged = 0
     place, names = _committed(parsed.run_directory)
@@ -93,8 +93,8 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
 
 def _committed(run: Path) -> tuple[CheckpointPlace, list[str]]:
     """Where a run's checkpoints lie, and their names, newest first. Raises ConfigError or CheckpointError for none."""
-    from ecar_dist.runtime.checkpoint_place import open_place
-    from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.runtime.checkpoint.folder import open_place
+    from ecar_dist.runtime.run.directory import RunDirectory
 
     place = open_place(RunDirectory(run).load_config(), run)
     names = place.committed()
@@ -104,8 +104,8 @@ def _committed(run: Path) -> tuple[CheckpointPlace, list[str]]:
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.averages import Wanted
-    from ecar_dist.runtime.export import export_run
+    from ecar_dist.runtime.export.averages import Wanted
+    from ecar_dist.runtime.export.write import export_run
     from ecar_dist.sample.parity import parity_report
 
     exported = export_run(

@@ -90,11 +90,11 @@ def sample(parsed: argparse.Namespace) -> int:
 
 @_with_private_cache
 def evaluate(parsed: argparse.Namespace) -> int:
-    from ecar_dist.data.image_formats import parse_background
+    from ecar_dist.data.images.formats import parse_background
     from ecar_dist.evaluate.images import background_of, read_images, reconstruct
     from ecar_dist.evaluate.score import Scorer
-    from ecar_dist.runtime.metrics import log_scores
-    from ecar_dist.runtime.run_directory import RunDirectory
+    from ecar_dist.runtime.run.directory import RunDirectory
+    from ecar_dist.runtime.run.metrics import log_scores
     from ecar_dist.storage.atomic import write_json
 
     trained = _open(parsed)

@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
-from ecar_dist.config_model import GAMMA_EXTREME, GAMMA_SAFE_MARGIN
+from ecar_dist.config.model import GAMMA_EXTREME, GAMMA_SAFE_MARGIN
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 
 KEPT_SHARE = 0.95

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ecar_dist.command_line import AddCommand, positive
 from ecar_dist.commands.run_config import load_run_config
-from ecar_dist.config_file import shown_config
+from ecar_dist.config.read import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.redaction import redact_text
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ecar_dist.cluster.pipeline import Pipeline
     from ecar_dist.cluster.resources import Resources
     from ecar_dist.cluster.submission import Submission
-    from ecar_dist.config import RunConfig
+    from ecar_dist.config.run import RunConfig
 
 START_SECONDS = 300  # to wait for TensorBoard's job
 

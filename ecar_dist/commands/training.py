@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
 from ecar_dist.commands.run_config import is_first, load_run_config
-from ecar_dist.config_file import shown_config
+from ecar_dist.config.read import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
 from ecar_dist.storage.redaction import redact, redact_tree
 
 if TYPE_CHECKING:
-    from ecar_dist.config import RunConfig
+    from ecar_dist.config.run import RunConfig
     from ecar_dist.runtime.world import World
 
 
@@ -150,11 +150,11 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         if is_first():
             raise
         problem = str(error)
-    from ecar_dist.runtime.agreement import agree_on_settings
     from ecar_dist.runtime.parent_death import die_with_parent
     from ecar_dist.runtime.peers import RemoteError, lost_peer
+    from ecar_dist.runtime.start.agreement import agree_on_settings
     from ecar_dist.runtime.stop import StoppedEarlyError
-    from ecar_dist.runtime.watchdog import longest_wait
+    from ecar_dist.runtime.watchdog.watchdog import longest_wait
     from ecar_dist.runtime.world import COLLECTIVE_TIMEOUT, start_world, stop_world
 
     if _is_launched():

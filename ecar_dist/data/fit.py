@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ecar_dist.config import RunConfig
-from ecar_dist.data.manifest import MANIFEST_NAME, ImageManifest, Manifest, load_image_manifest, load_manifest
+from ecar_dist.config.run import RunConfig
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, ImageManifest, Manifest, load_image_manifest, load_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, local_path

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.images import ImageDecoder
-from ecar_dist.data.manifest import load_image_manifest
-from ecar_dist.data.shard_store import CacheOptions, open_store
-from ecar_dist.data.stream import Places
-from ecar_dist.data.substitution import BadSamples
+from ecar_dist.data.images.decode import ImageDecoder
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.order.stream import Places
+from ecar_dist.data.order.substitution import BadSamples
+from ecar_dist.data.shards.manifest import load_image_manifest
+from ecar_dist.data.shards.store import CacheOptions, open_store
 from ecar_dist.storage.remote import is_remote
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecar_dist.data.dali import NpyDecoder
-from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.images.dali import NpyDecoder
+from ecar_dist.data.order.stream import Places
+from ecar_dist.data.order.substitution import BadSamples
 from ecar_dist.data.recycled import RecycledArrays
-from ecar_dist.data.shard_files import ShardDamaged
-from ecar_dist.data.shard_layout import MOMENTS_DTYPE
-from ecar_dist.data.shard_store import CacheOptions, open_store
-from ecar_dist.data.shard_watch import ShardWatch, changed_files
-from ecar_dist.data.shards import LatentShard
-from ecar_dist.data.stream import Places
-from ecar_dist.data.substitution import BadSamples
+from ecar_dist.data.shards.files import ShardDamaged
+from ecar_dist.data.shards.layout import MOMENTS_DTYPE
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.shards.read import LatentShard
+from ecar_dist.data.shards.store import CacheOptions, open_store
+from ecar_dist.data.shards.watch import ShardWatch, changed_files
 from ecar_dist.errors import DataError
 
 _MAPPED = 256  # shards: each map holds a file descriptor, and many systems give a process 1,024

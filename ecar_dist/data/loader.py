@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ecar_dist.data.order import rank_positions
-from ecar_dist.data.stream import Places, SampleStream
-from ecar_dist.data.substitution import BadSamples, Substitutes, Substitution
+from ecar_dist.data.order.lanes import rank_positions
+from ecar_dist.data.order.stream import Places, SampleStream
+from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ecar_dist.drills.processes import Ended, last_words
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint_files import verify
+from ecar_dist.runtime.checkpoint.files import verify
 from ecar_dist.storage.untrusted import parse_objects, read_tail
 
 _MOST_BYTES = 1 << 26

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import config_from_dict, config_to_yaml
+from ecar_dist.config.read import config_from_dict, config_to_yaml
+from ecar_dist.config.run import RunConfig
 from ecar_dist.drills.evidence import losses, read_metrics
 from ecar_dist.drills.processes import Ended, Job, UnexpectedError, last_words, torchrun
 from ecar_dist.errors import TrainingError
-from ecar_dist.runtime.checkpoint_files import committed, step_of
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.checkpoint.files import committed, step_of
+from ecar_dist.runtime.run.directory import RunDirectory
 
 STEPS, SAVE_EVERY, STRIKE_AT = 30, 10, 15
 TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}  # relative, of a loss

@@ -22,7 +22,7 @@ from ecar_dist.drills.evidence import (
 )
 from ecar_dist.drills.ground import STEPS, STRIKE_AT, CannotRunError, Ground, Trial
 from ecar_dist.drills.processes import Ended
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.runtime.checkpoint.files import committed
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.train.bad_steps import roll_back_record
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from ecar_dist.command_line import counted
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 from ecar_dist.drills import rank_faults, storage_faults
 from ecar_dist.drills.evidence import Finding
 from ecar_dist.drills.ground import CannotRunError, Ground

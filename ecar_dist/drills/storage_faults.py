@@ -15,9 +15,9 @@ from signal import SIGKILL, SIGTERM
 import numpy as np
 
 from ecar_dist.command_line import counted
-from ecar_dist.config import RunConfig
-from ecar_dist.data.manifest import MANIFEST_NAME, load_manifest
-from ecar_dist.data.shard_layout import ShardLayout
+from ecar_dist.config.run import RunConfig
+from ecar_dist.data.shards.layout import ShardLayout
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
 from ecar_dist.drills.evidence import (
     Finding,
     ended_well,
@@ -33,7 +33,7 @@ from ecar_dist.drills.object_store import ObjectStore, StoreServers
 from ecar_dist.drills.processes import Ended, UnexpectedError
 from ecar_dist.drills.rank_faults import DEATH_SECONDS, as_quiet, from_step, names_rank, resumed_as_quiet
 from ecar_dist.drills.small_disk import NoSmallDiskError, SmallDisk
-from ecar_dist.runtime.checkpoint_files import committed, readable
+from ecar_dist.runtime.checkpoint.files import committed, readable
 from ecar_dist.storage.remote import file_in, is_remote, local_path
 from ecar_dist.train.sources import check_data, open_stream
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ecar_dist.config import DataSection
-from ecar_dist.data.image_formats import parse_background
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.images import WHITE, Background, open_decoder
-from ecar_dist.data.manifest import ImageManifest, load_manifest
+from ecar_dist.config.run import DataSection
+from ecar_dist.data.images.decode import WHITE, Background, open_decoder
+from ecar_dist.data.images.formats import parse_background
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.manifest import ImageManifest, load_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.score import LabelledImages
 from ecar_dist.rng import Purpose, normal

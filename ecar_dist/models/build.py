@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.models.dit import DiT
 from ecar_dist.models.ecar import ECAR
 from ecar_dist.models.mar import MAR

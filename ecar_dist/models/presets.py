@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 
 AdaLNKind = Literal["per_block", "shared"]
 

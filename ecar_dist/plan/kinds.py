@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.flow.solvers import CALLS_PER_STEP
 from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ecar_dist.command_line import counted
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.plan.duration import ASSUMED_MFU, training_seconds
 from ecar_dist.plan.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
 from ecar_dist.plan.kinds import KINDS, parameter_count, sampling_macs, training_macs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.world import World
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ecar_dist.runtime.agreement import odd_ranks
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.placement import job_logs
-from ecar_dist.runtime.roll_call import Verdict, enforce, ranks_on_nodes
+from ecar_dist.runtime.start.agreement import odd_ranks
+from ecar_dist.runtime.start.roll_call import Verdict, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
 
 _CAUSE = "memory or a processor there is bad"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ecar_dist.errors import ConfigError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement, job_nodes, node_name, placement_from_environment
-from ecar_dist.runtime.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes
+from ecar_dist.runtime.start.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)

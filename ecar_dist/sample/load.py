@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
-from ecar_dist.runtime.averages import open_average
-from ecar_dist.runtime.checkpoint_files import Progress, check_identity, read_manifest
-from ecar_dist.runtime.checkpoint_manifest import Manifest
-from ecar_dist.runtime.export_files import CONFIG, ExportFacts, ExportReader, flat_identity, is_export
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.checkpoint.files import Progress, check_identity, read_manifest
+from ecar_dist.runtime.checkpoint.manifest import Manifest
+from ecar_dist.runtime.export.averages import open_average
+from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, flat_identity, is_export
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ecar_dist.command_line import counted
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.export import Exported
-from ecar_dist.runtime.export_files import CONFIG, ExportReader
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.export.files import CONFIG, ExportReader
+from ecar_dist.runtime.export.write import Exported
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.generate import generate, velocities
 from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.sampling_plan import SamplingPlan

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.sample.generate import generate
 from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.pictures import decode_stages, enlarge, tile

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.schedule import StageSchedule
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ecar_dist.config import BadStepsSection
+from ecar_dist.config.run import BadStepsSection
 from ecar_dist.storage.untrusted import UntrustedError, parse_json, parse_record
 
 Window = tuple[int, int]  # first and last step, both included

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ecar_dist.config import OptimSection
+from ecar_dist.config.run import OptimSection
 
 
 def learning_rate(optim: OptimSection, samples_seen: int, total_samples: int) -> float:

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from ecar_dist.command_line import say
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch, SampleLoader
-from ecar_dist.data.substitution import Substitution
+from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import EcarError, FruitlessError, NodeError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
-from ecar_dist.runtime.metrics import MetricsWriter
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.replicas import check_replicas
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.run.metrics import MetricsWriter
 from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.train.bad_step_file import BadStepFile

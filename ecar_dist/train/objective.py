@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
 from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
 from ecar_dist.flow.path import model_time, training_points

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ecar_dist.runtime.watchdog_place import PHASES
+from ecar_dist.runtime.watchdog.heartbeat import PHASES
 
 
 class Phases:

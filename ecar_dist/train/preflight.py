@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ecar_dist.command_line import say
-from ecar_dist.config import RunConfig
-from ecar_dist.data.shard_probe import NO_PROBE
-from ecar_dist.runtime.agreement import agree_on
-from ecar_dist.runtime.preflight import preflight
+from ecar_dist.config.run import RunConfig
+from ecar_dist.data.shards.probe import NO_PROBE
+from ecar_dist.runtime.start.agreement import agree_on
+from ecar_dist.runtime.start.preflight import preflight
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.storage.retries import RetryPolicy

@@ -11,15 +11,15 @@ from types import TracebackType
 import torch
 
 from ecar_dist.command_line import counted, say
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, EcarError, FruitlessError
-from ecar_dist.runtime.checkpoint_files import Progress, step_of
-from ecar_dist.runtime.checkpoint_place import CheckpointPlace, open_place, place_at
-from ecar_dist.runtime.checkpoint_restore import Restored
-from ecar_dist.runtime.drift import resume_lines
-from ecar_dist.runtime.metrics import MetricsWriter
+from ecar_dist.runtime.checkpoint.files import Progress, step_of
+from ecar_dist.runtime.checkpoint.folder import CheckpointPlace, open_place, place_at
+from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.peers import lost_peer
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.run.drift import resume_lines
+from ecar_dist.runtime.run.metrics import MetricsWriter
 from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.redaction import redact_text

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ecar_dist.data.loader import MicroBatch, SampleLoader
-from ecar_dist.data.permutation import hash_keys
-from ecar_dist.runtime.agreement import odd_ranks
-from ecar_dist.runtime.roll_call import Verdict, enforce, ranks_on_nodes
+from ecar_dist.data.order.permutation import hash_keys
+from ecar_dist.runtime.start.agreement import odd_ranks
+from ecar_dist.runtime.start.roll_call import Verdict, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
 
 _SHARES = int.from_bytes(b"share", "big")  # what a key is for

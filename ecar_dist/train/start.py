@@ -10,22 +10,22 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import SampleLoader
-from ecar_dist.data.stream import SampleStream
+from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
-from ecar_dist.runtime.agreement import agree_on
-from ecar_dist.runtime.checkpoint import CheckpointStore
-from ecar_dist.runtime.checkpoint_files import Progress, committed
-from ecar_dist.runtime.checkpoint_place import open_place
+from ecar_dist.runtime.checkpoint.files import Progress, committed
+from ecar_dist.runtime.checkpoint.folder import open_place
+from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.replicas import check_replicas
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.stop import StopRequest
-from ecar_dist.runtime.watchdog import Watchdog
+from ecar_dist.runtime.watchdog.watchdog import Watchdog
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.bad_step_file import BadStepFile

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ecar_dist.config import RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.devices import peak_bf16_flops
 from ecar_dist.runtime.world import World
 from ecar_dist.train.goodput import Goodput

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ecar_dist.config import VaeSection
+from ecar_dist.config.run import VaeSection
 from ecar_dist.errors import ConfigError
 from ecar_dist.vae.codec import LatentCodec
 from ecar_dist.vae.dct import KEPT_SIDE, DctCodec

@@ -12,7 +12,7 @@ import pytest
 
 from ecar_dist.cli import main
 from ecar_dist.cluster.job_script import option_words, render
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 from ecar_dist.errors import ConfigError
 from tests.conftest import write_yaml
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ecar_dist.cli import main
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 
 CPU = ("--gpus-per-node", "0", "--ranks-per-node", "2")
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from ecar_dist.cli import main
-from ecar_dist.config_file import config_to_yaml, load_config
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.config.read import config_to_yaml, load_config
+from ecar_dist.runtime.run.directory import RunDirectory
 from tests.conftest import write_yaml
 from tests.fork_server import run_forked
 

@@ -10,8 +10,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from ecar_dist.data.image_table import ImageRow, write_table
-from ecar_dist.data.manifest import ImageEntry, ImageManifest, Manifest
+from ecar_dist.data.images.table import ImageRow, write_table
+from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, Manifest
 
 NUM_CLASSES = 10
 

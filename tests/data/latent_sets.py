@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ecar_dist.data.manifest import Manifest, write_manifest
-from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
+from ecar_dist.data.shards.manifest import Manifest, write_manifest
+from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 
 SHAPE = (4, 3, 2)
 COUNTS = (40, 40, 17)

@@ -9,9 +9,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_tools.shard import shard
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.shard_writer import ShardContent, write_latent_shard
+from data_tools.images.shard import shard
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from tests.data.image_sets import encoded
 
 NAME = "000001.tar"  # neither the first shard nor a full one

@@ -9,12 +9,12 @@ import shutil
 import pytest
 import webdataset
 
-from data_tools.index import index
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.manifest import load_image_manifest, load_manifest
-from ecar_dist.data.shard_store import LocalShards
-from ecar_dist.data.shards import open_latent_shard
-from ecar_dist.data.tar_index import index_tar
+from data_tools.images.index import index
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest
+from ecar_dist.data.shards.read import open_latent_shard
+from ecar_dist.data.shards.store import LocalShards
+from ecar_dist.data.shards.tar_index import index_tar
 from ecar_dist.errors import DataError
 from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.latent_sets import write_set

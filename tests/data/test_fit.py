@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from ecar_dist.cli import main
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
 from ecar_dist.data.fit import absent_sets, check_fits, local_sets
-from ecar_dist.data.manifest import load_manifest, write_manifest
+from ecar_dist.data.shards.manifest import load_manifest, write_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.train.sources import check_data
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.commit import is_committed
-from data_tools.encode_plan import read_plan
+from data_tools.encode.commit import is_committed
+from data_tools.encode.markers import read_marker
+from data_tools.encode.plan import read_plan
 from data_tools.inspection import stats, verify
-from data_tools.markers import read_marker
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.manifest import load_image_manifest, load_manifest
-from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest
+from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import EncoderIdentity
 

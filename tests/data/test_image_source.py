@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.index import index
-from ecar_dist.data.image_shards import ImageShards
+from data_tools.images.index import index
 from ecar_dist.data.image_source import ImageSource
-from ecar_dist.data.images import open_decoder
+from ecar_dist.data.images.decode import open_decoder
+from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.loader import SampleLoader, Share
-from ecar_dist.data.manifest import load_image_manifest
-from ecar_dist.data.shard_store import CacheOptions
-from ecar_dist.data.stream import SampleStream
+from ecar_dist.data.order.stream import SampleStream
+from ecar_dist.data.shards.manifest import load_image_manifest
+from ecar_dist.data.shards.store import CacheOptions
 from ecar_dist.errors import DataError
 from ecar_dist.rng import Purpose, uniform
 from tests.data.image_sets import members_of, samples, write_tar

@@ -16,12 +16,12 @@ from ecar_dist.data import latent_source
 from ecar_dist.data import loader as loader_module
 from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share
-from ecar_dist.data.stream import SampleStream
-from ecar_dist.data.substitution import BadSamples
+from ecar_dist.data.order.stream import SampleStream
+from ecar_dist.data.order.substitution import BadSamples
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.retries import TransferStats
 from tests.data.latent_sets import COUNTS, write_set
-from tests.data.test_shards import flip_a_byte, truncate
+from tests.data.shards.test_read import flip_a_byte, truncate
 
 SEED, BATCH = 5, 24
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.encode import encode
-from data_tools.shard import shard
+from data_tools.encode.encode import encode
+from data_tools.images.shard import shard
 
 CLASSES = ("bird", "cat", "dog")
 PER_CLASS = 8

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from data_tools import finalize as finalize_module
-from data_tools.encode_plan import read_plan
+from data_tools.encode.markers import Failure, read_marker
+from data_tools.encode.plan import read_plan
 from data_tools.finalize import finalize, prove_coverage
-from data_tools.markers import Failure, read_marker
 from data_tools.moments_statistics import combine, measure
-from ecar_dist.data.manifest import load_manifest
-from ecar_dist.data.shards import open_latent_shard
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.vae.codec import EncoderIdentity
 from tests.data_tools.image_folders import content, encode_small, write_image_shards

@@ -9,8 +9,8 @@ import pytest
 
 from data_tools import push as push_module
 from data_tools.push import push
-from ecar_dist.data.manifest import load_image_manifest, load_manifest, write_manifest
-from ecar_dist.data.shard_store import CacheOptions, open_store
+from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest, write_manifest
+from ecar_dist.data.shards.store import CacheOptions, open_store
 from ecar_dist.errors import DataError
 from ecar_dist.storage.remote import list_files, stat
 from ecar_dist.storage.retries import Transfer

@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from data_tools import autoencoder_state, train_vae
 from data_tools.cli import main
-from data_tools.failures import FailureTally
+from data_tools.encode.failures import FailureTally
 from data_tools.finalize import finalize
-from ecar_dist.data.image_shards import ImageShards
-from ecar_dist.data.images import open_decoder
-from ecar_dist.data.manifest import load_manifest
+from ecar_dist.data.images.decode import open_decoder
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.vae.build import open_codec_by_spec
 from tests.data_tools.bad_images import write_bad_image_shards
 from tests.data_tools.image_folders import content, encode_small

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
 from ecar_dist.drills import ground as ground_module
 from ecar_dist.drills import processes, storage_faults
 from ecar_dist.drills.ground import Ground

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ecar_dist.data.manifest import load_image_manifest
+from ecar_dist.data.shards.manifest import load_image_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier

@@ -40,9 +40,9 @@ LIGHT = (
     "ecar_dist.cluster.size",
     "ecar_dist.flow.schedule",
     "ecar_dist.plan.report",
-    "ecar_dist.runtime.checkpoint_files",
-    "ecar_dist.runtime.checkpoint_place",
-    "ecar_dist.runtime.checkpoint_report",
+    "ecar_dist.runtime.checkpoint.files",
+    "ecar_dist.runtime.checkpoint.folder",
+    "ecar_dist.runtime.checkpoint.report",
     "xxhash",
 )
 HEAVY = (
@@ -52,16 +52,16 @@ HEAVY = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.autoencoders.autoencoder_kl",
     "data_tools.cli",
-    "data_tools.encode",
+    "data_tools.encode.encode",
     "data_tools.finalize",
-    "data_tools.index",
+    "data_tools.images.index",
     "data_tools.inspection",
     "data_tools.push",
-    "data_tools.shard",
-    "data_tools.status",
+    "data_tools.images.shard",
+    "data_tools.encode.status",
     "data_tools.train_vae",
-    "ecar_dist.runtime.checkpoint_diff",
-    "ecar_dist.runtime.export",
+    "ecar_dist.runtime.checkpoint.diff",
+    "ecar_dist.runtime.export.write",
     "ecar_dist.sample.parity",
     "ecar_dist.sample.pictures",
     "ecar_dist.sample.preview",
@@ -283,7 +283,7 @@ class _Guard:
             for path in self._changed(event, arguments):
                 if path and not path.startswith(self._writable):
                     self._refuse(f"{event} {path}")
-        elif event in self.STARTS and "ecar_dist.runtime.watchdog_monitor" not in str(arguments[1:2]):
+        elif event in self.STARTS and "ecar_dist.runtime.watchdog.monitor" not in str(arguments[1:2]):
             if os.path.basename(str(arguments[0])) in self.PROBES:
                 raise FileNotFoundError(2, "No such file or directory", arguments[0])
             self._refuse(f"start {str(arguments[:2])[:200]}")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ecar_dist.config import RunConfig, TrainSection
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.config.run import RunConfig, TrainSection
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.models.presets import masked_size_of
 

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.config.run import RunConfig
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.models.presets import PRESETS
 from ecar_dist.plan.flops import dit_macs, velocity_macs

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecar_dist.runtime import checkpoint_bucket
+from ecar_dist.runtime.checkpoint import bucket as checkpoint_bucket
 from tests.data.object_store import QUICK, object_store, s3_server
 
 __all__ = ["object_store", "s3_server"]

@@ -6,12 +6,12 @@ import json
 import torch
 import xxhash
 
-from ecar_dist.config import EmaSection
-from ecar_dist.config_file import config_from_dict, config_to_yaml
-from ecar_dist.runtime.checkpoint_files import MANIFEST, MARKER
-from ecar_dist.runtime.checkpoint_load import meanings
-from ecar_dist.runtime.checkpoint_manifest import SCHEMA
-from ecar_dist.runtime.tensor_file import TensorEntry, write_tensor_file
+from ecar_dist.config.read import config_from_dict, config_to_yaml
+from ecar_dist.config.run import EmaSection
+from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER
+from ecar_dist.runtime.checkpoint.load import meanings
+from ecar_dist.runtime.checkpoint.manifest import SCHEMA
+from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, write_tensor_file
 
 DATA = {"dataset_ids": ["sha-of-the-data"], "run.seed": 0}
 

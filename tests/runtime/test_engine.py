@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
 from ecar_dist.runtime.engine import Engine, Fragment, GuardedAdamW, deepspeed_config
 from ecar_dist.runtime.world import Placement, World
 

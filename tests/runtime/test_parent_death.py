@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from ecar_dist.runtime.watchdog_monitor import process_state
+from ecar_dist.runtime.watchdog.monitor import process_state
 
 CHILD = (
     "import time; from ecar_dist.runtime.parent_death import die_with_parent;"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.runtime.roll_call import Answer
+from ecar_dist.runtime.start.roll_call import Answer
 from ecar_dist.runtime.world import Placement, RemoteError, World, _judge_meeting, _local_device, _open_store
 from tests.conftest import free_port
 

@@ -10,10 +10,10 @@ import torch
 from ecar_dist.errors import CheckpointError
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
-from ecar_dist.runtime.averages import Wanted
-from ecar_dist.runtime.export import export_run
-from ecar_dist.runtime.export_files import ExportReader
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.export.averages import Wanted
+from ecar_dist.runtime.export.files import ExportReader
+from ecar_dist.runtime.export.write import export_run
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.generate import velocities
 from ecar_dist.sample.load import load_weights, open_trained
 from ecar_dist.sample.parity import parity_report

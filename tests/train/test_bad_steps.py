@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_dist.config import BadStepsSection
+from ecar_dist.config.run import BadStepsSection
 from ecar_dist.storage.untrusted import UntrustedError
 from ecar_dist.train.bad_steps import BadSteps, Verdict, bad_step_record, roll_back_record, window_in
 

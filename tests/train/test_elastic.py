@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.sources import check_data, open_loader, open_stream
 from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml

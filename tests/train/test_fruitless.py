@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from ecar_dist.runtime.run_directory import MAX_FRUITLESS, RunDirectory
+from ecar_dist.runtime.run.directory import MAX_FRUITLESS, RunDirectory
 
 
 def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(write_config, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ecar_dist.cli import main
-from ecar_dist.runtime.checkpoint_files import read_manifest
+from ecar_dist.runtime.checkpoint.files import read_manifest
 from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
 from tests.train.test_start import train_alone
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ecar_dist.config import BadStepsSection, CheckpointSection, EmaSection, LogSection, OptimSection
+from ecar_dist.config.run import BadStepsSection, CheckpointSection, EmaSection, LogSection, OptimSection
 from ecar_dist.data.loader import MicroBatch
-from ecar_dist.data.substitution import Substitution
+from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import DataError, FruitlessError, NodeError
-from ecar_dist.runtime.checkpoint_files import Progress
+from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.bad_step_file import BadStepFile

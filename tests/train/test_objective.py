@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ecar_dist.train.objective as module
-from ecar_dist.config_file import config_from_dict
+from ecar_dist.config.read import config_from_dict
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model

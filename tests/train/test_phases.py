@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from ecar_dist.runtime.watchdog_place import PHASES
+from ecar_dist.runtime.watchdog.heartbeat import PHASES
 from ecar_dist.train.phases import ForwardClock, Phases
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 import ecar_dist.train.preflight as module
-from ecar_dist.config_file import config_from_dict
-from ecar_dist.data.manifest import load_manifest
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.train.preflight import LOCAL_SECONDS, REMOTE_SECONDS, _reads_remotely, folders
 from tests.conftest import free_port
 

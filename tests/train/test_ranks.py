@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.runtime.checkpoint.files import committed
 from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks, write_yaml
 
 FP32_TOLERANCE = 1e-6

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
 from ecar_dist.errors import CheckpointError, FruitlessError
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.stop import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.record import end_attempt, open_attempt, unreachable_half_lives
@@ -74,7 +74,9 @@ def test_a_run_that_lost_its_record_is_named_by_its_own_checkpoints_alone(write_
     for folder in (first.checkpoints, elsewhere):
         (folder / "step-00000005").mkdir(parents=True)
         (folder / "step-00000005/COMMITTED").write_text("")
-    monkeypatch.setattr("ecar_dist.runtime.checkpoint_place.LocalPlace.manifest", lambda *_: SimpleNamespace(run="0ld"))
+    monkeypatch.setattr(
+        "ecar_dist.runtime.checkpoint.folder.LocalPlace.manifest", lambda *_: SimpleNamespace(run="0ld")
+    )
     names = [first.run_id]
     for override in ((), (f"checkpoint.dir={tmp_path}/there",)):
         for name in ("lineage.json", ".lineage.json.copy"):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from ecar_dist.data.loader import MicroBatch
-from ecar_dist.data.order import rank_positions
-from ecar_dist.data.stream import SampleStream
-from ecar_dist.data.substitution import Substitution
+from ecar_dist.data.order.lanes import rank_positions
+from ecar_dist.data.order.stream import SampleStream
+from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.runtime.placement import Placement
-from ecar_dist.runtime.roll_call import Verdict
+from ecar_dist.runtime.start.roll_call import Verdict
 from ecar_dist.runtime.world import World
 from ecar_dist.train import shares
 from ecar_dist.train.shares import _read, _sum, check_shares, judge_shares

@@ -12,8 +12,8 @@ import time
 from signal import SIGTERM, SIGUSR1
 
 from ecar_dist.drills.processes import Job
-from ecar_dist.runtime.checkpoint_files import committed, verify
-from ecar_dist.runtime.watchdog_monitor import process_state
+from ecar_dist.runtime.checkpoint.files import committed, verify
+from ecar_dist.runtime.watchdog.monitor import process_state
 from tests.conftest import losses, read_metrics, write_yaml
 from tests.train.struck_ranks import PATIENCE, REQUEUE, launch, stop_at
 

@@ -6,8 +6,8 @@ import sys
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ecar_dist.runtime.checkpoint_files import read_manifest
-from ecar_dist.runtime.run_directory import RunDirectory
+from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.runtime.run.directory import RunDirectory
 from tests.conftest import read_metrics
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_tools.cli import main as ecar_data
-from ecar_dist.data.manifest import load_manifest
-from ecar_dist.runtime.checkpoint_files import committed
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.runtime.checkpoint.files import committed
 from ecar_dist.train import loop
 from ecar_dist.train import start as beginning
 from tests.conftest import free_port, read_metrics

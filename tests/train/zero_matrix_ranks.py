@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ecar_dist.config import RunConfig
-from ecar_dist.config_file import load_config
+from ecar_dist.config.read import load_config
+from ecar_dist.config.run import RunConfig
 from ecar_dist.models.presets import PRESETS, Preset
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine

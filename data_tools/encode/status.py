@@ -1,0 +1,103 @@
+"""`ecar-data status`: how far an encoding is, from its plan and the markers and their times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from data_tools.encode.failures import ERRORS_NAME
+from data_tools.encode.markers import read_marker
+from data_tools.encode.plan import PLAN_NAME, EncodePlan, read_plan
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
+from ecar_dist.errors import ConfigError
+
+_RECENT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class _Done:
+    shard_index: int
+    images: int  # sampled or failed
+    failures: int
+    at: float  # seconds since 1970
+
+
+def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> None:
+    """Print shards and images done, failures, rates and time left; with `tasks`, also each task's share.
+
+    Reads the markers alone: `finalize` is what proves. Raises DataError where there is no plan.
+    """
+    if tasks is not None and tasks < 1:
+        raise ConfigError(f"--tasks {tasks} must be at least 1; give the number that the workers were started with")
+    plan, now = read_plan(out), time.time() if now is None else now
+    begun = (out / PLAN_NAME).stat().st_mtime
+    done = [found for index in range(plan.num_shards) if (found := _look(out, index, plan)) is not None]
+    images, failures = sum(shard.images for shard in done), sum(shard.failures for shard in done)
+    print(f"shards    {len(done)} of {plan.num_shards}")
+    print(f"images    {images} of {plan.count}, {100 * images / plan.count:.1f} %")
+    print(f"failures  {failures}" + (f", listed in {out / ERRORS_NAME}" if failures else ""))
+    recent, overall = _recent_rate(done, begun, now), _rate(done, begun)
+    print(f"rate      {recent:.1f} images/s over the last {_RECENT_SECONDS / 60:.0f} min, {overall:.1f} overall")
+    print(f"left      {_time_left(plan.count - images, recent)}")
+    if done:
+        newest = max(done, key=lambda shard: shard.at)
+        print(f"newest    {newest.shard_index:06d}, {_duration(now - newest.at)} ago")
+    for task in range(tasks or 0):
+        shards = range(task, plan.num_shards, tasks or 1)
+        _print_task(task, len(shards), [shard for shard in done if shard.shard_index in shards], now)
+    if (out / MANIFEST_NAME).exists():
+        print(f"finalized {load_manifest(out).dataset_id}")
+
+
+def _look(out: Path, shard_index: int, plan: EncodePlan) -> _Done | None:
+    """None where the shard is not done, as far as its marker tells."""
+    marker = read_marker(out, shard_index)
+    if marker is None or marker.plan_id != plan.plan_id:
+        return None
+    at = (out / f"{shard_index:06d}.json").stat().st_mtime
+    return _Done(shard_index, len(plan.rows(shard_index)), len(marker.failures), at)
+
+
+def _print_task(task: int, num_shards: int, done: Sequence[_Done], now: float) -> None:
+    said = f"task {task:<4} {len(done)} of {num_shards} shards"
+    if done:
+        said += f", the newest {_duration(now - max(shard.at for shard in done))} ago"
+    if len(done) > 1:
+        said += f", {_own_rate(done):.1f} images/s between its last shards"
+    print(said)
+
+
+def _own_rate(done: Sequence[_Done]) -> float:
+    """Images per second of one task while it ran, whenever that was: a shard takes from the marker before to its own.
+
+    So the first shard does not count: nobody knows when the task was started.
+    """
+    shards = sorted(done, key=lambda shard: shard.at)
+    recent = [shard for shard in shards if shards[-1].at - shard.at < _RECENT_SECONDS]
+    chosen = recent if len(recent) > 1 else shards[-2:]
+    return sum(shard.images for shard in chosen[1:]) / max(1.0, chosen[-1].at - chosen[0].at)
+
+
+def _rate(done: Sequence[_Done], begun: float) -> float:
+    """Images per second from the plan to the newest marker, pauses included."""
+    if not done:
+        return 0.0
+    return sum(shard.images for shard in done) / max(1.0, max(shard.at for shard in done) - begun)
+
+
+def _recent_rate(done: Sequence[_Done], begun: float, now: float) -> float:
+    recent = sum(shard.images for shard in done if now - shard.at < _RECENT_SECONDS)
+    return recent / max(1.0, min(_RECENT_SECONDS, now - begun))
+
+
+def _time_left(images: int, rate: float) -> str:
+    if not images:
+        return "nothing"
+    return f"{_duration(images / rate)} at the recent rate" if rate else "unknown, no shard is that recent"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))

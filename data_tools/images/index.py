@@ -1,0 +1,153 @@
+"""`ecar-data index`: say once what a source of images holds and where each image lies, and leave the images there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.images.sources import ClassFolders, FoundFile, Tars, find_source
+from data_tools.images.tar_samples import LabelRule, index_image_tar
+from data_tools.progress import progress
+from ecar_dist.data.images.names import readable
+from ecar_dist.data.images.table import UNKNOWN_HASH, ImageRow, write_table
+from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, write_manifest
+from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.atomic import temporary_beside
+from ecar_dist.storage.daemon_pool import DaemonPool
+from ecar_dist.storage.redaction import redact
+from ecar_dist.storage.retries import Transfer
+
+_TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
+
+
+def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = None, flat: bool = False) -> None:
+    """Write OUT/manifest.json and a table for each tar or class directory, whole or not at all.
+
+    Raises DataError for an occupied OUT and for a source that cannot be read exactly, ConfigError for a wrong `label`.
+    """
+    rule = LabelRule.parse(label, read_class_names(classes))
+    with new_folder(out) as working:
+        manifest = write_index(source, working, rule, flat=flat)
+    places = "tars" if manifest.in_tars else "class directories"
+    print(
+        f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
+        f"next: ecar-data encode {out} LATENTS --vae NAME --image-size SIDE"
+    )
+
+
+def write_index(source: str, folder: Path, rule: LabelRule, *, flat: bool = False) -> ImageManifest:
+    """Index a source into an existing folder, and say what is not in the index."""
+    transfer = Transfer()
+    found = find_source(source, transfer, flat=flat)
+    if isinstance(found, Tars):
+        entries, names = _index_tars(found, folder, rule, transfer)
+    else:
+        entries, names = _index_folders(found, folder, rule)
+    _say_what_is_not_in(found)
+    count = sum(entry.count for entry in entries)
+    # without the secrets that a URL may hold: those are the reader's own
+    manifest = ImageManifest(redact(source), count, len(names), names, entries, redact(found.location))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def read_class_names(path: Path | None) -> tuple[str, ...] | None:
+    """One name a line, in the order of the labels. Raises ConfigError where the file is missing, empty or repeats."""
+    if path is None:
+        return None
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --classes {path} ({error}); give a text file with one name a line") from None
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"--classes {path} has {len(names)} names, {len(set(names))} different; give each class once")
+    return names
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all went well, and is gone otherwise. Raises DataError if `out` is occupied."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty; remove it or give another folder")
+    working = temporary_beside(out)
+    try:
+        working.mkdir(parents=True)
+        yield working
+        os.rename(working, out)
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from None  # a full disk does not say where it is
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) -> tuple[list[ImageEntry], list[str]]:
+    """Entries in the order of the tars, whichever is read first."""
+    entries: list[ImageEntry] = []
+    largest = -1
+
+    def read(file: FoundFile) -> tuple[list[ImageRow], ImageEntry]:
+        tar = index_image_tar(found.location, file.name, file.size, rule, foreign=True, transfer=transfer)
+        table = f"{found.files.index(file):06d}.npy"
+        digest = write_table(folder / table, tar.rows)
+        hashes = tar.xxh3_128, tar.sha256
+        return tar.rows, ImageEntry(file.name, tar.size, len(tar.rows), 0, *hashes, table, digest, "tar")
+
+    bar, pool = progress(len(found.files), "tar", "index"), DaemonPool(_TARS_AT_ONCE, "index-tar")
+    with bar, pool, transfer.stopped_by_errors():
+        for rows, entry in pool.map(read, found.files):
+            entries.append(entry)
+            largest = max(largest, max((row.label for row in rows), default=-1))
+            bar.update()
+    return _number(entries, found.location), list(rule.class_names or map(str, range(largest + 1)))
+
+
+def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[list[ImageEntry], list[str]]:
+    """A directory is a class, unless `none` makes all of them one."""
+    if rule.kind == "json":
+        raise ConfigError("--label json:FIELD is for tars; the directories are the classes, or give --label none")
+    names = ["0"] if rule.kind == "none" else list(rule.class_names or found.classes)
+    unknown = sorted(set(found.classes) - set(names)) if rule.kind == "cls" else []
+    if unknown:
+        listed = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        raise DataError(f"{redact(found.location)}: directory {listed} is not in --classes; add it, or move it out")
+    entries = []
+    for place, (name, files) in enumerate(found.classes.items()):
+        label = 0 if rule.kind == "none" else names.index(name)
+        table = f"{place:06d}.npy"
+        digest = write_table(folder / table, [ImageRow(file.name, label, 0, file.size, UNKNOWN_HASH) for file in files])
+        size = sum(file.size for file in files)
+        entries.append(ImageEntry(name, size, len(files), 0, "", "", table, digest, "files"))
+    return _number(entries, found.location), names
+
+
+def _say_what_is_not_in(found: Tars | ClassFolders) -> None:
+    place = redact(found.location)
+    if found.left_out:
+        kinds = ", ".join(
+            f"{count} {readable(kind) or 'without extension'}" for kind, count in found.left_out.most_common()
+        )
+        print(f"{place}: left out: {kinds}")
+    if isinstance(found, ClassFolders):
+        if found.empty:
+            listed = ", ".join(map(readable, found.empty[:10])) + (", ..." if len(found.empty) > 10 else "")
+            print(f"{place}: skipped {len(found.empty)} class folders without an image: {listed}")
+        for note in found.notes:
+            print(f"{place}: {note}")
+
+
+def _number(entries: list[ImageEntry], location: str) -> list[ImageEntry]:
+    """Entries without empty tars, each with the index of its first image."""
+    numbered, first = [], 0
+    for entry in entries:
+        if entry.count:
+            numbered.append(dataclasses.replace(entry, first_index=first))
+            first += entry.count
+    if not numbered:
+        raise DataError(f"{redact(location)} holds no image; check the source")
+    return numbered

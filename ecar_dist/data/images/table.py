@@ -1,0 +1,127 @@
+"""The offset table of one tar, or one class directory, of images: what lies where, decided once when it is indexed.
+
+A plain `.npy` of fixed-width rows (24 bytes and the longest key), so that any numpy reads it and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from ecar_dist.data.shards.manifest import ImageEntry
+from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.untrusted import MAX_NAME_BYTES, printable
+
+MAX_IMAGE_BYTES = 256 << 20  # more is no photograph, and would be held in memory whole
+UNKNOWN_HASH = 0  # of files in a directory: nobody read them when the table was made
+
+
+class ImageRow(NamedTuple):
+    """`key` is the sample's key in a tar, or the file's name in a directory; `offset` counts from the tar's start."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+    xxh3_64: int
+
+
+def largest_table(count: int) -> int:
+    """Bytes that a table of `count` images has at most."""
+    return 1024 + count * _dtype(MAX_NAME_BYTES).itemsize
+
+
+def encode_table(rows: Sequence[ImageRow]) -> bytes:
+    """The `.npy` file of a table, the same bytes for the same rows."""
+    keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
+    table = np.empty(len(rows), _dtype(max(map(len, keys), default=1)))
+    table["key"] = keys
+    for place, name in enumerate(ImageRow._fields[1:], 1):
+        table[name] = [row[place] for row in rows]
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def write_table(path: Path, rows: Sequence[ImageRow]) -> str:
+    """Write the table whole or not at all; its xxh3_128."""
+    data = encode_table(rows)
+    with atomic_write(path) as file:
+        file.write(data)
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -> np.ndarray:
+    """A structured array [count] with the fields of ImageRow, `key` as bytes.
+
+    Raises DataError naming `where` unless the file is the one the manifest means and every row fits its shard.
+    """
+    found = xxhash.xxh3_128_hexdigest(data)
+    if found != entry.table_xxh3_128:
+        raise DataError(f"{where} has xxh3_128 {found}, the manifest says {entry.table_xxh3_128}; {_AGAIN}")
+    try:
+        table = _array_in(data)
+    except (ValueError, EOFError, MemoryError, RecursionError) as error:  # the header is parsed as Python
+        raise DataError(f"{where} is not a table ({printable(str(error))}); {_AGAIN}") from None
+    names = table.dtype.names or ()
+    if names != ImageRow._fields or table.dtype != _dtype(table.dtype["key"].itemsize):
+        raise DataError(f"{where} has dtype {table.dtype}, not that of {ImageRow._fields}; {_AGAIN}")
+    if table.shape != (entry.count,):
+        raise DataError(f"{where} has shape {table.shape}, the manifest says {entry.count} images; {_AGAIN}")
+    _check_rows(table, entry, num_classes, where)
+    _check_keys(table["key"], where)
+    return table
+
+
+def _array_in(data: bytes) -> np.ndarray:
+    """The array of a `.npy` file (format 1.0), as a view. `np.load` would allocate whatever its header asks for."""
+    buffer = io.BytesIO(data)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("it is not of format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+        raise ValueError(f"{len(data)} bytes do not hold shape {shape} of {dtype}")
+    return np.frombuffer(data, dtype, offset=buffer.tell()).reshape(shape)
+
+
+def key_of(row: np.void) -> str:
+    return row["key"].decode("utf-8", "surrogateescape")
+
+
+def _check_rows(table: np.ndarray, entry: ImageEntry, num_classes: int, where: str) -> None:
+    faults = {
+        f"label, labels are 0..{num_classes - 1}": (table["label"] < 0) | (table["label"] >= num_classes),
+        f"offset in a shard of {entry.bytes} bytes": (table["offset"] < 0)
+        | (table["offset"] > entry.bytes - table["size"].astype(np.int64)),
+        f"size, the limit is {MAX_IMAGE_BYTES} bytes": table["size"] > MAX_IMAGE_BYTES,
+    }
+    for what, bad in faults.items():
+        if bad.any():
+            row = table[int(bad.argmax())]
+            raise DataError(f"{where}: row {row} of {entry.name} has a wrong {what}; {_AGAIN}")
+
+
+def _check_keys(keys: np.ndarray, where: str) -> None:
+    """Keys stand in messages and lists: no line ends, nothing that a terminal obeys, and no NUL, which ends a path."""
+    letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)
+    control = (letters < 0x20) | (letters == 0x7F)
+    padding = np.arange(letters.shape[1]) >= np.char.str_len(keys)[:, None]
+    bad = (control & ~padding).any(axis=1)
+    if bad.any():
+        key = bytes(keys[int(bad.argmax())])
+        raise DataError(f"{where}: key {key!r} has characters that are not printable; {_AGAIN}")
+
+
+def _dtype(key_bytes: int) -> np.dtype:
+    fields = [("key", f"S{key_bytes}"), ("label", "<i4"), ("offset", "<i8"), ("size", "<u4"), ("xxh3_64", "<u8")]
+    return np.dtype(fields)
+
+
+_AGAIN = "restore it, or run the command that made this folder again"

@@ -1,0 +1,279 @@
+"""The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl; tb/, logs/, checkpoints/, jobs/ ...
+
+Free of torch, so that what only reads a run answers at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import stat
+import time
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ecar_dist import __version__
+from ecar_dist.config.read import config_to_yaml, load_config
+from ecar_dist.config.run import RunConfig
+from ecar_dist.errors import ConfigError, FruitlessError, NodeError
+from ecar_dist.runtime.run.lineage import MAX_REASON, LineageFile
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, naming, set_aside
+from ecar_dist.storage.untrusted import UntrustedError, printable
+
+LOCK_NAME = ".lock"
+BEFORE_THE_START = ("jobs", "logs")  # a job script writes there while the run has not begun
+_WITH_KEY = re.compile(r"://\S*[?@]")  # a signature, or a user's name and password
+GOOD_ENDS = ("done", "signal")
+MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
+# For an earlier attempt of the same job: its node was lost and it does not know yet, or the file system does not know
+# yet that it is dead (NFS gives a client that fell silent 90 s by default).
+LOCK_SECONDS = 120.0
+_LOCK_POLL = 0.5
+_MOST_OWNER = 1024  # bytes of the note on who holds the lock
+
+
+class RunDirectory:
+    """Paths of one run. Reading needs no more than the path; `open_for_training` claims it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config, self.lineage = self.path / "config.yaml", self.path / "lineage.json"
+        self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
+        self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
+        self.averages = self.path / "ema"  # copies of the averages alone
+        self.record_lost = False  # on opening, lineage.json and its copy were both damaged
+        self._record = LineageFile(self.lineage)
+        self._lock: BinaryIO | None = None
+        self._attempt: str | None = None
+        self._written: list[dict[str, Any]] = []  # what this process last wrote to lineage.json,
+        self._written_inode = 0  # and the file that this made
+
+    def open_for_training(self) -> None:
+        """Make the directory, or take up the one an earlier attempt of this run left. Call on rank 0 only.
+
+        It is this process's until its end, however that comes. A damaged lineage.json is put aside and replaced by its
+        copy; where that is damaged too, `record_lost` is set. Raises ConfigError where the directory holds something
+        that is not a run, or another process trains there.
+        """
+        ours = (TEMPORARY_SUFFIX, LOCK_NAME)
+        found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
+        if not self._record.exists() and any(not path.name.endswith(ours) for path in found):
+            raise ConfigError(
+                f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(self.path)
+        self._hold()
+        self.record_lost = not self._record.repair()
+        self._write(self._record.read())  # first: a start that is cut short here may be made again
+        for folder in (self.samples, self.logs, self.checkpoints):
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileExistsError:
+                raise ConfigError(f"{folder} is not a folder; move it away, the run keeps its files there") from None
+
+    def _hold(self) -> None:
+        """An flock: the kernel drops it with its owner. The file says who that is, for the message."""
+        if self._lock is not None:
+            return
+        file = _open_lock(self.path / LOCK_NAME)
+        try:
+            _lock(file, self.path)
+        except OSError as error:
+            print(f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains there")
+        with naming(self.path / LOCK_NAME):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n".encode())
+        self._lock = file
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Oldest first. Of a damaged lineage.json, what its copy has, or what this process wrote; else none."""
+        return self._record.known() or list(self._written)
+
+    @property
+    def run_id(self) -> str:
+        """The name of the first attempt; it stays with a run directory that is moved or copied."""
+        first = self.attempts()[0]
+        return str(first.get("run") or first["attempt"])
+
+    def begin_attempt(self, **facts: Any) -> str:
+        """Append this start to lineage.json, with the versions and `facts`; returns its name. Call on rank 0 only.
+
+        A fact `run` is the name of the run, for a record that has lost it.
+        Raises FruitlessError where the job was restarted MAX_FRUITLESS times and `facts["newest_step"]` never rose.
+        """
+        self._attempt = uuid.uuid4().hex[:8]
+        attempt = {
+            "attempt": self._attempt,
+            "started": _now(),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "chain": os.environ.get("SLURM_ARRAY_JOB_ID"),  # whose links are jobs of their own
+            "ecar_dist": __version__,
+            "torch": importlib.metadata.version("torch"),
+            "python": platform.python_version(),
+            **facts,
+        }
+        attempts = [*self.attempts(), attempt]
+        self._write(attempts)
+        _refuse_fruitless(attempts)
+        return self._attempt
+
+    def note_attempt(self, **facts: Any) -> None:
+        """Add to this attempt's entry in lineage.json. Who began none, as ranks other than 0, changes nothing."""
+        if self._attempt is None:
+            return
+        try:
+            attempts = self._record.read() or list(self._written)
+        except (UntrustedError, OSError):
+            if not self.is_ours():
+                return
+            self._record.repair()
+            attempts = list(self._written)
+        for attempt in attempts:
+            if attempt.get("attempt") == self._attempt:
+                attempt.update(facts)
+        self._write(attempts)
+
+    def end_attempt(self, reason: str) -> None:
+        """Note how this attempt ended: one of GOOD_ENDS, or the error. One without a note was killed."""
+        self.note_attempt(ended=_now(), reason=reason[:MAX_REASON])
+
+    def is_ours(self) -> bool:
+        """Whether no later attempt has begun here: a process that slept through its own end must not write on.
+
+        A later attempt always writes a whole new file. So a damaged lineage.json that is still the file we wrote is
+        ours; a damaged one that somebody else made is not. Where there is none, the lock that we hold decides.
+        """
+        if not self._attempt:
+            return False
+        try:
+            attempts = self._record.read()
+            if attempts or os.path.lexists(self.lineage):
+                return bool(attempts) and attempts[-1].get("attempt") == self._attempt
+            return self._holds_the_lock()
+        except (UntrustedError, OSError):
+            return _inode(self.lineage) == self._written_inode
+
+    def _holds_the_lock(self) -> bool:
+        """Whether the lock file that others must take is the one that this process has locked."""
+        if self._lock is None or self._lock.closed:
+            return False
+        return os.fstat(self._lock.fileno()).st_ino == _inode(self.path / LOCK_NAME)
+
+    def _write(self, attempts: list[dict[str, Any]]) -> None:
+        self._record.write(attempts)
+        self._written, self._written_inode = attempts, _inode(self.lineage)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved config of the run; for its owner's eyes where a URL holds a key. Call on rank 0 only."""
+        text = config_to_yaml(config)
+        if self.config.is_dir():  # a rename does not replace it, as it does whatever else stands there
+            set_aside(self.config)
+        with atomic_write(self.config) as file:
+            if _WITH_KEY.search(text):
+                os.fchmod(file.fileno(), 0o600)
+            file.write(text.encode())
+
+    def load_config(self) -> RunConfig:
+        """The resolved config of the run. Raises ConfigError where this is not a run directory."""
+        if not self.config.exists():
+            raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
+        return load_config(self.config)
+
+
+def _inode(path: Path) -> int:
+    """Of what stands there, 0 where nothing does."""
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return 0
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """The file whose lock is the run's. Raises ConfigError for what is not a regular file, links among them."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fix = "make sure that nobody trains there, and remove it"
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be opened ({error.strerror}); {fix}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ConfigError(f"{path} is not a regular file; {fix}")
+    return open(handle, "ab+", buffering=0)
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raises ConfigError where others could plant a link here for us to write through."""
+    found, parent = path.stat(), path.absolute().parent.stat()
+    by_all = bool(found.st_mode & stat.S_IWOTH)
+    strange = found.st_uid != os.getuid() and bool(parent.st_mode & stat.S_IWOTH)
+    if by_all or strange:
+        what = "everybody may write there" if by_all else "somebody else made it, where everybody may write"
+        raise ConfigError(f"{path} is not safe to write to: {what}; `chmod o-w` it, or choose another run.dir")
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Take the lock; one that an earlier attempt of the same Slurm job holds is waited for, LOCK_SECONDS at most.
+
+    Raises ConfigError where it is another's, NodeError where that time is over, OSError where there are no locks.
+    """
+    until = None
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = printable(file.read(_MOST_OWNER).decode(errors="replace").strip()) or "another process"
+        ours = bool(_slurm_job()) and owner.endswith(_slurm_job())
+        if not ours:
+            raise ConfigError(f"{owner} trains in {path}; wait for its end, or choose another run.name")
+        if until is not None and time.monotonic() > until:
+            raise NodeError(f"{owner}, an earlier attempt, does not let go of {path}; run the same command again")
+        if until is None:
+            until = time.monotonic() + LOCK_SECONDS
+            print(f"{owner}, an earlier attempt, still holds {path}; waiting {LOCK_SECONDS:g} s at most", flush=True)
+        time.sleep(_LOCK_POLL)
+
+
+def _slurm_job() -> str:
+    """How the note on a lock's owner ends, the same for all attempts of one job; empty outside Slurm.
+
+    The links of a chain by array have numbers of their own, and are one job here.
+    """
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    return f", Slurm job {job}" if job else ""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
+    """Raises FruitlessError where this Slurm job was started before from the newest checkpoint of now, and cut short.
+
+    Only of one job, or one chain of jobs: a person who starts again by hand may have fixed the cause.
+    """
+    now, earlier = attempts[-1], attempts[-1 - MAX_FRUITLESS : -1]
+    job, step = _submitted_as(now), now.get("newest_step")
+    fruitless = [
+        one
+        for one in earlier
+        if _submitted_as(one) == job and one.get("newest_step") == step and one.get("reason") not in GOOD_ENDS
+    ]
+    if job and len(fruitless) == MAX_FRUITLESS:
+        raise FruitlessError(
+            f"job {job} was cut short {MAX_FRUITLESS} times in a row without a new checkpoint after step {step or 0}; "
+            f"see logs/ for the cause, then submit it as a new job"
+        )
+
+
+def _submitted_as(attempt: dict[str, Any]) -> str | None:
+    return attempt.get("chain") or attempt.get("job")

@@ -1,0 +1,201 @@
+"""metrics.jsonl and TensorBoard: the same tags in both, and one curve across restarts."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ecar_dist.command_line import counted
+from ecar_dist.config.read import shown_yaml
+from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.run.event_file import EventFile
+from ecar_dist.storage.atomic import atomic_write, set_aside
+from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, parse_json
+
+HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
+MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
+MAX_LINE_BYTES = 1 << 20
+_LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
+
+
+class MetricsWriter:
+    """Writes what is measured at a step; held by rank 0 alone.
+
+    On resume everything after `start_step` belongs to steps that will be made again: it is dropped from both files.
+    No error of a disk ends training: lines of metrics.jsonl wait in memory until it takes them, events are dropped.
+    """
+
+    def __init__(self, directory: RunDirectory, start_step: int, tensorboard: bool) -> None:
+        self._directory = directory
+        self._drop_after(start_step)
+        self._lines = _LineFile(directory.metrics)
+        self._board: EventFile | None = None
+        if tensorboard:
+            self._board = EventFile(directory.tensorboard, purge_step=start_step + 1)
+            self.text("lineage", lineage_table(directory.attempts()), start_step)
+            if directory.config.exists():
+                self.text("config", _verbatim(shown_yaml(directory.config.read_text())), start_step)
+
+    def log(self, step: int, samples_seen: int, values: Mapping[str, float]) -> None:
+        """A value that is not finite stands in metrics.jsonl as null."""
+        if self._board and self._board.dropped:
+            values = {**values, "log/dropped_events": float(self._board.dropped)}
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "samples_seen": samples_seen, **finite}) + "\n")
+        if self._board:
+            from torch.utils.tensorboard import summary
+
+            for tag, value in {**values, "train/samples_seen": samples_seen}.items():
+                self._board.add(step, partial(summary.scalar, tag, value))
+
+    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """picture: uint8 [H, W, 3]; for TensorBoard, and as samples/step-NNNNNNNN.png in the run directory."""
+        try:
+            Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
+        except OSError as error:
+            why = error.strerror or error
+            print(f"warning: the picture of step {step} is not in samples/ ({why})", file=sys.stderr, flush=True)
+        if self._board:
+            from torch.utils.tensorboard import summary
+
+            self._board.add(step, partial(summary.image, tag, picture, dataformats="HWC"))
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Markdown, for TensorBoard alone."""
+        if self._board:
+            from torch.utils.tensorboard import summary
+
+            self._board.add(step, partial(summary.text, tag, text))
+
+    def rewind(self, step: int) -> None:
+        """The run was rolled back to `step`: what came after it is dropped, as on a resume."""
+        self._lines.close()
+        try:
+            self._drop_after(step)
+        except OSError as error:  # the old lines stay: the later of two lines with one step is the one that counts
+            self._lines.say(error)
+        self._lines = _LineFile(self._directory.metrics)
+        if self._board:
+            self._board.close()
+            self._board = EventFile(self._directory.tensorboard, step + 1, self._board.dropped)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._board:
+            self._board.close()
+
+    def _drop_after(self, step: int) -> None:
+        """Whatever the file holds, training goes on: one that cannot be read is put aside."""
+        path = self._directory.metrics
+        try:
+            damaged = _keep_up_to(path, step)
+        except FileNotFoundError:
+            return
+        except UntrustedError as error:
+            aside = set_aside(path)
+            print(
+                f"warning: {path} cannot be read ({error}): it is now {aside.name}, a new one begins", file=sys.stderr
+            )
+            return
+        if damaged:
+            lines = counted(damaged, "damaged line")
+            print(f"warning: {path} had {lines}, left out; no other line is lost", file=sys.stderr)
+
+
+class _LineFile:
+    """Appends lines. What the disk does not take waits for the next line, up to HELD_BYTES; an error is said once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._held, self._said = path, b"", False
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        if len(self._held) < HELD_BYTES:
+            self._held += line.encode()
+        try:
+            while self._held:
+                self._held = self._held[self._file.write(self._held) :]
+        except OSError as error:
+            self.say(error)
+
+    def close(self) -> None:
+        self.write("")
+        try:
+            self._file.close()
+        except OSError as error:  # a network drive may refuse only now
+            self.say(error)
+
+    def say(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            print(
+                f"ecar-dist: {self._path} takes no more lines ({error.strerror}); training goes on, the lines wait",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def lineage_table(attempts: Sequence[Mapping[str, Any]]) -> str:
+    """The attempts of a run as a Markdown table, one row each."""
+    rows = [_LINEAGE, ["---"] * len(_LINEAGE)]
+    rows += [["" if attempt.get(name) is None else str(attempt[name]) for name in _LINEAGE] for attempt in attempts]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) -> None:
+    """Put the numbers of an evaluation beside the run's curves, as `eval/...`."""
+    from torch.utils.tensorboard import summary
+
+    board = EventFile(directory.tensorboard)
+    for name, value in scores.items():
+        if isinstance(value, float):
+            board.add(step, partial(summary.scalar, f"eval/{name}", value))
+    board.close()
+
+
+def _verbatim(text: str) -> str:
+    """A Markdown block that is shown as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _keep_up_to(path: Path, step: int) -> int:
+    """Write the lines anew, without later steps and without what is not a line of a step; the number of the latter.
+
+    A last line that was cut by a kill is not counted. Raises UntrustedError and OSError.
+    """
+    damaged = 0
+    with _readable(path) as lines, atomic_write(path) as kept:
+        while line := lines.readline(MAX_LINE_BYTES):
+            found = _step_of(line)
+            if found is not None and found <= step:
+                kept.write(line.rstrip() + b"\n")
+            damaged += found is None and line.endswith(b"\n")
+    return damaged
+
+
+def _readable(path: Path) -> BinaryIO:
+    """Raises UntrustedError for what is not a log, FileNotFoundError."""
+    try:
+        return open_plain_file(path, MAX_LOG_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UntrustedError(error.strerror or str(error)) from None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of one line; None where it is not a line of a step."""
+    try:
+        tree = parse_json(line)
+    except UntrustedError:
+        return None
+    step = tree.get("step") if isinstance(tree, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

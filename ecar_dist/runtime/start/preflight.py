@@ -1,0 +1,174 @@
+"""Whether all nodes are fit to train, in seconds, before anything is allocated.
+
+Every rank looks at its device, its versions, its disks, its clock and the beginning of the data, all within a bound,
+and says what it found (`roll_call`). Rank 0 judges; then all of them measure one all-reduce. What was found is said in
+a few lines, and written to $ECAR_JOB_LOGS/preflight.json where a job script gives such a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ecar_dist import __version__
+from ecar_dist.errors import NodeError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.placement import job_logs
+from ecar_dist.runtime.start.report import judge, report, report_lines
+from ecar_dist.runtime.start.roll_call import Answer, describe, hold_roll_call
+from ecar_dist.runtime.world import World
+from ecar_dist.storage.atomic import write_json
+
+T = TypeVar("T")
+Facts = dict[str, Any]  # JSON values
+
+APPEARS_SECONDS = 60.0  # for a folder that was just made to be seen on other nodes
+ALL_REDUCE_SECONDS = 300.0  # with the making of all connections
+ALL_REDUCE_BYTES, ALL_REDUCE_REPEATS = 16 << 20, 3
+_SIDE = 256  # of the matrices that the device multiplies
+
+
+def preflight(
+    world: World, folders: Mapping[str, Path], read: Callable[[], tuple[T, Facts]], *, seconds: float
+) -> tuple[T, list[str]]:
+    """What `read` gave on this rank, and the lines that rank 0 may say. Collective.
+
+    `folders`: what needs free space, by its name in a sentence; `read` reads some of the data and says how that went.
+    A rank that takes longer than `seconds` is unfit. Raises on all ranks as `hold_roll_call`: NodeError where some
+    nodes are unfit, a rank's own error where all are.
+    """
+    began, facts, found = time.monotonic(), Facts(clock=world.met), []
+
+    def look() -> Iterator[str]:
+        yield "a look at the versions"
+        facts.update(versions=versions(), driver=driver())
+        yield "a computation on the device"
+        facts.update(device=try_device(world.device))
+        yield "a look at the disks"
+        facts.update(free=free_space(folders))
+        yield "a read of the data"
+        failpoint("preflight.read")
+        value, facts["read"] = read()
+        found.append(value)
+
+    error = _stopped_by(look, seconds)
+    answer = Answer(world.rank, world.nodes[world.rank], describe(error) if error else "", dict(facts))
+    answers: list[Answer] = []
+    verdict = partial(judge, seconds=seconds, came=world.nodes, heard=answers)
+    hold_roll_call(world, "preflight", answer, verdict, seconds=seconds + 10, error=error)
+    bandwidth = _bandwidth(world)
+    if not world.is_first:
+        return found[0], []
+    result = report(answers, bandwidth, ALL_REDUCE_BYTES, time.monotonic() - began)
+    if folder := job_logs():
+        with contextlib.suppress(OSError):
+            write_json(folder / "preflight.json", result)
+    return found[0], report_lines(result)
+
+
+def versions() -> Facts:
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    return {
+        "ecar_dist": __version__,
+        "torch": torch.__version__,
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "nccl": nccl,
+    }
+
+
+def driver() -> str | None:
+    """Of NVIDIA's kernel module, as it says itself."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text()):
+            return found[0]
+    return None
+
+
+def try_device(device: torch.device) -> str:
+    """Its name, once it has multiplied two matrices of small whole numbers without an error, exact in any precision.
+
+    Raises NodeError where the product is wrong.
+    """
+    failpoint("preflight.device")
+    numbers = torch.arange(_SIDE * _SIDE, dtype=torch.float64).view(_SIDE, _SIDE)
+    left, right = numbers % 7, numbers % 5
+    product = (left.to(device, torch.float32) @ right.to(device, torch.float32)).cpu().double()
+    if not torch.equal(product, left @ right):
+        raise NodeError(f"{device} multiplies whole numbers wrong")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+
+def free_space(folders: Mapping[str, Path]) -> Facts:
+    """Free bytes, by name. Raises OSError where a folder cannot be written to, or that of the job does not appear."""
+    if (logs := job_logs()) and not _appears(logs):
+        raise FileNotFoundError(f"{logs} cannot be seen from here: its file system is not mounted")
+    free = {}
+    for name, folder in folders.items():
+        at = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        if not os.access(at, os.W_OK):
+            raise PermissionError(f"cannot write to {at}")
+        free[name] = shutil.disk_usage(at).free
+    return free
+
+
+def _appears(folder: Path) -> bool:
+    until = time.monotonic() + APPEARS_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _stopped_by(steps: Callable[[], Iterator[str]], seconds: float) -> Exception | None:
+    """Go through `steps`, each of which says what comes next; what ended them early, a bound on all of it too.
+
+    In a thread: a read from a file system that hangs cannot be ended, only left.
+    """
+    doing, errors = [""], []
+
+    def go() -> None:
+        try:
+            for step in steps():
+                doing[0] = step
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return NodeError(f"{doing[0]} took more than {seconds:g} s")
+    return errors[0] if errors else None
+
+
+def _bandwidth(world: World) -> float | None:
+    """Bus bandwidth of an all-reduce in bytes a second, as NCCL's tests count it; None alone. Raises NodeError.
+
+    Each byte crosses a rank's link 2 (n-1)/n times, whatever the algorithm (nccl-tests, doc/PERFORMANCE.md).
+    """
+    if world.size == 1:
+        return None
+    taken: list[float] = []
+
+    def measure() -> Iterator[str]:
+        yield f"an all-reduce of {ALL_REDUCE_BYTES >> 20} MiB over {world.size} ranks"
+        taken.append(world.all_reduce_seconds(ALL_REDUCE_BYTES, ALL_REDUCE_REPEATS))
+
+    if error := _stopped_by(measure, ALL_REDUCE_SECONDS):
+        raise error
+    return 2 * (world.size - 1) / world.size * ALL_REDUCE_BYTES / taken[0]

@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from ecar_dist.data.shards.files import (
+    ShardDamaged,
+    check_presence,
+    describe_shard,
+    hash_file,
+    local_folder,
+    map_verified,
+)
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.errors import DataError
+from tests.data.latent_sets import write_set
+
+
+@pytest.fixture
+def entry(tmp_path):
+    write_set(tmp_path)
+    return load_manifest(tmp_path).shards[1]
+
+
+def test_local_folders_and_urls():
+    assert local_folder("file:///a/b") == local_folder(Path("/a/b")) == Path("/a/b")
+    with pytest.raises(DataError, match="must be on a local or mounted file system, got s3://bucket/x"):
+        local_folder("s3://bucket/x")
+
+
+def test_a_whole_shard_is_mapped(tmp_path, entry):
+    assert map_verified(tmp_path / entry.name, entry)[:] == (tmp_path / entry.name).read_bytes()
+
+
+def test_both_ways_of_hashing_agree(tmp_path, entry):
+    (tmp_path / "large").write_bytes(os.urandom((1 << 20) + 12345))
+    with open(tmp_path / "large", "rb", buffering=0) as file:
+        file.seek(100)
+        assert hash_file(file) == describe_shard(tmp_path / "large", 1, 0).xxh3_128
+
+
+def test_a_wrong_byte_names_shard_offset_expected_and_got(tmp_path, entry):
+    path = tmp_path / entry.name
+    data = bytearray(path.read_bytes())
+    data[2048 * 11 + 600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardDamaged) as caught:
+        map_verified(path, entry)
+    text = str(caught.value)
+    assert f"shard {path} has xxh3_128 {describe_shard(path, 1, 0).xxh3_128}" in text
+    assert f"the manifest says {entry.xxh3_128}" in text
+    assert f"at or after byte {2048 * 11}" in text
+
+
+def test_a_cut_or_missing_shard(tmp_path, entry):
+    path = tmp_path / entry.name
+    os.truncate(path, entry.bytes - 512)
+    with pytest.raises(ShardDamaged, match=f"has {entry.bytes - 512} bytes, the manifest says {entry.bytes}"):
+        map_verified(path, entry)
+    with pytest.raises(ShardDamaged, match=entry.name):
+        check_presence(tmp_path, [entry])
+    path.unlink()
+    for look in (lambda: map_verified(path, entry), lambda: check_presence(tmp_path, [entry])):
+        with pytest.raises(DataError, match=rf"cannot read shard .*{entry.name} \(No such file"):
+            look()
+
+
+def test_shards_behind_a_url_are_not_asked_for(entry):
+    check_presence("s3://no-such-bucket/set", [entry])

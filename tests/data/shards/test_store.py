@@ -1,0 +1,67 @@
+import time
+
+import pytest
+
+from ecar_dist.data.shards import store as shard_store
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.shards.store import CacheOptions, open_store
+from ecar_dist.errors import DataError
+from tests.data.latent_sets import write_set
+from tests.data.shards.test_read import flip_a_byte
+
+
+def test_a_local_set_is_mapped_where_it_lies(tmp_path):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    store = open_store(f"file://{tmp_path}", manifest.dataset_id, manifest.shards, CacheOptions(root=tmp_path / "c"))
+    store.prefetch([0, 1])
+    store.retire({})
+    for index, entry in enumerate(manifest.shards):
+        assert store.where(index) == str(tmp_path / entry.name)
+        assert store.open(index)[:] == (tmp_path / entry.name).read_bytes()
+    assert not (tmp_path / "c").exists()
+    store.close()
+
+
+def test_a_local_set_is_whole_or_refused(tmp_path):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    (tmp_path / "000002.tar").unlink()
+    with pytest.raises(DataError, match=r"000002\.tar"):
+        open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
+
+
+def test_what_is_needed_next_is_proven_ahead_and_its_error_waits_for_its_open(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    flip_a_byte(tmp_path / "000001.tar")
+    proven = []
+    real = shard_store.map_verified
+    monkeypatch.setattr(
+        shard_store, "map_verified", lambda path, entry: (proven.append(path.name), real(path, entry))[1]
+    )
+    store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
+    store.prefetch([2, 1])
+    store.prefetch([1, 2])
+    deadline = time.monotonic() + 10
+    while len(proven) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert proven == ["000002.tar", "000001.tar"]
+    assert store.open(2)[:] == (tmp_path / "000002.tar").read_bytes()
+    with pytest.raises(DataError, match=r"000001\.tar"):
+        store.open(1)
+    assert proven == ["000002.tar", "000001.tar"]
+    store.close()
+    store.prefetch([0])
+    assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
+
+
+def test_what_is_no_longer_asked_for_is_not_held(tmp_path):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
+    store.prefetch([0, 1])
+    store.prefetch([1, 2])
+    assert sorted(store._ahead) == [1, 2]
+    assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
+    store.close()

@@ -1,0 +1,105 @@
+import os
+
+import pytest
+
+from data_tools.encode.status import status
+from data_tools.finalize import finalize
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.errors import ConfigError, DataError
+from tests.data_tools.bad_images import write_bad_image_shards
+from tests.data_tools.image_folders import encode_small, write_image_shards
+
+BEGUN = 1_000_000.0
+
+
+def say(capsys, out, **settings):
+    status(out, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split()[0] + (line.split()[1] if line.startswith("task") else ""): line for line in lines}
+
+
+def set_times(out, **seconds):
+    """When each file was written, in seconds since the plan."""
+    for name, at in {"plan": 0, **seconds}.items():
+        os.utime(out / f"{name.strip('_')}.json", (BEGUN + at, BEGUN + at))
+
+
+@pytest.fixture
+def half(tmp_path, capsys):
+    """Task 0 of 2 is through, task 1 has not begun: shards 0, 2 and 4, of 5, 5 and 4 images."""
+    out = tmp_path / "latents"
+    encode_small(write_image_shards(tmp_path), out, task=0, tasks=2)
+    capsys.readouterr()
+    set_times(out, _000000=100, _000002=650, _000004=700)
+    return out
+
+
+def test_done_rates_and_time_left(half, capsys):
+    said = say(capsys, half, now=BEGUN + 800)
+    assert said["shards"] == "shards    3 of 5"
+    assert said["images"] == "images    14 of 24, 58.3 %"
+    assert said["failures"] == "failures  0"
+    # shards 2 and 4 are of the last 600 s: 9 / 600; overall 14 / 700
+    assert said["rate"] == "rate      0.0 images/s over the last 10 min, 0.0 overall"
+    assert said["left"] == "left      0:11:07 at the recent rate"  # 10 / (9 / 600) s
+    assert said["newest"] == "newest    000004, 0:01:40 ago"
+    assert "finalized" not in said
+
+
+def test_rates_soon_after_the_start_and_long_after_the_end(half, capsys):
+    set_times(half, _000000=1, _000002=1, _000004=2)
+    said = say(capsys, half, now=BEGUN + 4)
+    assert said["rate"] == "rate      3.5 images/s over the last 10 min, 7.0 overall"
+    assert said["left"] == "left      0:00:03 at the recent rate"
+    assert say(capsys, half, now=BEGUN + 9999)["left"] == "left      unknown, no shard is that recent"
+
+
+def test_each_tasks_share(half, capsys):
+    set_times(half, _000000=1, _000002=1, _000004=2)
+    said = say(capsys, half, now=BEGUN + 4, tasks=2)
+    assert (
+        said["task0"] == "task 0    3 of 3 shards, the newest 0:00:02 ago, 9.0 images/s between its last shards"
+    )  # shards 2 and 4 in the second after shard 0
+    assert said["task1"] == "task 1    0 of 2 shards"
+    with pytest.raises(ConfigError, match="--tasks 0 must be at least 1"):
+        status(half, tasks=0)
+
+
+def test_a_tasks_rate_is_its_own_whenever_it_ran(half, capsys):
+    """An hour after the plan, and long ago; a pause of hours does not count against its newest shards."""
+    set_times(half, _000000=3600, _000002=3605, _000004=3609)
+    assert (
+        "task 0    3 of 3 shards, the newest 1:00:00 ago, 1.0 images/s"
+        in say(capsys, half, now=BEGUN + 7209, tasks=2)["task0"]
+    )
+    set_times(half, _000000=10, _000002=9000, _000004=9010)
+    assert ", 0.4 images/s" in say(capsys, half, now=BEGUN + 9010, tasks=2)["task0"]
+    set_times(half, _000000=10, _000002=9000, _000004=18_000)
+    assert ", 0.0 images/s" in say(capsys, half, now=BEGUN + 18_000, tasks=2)["task0"]
+    (half / "000000.json").unlink()
+    (half / "000002.json").unlink()
+    assert say(capsys, half, now=BEGUN + 18_000, tasks=2)["task0"] == "task 0    1 of 3 shards, the newest 0:00:00 ago"
+
+
+def test_nothing_done_yet(half, capsys):
+    for path in half.glob("0*"):
+        path.unlink()
+    said = say(capsys, half, now=BEGUN + 4, tasks=1)
+    assert said["images"] == "images    0 of 24, 0.0 %"
+    assert "newest" not in said
+
+
+def test_after_the_end(tmp_path, capsys):
+    out = tmp_path / "latents"
+    encode_small(write_bad_image_shards(tmp_path), out, max_bad=0.2)
+    finalize(out, max_bad=0.2)
+    said = say(capsys, out)
+    assert said["images"] == "images    24 of 24, 100.0 %"
+    assert said["failures"] == f"failures  3, listed in {out}/errors.jsonl"
+    assert said["left"] == "left      nothing"
+    assert said["finalized"] == f"finalized {load_manifest(out).dataset_id}"
+
+
+def test_no_plan(tmp_path):
+    with pytest.raises(DataError, match=r"plan\.json does not exist"):
+        status(tmp_path)

@@ -1,0 +1,336 @@
+import json
+import os
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+
+from data_tools.images import tar_samples
+from data_tools.images.index import index
+from data_tools.images.tar_samples import LabelRule
+from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.shards.manifest import load_image_manifest
+from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage import remote
+from tests.data.image_sets import encoded, members_of, samples, what_webdataset_sees, write_tar, write_webdataset_tar
+from tests.data_tools.image_folders import content, encode_small, write_image_folder
+
+
+def read_all(folder):
+    shards = ImageShards(folder)
+    return [(record.key, record.data, record.label) for record in shards.read_many(range(len(shards)))]
+
+
+def write_tars(folder, count=12, per_tar=5):
+    folder.mkdir()
+    data = samples(count)
+    for first in range(0, count, per_tar):
+        write_tar(folder / f"{first:03d}.tar", members_of(data[first : first + per_tar]))
+    return data
+
+
+def test_tars_stay_where_they_are(tmp_path, capsys):
+    data = write_tars(tmp_path / "tars")
+    before = content(tmp_path / "tars")
+    index(str(tmp_path / "tars"), tmp_path / "index")
+    assert f"next: ecar-data encode {tmp_path}/index LATENTS --vae NAME --image-size SIDE\n" in capsys.readouterr().out
+    assert content(tmp_path / "tars") == before
+    assert set(content(tmp_path / "index")) == {"manifest.json", "000000.npy", "000001.npy", "000002.npy"}
+    assert read_all(tmp_path / "index") == data
+    manifest = load_image_manifest(tmp_path / "index")
+    assert [(entry.name, entry.count, entry.first_index) for entry in manifest.shards] == [
+        ("000.tar", 5, 0),
+        ("005.tar", 5, 5),
+        ("010.tar", 2, 10),
+    ]
+    assert (manifest.count, manifest.num_classes, manifest.location) == (12, 10, str(tmp_path / "tars"))
+    assert manifest.class_names == [str(label) for label in range(10)]
+
+
+def test_the_index_is_the_same_each_time_and_everywhere(tmp_path):
+    write_tars(tmp_path / "tars")
+    filesystem = fsspec.filesystem("memory")
+    for path in (tmp_path / "tars").iterdir():
+        filesystem.pipe_file(f"/indexed/{path.name}", path.read_bytes())
+    for name, source in (
+        ("a", str(tmp_path / "tars")),
+        ("b", str(tmp_path / "tars/*.tar")),
+        ("c", "memory:///indexed"),
+    ):
+        index(source, tmp_path / name)
+    filesystem.store.clear()
+    tables = [{name: data for name, data in content(tmp_path / name).items() if name.endswith("npy")} for name in "abc"]
+    assert tables[0] == tables[1] == tables[2]
+    assert len({load_image_manifest(tmp_path / name).dataset_id for name in "abc"}) == 1
+
+
+def test_class_folders_need_no_reading(tmp_path, monkeypatch):
+    root = write_image_folder(tmp_path / "in")
+    true_open = open
+
+    def guarded(path, *arguments, **options):
+        assert not str(path).startswith(str(root)), "an image was opened"
+        return true_open(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    index(str(root), tmp_path / "index")
+    monkeypatch.undo()
+    found = read_all(tmp_path / "index")
+    assert len(found) == 24
+    assert found[8 + 2] == ("2.jpeg", (root / "cat/2.jpeg").read_bytes(), 1)
+    assert load_image_manifest(tmp_path / "index").class_names == ["bird", "cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_encode_works_on_an_index_and_on_a_copy_alike(tmp_path, kind):
+    if kind == "tars":
+        write_tars(tmp_path / "in")
+    else:
+        write_image_folder(tmp_path / "in")
+    index(str(tmp_path / "in"), tmp_path / "index")
+    encode_small(tmp_path / "index", tmp_path / "a")
+    encode_small(tmp_path / "index", tmp_path / "b", batch_size=2)
+    tars = [{name: data for name, data in content(tmp_path / name).items() if name.endswith(".tar")} for name in "ab"]
+    assert tars[0] == tars[1]
+    assert len(tars[0]) == (3 if kind == "tars" else 5)
+
+
+def test_each_byte_is_read_once_and_in_ranges(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", members_of(samples(50)))
+    size = path.stat().st_size
+    fsspec.filesystem("memory").pipe_file("/once/0.tar", path.read_bytes())
+    ranges, true_read = [], remote.read_range
+    monkeypatch.setattr(tar_samples, "_CHUNK", 10_000)
+    monkeypatch.setattr(remote, "read_range", lambda url, a, b, _: ranges.append((a, b)) or true_read(url, a, b))
+    index("memory:///once/0.tar", tmp_path / "index")
+    assert sorted(ranges) == [(start, min(start + 10_000, size)) for start in range(0, size, 10_000)]
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_an_object_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    data = write_tar(tmp_path / "0.tar", members_of(samples(9))).read_bytes()
+    fsspec.filesystem("memory").pipe_file("/changing/0.tar", data)
+    tags = iter("abc")
+    monkeypatch.setattr(remote, "stat", lambda url, _: remote.ObjectVersion(len(data), next(tags)))
+    with pytest.raises(DataError, match=r"0\.tar changed while it was read"):
+        index("memory:///changing/0.tar", tmp_path / "index")
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", members_of(samples(9)))
+    found = tar_samples.index_image_tar(tmp_path, "0.tar", path.stat().st_size, LabelRule("cls"), foreign=True)
+    assert len(found.rows) == 9
+    with pytest.raises(DataError, match=r"0\.tar changed while it was read"):
+        tar_samples.index_image_tar(tmp_path, "0.tar", path.stat().st_size - 512, LabelRule("cls"), foreign=True)
+
+
+def one_sample(**parts):
+    return [(f"k.{name.replace('_', '.')}", data) for name, data in parts.items()]
+
+
+@pytest.mark.parametrize(
+    ("parts", "label", "names", "expected"),
+    [
+        ({"JPG": b"x", "cls": b" 7\n"}, "cls", None, 7),
+        ({"cls": b"7", "webp": b"x", "txt": b"caption"}, "cls", None, 7),
+        ({"png": b"x", "cls": b"dog"}, "cls", "cat dog", 1),
+        ({"jpeg": b"x", "json": b'{"a": 1, "id": 3}'}, "json:id", None, 3),
+        ({"jpg": b"x", "json": b'{"id": "4"}', "cls": b"1"}, "json:id", None, 4),
+        ({"jpg": b"x", "json": b'{"id": "dog"}'}, "json:id", "cat dog", 1),
+        ({"jpg": b"x"}, "none", None, 0),
+        ({"jpg": b"x", "seg_png": b"a mask", "cls": b"1"}, "cls", None, 1),
+    ],
+)
+def test_where_labels_come_from(tmp_path, parts, label, names, expected):
+    write_tar(tmp_path / "0.tar", one_sample(**parts))
+    classes = tmp_path / "classes.txt" if names else None
+    if classes:
+        classes.write_text("\n".join(names.split()) + "\n")
+    index(str(tmp_path / "0.tar"), tmp_path / "index", label=label, classes=classes)
+    assert read_all(tmp_path / "index") == [("k", b"x", expected)]
+    manifest = load_image_manifest(tmp_path / "index")
+    assert manifest.class_names == (names.split() if names else [str(i) for i in range(expected + 1)])
+
+
+TWO = [("a.jpg", b"x"), ("a.cls", b"1")]
+TWO_B = [("b.jpg", b"x"), ("b.cls", b"1")]
+REFUSED = {
+    "no label": ([("a.jpg", b"x")], {}, r"sample 'a' has parts \['jpg'\], needs one image .* and cls"),
+    "no image": ([("a.cls", b"1")], {}, "sample 'a' has parts"),
+    "no image at the end": ([*TWO, ("b.cls", b"1")], {}, "sample 'b' has parts"),
+    "two images": ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], {}, "second png at 'a.png'"),
+    "a part twice": ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], {}, "second cls at 'a.cls'"),
+    "a key twice": ([*TWO, ("b.jpg", b"x"), ("b.cls", b"1"), *TWO], {}, "sample 'a' are not adjacent"),
+    "apart": ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1")], {"label": "none"}, "not adjacent"),
+    "label far behind": ([("a.jpg", b"x"), *TWO_B, ("a.cls", b"1")], {}, "'a' lie apart: 'a.cls' comes after others"),
+    "sorted by kind": (
+        [("a.cls", b"1"), ("b.cls", b"1"), ("a.jpg", b"x"), ("b.jpg", b"x")],
+        {},
+        "'a' lie apart: 'a.jpg'",
+    ),
+    "label is no number": ([("a.jpg", b"x"), ("a.cls", b"dog")], {}, "label 'dog' is no number"),
+    "label below zero": ([("a.jpg", b"x"), ("a.cls", b"-1")], {}, "label '-1' is no number"),
+    "label too large": ([("a.jpg", b"x"), ("a.cls", b"1" * 5000)], {}, r"is no number in 0\.\.999999"),
+    "label is no text": ([("a.jpg", b"x"), ("a.cls", b"\xff")], {}, "sample 'a': 'utf-8' codec"),
+    "label is huge": ([("a.jpg", b"x"), ("a.cls", b"1" * (1 << 21))], {}, "has 2097152 bytes, the limit is 1048576"),
+    "no json": ([("a.jpg", b"x"), ("a.json", b"{")], {"label": "json:id"}, "sample 'a': it is not JSON: Expecting"),
+    "no field": ([("a.jpg", b"x"), ("a.json", b'{"x": 1}')], {"label": "json:id"}, "json has no field 'id'"),
+    "no object": ([("a.jpg", b"x"), ("a.json", b"[1]")], {"label": "json:id"}, "json has no field 'id'"),
+    "json that is code": ([("a.jpg", b"x"), ("a.json", b"__import__('os')")], {"label": "json:id"}, "Expecting value"),
+    "deep json": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], {"label": "json:id"}, "nested deeper than 32"),
+    "true is no label": (
+        [("a.jpg", b"x"), ("a.json", b'{"id": true}')],
+        {"label": "json:id"},
+        "label True is no number",
+    ),
+    "only dotfiles": ([(".a.jpg", b"x"), ("README", b"x")], {}, "holds no image"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tars_whose_samples_are_not_exact_are_refused(tmp_path, name):
+    members, options, message = REFUSED[name]
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(DataError, match=message) as caught:
+        index(str(tmp_path / "0.tar"), tmp_path / "index", **options)
+    assert "0.tar" in str(caught.value) or name == "only dotfiles"
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["0.tar"], "nothing half-made is left"
+
+
+def test_an_image_beyond_the_bound_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_samples, "MAX_IMAGE_BYTES", 100)
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"x" * 101), ("a.cls", b"1")])
+    with pytest.raises(DataError, match=r"'a\.jpg' has 101 bytes, the limit is 100"):
+        index(str(tmp_path / "0.tar"), tmp_path / "index")
+
+
+def test_member_names_are_never_paths(tmp_path):
+    """The key is a text; nothing is opened or written by it."""
+    write_tar(
+        tmp_path / "0.tar", [("../../up.jpg", b"x"), ("../../up.cls", b"1"), ("/abs.jpg", b"y"), ("/abs.cls", b"0")]
+    )
+    index(str(tmp_path / "0.tar"), tmp_path / "deep/er/index")
+    assert read_all(tmp_path / "deep/er/index") == [("../../up", b"x", 1), ("/abs", b"y", 0)]
+    assert sorted(os.listdir(tmp_path / "deep/er/index")) == ["000000.npy", "manifest.json"]
+
+
+@pytest.mark.parametrize("write", ["webdataset", "gnu", "pax", "ustar"])
+def test_foreign_writers(tmp_path, write):
+    data, path = samples(7), tmp_path / "0.tar"
+    if write == "webdataset":
+        write_webdataset_tar(path, data)
+    else:
+        write_tar(path, members_of(data), format=getattr(tarfile, f"{write.upper()}_FORMAT"), mtime=1.25)
+    index(str(path), tmp_path / "index")
+    assert read_all(tmp_path / "index") == data
+
+
+def test_what_webdataset_does_with_tars_that_we_refuse(tmp_path):
+    """Finding: a key that comes back is two samples, missing parts pass, a cut tar is a smaller set, all in silence."""
+    path = tmp_path / "0.tar"
+    write_tar(path, [*TWO, ("b.jpg", b"x"), ("b.cls", b"1"), *TWO])
+    assert what_webdataset_sees(path) == 3
+    write_tar(path, [("a.jpg", b"x"), ("b.cls", b"1")])
+    assert what_webdataset_sees(path) == 2
+    index(str(write_tar(path, members_of(samples(4)))), tmp_path / "whole")
+    third = int(np.load(tmp_path / "whole/000000.npy")["offset"][2])
+    os.truncate(path, third - 512)  # on the boundary between two samples
+    assert what_webdataset_sees(path) == 2
+    with pytest.raises(DataError, match=r"0\.tar"):
+        index(str(path), tmp_path / "index")
+
+
+def test_given_classes_of_folders(tmp_path):
+    root = write_image_folder(tmp_path / "in")
+    (tmp_path / "classes.txt").write_text("dog\nfish\nbird\ncat\n")
+    index(str(root), tmp_path / "index", classes=tmp_path / "classes.txt")
+    manifest = load_image_manifest(tmp_path / "index")
+    assert manifest.class_names == ["dog", "fish", "bird", "cat"]
+    assert [label for _, _, label in read_all(tmp_path / "index")] == [2] * 8 + [3] * 8 + [0] * 8
+    (tmp_path / "classes.txt").write_text("dog\nbird\n")
+    with pytest.raises(DataError, match="directory cat is not in --classes"):
+        index(str(root), tmp_path / "other", classes=tmp_path / "classes.txt")
+    index(str(root), tmp_path / "unlabelled", label="none")
+    assert {label for _, _, label in read_all(tmp_path / "unlabelled")} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": "jsn:x"}, "--label jsn:x is not known"),
+        ({"label": "json:"}, "--label json: is not known"),
+        ({"label": "json:id"}, "is for tars"),
+        ({"classes": "none.txt"}, "cannot read --classes"),
+        ({"classes": "twice.txt"}, "has 2 names, 1 different"),
+        ({"classes": "empty.txt"}, "has 0 names"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, message):
+    root = write_image_folder(tmp_path / "in")
+    (tmp_path / "twice.txt").write_text("a\na\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    if "classes" in options:
+        options = {"classes": tmp_path / options["classes"]}
+    with pytest.raises(ConfigError, match=message):
+        index(str(root), tmp_path / "index", **options)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path):
+    root = write_image_folder(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="out is not empty"):
+        index(str(root), tmp_path / "out")
+    assert content(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+def test_credentials_in_a_url_are_not_written_down(tmp_path):
+    fsspec.filesystem("memory").pipe_file("/secret/a/0.jpg", encoded(0))
+    index("memory:///secret", tmp_path / "index")
+    fsspec.filesystem("memory").store.clear()
+    tree = json.loads((tmp_path / "index/manifest.json").read_text())
+    assert tree["location"] == tree["source"] == "memory:///secret"
+
+
+def test_captions_are_not_labels(tmp_path, capsys):
+    """As img2dataset writes them."""
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/0.tar", [("0.jpg", b"x"), ("0.json", b"{}"), ("0.txt", b"a dog")])
+    for name in ("0.parquet", "0_stats.json"):
+        (tmp_path / "in" / name).write_text("x")
+    with pytest.raises(DataError, match="captions are not read: give --label none"):
+        index(str(tmp_path / "in"), tmp_path / "index")
+    with pytest.raises(ConfigError, match="captions are not read"):
+        index(str(tmp_path / "in"), tmp_path / "index", label="txt")
+    index(str(tmp_path / "in"), tmp_path / "index", label="none")
+    assert "left out: 1 .parquet, 1 .json\n" in capsys.readouterr().out
+    assert read_all(tmp_path / "index") == [("0", b"x", 0)]
+
+
+def test_nested_files_are_read_by_their_places(tmp_path):
+    root = write_image_folder(tmp_path / "in")
+    (root / "cat/deep/er").mkdir(parents=True)
+    (root / "cat/2.jpeg").rename(root / "cat/deep/er/2.jpeg")
+    index(str(root), tmp_path / "index")
+    found = read_all(tmp_path / "index")
+    assert ("deep/er/2.jpeg", (root / "cat/deep/er/2.jpeg").read_bytes(), 1) in found
+    assert ImageShards(tmp_path / "index").read(15).name == "cat/deep/er/2.jpeg"
+    encode_small(tmp_path / "index", tmp_path / "latents")
+
+
+def test_the_table_costs_24_bytes_and_the_key(tmp_path):
+    write_tar(tmp_path / "0.tar", members_of(samples(30)))
+    index(str(tmp_path / "0.tar"), tmp_path / "index")
+    table = np.load(tmp_path / "index/000000.npy", allow_pickle=False)
+    assert table.dtype.itemsize == 24 + 6
+    assert table["label"].tolist() == [place % 10 for place in range(30)]
+
+
+def test_json_of_other_programs_need_not_be_strict(tmp_path):
+    """img2dataset writes NaN for what it does not know, and captions with half of an emoji."""
+    rule = LabelRule.parse("json:label")
+    assert rule.read(b'{"similarity": NaN, "caption": "\\ud83d", "label": 3}') == 3

@@ -1,0 +1,37 @@
+"""What stays when one more checkpoint is committed each time, as the store asks it."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecar_dist.runtime.checkpoint.retention import kept
+
+
+def history(steps, keep, every):
+    """Everything that is left after each of the saves at `steps`."""
+    left = []
+    for samples in steps:
+        left.insert(0, (f"step-{samples:08d}", samples))
+        names = kept(left, keep, every)
+        left = [item for item in left if item[0] in names]
+    return [samples for _, samples in left]
+
+
+def test_the_newest_stay():
+    assert history(range(10, 100, 10), keep=2, every=0) == [90, 80]
+
+
+def test_the_first_at_or_after_each_multiple_stays_for_good():
+    assert history([30, 60, 90, 100, 130, 190, 220, 260], keep=2, every=100) == [260, 220, 100]
+    assert history([30, 60, 95, 105, 300, 310, 320, 330], keep=2, every=100) == [330, 320, 300, 105]
+
+
+def test_a_step_over_several_multiples_is_kept_once():
+    assert history([10, 350, 360, 370, 380], keep=2, every=100) == [380, 370, 350]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(2, 4), st.integers(0, 120))
+def test_pruning_on_the_way_keeps_what_one_look_at_all_would_keep(gaps, keep, every):
+    steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]
+    everything = [(f"step-{samples:08d}", samples) for samples in reversed(steps)]
+    expected = kept(everything, keep, every)
+    assert {f"step-{samples:08d}" for samples in history(steps, keep, every)} == expected

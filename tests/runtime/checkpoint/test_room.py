@@ -1,0 +1,78 @@
+"""A disk that is full for real: the old checkpoint stays whole, training goes on, and the line says what is needed."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from ecar_dist.errors import CheckpointError
+from ecar_dist.runtime.checkpoint.files import Progress, committed, verify
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.world import RemoteError
+from tests.runtime.checkpoint.worlds import BATCH, Ranks, State, load, make_config, store_of
+
+SHAPES = {"a": (500, 1000)}  # 8 MB for four kinds
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """20 MiB: two checkpoints and no third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"NOT RUN, no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk, tmp_path, capsys):
+    config = make_config(tmp_path, dir=str(small_disk), keep=3)
+    folder = small_disk / "tiny"
+
+    def run(world):
+        state = State(world.rank, world.size, 1, shapes=SHAPES)
+        ema = ShardedEma(state.partitions, config.ema)
+        with store_of(config, world) as store:
+            store.restore(state, ema)
+            warning = store.space_warning(state)
+            for step in (4, 8, 12):
+                store.begin(Progress(step * BATCH, step), state, ema, {})
+                while store.in_flight:
+                    store.settle()
+                state.partitions[0].add_(1)  # training goes on
+            assert (store.failures, store.last_committed) == (1, 8)
+            with pytest.raises(CheckpointError if world.is_first else RemoteError):
+                store.finish()
+            world.barrier()
+            if world.is_first:
+                os.unlink(next((folder / "step-00000004").glob("*0-of*")))
+            store.begin(Progress(16 * BATCH, 16), state, ema, {})
+            store.finish()
+            return warning
+
+    warning = Ranks(2)(run)[0]
+    assert warning.startswith(f"warning: {folder} has 20.0 MiB free, and 30.5 MiB more are needed: checkpoint.keep=3")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"cannot write {folder}: No space left on device (it needs 7.6 MiB, and 4.7 MiB are free); the last one" in line
+    )
+    assert [path.name for path in committed(folder)] == ["step-00000016", "step-00000008"]
+    for path in committed(folder):
+        verify(path)
+    restored, state, _ = load(config, shapes=SHAPES)[0]
+    assert restored.progress.step == 16
+    assert torch.equal(state.partitions[0], State(0, 1, 1, shapes=SHAPES).partitions[0] + 1 + 1 + 1)
+
+
+def test_room_enough_is_not_talked_about(tmp_path):
+    config = make_config(tmp_path)
+
+    def run(world):
+        state = State(0, 1, 1)
+        with store_of(config, world) as store:
+            assert store.needed_bytes(state) == 37 * 4 * 4
+            return store.space_warning(state)
+
+    assert Ranks(1)(run) == [None]

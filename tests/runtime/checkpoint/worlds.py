@@ -1,0 +1,160 @@
+"""Ranks as threads, and the view an Engine gives on made-up numbers: real saves and loads of any number of ranks."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.folder import LocalPlace, newest_whole
+from ecar_dist.runtime.checkpoint.store import CheckpointStore
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
+from ecar_dist.runtime.world import Placement, World
+
+SHAPES = {"a": (4, 6), "b": (10,), "c": (3,)}
+IDENTITY = {"model": {"flow.num_stages": 3}, "data": {"run.seed": 0}}
+BATCH = 16
+
+
+class State:
+    """Rank `rank` of `size` holds an even cut of all parameters; with `replicated` all of them, as under ZeRO 0."""
+
+    def __init__(self, rank, size, seed, shapes=SHAPES, replicated=False, zero_stage=2):
+        self.replicated, self.zero_stage, self.shapes = replicated, 0 if replicated else zero_stage, shapes
+        rank, size = (0, 1) if replicated else (rank, size)
+        generator = torch.Generator().manual_seed(seed)
+        total = sum(torch.Size(shape).numel() for shape in shapes.values())
+        share = -(-total // size)
+        self.full = {kind: torch.randn(total, generator=generator) for kind in ("master", *ADAM_MOMENTS)}
+        self.full["exp_avg_sq"].abs_()
+        padded = {kind: torch.cat((values, torch.zeros(share * size - total))) for kind, values in self.full.items()}
+        mine = {kind: values[rank * share : (rank + 1) * share].clone() for kind, values in padded.items()}
+        self.partitions = [mine["master"]]
+        self._moments = {kind: [mine[kind]] for kind in ADAM_MOMENTS}
+        self.fragments, self.optimizer_step, self.published, offset = [], None, None, 0
+        for name, shape in shapes.items():
+            low, high = max(offset, rank * share), min(offset + torch.Size(shape).numel(), (rank + 1) * share)
+            if low < high:
+                self.fragments.append(Fragment(name, low - offset, high - low, 0, low - rank * share))
+            offset += torch.Size(shape).numel()
+
+    def moments(self, name):
+        return self._moments[name]
+
+    def set_optimizer_step(self, step):
+        self.optimizer_step = step
+
+    def publish_master_weights(self):
+        self.published = self.partitions[0].clone()
+
+    def numbers(self, ema=None):
+        """All that a checkpoint holds of this rank."""
+        kinds = {"master": self.partitions, **self._moments, **(ema.averages if ema else {})}
+        return {
+            (kind, one.name, one.start): one.of(flat).clone() for kind, flat in kinds.items() for one in self.fragments
+        }
+
+
+class Ranks:
+    """`size` ranks, each a thread with collectives that wait for all. `nodes`: ranks per node."""
+
+    def __init__(self, size, per_node=None):
+        self.size, self.per_node = size, per_node or size
+        self._barrier = threading.Barrier(size, timeout=20)
+        self._box = [None] * size
+
+    def __call__(self, action):
+        """`action(world)` on every rank; the results in rank order, or the error of the first rank that has one."""
+        worlds = [ThreadWorld(self, rank) for rank in range(self.size)]
+        with ThreadPoolExecutor(self.size) as pool:
+            return [future.result() for future in [pool.submit(action, world) for world in worlds]]
+
+    def exchange(self, rank, value):
+        self._box[rank] = value
+        self._barrier.wait()
+        values = list(self._box)
+        self._barrier.wait()
+        return values
+
+
+class ThreadWorld(World):
+    def __init__(self, ranks, rank):
+        local = rank % ranks.per_node
+        super().__init__(Placement(rank, ranks.size, local, ranks.per_node), torch.device("cpu"))
+        self._ranks = ranks
+
+    def gather(self, value):
+        return self._ranks.exchange(self.rank, value)
+
+    def broadcast(self, value):
+        return self._ranks.exchange(self.rank, value)[0]
+
+    def barrier(self):
+        self._ranks.exchange(self.rank, None)
+
+
+def make_config(folder, ema=None, **checkpoint):
+    """A run in `folder`/tiny."""
+    return config_from_dict(
+        {
+            "run": {"name": "tiny", "dir": str(folder)},
+            "model": {"preset": "T", "patch_size": 1},
+            "vae": {"kind": "dct", "downsample": 8},
+            "data": {"latents": "x", "num_classes": 10, "latent_size": 4, "cache": {"dir": str(folder / "cache")}},
+            "train": {"total_samples": 1000},
+            "ema": ema or {"half_life_samples": 100},
+            "checkpoint": checkpoint,
+        }
+    )
+
+
+@contextmanager
+def store_of(config, world, identity=IDENTITY, **options):
+    store = CheckpointStore(config, world, identity, **options)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def save(config, size=1, seed=1, step=4, identity=IDENTITY, restore=False, **options):
+    """One checkpoint by `size` ranks, finished."""
+    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes") if name in options}
+
+    def run(world):
+        state = State(world.rank, world.size, seed, **made)
+        ema = ShardedEma(state.partitions, config.ema)
+        with store_of(config, world, identity, **options) as store:
+            if restore:
+                store.restore(State(world.rank, world.size, 999, **made), ema)
+            store.begin(Progress(step * BATCH, step), state, ema, {"seed": seed})
+            store.finish()
+            return store
+
+    return Ranks(size)(run)[0]
+
+
+def load(config, size=1, identity=IDENTITY, ranks=None, **options):
+    """(Restored, State, ShardedEma) of every rank."""
+    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes") if name in options}
+
+    def run(world):
+        state = State(world.rank, world.size, seed=999, **made)
+        ema = ShardedEma(state.partitions, config.ema)
+        with store_of(config, world, identity, **options) as store:
+            return store.restore(state, ema), state, ema
+
+    return (ranks or Ranks(size))(run)
+
+
+def checkpoints(folder):
+    """Names in the run's folder of checkpoints."""
+    return sorted(path.name for path in (folder / "tiny/checkpoints").iterdir())
+
+
+def newest(folder):
+    """The newest whole checkpoint in a folder, as a reader outside training finds it."""
+    return newest_whole(LocalPlace(folder))

@@ -1,0 +1,176 @@
+from functools import partial
+
+import pytest
+import torch
+
+from ecar_dist.errors import ConfigError, DataError, NodeError
+from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.placement import Placement, job_nodes
+from ecar_dist.runtime.start.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, rank_list
+from ecar_dist.runtime.world import World, _judge_meeting
+from tests.runtime.test_world import in_threads, worlds
+
+NODES = ("n1", "n1", "n2", "n2")
+
+
+def answers(*problems, nodes=NODES):
+    """Of ranks on two nodes each; None where a rank is silent."""
+    return [
+        None if problem is None else Answer(rank, node, problem)
+        for rank, (node, problem) in enumerate(zip(nodes, problems, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("problems", "came", "expected"),
+    [
+        (("", "", "", ""), (), Verdict(NODES)),
+        (
+            ("", "", "", "no disk"),
+            (),
+            Verdict(
+                NODES,
+                ("n2",),
+                "node n2 failed the preflight: no disk; run the same command again without it",
+                again=True,
+            ),
+        ),
+        (("", "", "no disk", "no GPU"), NODES, "node n2 failed the preflight: no disk; run"),  # a node's first problem
+        (
+            ("", "no disk", "no disk", ""),
+            (),
+            Verdict(NODES, problem="node n1: no disk", culprit=1),
+        ),  # no node is fit: its ranks are two of four
+        (("no data",) * 4, (), Verdict(NODES, problem="node n1: no data", culprit=0)),
+        (
+            ("", None, "", None),
+            (),
+            Verdict(
+                ("n1", "", "n2", ""),
+                (),
+                "ranks 1, 3 did not come within 9 s (came: 0 on n1; 2 on n2)",
+                again=True,
+            ),
+        ),
+        (("", "", "", None), NODES, "node n2 failed the preflight: no answer within 9 s; run"),
+        (
+            ("no disk", "", None, ""),
+            NODES,
+            "2 of 2 nodes failed the preflight (n1: no disk; n2: no answer within 9 s)",
+        ),
+    ],
+)
+def test_nodes_are_judged_not_ranks(problems, came, expected):
+    verdict = judge_nodes(answers(*problems), seconds=9, came=came)
+    if isinstance(expected, Verdict):
+        assert verdict == expected
+    else:
+        assert verdict.problem.startswith(expected)
+        assert verdict.again
+
+
+def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", "/somewhere")
+    verdict = judge_nodes(answers("", "a", "b", "", nodes=("n1", "n2", "n3", "n4")), seconds=9)
+    assert verdict.bad_nodes == ("n2", "n3")
+    assert verdict.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
+
+
+def test_what_fails_on_most_nodes_is_no_nodes_fault():
+    nodes = tuple(f"n{number}" for number in range(20))
+    verdict = judge_nodes(answers("", *["no data"] * 19, nodes=nodes), seconds=9)
+    assert verdict == Verdict(nodes, problem="node n1: no data", culprit=1)
+    verdict = judge_nodes(answers("", *[None] * 19, nodes=nodes), seconds=9, came=nodes)  # it is n0 that nobody reaches
+    assert verdict.problem.startswith("19 of 20 nodes failed the preflight (n1: no answer within 9 s; n2: ")
+    assert verdict.problem.endswith("; ...)")
+    assert (verdict.again, verdict.bad_nodes) == (True, ())
+
+
+def test_the_job_script_knows_the_nodes_of_ranks_that_never_came(monkeypatch):
+    monkeypatch.delenv("ECAR_JOB_NODES", raising=False)
+    assert job_nodes(4) == ()
+    monkeypatch.setenv("ECAR_JOB_NODES", "n1,n2")
+    assert job_nodes(4) == NODES
+    came = [Answer(rank, "n1", facts={"device": "cpu"}) for rank in range(2)]
+    verdict = _judge_meeting([*came, None, None], seconds=9)
+    assert verdict.bad_nodes == ("n2",)
+    assert verdict.problem.startswith("node n2 failed the preflight: no answer within 9 s; ")
+
+
+def held(world, problem="", error=None, verdict=None):
+    judge = (lambda _: verdict) if verdict else lambda found: judge_nodes(found, seconds=30)
+    answer = Answer(world.rank, f"n{world.rank + 1}", problem)
+    return hold_roll_call(world, "test", answer, judge, seconds=30, error=error)
+
+
+def test_an_unfit_node_ends_all_ranks_and_is_said_by_the_first_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: held(second, "no disk", OSError("no disk")))
+    assert [type(error) for error in raised] == [NodeError, RemoteError]
+    assert str(raised[0]) == "node n2 failed the preflight: no disk; the job goes on without it"
+    assert raised[1].again  # status 75 there too
+    assert (tmp_path / "bad-nodes").read_text() == "n2\n"
+
+
+def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
+    first, second = worlds(2)
+    mine, theirs = DataError("no manifest"), DataError("no manifest")
+    raised = in_threads(*(lambda w=w, e=e: held(w, str(e), e) for w, e in ((first, mine), (second, theirs))))
+    assert raised[0] is mine
+    assert (type(raised[1]), raised[1].again) == (RemoteError, False)
+    assert not (tmp_path / "bad-nodes").exists()
+    alone = World(Placement(), torch.device("cpu"))
+    with pytest.raises(DataError, match="no manifest"):
+        held(alone, "no manifest", mine)
+
+
+def test_what_only_the_others_answers_show_is_said_too():
+    answers = [Answer(rank, "n1", facts={"device": kind}) for rank, kind in enumerate(("cuda", "cpu"))]
+    judge = partial(_judge_meeting, seconds=30)
+    raised = in_threads(
+        *(lambda w=w: hold_roll_call(w, "meeting", answers[w.rank], judge, seconds=30) for w in worlds(2))
+    )
+    assert [type(error) for error in raised] == [RemoteError, ConfigError]
+    assert str(raised[1]) == "node n1: it has no GPU that torch can use, others have"
+
+
+def test_all_is_well():
+    assert [verdict.nodes for verdict in in_threads(*(lambda w=w: held(w) for w in worlds(3)))] == [
+        ("n1", "n2", "n3")
+    ] * 3
+
+
+def test_what_a_person_must_mend_is_no_reason_to_run_again():
+    first, second = worlds(2)
+    verdict = Verdict(NODES, problem="different torch")
+    raised = in_threads(*(lambda w=w: held(w, verdict=verdict) for w in (first, second)))
+    assert [type(error) for error in raised] == [ConfigError, RemoteError]
+    assert not raised[1].again
+
+
+def test_ranks_and_errors_in_a_sentence():
+    assert rank_list([3]) == "3"
+    assert rank_list([5, 1, 2, 3, 9, 8]) == "1-3, 5, 8, 9"
+    assert describe(OSError(5, "Input/output error", "/data")) == "/data: Input/output error"
+    assert describe(DataError("two\nlines")) == "two"
+    assert describe(RuntimeError("CUDA error")) == "RuntimeError: CUDA error"
+    assert describe(RuntimeError()) == "RuntimeError: RuntimeError"
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"rank": 1, "node": "n", "problem": "", "facts": {"a": NaN}}'])
+def test_an_answer_of_another_version_is_said_and_ends_all_ranks(text):
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: second.roll_call("test", text, 30, str))
+    assert isinstance(raised[0], ConfigError)
+    assert "rank 1" in str(raised[0])
+    first, second = worlds(2)
+    raised = in_threads(lambda: first.roll_call("test", "", 30, lambda _: text), lambda: held(second))
+    assert isinstance(raised[1], ConfigError)
+
+
+def test_a_file_name_that_is_not_utf_8_is_no_unreadable_answer():
+    first, second = worlds(2)
+    raised = in_threads(lambda: held(first), lambda: held(second, "no \udcff.tar"))
+    assert str(raised[0]).startswith("node n2 failed the preflight: no ?.tar")

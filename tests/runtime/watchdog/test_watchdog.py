@@ -1,0 +1,342 @@
+import dataclasses
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Place, read_place
+from ecar_dist.runtime.watchdog.monitor import ENOUGH_SECONDS, innermost_line, process_state, read_report
+from ecar_dist.runtime.watchdog.verdict import HUNG, Report
+from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MOST_MONITORS, Watchdog, longest_wait
+from tests.conftest import free_port
+
+HERE = Path(__file__).parent
+SLACK = 5.0  # for starting processes on a busy machine
+
+
+def start(folder, size, hang_seconds, failpoint="", waiting=40.0, script="watched_rank.py", **environment):
+    """Fake ranks, one process each."""
+    command = [sys.executable, str(HERE / script), str(folder), str(hang_seconds)]
+    command += [str(waiting)] if script == "watched_rank.py" else []
+    shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size), **environment}
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=pipe, stderr=pipe, text=True)
+        for rank in range(size)
+    ]
+
+
+def end(ranks, within):
+    """Exit statuses and the lines that were said, once all have ended by themselves."""
+    until = time.monotonic() + within
+    try:
+        said = [rank.communicate(timeout=max(0.1, until - time.monotonic()))[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], "".join(said).splitlines()
+
+
+def reports(folder):
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("first/rank-*.json"))]
+    return {report["rank"]: report for report in found}
+
+
+def monitor_of(rank):
+    """The process beside a rank, once it ignores what is sent to the rank."""
+    (monitor,) = children_of(rank.pid)
+    while not int(status_of(monitor, "SigIgn"), 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.02)
+    return monitor
+
+
+def children_of(process):
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def status_of(process, field):
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+
+
+def seconds_out(line):
+    return re.sub(r"for \d+ s", "for N s", line)
+
+
+def test_a_stopped_rank_is_named_and_the_job_ended(tmp_path):
+    ranks = start(tmp_path, 3, 1, "data:rank=1:step=3:stop")
+    statuses, lines = end(ranks, 1 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL] * 3
+    host = os.uname().nodename
+    assert [seconds_out(line) for line in lines] == [
+        (
+            f"ecar-dist: rank 1 (host {host}, process {ranks[1].pid}) has been stopped by a signal or a debugger in "
+            f'phase "data" of step 3 for N s while the others wait in "backward" of step 5; it gave no stacks (process '
+            f"state T); the job is ended; run the same command again to go on from the last checkpoint"
+        )
+    ]
+    assert (tmp_path / "first/verdict.txt").read_text() == lines[0].removeprefix("ecar-dist: ") + "\n"
+    found = reports(tmp_path)
+    assert [found[rank]["state"] for rank in (0, 1, 2)] == ["S", "T", "S"]
+    assert "watched_rank.py" in Path(found[0]["stacks"]).read_text()
+
+
+def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(tmp_path):
+    statuses, lines = end(start(tmp_path, 3, 1, "data:rank=2:step=3:gil"), 1 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL] * 3
+    stacks = tmp_path / "first/rank-00002.stacks.txt"
+    assert len(lines) == 1
+    assert "rank 2" in lines[0]
+    assert (
+        f'"data" of step 3 for N s while the others wait in "backward" of step 5: its stacks are in {stacks};'
+        in seconds_out(lines[0])
+    )
+    assert "in _strike" in stacks.read_text()
+
+
+def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
+    slow = "data:rank=0:step=2:delay=0.8"  # the monitor looks, and then not again before the end
+    ranks = start(tmp_path, 3, 600, f"{slow},forward:rank=0:step=2:kill")
+    statuses, lines = end(ranks, ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL] * 3
+    assert len(lines) == 1
+    assert f'process {ranks[0].pid}) is gone since phase "forward" of step 2: killed, or crashed;' in lines[0]
+    assert reports(tmp_path)[0]["stacks"] == ""
+
+
+def test_an_error_of_one_rank_ends_the_others_and_is_said_by_it_alone(tmp_path):
+    statuses, lines = end(start(tmp_path, 2, 600, "backward:rank=1:step=2:raise"), ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL, 1]
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "RuntimeError: failpoint backward"
+    assert not [line for line in lines if line.startswith("ecar-dist")]
+
+
+def test_a_lost_connection_is_said_once_where_no_rank_is_known_to_be_gone(tmp_path):
+    statuses, lines = end(start(tmp_path, 2, 600, "gloo closed by peer:rank=1:raise"), ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL, 3]
+    assert len(lines) == 1
+    assert 'rank 1 lost contact with another rank in phase "checkpoint" of step 4 (failpoint gloo closed' in lines[0]
+
+
+def test_alone_a_hang_is_ended_too_even_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    statuses, lines = end(start(tmp_path / "file", 1, 1), 1 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL]
+    assert len(lines) == 1
+    assert 'has been in phase "backward" of step 5 for N s: it gave no stacks (process state S);' in seconds_out(
+        lines[0]
+    )
+
+
+def test_a_file_system_that_hangs_does_not_keep_the_rank_alive(tmp_path):
+    (tmp_path / "first").mkdir()
+    os.mkfifo(tmp_path / "first/rank-00000.stacks.txt")  # to open it for writing takes for ever
+    statuses, _ = end(start(tmp_path, 1, 1), 1 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL]
+
+
+def test_a_slow_first_step_and_a_slow_save_are_no_hang(tmp_path):
+    slow = "data:step=1:delay=1.8,checkpoint:step=4:delay=1.8"
+    statuses, lines = end(start(tmp_path, 1, 1, slow, waiting=0), 4 + SLACK)
+    assert (statuses, lines) == ([0], [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path):
+    """Stopped with its monitor, as by a scheduler: the time is not counted. The monitor's own signals are ignored."""
+    (rank,) = start(tmp_path, 1, 2.5, "alive:nan", waiting=5)
+    assert rank.stdout.readline() == "waiting\n"
+    monitor = monitor_of(rank)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(monitor, number)
+    os.kill(rank.pid, signal.SIGSTOP)
+    time.sleep(0.7)  # until the monitor has seen its last beat
+    os.kill(monitor, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(monitor, signal.SIGCONT)
+    time.sleep(0.1)
+    os.kill(rank.pid, signal.SIGCONT)
+    assert process_state(monitor) in ("R", "S")
+    assert end([rank], 5 + SLACK) == ([0], [])
+
+
+def test_a_clean_end_leaves_no_process_and_no_file(tmp_path):
+    (rank,) = start(tmp_path, 1, 600, waiting=0.5)
+    assert rank.stdout.readline() == "waiting\n"
+    monitor = monitor_of(rank)
+    assert int(status_of(monitor, "VmRSS")) < 20 * 1024  # KiB
+    assert end([rank], 2 + SLACK) == ([0], [])
+    assert process_state(monitor) == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_agreed_error_is_a_clean_end(tmp_path):
+    """Every rank meets it, so there is nobody to end; the monitors keep quiet."""
+    statuses, lines = end(start(tmp_path, 1, 600, "agreed error:nan"), SLACK)
+    assert (statuses, lines[-1]) == ([1], "ecar_dist.errors.DataError: said by this rank")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hang_seconds_0_starts_nothing(tmp_path):
+    before = children_of(os.getpid())
+    with Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 0, "first") as dog:
+        dog.beat("data", 1)
+        assert children_of(os.getpid()) == before
+    assert not dog.close()
+
+
+def test_reports_of_the_last_attempts_are_kept(tmp_path):
+    for number in range(KEPT_ATTEMPTS + 3):
+        (tmp_path / f"attempt-{number}").mkdir()
+        os.utime(tmp_path / f"attempt-{number}", (number, number))
+    Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 600, "now").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"attempt-{number}" for number in range(4, 8)]
+
+
+def two_ranks(folder, hang_seconds, failpoint):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", str(free_port()), str(HERE / "watched_world.py"), str(folder), str(hang_seconds)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ECAR_FAILPOINT": failpoint}
+    return subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_under_torchrun_a_stopped_rank_ends_the_job_with_one_line(tmp_path):
+    began = time.monotonic()
+    _, lines = end([two_ranks(tmp_path, 2, "data:rank=1:step=40:stop")], 40)
+    said = [line for line in lines if line.startswith("ecar-dist")]
+    assert len(said) == 1
+    assert "rank 1" in said[0]
+    assert 'in phase "data" of step 40 for N s while the others wait in "data"' in seconds_out(said[0])
+    assert time.monotonic() - began < 30
+    assert "in all_reduce" in reports(tmp_path)[0]["innermost"]
+
+
+def test_a_survivor_of_a_killed_rank_ends_with_status_and_without_a_traceback(tmp_path):
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = start(tmp_path, 2, 600, "data:rank=1:step=40:kill", script="watched_world.py", **place)
+    statuses, lines = end(ranks, 30)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] in (3, -signal.SIGKILL)  # its own end, or its monitor's, whichever is first
+    said = [line for line in lines if line.startswith("ecar-dist")]
+    assert len(said) == 1
+    assert f'process {ranks[1].pid}) is gone since phase "data" of step 40' in said[0]
+    assert not any("Traceback" in line for line in lines)
+
+
+def place_of(dog):
+    return read_place(dog._memory[:])
+
+
+def test_a_beat_says_where_the_rank_is(tmp_path):
+    with Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 600, "first") as dog:
+        assert place_of(dog) == Place(0, 0, "start", NO_STEP)
+        for phase, step, place in (
+            ("load", 0, Place(0, 1, "load", NO_STEP)),
+            ("data", 7, Place(7, 0, "data", 7)),
+            ("forward", 7, Place(7, 1, "forward", 7)),
+            ("forward", 7, Place(7, 2, "forward", 7)),
+            ("data", 8, Place(8, 0, "data", 7)),
+        ):
+            dog.beat(phase, step)
+            assert place_of(dog) == place
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "first_step", "seconds"),
+    [
+        ("start", 0, NO_STEP, 30),
+        ("load", 0, NO_STEP, 30),
+        ("data", 7, 7, 30),
+        ("backward", 8, 7, 30),
+        ("backward", 9, 7, 10),
+        ("checkpoint", 9, 7, 30),
+        ("preview", 9, 7, 10),
+    ],
+)
+def test_slow_phases_and_the_first_steps_get_more_time(phase, step, first_step, seconds):
+    assert Place(step, 0, phase, first_step).patience(10) == seconds
+
+
+def test_collectives_are_more_patient_than_the_watchdog():
+    ten_minutes = datetime.timedelta(minutes=10)
+    assert longest_wait(0, ten_minutes) == ten_minutes
+    slowest = max(Place(0, 0, phase, 0).patience(600) for phase in PHASES)
+    assert longest_wait(600, ten_minutes).total_seconds() > slowest + ENOUGH_SECONDS
+
+
+def test_phases_fit_the_memory():
+    for phase, index in PHASE_INDEX.items():
+        assert read_place(LAYOUT.pack(3, 2, index, 1)) == Place(3, 2, phase, 1)
+
+
+def test_the_innermost_line_is_the_main_threads():
+    stacks = (
+        'Thread 0x00007f01 (most recent call first):\n  File "a.py", line 3 in wait\n  File "a.py", line 1 in run\n\n'
+        'Current thread 0x00007f02 (most recent call first):\n  File "b.py", line 9 in all_reduce\n  File "c.py"\n'
+    )
+    assert innermost_line(stacks) == 'File "b.py", line 9 in all_reduce'
+    assert innermost_line("") == ""
+
+
+def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
+    (rank,) = start(tmp_path, 1, 600, waiting=3)
+    assert rank.stdout.readline() == "waiting\n"
+    killed = monitor_of(rank)
+    os.kill(killed, signal.SIGKILL)
+    until = time.monotonic() + SLACK
+    while (children_of(rank.pid) or [killed]) == [killed] and time.monotonic() < until:
+        time.sleep(0.02)
+    assert monitor_of(rank) != killed
+    statuses, lines = end([rank], 3 + SLACK)
+    assert statuses == [0]
+    assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
+
+
+def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
+    (rank,) = start(tmp_path, 1, 2.5)
+    assert rank.stdout.readline() == "waiting\n"
+    os.kill(monitor_of(rank), signal.SIGKILL)
+    statuses, lines = end([rank], 2.5 + ENOUGH_SECONDS + SLACK)
+    assert statuses == [-signal.SIGKILL]
+    assert len(lines) == 2
+    assert 'has been in phase "backward" of step 5' in lines[1]
+
+
+def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path):
+    (rank,) = start(tmp_path, 1, 600, waiting=4)
+    assert rank.stdout.readline() == "waiting\n"
+    for _ in range(MOST_MONITORS):
+        os.kill(monitor_of(rank), signal.SIGKILL)
+        time.sleep(0.3)
+    assert children_of(rank.pid) == []
+    statuses, lines = end([rank], 4 + SLACK)
+    assert statuses == [0]
+    assert len(lines) == MOST_MONITORS
+    assert lines[-1].endswith("nobody watches this rank any more")
+
+
+def test_a_report_that_is_none_is_not_read(tmp_path):
+    report = Report(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
+    path = tmp_path / "rank-00001.json"
+    path.write_text(json.dumps(dataclasses.asdict(report)))
+    assert read_report(path, 2) == report
+    assert read_report(path, 1) is None
+    tree = dataclasses.asdict(report)
+    wrong = [{**tree, "rank": "1"}, {**tree, "seconds": None}, {**tree, "phase": []}, {**tree, "more": 1}, [], None]
+    for text in (*map(json.dumps, wrong), "", "{", "[" * 10**5, "\xff"):
+        path.write_text(text, encoding="latin-1")
+        assert read_report(path, 2) is None, text[:40]
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        assert read_report(path, 2) is None
+        path.rmdir() if path.is_dir() else path.unlink()

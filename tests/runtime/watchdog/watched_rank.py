@@ -1,0 +1,46 @@
+"""A rank without torch for the tests of the watchdog: RANK, SIZE, folder, hang_seconds, seconds of waiting at the end.
+
+It takes four steps, with a failpoint in every phase, then waits in "backward" as if for the others.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from ecar_dist.errors import DataError
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.watchdog.watchdog import Watchdog
+
+STEPS = 4
+
+
+def main() -> int:
+    rank, size = int(os.environ["RANK"]), int(os.environ["SIZE"])
+    folder, hang_seconds, waiting = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    world = SimpleNamespace(rank=rank, size=size, is_first=rank == 0)
+    try:
+        with Watchdog(folder, world, hang_seconds, "first") as dog:
+            assert "torch" not in sys.modules, "the monitor imports the same modules, and must be small"
+            for step in range(1, STEPS + 1):
+                for phase in ("data", "forward", "backward", "checkpoint"):
+                    dog.beat(phase, step)
+                    failpoint(phase, step)
+            failpoint("gloo closed by peer")
+            if failpoint("agreed error"):
+                raise DataError("said by this rank")
+            dog.beat("backward", STEPS + 1)
+            print("waiting", flush=True)
+            until = time.monotonic() + waiting
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                if failpoint("alive"):
+                    dog.beat("backward", STEPS + 1)
+    except RemoteError as remote:
+        return 3 if remote.again else 4
+    return 0
+
+
+sys.exit(main())
