@@ -80,11 +80,12 @@ def _add_source(command: argparse.ArgumentParser, also: str = "") -> None:
 
 
 def _add_index(commands: Commands) -> None:
-    _add_source(_command(commands, "index", "images.index:index", "say where each image of a source lies; copies nothing"))
+    command = _command(commands, "index", "images.index:index", "record where each image lies; copies nothing")
+    _add_source(command)
 
 
 def _add_shard(commands: Commands) -> None:
-    command = _command(commands, "shard", "images.shard:shard", "images -> image shards of our own, each image decoded once")
+    command = _command(commands, "shard", "images.shard:shard", "images -> image shards, each image decoded once")
     _add_source(command, ", or an index, or `digits`")
     command.add_argument("--holdout", type=float, default=0.0, help="share of each class that goes to OUT/heldout")
     command.add_argument("--shuffle", action="store_true", help="mix the images; for training straight from them")

@@ -12,9 +12,8 @@ import torch
 
 from data_tools import train_vae
 from data_tools.cli import main
-from data_tools.encode import commit
+from data_tools.encode import commit, encode
 from data_tools.encode import plan as encode_plan
-from data_tools.encode.encode import encode
 from data_tools.finalize import finalize
 from ecar_dist.data.shards import write as shard_writer
 from ecar_dist.vae.dct import DctCodec
