@@ -27,3 +27,9 @@ class FruitlessError(EcarError):
 
 class NodeError(EcarError):
     """Some nodes are unfit, the others are fine: exit status 75, since the same command may run without them."""
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, for a message that already names the file: an OSError without its number and path."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason or str(error) or type(error).__name__

@@ -3,7 +3,7 @@
 One door for every file whose content decides what happens next. Three kinds of reader stand on it:
 
     state    `read_record`: strict. Anything but a record of the given schema is an error.
-    logs     `parse_objects`: tolerant. A line that is cut or damaged is skipped; a log never stops a run.
+    logs     `JsonLines`: tolerant. A damaged line is skipped and counted; a log never stops a run.
     names    `relative_name`, `plain_name`, `path_inside`: a name in a file never leads out of its folder.
 
 Errors of the content are `UntrustedError`, a short phrase without place or fix: only the caller knows what the file is
@@ -17,9 +17,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from types import TracebackType
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +29,8 @@ from ecar_dist.storage.redaction import redact_text
 MAX_JSON_BYTES = 64 << 20  # the manifest of a checkpoint with 100,000 files or parameters has about 15 MiB
 MAX_JSON_DEPTH = 32
 MAX_NAME_BYTES = 1024  # S3's own bound for a key
+MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
+MAX_LINE_BYTES = 1 << 24  # bad_steps.jsonl: the samples of a global batch of a million
 # what a terminal obeys, what ends a line, and lone surrogates, which are not UTF-8
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -53,6 +56,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+T = TypeVar("T")
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
@@ -167,6 +171,78 @@ def parse_objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
         with contextlib.suppress(UntrustedError):
             found.append(parse_object(line))
     return found
+
+
+class JsonLines(Generic[T]):
+    """The lines of a JSONL file, oldest first, each as `parse` returns it. A damaged line costs no other.
+
+        with JsonLines(path, parse_object) as lines:
+            entries = list(lines)
+        if lines.damaged: ...
+
+    `parse` takes the bytes of one line and raises UntrustedError for a damaged one (`parse_object` takes any JSON
+    object). Damaged lines are skipped and counted in `damaged`. A torn last line is skipped but not counted: a kill may
+    have cut it, or its writer is not done with it.
+
+    tail: read only the lines that begin in the last `tail` bytes, whatever the size of the file.
+    max_bytes, max_line_bytes: without `tail`, a larger file is refused; a longer line is damaged, and is not read into
+    memory as a whole.
+
+    Opening raises FileNotFoundError, UntrustedError for what is not a regular file or is too large (a pipe is not
+    waited for), and OSError where the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[bytes], T],
+        *,
+        tail: int | None = None,
+        max_bytes: int = MAX_LOG_BYTES,
+        max_line_bytes: int = MAX_LINE_BYTES,
+    ) -> None:
+        self.damaged = 0
+        self._parse = parse
+        self._max_line_bytes = max_line_bytes
+        self._file = open_plain_file(path, None if tail is not None else max_bytes)
+        self._end = os.fstat(self._file.fileno()).st_size  # what is appended from now on is not read
+
+        # The line that the tail cuts: its last byte before the tail tells a cut line from one that just ended.
+        if tail is not None and self._end > tail:
+            self._file.seek(self._end - tail - 1)
+            self._next_line()
+
+    def __enter__(self) -> JsonLines[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[T]:
+        while line := self._next_line():
+            if len(line) > self._max_line_bytes:
+                self.damaged += 1
+                continue
+            try:
+                entry = self._parse(line)
+            except UntrustedError:
+                # A torn line lacks both the newline and the last brace. A line that lacks one of them was changed.
+                torn = not line.endswith(b"\n") and b"}" not in line
+                self.damaged += not torn
+                continue
+            yield entry
+
+    def _next_line(self) -> bytes:
+        """The next line; of one that is too long, its beginning. Empty at the end."""
+        if self._file.tell() >= self._end:
+            return b""
+        line = self._file.readline(self._max_line_bytes + 1)
+        piece = line
+        while len(piece) > self._max_line_bytes and not piece.endswith(b"\n"):
+            piece = self._file.readline(self._max_line_bytes + 1)
+        return line
 
 
 def plain_name(name: object) -> str:

@@ -5,9 +5,11 @@ import os
 import pytest
 
 from ecar_dist.storage.untrusted import (
+    JsonLines,
     Record,
     UntrustedError,
     parse_json,
+    parse_object,
     parse_objects,
     parse_record,
     path_inside,
@@ -126,3 +128,50 @@ def test_what_a_file_repeats_of_a_url_is_without_its_secrets():
         parse_record(b'{"step": 1, "s3://key:SECRET@bucket/a": 1}', Line)
     assert "SECRET" not in str(refused.value)
     assert "bucket/a" in str(refused.value)
+
+
+def json_lines(path, content, **options):
+    """The objects of the file, and the number of damaged lines."""
+    path.write_bytes(content)
+    with JsonLines(path, parse_object, **options) as lines:
+        return list(lines), lines.damaged
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path):
+    damaged = [b"3", b"\xff", b"[" * 10**5, b'{"b"', b"\0" * 99]
+    content = b"\n".join([b'{"a": 1}', *damaged, b"{}"]) + b"\n"
+    assert json_lines(tmp_path / "log", content) == ([{"a": 1}, {}], len(damaged))
+    assert json_lines(tmp_path / "log", b"") == ([], 0)
+
+
+def test_a_torn_last_line_is_not_damage(tmp_path):
+    whole = b'{"a": 1}\n{"a": 2}\n'
+    for length in range(len(whole) + 1):
+        found, damaged = json_lines(tmp_path / "log", whole[:length])
+        assert found == [{"a": 1}, {"a": 2}][: whole[: length + 1].count(b"\n")], length
+        assert damaged == 0, length
+    assert json_lines(tmp_path / "log", whole[:-1] + b"*") == ([{"a": 1}], 1)  # complete, and then changed
+
+
+def test_a_line_over_the_bound_is_one_damaged_line(tmp_path):
+    long = b'{"a": "' + b"x" * 100 + b'"}\n'
+    for bound, expected in ((len(long), 0), (len(long) - 1, 1), (len(long) // 2, 1), (9, 1)):
+        found, damaged = json_lines(tmp_path / "log", b"{}\n" + long + b"{}\n", max_line_bytes=bound)
+        assert (len(found), damaged) == (3 - expected, expected), bound
+
+
+def test_the_tail_of_a_log_begins_with_a_whole_line(tmp_path):
+    content = b"".join(b'{"a": %d}\n' % n for n in range(5))  # 9 bytes each
+    for tail in range(50):
+        assert json_lines(tmp_path / "log", content, tail=tail) == ([{"a": n} for n in range(5)][5 - tail // 9 :], 0)
+    assert json_lines(tmp_path / "log", content, tail=9, max_bytes=10)[0] == [{"a": 4}]
+
+
+def test_what_is_not_a_log_is_refused_on_opening(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"{}\n" * 10)
+    for name in ("pipe", "large"):
+        with pytest.raises(UntrustedError):
+            JsonLines(tmp_path / name, parse_object, max_bytes=29)
+    with pytest.raises(FileNotFoundError):
+        JsonLines(tmp_path / "absent", parse_object)

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ecar_dist.errors import reason_of
 from ecar_dist.storage.atomic import set_aside, write_json
 from ecar_dist.storage.untrusted import UntrustedError, first_violation, parse_json, plain_name, read_plain_file
 
@@ -107,7 +108,7 @@ class LineageFile:
         try:
             attempts = self.read()
         except (UntrustedError, OSError) as error:
-            return self._put_aside(error.strerror if isinstance(error, OSError) else str(error))
+            return self._put_aside(reason_of(error))
         try:
             goes_on = _goes_on(attempts, self._read_copy())
         except (UntrustedError, OSError):

@@ -8,21 +8,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ecar_dist.command_line import counted
 from ecar_dist.config.read import shown_yaml
+from ecar_dist.errors import reason_of
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.event_file import EventFile
 from ecar_dist.storage.atomic import atomic_write, set_aside
-from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, parse_json
+from ecar_dist.storage.untrusted import JsonLines, UntrustedError, parse_object
 
 HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
-MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
-MAX_LINE_BYTES = 1 << 20
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
 
@@ -61,8 +60,8 @@ class MetricsWriter:
         try:
             Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
         except OSError as error:
-            why = error.strerror or error
-            print(f"warning: the picture of step {step} is not in samples/ ({why})", file=sys.stderr, flush=True)
+            reason = reason_of(error)
+            print(f"warning: the picture of step {step} is not in samples/ ({reason})", file=sys.stderr, flush=True)
         if self._board:
             from torch.utils.tensorboard import summary
 
@@ -167,35 +166,27 @@ def _verbatim(text: str) -> str:
 
 
 def _keep_up_to(path: Path, step: int) -> int:
-    """Write the lines anew, without later steps and without what is not a line of a step; the number of the latter.
+    """Rewrite the file without later steps and without damaged lines; returns the number of damaged lines.
 
-    A last line that was cut by a kill is not counted. Raises UntrustedError and OSError.
+    Raises UntrustedError for what is not a log or cannot be read, FileNotFoundError, and OSError of the writing.
     """
-    damaged = 0
-    with _readable(path) as lines, atomic_write(path) as kept:
-        while line := lines.readline(MAX_LINE_BYTES):
-            found = _step_of(line)
-            if found is not None and found <= step:
-                kept.write(line.rstrip() + b"\n")
-            damaged += found is None and line.endswith(b"\n")
-    return damaged
-
-
-def _readable(path: Path) -> BinaryIO:
-    """Raises UntrustedError for what is not a log, FileNotFoundError."""
     try:
-        return open_plain_file(path, MAX_LOG_BYTES)
+        lines = JsonLines(path, _step_and_line)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UntrustedError(error.strerror or str(error)) from None
+        raise UntrustedError(reason_of(error)) from None
+
+    with lines, atomic_write(path) as kept:
+        for found, line in lines:
+            if found <= step:
+                kept.write(line.rstrip() + b"\n")
+    return lines.damaged
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of one line; None where it is not a line of a step."""
-    try:
-        tree = parse_json(line)
-    except UntrustedError:
-        return None
-    step = tree.get("step") if isinstance(tree, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+def _step_and_line(line: bytes) -> tuple[int, bytes]:
+    """Raises UntrustedError for what is not a line of a step."""
+    step = parse_object(line).get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise UntrustedError("it is not a line of a step")
+    return step, line
