@@ -21,7 +21,7 @@ from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.images import read_images
-from ecar_dist.flow.solvers import CALLS_PER_STEP
+from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.plan.kinds import sampling_macs
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.vae.pixels import from_pixels
@@ -110,7 +110,7 @@ def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
     full = [Run("ecar", run.seed, KINDS["ecar"]) for run in own]
     runs = full if all(stands_in_full(work, run) for run in full) else own
     draws = [
-        unguided({"solver": solver, "steps_per_stage": calls // CALLS_PER_STEP[solver]})
+        unguided({"solver": solver, "steps_per_stage": calls // SOLVERS[solver].calls_per_step})
         for solver, some in CALLS.items()
         for calls in some
     ]
@@ -119,7 +119,7 @@ def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
     rows = []
     for i, draw in enumerate(draws):
         scores = [one[i] for one in found]
-        calls = draw.changes["steps_per_stage"] * CALLS_PER_STEP[draw.changes["solver"]]
+        calls = draw.changes["steps_per_stage"] * SOLVERS[draw.changes["solver"]].calls_per_step
         share = spread(scores, lambda one: variance_share(one["band variance ratio"], real))
         row = {"solver": draw.changes["solver"], "calls": calls, "variance share": share}
         rows.append(summary(scores, GUIDANCE) | row)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ecar_dist.flow.pyramid import downsample, upsample
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
-from ecar_dist.flow.solvers import CALLS_PER_STEP
+from ecar_dist.flow.solvers import SOLVERS
 from tests.flow.oracle import (
     GaussianOracle,
     History,
@@ -55,7 +55,7 @@ def mean_loss(history: History, tau: float) -> float:
 
 def errors(history: History, tau: float, solver: str, calls: int) -> dict[str, Any]:
     """Of the samples' covariance, by so many velocity calls a stage."""
-    covariance = sampled(history, tau, solver, calls // CALLS_PER_STEP[solver])
+    covariance = sampled(history, tau, solver, calls // SOLVERS[solver].calls_per_step)
     return {
         "solver": solver,
         "calls": calls,
@@ -70,7 +70,7 @@ def tau_row(tau: float) -> dict[str, Any]:
         "tau": tau,
         "loss": mean_loss("all", tau),
         "loss without context": mean_loss("none", tau),
-        **{solver: errors("all", tau, solver, 16)["covariance error"] for solver in CALLS_PER_STEP},
+        **{solver: errors("all", tau, solver, 16)["covariance error"] for solver in SOLVERS},
     }
 
 

@@ -1,4 +1,4 @@
-"""The sections that say what is trained and drawn: model, flow and sample. config.py puts them with the others.
+"""The sections that say what is trained and drawn: model, flow and sample.
 
 Nothing here imports torch.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from collections.abc import Collection
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+from ecar_dist.flow.solvers import SOLVERS
 
 GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: block covariance is singular there
 GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
@@ -21,6 +25,19 @@ class Section(BaseModel):
     """Base of all sections: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Restrict a text field to the keys of a table, as Literal does for names that are written out."""
+
+    def check(value: str) -> str:
+        if value in names:
+            return value
+        *most, last = map(repr, names)
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise PydanticKnownError("literal_error", {"expected": expected})
+
+    return AfterValidator(check)
 
 
 class ModelSection(Section):
@@ -90,7 +107,7 @@ class FlowSection(Section):
 
 
 class SampleSection(Section):
-    solver: Literal["euler", "midpoint", "heun"] = "midpoint"
+    solver: Annotated[str, one_of(SOLVERS)] = Field("midpoint", description="row of flow/solvers.py")
     steps_per_stage: int = Field(8, ge=1, description="solver steps in each stage; midpoint and heun call twice a step")
     guidance_scale: float = Field(2.0, ge=0, description="1 is the conditional model, 0 the unconditional one")
     guidance_ramp: Literal["linear", "constant"] = Field("linear", description="linear: from 1 to the scale, by stage")

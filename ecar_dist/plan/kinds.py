@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.guidance import stage_guidance_scales
-from ecar_dist.flow.solvers import CALLS_PER_STEP
+from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
 from ecar_dist.models.presets import masked_size_of, preset_of
 from ecar_dist.plan import flops, parameters
@@ -32,7 +32,7 @@ def token_channels(config: RunConfig) -> int:
 
 def calls_per_stage(config: RunConfig) -> int:
     """Velocities that the solver asks for in a stage; in `mar`, for a token."""
-    return config.sample.steps_per_stage * CALLS_PER_STEP[config.sample.solver]
+    return config.sample.steps_per_stage * SOLVERS[config.sample.solver].calls_per_step
 
 
 def _feeds_state(config: RunConfig) -> bool:
