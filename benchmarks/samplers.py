@@ -14,7 +14,6 @@ from torch import nn
 
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
-from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model
 from ecar_dist.plan.kinds import calls_per_stage, sampling_macs
 from ecar_dist.sample.fast import prepare
@@ -227,7 +226,7 @@ def _config(contender: Contender, case: Case) -> RunConfig:
 def _untrained(config: RunConfig) -> nn.Module:
     """Nothing is zero, as after training: a GPU is faster at multiplying zeros."""
     torch.manual_seed(0)
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    schedule = config.flow.schedule
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
     for parameter in model.parameters():
         if not parameter.any():

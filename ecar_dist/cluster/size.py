@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ecar_dist.config.batch import divides, mismatch
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 
@@ -19,16 +20,12 @@ def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node
 
     Raises ConfigError where there is none.
     """
-    batch = config.batch
-    micro_batches = batch.global_batch_size // batch.micro_batch_size
-    counts = [nodes for nodes in range(at_least, at_most + 1) if micro_batches % (nodes * ranks_per_node) == 0]
+    total = config.batch.global_batch_size
+    micro = config.batch.micro_batch_size
+    counts = [nodes for nodes in range(at_least, at_most + 1) if divides(total, micro, nodes * ranks_per_node)]
     if counts:
         return counts
-    unit = batch.micro_batch_size * ranks_per_node * at_least
-    above = -(-batch.global_batch_size // unit) * unit
-    wanted = f"{at_least}" if at_least == at_most else f"any of {at_least} to {at_most}"
-    raise ConfigError(
-        f"batch.global_batch_size={batch.global_batch_size} is no multiple of micro_batch_size x ranks a node x "
-        f"nodes = {batch.micro_batch_size} x {ranks_per_node} x {wanted}; use batch.global_batch_size={above}, "
-        "a smaller micro_batch_size, or another number of nodes or ranks"
-    )
+
+    problem = mismatch(total, micro, at_least * ranks_per_node)
+    given = f"{at_least}" if at_least == at_most else f"{at_least} to {at_most}"
+    raise ConfigError(f"on {given} nodes of {ranks_per_node} ranks: {problem}, or use another number of nodes or ranks")

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 
-from ecar_dist.config.model import GAMMA_EXTREME, GAMMA_SAFE_MARGIN
+from ecar_dist.config.model import GAMMA_SAFE_MARGIN
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
+from ecar_dist.flow.schedule import GAMMA_EXTREME
 
 KEPT_SHARE = 0.95
 UNIT_VARIANCE = 1.0  # of a direction of the latents at the coarsest stage; its noise has the same
@@ -41,11 +42,11 @@ def small_tau(config: RunConfig) -> str | None:
         return None
 
     from ecar_dist.flow.context_noise import MOST_STEPS, SMALLEST_TAU, kept_variance, steps_to_keep
-    from ecar_dist.flow.schedule import StageSchedule
 
     if tau >= SMALLEST_TAU:
         return None
-    schedule, steps = StageSchedule(flow.resolved_ends, flow.gamma), config.sample.steps_per_stage
+    schedule = flow.schedule
+    steps = config.sample.steps_per_stage
     kept = kept_variance(schedule, tau, min(steps, MOST_STEPS), variance=UNIT_VARIANCE)
     needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE)
     enough = f"more than {MOST_STEPS:,}" if needed is None else f"{needed:,}"

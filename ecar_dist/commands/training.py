@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
 from ecar_dist.commands.run_config import is_first, load_run_config
+from ecar_dist.config.batch import divides
 from ecar_dist.config.read import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.failpoint import faults_on_purpose
@@ -50,14 +51,13 @@ def add_commands(add: AddCommand) -> None:
 def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.size import usable_nodes
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
-    from ecar_dist.flow.schedule import StageSchedule
 
     config = load_run_config(parsed)
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
     check_fits(config, local_sets(config, absent_ok=True))
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    schedule = config.flow.schedule
     print(shown_config(config))
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
         window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
@@ -69,7 +69,7 @@ def check(parsed: argparse.Namespace) -> int:
     batch = config.batch
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):
-        if batch.global_batch_size % (batch.micro_batch_size * world_size) == 0:
+        if divides(batch.global_batch_size, batch.micro_batch_size, world_size):
             print(
                 f"#   R = {world_size}: {batch.global_batch_size} = {batch.micro_batch_size} x "
                 f"{config.grad_accum_steps(world_size)} x {world_size}"

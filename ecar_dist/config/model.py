@@ -5,7 +5,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection
 from typing import Annotated, Literal
@@ -15,7 +14,8 @@ from pydantic_core import PydanticKnownError
 
 from ecar_dist.flow.solvers import SOLVERS
 
-GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: block covariance is singular there
+from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
+
 GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
 CONTEXT_KINDS = frozenset({"ecar"})  # values of model.kind whose network is fed the states of coarser stages
 ONE_STAGE_KINDS = frozenset({"dit", "mar"})
@@ -68,7 +68,12 @@ class FlowSection(Section):
 
     @property
     def resolved_ends(self) -> tuple[float, ...]:
-        return tuple((k + 1) / self.num_stages for k in range(self.num_stages)) if self.ends is None else self.ends
+        return uniform_ends(self.num_stages) if self.ends is None else self.ends
+
+    @property
+    def schedule(self) -> StageSchedule:
+        """Windows and jumps of the stages. Raises ConfigError where ends or gamma leave their range."""
+        return StageSchedule(self.resolved_ends, self.gamma)
 
     @property
     def resolved_stage_weights(self) -> tuple[float, ...]:
@@ -76,16 +81,13 @@ class FlowSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FlowSection:
-        ends, K, gamma = self.resolved_ends, self.num_stages, self.gamma
-        if len(ends) != K:
-            raise ValueError(f"flow.ends has {len(ends)} values, flow.num_stages is {K}; give one end per stage")
-        if ends[-1] != 1.0 or ends[0] <= 0.0 or any(a >= b for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"flow.ends={list(ends)} must rise strictly inside (0, 1] and end at 1; null: (k+1)/K")
+        K = self.num_stages
+        if len(self.resolved_ends) != K:
+            raise ValueError(f"flow.ends has {len(self.resolved_ends)} values, flow.num_stages={K}; give one per stage")
+        _ = self.schedule  # checks ends and gamma
         weights = self.resolved_stage_weights
         if len(weights) != K or min(weights) < 0 or not 0 < sum(weights) < math.inf:  # a NaN compares false
             raise ValueError(f"flow.stage_weights must be {K} numbers >= 0, not all 0; null gives 1/K each")
-        if not GAMMA_EXTREME - 1e-9 <= gamma < 0:
-            raise ValueError(f"flow.gamma={gamma} is outside [-1/3, 0); -0.3333333333333333 is the least renoising")
         return self
 
     def check_context(self) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from ecar_dist.config.batch import grad_accum_steps
 from ecar_dist.config.model import (
     CONTEXT_KINDS,
     ONE_STAGE_KINDS,
@@ -19,7 +20,6 @@ from ecar_dist.config.model import (
     SampleSection,
     Section,
 )
-from ecar_dist.errors import ConfigError
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
 
@@ -322,16 +322,7 @@ class RunConfig(Section):
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
-        total, micro = self.batch.global_batch_size, self.batch.micro_batch_size
-        if total % (micro * world_size) == 0:
-            return total // (micro * world_size)
-        unit = micro * world_size
-        below, above = total // unit * unit, -(-total // unit) * unit
-        fits = " or ".join(str(value) for value in (below, above) if value)
-        raise ConfigError(
-            "batch.global_batch_size = micro_batch_size x grad_accum_steps x world_size, "
-            f"but {total} is not a multiple of {micro} x {world_size} = {unit}; use batch.global_batch_size={fits}"
-        )
+        return grad_accum_steps(self.batch.global_batch_size, self.batch.micro_batch_size, world_size)
 
     @model_validator(mode="before")
     @classmethod

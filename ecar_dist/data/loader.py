@@ -14,10 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ecar_dist.config.batch import grad_accum_steps
 from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import Places, SampleStream
 from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
-from ecar_dist.errors import ConfigError
 from ecar_dist.rng import Purpose, uniform
 
 _BLOCK = 16384  # positions whose places are worked out at once: the order costs numpy calls, not samples
@@ -75,11 +75,7 @@ class Share:
     node_ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % (self.micro_batch_size * self.world_size):
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x world_size = "
-                f"{self.micro_batch_size} x {self.world_size}; change one of the three"
-            )
+        grad_accum_steps(self.global_batch_size, self.micro_batch_size, self.world_size)  # raises where they do not fit
 
 
 class SampleLoader:

@@ -13,6 +13,8 @@ from functools import cached_property
 
 from ecar_dist.errors import ConfigError
 
+GAMMA_EXTREME = -1.0 / 3.0  # the least renoising for 2x upsampling: the block covariance is singular there
+
 
 def uniform_ends(num_stages: int) -> tuple[float, ...]:
     """e_k = (k + 1) / K."""
@@ -30,15 +32,21 @@ class StageSchedule:
     """
 
     ends: tuple[float, ...]
-    gamma: float = -1.0 / 3.0
+    gamma: float = GAMMA_EXTREME
     factor: int = 2
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.ends, self.ends[1:], strict=False))
-        if not self.ends or self.ends[0] <= 0 or self.ends[-1] != 1.0 or not rising:
-            raise ConfigError(f"stage ends {list(self.ends)} must rise strictly inside (0, 1] and end at 1")
+        # written so that a NaN is refused too
+        rising = all(a < b for a, b in itertools.pairwise((0.0, *self.ends)))
+        if not self.ends or self.ends[-1] != 1.0 or not rising:
+            raise ConfigError(
+                f"flow.ends={list(self.ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
+            )
         if not self.gamma_extreme - 1e-9 <= self.gamma < 0:
-            raise ConfigError(f"gamma={self.gamma} is outside [{self.gamma_extreme:.4f}, 0) for blocks of {self.block}")
+            raise ConfigError(
+                f"flow.gamma={self.gamma} is outside [{self.gamma_extreme:.4f}, 0), the range for blocks of "
+                f"{self.block} pixels; {self.gamma_extreme} is the least renoising"
+            )
 
     @property
     def num_stages(self) -> int:

@@ -33,7 +33,7 @@ class SamplingPlan:
         sample = config.sample
         return SamplingPlan(
             kind=config.model.kind,
-            schedule=StageSchedule(config.flow.resolved_ends, config.flow.gamma),
+            schedule=config.flow.schedule,
             stage_sizes=config.stage_sizes,
             channels=config.data.latent_channels,
             null_label=config.data.num_classes,

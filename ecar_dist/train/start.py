@@ -14,7 +14,6 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
-from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.build import build_model, weight_decay_groups
 from ecar_dist.runtime.checkpoint.files import Progress, committed
 from ecar_dist.runtime.checkpoint.folder import open_place
@@ -171,7 +170,7 @@ def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
 
 def build_engine(config: RunConfig, normalise: Normalise, world: World, precision: str) -> Engine:
     """The model, from the run's seed alone, the objective around it, and DeepSpeed around both."""
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    schedule = config.flow.schedule
     torch.manual_seed(config.run.seed)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
     objective = OBJECTIVES[config.model.kind](model, schedule, normalise, config, precision)

@@ -23,11 +23,11 @@ def test_the_most_nodes_that_the_batch_divides_on(config, nodes, ranks, usable):
 
 
 def test_no_number_of_nodes_makes_up_for_ranks_that_do_not_divide(config):
-    with pytest.raises(ConfigError, match=r"48 is no multiple .* 4 x 8 x any of 1 to 3; .*global_batch_size=64"):
+    with pytest.raises(ConfigError, match=r"1 to 3 nodes of 8 ranks.*=48 .* 4 x 8 = 32; .*=32 or 64"):
         usable_nodes(config, 3, 8)
 
 
 def test_all_counts_of_a_range(config):
     assert usable_counts(config, 2, 7, 1) == [2, 3, 4, 6]
-    with pytest.raises(ConfigError, match=r"4 x 1 x 5; use batch.global_batch_size=60"):
+    with pytest.raises(ConfigError, match=r"5 nodes of 1 ranks.* 4 x 5 = 20; .*=40 or 60"):
         usable_counts(config, 5, 5, 1)

@@ -110,8 +110,8 @@ def test_a_range_of_nodes(submit, slurm, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["batch.global_batch_size=24"], "24 is no multiple of micro_batch_size x ranks a node x nodes = 4 x 2 x 2"),
-        (["batch.global_batch_size=24", "--min-nodes", "1"], "x nodes = 4 x 2 x 2; use"),
+        (["batch.global_batch_size=24"], "4 x 4 = 16; set batch.global_batch_size=16 or 32"),
+        (["batch.global_batch_size=24", "--min-nodes", "1"], "on 2 nodes of 2 ranks: batch.global_batch_size=24"),
         (["--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
         (["--sbatch=-pgpu"], "is not a long option"),
         (["--sbatch=--nodes=3"], "contradicts the plan; say it with --nodes"),

@@ -248,7 +248,7 @@ def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
 
 
 def test_batch_numbers_must_multiply_out():
-    with pytest.raises(ConfigError, match="not a multiple of micro_batch_size x world_size = 3 x 2"):
+    with pytest.raises(ConfigError, match=r"global_batch_size=8\b.* 3 x 2 = 6\b.*=6 or 12"):
         Share(8, 3, 0, 2)
 
 

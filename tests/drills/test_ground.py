@@ -34,7 +34,7 @@ def test_the_copy_is_short_and_apart_and_else_the_same(tree, tmp_path):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_at_once(tree, tmp_path):
-    with pytest.raises(ConfigError, match="not a multiple of 4 x 3"):
+    with pytest.raises(ConfigError, match="4 x 3 = 12"):
         Ground(config_from_dict(tree), tmp_path, 3)
 
 

@@ -41,7 +41,7 @@ class Recorder(torch.nn.Module):
 
 def make_model(config):
     """As if trained: zero gates would hide the inputs."""
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    schedule = config.flow.schedule
     torch.manual_seed(0)
     model = build_model(config, schedule.context_scales(config.flow.context.tau))
     for parameter in model.parameters():
@@ -50,7 +50,7 @@ def make_model(config):
 
 
 def objective(config, model, precision="fp32"):
-    schedule = StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    schedule = config.flow.schedule
     return OBJECTIVES[config.model.kind](model, schedule, partial(normalise, IDENTITY), config, precision)
 
 
@@ -89,7 +89,7 @@ def test_the_loss_is_the_weighted_mean_over_micro_batches(kind, num_stages):
 
 def test_the_times_are_those_of_the_losses_stage_by_stage():
     config = make_config(num_stages=3)
-    recorder, schedule = Recorder(), StageSchedule(config.flow.resolved_ends, config.flow.gamma)
+    recorder, schedule = Recorder(), config.flow.schedule
     _, per_stage, times = objective(config, recorder)(*batch(range(16)))
     assert times.shape == per_stage.shape == (16, 3)
     for k, shown in enumerate(recorder.seen[2]):
