@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 VelocityFn: TypeAlias = "Callable[[torch.Tensor, float], torch.Tensor]"  # (x, u) -> dx/du, shaped like x
 Step: TypeAlias = "Callable[[VelocityFn, torch.Tensor, int, float], torch.Tensor]"  # (v, x at u = i h, i, h) -> next x
-    "Callable[[VelocityFn, torch.Tensor, int, float], torch.Tensor]"  # (v, x at i h, i, h) -> x at (i+1) h
-)
 
 
 @dataclass(frozen=True)
