@@ -38,9 +38,13 @@ class Forked:
     """`ecar-dist WORDS` in a fork of the server, with the caller's environment, folder and mask, and more variables."""
 
     def __init__(
-        self, words: Sequence[str], more: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+        self,
+        words: Sequence[str],
+        more: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+        main: Callable[[], object] = entry,
     ) -> None:
-        """`before`, a function of a module, is called in the fork ahead of the command."""
+        """`before`, a function of a module, is called in the fork ahead of the command; `main` in its place."""
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         for name in STREAMS:
             (Path(self._folder.name) / name).touch()
@@ -48,7 +52,8 @@ class Forked:
         os.umask(umask)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
         streams = self._folder.name
-        self.process = CONTEXT.Process(target=_run, args=(words, environment, os.getcwd(), umask, streams, before))
+        inputs = (words, environment, os.getcwd(), umask, streams, before, main)
+        self.process = CONTEXT.Process(target=_run, args=inputs)
         self.process.start()
 
     def end(self) -> subprocess.CompletedProcess[str]:
@@ -75,17 +80,18 @@ def run_ranks(
     each: Mapping[int, Sequence[str]] | None = None,
     more: Mapping[int, Mapping[str, str]] | None = None,
     before: Callable[[], None] | None = None,
+    main: Callable[[], object] = entry,
 ) -> list[subprocess.CompletedProcess[str]]:
     """Ranks of one world, with the variables that torchrun would give them, to their end.
 
-    `each` and `more` hold further words and further variables of some of the ranks; `before` as in `Forked`.
+    `each` and `more` hold further words and further variables of some of the ranks; `before` and `main` as in `Forked`.
     """
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = []
     for rank in range(count):
         environment = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), **(more or {}).get(rank, {})}
-        ranks.append(Forked([*words, *(each or {}).get(rank, ())], environment, before))
+        ranks.append(Forked([*words, *(each or {}).get(rank, ())], environment, before, main))
     _wait([rank.process for rank in ranks], time.monotonic() + timeout)
     return [rank.end() for rank in ranks]
 
@@ -106,6 +112,7 @@ def _run(
     umask: int,
     streams: str,
     before: Callable[[], None] | None,
+    main: Callable[[], object],
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -116,4 +123,4 @@ def _run(
     sys.argv = ["ecar-dist", *words]
     if before:
         before()
-    entry()
+    main()

@@ -1,8 +1,9 @@
-"""The small process beside each rank that sees what the rank cannot: that it is stuck, stopped or gone.
+"""The small process beside each rank that sees what the rank itself cannot: that it hangs, is stopped or is gone.
 
-A thread could not: it needs Python's lock, and stops with its process. It is started by `watchdog.Watchdog`, imports
-only the standard library, and ends with its rank. It looks at its rank twice a second, and at the folder of reports
-once; when it has something to report, or another has, it acts within ENOUGH_SECONDS, whatever the file system does.
+A thread of the rank would not do: it needs Python's lock, and stops together with its process. The monitor is started
+by `watchdog.Watchdog`, imports the standard library only, and ends with its rank. It looks at the heartbeat of its rank
+and at the folder of reports. Once it has something to report, or another monitor has, it ends its rank within
+`Duty.end_seconds`, whatever the file system does.
 """
 
 from __future__ import annotations
@@ -22,18 +23,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, Place, read_place
-from ecar_dist.runtime.watchdog.verdict import CALLED, FAILED, GONE, HUNG, Report, verdict
+from ecar_dist.runtime.watchdog.diagnosis import CALLED, FAILED, GONE, HUNG, RankReport, diagnose
+from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, Heartbeat, read_heartbeat
 from ecar_dist.storage.atomic import write_json
 
 CLEAN = "clean"
 STACKS_SIGNAL = signal.SIGUSR2
-LOOK_SECONDS, FOLDER_SECONDS = 0.5, 1.0
-STACKS_SECONDS = 2.0  # for a rank to write down its stacks
-GATHER_SECONDS = 4.0  # for the other ranks' reports: their look, their stacks, their file
-ENOUGH_SECONDS = 8.0  # from the decision to the end of the rank; another's report is seen within two more
+_POLL_SECONDS = 0.2
 _MOST_STACKS = 1 << 20  # bytes
 _MOST_REPORT = 1 << 16
+_MOST_WORDS = 1 << 16
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # they are for the rank
 
 
@@ -46,109 +45,132 @@ class Duty:
     process: int
     folder: str
     hang_seconds: float
-    place_file: int  # descriptors that the rank made and shares
+    heartbeat_file: int  # descriptors that the rank opened and shares
     stacks_file: int
+    look_seconds: float = 0.5  # between two looks at the rank
+    folder_seconds: float = 1.0  # between two looks at the folder of reports
+    stacks_seconds: float = 2.0  # for a rank to write its stacks
+    gather_seconds: float = 4.0  # for the reports of the other ranks: their look, their stacks, their file
+    end_seconds: float = 8.0  # from the first sign of a fault to the end of this rank
 
 
 class Monitor:
     def __init__(self, duty: Duty) -> None:
-        self.duty, self.folder = duty, Path(duty.folder)
-        self._memory = mmap.mmap(duty.place_file, LAYOUT.size, prot=mmap.PROT_READ)
-        self._place = self._read()
-        self._seconds = 0.0  # in this place, as far as this process looked on
-        self._listening, self._ending = True, ""
-        self._called = threading.Event()
+        self.duty = duty
+        self.folder = Path(duty.folder)
+        self._memory = mmap.mmap(duty.heartbeat_file, LAYOUT.size, prot=mmap.PROT_READ)
+        self._heartbeat = self._read()
+        self._seconds = 0.0  # since that heartbeat, while this process ran
+        self._listening = True  # the rank has not closed its end of the pipe
+        self._ending = ""  # what the rank said last, or GONE
+        self._called = threading.Event()  # another monitor has reported
         self._oom_kills = _oom_kills()
 
     def run(self) -> None:
-        """Until the rank ends, or must."""
+        """Watch the rank until it ends, or until it must be ended."""
         threading.Thread(target=self._wait_for_reports, daemon=True).start()
         kind, words = self._watch()
         if kind == CLEAN:
             return
-        limit = threading.Timer(ENOUGH_SECONDS, self._end)  # a file system that hangs must not keep the rank alive
+
+        # a file system that hangs must not keep the rank alive
+        limit = threading.Timer(self.duty.end_seconds, self._end)
         limit.daemon = True
         limit.start()
+
         mine = self._report(kind, words)
         if kind != FAILED:
             reports = self._gather(mine)
             if self._ending != CLEAN:
-                self._say(verdict(reports, self.duty.size, self.duty.folder))
+                self._say(diagnose(reports, self.duty.size, self.duty.folder))
         self._end()
 
     def _watch(self) -> tuple[str, str]:
-        """Why this comes to an end, and what was said to it."""
+        """Why the rank ends or must be ended, and the words that it said about it."""
         before = time.monotonic()
         while True:
-            if said := self._rank_says(LOOK_SECONDS):
+            if said := self._rank_says(self.duty.look_seconds):
                 return said
-            place, now = self._read(), time.monotonic()
-            # Time in which this process did not run is not counted: the whole job was stopped, or the host was.
-            self._seconds = 0.0 if place != self._place else self._seconds + min(now - before, 2 * LOOK_SECONDS)
-            self._place, before = place, now
-            if self._seconds > place.patience(self.duty.hang_seconds):
+
+            # Time in which this process did not run is not counted: the whole job was suspended, or the host was.
+            heartbeat = self._read()
+            now = time.monotonic()
+            elapsed = min(now - before, 2 * self.duty.look_seconds)
+            self._seconds = self._seconds + elapsed if heartbeat == self._heartbeat else 0.0
+            self._heartbeat = heartbeat
+            before = now
+
+            if self._seconds > heartbeat.limit(self.duty.hang_seconds):
                 return HUNG, ""
             if self._called.is_set():
                 return CALLED, ""
 
-    def _read(self) -> Place:
-        """The rank may be writing: what is read twice is whole."""
+    def _read(self) -> Heartbeat:
+        """The rank may be writing: what reads the same twice is whole."""
         first = self._memory[:]
         while (second := self._memory[:]) != first:
             first = second
-        return read_place(first)
+        return read_heartbeat(first)
 
     def _rank_says(self, seconds: float) -> tuple[str, str] | None:
-        """Its last word, or GONE; None after so many seconds of silence."""
+        """How the rank ends, and its words; None if it said nothing for `seconds` and is alive."""
+        # its own word
         readable = select.select([0] if self._listening else [], [], [], seconds)[0]
         if readable:
-            text = os.read(0, 1 << 16).decode(errors="replace")
+            text = os.read(0, _MOST_WORDS).decode(errors="replace")
             if text:
                 self._ending, _, words = text.partition(" ")
                 return self._ending, words
-            self._listening = False  # closed: it is about to be gone, or something has closed all its files
+            self._listening = False  # closed: it is about to be gone, or something closed all of its files
+
+        # or its silent end
         if self._alive():
             return None
         self._ending = GONE
-        return GONE, "the kernel's out-of-memory killer struck on this host" if _oom_kills() > self._oom_kills else ""
+        killed = _oom_kills() > self._oom_kills
+        return GONE, "the kernel's out-of-memory killer struck on this host" if killed else ""
 
     def _alive(self) -> bool:
         return os.getppid() == self.duty.process
 
     def _wait_for_reports(self) -> None:
-        """In a thread of its own: a file system that hangs must not stop the look at the rank."""
+        """In a thread of its own: a file system that hangs must not stop `_watch`."""
         while not any(self._report_files()):
-            time.sleep(FOLDER_SECONDS)
+            time.sleep(self.duty.folder_seconds)
         self._called.set()
 
     def _report_files(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             yield from self.folder.glob("rank-*.json")
 
-    def _report(self, kind: str, words: str) -> Report:
-        """Write down what is known of this rank. Its stacks come first: a report names only what is there."""
-        place = self._read()  # since the last look it may have gone on; and the signal below may wake it
+    def _report(self, kind: str, words: str) -> RankReport:
+        """Write what is known about this rank: first its stacks, so that a report names only a file that exists."""
+        # Since the last look the rank may have continued, and the signal for its stacks may wake it.
+        heartbeat = self._read()
         state = process_state(self.duty.process) if self._alive() else ""
-        stacks = self._take_stacks() if kind in (HUNG, CALLED) and state not in ("", "T", "t") else ""
+        wants_stacks = kind in (HUNG, CALLED) and state not in ("", "T", "t")
+        stacks = self._take_stacks() if wants_stacks else ""
+
         path = self.folder / f"rank-{self.duty.rank:05d}"
-        written = ""
-        with contextlib.suppress(OSError):  # a full disk: the verdict is then on stderr alone
+        stacks_path = ""
+        with contextlib.suppress(OSError):  # a full disk: the sentence is then on stderr alone
             self.folder.mkdir(parents=True, exist_ok=True)
             if stacks:
                 path.with_suffix(".stacks.txt").write_text(stacks)
-                written = str(path.with_suffix(".stacks.txt"))
-        report = Report(
+                stacks_path = str(path.with_suffix(".stacks.txt"))
+
+        report = RankReport(
             rank=self.duty.rank,
             host=os.uname().nodename,
             process=self.duty.process,
             kind=kind,
-            phase=place.phase,
-            step=place.step,
-            beat=place.beat,
-            seconds=round(self._seconds, 1) if place == self._place else 0.0,
+            phase=heartbeat.phase,
+            step=heartbeat.step,
+            beat=heartbeat.beat,
+            seconds=round(self._seconds, 1) if heartbeat == self._heartbeat else 0.0,
             state=state,
             words=words,
-            stacks=written,
+            stacks=stacks_path,
             innermost=innermost_line(stacks),
         )
         with contextlib.suppress(OSError):
@@ -156,35 +178,38 @@ class Monitor:
         return report
 
     def _take_stacks(self) -> str:
-        """The rank's own, from faulthandler: a signal handler in C, so it needs neither Python's lock nor its turn."""
+        """The rank's stacks, as faulthandler writes them in a C signal handler, which needs no lock of Python's."""
         start = size = os.fstat(self.duty.stacks_file).st_size  # somebody may have sent the signal before
-        until = time.monotonic() + STACKS_SECONDS
+        until = time.monotonic() + self.duty.stacks_seconds
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.duty.process, STACKS_SIGNAL)
+
+        # the file is whole once it has stopped growing
         while time.monotonic() < until:
-            time.sleep(0.2)
-            before, size = size, os.fstat(self.duty.stacks_file).st_size
+            time.sleep(_POLL_SECONDS)
+            before = size
+            size = os.fstat(self.duty.stacks_file).st_size
             if start < before == size:
                 break
         return os.pread(self.duty.stacks_file, _MOST_STACKS, start).decode(errors="replace")
 
-    def _gather(self, mine: Report) -> list[Report]:
-        """The reports of all ranks, or of as many as come in time.
+    def _gather(self, mine: RankReport) -> list[RankReport]:
+        """The reports of all ranks, or of those that come in time.
 
-        After a failure that one rank reports itself, the others get that time to end by themselves.
+        If one rank failed and prints its own error, the others get that time to end by themselves.
         """
-        until = time.monotonic() + GATHER_SECONDS
+        until = time.monotonic() + self.duty.gather_seconds
         while True:
             reports = self._read_reports(mine)
             everyone = len(reports) == self.duty.size and (self._ending or all(one.kind != FAILED for one in reports))
             if everyone or self._ending == CLEAN or time.monotonic() > until:
                 return reports
             if self._ending:
-                time.sleep(0.2)
+                time.sleep(_POLL_SECONDS)
             else:
-                self._rank_says(0.2)
+                self._rank_says(_POLL_SECONDS)
 
-    def _read_reports(self, mine: Report) -> list[Report]:
+    def _read_reports(self, mine: RankReport) -> list[RankReport]:
         reports = {mine.rank: mine}
         for path in self._report_files():
             if report := read_report(path, self.duty.size):
@@ -192,7 +217,7 @@ class Monitor:
         return [reports[rank] for rank in sorted(reports)]
 
     def _say(self, sentence: str | None) -> None:
-        """On stderr, by the first monitor of all that comes to a verdict."""
+        """Print the sentence, unless another monitor was first."""
         if sentence is None:
             return
         try:
@@ -201,29 +226,29 @@ class Monitor:
         except FileExistsError:
             return
         except OSError:
-            pass  # said by several rather than by none
+            pass  # better printed by several monitors than by none
         with contextlib.suppress(OSError):
             os.write(2, f"ecar-dist: {sentence}\n".encode())
 
     def _end(self) -> NoReturn:
-        """The rank's end, unless it is on its way by itself, and this process's."""
+        """End the rank, unless it is ending by itself, and this process."""
         if not self._ending and self._alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.duty.process, signal.SIGKILL)
         os._exit(0)
 
 
-def read_report(path: Path, size: int) -> Report | None:
-    """Another monitor's report on a rank of `size`; None for what is not one, a torn or hostile file among them.
+def read_report(path: Path, size: int) -> RankReport | None:
+    """The report of another monitor in a world of `size` ranks; None for a torn or hostile file.
 
-    By hand: what else reads JSON (`storage/untrusted.py`) needs more than the standard library.
+    Checked by hand: `storage/untrusted.py` needs more than the standard library.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
             tree = json.loads(file.read(_MOST_REPORT))
-        report = Report(**tree)
+        report = RankReport(**tree)
         numbers = (report.rank, report.process, report.step, report.beat)
         texts = (report.host, report.kind, report.phase, report.state, report.words, report.stacks, report.innermost)
         known = all(type(number) is int for number in numbers) and all(type(text) is str for text in texts)
@@ -233,7 +258,7 @@ def read_report(path: Path, size: int) -> Report | None:
 
 
 def process_state(process: int) -> str:
-    """R, S, D, T, t, Z as in /proc; empty where there is no such process."""
+    """R, S, D, T, t, Z as in /proc; empty if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -241,12 +266,13 @@ def process_state(process: int) -> str:
 
 
 def innermost_line(stacks: str) -> str:
-    """Where the main thread is: faulthandler writes its threads newest first, and of each the last call first."""
+    """Where the main thread is. faulthandler writes the main thread last, and of each thread the last call first."""
     last = stacks.rpartition("hread 0x")[2].splitlines()
     return last[1].strip() if len(last) > 1 else ""
 
 
 def _oom_kills() -> int:
+    """Processes that the out-of-memory killer of this host has ended since it booted."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

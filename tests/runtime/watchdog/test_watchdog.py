@@ -12,21 +12,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Place, read_place
-from ecar_dist.runtime.watchdog.monitor import ENOUGH_SECONDS, innermost_line, process_state, read_report
-from ecar_dist.runtime.watchdog.verdict import HUNG, Report
-from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MOST_MONITORS, Watchdog, longest_wait
+from ecar_dist.runtime.watchdog.diagnosis import AGAIN, HUNG, RankReport
+from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Heartbeat, read_heartbeat
+from ecar_dist.runtime.watchdog.monitor import Duty, innermost_line, process_state, read_report
+from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MAX_MONITORS, Watchdog, longest_wait
 from tests.conftest import free_port
+from tests.fork_server import run_ranks
+from tests.runtime.watchdog import watched_world
 
 HERE = Path(__file__).parent
 SLACK = 5.0  # for starting processes on a busy machine
+QUICK = {"look_seconds": 0.1, "folder_seconds": 0.1}
 
 
-def start(folder, size, hang_seconds, failpoint="", waiting=40.0, script="watched_rank.py", **environment):
-    """Fake ranks, one process each."""
-    command = [sys.executable, str(HERE / script), str(folder), str(hang_seconds)]
-    command += [str(waiting)] if script == "watched_rank.py" else []
-    shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size), **environment}
+def start(folder, size, hang_seconds, failpoint="", waiting=40.0, **duty):
+    """Fake ranks, one process each. Their monitors look often, and `duty` has other limits of theirs."""
+    numbers = [str(hang_seconds), str(waiting), json.dumps({**QUICK, **duty})]
+    command = [sys.executable, str(HERE / "watched_rank.py"), str(folder), *numbers]
+    shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size)}
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=pipe, stderr=pipe, text=True)
@@ -73,14 +76,14 @@ def seconds_out(line):
 
 def test_a_stopped_rank_is_named_and_the_job_ended(tmp_path):
     ranks = start(tmp_path, 3, 1, "data:rank=1:step=3:stop")
-    statuses, lines = end(ranks, 1 + ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(ranks, 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 3
     host = os.uname().nodename
     assert [seconds_out(line) for line in lines] == [
         (
             f"ecar-dist: rank 1 (host {host}, process {ranks[1].pid}) has been stopped by a signal or a debugger in "
             f'phase "data" of step 3 for N s while the others wait in "backward" of step 5; it gave no stacks (process '
-            f"state T); the job is ended; run the same command again to go on from the last checkpoint"
+            f"state T); {AGAIN}"
         )
     ]
     assert (tmp_path / "first/verdict.txt").read_text() == lines[0].removeprefix("ecar-dist: ") + "\n"
@@ -90,7 +93,7 @@ def test_a_stopped_rank_is_named_and_the_job_ended(tmp_path):
 
 
 def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(tmp_path):
-    statuses, lines = end(start(tmp_path, 3, 1, "data:rank=2:step=3:gil"), 1 + ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(start(tmp_path, 3, 1, "data:rank=2:step=3:gil"), 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 3
     stacks = tmp_path / "first/rank-00002.stacks.txt"
     assert len(lines) == 1
@@ -103,9 +106,9 @@ def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
-    slow = "data:rank=0:step=2:delay=0.8"  # the monitor looks, and then not again before the end
+    slow = "data:rank=0:step=2:delay=0.2"  # the monitor looks, and then not again before the end
     ranks = start(tmp_path, 3, 600, f"{slow},forward:rank=0:step=2:kill")
-    statuses, lines = end(ranks, ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(ranks, Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 3
     assert len(lines) == 1
     assert f'process {ranks[0].pid}) is gone since phase "forward" of step 2: killed, or crashed;' in lines[0]
@@ -113,7 +116,7 @@ def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
 
 
 def test_an_error_of_one_rank_ends_the_others_and_is_said_by_it_alone(tmp_path):
-    statuses, lines = end(start(tmp_path, 2, 600, "backward:rank=1:step=2:raise"), ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(start(tmp_path, 2, 600, "backward:rank=1:step=2:raise", gather_seconds=1), 1 + SLACK)
     assert statuses == [-signal.SIGKILL, 1]
     assert lines[0].startswith("Traceback")
     assert lines[-1] == "RuntimeError: failpoint backward"
@@ -121,7 +124,7 @@ def test_an_error_of_one_rank_ends_the_others_and_is_said_by_it_alone(tmp_path):
 
 
 def test_a_lost_connection_is_said_once_where_no_rank_is_known_to_be_gone(tmp_path):
-    statuses, lines = end(start(tmp_path, 2, 600, "gloo closed by peer:rank=1:raise"), ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(start(tmp_path, 2, 600, "gloo closed by peer:rank=1:raise"), Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL, 3]
     assert len(lines) == 1
     assert 'rank 1 lost contact with another rank in phase "checkpoint" of step 4 (failpoint gloo closed' in lines[0]
@@ -129,7 +132,7 @@ def test_a_lost_connection_is_said_once_where_no_rank_is_known_to_be_gone(tmp_pa
 
 def test_alone_a_hang_is_ended_too_even_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    statuses, lines = end(start(tmp_path / "file", 1, 1), 1 + ENOUGH_SECONDS + SLACK)
+    statuses, lines = end(start(tmp_path / "file", 1, 1), 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL]
     assert len(lines) == 1
     assert 'has been in phase "backward" of step 5 for N s: it gave no stacks (process state S);' in seconds_out(
@@ -140,12 +143,12 @@ def test_alone_a_hang_is_ended_too_even_where_nothing_can_be_written(tmp_path):
 def test_a_file_system_that_hangs_does_not_keep_the_rank_alive(tmp_path):
     (tmp_path / "first").mkdir()
     os.mkfifo(tmp_path / "first/rank-00000.stacks.txt")  # to open it for writing takes for ever
-    statuses, _ = end(start(tmp_path, 1, 1), 1 + ENOUGH_SECONDS + SLACK)
+    statuses, _ = end(start(tmp_path, 1, 1, end_seconds=1), 2 + SLACK)
     assert statuses == [-signal.SIGKILL]
 
 
 def test_a_slow_first_step_and_a_slow_save_are_no_hang(tmp_path):
-    slow = "data:step=1:delay=1.8,checkpoint:step=4:delay=1.8"
+    slow = "data:step=1:delay=1.5,checkpoint:step=4:delay=1.5"
     statuses, lines = end(start(tmp_path, 1, 1, slow, waiting=0), 4 + SLACK)
     assert (statuses, lines) == ([0], [])
     assert not list(tmp_path.iterdir())
@@ -153,20 +156,21 @@ def test_a_slow_first_step_and_a_slow_save_are_no_hang(tmp_path):
 
 def test_a_job_that_was_suspended_goes_on(tmp_path):
     """Stopped with its monitor, as by a scheduler: the time is not counted. The monitor's own signals are ignored."""
-    (rank,) = start(tmp_path, 1, 2.5, "alive:nan", waiting=5)
+    (rank,) = start(tmp_path, 1, 1.5, "alive:nan")
     assert rank.stdout.readline() == "waiting\n"
     monitor = monitor_of(rank)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(monitor, number)
     os.kill(rank.pid, signal.SIGSTOP)
-    time.sleep(0.7)  # until the monitor has seen its last beat
+    time.sleep(0.3)  # until the monitor has seen its last beat
     os.kill(monitor, signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(2)
     os.kill(monitor, signal.SIGCONT)
     time.sleep(0.1)
     os.kill(rank.pid, signal.SIGCONT)
     assert process_state(monitor) in ("R", "S")
-    assert end([rank], 5 + SLACK) == ([0], [])
+    rank.send_signal(signal.SIGUSR1)
+    assert end([rank], SLACK) == ([0], [])
 
 
 def test_a_clean_end_leaves_no_process_and_no_file(tmp_path):
@@ -221,33 +225,35 @@ def test_under_torchrun_a_stopped_rank_ends_the_job_with_one_line(tmp_path):
 
 
 def test_a_survivor_of_a_killed_rank_ends_with_status_and_without_a_traceback(tmp_path):
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    ranks = start(tmp_path, 2, 600, "data:rank=1:step=40:kill", script="watched_world.py", **place)
-    statuses, lines = end(ranks, 30)
+    strike = {1: {"ECAR_FAILPOINT": "data:rank=1:step=40:kill"}}
+    ranks = run_ranks(2, free_port(), str(tmp_path), "600", more=strike, main=watched_world.main, timeout=60)
+    statuses = [rank.returncode for rank in ranks]
+    lines = "".join(rank.stderr for rank in ranks).splitlines()
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] in (3, -signal.SIGKILL)  # its own end, or its monitor's, whichever is first
     said = [line for line in lines if line.startswith("ecar-dist")]
     assert len(said) == 1
-    assert f'process {ranks[1].pid}) is gone since phase "data" of step 40' in said[0]
+    assert said[0].startswith("ecar-dist: rank 1 (host ")
+    assert 'is gone since phase "data" of step 40' in said[0]
     assert not any("Traceback" in line for line in lines)
 
 
-def place_of(dog):
-    return read_place(dog._memory[:])
+def heartbeat_of(dog):
+    return read_heartbeat(dog._memory[:])
 
 
 def test_a_beat_says_where_the_rank_is(tmp_path):
     with Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 600, "first") as dog:
-        assert place_of(dog) == Place(0, 0, "start", NO_STEP)
-        for phase, step, place in (
-            ("load", 0, Place(0, 1, "load", NO_STEP)),
-            ("data", 7, Place(7, 0, "data", 7)),
-            ("forward", 7, Place(7, 1, "forward", 7)),
-            ("forward", 7, Place(7, 2, "forward", 7)),
-            ("data", 8, Place(8, 0, "data", 7)),
+        assert heartbeat_of(dog) == Heartbeat(0, 0, "start", NO_STEP)
+        for phase, step, heartbeat in (
+            ("load", 0, Heartbeat(0, 1, "load", NO_STEP)),
+            ("data", 7, Heartbeat(7, 0, "data", 7)),
+            ("forward", 7, Heartbeat(7, 1, "forward", 7)),
+            ("forward", 7, Heartbeat(7, 2, "forward", 7)),
+            ("data", 8, Heartbeat(8, 0, "data", 7)),
         ):
             dog.beat(phase, step)
-            assert place_of(dog) == place
+            assert heartbeat_of(dog) == heartbeat
 
 
 @pytest.mark.parametrize(
@@ -263,19 +269,19 @@ def test_a_beat_says_where_the_rank_is(tmp_path):
     ],
 )
 def test_slow_phases_and_the_first_steps_get_more_time(phase, step, first_step, seconds):
-    assert Place(step, 0, phase, first_step).patience(10) == seconds
+    assert Heartbeat(step, 0, phase, first_step).limit(10) == seconds
 
 
 def test_collectives_are_more_patient_than_the_watchdog():
     ten_minutes = datetime.timedelta(minutes=10)
     assert longest_wait(0, ten_minutes) == ten_minutes
-    slowest = max(Place(0, 0, phase, 0).patience(600) for phase in PHASES)
-    assert longest_wait(600, ten_minutes).total_seconds() > slowest + ENOUGH_SECONDS
+    slowest = max(Heartbeat(0, 0, phase, 0).limit(600) for phase in PHASES)
+    assert longest_wait(600, ten_minutes).total_seconds() > slowest + Duty.end_seconds
 
 
 def test_phases_fit_the_memory():
     for phase, index in PHASE_INDEX.items():
-        assert read_place(LAYOUT.pack(3, 2, index, 1)) == Place(3, 2, phase, 1)
+        assert read_heartbeat(LAYOUT.pack(3, 2, index, 1)) == Heartbeat(3, 2, phase, 1)
 
 
 def test_the_innermost_line_is_the_main_threads():
@@ -288,7 +294,7 @@ def test_the_innermost_line_is_the_main_threads():
 
 
 def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
-    (rank,) = start(tmp_path, 1, 600, waiting=3)
+    (rank,) = start(tmp_path, 1, 600)
     assert rank.stdout.readline() == "waiting\n"
     killed = monitor_of(rank)
     os.kill(killed, signal.SIGKILL)
@@ -296,36 +302,38 @@ def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
     while (children_of(rank.pid) or [killed]) == [killed] and time.monotonic() < until:
         time.sleep(0.02)
     assert monitor_of(rank) != killed
-    statuses, lines = end([rank], 3 + SLACK)
+    rank.send_signal(signal.SIGUSR1)
+    statuses, lines = end([rank], SLACK)
     assert statuses == [0]
     assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
 
 
 def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
-    (rank,) = start(tmp_path, 1, 2.5)
+    (rank,) = start(tmp_path, 1, 1.5)
     assert rank.stdout.readline() == "waiting\n"
     os.kill(monitor_of(rank), signal.SIGKILL)
-    statuses, lines = end([rank], 2.5 + ENOUGH_SECONDS + SLACK)
+    statuses, lines = end([rank], 1.5 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL]
     assert len(lines) == 2
     assert 'has been in phase "backward" of step 5' in lines[1]
 
 
 def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path):
-    (rank,) = start(tmp_path, 1, 600, waiting=4)
+    (rank,) = start(tmp_path, 1, 600)
     assert rank.stdout.readline() == "waiting\n"
-    for _ in range(MOST_MONITORS):
+    for _ in range(MAX_MONITORS):
         os.kill(monitor_of(rank), signal.SIGKILL)
         time.sleep(0.3)
     assert children_of(rank.pid) == []
-    statuses, lines = end([rank], 4 + SLACK)
+    rank.send_signal(signal.SIGUSR1)
+    statuses, lines = end([rank], SLACK)
     assert statuses == [0]
-    assert len(lines) == MOST_MONITORS
+    assert len(lines) == MAX_MONITORS
     assert lines[-1].endswith("nobody watches this rank any more")
 
 
 def test_a_report_that_is_none_is_not_read(tmp_path):
-    report = Report(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
+    report = RankReport(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
     path = tmp_path / "rank-00001.json"
     path.write_text(json.dumps(dataclasses.asdict(report)))
     assert read_report(path, 2) == report

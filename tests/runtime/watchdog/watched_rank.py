@@ -1,9 +1,14 @@
-"""A rank without torch for the tests of the watchdog: RANK, SIZE, folder, hang_seconds, seconds of waiting at the end.
+"""A rank without torch for the tests of the watchdog.
 
-It takes four steps, with a failpoint in every phase, then waits in "backward" as if for the others.
+    RANK=... SIZE=... watched_rank.py FOLDER HANG_SECONDS WAITING FIELDS_OF_DUTY
+
+It takes four steps, with a failpoint in every phase. Then it waits in "backward" as if for the others, for WAITING
+seconds or until SIGUSR1.
 """
 
+import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,8 +26,10 @@ def main() -> int:
     rank, size = int(os.environ["RANK"]), int(os.environ["SIZE"])
     folder, hang_seconds, waiting = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     world = SimpleNamespace(rank=rank, size=size, is_first=rank == 0)
+    let_go = []
+    signal.signal(signal.SIGUSR1, lambda *_: let_go.append(True))
     try:
-        with Watchdog(folder, world, hang_seconds, "first") as dog:
+        with Watchdog(folder, world, hang_seconds, "first", **json.loads(sys.argv[4])) as dog:
             assert "torch" not in sys.modules, "the monitor imports the same modules, and must be small"
             for step in range(1, STEPS + 1):
                 for phase in ("data", "forward", "backward", "checkpoint"):
@@ -34,7 +41,7 @@ def main() -> int:
             dog.beat("backward", STEPS + 1)
             print("waiting", flush=True)
             until = time.monotonic() + waiting
-            while time.monotonic() < until:
+            while time.monotonic() < until and not let_go:
                 time.sleep(0.05)
                 if failpoint("alive"):
                     dog.beat("backward", STEPS + 1)

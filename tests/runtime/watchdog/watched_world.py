@@ -11,7 +11,7 @@ from ecar_dist.runtime.watchdog.watchdog import Watchdog
 from ecar_dist.runtime.world import start_world
 
 
-def main() -> int:
+def main() -> None:
     folder, hang_seconds = Path(sys.argv[1]), float(sys.argv[2])
     world = start_world()
     try:
@@ -23,8 +23,8 @@ def main() -> int:
                 dog.beat("backward", step)
                 world.gather(step)
     except RemoteError:
-        return 3
-    return 0
+        sys.exit(3)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    main()

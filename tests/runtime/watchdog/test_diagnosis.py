@@ -1,13 +1,13 @@
 import pytest
 
-from ecar_dist.runtime.watchdog.verdict import AGAIN, CALLED, FAILED, GONE, HUNG, LOST, Report, suspects, verdict
+from ecar_dist.runtime.watchdog.diagnosis import AGAIN, CALLED, FAILED, GONE, HUNG, LOST, RankReport, diagnose, suspects
 
 WAITING = 'File "/site/torch/distributed/distributed_c10d.py", line 1 in all_reduce'
 
 
 def report(rank, step=9, beat=3, phase="backward", kind=HUNG, **values):
     values = {"seconds": 600.0, "state": "S", "stacks": f"/logs/{rank}.txt", "innermost": WAITING, **values}
-    return Report(rank, "gpu07", 4000 + rank, kind, phase, step, beat, **values)
+    return RankReport(rank, "gpu07", 4000 + rank, kind, phase, step, beat, **values)
 
 
 def ranks_of(reports):
@@ -16,7 +16,7 @@ def ranks_of(reports):
 
 def test_the_one_behind_is_the_odd_one():
     reports = [report(0), report(1, step=8, beat=5, phase="log"), report(2)]
-    assert verdict(reports, 3, "/logs") == (
+    assert diagnose(reports, 3, "/logs") == (
         'rank 1 (host gpu07, process 4001) has been in phase "log" of step 8 for 600 s while the others wait in '
         f'"backward" of step 9: its stacks are in /logs/1.txt; {AGAIN}'
     )
@@ -35,7 +35,7 @@ def test_within_a_step_the_beats_count_and_not_the_names_of_the_phases():
 def test_of_those_in_one_place_the_one_outside_a_collective_is_the_odd_one():
     reports = [report(0), report(1, innermost='File "loader.py", line 4 in take')]
     assert ranks_of(suspects(reports)) == [1]
-    assert 'rank 1 (host gpu07, process 4001) has been in phase "backward" of step 9' in verdict(reports, 2, "/logs")
+    assert 'rank 1 (host gpu07, process 4001) has been in phase "backward" of step 9' in diagnose(reports, 2, "/logs")
 
 
 def test_else_the_one_on_another_line_than_most():
@@ -46,30 +46,30 @@ def test_else_the_one_on_another_line_than_most():
 
 
 def test_where_none_is_behind_all_are_named():
-    assert verdict([report(0), report(1)], 2, "/logs") == (
+    assert diagnose([report(0), report(1)], 2, "/logs") == (
         f'ranks 0 and 1 have all been in phase "backward" of step 9 for 600 s, none is behind: their stacks are in '
         f"/logs; {AGAIN}"
     )
 
 
 def test_a_rank_without_a_report_is_the_odd_one_where_the_others_are_alike():
-    line = verdict([report(0), report(2)], 4, "/logs")
+    line = diagnose([report(0), report(2)], 4, "/logs")
     assert line.startswith('ranks 1 and 3 gave no sign of life while the others waited in phase "backward" of step 9;')
     behind = [report(0), report(2, step=8)]
-    assert "rank 2 (host" in verdict(behind, 3, "/logs")
-    assert "(rank 1 gave no sign of life)" in verdict(behind, 3, "/logs")
+    assert "rank 2 (host" in diagnose(behind, 3, "/logs")
+    assert "(rank 1 gave no sign of life)" in diagnose(behind, 3, "/logs")
 
 
 @pytest.mark.parametrize("state", ["T", "t"])
 def test_a_stopped_rank_comes_before_one_behind(state):
-    line = verdict([report(0, step=8), report(1, state=state, stacks="")], 2, "/logs")
+    line = diagnose([report(0, step=8), report(1, state=state, stacks="")], 2, "/logs")
     assert "rank 1 (host gpu07, process 4001) has been stopped by a signal or a debugger in" in line
     assert f"it gave no stacks (process state {state})" in line
 
 
 def test_a_rank_that_is_gone_comes_first():
     gone = report(2, kind=GONE, state="", stacks="", words="the kernel's out-of-memory killer struck on this host")
-    line = verdict([report(0, state="T"), report(1, kind=LOST, words="closed"), gone], 3, "/logs")
+    line = diagnose([report(0, state="T"), report(1, kind=LOST, words="closed"), gone], 3, "/logs")
     assert line == (
         'rank 2 (host gpu07, process 4002) is gone since phase "backward" of step 9: killed, or crashed (the kernel\'s '
         f"out-of-memory killer struck on this host); {AGAIN}"
@@ -78,12 +78,12 @@ def test_a_rank_that_is_gone_comes_first():
 
 def test_a_rank_that_failed_says_it_itself():
     assert (
-        verdict([report(0, kind=CALLED), report(1, kind=FAILED), report(2, kind=LOST, words="closed")], 3, "/") is None
+        diagnose([report(0, kind=CALLED), report(1, kind=FAILED), report(2, kind=LOST, words="closed")], 3, "/") is None
     )
 
 
 def test_a_lost_connection_without_a_cause():
-    line = verdict([report(0, kind=CALLED), report(1, kind=LOST, words="Connection closed by peer")], 2, "/logs")
+    line = diagnose([report(0, kind=CALLED), report(1, kind=LOST, words="Connection closed by peer")], 2, "/logs")
     assert line == (
         'rank 1 lost contact with another rank in phase "backward" of step 9 (Connection closed by peer); ' + AGAIN
     )
@@ -91,4 +91,4 @@ def test_a_lost_connection_without_a_cause():
 
 def test_many_ranks_are_named_in_few_words():
     gone = [report(rank, kind=GONE) for rank in range(20)]
-    assert "process 4000), as ranks 1, 2, 3, 4, 5, 6, 7 and 12 more, is gone" in verdict(gone, 20, "/logs")
+    assert "process 4000), as ranks 1, 2, 3, 4, 5, 6, 7 and 12 more, is gone" in diagnose(gone, 20, "/logs")

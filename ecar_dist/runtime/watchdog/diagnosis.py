@@ -1,4 +1,7 @@
-"""Whose fault it is: from the reports of the ranks to one sentence. Standard library only: the monitor imports this."""
+"""Which rank is at fault: from the reports of all ranks to one sentence.
+
+Standard library only: the monitor imports this module.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Why a rank reports. HUNG: it stayed too long in one place. GONE: its process ended without a word. FAILED: it met an
-# error, and says so itself. LOST: its connection to another rank broke. CALLED: nothing, but another rank reports.
-HUNG, GONE, FAILED, LOST, CALLED = "hung", "gone", "failed", "lost", "called"
-AGAIN = "the job is ended; run the same command again to go on from the last checkpoint"
-_STOPPED_STATES = "Tt"  # by SIGSTOP, by a debugger
+# Why a monitor reports its rank.
+HUNG = "hung"  # it stayed in one phase for too long
+GONE = "gone"  # its process ended without a word
+FAILED = "failed"  # it met an error, and prints it itself
+LOST = "lost"  # its connection to another rank broke
+CALLED = "called"  # nothing is wrong with it, but another rank was reported
+
+AGAIN = "the job is ended; run the same command again to continue from the last checkpoint"
+_STOPPED_STATES = ("T", "t")  # by SIGSTOP, by a debugger
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+_MOST_NAMED = 8  # ranks in one sentence
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """What the monitor of one rank saw."""
 
     rank: int
@@ -25,15 +33,15 @@ class Report:
     phase: str
     step: int
     beat: int
-    seconds: float  # in this phase, as far as the monitor looked on
-    state: str = ""  # of the process, as in /proc: R, S, D, T, t; empty where it is gone
-    words: str = ""  # what it, or the kernel, said
-    stacks: str = ""  # file, where there is one
-    innermost: str = ""  # the main thread's line of the stacks
+    seconds: float  # in this phase, while the monitor watched
+    state: str = ""  # of the process, as in /proc: R, S, D, T, t; empty if it is gone
+    words: str = ""  # what the rank, or the kernel, said
+    stacks: str = ""  # path of the file with its stacks, if there is one
+    innermost: str = ""  # innermost line of the main thread's stack
 
     @property
     def stopped(self) -> bool:
-        return self.state in tuple(_STOPPED_STATES)
+        return self.state in _STOPPED_STATES
 
     @property
     def who(self) -> str:
@@ -44,52 +52,58 @@ class Report:
         return f'phase "{self.phase}" of step {self.step}'
 
 
-def verdict(reports: Sequence[Report], size: int, folder: str) -> str | None:
-    """One sentence on the odd ones out among `size` ranks; None where a rank that failed says it better itself."""
-    for kind, sentence in ((GONE, _gone), (FAILED, None)):
-        if found := [report for report in reports if report.kind == kind]:
-            return sentence and f"{sentence(found)}; {AGAIN}"
+def diagnose(reports: Sequence[RankReport], size: int, folder: str) -> str | None:
+    """One sentence on the ranks at fault among `size` ranks; None if a rank failed, which prints its own error.
+
+    The causes are tried from the surest to the least sure: a rank that is gone, that failed, that was stopped, that
+    lost a connection, that hangs.
+    """
+    # a rank that ended
+    if gone := [report for report in reports if report.kind == GONE]:
+        first = gone[0]
+        words = f" ({first.words})" if first.words else ""
+        return f"{_subject(gone)} is gone since {first.where}: killed, or crashed{words}; {AGAIN}"
+    if any(report.kind == FAILED for report in reports):
+        return None
+
+    # a rank that stands still, or whose connection broke
     if stopped := [report for report in reports if report.stopped]:
         return f"{_staying(stopped, 'stopped by a signal or a debugger', reports)}; {_stacks(stopped)}; {AGAIN}"
     if not any(report.kind == HUNG for report in reports):
-        return f"{_lost(reports)}; {AGAIN}"
+        first = next((report for report in reports if report.kind == LOST), reports[0])
+        return f"rank {first.rank} lost contact with another rank in {first.where} ({first.words}); {AGAIN}"
+
+    # a hang
     odd = suspects(reports)
     missing = sorted(set(range(size)) - {report.rank for report in reports})
     if missing and len(odd) == len(reports):
         return f"{_named(missing)} gave no sign of life while the others waited in {odd[0].where}; {AGAIN}"
-    said = f" ({_named(missing)} gave no sign of life)" if missing else ""
+    silent = f" ({_named(missing)} gave no sign of life)" if missing else ""
     if len(odd) == len(reports) > 1:
         same = f"{_named([one.rank for one in odd])} have all been in {odd[0].where} for {odd[0].seconds:.0f} s"
         return f"{same}, none is behind: their stacks are in {folder}; {AGAIN}"
-    return f"{_staying(odd, '', reports)}{said}: {_stacks(odd)}; {AGAIN}"
+    return f"{_staying(odd, '', reports)}{silent}: {_stacks(odd)}; {AGAIN}"
 
 
-def suspects(reports: Sequence[Report]) -> list[Report]:
-    """Those that are furthest behind; of several in one place, those that do not wait in a collective as the rest do.
+def suspects(reports: Sequence[RankReport]) -> list[RankReport]:
+    """The ranks that the others wait for.
 
-    Where that says nothing, those whose main thread is on another line than most.
+    Those furthest behind; among them, those outside a collective; if all or none are in one, those whose main thread is
+    on another line than most.
     """
     first = min((report.step, report.beat) for report in reports)
     behind = [report for report in reports if (report.step, report.beat) == first]
+
+    # who computes while the others wait in a collective is who they wait for
     if working := [one for one in behind if not any(part in one.innermost for part in _COLLECTIVES)]:
         behind = working
+
     line, count = Counter(report.innermost for report in behind).most_common(1)[0]
     apart = [report for report in behind if report.innermost != line]
     return apart if apart and count > len(behind) / 2 else behind
 
 
-def _gone(found: Sequence[Report]) -> str:
-    first = found[0]
-    words = f" ({first.words})" if first.words else ""
-    return f"{_subject(found)} is gone since {first.where}: killed, or crashed{words}"
-
-
-def _lost(reports: Sequence[Report]) -> str:
-    first = next((report for report in reports if report.kind == LOST), reports[0])
-    return f"rank {first.rank} lost contact with another rank in {first.where} ({first.words})"
-
-
-def _staying(odd: Sequence[Report], how: str, reports: Sequence[Report]) -> str:
+def _staying(odd: Sequence[RankReport], how: str, reports: Sequence[RankReport]) -> str:
     first = odd[0]
     others = Counter(
         f'"{one.phase}"' + (f" of step {one.step}" if one.step != first.step else "")
@@ -101,14 +115,14 @@ def _staying(odd: Sequence[Report], how: str, reports: Sequence[Report]) -> str:
     return f"{_subject(odd)} has been {state} {first.where} for {first.seconds:.0f} s{wait}"
 
 
-def _stacks(odd: Sequence[Report]) -> str:
+def _stacks(odd: Sequence[RankReport]) -> str:
     first = odd[0]
     if first.stacks:
         return f"its stacks are in {first.stacks}"
     return f"it gave no stacks (process state {first.state or 'unknown'})"
 
 
-def _subject(found: Sequence[Report]) -> str:
+def _subject(found: Sequence[RankReport]) -> str:
     others = [report.rank for report in found[1:]]
     return found[0].who + (f", as {_named(others)}," if others else "")
 
@@ -118,6 +132,6 @@ def _named(ranks: Iterable[int]) -> str:
     names = [str(rank) for rank in ranks]
     if len(names) == 1:
         return f"rank {names[0]}"
-    if len(names) > 8:
-        names[7:] = [f"{len(names) - 7} more"]
+    if len(names) > _MOST_NAMED:
+        names[_MOST_NAMED - 1 :] = [f"{len(names) - _MOST_NAMED + 1} more"]
     return f"ranks {', '.join(names[:-1])} and {names[-1]}"
