@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
-from ecar_dist.command_line import counted, not_negative, positive, run_command, say
+from ecar_dist.command_line import columns, counted, duration, not_negative, positive, run_command, say
 from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
@@ -54,6 +54,17 @@ def ending(error, capsys):
 )
 def test_what_went_wrong_is_one_line(error, status, line, capsys):
     assert ending(error, capsys) == (status, line)
+
+
+def test_durations_have_two_units():
+    said = {-1: "0s", 7.4: "7s", 95: "1m35s", 3599.6: "1h00m", 3725: "1h02m", 86_399: "23h59m", 90_000: "1d01h"}
+    assert {seconds: duration(seconds) for seconds in said} == said
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [("run", "step", "note"), ("a", "1,200", ""), ("long", "7", "x")]
+    assert columns(rows) == ["run    step  note", "a     1,200", "long      7     x"]
+    assert columns(rows, left=(0, 2))[2] == "long      7  x"
 
 
 @pytest.mark.parametrize(("number", "said"), [(0, "0 ranks"), (1, "1 rank"), (2, "2 ranks"), (1024, "1,024 ranks")])

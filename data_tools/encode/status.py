@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from data_tools.encode.failures import ERRORS_NAME
 from data_tools.encode.markers import read_marker
 from data_tools.encode.plan import PLAN_NAME, EncodePlan, read_plan
+from ecar_dist.command_line import duration
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
 from ecar_dist.errors import ConfigError
 
@@ -44,7 +44,7 @@ def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> 
     print(f"left      {_time_left(plan.count - images, recent)}")
     if done:
         newest = max(done, key=lambda shard: shard.at)
-        print(f"newest    {newest.shard_index:06d}, {_duration(now - newest.at)} ago")
+        print(f"newest    {newest.shard_index:06d}, {duration(now - newest.at)} ago")
     for task in range(tasks or 0):
         shards = range(task, plan.num_shards, tasks or 1)
         _print_task(task, len(shards), [shard for shard in done if shard.shard_index in shards], now)
@@ -64,7 +64,7 @@ def _look(out: Path, shard_index: int, plan: EncodePlan) -> _Done | None:
 def _print_task(task: int, num_shards: int, done: Sequence[_Done], now: float) -> None:
     said = f"task {task:<4} {len(done)} of {num_shards} shards"
     if done:
-        said += f", the newest {_duration(now - max(shard.at for shard in done))} ago"
+        said += f", the newest {duration(now - max(shard.at for shard in done))} ago"
     if len(done) > 1:
         said += f", {_own_rate(done):.1f} images/s between its last shards"
     print(said)
@@ -96,8 +96,4 @@ def _recent_rate(done: Sequence[_Done], begun: float, now: float) -> float:
 def _time_left(images: int, rate: float) -> str:
     if not images:
         return "nothing"
-    return f"{_duration(images / rate)} at the recent rate" if rate else "unknown, no shard is that recent"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(seconds))))
+    return f"{duration(images / rate)} at the recent rate" if rate else "unknown, no shard is that recent"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ecar_dist.cluster.submission import Submission
+from ecar_dist.command_line import columns
 
 
 def dry_run_text(submission: Submission, config_yaml: str) -> str:
@@ -45,9 +46,4 @@ def _table(submission: Submission, jobs: Mapping[str, str]) -> list[str]:
             rows.append((step.name, "-", "", "its result stands already"))
         else:
             rows.append((step.name, jobs[step.name], submission.waits_for(step, jobs), step.says))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [_row(row, widths) for row in rows]
-
-
-def _row(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([*(word.ljust(width) for word, width in zip(row, widths, strict=False)), row[3]])
+    return columns(rows, left=range(4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ecar_dist.cluster.bounded_read import number
 from ecar_dist.cluster.liveness import dead_after, owner_is_gone, sign_of_life, silent_after
 from ecar_dist.cluster.run_record import Attempt, RunRecord
-from ecar_dist.command_line import EX_FRUITLESS, EX_TEMPFAIL
+from ecar_dist.command_line import EX_FRUITLESS, EX_TEMPFAIL, duration
 
 # In the order of a run's life. SILENT: it should be under way, and has said nothing for too long.
 NOT_STARTED, SUBMITTED, STARTING, RUNNING, SILENT = "not started", "submitted", "starting", "running", "silent"
@@ -32,7 +32,7 @@ def state_of(record: RunRecord, now: float, here: str) -> State:
     state, sentence = ending(last)
     if state == FAILED and record.logs and (record.logs.job, record.logs.status) == (last.job, EX_FRUITLESS):
         state = GAVE_UP
-    return state, f"{span(now - last.ended)} ago{f': {sentence}' if sentence else ''}"
+    return state, f"{duration(now - last.ended)} ago{f': {sentence}' if sentence else ''}"
 
 
 def ending(attempt: Attempt) -> State:
@@ -67,21 +67,21 @@ def _without_end(record: RunRecord, last: Attempt, now: float, here: str) -> Sta
     )
     gone, limit = owner_is_gone(record, here), dead_after(record)
     if gone or (gone is None and limit is not None and silence > limit):
-        why = "its process is gone" if gone else f"silent for {span(silence)}, longer than its watchdog waits"
+        why = "its process is gone" if gone else f"silent for {duration(silence)}, longer than its watchdog waits"
         return KILLED, f"{where}, {why}; {_AGAIN}"
     if silence > silent_after(record):
         look = f"`squeue -j {last.job}`" if last.job else f"see its process on {last.host}"
-        return SILENT, f"{where}, silent for {span(silence)}; whether it still runs: {look}"
+        return SILENT, f"{where}, silent for {duration(silence)}; whether it still runs: {look}"
     if not _has_lines(record, last):
-        return STARTING, f"{where}, for {span(now - (last.started or now))}"
-    return RUNNING, f"{where}, last line {span(now - (record.lines_at or now))} ago"
+        return STARTING, f"{where}, for {duration(now - (last.started or now))}"
+    return RUNNING, f"{where}, last line {duration(now - (record.lines_at or now))} ago"
 
 
 def _submitted(record: RunRecord, now: float) -> State:
     job = record.submitted
     assert job is not None
     before = f"; before that: {ending(record.last)[0]}" if record.last else ""
-    return SUBMITTED, f"job {job.text}, {span(now - job.when)} ago, has not started{before}"
+    return SUBMITTED, f"job {job.text}, {duration(now - job.when)} ago, has not started{before}"
 
 
 def _without_attempt(record: RunRecord, now: float) -> State:
@@ -89,15 +89,15 @@ def _without_attempt(record: RunRecord, now: float) -> State:
     logs, owner = record.logs, record.owner
     if logs and logs.status is not None:
         begun = "" if record.last and record.last.ended is None else " before training began"
-        return _BY_EXIT_STATUS.get(logs.status, KILLED if logs.status >= _SIGNALLED else FAILED), (
-            f"job {logs.job} ended{begun} with status {logs.status}, {span(now - (logs.status_at or now))} ago; see "
-            f"{logs.first_rank}"
-        )
+        state = _BY_EXIT_STATUS.get(logs.status, KILLED if logs.status >= _SIGNALLED else FAILED)
+        when = f"{duration(now - (logs.status_at or now))} ago"
+        return state, f"job {logs.job} ended{begun} with status {logs.status}, {when}; see {logs.first_rank}"
     if logs is None and owner is None:
         return NOT_STARTED, "no attempt is on record"
     sign = max(moment for moment in (logs and logs.made, owner and owner.since, sign_of_life(record)) if moment)
     state = SILENT if now - sign > silent_after(record) else STARTING
-    return state, f"{f'job {logs.job}' if logs else 'a process'}, no attempt is on record yet, for {span(now - sign)}"
+    who = f"job {logs.job}" if logs else "a process"
+    return state, f"{who}, no attempt is on record yet, for {duration(now - sign)}"
 
 
 def _waits(record: RunRecord) -> bool:
@@ -119,14 +119,3 @@ def _has_exited(record: RunRecord, since: float | None) -> bool:
 def _has_lines(record: RunRecord, last: Attempt) -> bool:
     """Whether this attempt has made a line: on its start those after the step it goes on from were dropped."""
     return last.resumed and bool(record.lines) and (number(record.lines[-1], "step") or 0) > last.resumed_from_step
-
-
-def span(seconds: float) -> str:
-    """7 s, 14 min, 3 h 05 min, 2 d 4 h."""
-    minutes = round(max(0.0, seconds)) // 60
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes else f"{max(0.0, seconds):.0f} s"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ecar_dist.cluster.run_state import DONE, span
+from ecar_dist.cluster.run_state import DONE
 from ecar_dist.cluster.status import Checkpoints, Progress, RunStatus
-from ecar_dist.command_line import counted
+from ecar_dist.command_line import columns, counted, duration
 from ecar_dist.storage.untrusted import printable
 
 _LABEL = 12  # columns
@@ -23,7 +23,7 @@ def block(status: RunStatus) -> list[str]:
         "loss": _loss(status.progress),
         "checkpoint": _checkpoint(status.checkpoints),
         "attempts": _attempts(status),
-        "problem": f"{span(problem.age)} ago: {problem.text}" if problem else "none on record",
+        "problem": f"{duration(problem.age)} ago: {problem.text}" if problem else "none on record",
         "log": status.log or "",
         "curves": f"{status.tensorboard}; `ecar-dist tensorboard {status.run}`",
     }
@@ -35,15 +35,7 @@ def block(status: RunStatus) -> list[str]:
 def table(found: Sequence[RunStatus | str]) -> list[str]:
     """Several runs, a line each; a text stands for a folder of which there is nothing else to say."""
     rows = [_HEAD, *(_row(status) for status in found if isinstance(status, RunStatus))]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(_HEAD))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if place in _TO_THE_LEFT else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines + [status for status in found if isinstance(status, str)]
+    return columns(rows, left=_TO_THE_LEFT) + [status for status in found if isinstance(status, str)]
 
 
 def _progress(progress: Progress, state: str) -> str:
@@ -54,7 +46,7 @@ def _progress(progress: Progress, state: str) -> str:
     if progress.samples_per_second:
         said.append(f"{_rate(progress.samples_per_second)} samples/s")
     if progress.seconds_left and state != DONE:
-        said.append(f"{span(progress.seconds_left)} left")
+        said.append(f"{duration(progress.seconds_left)} left")
     return ", ".join(said)
 
 
@@ -75,14 +67,14 @@ def _checkpoint(found: Checkpoints) -> str:
         return f"{step}; in {found.place}, which was not asked: `ecar-dist checkpoint list`"
     if found.step is None:
         return f"none yet in {found.place}"
-    age = f", {span(found.age)} ago" if found.age is not None else ""
+    age = f", {duration(found.age)} ago" if found.age is not None else ""
     since = f"; {counted(found.steps_since, 'step')} since" if found.steps_since else ""
     return f"step {found.step:,}{age}{since}; {found.kept} kept in {found.place}"
 
 
 def _attempts(status: RunStatus) -> str:
     ends = ", ".join(f"{count} {state}" for state, count in status.attempts.items())
-    return f"{sum(status.attempts.values())}: {ends}; {span(status.training_seconds)} of training" if ends else ""
+    return f"{sum(status.attempts.values())}: {ends}; {duration(status.training_seconds)} of training" if ends else ""
 
 
 def _row(status: RunStatus) -> tuple[str, ...]:
@@ -94,10 +86,10 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         f"{progress.step:,}",
         _percent(progress) if progress.total_samples else "",
         _rate(rate) if rate else "",
-        span(left) if left and status.state != DONE else "",
+        duration(left) if left and status.state != DONE else "",
         f"{progress.loss:.4f}" if progress.loss is not None else "",
         f"{found.step:,}" if found.step is not None else "",
-        f"{span(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
+        f"{duration(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ecar_dist.command_line import columns
 from ecar_dist.drills.evidence import Finding
 
 Verdict = Literal["as expected", "NOT AS EXPECTED", "not run", "skipped"]
@@ -47,8 +48,8 @@ class Row:
 
 
 def text_lines(rows: Sequence[Row]) -> list[str]:
-    """A table in columns; what is too long for its column goes on below."""
-    lines = [_line(HEADINGS), _line(["-" * width for width in WIDTHS])]
+    """A table in columns. A cell that is too long for its column goes on in the lines below."""
+    lines: list[Sequence[str]] = [HEADINGS, ["-" * width for width in WIDTHS]]
     for row in rows:
         for number, (expected, seen) in enumerate(row.pairs):
             first = (row.name, row.fault) if number == 0 else ("", "")
@@ -56,13 +57,9 @@ def text_lines(rows: Sequence[Row]) -> list[str]:
             cells = [
                 textwrap.wrap(text, width) for text, width in zip((*first, expected, seen, *last), WIDTHS, strict=True)
             ]
-            lines += [_line(parts) for parts in itertools.zip_longest(*cells, fillvalue="")]
-        lines.append("")
-    return lines
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+            lines += itertools.zip_longest(*cells, fillvalue="")
+        lines.append([""] * len(HEADINGS))
+    return columns(lines, left=range(len(HEADINGS)))
 
 
 def summary(rows: Sequence[Row]) -> str:

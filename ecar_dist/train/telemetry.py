@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ecar_dist.command_line import duration
 from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.devices import peak_bf16_flops
 from ecar_dist.runtime.world import World
@@ -213,12 +214,3 @@ def progress_line(
 def _short(number: float, digits: int) -> str:
     """So many digits after the point, or three in all where the number is so large that it would fill the line."""
     return f"{number:.{digits}f}" if abs(number) < 1e5 else f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """3725 -> 1h02m, 95 -> 1m35s, 7 -> 7s."""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ecar_dist.cluster.run_state import span
+from ecar_dist.command_line import duration
 from tests.cluster.made_records import MadeRecord
 
 HANG = 600  # train.hang_seconds by default; a silence of three times that is more than the watchdog allows
@@ -28,7 +28,7 @@ def test_a_job_submitted_after_the_last_attempt_waits_and_one_that_has_begun_doe
     made.job_logs(12, age=100)
     status = made.status()
     assert (status.state, status.job) == ("starting", "12")
-    assert status.sentence == "job 12, no attempt is on record yet, for 1 min"
+    assert status.sentence == "job 12, no attempt is on record yet, for 1m40s"
     made.job_logs(12, "", 90)
     assert made.status().state == "starting"
 
@@ -46,10 +46,10 @@ def test_a_job_has_begun_by_its_number_or_by_what_came_after_it(made):
 @pytest.mark.parametrize(
     ("ended", "state", "words"),
     [
-        ("done", "done", "1 min ago"),
-        ("signal", "stopped", "1 min ago: on a signal; it goes on when the job is requeued"),
-        ("failed: a shard is damaged", "failed", "1 min ago: a shard is damaged"),
-        ("gave up: step 4 is bad", "gave up", "1 min ago: step 4 is bad"),
+        ("done", "done", "1m40s ago"),
+        ("signal", "stopped", "1m40s ago: on a signal; it goes on when the job is requeued"),
+        ("failed: a shard is damaged", "failed", "1m40s ago: a shard is damaged"),
+        ("gave up: step 4 is bad", "gave up", "1m40s ago: step 4 is bad"),
     ],
 )
 def test_an_attempt_says_itself_how_it_ended(made, ended, state, words):
@@ -74,8 +74,11 @@ def test_a_run_on_another_host_is_judged_by_its_silence(made, silence, state):
     made.lines(30, age=silence)
     status = made.status(here="login")
     assert status.state == state
-    words = {"silent": f"silent for {span(silence)}", "killed": f"silent for {span(silence)}, longer than its watchdog"}
-    assert words.get(state, "last line 50 s ago") in status.sentence
+    words = {
+        "silent": f"silent for {duration(silence)}",
+        "killed": f"silent for {duration(silence)}, longer than its watchdog",
+    }
+    assert words.get(state, "last line 50s ago") in status.sentence
     made.write("logs/job-12/rank-00000.log", "still talking", 5)
     assert made.status(here="login").state == "running"
 
@@ -128,7 +131,7 @@ def test_an_exit_status_speaks_where_no_attempt_does(made, written, state):
     made.job_logs(12, written, 100)
     status = made.status()
     assert status.state == state
-    assert f"job 12 ended before training began with status {written}, 1 min ago" in status.sentence
+    assert f"job 12 ended before training began with status {written}, 1m40s ago" in status.sentence
     made.attempt(300, job="12")
     assert made.status().state == state
     assert f"job 12 ended with status {written}" in made.status().sentence
@@ -153,14 +156,14 @@ def test_a_killed_job_that_slurm_has_requeued_begins_again(made):
     made.job_logs(12, age=30)  # the script has removed the exit status of before
     status = made.status()
     assert (status.state, status.attempts) == ("starting", {"killed": 1})
-    assert status.sentence == "job 12, no attempt is on record yet, for 30 s"
+    assert status.sentence == "job 12, no attempt is on record yet, for 30s"
     assert status.training_seconds == pytest.approx(8500)
     made.job_logs(12, "", 20)  # rank 0 has begun
     assert made.status().state == "starting"
     made.attempt(10, job="12", loaded=False)
     status = made.status()
     assert (status.state, status.attempts) == ("starting", {"killed": 1, "starting": 1})
-    assert status.sentence == "job 12 on gpu03, attempt 2, for 10 s"
+    assert status.sentence == "job 12 on gpu03, attempt 2, for 10s"
     made.job_logs(12, "", 5)  # clocks differ: that of the file system is ahead of the node's
     made.attempt(10, job="12", resumed_from_step=300)
     made.lines(31, age=1)
@@ -172,11 +175,3 @@ def test_a_killed_attempt_waits_for_a_job_that_was_submitted_since(made):
     made.lines(3, age=8000)
     made.submitted(13, age=50)
     assert (made.status().state, made.status().attempts) == ("submitted", {"killed": 1})
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (3599, "59 min"), (3600, "1 h 00 min"), (187_200, "2 d 4 h")],
-)
-def test_a_span_for_people(seconds, said):
-    assert span(seconds) == said

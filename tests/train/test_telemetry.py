@@ -9,7 +9,7 @@ import torch
 
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.phases import Phases
-from ecar_dist.train.telemetry import Counters, Report, StepResult, Telemetry, duration, progress_line
+from ecar_dist.train.telemetry import Counters, Report, StepResult, Telemetry, progress_line
 from tests.train.test_objective import make_config
 
 RESULT = StepResult(0.5, (0.6, 0.4), 2.0, 1e-4)
@@ -211,8 +211,3 @@ def test_a_huge_number_does_not_fill_the_progress_line():
     huge = dataclasses.replace(RESULT, loss=2e30, stage_losses=(1.0, 3e30), grad_norm=1e38)
     line = progress_line(3, 9, 24, 72, huge, Report({"perf/data_wait_fraction": 0.5}, None))
     assert line == "step 3/9  loss 2e+30 (1.0000 3e+30)  grad 1e+38  lr 1.00e-04"
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(3725, "1h02m"), (95, "1m35s"), (7, "7s"), (-1, "0s")])
-def test_durations(seconds, said):
-    assert duration(seconds) == said

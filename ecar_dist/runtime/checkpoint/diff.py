@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from ecar_dist.command_line import columns
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
-from ecar_dist.runtime.checkpoint.report import blocks, headline, table
+from ecar_dist.runtime.checkpoint.report import blocks, headline
 from ecar_dist.runtime.export.files import flat_identity
 from ecar_dist.storage.untrusted import printable
 
@@ -112,16 +113,14 @@ def _change(a: torch.Tensor, b: torch.Tensor) -> _Change:
 def _change_lines(changes: dict[tuple[str, str], _Change], differ: dict[tuple[str, str], _Change]) -> list[str]:
     kinds = list(dict.fromkeys(kind for kind, _ in changes))
     modules = list(dict.fromkeys(_module(name) for _, name in changes))
-    rows = [(module, *(_relative(changes, kind, module) for kind in kinds)) for module in [*modules, ""]]
+    rows = [(module or "all", *(_relative(changes, kind, module) for kind in kinds)) for module in [*modules, ""]]
     first = sorted(differ.items(), key=lambda item: -_rank(item[1]))[:LARGEST]
+    worst = [(name, kind, f"{change.relative:.3g}", f"{change.largest:.3g}") for (kind, name), change in first]
     return [
         "relative difference |B - A| / |A| by module",
-        *table(("module", *kinds), [(row[0] or "all", *row[1:]) for row in rows]),
+        *columns([("module", *kinds), *rows]),
         f"the {len(first)} largest of {len(differ)} tensors that differ",
-        *table(
-            ("parameter", "kind", "relative", "max abs"),
-            [(name, kind, f"{change.relative:.3g}", f"{change.largest:.3g}") for (kind, name), change in first],
-        ),
+        *columns([("parameter", "kind", "relative", "max abs"), *worst]),
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ecar_dist.command_line import counted
+from ecar_dist.command_line import columns, counted
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint.files import DamagedError, has_marker, step_of, verify
 from ecar_dist.runtime.checkpoint.folder import newest_whole, open_place
@@ -51,13 +51,12 @@ def inspect_lines(path: Path) -> list[str]:
     reader = FragmentReader(path)
     manifest = reader.manifest
     size = sum(file.bytes for file in manifest.files)
+    head = ("kind", "values", "MiB", "norm", "largest", "not finite")
+    rows = [(kind, *_Numbers.of(reader, kind).cells()) for kind in sorted(reader.kinds)]
     return [
         f"{path}: {headline(manifest)}; {len(manifest.files)} files, {size / 2**20:.1f} MiB",
         f"{sum(map(math.prod, reader.shapes.values())):,} parameters in {len(reader.shapes)} tensors",
-        *table(
-            ("kind", "values", "MiB", "norm", "largest", "not finite"),
-            [(kind, *_Numbers.of(reader, kind).cells()) for kind in sorted(reader.kinds)],
-        ),
+        *columns([head, *rows]),
         "identity",
         *(printable(f"  {name}: {value}") for name, value in flat_identity(manifest.identity).items()),
         *(printable(textwrap.shorten(f"note {name}: {value}", 120)) for name, value in manifest.notes.items()),
@@ -77,17 +76,6 @@ def blocks(reader: FragmentReader, kind: str, name: str) -> Iterator[torch.Tenso
     numel = math.prod(reader.shapes[name])
     for start in range(0, numel, BLOCK):
         yield reader.read(kind, name, start, min(BLOCK, numel - start), any_value=True)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (head, *rows)
-    ]
 
 
 @dataclass

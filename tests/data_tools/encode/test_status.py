@@ -41,8 +41,8 @@ def test_done_rates_and_time_left(half, capsys):
     assert said["failures"] == "failures  0"
     # shards 2 and 4 are of the last 600 s: 9 / 600; overall 14 / 700
     assert said["rate"] == "rate      0.0 images/s over the last 10 min, 0.0 overall"
-    assert said["left"] == "left      0:11:07 at the recent rate"  # 10 / (9 / 600) s
-    assert said["newest"] == "newest    000004, 0:01:40 ago"
+    assert said["left"] == "left      11m07s at the recent rate"  # 10 / (9 / 600) s
+    assert said["newest"] == "newest    000004, 1m40s ago"
     assert "finalized" not in said
 
 
@@ -50,7 +50,7 @@ def test_rates_soon_after_the_start_and_long_after_the_end(half, capsys):
     set_times(half, _000000=1, _000002=1, _000004=2)
     said = say(capsys, half, now=BEGUN + 4)
     assert said["rate"] == "rate      3.5 images/s over the last 10 min, 7.0 overall"
-    assert said["left"] == "left      0:00:03 at the recent rate"
+    assert said["left"] == "left      3s at the recent rate"
     assert say(capsys, half, now=BEGUN + 9999)["left"] == "left      unknown, no shard is that recent"
 
 
@@ -58,7 +58,7 @@ def test_each_tasks_share(half, capsys):
     set_times(half, _000000=1, _000002=1, _000004=2)
     said = say(capsys, half, now=BEGUN + 4, tasks=2)
     assert (
-        said["task0"] == "task 0    3 of 3 shards, the newest 0:00:02 ago, 9.0 images/s between its last shards"
+        said["task0"] == "task 0    3 of 3 shards, the newest 2s ago, 9.0 images/s between its last shards"
     )  # shards 2 and 4 in the second after shard 0
     assert said["task1"] == "task 1    0 of 2 shards"
     with pytest.raises(ConfigError, match="--tasks 0 must be at least 1"):
@@ -69,7 +69,7 @@ def test_a_tasks_rate_is_its_own_whenever_it_ran(half, capsys):
     """An hour after the plan, and long ago; a pause of hours does not count against its newest shards."""
     set_times(half, _000000=3600, _000002=3605, _000004=3609)
     assert (
-        "task 0    3 of 3 shards, the newest 1:00:00 ago, 1.0 images/s"
+        "task 0    3 of 3 shards, the newest 1h00m ago, 1.0 images/s"
         in say(capsys, half, now=BEGUN + 7209, tasks=2)["task0"]
     )
     set_times(half, _000000=10, _000002=9000, _000004=9010)
@@ -78,7 +78,7 @@ def test_a_tasks_rate_is_its_own_whenever_it_ran(half, capsys):
     assert ", 0.0 images/s" in say(capsys, half, now=BEGUN + 18_000, tasks=2)["task0"]
     (half / "000000.json").unlink()
     (half / "000002.json").unlink()
-    assert say(capsys, half, now=BEGUN + 18_000, tasks=2)["task0"] == "task 0    1 of 3 shards, the newest 0:00:00 ago"
+    assert say(capsys, half, now=BEGUN + 18_000, tasks=2)["task0"] == "task 0    1 of 3 shards, the newest 0s ago"
 
 
 def test_nothing_done_yet(half, capsys):
