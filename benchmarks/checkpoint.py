@@ -29,7 +29,8 @@ from ecar_dist.runtime.checkpoint.load import state_by_kind
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
-from ecar_dist.runtime.world import World, start_world, stop_world
+from ecar_dist.runtime.start.rendezvous import start_world, stop_world
+from ecar_dist.runtime.world import World
 from ecar_dist.train.start import build_engine
 
 BATCH, CHANNELS, SIDE, CLASSES = 4, 4, 4, 10

@@ -23,7 +23,7 @@ LAYERS = [
 ]
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
-    "torch.distributed": {"ecar_dist/runtime/world.py"},
+    "torch.distributed": {"ecar_dist/runtime/start/rendezvous.py", "ecar_dist/runtime/world.py"},
     "diffusers": {"ecar_dist/vae/pretrained.py"},
     "nvidia": {"ecar_dist/data/images/dali.py"},
     "fsspec": {"ecar_dist/storage/remote.py"},

@@ -150,12 +150,11 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         if is_first():
             raise
         problem = str(error)
-    from ecar_dist.runtime.parent_death import die_with_parent
     from ecar_dist.runtime.peers import RemoteError, lost_peer
+    from ecar_dist.runtime.signals import StoppedEarlyError, die_with_parent
     from ecar_dist.runtime.start.agreement import agree_on_settings
-    from ecar_dist.runtime.stop import StoppedEarlyError
+    from ecar_dist.runtime.start.rendezvous import COLLECTIVE_TIMEOUT, start_world, stop_world
     from ecar_dist.runtime.watchdog.watchdog import longest_wait
-    from ecar_dist.runtime.world import COLLECTIVE_TIMEOUT, start_world, stop_world
 
     if _is_launched():
         die_with_parent()

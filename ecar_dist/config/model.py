@@ -12,9 +12,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
-from ecar_dist.flow.solvers import SOLVERS
-
 from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
+from ecar_dist.flow.solvers import SOLVERS
 
 GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
 CONTEXT_KINDS = frozenset({"ecar"})  # values of model.kind whose network is fed the states of coarser stages

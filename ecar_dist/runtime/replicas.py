@@ -14,7 +14,7 @@ from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.placement import job_logs
 from ecar_dist.runtime.start.agreement import odd_ranks
-from ecar_dist.runtime.start.roll_call import Verdict, enforce, ranks_on_nodes
+from ecar_dist.runtime.start.roll_call import Decision, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
 
 _CAUSE = "memory or a processor there is bad"
@@ -52,21 +52,21 @@ def check_replicas(world: World, engine: Engine, ema: ShardedEma, step: int) -> 
     enforce(world, judge_replicas([row[0] for row in rows], world.nodes, step))
 
 
-def judge_replicas(hashes: Sequence[int], nodes: Sequence[str], step: int) -> Verdict:
+def judge_replicas(hashes: Sequence[int], nodes: Sequence[str], step: int) -> Decision:
     """By rank, like `nodes`. Most ranks are right; where no majority agrees, nobody knows who is, and all are named.
 
-    As in `judge_nodes`, so that no fault of all nodes empties a cluster, no node is unfit where most of them are.
+    As in `decide`, so that no fault of all nodes empties a cluster, no node is unfit where most of them are.
     """
     if len(set(hashes)) == 1:
-        return Verdict(tuple(nodes))
+        return Decision(tuple(nodes))
     odd = odd_ranks(hashes)
     if not odd:
         who = ranks_on_nodes(range(len(hashes)), nodes)
         said = f"{who} hold different weights at step {step}, and no majority tells whose are right; {_CAUSE}"
-        return Verdict(tuple(nodes), problem=f"{said}; run the same command again, on other nodes", again=True)
+        return Decision(tuple(nodes), problem=f"{said}; run the same command again, on other nodes", again=True)
     theirs = tuple(dict.fromkeys(nodes[rank] for rank in odd))
     unfit = theirs if 2 * len(theirs) <= len(set(nodes)) else ()
     then = "the job goes on without" if unfit and job_logs() else "run the same command again without"
     verb = "holds" if len(odd) == 1 else "hold"
     said = f"{ranks_on_nodes(odd, nodes)} {verb} other weights than the other ranks at step {step}; {_CAUSE}"
-    return Verdict(tuple(nodes), unfit, f"{said}; {then} {'it' if len(theirs) == 1 else 'them'}", again=True)
+    return Decision(tuple(nodes), unfit, f"{said}; {then} {'it' if len(theirs) == 1 else 'them'}", again=True)

@@ -26,7 +26,7 @@ from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.metrics import MetricsWriter
-from ecar_dist.runtime.stop import StopRequest
+from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps, Verdict
@@ -92,7 +92,7 @@ def train(run: Training, progress: Progress) -> Progress:
             save(run, progress, checkpoint=ready, averages=averages)
             saved, due = (progress, False) if ready else (saved, due)
     if progress.samples_seen >= config.train.total_samples:
-        run.stop.come_too_late()
+        run.stop.mark_complete()
     if saved != progress:
         save(run, progress)
     run.phases.enter("checkpoint", progress.step)

@@ -20,7 +20,7 @@ from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.drift import resume_lines
 from ecar_dist.runtime.run.metrics import MetricsWriter
-from ecar_dist.runtime.stop import StoppedEarlyError, StopRequest
+from ecar_dist.runtime.signals import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.remote import is_remote

@@ -10,7 +10,7 @@ import torch
 from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.order.permutation import hash_keys
 from ecar_dist.runtime.start.agreement import odd_ranks
-from ecar_dist.runtime.start.roll_call import Verdict, enforce, ranks_on_nodes
+from ecar_dist.runtime.start.roll_call import Decision, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
 
 _SHARES = int.from_bytes(b"share", "big")  # what a key is for
@@ -34,21 +34,21 @@ def check_shares(
     enforce(world, judge_shares(rows, shares, world.nodes, start))
 
 
-def judge_shares(rows: Sequence[Sequence[int]], shares: Sequence[int], nodes: Sequence[str], start: int) -> Verdict:
+def judge_shares(rows: Sequence[Sequence[int]], shares: Sequence[int], nodes: Sequence[str], start: int) -> Decision:
     """Pure. `rows`: of every rank the hash of the whole batch in its order, and of what it read; `shares`: of what each
     rank should read."""
     batches, read = ([row[column] for row in rows] for column in range(2))
     if len(set(batches)) > 1:
         who = ranks_on_nodes(odd_ranks(batches) or range(len(batches)), nodes)
         what = "another order of samples" if odd_ranks(batches) else "different orders of samples"
-        return Verdict(tuple(nodes), problem=f"{who}: {what} from position {start}; {_FIX}")
+        return Decision(tuple(nodes), problem=f"{who}: {what} from position {start}; {_FIX}")
     wrong = [rank for rank, (found, share) in enumerate(zip(read, shares, strict=True)) if found != share]
     if wrong:
         who = ranks_on_nodes(wrong, nodes)
-        return Verdict(
+        return Decision(
             tuple(nodes), problem=f"{who} read other samples than their share of the batch at {start}; {_FIX}"
         )
-    return Verdict(tuple(nodes))
+    return Decision(tuple(nodes))
 
 
 def _read(batches: Sequence[MicroBatch]) -> int:

@@ -22,8 +22,8 @@ from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import agree_on
-from ecar_dist.runtime.stop import StopRequest
 from ecar_dist.runtime.watchdog.watchdog import Watchdog
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import is_remote, local_path

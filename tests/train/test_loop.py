@@ -277,7 +277,7 @@ class NeverAsked:
     def defer(self):
         self.deferred = True
 
-    def come_too_late(self):
+    def mark_complete(self):
         self.too_late = True
 
     def __bool__(self):

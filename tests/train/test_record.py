@@ -8,7 +8,7 @@ import torch
 from ecar_dist.config.read import load_config
 from ecar_dist.errors import CheckpointError, FruitlessError
 from ecar_dist.runtime.run.directory import RunDirectory
-from ecar_dist.runtime.stop import StoppedEarlyError
+from ecar_dist.runtime.signals import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.record import end_attempt, open_attempt, unreachable_half_lives
 

@@ -9,7 +9,7 @@ from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.runtime.placement import Placement
-from ecar_dist.runtime.start.roll_call import Verdict
+from ecar_dist.runtime.start.roll_call import Decision
 from ecar_dist.runtime.world import World
 from ecar_dist.train import shares
 from ecar_dist.train.shares import _read, _sum, check_shares, judge_shares
@@ -37,7 +37,7 @@ def verdict(*batches, batch_hashes=(1, 1, 1)):
 
 
 def test_the_whole_batch_is_well_and_its_hash_is_the_sum_of_the_shares():
-    assert verdict(*(micro_batches(rank) for rank in range(RANKS))) == Verdict(NODES)
+    assert verdict(*(micro_batches(rank) for rank in range(RANKS))) == Decision(NODES)
     positions = np.arange(START, START + BATCH)
     parts = sum(_read(micro_batches(rank)) for rank in range(RANKS))
     assert (parts - _sum(positions, STREAM.locate(positions).sample_ids)) % 2**64 == 0

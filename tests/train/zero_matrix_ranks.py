@@ -17,7 +17,8 @@ from ecar_dist.models.presets import PRESETS, Preset
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
 from ecar_dist.runtime.replicas import check_replicas, fingerprint
-from ecar_dist.runtime.world import World, start_world, stop_world
+from ecar_dist.runtime.start.rendezvous import start_world, stop_world
+from ecar_dist.runtime.world import World
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
 from tests.train.zero_matrix import BATCH, REFERENCE, SETTINGS, STEPS

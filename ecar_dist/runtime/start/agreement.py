@@ -1,7 +1,7 @@
-"""Whether all ranks were given the same: each says what it holds, and the odd ones are named before anything is made.
+"""Whether all ranks were given the same config, data and code. Those that were not are named before anything is made.
 
 Ranks that were started with another config file, another data set or another version of the code would train to the
-end without a word, since every collective fits. So what must be the same is compared as text, fact by fact.
+end without an error, because every collective fits. So what must be the same is compared as text, fact by fact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 import ecar_dist
 from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.run.drift import shared_settings
-from ecar_dist.runtime.start.roll_call import Answer, Verdict, hold_roll_call, judge_nodes, ranks_on_nodes
+from ecar_dist.runtime.start.roll_call import Answer, Answers, Decision, decide, hold_roll_call, ranks_on_nodes
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.untrusted import printable
 
@@ -29,44 +29,46 @@ _LONGEST_PROBLEM = 1000  # characters
 
 
 def agree_on_settings(world: World, config: RunConfig | None, problem: str = "") -> None:
-    """All ranks have the same config, but for what is local to a node, and the same source code. Collective.
+    """Check that all ranks have the same config, except what is local to a node, and the same source code. Collective.
 
-    `config` is None on a rank that could not load it, for `problem`. Raises as `agree_on`.
+    `config` is None on a rank that could not load it because of `problem`. Raises as `agree_on`.
     """
     facts = {"the version of ecar_dist": source_version(), **(shared_settings(config) if config else {})}
     agree_on(world, "settings", facts, "start every rank with the same code, config file and overrides", problem)
 
 
 def agree_on(world: World, name: str, facts: Facts, fix: str, problem: str = "") -> None:
-    """All ranks have the same `facts`. Collective; `name` is new in every call.
+    """Check that all ranks have the same `facts`. Collective; `name` is new in every call.
 
-    Raises ConfigError on rank 0, with the facts that differ, their values and whose they are, and RemoteError on the
-    others; the same where a rank has a `problem`, which is all that is then said. As `judge_nodes` where one is silent.
+    Raises ConfigError on rank 0, with the facts that differ, their values and their ranks, and RemoteError on the
+    others. If a rank has a `problem`, only that is printed. If a rank is silent, raises as `decide` does.
     """
     answer = Answer(world.rank, world.nodes[world.rank], problem, facts)
-    judge = partial(judge_agreement, seconds=SECONDS, came=world.nodes, fix=fix)
-    hold_roll_call(world, name, answer, judge, seconds=SECONDS)
+    rule = partial(decide_on_facts, seconds=SECONDS, nodes=world.nodes, fix=fix)
+    hold_roll_call(world, name, answer, rule, seconds=SECONDS)
 
 
-def judge_agreement(answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str], fix: str) -> Verdict:
-    """Pure. `came`: the nodes of all ranks; `fix`: what to do where facts differ."""
+def decide_on_facts(answers: Answers, *, seconds: float, nodes: Sequence[str], fix: str) -> Decision:
+    """`nodes` is by rank; `fix` says what to do if facts differ."""
     present = [answer for answer in answers if answer is not None]
     if len(present) < len(answers):
-        return judge_nodes(answers, seconds=seconds, came=came)
+        return decide(answers, seconds=seconds, nodes_by_rank=nodes)
     failed = [answer for answer in present if answer.problem]
     if failed:
-        who = ranks_on_nodes([answer.rank for answer in failed], came)
-        return Verdict(problem=f"{who}, unlike rank 0: {printable(failed[0].problem, _LONGEST_PROBLEM)}")
-    different = differences([answer.facts for answer in present], came)
-    return Verdict(problem=f"{different}; {fix}" if different else "")  # the names of all nodes are known already
+        who = ranks_on_nodes([answer.rank for answer in failed], nodes)
+        return Decision(problem=f"{who}, unlike rank 0: {printable(failed[0].problem, _LONGEST_PROBLEM)}")
+    different = differences([answer.facts for answer in present], nodes)
+    return Decision(problem=f"{different}; {fix}" if different else "")
 
 
 def differences(facts: Sequence[Facts], nodes: Sequence[str]) -> str:
-    """What differs between ranks, by rank like `nodes`, as a part of a sentence; empty where nothing does."""
+    """What differs between ranks, as a part of a sentence; empty if nothing does. `facts` and `nodes` are by rank."""
     keys = list(dict.fromkeys(key for one in facts for key in one))
     different = [key for key in keys if len({one.get(key) for one in facts}) > 1]
     if not different:
         return ""
+
+    # the facts, and the ranks that have other ones than most
     lines = [_difference(key, [one.get(key, "not there") for one in facts], nodes) for key in different[:_MOST_FACTS]]
     if len(different) > _MOST_FACTS:
         lines.append(f"and {len(different) - _MOST_FACTS} more")
@@ -77,15 +79,16 @@ def differences(facts: Sequence[Facts], nodes: Sequence[str]) -> str:
 
 
 def odd_ranks(values: Sequence[object]) -> list[int]:
-    """The ranks that do not have what more than half of them have; empty where all agree, or no such majority does."""
+    """The ranks that do not have the value of the majority; empty if all agree, or if no value has a majority."""
     (_, most), *others = _by_value(values)
     return sorted(rank for _, ranks in others for rank in ranks) if 2 * len(most) > len(values) else []
 
 
 def source_version() -> str:
     """The package's version, and a hash of all its modules as they are installed here."""
-    root, digest = Path(ecar_dist.__file__).parent, hashlib.sha256()
-    # what cannot be imported is not code: an editor's lock (`.#loop.py`, a link to nowhere) or a copy it keeps
+    root = Path(ecar_dist.__file__).parent
+    digest = hashlib.sha256()
+    # what cannot be imported is not code: an editor's lock (`.#loop.py`, a link to nowhere), or a copy that it keeps
     for path in sorted(path for path in root.rglob("*.py") if path.stem.isidentifier() and path.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
@@ -93,7 +96,7 @@ def source_version() -> str:
 
 
 def _difference(key: str, values: Sequence[str], nodes: Sequence[str]) -> str:
-    """`key=A on rank 1 on n2, B elsewhere`; each value with its ranks where none has the majority."""
+    """`key=A on rank 1 on n2, B elsewhere`; each value with its ranks if none has the majority."""
     (common, most), *others = _by_value(values)
     has_majority = 2 * len(most) > len(values)
     named = others if has_majority else [(common, most), *others]

@@ -1,8 +1,8 @@
 """Whether all nodes are fit to train, in seconds, before anything is allocated.
 
-Every rank looks at its device, its versions, its disks, its clock and the beginning of the data, all within a bound,
-and says what it found (`roll_call`). Rank 0 judges; then all of them measure one all-reduce. What was found is said in
-a few lines, and written to $ECAR_JOB_LOGS/preflight.json where a job script gives such a folder.
+Every rank looks at its device, its versions, its disks, its clock and the beginning of the data, all within a time
+limit, and reports what it found (`roll_call`). Rank 0 decides who is unfit; then all ranks measure one all-reduce. The
+result is printed in a few lines, and written to $ECAR_JOB_LOGS/preflight.json if a job script gives such a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +25,8 @@ from ecar_dist import __version__
 from ecar_dist.errors import NodeError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.placement import job_logs
-from ecar_dist.runtime.start.report import judge, report, report_lines
-from ecar_dist.runtime.start.roll_call import Answer, describe, hold_roll_call
+from ecar_dist.runtime.start.report import different_versions, report, report_lines
+from ecar_dist.runtime.start.roll_call import Answer, Answers, Decision, decide, describe, hold_roll_call
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.atomic import write_json
 
@@ -43,13 +42,15 @@ _SIDE = 256  # of the matrices that the device multiplies
 def preflight(
     world: World, folders: Mapping[str, Path], read: Callable[[], tuple[T, Facts]], *, seconds: float
 ) -> tuple[T, list[str]]:
-    """What `read` gave on this rank, and the lines that rank 0 may say. Collective.
+    """Look at every node; returns what `read` gave on this rank, and the lines that rank 0 may print. Collective.
 
-    `folders`: what needs free space, by its name in a sentence; `read` reads some of the data and says how that went.
-    A rank that takes longer than `seconds` is unfit. Raises on all ranks as `hold_roll_call`: NodeError where some
-    nodes are unfit, a rank's own error where all are.
+    folders: what needs free space, by its name in a sentence. read: reads some of the data and says how that went.
+    A rank that takes longer than `seconds` is unfit. Raises on all ranks as `hold_roll_call`: NodeError if some nodes
+    are unfit, a rank's own error if all are.
     """
-    began, facts, found = time.monotonic(), Facts(clock=world.met), []
+    began = time.monotonic()
+    facts = Facts(clock=world.met)
+    found = []
 
     def look() -> Iterator[str]:
         yield "a look at the versions"
@@ -63,14 +64,20 @@ def preflight(
         value, facts["read"] = read()
         found.append(value)
 
-    error = _stopped_by(look, seconds)
+    answers: list[Answer] = []  # on rank 0
+
+    def rule(heard: Answers) -> Decision:
+        answers.extend(answer for answer in heard if answer is not None)
+        return decide(heard, seconds=seconds, nodes_by_rank=world.nodes, mismatch=different_versions)
+
+    # each rank by itself, then all together
+    error = _run_within(seconds, look)
     answer = Answer(world.rank, world.nodes[world.rank], describe(error) if error else "", dict(facts))
-    answers: list[Answer] = []
-    verdict = partial(judge, seconds=seconds, came=world.nodes, heard=answers)
-    hold_roll_call(world, "preflight", answer, verdict, seconds=seconds + 10, error=error)
+    hold_roll_call(world, "preflight", answer, rule, seconds=seconds + 10, error=error)
     bandwidth = _bandwidth(world)
     if not world.is_first:
         return found[0], []
+
     result = report(answers, bandwidth, ALL_REDUCE_BYTES, time.monotonic() - began)
     if folder := job_logs():
         with contextlib.suppress(OSError):
@@ -91,7 +98,7 @@ def versions() -> Facts:
 
 
 def driver() -> str | None:
-    """Of NVIDIA's kernel module, as it says itself."""
+    """The version of NVIDIA's kernel module."""
     with contextlib.suppress(OSError):
         if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text()):
             return found[0]
@@ -99,21 +106,21 @@ def driver() -> str | None:
 
 
 def try_device(device: torch.device) -> str:
-    """Its name, once it has multiplied two matrices of small whole numbers without an error, exact in any precision.
+    """The name of the device, after it has multiplied two matrices of small whole numbers, exact in any precision.
 
-    Raises NodeError where the product is wrong.
+    Raises NodeError if the product is wrong.
     """
     failpoint("preflight.device")
     numbers = torch.arange(_SIDE * _SIDE, dtype=torch.float64).view(_SIDE, _SIDE)
     left, right = numbers % 7, numbers % 5
     product = (left.to(device, torch.float32) @ right.to(device, torch.float32)).cpu().double()
     if not torch.equal(product, left @ right):
-        raise NodeError(f"{device} multiplies whole numbers wrong")
+        raise NodeError(f"{device} gives a wrong product of whole numbers")
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
 def free_space(folders: Mapping[str, Path]) -> Facts:
-    """Free bytes, by name. Raises OSError where a folder cannot be written to, or that of the job does not appear."""
+    """Free bytes, by name. Raises OSError if a folder cannot be written to, or that of the job does not appear."""
     if (logs := job_logs()) and not _appears(logs):
         raise FileNotFoundError(f"{logs} cannot be seen from here: its file system is not mounted")
     free = {}
@@ -134,30 +141,33 @@ def _appears(folder: Path) -> bool:
     return True
 
 
-def _stopped_by(steps: Callable[[], Iterator[str]], seconds: float) -> Exception | None:
-    """Go through `steps`, each of which says what comes next; what ended them early, a bound on all of it too.
+def _run_within(seconds: float, steps: Callable[[], Iterator[str]]) -> Exception | None:
+    """Run `steps`, which yields the name of each step before it; the error that ended them, a timeout included.
 
-    In a thread: a read from a file system that hangs cannot be ended, only left.
+    In a thread: a read from a file system that hangs cannot be ended, only left behind.
     """
-    doing, errors = [""], []
+    current = [""]
+    errors = []
 
-    def go() -> None:
+    def run() -> None:
         try:
             for step in steps():
-                doing[0] = step
+                current[0] = step
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=go, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return NodeError(f"{doing[0]} took more than {seconds:g} s")
+        return NodeError(f"{current[0]} took more than {seconds:g} s")
     return errors[0] if errors else None
 
 
 def _bandwidth(world: World) -> float | None:
-    """Bus bandwidth of an all-reduce in bytes a second, as NCCL's tests count it; None alone. Raises NodeError.
+    """Bus bandwidth of an all-reduce in bytes per second, as NCCL's tests count it; None for one rank.
+
+    Raises NodeError if it takes too long.
 
     Each byte crosses a rank's link 2 (n-1)/n times, whatever the algorithm (nccl-tests, doc/PERFORMANCE.md).
     """
@@ -169,6 +179,6 @@ def _bandwidth(world: World) -> float | None:
         yield f"an all-reduce of {ALL_REDUCE_BYTES >> 20} MiB over {world.size} ranks"
         taken.append(world.all_reduce_seconds(ALL_REDUCE_BYTES, ALL_REDUCE_REPEATS))
 
-    if error := _stopped_by(measure, ALL_REDUCE_SECONDS):
+    if error := _run_within(ALL_REDUCE_SECONDS, measure):
         raise error
     return 2 * (world.size - 1) / world.size * ALL_REDUCE_BYTES / taken[0]

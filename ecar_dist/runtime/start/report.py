@@ -1,4 +1,4 @@
-"""What a preflight found: judged, as a tree of JSON values, and in a few lines for the log. Pure."""
+"""What a preflight found: as a tree of JSON values, and in a few lines for the log."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from dataclasses import asdict
 from typing import Any
 
 from ecar_dist.command_line import counted
-from ecar_dist.runtime.start.roll_call import Answer, Verdict, judge_nodes
+from ecar_dist.runtime.start.roll_call import Answer
 
 SAME_EVERYWHERE = ("ecar_dist", "torch", "deepspeed")  # versions that may not differ between ranks
 MOST_SKEW = 10.0  # seconds between two nodes' clocks that are worth a warning
 _MOST_NAMES = 8
 
 
-def judge(
-    answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str], heard: list[Answer] | None = None
-) -> Verdict:
-    """As `judge_nodes`; ranks of different versions may not train together. The answers are put into `heard`."""
-    verdict = judge_nodes(answers, seconds=seconds, came=came)
-    present = [answer for answer in answers if answer is not None]
-    if heard is not None:
-        heard += present
-    if verdict.problem or verdict.culprit is not None:
-        return verdict
-    if different := differences(present, SAME_EVERYWHERE):
-        return Verdict(verdict.nodes, problem=f"{'; '.join(different)}; install the same version on all nodes")
-    return verdict
+def different_versions(answers: Sequence[Answer]) -> str:
+    """Why ranks of different versions may not train together; empty if all have the same."""
+    different = differences(answers, SAME_EVERYWHERE)
+    return f"{'; '.join(different)}; install the same version on all nodes" if different else ""
 
 
 def report(answers: Sequence[Answer], bandwidth: float | None, nbytes: int, seconds: float) -> dict[str, Any]:
-    """All that is known, for preflight.json."""
+    """All that is known, for preflight.json. `bandwidth` is that of an all-reduce of `nbytes`, in bytes per second."""
     return {
         "ranks": [asdict(answer) for answer in answers],
         "all_reduce": bandwidth and {"bytes": nbytes, "bus_bytes_per_second": bandwidth},
@@ -41,20 +32,25 @@ def report(answers: Sequence[Answer], bandwidth: float | None, nbytes: int, seco
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
-    """The story of a preflight without a failure, then its warnings."""
+    """The lines of a preflight without a failure, then its warnings."""
+    # the nodes and what they have
     answers = [Answer(**rank) for rank in found["ranks"]]
     nodes = list(dict.fromkeys(answer.node for answer in answers))
     per_node = sorted(set(Counter(answer.node for answer in answers).values()))
     ranks = f"{per_node[0]} to {per_node[-1]} ranks" if len(per_node) > 1 else counted(per_node[0], "rank")
     device, *others = _equipment(answers[0]).items()
     what = ", ".join([device[1], *(f"{name} {value}" for name, value in others if value)])
+
+    # the slowest of them, and the fullest disks
     slowest = max(answers, key=lambda answer: answer.facts["read"]["seconds"])
     read = slowest.facts["read"]
-    sight = f"slowest read {read['bytes'] / 2**20:.1f} MiB of {read['where']} in {read['seconds']:.2f} s"
+    slowest_read = f"slowest read {read['bytes'] / 2**20:.1f} MiB of {read['where']} in {read['seconds']:.2f} s"
     lines = [
         f"preflight: {counted(len(nodes), 'node')} ({_names(nodes)}) x {ranks}; {what}",
-        f"preflight: {sight}{_on(slowest, nodes)}; {_least_free(answers, nodes)}",
+        f"preflight: {slowest_read}{_on(slowest, nodes)}; {_least_free(answers, nodes)}",
     ]
+
+    # what they do together
     if reduce := found["all_reduce"]:
         lines.append(
             f"preflight: all-reduce of {reduce['bytes'] >> 20} MiB over {len(answers)} ranks at "
@@ -66,7 +62,7 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(answers: Sequence[Answer]) -> list[str]:
-    """What is odd, and does not keep the run from starting."""
+    """What is odd but does not keep the run from starting."""
     found = differences(answers, [name for name in _equipment(answers[0]) if name not in SAME_EVERYWHERE])
     if (apart := skew(answers)) > MOST_SKEW:
         early, late = (edge(answers, key=lambda answer: answer.facts["clock"]) for edge in (min, max))
@@ -78,7 +74,7 @@ def warnings(answers: Sequence[Answer]) -> list[str]:
 
 
 def skew(answers: Sequence[Answer]) -> float:
-    """Seconds between the clocks that are farthest apart, read when the ranks had met."""
+    """Seconds between the clocks that are farthest apart, each read when the ranks had met."""
     clocks = [float(answer.facts["clock"]) for answer in answers]
     return max(clocks) - min(clocks)
 

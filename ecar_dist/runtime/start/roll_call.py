@@ -1,9 +1,9 @@
-"""A bounded roll call of all ranks, and what follows from their answers: go on, do without some nodes, or stop.
+"""A bounded roll call of all ranks, and the decision from their answers: continue, leave out some nodes, or stop.
 
-The answers go through the store where the ranks have met, by no collective, so a rank that never answers is named after
-a while. Nodes are judged, not ranks: where one rank fails and at least as many nodes are fine, its node is unfit; what
-fails on most nodes is no node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and keeps them
-out of the next attempt.
+The answers go through the store of the rendezvous instead of a collective, so a rank that never answers is named after
+a while. Nodes are at fault, not ranks: if one rank fails and at least as many nodes are fine, its node is unfit; what
+fails on most nodes is not a node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and leaves
+them out of the next attempt.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ecar_dist.errors import ConfigError, EcarError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import job_logs
-from ecar_dist.storage.untrusted import Record, UntrustedError, parse_record
+from ecar_dist.runtime.world import World
+from ecar_dist.storage.untrusted import UntrustedError, first_violation, parse_object
 
-if TYPE_CHECKING:
-    from ecar_dist.runtime.world import World
-
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # how another rank's text is read
 _MOST_LISTED = 8  # nodes with their problems, in one line
 _SAME_VERSION = "install the same version of ecar_dist on all nodes"
 
@@ -32,105 +33,106 @@ class Answer:
 
     rank: int
     node: str
-    problem: str = ""  # why it cannot go on; empty: it can
+    problem: str = ""  # why it cannot continue; empty: it can
     facts: Mapping[str, Any] = field(default_factory=dict)
+    __pydantic_config__ = _STRICT
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Rank 0's, for all ranks."""
+class Decision:
+    """Rank 0's decision for all ranks."""
 
     nodes: tuple[str, ...] = ()  # of every rank, empty where it did not answer
     bad_nodes: tuple[str, ...] = ()
-    problem: str = ""  # what rank 0 says for all; empty: go on, unless `culprit` says it
-    again: bool = False  # the same command may run, without the bad nodes
-    culprit: int | None = None  # the rank whose own error it is, where every node fails
+    problem: str = ""  # what rank 0 prints for all; empty: continue, unless there is a culprit
+    again: bool = False  # the same command may run again, without the bad nodes
+    culprit: int | None = None  # the rank that raises its own error, if every node fails
+    __pydantic_config__ = _STRICT
 
 
-class _AnswerRecord(Record):
-    """`Answer` as another rank has sent it."""
-
-    rank: int
-    node: str
-    problem: str
-    facts: dict[str, Any]
+Said = TypeVar("Said", Answer, Decision)
+Answers = Sequence[Answer | None]  # by rank; None: no answer in time
+Rule = Callable[[Answers], Decision]
 
 
-class _VerdictRecord(Record):
-    """`Verdict` as rank 0 has sent it."""
+def decide(
+    answers: Answers,
+    *,
+    seconds: float,
+    nodes_by_rank: Sequence[str] = (),
+    mismatch: Callable[[Sequence[Answer]], str] = lambda answers: "",
+) -> Decision:
+    """Which nodes are unfit, or what else keeps the run from starting.
 
-    nodes: tuple[str, ...]
-    bad_nodes: tuple[str, ...]
-    problem: str
-    again: bool
-    culprit: int | None
+    seconds: that the ranks had for their answers.
+    nodes_by_rank: as known from before, so that a silent rank has a node; empty if nothing is known.
+    mismatch: what differs between ranks although every one of them is fine; empty if nothing does.
 
-
-Judge = Callable[[Sequence[Answer | None]], Verdict]
-
-
-def judge_nodes(answers: Sequence[Answer | None], *, seconds: float, came: Sequence[str] = ()) -> Verdict:
-    """By rank; None where there was no answer within `seconds`. `came` names the nodes of ranks known from before.
-
-    So that no fault of all nodes empties a cluster, no node is called unfit where most of them are.
+    A node is unfit only if at least as many nodes are fine, so that a fault of all nodes does not empty a cluster.
     """
     missing = [rank for rank, answer in enumerate(answers) if answer is None]
-    nodes = tuple(answer.node if answer else (came[rank] if came else "") for rank, answer in enumerate(answers))
-    problems: dict[str, str] = {}  # of each unfit node, its first
+    nodes = tuple(
+        answer.node if answer else (nodes_by_rank[rank] if nodes_by_rank else "") for rank, answer in enumerate(answers)
+    )
+    problems: dict[str, str] = {}  # the first problem of each node that has one
     for node, answer in zip(nodes, answers, strict=True):
         if node and (answer is None or answer.problem):
             problems.setdefault(node, answer.problem if answer else f"no answer within {seconds:g} s")
-    if missing and not came:
-        return Verdict(nodes, tuple(problems), _who_is_missing(missing, nodes, seconds), again=True)
+
+    # ranks that are missing, nobody knows where
+    if missing and not nodes_by_rank:
+        return Decision(nodes, tuple(problems), _who_is_missing(missing, nodes, seconds), again=True)
+
+    present = [answer for answer in answers if answer is not None]
     if not problems:
-        return Verdict(nodes)
-    if len(problems) > len(set(nodes)) / 2:  # the data's fault, or the config's, or the network's at the first node
+        return Decision(nodes, problem=mismatch(present))
+
+    # most nodes: it is the fault of the data, of the config, or of the network at the first node
+    count = len(set(nodes))
+    if len(problems) > count / 2:
         if not missing:
-            first = next(answer for answer in answers if answer and answer.problem)
-            return Verdict(nodes, problem=f"node {first.node}: {first.problem}", culprit=first.rank)
-        failed = f"{len(problems)} of {len(set(nodes))} nodes failed the preflight"
-        return Verdict(nodes, problem=f"{failed} ({_list(problems)})", again=True)
+            first = next(answer for answer in present if answer.problem)
+            return Decision(nodes, problem=f"node {first.node}: {first.problem}", culprit=first.rank)
+        failed = f"{len(problems)} of {count} nodes failed the preflight ({_list(problems)})"
+        return Decision(nodes, problem=failed, again=True)
+
+    # some nodes
     plural = "s" if len(problems) > 1 else ""
     then = "the job goes on without" if job_logs() else "run the same command again without"
-    ending = f"{then} {'them' if plural else 'it'}"
-    said = f"node{plural} {', '.join(problems)} failed the preflight: {_list(problems)}; {ending}"
-    return Verdict(nodes, tuple(problems), said, again=True)
+    problem = f"node{plural} {', '.join(problems)} failed the preflight: {_list(problems)}; {then} "
+    return Decision(nodes, tuple(problems), problem + ("them" if plural else "it"), again=True)
 
 
 def hold_roll_call(
-    world: World,
-    name: str,
-    answer: Answer,
-    judge: Judge,
-    *,
-    seconds: float,
-    error: Exception | None = None,
-) -> Verdict:
-    """All ranks say their `answer` and hear the verdict; rank 0 waits `seconds` for the others.
+    world: World, name: str, answer: Answer, rule: Rule, *, seconds: float, error: Exception | None = None
+) -> Decision:
+    """All ranks give their `answer` and hear what rank 0 decides by the `rule`. Collective.
 
-    Raises on all ranks where it is no good: on rank 0 what it says for all of them, on the culprit its own `error`, on
-    the others RemoteError.
+    Rank 0 waits `seconds` for the others.
+
+    Raises on all ranks if they cannot continue: on rank 0 what it prints for all of them, on the culprit its own
+    `error`, on the others RemoteError.
     """
-    text = world.roll_call(name, _to_text(answer), seconds, lambda texts: _to_text(_judged(texts, judge)))
+    text = world.roll_call(name, _to_text(answer), seconds, lambda texts: _to_text(_decide(texts, rule)))
     try:
-        verdict = Verdict(**dict(parse_record(text.encode(), _VerdictRecord)))
+        decision = _from_text(text, Decision)
     except UntrustedError as unreadable:
-        raise ConfigError(f"rank 0's verdict cannot be read ({unreadable}); {_SAME_VERSION}") from None
-    enforce(world, verdict, error)
-    return verdict
+        raise ConfigError(f"rank 0's decision cannot be read ({unreadable}); {_SAME_VERSION}") from None
+    enforce(world, decision, error)
+    return decision
 
 
-def enforce(world: World, verdict: Verdict, error: Exception | None = None) -> None:
-    """Raises on all ranks, which know the same verdict, where they cannot go on: as `hold_roll_call`."""
-    if verdict.culprit == world.rank:
-        raise error or ConfigError(verdict.problem)  # what only the others' answers show is no error of its own
-    if verdict.culprit is not None:
-        raise RemoteError(f"rank {verdict.culprit} met an error and reports it")
-    if verdict.problem:
+def enforce(world: World, decision: Decision, error: Exception | None = None) -> None:
+    """Raises on all ranks, which know the same decision, if they cannot continue: as `hold_roll_call`."""
+    if decision.culprit == world.rank:
+        raise error or ConfigError(decision.problem)  # without an error of its own only the others' answers show it
+    if decision.culprit is not None:
+        raise RemoteError(f"rank {decision.culprit} met an error and reports it")
+    if decision.problem:
         if not world.is_first:
-            raise RemoteError("rank 0 says what is wrong", again=verdict.again)
-        _note_bad_nodes(verdict.bad_nodes)
-        raise (NodeError if verdict.again else ConfigError)(verdict.problem)
+            raise RemoteError("rank 0 says what is wrong", again=decision.again)
+        _note_bad_nodes(decision.bad_nodes)
+        raise (NodeError if decision.again else ConfigError)(decision.problem)
 
 
 def describe(error: Exception) -> str:
@@ -154,40 +156,51 @@ def rank_list(ranks: Sequence[int]) -> str:
 
 def ranks_on_nodes(ranks: Sequence[int], nodes: Sequence[str]) -> str:
     """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, empty where a rank's is not known."""
-    by_node: dict[str, list[int]] = {}
-    for rank in ranks:
-        by_node.setdefault(nodes[rank], []).append(rank)
     parts = [
         f"rank{'s' if len(mine) > 1 else ''} {rank_list(mine)}{f' on {node}' if node else ''}"
-        for node, mine in by_node.items()
+        for node, mine in _by_node(ranks, nodes).items()
     ]
     return "; ".join([*parts[:_MOST_LISTED], *(["..."] if len(parts) > _MOST_LISTED else [])])
 
 
-def _to_text(said: Answer | Verdict) -> str:
-    """As JSON; a file name that is not UTF-8 may have brought lone surrogates, which no reader would accept."""
+def _by_node(ranks: Sequence[int], nodes: Sequence[str]) -> dict[str, list[int]]:
+    by_node: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(nodes[rank], []).append(rank)
+    return by_node
+
+
+def _to_text(said: Answer | Decision) -> str:
+    """As JSON. A file name that is not UTF-8 may bring lone surrogates, which no reader would accept."""
     return json.dumps(asdict(said), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
-def _judged(texts: Sequence[str | None], judge: Judge) -> Verdict:
+def _from_text(text: str, kind: type[Said]) -> Said:
+    """Raises UntrustedError: another rank may run another version."""
+    found = parse_object(text.encode())
+    if absent := [one.name for one in fields(kind) if one.name not in found]:
+        raise UntrustedError(f"{absent[0]} is missing")
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise UntrustedError(first_violation(error)) from None
+
+
+def _decide(texts: Sequence[str | None], rule: Rule) -> Decision:
     answers: list[Answer | None] = []
     for rank, text in enumerate(texts):
         try:
-            answers.append(None if text is None else Answer(**dict(parse_record(text.encode(), _AnswerRecord))))
+            answers.append(None if text is None else _from_text(text, Answer))
         except UntrustedError as unreadable:
-            return Verdict(problem=f"the answer of rank {rank} cannot be read ({unreadable}); {_SAME_VERSION}")
-    return judge(answers)
+            return Decision(problem=f"the answer of rank {rank} cannot be read ({unreadable}); {_SAME_VERSION}")
+    return rule(answers)
 
 
 def _who_is_missing(missing: Sequence[int], nodes: Sequence[str], seconds: float) -> str:
-    by_node: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        if node:
-            by_node.setdefault(node, []).append(rank)
-    came = "; ".join(f"{rank_list(ranks)} on {node}" for node, ranks in by_node.items())
-    return (
-        f"rank{'s' if len(missing) > 1 else ''} {rank_list(missing)} did not come within {seconds:g} s (came: {came})"
-    )
+    present = [rank for rank, node in enumerate(nodes) if node]
+    came = "; ".join(f"{rank_list(ranks)} on {node}" for node, ranks in _by_node(present, nodes).items())
+    plural = "s" if len(missing) > 1 else ""
+    return f"rank{plural} {rank_list(missing)} did not come within {seconds:g} s (came: {came})"
 
 
 def _list(problems: Mapping[str, str]) -> str:
@@ -198,7 +211,7 @@ def _list(problems: Mapping[str, str]) -> str:
 
 
 def _note_bad_nodes(nodes: Sequence[str]) -> None:
-    """For the job script. That it cannot be written costs a node's exclusion, not the line that names it."""
+    """For the job script. If it cannot be written, the bad node is not left out; the line that names it stays."""
     if nodes and (folder := job_logs()):
         with contextlib.suppress(OSError):
             (folder / "bad-nodes").write_text("".join(f"{node}\n" for node in nodes))

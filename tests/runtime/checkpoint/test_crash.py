@@ -158,7 +158,7 @@ one_rank(Path(sys.argv[1]))
 
 def one_rank(folder):
     """Two real ranks over gloo: a good save, one that fails on rank 1, a good one, one that rank 1 does not survive."""
-    from ecar_dist.runtime.world import start_world
+    from ecar_dist.runtime.start.rendezvous import start_world
 
     world, config = start_world(), make_config(folder)
     state = State(world.rank, world.size, seed=1)

@@ -23,7 +23,7 @@ one_rank(Path(sys.argv[1]))
 
 def one_rank(folder):
     """Over gloo: rank 0 saves step 8, rank 1 believes that it is not due and waits for data."""
-    from ecar_dist.runtime.world import start_world
+    from ecar_dist.runtime.start.rendezvous import start_world
 
     world, config = start_world(), make_config(folder)
     state = State(world.rank, world.size, seed=1)

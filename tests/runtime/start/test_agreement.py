@@ -8,7 +8,7 @@ from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.run.drift import NODE_LOCAL, shared_settings
 from ecar_dist.runtime.start import agreement
-from ecar_dist.runtime.start.agreement import agree_on, differences, judge_agreement, odd_ranks, source_version
+from ecar_dist.runtime.start.agreement import agree_on, decide_on_facts, differences, odd_ranks, source_version
 from ecar_dist.runtime.start.roll_call import Answer
 from tests.runtime.run.test_drift import MIXTURE, TREE, config, leaves
 from tests.runtime.test_world import in_threads, worlds
@@ -110,13 +110,13 @@ def answer(rank, problem="", **facts):
 
 
 def test_a_silent_rank_is_its_nodes_fault_and_a_rank_without_a_config_a_persons():
-    judge = {"seconds": 9, "came": NODES[:3], "fix": "fix it"}
-    silent = judge_agreement([answer(0, a="1"), answer(1, a="1"), None], **judge)
+    given = {"seconds": 9, "nodes": NODES[:3], "fix": "fix it"}
+    silent = decide_on_facts([answer(0, a="1"), answer(1, a="1"), None], **given)
     assert (silent.again, silent.bad_nodes) == (True, ("n2",))
-    failed = judge_agreement([answer(0, a="1"), answer(1, "unknown key"), answer(2, a="2")], **judge)
+    failed = decide_on_facts([answer(0, a="1"), answer(1, "unknown key"), answer(2, a="2")], **given)
     assert (failed.again, failed.bad_nodes) == (False, ())
     assert failed.problem == "rank 1 on n1, unlike rank 0: unknown key"
-    assert judge_agreement([answer(0, a="1"), answer(1, a="1")], **judge).problem == ""
+    assert decide_on_facts([answer(0, a="1"), answer(1, a="1")], **given).problem == ""
 
 
 def test_all_ranks_end_and_the_first_alone_says_why():

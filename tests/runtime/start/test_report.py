@@ -1,7 +1,7 @@
 import pytest
 
-from ecar_dist.runtime.start.report import judge, report, report_lines, warnings
-from ecar_dist.runtime.start.roll_call import Answer
+from ecar_dist.runtime.start.report import different_versions, report, report_lines, warnings
+from ecar_dist.runtime.start.roll_call import Answer, decide
 
 GIB = 2**30
 
@@ -66,16 +66,16 @@ def test_what_differs_and_does_no_harm_is_a_warning():
 
 @pytest.mark.parametrize("name", ["ecar_dist", "torch", "deepspeed"])
 def test_ranks_of_different_versions_do_not_train_together(name):
-    verdict = judge([answer(0, "n1"), answer(1, "n2", **{name: "0"})], seconds=9, came=("n1", "n2"))
-    assert f"different {name}: " in verdict.problem
-    assert verdict.problem.endswith("0 on n2; install the same version on all nodes")
-    assert (verdict.again, verdict.bad_nodes) == (False, ())
+    found = [answer(0, "n1"), answer(1, "n2", **{name: "0"})]
+    decision = decide(found, seconds=9, mismatch=different_versions)
+    assert f"different {name}: " in decision.problem
+    assert "0 on n2" in decision.problem
+    assert (decision.again, decision.bad_nodes) == (False, ())
+    assert decide(found[:1], seconds=9, mismatch=different_versions).problem == ""
 
 
 def test_an_unfit_node_comes_before_a_version():
-    heard = []
     found = [answer(0, "n1"), answer(1, "n2", problem="no disk", torch="0"), None, answer(3, "n4")]
-    verdict = judge(found, seconds=9, came=("n1", "n2", "n3", "n4"), heard=heard)
-    assert verdict.bad_nodes == ("n2", "n3")
-    assert heard == [found[0], found[1], found[3]]
-    assert judge(found[:1], seconds=9, came=("n1",)).problem == ""
+    nodes = ("n1", "n2", "n3", "n4")
+    decision = decide(found, seconds=9, nodes_by_rank=nodes, mismatch=different_versions)
+    assert decision.bad_nodes == ("n2", "n3")

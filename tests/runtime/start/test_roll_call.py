@@ -6,8 +6,9 @@ import torch
 from ecar_dist.errors import ConfigError, DataError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement, job_nodes
-from ecar_dist.runtime.start.roll_call import Answer, Verdict, describe, hold_roll_call, judge_nodes, rank_list
-from ecar_dist.runtime.world import World, _judge_meeting
+from ecar_dist.runtime.start.rendezvous import decide_on_devices
+from ecar_dist.runtime.start.roll_call import Answer, Decision, decide, describe, hold_roll_call, rank_list
+from ecar_dist.runtime.world import World
 from tests.runtime.test_world import in_threads, worlds
 
 NODES = ("n1", "n1", "n2", "n2")
@@ -24,11 +25,11 @@ def answers(*problems, nodes=NODES):
 @pytest.mark.parametrize(
     ("problems", "came", "expected"),
     [
-        (("", "", "", ""), (), Verdict(NODES)),
+        (("", "", "", ""), (), Decision(NODES)),
         (
             ("", "", "", "no disk"),
             (),
-            Verdict(
+            Decision(
                 NODES,
                 ("n2",),
                 "node n2 failed the preflight: no disk; run the same command again without it",
@@ -39,13 +40,13 @@ def answers(*problems, nodes=NODES):
         (
             ("", "no disk", "no disk", ""),
             (),
-            Verdict(NODES, problem="node n1: no disk", culprit=1),
+            Decision(NODES, problem="node n1: no disk", culprit=1),
         ),  # no node is fit: its ranks are two of four
-        (("no data",) * 4, (), Verdict(NODES, problem="node n1: no data", culprit=0)),
+        (("no data",) * 4, (), Decision(NODES, problem="node n1: no data", culprit=0)),
         (
             ("", None, "", None),
             (),
-            Verdict(
+            Decision(
                 ("n1", "", "n2", ""),
                 (),
                 "ranks 1, 3 did not come within 9 s (came: 0 on n1; 2 on n2)",
@@ -60,30 +61,32 @@ def answers(*problems, nodes=NODES):
         ),
     ],
 )
-def test_nodes_are_judged_not_ranks(problems, came, expected):
-    verdict = judge_nodes(answers(*problems), seconds=9, came=came)
-    if isinstance(expected, Verdict):
-        assert verdict == expected
+def test_nodes_are_at_fault_not_ranks(problems, came, expected):
+    decision = decide(answers(*problems), seconds=9, nodes_by_rank=came)
+    if isinstance(expected, Decision):
+        assert decision == expected
     else:
-        assert verdict.problem.startswith(expected)
-        assert verdict.again
+        assert decision.problem.startswith(expected)
+        assert decision.again
 
 
 def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
     monkeypatch.setenv("ECAR_JOB_LOGS", "/somewhere")
-    verdict = judge_nodes(answers("", "a", "b", "", nodes=("n1", "n2", "n3", "n4")), seconds=9)
-    assert verdict.bad_nodes == ("n2", "n3")
-    assert verdict.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
+    decision = decide(answers("", "a", "b", "", nodes=("n1", "n2", "n3", "n4")), seconds=9)
+    assert decision.bad_nodes == ("n2", "n3")
+    assert decision.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
 
 
 def test_what_fails_on_most_nodes_is_no_nodes_fault():
     nodes = tuple(f"n{number}" for number in range(20))
-    verdict = judge_nodes(answers("", *["no data"] * 19, nodes=nodes), seconds=9)
-    assert verdict == Verdict(nodes, problem="node n1: no data", culprit=1)
-    verdict = judge_nodes(answers("", *[None] * 19, nodes=nodes), seconds=9, came=nodes)  # it is n0 that nobody reaches
-    assert verdict.problem.startswith("19 of 20 nodes failed the preflight (n1: no answer within 9 s; n2: ")
-    assert verdict.problem.endswith("; ...)")
-    assert (verdict.again, verdict.bad_nodes) == (True, ())
+    decision = decide(answers("", *["no data"] * 19, nodes=nodes), seconds=9)
+    assert decision == Decision(nodes, problem="node n1: no data", culprit=1)
+    decision = decide(
+        answers("", *[None] * 19, nodes=nodes), seconds=9, nodes_by_rank=nodes
+    )  # it is n0 that nobody reaches
+    assert decision.problem.startswith("19 of 20 nodes failed the preflight (n1: no answer within 9 s; n2: ")
+    assert decision.problem.endswith("; ...)")
+    assert (decision.again, decision.bad_nodes) == (True, ())
 
 
 def test_the_job_script_knows_the_nodes_of_ranks_that_never_came(monkeypatch):
@@ -92,15 +95,15 @@ def test_the_job_script_knows_the_nodes_of_ranks_that_never_came(monkeypatch):
     monkeypatch.setenv("ECAR_JOB_NODES", "n1,n2")
     assert job_nodes(4) == NODES
     came = [Answer(rank, "n1", facts={"device": "cpu"}) for rank in range(2)]
-    verdict = _judge_meeting([*came, None, None], seconds=9)
-    assert verdict.bad_nodes == ("n2",)
-    assert verdict.problem.startswith("node n2 failed the preflight: no answer within 9 s; ")
+    decision = decide_on_devices([*came, None, None], seconds=9)
+    assert decision.bad_nodes == ("n2",)
+    assert decision.problem.startswith("node n2 failed the preflight: no answer within 9 s; ")
 
 
-def held(world, problem="", error=None, verdict=None):
-    judge = (lambda _: verdict) if verdict else lambda found: judge_nodes(found, seconds=30)
+def held(world, problem="", error=None, decision=None):
+    rule = (lambda _: decision) if decision else lambda found: decide(found, seconds=30)
     answer = Answer(world.rank, f"n{world.rank + 1}", problem)
-    return hold_roll_call(world, "test", answer, judge, seconds=30, error=error)
+    return hold_roll_call(world, "test", answer, rule, seconds=30, error=error)
 
 
 def test_an_unfit_node_ends_all_ranks_and_is_said_by_the_first_alone(tmp_path, monkeypatch):
@@ -128,24 +131,24 @@ def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatc
 
 def test_what_only_the_others_answers_show_is_said_too():
     answers = [Answer(rank, "n1", facts={"device": kind}) for rank, kind in enumerate(("cuda", "cpu"))]
-    judge = partial(_judge_meeting, seconds=30)
+    rule = partial(decide_on_devices, seconds=30)
     raised = in_threads(
-        *(lambda w=w: hold_roll_call(w, "meeting", answers[w.rank], judge, seconds=30) for w in worlds(2))
+        *(lambda w=w: hold_roll_call(w, "rendezvous", answers[w.rank], rule, seconds=30) for w in worlds(2))
     )
     assert [type(error) for error in raised] == [RemoteError, ConfigError]
     assert str(raised[1]) == "node n1: it has no GPU that torch can use, others have"
 
 
 def test_all_is_well():
-    assert [verdict.nodes for verdict in in_threads(*(lambda w=w: held(w) for w in worlds(3)))] == [
+    assert [decision.nodes for decision in in_threads(*(lambda w=w: held(w) for w in worlds(3)))] == [
         ("n1", "n2", "n3")
     ] * 3
 
 
 def test_what_a_person_must_mend_is_no_reason_to_run_again():
     first, second = worlds(2)
-    verdict = Verdict(NODES, problem="different torch")
-    raised = in_threads(*(lambda w=w: held(w, verdict=verdict) for w in (first, second)))
+    decision = Decision(NODES, problem="different torch")
+    raised = in_threads(*(lambda w=w: held(w, decision=decision) for w in (first, second)))
     assert [type(error) for error in raised] == [ConfigError, RemoteError]
     assert not raised[1].again
 

@@ -7,8 +7,8 @@ import torch
 
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.peers import RemoteError
+from ecar_dist.runtime.start.rendezvous import start_world
 from ecar_dist.runtime.watchdog.watchdog import Watchdog
-from ecar_dist.runtime.world import start_world
 
 
 def main() -> None:

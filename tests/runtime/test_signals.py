@@ -1,9 +1,20 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from ecar_dist.runtime.stop import BURST_SECONDS, STOP_SIGNALS, StoppedEarlyError, StopRequest
+from ecar_dist.runtime.signals import BURST_SECONDS, STOP_SIGNALS, StoppedEarlyError, StopRequest
+from ecar_dist.runtime.watchdog.monitor import process_state
+
+CHILD = "import time; from ecar_dist.runtime.signals import die_with_parent;die_with_parent(); print(1); time.sleep(60)"
+PARENT = (
+    "import subprocess, sys;"
+    "child = subprocess.Popen([sys.executable, '-u', '-c', sys.argv[1]], stdout=subprocess.PIPE);"
+    "child.stdout.readline(); print(child.pid, flush=True); child.wait()"
+)
 
 
 @pytest.fixture
@@ -32,7 +43,7 @@ def test_in_training_a_signal_only_raises_the_flag(stop, number):
 def test_after_the_last_step_a_signal_stops_nothing(stop):
     stop.defer()
     os.kill(os.getpid(), signal.SIGUSR1)
-    stop.come_too_late()
+    stop.mark_complete()
     assert not stop
     os.kill(os.getpid(), signal.SIGTERM)
     assert not stop
@@ -55,3 +66,15 @@ def test_a_burst_of_signals_before_training_is_one(stop):
     stop._ends_since -= BURST_SECONDS + 1  # somebody has swallowed it
     with pytest.raises(StoppedEarlyError):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_rank_dies_with_its_launcher():
+    launcher = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+    rank = int(launcher.stdout.readline())
+    assert process_state(rank) not in ("", "Z")
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    until = time.monotonic() + 5
+    while process_state(rank) not in ("", "Z") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert process_state(rank) in ("", "Z")
