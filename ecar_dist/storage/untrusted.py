@@ -13,6 +13,7 @@ for. Errors of the system stay OSError. Nothing here blocks on a pipe, and nothi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,9 +21,9 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ecar_dist.storage.redaction import redact_text
 
@@ -50,10 +51,13 @@ class UntrustedError(ValueError):
         super().__init__(redact_text(phrase))
 
 
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
 class Record(BaseModel):
     """Base of every JSON object that the product reads back: typed, frozen, finite numbers only, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = STRICT
 
 
 T = TypeVar("T")
@@ -139,6 +143,20 @@ def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
     """The record in a JSON document. Raises UntrustedError naming the first field that breaks the schema."""
     parse_object(text)
     return validate_record(text, model)
+
+
+def parse_dataclass(text: bytes, kind: type[T]) -> T:
+    """The instance of a dataclass in a JSON document, which gives all of its fields. Raises UntrustedError.
+
+    The dataclass sets `__pydantic_config__ = STRICT`.
+    """
+    found = parse_object(text)
+    if absent := [field.name for field in dataclasses.fields(cast(Any, kind)) if field.name not in found]:
+        raise UntrustedError(f"{absent[0]} is missing")
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise UntrustedError(first_violation(error)) from None
 
 
 def validate_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:

@@ -11,18 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ecar_dist.errors import ConfigError, EcarError, NodeError
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import job_logs
 from ecar_dist.runtime.world import World
-from ecar_dist.storage.untrusted import UntrustedError, first_violation, parse_object
+from ecar_dist.storage.untrusted import STRICT, UntrustedError, parse_dataclass
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # how another rank's text is read
 _MOST_LISTED = 8  # nodes with their problems, in one line
 _SAME_VERSION = "install the same version of ecar_dist on all nodes"
 
@@ -35,7 +32,7 @@ class Answer:
     node: str
     problem: str = ""  # why it cannot continue; empty: it can
     facts: Mapping[str, Any] = field(default_factory=dict)
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,9 @@ class Decision:
     problem: str = ""  # what rank 0 prints for all; empty: continue, unless there is a culprit
     again: bool = False  # the same command may run again, without the bad nodes
     culprit: int | None = None  # the rank that raises its own error, if every node fails
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
-Said = TypeVar("Said", Answer, Decision)
 Answers = Sequence[Answer | None]  # by rank; None: no answer in time
 Rule = Callable[[Answers], Decision]
 
@@ -115,7 +111,7 @@ def hold_roll_call(
     """
     text = world.roll_call(name, _to_text(answer), seconds, lambda texts: _to_text(_decide(texts, rule)))
     try:
-        decision = _from_text(text, Decision)
+        decision = parse_dataclass(text.encode(), Decision)
     except UntrustedError as unreadable:
         raise ConfigError(f"rank 0's decision cannot be read ({unreadable}); {_SAME_VERSION}") from None
     enforce(world, decision, error)
@@ -175,22 +171,11 @@ def _to_text(said: Answer | Decision) -> str:
     return json.dumps(asdict(said), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
-def _from_text(text: str, kind: type[Said]) -> Said:
-    """Raises UntrustedError: another rank may run another version."""
-    found = parse_object(text.encode())
-    if absent := [one.name for one in fields(kind) if one.name not in found]:
-        raise UntrustedError(f"{absent[0]} is missing")
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        raise UntrustedError(first_violation(error)) from None
-
-
 def _decide(texts: Sequence[str | None], rule: Rule) -> Decision:
     answers: list[Answer | None] = []
     for rank, text in enumerate(texts):
         try:
-            answers.append(None if text is None else _from_text(text, Answer))
+            answers.append(None if text is None else parse_dataclass(text.encode(), Answer))
         except UntrustedError as unreadable:
             return Decision(problem=f"the answer of rank {rank} cannot be read ({unreadable}); {_SAME_VERSION}")
     return rule(answers)
