@@ -22,7 +22,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.images import read_images
 from ecar_dist.flow.solvers import SOLVERS
-from ecar_dist.plan.kinds import sampling_macs
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.vae.pixels import from_pixels
 
@@ -86,7 +86,7 @@ def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, lis
 def compare(work: Path, variants: dict[str, list[Run]], jobs: int) -> dict[str, Row]:
     """Train all, seed by seed, and score each at the sampling MACs of the reference with its config's own steps."""
     reference = variants[REFERENCE][0].load(work)
-    macs = sampling_macs(unguided({}).of(reference))
+    macs = kind_of(reference).sampling_macs(unguided({}).of(reference))
     draws = {name: matched_draw(runs[0].load(work), macs) for name, runs in variants.items()}
     by_seed = zip(*variants.values(), strict=True)
     items = [item for runs in by_seed for item in zip(variants, runs, strict=True)]
@@ -102,7 +102,7 @@ def unguided(changes: Row) -> Draw:
 def matched_draw(config: RunConfig, macs: float) -> Draw:
     """As many solver steps a stage as come nearest to `macs` a sample."""
     draws = [unguided({"steps_per_stage": steps}) for steps in range(1, 65)]
-    return min(draws, key=lambda draw: abs(sampling_macs(draw.of(config)) - macs))
+    return min(draws, key=lambda draw: abs(kind_of(config).sampling_macs(draw.of(config)) - macs))
 
 
 def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.images import read_images, reconstruct
 from ecar_dist.evaluate.score import LabelledImages, Scorer
-from ecar_dist.plan.kinds import parameter_count, sampling_macs, training_macs
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
 from ecar_dist.sample.load import TrainedModel, open_trained
@@ -155,10 +155,10 @@ def measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]
 def cost(config: RunConfig, draw: Draw) -> dict[str, float]:
     """What a run and a sample of it cost; guidance is counted with its null passes."""
     return {
-        "parameters": parameter_count(config).total,
-        "training_macs": training_macs(config) * config.train.total_samples,
+        "parameters": kind_of(config).parameters(config).total,
+        "training_macs": kind_of(config).training_macs(config) * config.train.total_samples,
         "samples_seen": config.train.total_samples,
-        "sampling_macs": sampling_macs(draw.of(config)),
+        "sampling_macs": kind_of(config).sampling_macs(draw.of(config)),
     }
 
 

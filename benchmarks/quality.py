@@ -16,7 +16,7 @@ import rounds
 from digits import ROOT, Draw, Run, measure, parser, prepare, side_by_side, train
 
 from ecar_dist.config.run import RunConfig
-from ecar_dist.plan.kinds import training_macs
+from ecar_dist.kinds.table import kind_of
 
 KINDS = {
     kind: ROOT / f"configs/digits_{'cpu' if kind == 'ecar' else kind}.yaml"
@@ -57,14 +57,14 @@ def runs_at_equal_compute(work: Path, seeds: int, share: float) -> list[Run]:
 def at_equal_compute(work: Path, run: Run, budget: float) -> Run:
     """The run with as many samples, in whole steps, as the budget in MACs pays for; its warm-up is in proportion."""
     config = run.load(work)
-    steps = round(budget / training_macs(config) / config.batch.global_batch_size)
+    steps = round(budget / kind_of(config).training_macs(config) / config.batch.global_batch_size)
     samples = steps * config.batch.global_batch_size
     warmup = round(config.optim.warmup_samples * samples / config.train.total_samples)
     return replace(run, overrides=(*run.overrides, f"train.total_samples={samples}", f"optim.warmup_samples={warmup}"))
 
 
 def macs_of(config: RunConfig) -> int:
-    return training_macs(config) * config.train.total_samples
+    return kind_of(config).training_macs(config) * config.train.total_samples
 
 
 def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
-from ecar_dist.models.build import build_model
-from ecar_dist.plan.kinds import calls_per_stage, sampling_macs
+from ecar_dist.kinds.flops import velocity_calls
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.sample.fast import prepare
 from ecar_dist.sample.generate import generate
 from ecar_dist.sample.sampling_plan import SamplingPlan
@@ -95,8 +95,8 @@ def _measure(case: Case, rounds: int) -> Measured:
         case,
         seconds,
         steps_run={name: turn.steps_run for name, turn in turns.items()},
-        macs={name: sampling_macs(turn.config) for name, turn in turns.items()},
-        calls={name: calls_per_stage(turn.config) * turn.config.flow.num_stages for name, turn in turns.items()},
+        macs={name: kind_of(turn.config).sampling_macs(turn.config) for name, turn in turns.items()},
+        calls={name: velocity_calls(turn.config) * turn.config.flow.num_stages for name, turn in turns.items()},
         tokens="/".join(map(str, turns["ECAR"].config.stage_tokens)),
         shares=turns["ECAR"].shares(),
     )
@@ -226,8 +226,7 @@ def _config(contender: Contender, case: Case) -> RunConfig:
 def _untrained(config: RunConfig) -> nn.Module:
     """Nothing is zero, as after training: a GPU is faster at multiplying zeros."""
     torch.manual_seed(0)
-    schedule = config.flow.schedule
-    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    model = kind_of(config).build_model(config)
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

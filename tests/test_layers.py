@@ -1,6 +1,8 @@
 """The layer rule of the code base, proven on its imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ LAYERS = [
     {"command_line"},
     {"rng", "averaging"},
     {"flow"},
+    {"kinds"},
     {"config"},
     {"models", "vae", "data"},
     {"runtime"},
@@ -21,6 +24,9 @@ LAYERS = [
     {"commands"},
     {"cli", "__main__", "data_tools"},
 ]
+# The composition root: the table of model kinds lies below the configuration, which reads its names, and its functions
+# import the networks, losses and samplers above it when they are called. At their top its modules obey the layers.
+COMPOSITION_ROOT = "kinds"
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/start/rendezvous.py", "ecar_dist/runtime/world.py"},
@@ -32,14 +38,26 @@ HOMES = {
 FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))
 
 
-def imports(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+def imports(path, *, deferred=True):
+    """What a file imports; without `deferred`, not what its functions and its TYPE_CHECKING block import."""
+    for node in nodes(ast.parse((ROOT / path).read_text()), deferred):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def nodes(tree, deferred):
+    if deferred:
+        yield from ast.walk(tree)
+        return
+    for node in ast.iter_child_nodes(tree):
+        types_alone = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not isinstance(node, ast.FunctionDef) and not types_alone:
+            yield node
+            yield from nodes(node, deferred)
 
 
 def room_of(module):
@@ -59,13 +77,20 @@ def test_a_module_imports_only_lower_layers_and_its_own_room(path):
         assert not [name for name in imports(path) if name.startswith("ecar_dist.")], "package files stay empty"
         return
     assert level is not None, f"{path} is in no layer"
-    for module in imports(path):
+    for module in imports(path, deferred=room != COMPOSITION_ROOT):
         if module.split(".")[0] not in ("ecar_dist", "data_tools") or module == "ecar_dist":
             continue
         other = room_of(module)
         if other in (room, "__version__") or (room == "__main__" and other == "cli"):
             continue
         assert layer_of(other) < level, f"{path} imports {module} of the same or a higher layer"
+
+
+def test_the_composition_root_imports_neither_torch_nor_numpy_at_its_top():
+    heavy = "{'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    code = f"import sys, ecar_dist.config.read, ecar_dist.kinds.table; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'pydantic'}"
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -6,7 +6,7 @@ from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.size import usable_counts
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.plan.kinds import parameter_count
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.memory import ModelState, model_state
 from ecar_dist.plan.report import plan_lines
 from ecar_dist.runtime.devices import device_memory
@@ -47,6 +47,6 @@ def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
 def _on_device(config: RunConfig, world_size: int, zero_stage: int) -> int:
     """Bytes of the model's state that stay on the device: what is offloaded does not count."""
     precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
-    state: ModelState = model_state(parameter_count(config).total, world_size, zero_stage, precision)
+    state: ModelState = model_state(kind_of(config).parameters(config).total, world_size, zero_stage, precision)
     offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
     return state.total - offloaded - state.weights * config.deepspeed.offload_params

@@ -105,8 +105,8 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool) -> int:
-    from ecar_dist.plan.flops import FLOPS_PER_MAC
-    from ecar_dist.plan.kinds import training_macs
+    from ecar_dist.kinds.flops import FLOPS_PER_MAC
+    from ecar_dist.kinds.table import kind_of
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
@@ -116,7 +116,7 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
             config,
             world,
             ends,
-            training_flops_per_sample=FLOPS_PER_MAC * training_macs(config),
+            training_flops_per_sample=FLOPS_PER_MAC * kind_of(config).training_macs(config),
             preview_factory=make_preview,
             allow_new_data=new_data_order,
             adopt=adopt,

@@ -14,10 +14,10 @@ from pydantic_core import PydanticKnownError
 
 from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
 from ecar_dist.flow.solvers import SOLVERS
+from ecar_dist.kinds.presets import PRESETS
+from ecar_dist.kinds.table import KINDS
 
 GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
-CONTEXT_KINDS = frozenset({"ecar"})  # values of model.kind whose network is fed the states of coarser stages
-ONE_STAGE_KINDS = frozenset({"dit", "mar"})
 
 
 class Section(BaseModel):
@@ -40,8 +40,8 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
 
 class ModelSection(Section):
-    kind: Literal["ecar", "dit", "pyramid", "mar"] = Field("ecar", description="or one of the baselines in models/")
-    preset: Literal["T", "S", "B", "L", "XL", "XXL", "3B", "7B"] = Field("T", description="row of models/presets.py")
+    kind: Annotated[str, one_of(KINDS)] = Field("ecar", description="row of kinds/table.py: ECAR or a baseline")
+    preset: Annotated[str, one_of(PRESETS)] = Field("T", description="row of kinds/presets.py")
     ar_depth: int | None = Field(None, ge=1, description="blocks of the AR transformer (mar: trunk); null: preset's")
     flow_depth: int | None = Field(None, ge=1, description="blocks of the velocity network (mar: head); null: preset's")
     patch_size: int = Field(2, ge=1, description="latent pixels per token side")

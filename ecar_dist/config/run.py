@@ -13,13 +13,12 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ecar_dist.config.batch import grad_accum_steps
 from ecar_dist.config.model import (
-    CONTEXT_KINDS,
-    ONE_STAGE_KINDS,
     FlowSection,
     ModelSection,
     SampleSection,
     Section,
 )
+from ecar_dist.kinds.table import KINDS
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
 
@@ -287,9 +286,14 @@ class RunConfig(Section):
         return tuple((side // self.model.patch_size) ** 2 for side in self.stage_sizes)
 
     @property
+    def token_channels(self) -> int:
+        """Numbers in one token: C p^2."""
+        return self.data.latent_channels * self.model.patch_size**2
+
+    @property
     def context_tau(self) -> float | None:
         """Std of the noise on the states that are fed back; None where the model is fed none."""
-        return self.flow.context.tau if self.model.kind in CONTEXT_KINDS else None
+        return self.flow.context.tau if KINDS[self.model.kind].feeds_states else None
 
     @property
     def total_steps(self) -> int:
@@ -332,11 +336,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        kind, num_stages = self.model.kind, self.flow.num_stages
-        if kind in ONE_STAGE_KINDS and num_stages != 1:
-            raise ValueError(f"model.kind={kind} has one stage, got flow.num_stages={num_stages}; set it to 1")
-        if kind in CONTEXT_KINDS:
-            self.flow.check_context()
+        KINDS[self.model.kind].check(self)
         divisor = self.model.patch_size * 2 ** (self.flow.num_stages - 1)
         if self.data.latent_size % divisor:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ecar_dist.flow.pyramid import upsample
+from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.attention import (
     Attend,
     KVCache,
@@ -17,7 +18,6 @@ from ecar_dist.models.attention import (
     masked_attention,
 )
 from ecar_dist.models.layers import Embedding, Linear, patchify, position_table
-from ecar_dist.models.presets import Preset
 from ecar_dist.models.transformer import Transformer
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.attention import KVCache
 from ecar_dist.models.autoregressive import TokenMapTransformer
-from ecar_dist.models.presets import Preset
 from ecar_dist.models.velocity import VelocityNetwork
 
 

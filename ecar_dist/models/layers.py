@@ -133,6 +133,14 @@ def _position_table(side: int, width: int, device: torch.device) -> torch.Tensor
         return torch.cat((rows, columns), dim=-1).reshape(side * side, width)  # [T, D]
 
 
+def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decay, no_decay): the matrices of linear maps, and all else (embeddings, biases, norms, offsets)."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    decay = [parameter for parameter in model.parameters() if id(parameter) in matrices]
+    no_decay = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    return decay, no_decay
+
+
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """[B, C, H, W] -> [B, T, C * p * p], tokens in row-major order."""
     batch, channels, height, width = x.shape

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import nn
 
+from ecar_dist.kinds.mar import MaskedSize
 from ecar_dist.models.attention import full_attention
 from ecar_dist.models.layers import (
     AdaLN,
@@ -24,7 +25,6 @@ from ecar_dist.models.layers import (
     modulated_norm,
     position_table,
 )
-from ecar_dist.models.presets import MaskedSize
 from ecar_dist.models.transformer import Transformer
 
 

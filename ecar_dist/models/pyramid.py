@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ecar_dist.models.presets import Preset
+from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.velocity import VelocityNetwork
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ecar_dist.kinds.presets import AdaLNKind
 from ecar_dist.models.attention import Attend, Attention
 from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, modulated_norm
-from ecar_dist.models.presets import AdaLNKind
 
 
 class Block(nn.Module):

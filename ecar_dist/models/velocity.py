@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.attention import full_attention
 from ecar_dist.models.layers import Embedding, Linear, TimeEmbedding, ZeroLinear, patchify, position_table, unpatchify
-from ecar_dist.models.presets import Preset
 from ecar_dist.models.transformer import Transformer
 
 

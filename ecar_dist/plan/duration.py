@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.plan.flops import FLOPS_PER_MAC
+from ecar_dist.kinds.flops import FLOPS_PER_MAC
 from ecar_dist.runtime.devices import PEAK_BF16_FLOPS, peak_bf16_flops
 
 ASSUMED_MFU = 0.40

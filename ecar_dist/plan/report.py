@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ecar_dist.command_line import counted
 from ecar_dist.config.run import RunConfig
+from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.duration import ASSUMED_MFU, training_seconds
-from ecar_dist.plan.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
-from ecar_dist.plan.kinds import KINDS, parameter_count, sampling_macs, training_macs
 from ecar_dist.plan.memory import checkpoint_bytes, model_state
 
 DIT_XL = {"width": 1152, "depth": 28}
@@ -19,9 +19,10 @@ def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[s
 
     Raises ConfigError for a device without a known peak, or batch numbers that do not multiply out.
     """
-    parameters, parts = parameter_count(config), KINDS[config.model.kind].parts
+    kind = kind_of(config)
+    parameters = kind.parameters(config)
     tokens, checkpoint = config.stage_tokens, checkpoint_bytes(parameters.total)
-    named = zip((parameters.ar, parameters.flow), parts, strict=True)
+    named = zip((parameters.ar, parameters.flow), kind.parts, strict=True)
     sizes = " + ".join(f"{_count(number)} {part}" for number, part in named if part)
     lines = [
         f"model {config.model.kind} {config.model.preset}: {_count(parameters.total)} parameters = {sizes}",
@@ -45,15 +46,16 @@ def _batch_line(config: RunConfig, world_size: int) -> str:
 
 
 def _training_line(config: RunConfig) -> str:
-    macs = training_macs(config)
+    macs = kind_of(config).training_macs(config)
     total = macs * FLOPS_PER_MAC * config.train.total_samples
     return f"training: {_compute(macs)} per image, forward and backward; {total:.3g} FLOP in all"
 
 
 def _sampling_lines(config: RunConfig) -> list[str]:
-    sample, macs = config.sample, sampling_macs(config)
+    sample, kind = config.sample, kind_of(config)
+    macs = kind.sampling_macs(config)
     how = f"({sample.solver}), guidance {sample.guidance_scale:g} ({sample.guidance_ramp})"
-    lines = [f"sampling: {_compute(macs)} per image; {KINDS[config.model.kind].calls(config)} {how}"]
+    lines = [f"sampling: {_compute(macs)} per image; {kind.describe_calls(config)} {how}"]
     if config.stage_tokens[-1] == DIT_TOKENS:
         each = dit_macs(DIT_TOKENS, **DIT_XL) * guidance_passes(sample.guidance_scale)
         guided = "both guided" if guidance_passes(sample.guidance_scale) == 2 else "both unguided"
@@ -76,7 +78,8 @@ def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> li
 
 
 def _time_line(config: RunConfig, world_size: int, device: str) -> str:
-    hours = training_seconds(training_macs(config), config.train.total_samples, world_size, device) / 3600
+    macs = kind_of(config).training_macs(config)
+    hours = training_seconds(macs, config.train.total_samples, world_size, device) / 3600
     return (
         f"time: {hours:.3g} h on {world_size} x {device.upper()}, assuming {ASSUMED_MFU:.0%} of the dense bf16 peak "
         "(an assumption, not a measurement)"

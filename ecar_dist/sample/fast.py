@@ -13,10 +13,9 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.kinds.table import KINDS
 from ecar_dist.models.staged import StagedModel
-from ecar_dist.sample.generate import SAMPLERS
 from ecar_dist.sample.sampling_plan import SamplingPlan
-from ecar_dist.sample.staged import draw_stages
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -47,7 +46,7 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
         round_matrices(model)
     if not compiled:
         return model
-    if SAMPLERS[plan.kind].draw is not draw_stages:
+    if not KINDS[plan.kind].compilable:
         raise ConfigError(f"model.kind={plan.kind} draws another number of tokens each step; leave --compile out")
     if fault := compiler_fault(device):
         cache = os.environ.get(CACHE_VARIABLE)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ecar_dist.sample.masked import draw_masked, token_velocities
+from ecar_dist.kinds.table import KINDS
 from ecar_dist.sample.sampling_plan import SamplingPlan
-from ecar_dist.sample.staged import draw_stages, stage_velocities
-
-# (model of the kind, plan, labels int64 [B], indices int64 [B], seed) -> one tensor [B, C, h_k, w_k] a stage
-FromLabels = Callable[[Any, SamplingPlan, torch.Tensor, torch.Tensor, int], list[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """draw: samples. velocities: what the model says where index and seed put it; exports are compared by it."""
-
-    draw: FromLabels
-    velocities: FromLabels
-
-
-_STAGED, _MASKED = Sampler(draw_stages, stage_velocities), Sampler(draw_masked, token_velocities)
-SAMPLERS: dict[str, Sampler] = {"ecar": _STAGED, "dit": _STAGED, "pyramid": _STAGED, "mar": _MASKED}
 
 
 @torch.no_grad()
@@ -36,7 +19,7 @@ def generate(
 
     labels int64 [B]; indices int64 [B] name the samples: sample i of a seed is the same whatever the batch around it.
     """
-    return SAMPLERS[plan.kind].draw(model, plan, labels, indices, seed)
+    return KINDS[plan.kind].draw(model, plan, labels, indices, seed)
 
 
 @torch.no_grad()
@@ -44,7 +27,7 @@ def velocities(
     model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The model's velocities at states, times and whatever else it is given, all keyed by index and seed."""
-    return SAMPLERS[plan.kind].velocities(model, plan, labels, indices, seed)
+    return KINDS[plan.kind].velocities(model, plan, labels, indices, seed)
 
 
 def generate_in_batches(

@@ -12,7 +12,7 @@ from torch import nn
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError
-from ecar_dist.models.build import build_model
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.checkpoint.files import Progress, check_identity, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.runtime.export.averages import open_average
@@ -58,8 +58,7 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
     """A model in eval mode that holds `weights`, fp32. Raises CheckpointError where they are of another model."""
-    schedule = config.flow.schedule
-    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    model = kind_of(config).build_model(config)
     copy_weights(model, weights)
     return model.to(device).eval()
 

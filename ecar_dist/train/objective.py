@@ -12,7 +12,6 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
 from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
 from ecar_dist.flow.path import model_time, training_points
-from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.models.layers import patchify
 from ecar_dist.rng import Purpose, normal, uniform
 
@@ -31,14 +30,16 @@ class Objective(nn.Module):
     (0, 1) [B, K]; NaN where a loss is of many times.
     """
 
-    def __init__(
-        self, model: nn.Module, schedule: StageSchedule, normalise: Normalise, config: RunConfig, precision: str
-    ) -> None:
+    def __init__(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> None:
         super().__init__()
         self.model = model
-        self._schedule, self._normalise, self._config = schedule, normalise, config
-        self._seed, self._sizes = config.run.seed, config.stage_sizes
-        self._weights, self._bf16 = config.flow.resolved_stage_weights, precision == "bf16"
+        self._normalise = normalise
+        self._config = config
+        self._schedule = config.flow.schedule
+        self._seed = config.run.seed
+        self._sizes = config.stage_sizes
+        self._weights = config.flow.resolved_stage_weights
+        self._bf16 = precision == "bf16"
 
     def _latents(self, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0))
@@ -102,11 +103,3 @@ class MaskedObjective(Objective):
     def _mask(self, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
         ratio = mask_ratio(uniform(self._seed, positions, Purpose.MASK_RATIO))
         return random_mask(uniform(self._seed, positions, Purpose.MASK_ORDER, (num_tokens,)), ratio)
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "ecar": FlowObjective,
-    "dit": FlowObjective,
-    "pyramid": FlowObjective,
-    "mar": MaskedObjective,
-}

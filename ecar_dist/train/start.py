@@ -14,7 +14,8 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
-from ecar_dist.models.build import build_model, weight_decay_groups
+from ecar_dist.kinds.table import kind_of
+from ecar_dist.models.layers import weight_decay_groups
 from ecar_dist.runtime.checkpoint.files import Progress, committed
 from ecar_dist.runtime.checkpoint.folder import open_place
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
@@ -30,7 +31,7 @@ from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps
 from ecar_dist.train.loop import Preview, Training
-from ecar_dist.train.objective import OBJECTIVES, Normalise
+from ecar_dist.train.objective import Normalise
 from ecar_dist.train.phases import Phases
 from ecar_dist.train.preflight import check_nodes
 from ecar_dist.train.record import begin_record, end_attempt, open_attempt
@@ -170,10 +171,10 @@ def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
 
 def build_engine(config: RunConfig, normalise: Normalise, world: World, precision: str) -> Engine:
     """The model, from the run's seed alone, the objective around it, and DeepSpeed around both."""
-    schedule = config.flow.schedule
+    kind = kind_of(config)
     torch.manual_seed(config.run.seed)
-    model = build_model(config, schedule.context_scales(config.flow.context.tau))
-    objective = OBJECTIVES[config.model.kind](model, schedule, normalise, config, precision)
+    model = kind.build_model(config)
+    objective = kind.objective(model, normalise, config, precision)
     decay, no_decay = weight_decay_groups(model)
     groups = [
         {"params": decay, "weight_decay": config.optim.weight_decay},

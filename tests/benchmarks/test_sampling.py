@@ -63,7 +63,7 @@ def test_at_full_size_the_prediction_is_that_of_the_claim(benchmark):
     for name, contender in samplers.CONTENDERS.items():
         config = samplers._config(contender, case(samplers, preset="XL", latent_size=32, guidance=1.0))
         assert (config.model.preset, config.stage_tokens[-1]) == ("XL", 256)
-        macs[name] = samplers.sampling_macs(config)
+        macs[name] = samplers.kind_of(config).sampling_macs(config)
     assert macs["dit, 250 steps"] / macs["ECAR"] == pytest.approx(11.6, rel=0.01)
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ecar_dist.cli import main
 from ecar_dist.config.read import config_from_dict, config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
-from ecar_dist.models.presets import PRESETS
+from ecar_dist.kinds.presets import PRESETS
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 

@@ -3,8 +3,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.models.presets import Preset
 
 NUM_CLASSES = 5
 CHANNELS = 3

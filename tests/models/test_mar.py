@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ecar_dist.kinds.mar import MaskedSize
 from ecar_dist.models.mar import MAR
-from ecar_dist.models.presets import MaskedSize
 
 CHANNELS, NUM_CLASSES, TOKENS, DRAWS = 3, 5, 16, 2  # 8 x 8 latents in patches of 2: 12 numbers a token
 

@@ -4,9 +4,9 @@ import pytest
 
 from ecar_dist.config.read import load_config
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
-from ecar_dist.models.presets import PRESETS
-from ecar_dist.plan.flops import dit_macs, velocity_macs
-from ecar_dist.plan.kinds import sampling_macs
+from ecar_dist.kinds.flops import dit_macs, velocity_macs
+from ecar_dist.kinds.presets import PRESETS
+from ecar_dist.kinds.table import kind_of
 
 DIT = dit_macs(256, 1152, 28)
 CALLS = {250: 29.7, 50: 5.93, 32: 3.80, 25: 2.97, 16: 1.90, 10: 1.19, 4: 0.47, 1: 0.12}
@@ -14,7 +14,8 @@ RATIOS = {250: 11.6, 50: 2.32, 32: 1.48, 25: 1.16, 16: 0.74, 10: 0.46, 4: 0.19, 
 
 
 def macs(*overrides):
-    return sampling_macs(load_config("configs/imagenet256_xl.yaml", ["sample.guidance_scale=1", *overrides]))
+    config = load_config("configs/imagenet256_xl.yaml", ["sample.guidance_scale=1", *overrides])
+    return kind_of(config).sampling_macs(config)
 
 
 @pytest.mark.parametrize("calls", CALLS)

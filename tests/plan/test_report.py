@@ -4,9 +4,7 @@ import sys
 import pytest
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.models.presets import PRESETS
-from ecar_dist.plan.flops import ecar_sampling_macs
-from ecar_dist.plan.report import plan_lines, sampling_macs
+from ecar_dist.plan.report import plan_lines
 
 
 def line(lines, start):
@@ -80,7 +78,7 @@ def test_impossible_batch_is_refused(make_config):
 @pytest.mark.parametrize(("solver", "calls"), [("euler", 5), ("midpoint", 10), ("heun", 10)])
 def test_solver_sets_the_calls(make_config, solver, calls):
     config = make_config("T", sample={"solver": solver, "steps_per_stage": 5, "guidance_scale": 1.0})
-    assert sampling_macs(config) == ecar_sampling_macs(PRESETS["T"], (16, 64, 256), 16, (calls,) * 3)
+    assert f"{calls} velocity calls in each of 3 stages ({solver})" in line(plan_lines(config, 1, None), "sampling")
 
 
 def test_planning_imports_no_torch():

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ecar_dist.sample.staged as module
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
+from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.models.presets import PRESETS
 from ecar_dist.rng import Purpose, normal
 from ecar_dist.sample.generate import generate, generate_in_batches
 from ecar_dist.sample.sampling_plan import SamplingPlan

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.models.build import build_model
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.export.averages import Wanted
 from ecar_dist.runtime.export.files import ExportReader
 from ecar_dist.runtime.export.write import export_run
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 
 def random_weights(config, seed):
     """Of every parameter of the config's model; as if trained: nothing is zero."""
-    schedule = config.flow.schedule
-    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    model = kind_of(config).build_model(config)
     generator = torch.Generator().manual_seed(seed)
     return {name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
 

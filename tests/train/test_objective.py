@@ -9,9 +9,8 @@ import ecar_dist.train.objective as module
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule
-from ecar_dist.models.build import build_model
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.rng import Purpose, normal, uniform
-from ecar_dist.train.objective import OBJECTIVES
 from ecar_dist.vae.codec import EncoderIdentity, normalise
 from tests.models.test_pyramid import without_ar
 
@@ -41,17 +40,15 @@ class Recorder(torch.nn.Module):
 
 def make_model(config):
     """As if trained: zero gates would hide the inputs."""
-    schedule = config.flow.schedule
     torch.manual_seed(0)
-    model = build_model(config, schedule.context_scales(config.flow.context.tau))
+    model = kind_of(config).build_model(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
 
 
 def objective(config, model, precision="fp32"):
-    schedule = config.flow.schedule
-    return OBJECTIVES[config.model.kind](model, schedule, partial(normalise, IDENTITY), config, precision)
+    return kind_of(config).objective(model, partial(normalise, IDENTITY), config, precision)
 
 
 def batch(positions):

@@ -13,7 +13,7 @@ import torch
 
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
-from ecar_dist.models.presets import PRESETS, Preset
+from ecar_dist.kinds.presets import PRESETS, Preset
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
 from ecar_dist.runtime.replicas import check_replicas, fingerprint

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ecar_dist.command_line import counted
+from ecar_dist.kinds.table import KINDS
 from ecar_dist.storage.untrusted import printable
 
 _FRONT_MATTER = """\
@@ -19,12 +20,6 @@ tags:
 # license: the owner of the weights must choose one before they are passed on
 ---
 """
-_KINDS = {
-    "ecar": "ECAR",
-    "dit": "a diffusion transformer trained by flow matching",
-    "pyramid": "a multistage flow without autoregression",
-    "mar": "masked autoregression with a flow head",
-}
 _NOT_MEASURED = """\
 Whatever is not in the table above: other guidance scales and solvers, memorisation of the training data, bias, and
 fitness for any purpose."""
@@ -50,7 +45,7 @@ def _what(facts: dict[str, Any]) -> str:
     sides = " -> ".join(f"{side}x{side}" for side in model["stage_sizes"])
     pixels = config["data"]["latent_size"] * config["vae"]["downsample"]
     return (
-        f"A class-conditional image generator ({_KINDS[facts['model_type']]}, preset {model['preset']}, "
+        f"A class-conditional image generator ({KINDS[facts['model_type']].title}, preset {model['preset']}, "
         f"{model['parameters']:,} parameters) for {config['data']['num_classes']} classes. It draws latents of "
         f"{pixels}x{pixels} pixel images in {counted(len(model['stage_sizes']), 'stage')}, {sides}, and an autoencoder "
         f"decodes them ({_autoencoder(facts)}; it is not part of these files).\n\n"

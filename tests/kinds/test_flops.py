@@ -3,31 +3,29 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecar_dist.flow.unmasking import masked_counts
-from ecar_dist.models.build import build_model
-from ecar_dist.models.presets import PRESETS, masked_size_of
-from ecar_dist.plan.flops import (
-    FLOPS_PER_MAC,
-    ar_macs,
-    condition_macs,
-    dit_macs,
-    ecar_sampling_macs,
-    ecar_training_macs,
-    mar_head_macs,
-    mar_sampling_macs,
-    mar_training_macs,
-    mar_trunk_macs,
-    pyramid_sampling_macs,
-    pyramid_training_macs,
-    time_macs,
-    velocity_macs,
-)
-from ecar_dist.plan.kinds import sampling_macs, training_macs
+from ecar_dist.kinds.ecar import ar_macs, condition_macs
+from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, time_macs, velocity_macs
+from ecar_dist.kinds.mar import mar_head_macs, mar_trunk_macs, masked_size_of
+from ecar_dist.kinds.presets import PRESETS
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.sample.generate import generate
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
-TOKENS, CALLS = (16, 64, 256), (16, 16, 16)
+TOKENS = (16, 64, 256)
 DIT_XL = dit_macs(256, 1152, 28)
+UNGUIDED = {"guidance_scale": 1.0}  # with the default solver: 16 calls in each stage
+
+
+def build_model(config):
+    return kind_of(config).build_model(config)
+
+
+def sampling_macs(config):
+    return kind_of(config).sampling_macs(config)
+
+
+def training_macs(config):
+    return kind_of(config).training_macs(config)
 
 
 @pytest.mark.parametrize(
@@ -58,27 +56,30 @@ def test_dit_table(tokens, width, depth, patch, gmacs):
         ("7B", 22.0, 1.35, 7169),
     ],
 )
-def test_ecar_table(preset, tmacs, ratio, training_gmacs):
+def test_ecar_table(make_config, preset, tmacs, ratio, training_gmacs):
     """E15: docs/ecar.md section 10, 16 calls in each of three stages, no guidance."""
-    macs = ecar_sampling_macs(PRESETS[preset], TOKENS, 16, CALLS)
+    config = make_config(preset, sample=UNGUIDED)
+    macs = sampling_macs(config)
     assert macs / 1e12 == pytest.approx(tmacs, rel=0.01)
     assert 250 * DIT_XL / macs == pytest.approx(ratio, rel=0.01)
-    assert ecar_training_macs(PRESETS[preset], TOKENS, 16) / 1e9 == pytest.approx(training_gmacs, rel=0.01)
+    assert training_macs(config) / 1e9 == pytest.approx(training_gmacs, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "calls", "ratio"), [((64, 256), 25, 7.9), ((16, 64, 256), 20, 9.3), ((4, 16, 64, 256), 12.5, 14.5)]
+    ("num_stages", "calls", "ratio"),
+    [(2, (25,), 7.9), (3, (20,), 9.3), (4, (12, 13), 14.5)],  # 12.5 calls a stage
 )
-def test_number_of_stages_table(tokens, calls, ratio):
-    macs = ecar_sampling_macs(PRESETS["XL"], tokens, 16, (calls,) * len(tokens))
-    assert 250 * DIT_XL / macs == pytest.approx(ratio, rel=0.01)
+def test_number_of_stages_table(make_config, num_stages, calls, ratio):
+    flow, sample = {"num_stages": num_stages}, UNGUIDED | {"solver": "euler"}
+    each = [sampling_macs(make_config("XL", flow=flow, sample=sample | {"steps_per_stage": steps})) for steps in calls]
+    assert 250 * DIT_XL / (sum(each) / len(each)) == pytest.approx(ratio, rel=0.01)
 
 
 @pytest.mark.parametrize("preset", ["T", "3B"])
 def test_forward_matches_torch_counter(make_config, preset):
     """torch counts FLOPs, two a MAC. It counts fused attention as nothing on CPU, so attention is spelled out here."""
     with torch.device("meta"):
-        model = build_model(make_config(preset), (1.0, 1.0))
+        model = build_model(make_config(preset))
         states = [torch.zeros(1, 4, side, side) for side in (8, 16, 32)]
         times, labels = [torch.zeros(1)] * 3, torch.zeros(1, dtype=torch.long)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -101,14 +102,18 @@ def test_only_visible_attention_is_counted():
     assert attention / full == pytest.approx(0.81, abs=0.005)
 
 
-def test_guidance_doubles_what_it_must():
-    preset = PRESETS["T"]
-    plain = ecar_sampling_macs(preset, TOKENS, 16, CALLS)
-    assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(1.0, 1.0, 1.0)) == plain
-    assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(0.0, 0.0, 0.0)) == plain
-    assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(2.0, 2.0, 2.0)) == 2 * plain
+def test_guidance_doubles_what_it_must(make_config):
+    """The linear ramp begins at scale 1, so stage 0 needs no null velocity; its AR pass is needed all the same."""
+
+    def macs(guidance_scale, ramp):
+        sample = {"guidance_scale": guidance_scale, "guidance_ramp": ramp}
+        return sampling_macs(make_config("T", sample=sample))
+
+    plain, preset = macs(1.0, "constant"), PRESETS["T"]
+    assert macs(1.0, "linear") == macs(0.0, "constant") == macs(0.0, "linear") == plain
+    assert macs(2.0, "constant") == 2 * plain
     spared = 16 * velocity_macs(preset, 16, 16) + condition_macs(preset, 16)
-    assert ecar_sampling_macs(preset, TOKENS, 16, CALLS, guidance_scales=(1.0, 1.5, 2.0)) == 2 * plain - spared
+    assert macs(2.0, "linear") == 2 * plain - spared
 
 
 def counted_flops(run, *, linears_only=False):
@@ -124,23 +129,21 @@ def counted_flops(run, *, linears_only=False):
 def test_training_without_ar_matches_torch_counter(make_config, kind, num_stages, preset):
     config = make_config(model={"kind": kind, "preset": preset}, flow={"num_stages": num_stages})
     with torch.device("meta"):
-        model = build_model(config, ())
+        model = build_model(config)
         states = [torch.zeros(1, 4, side, side) for side in config.stage_sizes]
         times, labels = [torch.zeros(1)] * num_stages, torch.zeros(1, dtype=torch.long)
     forward = counted_flops(lambda: model([], states, times, labels))
     assert training_macs(config) * FLOPS_PER_MAC == 3 * forward
-    assert training_macs(config) == pyramid_training_macs(PRESETS[preset], config.stage_tokens, 16)
 
 
 @pytest.mark.parametrize("preset", ["T", "L"])
 def test_training_of_mar_matches_torch_counter(make_config, preset):
     config = make_config(model={"kind": "mar", "preset": preset}, flow={"num_stages": 1, "token_draws": 3})
     with torch.device("meta"):
-        model = build_model(config, ())
+        model = build_model(config)
         tokens, mask = torch.zeros(1, 256, 16), torch.zeros(1, 256, dtype=torch.bool)
         draws, times, labels = torch.zeros(1, 3, 256, 16), torch.zeros(1, 3, 256), torch.zeros(1, dtype=torch.long)
     size = masked_size_of(config)
-    assert training_macs(config) == mar_training_macs(size, 256, 16, 3)
     assert training_macs(config) * FLOPS_PER_MAC == 3 * counted_flops(lambda: model(tokens, mask, draws, times, labels))
     linears = mar_trunk_macs(size, 256, 16, linears_only=True) + 3 * 256 * (
         mar_head_macs(size, 16) + time_macs(size.width)
@@ -163,7 +166,7 @@ def test_sampling_matches_torch_counter(make_config, kind, num_stages, guidance_
         data={"latents": "nowhere", "num_classes": 10, "latent_size": 8},
         sample={"steps_per_stage": 2, "guidance_scale": guidance_scale, "ar_steps": 5},
     )
-    model = build_model(config, (1.0,) * (num_stages - 1)).eval()
+    model = build_model(config).eval()
     plan, label = SamplingPlan.from_config(config, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         generate(model, plan, label, label, 0)
@@ -172,18 +175,24 @@ def test_sampling_matches_torch_counter(make_config, kind, num_stages, guidance_
 
 
 def test_mar_runs_its_trunk_each_step_and_its_head_once_a_token(make_config):
-    config = make_config(model={"kind": "mar", "preset": "B"}, flow={"num_stages": 1})
-    size = masked_size_of(config)
-    trunk, head, time = mar_trunk_macs(size, 256, 16), mar_head_macs(size, 16), time_macs(size.width)
     for steps in (1, 64, 256):
-        counts = masked_counts(256, steps)
-        assert mar_sampling_macs(size, 16, counts, 16) == steps * (trunk + 16 * time) + 256 * 16 * head
-        guided = mar_sampling_macs(size, 16, counts, 16, guidance_scales=(2.0,) * steps)
-        assert guided == 2 * (steps * trunk + 256 * 16 * head) + steps * 16 * time
+        plain, guided = (
+            make_config(
+                model={"kind": "mar", "preset": "B"},
+                flow={"num_stages": 1},
+                sample={"ar_steps": steps, "guidance_scale": scale, "guidance_ramp": "constant"},
+            )
+            for scale in (1.0, 2.0)
+        )
+        size = masked_size_of(plain)
+        trunk, head, time = mar_trunk_macs(size, 256, 16), mar_head_macs(size, 16), time_macs(size.width)
+        assert sampling_macs(plain) == steps * (trunk + 16 * time) + 256 * 16 * head
+        assert sampling_macs(guided) == 2 * (steps * trunk + 256 * 16 * head) + steps * 16 * time
 
 
-def test_dit_costs_what_the_published_dit_costs():
-    """Less its learned variance, which ours has not."""
-    ours = pyramid_sampling_macs(PRESETS["XL"], (256,), 16, (1,))
+def test_dit_costs_what_the_published_dit_costs(make_config):
+    """Less its learned variance, which ours does not have."""
+    one_call = UNGUIDED | {"solver": "euler", "steps_per_stage": 1}
+    ours = sampling_macs(make_config(model={"kind": "dit", "preset": "XL"}, flow={"num_stages": 1}, sample=one_call))
     assert ours == DIT_XL - 256 * 1152 * 16
     assert ours / 1e9 == pytest.approx(118.64, rel=0.01)

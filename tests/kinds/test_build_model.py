@@ -4,8 +4,9 @@ from torch import nn
 
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig, TrainSection
-from ecar_dist.models.build import build_model, weight_decay_groups
-from ecar_dist.models.presets import masked_size_of
+from ecar_dist.kinds.mar import masked_size_of
+from ecar_dist.kinds.table import kind_of
+from ecar_dist.models.layers import weight_decay_groups
 
 MILLIONS = {  # AR, velocity network, total: docs/ecar.md section 10
     "S": (23, 33, 56),
@@ -31,6 +32,10 @@ def config(preset: str = "T", mode: str = "noisy_state", num_stages: int = 3, **
     )
 
 
+def build_model(config: RunConfig) -> nn.Module:
+    return kind_of(config).build_model(config)
+
+
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -38,27 +43,27 @@ def count(module: nn.Module) -> int:
 @pytest.mark.parametrize("preset", MILLIONS)
 def test_presets_have_the_stated_sizes(preset):
     with torch.device("meta"):
-        model = build_model(config(preset), (1.0, 1.0))
+        model = build_model(config(preset))
     for built, stated in zip((count(model.ar), count(model.flow), count(model)), MILLIONS[preset], strict=True):
         assert built / 1e6 == pytest.approx(stated, rel=0.01)
 
 
 def test_class_only_reads_no_state():
-    model = build_model(config(mode="class_only"), (1.0, 1.0))
+    model = build_model(config(mode="class_only"))
     assert not hasattr(model.ar, "context_projection")
     assert model.ar.start_positions.num_embeddings == 336
 
 
 def test_build_is_a_function_of_the_seed():
     torch.manual_seed(0)
-    first = build_model(config(), (1.0, 1.0)).state_dict()
+    first = build_model(config()).state_dict()
     torch.manual_seed(0)
-    second = build_model(config(), (1.0, 1.0)).state_dict()
+    second = build_model(config()).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_only_matrices_decay():
-    model = build_model(config("S"), (1.0, 1.0))
+    model = build_model(config("S"))
     decay, no_decay = weight_decay_groups(model)
     assert sorted(map(id, decay + no_decay)) == sorted(map(id, model.parameters()))
     chosen = {id(parameter) for parameter in decay}
@@ -71,11 +76,11 @@ def test_only_matrices_decay():
 
 
 def test_activation_checkpointing_reaches_both_networks():
-    plain = build_model(config(), (1.0, 1.0))
+    plain = build_model(config())
     assert not plain.ar.transformer.recompute
     assert not plain.flow.transformer.recompute
     recomputing = config().model_copy(update={"train": TrainSection(total_samples=1, activation_checkpointing=True)})
-    model = build_model(recomputing, (1.0, 1.0))
+    model = build_model(recomputing)
     assert model.ar.transformer.recompute
     assert model.flow.transformer.recompute
 
@@ -88,15 +93,14 @@ def test_activation_checkpointing_reaches_every_kind(kind, num_stages, parts):
     for on in (False, True):
         chosen = config(kind=kind, num_stages=num_stages)
         chosen = chosen.model_copy(update={"train": TrainSection(total_samples=1, activation_checkpointing=on)})
-        model = build_model(chosen, (1.0,) * (num_stages - 1))
-        assert type(model).__name__.lower() == kind
+        model = build_model(chosen)
         assert [getattr(model, part).transformer.recompute for part in parts] == [on] * len(parts)
 
 
 def test_depths_of_the_config_replace_the_presets():
-    model = build_model(config(ar_depth=2, flow_depth=5), (1.0, 1.0))
+    model = build_model(config(ar_depth=2, flow_depth=5))
     assert (len(model.ar.transformer.blocks), len(model.flow.transformer.blocks)) == (2, 5)
-    mar = build_model(config(kind="mar", num_stages=1, ar_depth=2, flow_depth=5), ())
+    mar = build_model(config(kind="mar", num_stages=1, ar_depth=2, flow_depth=5))
     assert (len(mar.trunk.transformer.blocks), len(mar.head.blocks)) == (2, 5)
 
 
@@ -107,7 +111,7 @@ def test_mar_has_both_depths_in_its_trunk_and_a_quarter_in_its_head():
 
 
 def test_only_the_matrices_of_mar_decay():
-    model = build_model(config("T", kind="mar", num_stages=1), ())
+    model = build_model(config("T", kind="mar", num_stages=1))
     decay = {id(parameter) for parameter in weight_decay_groups(model)[0]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decay}
     assert {"trunk.state_projection.weight", "head.blocks.0.mlp.0.weight", "head.output.weight"} <= names

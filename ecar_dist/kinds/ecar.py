@@ -1,0 +1,111 @@
+"""`ecar`: an AR transformer makes a token map for each stage, a velocity network flows each stage under its map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_calls, velocity_macs
+from ecar_dist.kinds.kind import StagedKind
+from ecar_dist.kinds.parameters import ParameterCount, linear, transformer_parameters, velocity_parameters
+from ecar_dist.kinds.presets import Preset, preset_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ecar_dist.config.run import RunConfig
+
+
+class EcarKind(StagedKind):
+    """Sections 5-9 of docs/ecar.md."""
+
+    title = "ECAR"
+    parts = ("AR", "velocity network")
+    feeds_states = True
+
+    def check(self, config: RunConfig) -> None:
+        config.flow.check_context()
+
+    def parameters(self, config: RunConfig) -> ParameterCount:
+        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
+        num_classes, num_stages = config.data.num_classes, len(stage_tokens)
+
+        # AR transformer: blocks, one row per class and stage, start and output positions, input projection
+        width, fed = preset.ar_width, _feeds_state(config)
+        start_positions = stage_tokens[0] if fed else sum(stage_tokens)
+        ar = transformer_parameters(preset.ar_depth, width, "shared", width // preset.ar_heads)
+        ar += (num_classes + 1 + num_stages + start_positions + sum(stage_tokens)) * width
+        ar += linear(channels, width) if fed and num_stages > 1 else 0
+
+        # velocity network: the one that all kinds share, and W_m, which projects the token maps
+        flow = velocity_parameters(preset, num_stages, channels, num_classes) + linear(width, preset.flow_width)
+        return ParameterCount(ar, flow)
+
+    def training_macs(self, config: RunConfig) -> int:
+        """One AR pass and one velocity call in each stage, forward and backward."""
+        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
+        flow = sum(velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens) for tokens in stage_tokens)
+        return TRAINING_PASSES * (ar_macs(preset, stage_tokens, channels, feeds_state=_feeds_state(config)) + flow)
+
+    def sampling_macs(self, config: RunConfig) -> int:
+        """Eq. (19): the token map of every stage, then the velocity calls under it.
+
+        A stage with a guidance scale that is neither 0 nor 1 needs the conditional and the null velocity. If any does,
+        the AR transformer runs twice in every stage, because later null blocks attend to the earlier ones.
+        """
+        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
+        passes, calls = self.stage_passes(config), velocity_calls(config)
+
+        ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
+        flow = sum(
+            branches * (calls * velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens))
+            for tokens, branches in zip(stage_tokens, passes, strict=True)
+        )
+        return max(passes) * ar + flow
+
+    def build_model(self, config: RunConfig) -> nn.Module:
+        from ecar_dist.models.ecar import ECAR
+
+        return ECAR(
+            preset_of(config),
+            stage_sizes=config.stage_sizes,
+            latent_channels=config.data.latent_channels,
+            patch_size=config.model.patch_size,
+            num_classes=config.data.num_classes,
+            context_scales=config.flow.schedule.context_scales(config.flow.context.tau),
+            feeds_state=_feeds_state(config),
+            recompute=config.train.activation_checkpointing,
+        )
+
+
+def _feeds_state(config: RunConfig) -> bool:
+    """`class_only` draws the contexts, so that its noise is that of the other modes, but does not look at them."""
+    return config.flow.context.mode != "class_only"
+
+
+def ar_macs(
+    preset: Preset,
+    stage_tokens: Sequence[int],
+    token_channels: int,
+    *,
+    passes: int = 1,
+    feeds_state: bool = True,
+    linears_only: bool = False,
+) -> int:
+    """All token maps of one image, eq. (18), in `passes` passes: 1 in training, one a stage with a KV cache.
+
+    Attention counts the blocks that the mask leaves visible: stage k sees the tokens of stages 0 .. k.
+    """
+    width, depth = preset.ar_width, preset.ar_depth
+    blocks = (
+        block_macs(tokens, width, depth, keys=keys, linears_only=linears_only)
+        for tokens, keys in zip(stage_tokens, accumulate(stage_tokens), strict=True)
+    )
+    inputs = sum(stage_tokens[1:]) * token_channels * width if feeds_state else 0
+    return sum(blocks) + passes * adaln_macs(width, depth, "shared") + inputs
+
+
+def condition_macs(preset: Preset, tokens: int) -> int:
+    """W_m M_k, once a stage."""
+    return tokens * preset.ar_width * preset.flow_width

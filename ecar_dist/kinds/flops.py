@@ -1,0 +1,60 @@
+"""Compute in closed form: the terms that several kinds share, docs/ecar.md eq. (17)-(19).
+
+The unit is the MAC, one multiply-add, which is what DiT's paper prints as "Gflops"; FLOPS_PER_MAC = 2 turns it into the
+FLOPs of a device's data sheet. Not counted: biases, norms, softmax, embedding look-ups and the autoencoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ecar_dist.flow.solvers import SOLVERS
+from ecar_dist.kinds.parameters import SINUSOID_WIDTH
+from ecar_dist.kinds.presets import Preset
+
+if TYPE_CHECKING:
+    from ecar_dist.config.run import RunConfig
+
+FLOPS_PER_MAC = 2
+TRAINING_PASSES = 3  # forward, and in the backward pass the gradients of the activations and of the weights
+
+
+def block_macs(tokens: int, width: int, depth: int, *, keys: int | None = None, linears_only: bool = False) -> int:
+    """`depth` blocks without their adaLN: `tokens` queries against `keys` (default: the tokens themselves)."""
+    linears = 12 * width**2 * tokens
+    attention = 0 if linears_only else 2 * tokens * (tokens if keys is None else keys) * width
+    return depth * (linears + attention)
+
+
+def adaln_macs(width: int, depth: int, adaln: str) -> int:
+    """Modulation of one image: 6 D^2 a block, or once where shared, and 2 D^2 for the head."""
+    return (6 * (depth if adaln == "per_block" else 1) + 2) * width**2
+
+
+def time_macs(width: int) -> int:
+    """The embedding of one time."""
+    return (SINUSOID_WIDTH + width) * width
+
+
+def dit_macs(tokens: int, width: int, depth: int, *, channels_in: int = 16, channels_out: int = 32) -> int:
+    """One forward pass of the published DiT, eq. (17), with its time embedding and its learned variance."""
+    ends = tokens * width * (channels_in + channels_out) + time_macs(width)
+    return block_macs(tokens, width, depth) + adaln_macs(width, depth, "per_block") + ends
+
+
+def velocity_macs(preset: Preset, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
+    """One call of the velocity network (models/velocity.py) at a stage of `tokens` tokens."""
+    width, depth = preset.flow_width, preset.flow_depth
+    ends = 2 * tokens * width * token_channels + time_macs(width)
+    blocks = block_macs(tokens, width, depth, linears_only=linears_only)
+    return blocks + adaln_macs(width, depth, preset.flow_adaln) + ends
+
+
+def velocity_calls(config: RunConfig) -> int:
+    """Velocities that the solver asks for from u = 0 to u = 1."""
+    return config.sample.steps_per_stage * SOLVERS[config.sample.solver].calls_per_step
+
+
+def guidance_passes(guidance_scale: float) -> int:
+    """Velocities evaluated for one guided velocity: 1 where the guidance formula reduces to one of its terms."""
+    return 1 if guidance_scale in (0.0, 1.0) else 2

@@ -1,0 +1,147 @@
+"""`mar`: masked autoregression over the tokens of one stage, each sampled by a small flow head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
+from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, guidance_passes, time_macs, velocity_calls
+from ecar_dist.kinds.kind import Kind
+from ecar_dist.kinds.parameters import (
+    ParameterCount,
+    linear,
+    time_embedding_parameters,
+    transformer_parameters,
+)
+from ecar_dist.kinds.presets import PRESETS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ecar_dist.config.run import RunConfig
+    from ecar_dist.sample.sampling_plan import SamplingPlan
+    from ecar_dist.train.objective import Normalise, Objective
+
+
+@dataclass(frozen=True)
+class MaskedSize:
+    """Depth, width and heads of the trunk, and the number of blocks of the head, which has the same width."""
+
+    depth: int
+    width: int
+    heads: int
+    head_depth: int
+
+
+def masked_size_of(config: RunConfig) -> MaskedSize:
+    """The trunk has the depths of both networks of the preset; the head has a quarter of that, and at least 3 blocks.
+
+    At B this is MAR-B as its authors evaluate it, 24 x 768 with a head of 6 blocks (README of LTH14/mar); MAR-L has
+    32 x 1024 and 8, MAR-H 40 x 1280 and 12. Their heads are 1024, 1280 and 1536 wide.
+    """
+    row, model = PRESETS[config.model.preset], config.model
+    depth = row.ar_depth + row.flow_depth
+    head_depth = model.flow_depth or max(3, depth // 4)
+    return MaskedSize(model.ar_depth or depth, row.flow_width, row.flow_heads, head_depth)
+
+
+class MarKind(Kind):
+    """Not compilable: every step draws another number of tokens."""
+
+    title = "masked autoregression with a flow head"
+    parts = ("trunk", "head")
+    one_stage = True
+
+    def parameters(self, config: RunConfig) -> ParameterCount:
+        size, channels, tokens = masked_size_of(config), config.token_channels, config.stage_tokens[-1]
+        width = size.width
+
+        # trunk: blocks, input projection, the mask vector, one row per class, input and output positions
+        trunk = transformer_parameters(size.depth, width, "shared", width // size.heads)
+        trunk += linear(channels, width) + (1 + config.data.num_classes + 1 + 2 * tokens) * width
+
+        # head: residual blocks with adaLN, time embedding, projections of the state, the condition and the velocity
+        block = 2 * linear(width, width) + linear(width, 3 * width)
+        head = size.head_depth * block + linear(width, 2 * width) + time_embedding_parameters(width)
+        head += linear(channels, width) + linear(width, width) + linear(width, channels)
+        return ParameterCount(trunk, head)
+
+    def training_macs(self, config: RunConfig) -> int:
+        """One trunk pass, and `flow.token_draws` velocities of every token, each at its own time.
+
+        The head's outputs at tokens that are not masked are dropped, as in MAR, so that shapes do not depend on data.
+        """
+        size, channels, tokens = masked_size_of(config), config.token_channels, config.stage_tokens[-1]
+        velocity = mar_head_macs(size, channels) + time_macs(size.width)
+        forward = mar_trunk_macs(size, tokens, channels) + config.flow.token_draws * tokens * velocity
+        return TRAINING_PASSES * forward
+
+    def sampling_macs(self, config: RunConfig) -> int:
+        """A trunk pass in each step, and the velocity calls of the tokens that the step draws.
+
+        The time is embedded once a call for all tokens.
+        """
+        size, channels, sample = masked_size_of(config), config.token_channels, config.sample
+        counts, calls = _counts(config), velocity_calls(config)
+        scales = masked_guidance_scales(sample.guidance_scale, counts, sample.guidance_ramp)
+
+        trunk, head = mar_trunk_macs(size, counts[0], channels), mar_head_macs(size, channels)
+        return sum(
+            guidance_passes(scale) * (trunk + calls * (before - after) * head) + calls * time_macs(size.width)
+            for (before, after), scale in zip(pairwise(counts), scales, strict=True)
+        )
+
+    def describe_calls(self, config: RunConfig) -> str:
+        steps = len(_counts(config)) - 1
+        return f"{steps} passes of the trunk and {velocity_calls(config)} calls of the head for each token"
+
+    def build_model(self, config: RunConfig) -> nn.Module:
+        from ecar_dist.models.mar import MAR
+
+        return MAR(
+            masked_size_of(config),
+            latent_size=config.data.latent_size,
+            latent_channels=config.data.latent_channels,
+            patch_size=config.model.patch_size,
+            num_classes=config.data.num_classes,
+            recompute=config.train.activation_checkpointing,
+        )
+
+    def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
+        from ecar_dist.train.objective import MaskedObjective
+
+        return MaskedObjective(model, normalise, config, precision)
+
+    def draw(
+        self, model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
+    ) -> list[torch.Tensor]:
+        from ecar_dist.sample.masked import draw_masked
+
+        return draw_masked(model, plan, labels, indices, seed)
+
+    def velocities(
+        self, model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
+    ) -> list[torch.Tensor]:
+        from ecar_dist.sample.masked import token_velocities
+
+        return token_velocities(model, plan, labels, indices, seed)
+
+
+def _counts(config: RunConfig) -> tuple[int, ...]:
+    """Tokens that are masked before the first step and after each, from T to 0."""
+    return masked_counts(config.stage_tokens[-1], config.sample.ar_steps)
+
+
+def mar_trunk_macs(size: MaskedSize, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
+    """One pass of the trunk over all tokens, and the head's condition of each."""
+    ends = tokens * (token_channels + size.width) * size.width
+    blocks = block_macs(tokens, size.width, size.depth, linears_only=linears_only)
+    return blocks + adaln_macs(size.width, 1, "shared") + ends
+
+
+def mar_head_macs(size: MaskedSize, token_channels: int) -> int:
+    """One velocity of one token, without its time embedding: 2 D^2 and the adaLN's 3 D^2 a block, 2 D^2 at the end."""
+    return (5 * size.head_depth + 2) * size.width**2 + 2 * token_channels * size.width

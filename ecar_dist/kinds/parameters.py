@@ -1,0 +1,53 @@
+"""Parameter counts in closed form: the terms that several kinds share, equal to those of the built modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ecar_dist.kinds.presets import Preset
+
+SINUSOID_WIDTH = 256  # input width of the time embedding
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head)."""
+
+    ar: int
+    flow: int
+
+    @property
+    def total(self) -> int:
+        return self.ar + self.flow
+
+
+def linear(inputs: int, outputs: int) -> int:
+    """A matrix and its bias."""
+    return inputs * outputs + outputs
+
+
+def transformer_parameters(depth: int, width: int, adaln: str, head_width: int = 0) -> int:
+    """Blocks, their adaLN and the head's adaLN. `head_width` is the width of a head where q and k are normalised."""
+    # a block: qkv, output projection, the gains of the q and k norms, and the MLP
+    block = linear(width, 3 * width) + linear(width, width) + 2 * head_width
+    block += linear(width, 4 * width) + linear(4 * width, width)
+
+    # modulation: a matrix for each block, or one for all blocks and an offset for each
+    modulation = linear(width, 6 * width)
+    adaln_total = depth * modulation if adaln == "per_block" else modulation + depth * 6 * width
+    return depth * block + adaln_total + linear(width, 2 * width)
+
+
+def time_embedding_parameters(width: int) -> int:
+    return linear(SINUSOID_WIDTH, width) + linear(width, width)
+
+
+def velocity_parameters(preset: Preset, num_stages: int, token_channels: int, num_classes: int) -> int:
+    """The velocity network (models/velocity.py) without a condition, for patches of `token_channels` = C p^2 numbers.
+
+    Position tables are fixed and count nothing.
+    """
+    width = preset.flow_width
+    count = transformer_parameters(preset.flow_depth, width, preset.flow_adaln, width // preset.flow_heads)
+    count += (num_classes + 1 + num_stages) * width + time_embedding_parameters(width)
+    return count + linear(token_channels, width) + linear(width, token_channels)

@@ -1,0 +1,54 @@
+"""`pyramid`: the multistage flow of ECAR without its AR transformer; and `dit`, which is its case of one stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_calls, velocity_macs
+from ecar_dist.kinds.kind import StagedKind
+from ecar_dist.kinds.parameters import ParameterCount, velocity_parameters
+from ecar_dist.kinds.presets import preset_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ecar_dist.config.run import RunConfig
+
+
+class PyramidKind(StagedKind):
+    """The velocity network alone."""
+
+    parts = ("", "velocity network")
+
+    def __init__(self, title: str, *, one_stage: bool = False) -> None:
+        self.title = title
+        self.one_stage = one_stage
+
+    def parameters(self, config: RunConfig) -> ParameterCount:
+        num_stages, num_classes = config.flow.num_stages, config.data.num_classes
+        return ParameterCount(0, velocity_parameters(preset_of(config), num_stages, config.token_channels, num_classes))
+
+    def training_macs(self, config: RunConfig) -> int:
+        """One velocity call in each stage, forward and backward."""
+        preset, channels = preset_of(config), config.token_channels
+        return TRAINING_PASSES * sum(velocity_macs(preset, tokens, channels) for tokens in config.stage_tokens)
+
+    def sampling_macs(self, config: RunConfig) -> int:
+        """Eq. (19) without its AR terms."""
+        preset, channels, calls = preset_of(config), config.token_channels, velocity_calls(config)
+        return sum(
+            branches * calls * velocity_macs(preset, tokens, channels)
+            for tokens, branches in zip(config.stage_tokens, self.stage_passes(config), strict=True)
+        )
+
+    def build_model(self, config: RunConfig) -> nn.Module:
+        from ecar_dist.models.pyramid import Pyramid
+
+        return Pyramid(
+            preset_of(config),
+            stage_sizes=config.stage_sizes,
+            latent_channels=config.data.latent_channels,
+            patch_size=config.model.patch_size,
+            num_classes=config.data.num_classes,
+            recompute=config.train.activation_checkpointing,
+        )

@@ -1,0 +1,3 @@
+from tests.plan.conftest import make_config
+
+__all__ = ["make_config"]
