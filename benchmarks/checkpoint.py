@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="more rounds")
-    parser.add_argument("--preset", default="S", help="row of models/presets.py")
+    parser.add_argument("--preset", default="S", help="row of kinds/presets.py")
     parser.add_argument("--steps", type=int, default=8, help="steps of each contender in a round, with one save")
     parser.add_argument("--work", help="folder for the checkpoints (default: the temporary one)")
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="20 rounds on CPU too; on a GPU, no bound on the batch")
-    parser.add_argument("--preset", help="row of models/presets.py (default: T on CPU, XL on a GPU)")
+    parser.add_argument("--preset", help="row of kinds/presets.py (default: T on CPU, XL on a GPU)")
     parser.add_argument("--latent-size", type=int, default=32, help="side of the latents, in patches of 2")
     parser.add_argument("--batches", nargs="+", help=f"images at once; `{MAX}` on a GPU: as many as fit (default: 1 4)")
     parser.add_argument("--largest-batch", type=int, help="where the doubling of `max` ends (default: 256)")
