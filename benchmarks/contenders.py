@@ -82,9 +82,9 @@ def write_ours_in_small_shards(arrays: Path, out: Path) -> None:
 
 def ours_at_rest(folder: str | Path, cache: Path | None = None, nodes: int = 1) -> tuple[Any, Any]:
     """Source and order of a set. With `open_ours` the one place that knows how our loader is put together."""
-    from ecar_dist.data.latent_source import LatentSource
     from ecar_dist.data.order.stream import SampleStream
     from ecar_dist.data.shards.store import CacheOptions
+    from ecar_dist.data.sources import LatentSource
 
     source = LatentSource(folder, CacheOptions(root=cache))
     return source, SampleStream([source.shard_counts], seed=SEED, global_batch_size=BATCH * nodes)
@@ -252,7 +252,7 @@ def memcpy(folder: Path) -> Batches:
             yield torch.from_numpy(target[: len(part)]), torch.from_numpy(labels[first : first + len(part)])
 
 
-_OURS = ("ecar_dist.data.loader", "ecar_dist.data.latent_source", "ecar_dist.data.shards.write")
+_OURS = ("ecar_dist.data.loader", "ecar_dist.data.sources", "ecar_dist.data.shards.write")
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 CONTENDERS: dict[str, Contender] = {
     "ours": Contender(_OURS, ("ecar-dist",), "ours", write_ours, ours),

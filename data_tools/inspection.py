@@ -14,8 +14,8 @@ from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
 from ecar_dist.data.images.decode import ImageDecoder, PilDecoder
 from ecar_dist.data.images.shards import ImageRecord, ImageShards
-from ecar_dist.data.shards.files import describe_shard
 from ecar_dist.data.shards.manifest import ImageManifest, Manifest, ShardEntry, load_manifest, schema_of
+from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.data.shards.tar_index import index_tar, write_dali_index
 from ecar_dist.errors import ConfigError, DataError

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from data_tools.progress import progress
 from ecar_dist.data.images.names import NAMES_SUFFIX
-from ecar_dist.data.shards.files import check_presence, local_folder, map_verified
 from ecar_dist.data.shards.manifest import (
     MANIFEST_NAME,
     ImageEntry,
@@ -24,6 +23,7 @@ from ecar_dist.data.shards.manifest import (
     load_manifest,
     write_manifest,
 )
+from ecar_dist.data.shards.proof import check_presence, local_folder, map_verified
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact

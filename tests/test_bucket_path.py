@@ -13,11 +13,11 @@ import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
-from ecar_dist.data.latent_source import LatentSource
 from ecar_dist.data.loader import SampleLoader, Share
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.store import CacheOptions
+from ecar_dist.data.sources import LatentSource
 from ecar_dist.storage.remote import list_files
 from tests.conftest import losses, train_on_ranks
 from tests.data.image_sets import members_of, samples, write_tar

@@ -1,4 +1,4 @@
-"""Endless micro-batches in the order of `stream.py`, read ahead by one thread."""
+"""Endless micro-batches in the order of `order/stream.py`, read ahead by one thread."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import torch
 
 from ecar_dist.config.batch import grad_accum_steps
 from ecar_dist.data.order.lanes import rank_positions
-from ecar_dist.data.order.stream import Places, SampleStream
+from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.rng import Purpose, uniform
 
-_BLOCK = 16384  # positions whose places are worked out at once: the order costs numpy calls, not samples
-
-_POLL_SECONDS = 0.2  # between two looks at whether the consumer still wants to wait
+_MAX_BLOCK = 16384  # positions of this rank that are located at once: looking up costs numpy calls, not samples
+_POLL_SECONDS = 0.2  # how often a waiting consumer is asked whether it gives up
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`values`: raw moments fp16 [m, *shape], or pixels uint8 [m, S, S, 3]; all else is int64 [m].
+    """`values`: raw moments fp16 [m, *shape], or pixels uint8 [m, S, S, 3]. All other tensors: int64 [m].
 
-    `positions` are places in the run's order; `sample_ids` say which sample of which source, as one number.
-    `substitutions` lists the bad samples among them that were replaced (only with `max_bad`).
+    `positions` are positions of the run's order, `sample_ids` number the samples of all sources.
+    `substitutions` lists the bad samples of this batch that were replaced (only with `max_bad`).
     """
 
     values: torch.Tensor
@@ -41,24 +40,29 @@ class MicroBatch:
 
 
 class Source(Protocol):
-    """Samples in shards behind one way of reading them."""
+    """A data set that the loader reads from. See `data/sources.py`."""
 
     @property
     def can_flip(self) -> bool:
-        """Whether half the samples are to be mirrored."""
+        """Whether half of the samples are to be mirrored."""
         ...
 
-    def read(self, places: Places, flip: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and labels. Raises BadSamples for samples that cannot be used, DataError for all else."""
+    def read(self, locations: Locations, flip: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values [n, ...] and labels int64 [n]; mirrored where `flip` (bool [n]) is set.
+
+        Raises BadSamples for samples that cannot be used, DataError for any other failure.
+        """
         ...
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
-        """Bring the shards of `soon`, in that order, and let go of others: `future` has the place of each shard in the
-        order in which this node will next use it; an absent one is not needed here."""
+        """Prefetch the shards of `soon` in that order, and release others.
+
+        `future` maps each shard that this node still needs to its rank in the order of next use (0 is next).
+        """
         ...
 
     def traffic(self) -> Mapping[str, float]:
-        """Counters of what came over the network, as TransferStats.snapshot()."""
+        """Network counters, as TransferStats.snapshot()."""
         ...
 
     def close(self) -> None: ...
@@ -66,7 +70,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of every global batch, and the ranks that share its node and so its cache."""
+    """This rank's part of every global batch. `node_ranks` are the ranks that share its node and its cache.
+
+    Raises ConfigError if the global batch cannot be divided into whole micro-batches.
+    """
 
     global_batch_size: int
     micro_batch_size: int
@@ -79,10 +86,13 @@ class Share:
 
 
 class SampleLoader:
-    """Iterates for ever. In step s, rank r takes positions start + s x global + r + world_size x j, in micro-batches.
+    """An endless iterator of micro-batches.
 
-    Equal `positions` give equal samples for every world size and micro-batch size, and `start=k` continues any run that
-    has seen k samples. Raises DataError in the consumer, wherever the reading thread met it. Owns its sources.
+    In step s, rank r reads the positions start + s * global_batch_size + r + j * world_size for j = 0, 1, ..., in
+    micro-batches. Equal positions give equal samples for every world size and micro-batch size, so `start=k` continues
+    any run that has seen k samples.
+
+    Errors of the reading thread are raised in the consumer, mostly DataError. The loader owns and closes its sources.
     """
 
     def __init__(
@@ -97,10 +107,16 @@ class SampleLoader:
         max_bad: float = 0.0,
         pin_memory: bool = False,
     ) -> None:
-        self.stream, self.sources = stream, sources
-        self.wait_seconds = 0.0  # total time the consumer has waited for data
-        self._share, self._seed, self._start, self._pin_memory = share, seed, start, pin_memory
+        self.sources = sources
+        self.stream = stream
+        self.wait_seconds = 0.0  # total time that the consumer has waited for data
+        self._share = share
+        self._seed = seed
+        self._start = start
+        self._pin_memory = pin_memory
         self._substitutes = Substitutes(stream, seed, max_bad)
+
+        # The queue holds micro-batches; an exception or None ends the iteration.
         self._queue: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="sample-loader", daemon=True)
@@ -115,7 +131,7 @@ class SampleLoader:
         return taken[0]
 
     def take(self, count: int, give_up: Callable[[], bool] = lambda: False) -> list[MicroBatch] | None:
-        """The next `count` micro-batches; None where `give_up` turned true while they were awaited."""
+        """The next `count` micro-batches; None if `give_up` returned true while waiting for them."""
         taken: list[MicroBatch] = []
         began = time.perf_counter()
         try:
@@ -126,8 +142,10 @@ class SampleLoader:
                     if give_up():
                         return None
                     continue
+
+                # The end goes back into the queue, so that the next call sees it too.
                 if not isinstance(item, MicroBatch):
-                    self._queue.put(item)  # the end stays the end for a caller that asks again
+                    self._queue.put(item)
                     raise StopIteration if item is None else item
                 taken.append(item)
             return taken
@@ -135,10 +153,13 @@ class SampleLoader:
             self.wait_seconds += time.perf_counter() - began
 
     def close(self) -> None:
-        """End the reading thread and close the sources. Safe to call twice."""
+        """Stop the reading thread and close the sources. Safe to call twice."""
+        # The sources first: closing them ends a download that the thread may wait for, perhaps for minutes.
         self._stopping.set()
-        for source in self.sources:  # first: it ends a download that the thread would wait for, perhaps for minutes
+        for source in self.sources:
             source.close()
+
+        # The thread may wait for room in the queue until it sees that it has to stop.
         while self._thread.is_alive():
             self._drain()
             self._thread.join(timeout=0.01)
@@ -159,20 +180,26 @@ class SampleLoader:
                 self._queue.get_nowait()
 
     def _read_ahead(self) -> None:
+        """The reading thread: every error goes to the consumer."""
         try:
-            for places in self._blocks():
-                for first in range(0, len(places), self._share.micro_batch_size):
+            for block in self._blocks():
+                for first in range(0, len(block), self._share.micro_batch_size):
                     if self._stopping.is_set():
                         return
-                    self._queue.put(self._read(places.take(slice(first, first + self._share.micro_batch_size))))
+                    locations = block.take(slice(first, first + self._share.micro_batch_size))
+                    self._queue.put(self._read(locations))
         except BaseException as error:
             self._queue.put(error)
 
-    def _blocks(self) -> Iterator[Places]:
-        """Places of this rank's next whole steps, some thousands at a time; shards are fetched and dropped by plan."""
-        share, at = self._share, self._start
-        # two plans a window, so that no position finds its shard only just asked for
-        steps = max(1, min(_BLOCK * share.world_size, self.stream.window // 2) // share.global_batch_size)
+    def _blocks(self) -> Iterator[Locations]:
+        """Locations of this rank, block by block of whole steps. Plans the shards before each block."""
+        # A block is at most half a window, and each plan looks a whole window ahead. So a shard is requested at least
+        # half a window before its first use.
+        share = self._share
+        block = min(_MAX_BLOCK * share.world_size, self.stream.window // 2)
+        steps = max(1, block // share.global_batch_size)
+
+        at = self._start
         while True:
             end = at + steps * share.global_batch_size
             self._plan_shards(at, max(at + self.stream.window, end + share.global_batch_size))
@@ -180,47 +207,58 @@ class SampleLoader:
             at = end
 
     def _plan_shards(self, at: int, soon: int) -> None:
-        """What comes next is known exactly: this rank's shards up to `soon`, and all that the node needs for long."""
+        """Tell each source the shards that this rank needs up to position `soon`, and those its node needs later."""
+        # A rank has the positions that leave the same remainder as its first one, which is at + rank.
         share = self._share
-        first = at % share.world_size  # a rank's positions keep their remainder, which starts here
-        mine = self.stream.upcoming(at, soon, [(first + share.rank) % share.world_size], share.world_size)
-        node = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
-        later = self.stream.upcoming(at, at + self.stream.count, node, share.world_size)
-        for source, soon_shards, node_shards in zip(self.sources, mine, later, strict=True):
-            source.plan(soon_shards, {shard: place for place, shard in enumerate(node_shards)})
+        first = at % share.world_size
+        rank_remainder = (first + share.rank) % share.world_size
+        node_remainders = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
 
-    def _read(self, places: Places) -> MicroBatch:
+        rank_shards = self.stream.upcoming(at, soon, [rank_remainder], share.world_size)
+        node_shards = self.stream.upcoming(at, at + self.stream.count, node_remainders, share.world_size)
+        for source, of_rank, of_node in zip(self.sources, rank_shards, node_shards, strict=True):
+            source.plan(of_rank, {shard: use for use, shard in enumerate(of_node)})
+
+    def _read(self, locations: Locations) -> MicroBatch:
+        """The micro-batch of these locations, with bad samples replaced until all are good."""
         while True:
             try:
-                values, labels = self._read_once(places)
+                values, labels = self._read_once(locations)
             except BadSamples as error:
-                places = self._substitutes.replace(places, error)
+                locations = self._substitutes.replace(locations, error)
                 continue
-            positions, sample_ids = torch.from_numpy(places.positions), torch.from_numpy(places.sample_ids)
             if self._pin_memory and values.device.type == "cpu":
                 values = values.pin_memory()
+            positions = torch.from_numpy(locations.positions)
+            sample_ids = torch.from_numpy(locations.sample_ids)
             return MicroBatch(values, labels, positions, sample_ids, self._substitutes.take())
 
-    def _read_once(self, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each source reads its own part, and the parts are laid back into their places."""
-        chosen = [0] if len(self.sources) == 1 else np.unique(places.sources).tolist()
-        if len(chosen) == 1:
-            return self._read_from(chosen[0], places)
-        values, labels = None, torch.empty(len(places), dtype=torch.int64)
-        for number in chosen:
-            at = np.flatnonzero(places.sources == number)
+    def _read_once(self, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values [m, ...] and labels [m]: each source reads its samples, which go back to their own rows."""
+        used = [0] if len(self.sources) == 1 else np.unique(locations.sources).tolist()
+        if len(used) == 1:
+            return self._read_from(used[0], locations)
+
+        values = None
+        labels = torch.empty(len(locations), dtype=torch.int64)
+        for number in used:
+            rows = np.flatnonzero(locations.sources == number)
             try:
-                part, labels[at] = self._read_from(number, places.take(at))
+                part, labels[rows] = self._read_from(number, locations.take(rows))
             except BadSamples as error:
-                reasons = {int(at[i]): why for i, why in error.reasons.items()}
+                # The reasons are counted within the part; the caller counts within the micro-batch.
+                reasons = {int(rows[index]): reason for index, reason in error.reasons.items()}
                 raise BadSamples(reasons, whole_shards=error.whole_shards) from None
-            values = part.new_empty((len(places), *part.shape[1:])) if values is None else values
-            values[at] = part
+            if values is None:
+                values = part.new_empty((len(locations), *part.shape[1:]))
+            values[rows] = part
         assert values is not None
         return values, labels
 
-    def _read_from(self, number: int, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
-        source, flip = self.sources[number], None
+    def _read_from(self, number: int, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read from one source. Whether a sample is mirrored is keyed by its position, like all randomness of a run."""
+        source = self.sources[number]
+        flip = None
         if source.can_flip:
-            flip = uniform(self._seed, torch.from_numpy(places.positions), Purpose.FLIP).numpy() < 0.5
-        return source.read(places, flip)
+            flip = uniform(self._seed, torch.from_numpy(locations.positions), Purpose.FLIP).numpy() < 0.5
+        return source.read(locations, flip)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ecar_dist.command_line import say
 from ecar_dist.config.run import RunConfig
-from ecar_dist.data.shards.probe import NO_PROBE
+from ecar_dist.data.probe import NO_PROBE
 from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.start.preflight import preflight
 from ecar_dist.runtime.world import World

@@ -14,16 +14,15 @@ import torch
 
 from ecar_dist.config.run import DataSection, RunConfig
 from ecar_dist.data.fit import check_fits
-from ecar_dist.data.image_source import ImageSource
 from ecar_dist.data.images.decode import open_decoder
 from ecar_dist.data.images.formats import parse_background
-from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.loader import SampleLoader, Share, Source
 from ecar_dist.data.order.stream import SampleStream
-from ecar_dist.data.shards.files import check_presence
+from ecar_dist.data.probe import Probe, probe_images, probe_latents
 from ecar_dist.data.shards.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
-from ecar_dist.data.shards.probe import Probe, probe_images, probe_latents
+from ecar_dist.data.shards.proof import check_presence
 from ecar_dist.data.shards.store import CacheOptions
+from ecar_dist.data.sources import DaliLatentSource, ImageSource, LatentSource
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.world import World
 from ecar_dist.train.objective import Normalise

@@ -12,12 +12,12 @@ import time
 import numpy as np
 import pytest
 
-from ecar_dist.data import latent_source
 from ecar_dist.data import loader as loader_module
-from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
+from ecar_dist.data import sources as sources_module
 from ecar_dist.data.loader import SampleLoader, Share
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.order.substitution import BadSamples
+from ecar_dist.data.sources import DaliLatentSource, LatentSource
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.retries import TransferStats
 from tests.data.latent_sets import COUNTS, write_set
@@ -94,7 +94,7 @@ def test_every_world_size_and_split_sees_the_same(latents, world_size, micro):
 
 def test_blocks_of_the_order_leave_no_seam(latents, monkeypatch):
     whole = read(latents[0], 8)
-    monkeypatch.setattr(loader_module, "_BLOCK", 30)
+    monkeypatch.setattr(loader_module, "_MAX_BLOCK", 30)
     assert read(latents[0], 8) == whole
     assert read(latents[0], 8, world_size=3) == whole
 
@@ -187,7 +187,7 @@ def test_a_damaged_shard_of_a_mixture_is_replaced_from_its_own_set(tmp_path):
 def test_substitution_is_bounded(tmp_path):
     write_set(tmp_path)
     flip_a_byte(tmp_path / "000002.tar")
-    with pytest.raises(DataError, match=r"000002\.tar.*17 of 97 samples are bad, data\.max_bad allows 0\.1"):
+    with pytest.raises(DataError, match=r"000002\.tar.* 17 of 97 .*data\.max_bad=0\.1 "):
         read(tmp_path, 8, max_bad=0.1)
 
 
@@ -257,7 +257,7 @@ def test_shards_are_planned_a_window_ahead_and_dropped_behind(tmp_path, monkeypa
     source = LatentSource(tmp_path)
     asked, retired = [], []
     monkeypatch.setattr(source, "plan", lambda soon, future: (asked.append(soon), retired.append(future)))
-    monkeypatch.setattr(loader_module, "_BLOCK", 24)
+    monkeypatch.setattr(loader_module, "_MAX_BLOCK", 24)
     stream = SampleStream([source.shard_counts], seed=SEED, global_batch_size=BATCH, lanes=1, window_shards=1)
     with SampleLoader([source], stream, Share(BATCH, 24), seed=SEED) as loader:
         used = [set(np.unique(stream.locate(batch.positions.numpy()).shards)) for batch in itertools.islice(loader, 8)]
@@ -353,7 +353,7 @@ def test_a_plan_is_of_this_ranks_window_and_of_all_that_its_node_needs(tmp_path,
 @pytest.mark.parametrize("evicts", [False, True])
 @pytest.mark.parametrize("most", [2, 3])
 def test_shards_stay_mapped_unless_their_files_may_go_or_they_are_too_many(tmp_path, evicts, most, monkeypatch):
-    monkeypatch.setattr(latent_source, "_MAPPED", most)
+    monkeypatch.setattr(sources_module, "_MAX_MAPPED", most)
     write_set(tmp_path)
     source = LatentSource(tmp_path)
     stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from ecar_dist.data.recycled import _KEPT, RecycledArrays
+from ecar_dist.data.sources import _MAX_FREE_BLOCKS, RecycledArrays
 
 
 def address(array):
@@ -44,7 +44,7 @@ def test_a_block_that_is_too_small_is_not_used():
 def test_only_some_blocks_are_kept():
     arrays = RecycledArrays(np.dtype(np.float16))
     for _ in range(2):
-        lent = [arrays.empty((4,)) for _ in range(3 * _KEPT)]
-        assert len({address(array) for array in lent}) == 3 * _KEPT
+        lent = [arrays.empty((4,)) for _ in range(3 * _MAX_FREE_BLOCKS)]
+        assert len({address(array) for array in lent}) == 3 * _MAX_FREE_BLOCKS
         del lent
-    assert len(arrays._free) == _KEPT
+    assert len(arrays._free) == _MAX_FREE_BLOCKS

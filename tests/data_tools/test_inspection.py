@@ -10,8 +10,8 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.finalize import finalize
 from data_tools.inspection import preview, stats, verify
-from ecar_dist.data.shards.files import describe_shard
 from ecar_dist.data.shards.manifest import load_manifest, write_manifest
+from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.errors import ConfigError, DataError
 from tests.data_tools.bad_images import write_bad_image_shards
 from tests.data_tools.image_folders import encode_small, write_image_shards

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ecar_dist.config.read import config_from_dict, load_config
-from ecar_dist.data.latent_source import LatentSource
 from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.sources import LatentSource
 from ecar_dist.drills.ground import SAVE_EVERY, STEPS, CannotRunError, Ground, Trial, scaled_down
 from ecar_dist.drills.processes import Ended
 from ecar_dist.drills.rank_faults import from_step

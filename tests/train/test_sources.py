@@ -9,8 +9,8 @@ import torch
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.data.latent_source import DaliLatentSource, LatentSource
 from ecar_dist.data.shards.manifest import load_manifest, write_manifest
+from ecar_dist.data.sources import DaliLatentSource, LatentSource
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.train import sources
 from ecar_dist.train.sources import check_codec, check_data, open_stream

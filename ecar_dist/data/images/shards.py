@@ -19,8 +19,8 @@ import xxhash
 
 from ecar_dist.data.images.names import read_names, readable
 from ecar_dist.data.images.table import MAX_IMAGE_BYTES, UNKNOWN_HASH, decode_table, key_of, largest_table
-from ecar_dist.data.shards.files import check_presence
 from ecar_dist.data.shards.manifest import ImageEntry, load_image_manifest
+from ecar_dist.data.shards.proof import check_presence
 from ecar_dist.data.shards.store import ShardStore
 from ecar_dist.errors import DataError
 from ecar_dist.storage import remote

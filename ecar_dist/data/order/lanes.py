@@ -1,12 +1,31 @@
-"""The order of samples: a pure function of (seed, position), the same for every number of ranks.
+"""The order of samples: a pure function of (seed, epoch, position).
 
-Position t = 0, 1, 2, ... runs over the whole run and its epoch is t // count: every sample comes once in each epoch's
-positions, and a batch may straddle two epochs. Nothing is padded or dropped, and the state is one number: t.
+Position t = 0, 1, 2, ... counts all samples of the run. Its epoch is t // count and its offset in the epoch is
+t % count. The order has these properties:
 
-`LaneOrder` keeps a rank to few shards at a time. In each epoch the shards are permuted and laid end to end; the line is
-cut into `lanes` ranges, position t belongs to lane t % lanes, and a lane goes through its range window by window, each
-window in a keyed order of its own. Rank r of R takes every R-th position, so where R divides the lanes it reads
-its lanes' shards and no others.
+    exactly once    each epoch is a permutation of the set: nothing is padded, repeated or dropped
+    pure            the sample at t depends on the seed and t, not on ranks, batch size or earlier positions
+    resumable       so the whole state is t; any number of ranks can continue, and a batch may straddle two epochs
+
+A global permutation would have these properties too, but each rank would then read all shards at random. `LaneOrder`
+keeps each rank to a few shards at a time:
+
+    line      in each epoch the shards are permuted and laid end to end
+    lane      the line is cut into `lanes` ranges of equal length; offset o belongs to lane o % lanes
+    window    a lane is read from its start to its end in windows of a few shards; each window has a permutation of
+              its own
+
+Rank r of R takes every R-th position, so if R divides `lanes`, a rank reads the shards of its own lanes only.
+
+Example: shards A, B, C, D of two samples each, 2 lanes, windows of one shard, seed 3, epoch 0:
+
+    line          D0 D1 C0 C1 A0 A1 B0 B1      a permutation of the shards
+    lane 0        D0 D1 | C0 C1                two windows of two samples
+    lane 1        A0 A1 | B0 B1
+    permuted      D0 D1 | C1 C0                each window by its own key
+                  A1 A0 | B1 B0
+    order         D0 A1 D1 A0 C1 B1 C0 B0      positions 0, 1, 2, ... take turns over the lanes
+    rank 0 of 2   D0    D1    C1    C0         opens D, then C
 """
 
 from __future__ import annotations
@@ -21,41 +40,45 @@ import numpy as np
 from ecar_dist.data.order.permutation import bits_for, hash_keys, permute
 from ecar_dist.errors import ConfigError, DataError
 
-_SHARDS, _WINDOW = (int.from_bytes(purpose, "big") for purpose in (b"shards", b"window"))  # what a key is for
-_LANES = (1, 2, 4, 8, 16, 32, 64, 192, 960)  # multiples of each other up to 64, then with room for ranks in threes
+_SHARDS = int.from_bytes(b"shards", "big")  # first field of the keys that permute the shards of an epoch
+_WINDOW = int.from_bytes(b"window", "big")  # first field of the keys that permute a window
+_LANES = (1, 2, 4, 8, 16, 32, 64, 192, 960)  # each divides the next; the last two also serve multiples of 3 and 5
 _SHARDS_PER_LANE = 4
-_CACHED_TABLES = 4  # a batch straddles two epochs, and the prefetch may be in the next
+_CACHED_TABLES = 4  # a batch may straddle two epochs, and prefetching may be in the next
 
 
 def sample_indices(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Sample index in [0, count) for each position under one permutation of the whole set per epoch, int64 in and out.
+    """Sample index in [0, count) of each position, with one permutation of the whole set per epoch; int64 in and out.
 
-    The permutation with which sets are written. Positions may straddle epochs.
+    Data sets are written in this order. Positions may be in any order and of any epochs.
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
     positions = np.asarray(positions, dtype=np.int64)
-    epochs, places = np.divmod(positions.reshape(-1), count)
-    return permute(places, count, hash_keys(seed, epochs), bits_for(count)).reshape(positions.shape)
+    epochs, offsets = np.divmod(positions.reshape(-1), count)
+    return permute(offsets, count, hash_keys(seed, epochs), bits_for(count)).reshape(positions.shape)
 
 
 def rank_positions(step_start: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """Positions of one rank inside the global batch that begins at `step_start`: every world_size-th, int64."""
+    """Positions of one rank in the global batch that begins at `step_start`: every world_size-th, int64."""
     return np.arange(step_start + rank, step_start + global_batch_size, world_size, dtype=np.int64)
 
 
 def default_lanes(num_shards: int) -> int:
-    """The most lanes that leave each about four shards. All but a few numbers of ranks in use divide one of them."""
+    """The most lanes that leave each about four shards. Most usual numbers of ranks divide one of these."""
     return max(lanes for lanes in _LANES if lanes <= max(1, num_shards // _SHARDS_PER_LANE))
 
 
 class LaneOrder:
-    """counts: samples of each shard, in the manifest's order. window_shards: the most samples of a window, in units of
-    the largest shard; 0 makes each lane one window. Memory: 16 bytes per shard and cached epoch.
+    """The order described above, over one set.
 
-    Attributes: `count` samples in all, `first_index` int64 [shards] of each shard's first sample, `windows` in a lane.
+    counts: samples of each shard, in the order of the manifest.
+    window_shards: the largest size of a window, in units of the largest shard. 0 makes each lane one window.
 
-    Raises DataError for an empty set, ConfigError for lanes or windows that it cannot have.
+    Attributes: `count`, the number of samples; `first_index`, int64 [shards], the index of each shard's first sample;
+    `windows`, the number of windows in a lane. Memory: 16 bytes per shard and cached epoch.
+
+    Raises DataError for an empty set, ConfigError for impossible lanes or windows.
     """
 
     name = "lanes-feistel-v1"
@@ -69,50 +92,64 @@ class LaneOrder:
             raise ConfigError(f"lanes={lanes} for {self.count} samples; set 1 <= lanes <= {self.count}")
         if window_shards < 0:
             raise ConfigError(f"window_shards={window_shards}; set 1 or more shards, or 0 for whole lanes")
-        self.seed, self.lanes, self.window_shards = seed, lanes, window_shards
-        self.first_index = np.cumsum(self.counts) - self.counts  # of each shard
+        self.seed = seed
+        self.lanes = lanes
+        self.window_shards = window_shards
+        self.first_index = np.cumsum(self.counts) - self.counts
+
+        # Every lane has the same number of windows, and one network is wide enough for the largest of them.
         longest_lane = -(-self.count // lanes)
-        self.windows = -(-longest_lane // (window_shards * int(self.counts.max()) or longest_lane))  # in each lane
+        longest_window = window_shards * int(self.counts.max()) or longest_lane
+        self.windows = -(-longest_lane // longest_window)
         self._bits = bits_for(-(-longest_lane // self.windows))
         self._tables = lru_cache(maxsize=_CACHED_TABLES)(self._lay_out)
 
     def describe(self) -> dict[str, Any]:
-        """What the order depends on besides the dataset: JSON values, part of a run's identity."""
+        """What the order depends on besides the data set: JSON values, part of the identity of a run."""
         return {"name": self.name, "seed": self.seed, "lanes": self.lanes, "window_shards": self.window_shards}
 
     def sample_indices(self, positions: np.ndarray) -> np.ndarray:
-        """Dense sample index (shard after shard in the manifest's order) for each position, int64 in and out."""
+        """Sample index in [0, count) of each position, counted in manifest order; int64 in and out."""
         shards, rows = self.locate(positions)
         return self.first_index[shards] + rows
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard, and row in that shard, for each position: int64, in the shape of the positions."""
+        """Shard of each position, and row in that shard: int64, in the shape of `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs, places = np.divmod(positions.reshape(-1), self.count)
-        turns, lanes = np.divmod(places, self.lanes)
+
+        # Which lane, and which turn of that lane: its 0th, 1st, 2nd ... sample of the epoch.
+        epochs, offsets = np.divmod(positions.reshape(-1), self.count)
+        turns, lanes = np.divmod(offsets, self.lanes)
+
+        # Permute the turn within its window.
         windows = self._window_of(lanes, turns)
         begins, ends = self._window_edges(lanes, windows)
         keys = hash_keys(self.seed, _WINDOW, epochs, lanes, windows)
         turns = begins + permute(turns - begins, ends - begins, keys, self._bits)
+
+        # A lane is a range of the line, so the permuted turn is a point of the line.
         shards, rows = self._look_up(epochs, self._lane_start(lanes) + turns)
         return shards.reshape(positions.shape), rows.reshape(positions.shape)
 
     def upcoming(self, start: int, stop: int, ranks: Sequence[int], world_size: int) -> list[int]:
-        """Shards of the windows that positions t in [start, stop) with t % world_size in `ranks` touch, each once.
+        """Shards that the ranks need for positions in [start, stop), each once, in the order of first use.
 
-        In the order in which their windows are first touched; within a window, as they lie in the epoch's line. Never
-        misses a shard; may name one that its window holds and these positions happen to pass by. The cost grows with
-        windows, not with samples.
+        A rank r has the positions t with t % world_size == r. The result holds all shards of each window that such a
+        position is in, in line order within a window. So no shard is missing, but one may be listed whose samples of
+        that window are not among these positions. The cost grows with the number of windows, not of samples.
         """
         residues = np.unique(np.asarray(ranks, dtype=np.int64))
-        first_uses: dict[int, None] = {}
-        filled = int(np.count_nonzero(self.counts))
+        first_uses: dict[int, None] = {}  # a dict keeps the order of insertion
+        nonempty = int(np.count_nonzero(self.counts))
         for epoch in range(start // self.count, -(-stop // self.count)):
+            # The part of [start, stop) in this epoch, and the residues of the ranks, counted from the epoch's start.
             epoch_start = epoch * self.count
-            begin, end = max(start - epoch_start, 0), min(stop - epoch_start, self.count)
+            begin = max(start - epoch_start, 0)
+            end = min(stop - epoch_start, self.count)
             lanes, windows = self._touched(begin, end, (residues - epoch_start) % world_size, world_size)
+
             first_uses.update(dict.fromkeys(self._shards_of(epoch, lanes, windows)))
-            if len(first_uses) == filled:
+            if len(first_uses) == nonempty:
                 break
         return list(first_uses)
 
@@ -120,74 +157,91 @@ class LaneOrder:
         return self.count // self.lanes + (lanes < self.count % self.lanes)
 
     def _lane_start(self, lanes: np.ndarray) -> np.ndarray:
-        """Where a lane's range begins in the line of all samples."""
+        """Start of each lane's range in the line."""
         return lanes * (self.count // self.lanes) + np.minimum(lanes, self.count % self.lanes)
 
     def _window_edges(self, lanes: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First turn of a window in its lane, and the turn after its last. Sizes differ by at most one in the whole
-        order: a short last window would be a badly shuffled one."""
+        """First turn of each window in its lane, and the turn after its last.
+
+        All windows of an order differ in size by at most one. A short last window would be badly shuffled.
+        """
         sizes = self._lane_size(lanes)
         return windows * sizes // self.windows, (windows + 1) * sizes // self.windows
 
     def _window_of(self, lanes: np.ndarray, turns: np.ndarray) -> np.ndarray:
-        """The window k whose edges hold the turn: the least k with turn + 1 <= (k + 1) size / windows."""
+        """The window that holds each turn: the least k with turn + 1 <= (k + 1) size / windows."""
         return ((turns + 1) * self.windows - 1) // self._lane_size(lanes)
 
     def _touched(self, begin: int, end: int, residues: np.ndarray, modulus: int) -> tuple[np.ndarray, np.ndarray]:
-        """(lane, window) of all windows with a place p in [begin, end), p % modulus in `residues`, by their first p.
+        """The windows with an offset o in [begin, end), o % modulus in `residues`, ordered by the first such o.
 
-        Turn q of lane l is place p = l + q lanes. With g = gcd(lanes, modulus), p = r (mod modulus) has solutions q
-        where g divides r - l, and they are modulus / g apart.
+        Returns the lane of each, and its number in that lane: int64 [touched windows].
         """
+        # Lane l has the turns [low, high) in [begin, end): turn q is at offset l + q lanes. [lanes]
         lanes = np.arange(self.lanes)
-        low, high = -((lanes - begin) // self.lanes), -((lanes - end) // self.lanes)  # turns [low, high) of each lane
-        lanes, low, high = (column[low < high] for column in (lanes, low, high))
+        low = -((lanes - begin) // self.lanes)
+        high = -((lanes - end) // self.lanes)
+        used = low < high
+        lanes, low, high = lanes[used], low[used], high[used]
+
+        # One entry for each window of each lane, with its range of turns [low, ends). [windows]
         first_window = self._window_of(lanes, low)
         which, step = _ranges(self._window_of(lanes, high - 1) + 1 - first_window)
-        lanes, windows = lanes[which], first_window[which] + step
+        lanes = lanes[which]
+        windows = first_window[which] + step
         begins, ends = self._window_edges(lanes, windows)
         low = np.maximum(begins, low[which])
+
+        # Which turns q belong to residue r? Those with l + q lanes = r (mod modulus). With g = gcd(lanes, modulus),
+        # there are solutions only if g divides r - l. They are modulus / g apart, and one of them is (r - l) / g times
+        # the inverse of lanes / g (mod modulus / g).
         divisor = math.gcd(self.lanes, modulus)
         period = modulus // divisor
         quotients, remainders = np.divmod((residues[:, None] - lanes) % modulus, divisor)  # [ranks, windows]
         solution = quotients * pow(self.lanes // divisor, -1, period) % period
+
+        # The first solution at or after `low`, and whether it is still in the window. [ranks, windows]
         turns = low + (solution - low) % period
         touched = (remainders == 0) & (turns < ends)
-        first_place = np.where(touched, lanes + turns * self.lanes, end).min(axis=0, initial=end)
-        by_place = np.argsort(first_place, kind="stable")[: np.count_nonzero(first_place < end)]
-        return lanes[by_place], windows[by_place]
+
+        # Keep the windows that some rank touches, by first offset. `end` marks the others, and sorts behind them.
+        first_offset = np.where(touched, lanes + turns * self.lanes, end).min(axis=0, initial=end)  # [windows]
+        by_offset = np.argsort(first_offset, kind="stable")[: np.count_nonzero(first_offset < end)]
+        return lanes[by_offset], windows[by_offset]
 
     def _shards_of(self, epoch: int, lanes: np.ndarray, windows: np.ndarray) -> Iterator[int]:
-        """All shards of the windows, one window after the other; a shard in two windows comes twice."""
+        """All shards of the windows, one window after the other. A shard in two windows comes twice."""
+        # The slots of the line that hold the first and the last sample of each window.
         begins, ends = self._window_edges(lanes, windows)
         line_shards, line_starts = self._tables((epoch,))
         first = np.searchsorted(line_starts, self._lane_start(lanes) + begins, side="right") - 1
         last = np.searchsorted(line_starts, self._lane_start(lanes) + ends - 1, side="right") - 1
+
         which, step = _ranges(last + 1 - first)
         shards = line_shards[first[which] + step]
         return iter(shards[self.counts[shards] > 0].tolist())
 
-    def _look_up(self, epochs: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of places in the lines of their epochs."""
+    def _look_up(self, epochs: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row of points of the line of each one's epoch; int64 [N] each."""
         different, which = np.unique(epochs, return_inverse=True)
         line_shards, line_starts = self._tables(tuple(different.tolist()))
-        places = which.reshape(-1) * self.count + places
-        slots = np.searchsorted(line_starts, places, side="right") - 1
-        return line_shards[slots], places - line_starts[slots]
+        points = which.reshape(-1) * self.count + points  # in the lines of these epochs, laid end to end
+        slots = np.searchsorted(line_starts, points, side="right") - 1
+        return line_shards[slots], points - line_starts[slots]
 
     def _lay_out(self, epochs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of the epochs in line, one epoch after the other, and where each begins: int64 [epochs x shards].
+        """The lines of the epochs laid end to end: shard of each slot and start of each slot, int64 [epochs x shards].
 
-        A shard without samples begins where the next one does, and a search from the right passes it over.
+        An empty shard starts where the next one does. A search from the right skips it.
         """
         num_shards = self.counts.size
-        line = np.tile(np.arange(num_shards), len(epochs))
+        slots = np.tile(np.arange(num_shards), len(epochs))
         keys = hash_keys(self.seed, _SHARDS, np.repeat(np.array(epochs, dtype=np.int64), num_shards))
-        shards = permute(line, num_shards, keys, bits_for(num_shards))
+        shards = permute(slots, num_shards, keys, bits_for(num_shards))
         return shards, np.cumsum(self.counts[shards]) - self.counts[shards]
 
 
 def _ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For ranges of these lengths laid end to end: which range an element is in, and its place in it."""
+    """For ranges of these lengths laid end to end: the range of each element, and its index in that range."""
     which = np.repeat(np.arange(lengths.size), lengths)
     return which, np.arange(which.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,4 +1,4 @@
-"""Other samples in the place of damaged ones: only when asked for, always the same ones, counted, listed, bounded."""
+"""Replace bad samples by good ones: only if the user asked for it, reproducibly, listed, and up to a limit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecar_dist.data.order.lanes import sample_indices
-from ecar_dist.data.order.stream import Places, SampleStream
+from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.errors import DataError
 
-_KEY = 0x5ABD1 << 40  # sets the substitutes' permutation apart from the order's
+_KEY = 0x5ABD1 << 40  # makes the permutation of the substitutes differ from that of the order
 
 
 class BadSamples(DataError):
-    """Some places of a read cannot be used: `reasons` by place. With `whole_shards` nothing of their shards can."""
+    """Some samples of a read cannot be used. `reasons` maps their indices in the read to the reasons.
+
+    With `whole_shards`, every sample of their shards is bad.
+    """
 
     def __init__(self, reasons: Mapping[int, str], *, whole_shards: bool) -> None:
         super().__init__(next(iter(reasons.values())))
-        self.reasons, self.whole_shards = dict(reasons), whole_shards
+        self.reasons = dict(reasons)
+        self.whole_shards = whole_shards
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """The sample `replaced_by` was read at `position` instead of `sample_id`, for `reason`."""
+    """The sample `replaced_by` was read at `position` instead of `sample_id`, because of `reason`."""
 
     position: int
     sample_id: int
@@ -33,54 +37,76 @@ class Substitution:
 
 
 class Substitutes:
-    """Replaces bad samples by others of the same source, a pure function of (seed, position, attempt).
+    """Replaces bad samples by others of the same source, as a pure function of (seed, position, attempt).
 
-    With `max_bad` 0 nothing is replaced: the first bad sample is an error.
+    With `max_bad` 0, nothing is replaced and the first bad sample is an error.
     """
 
     def __init__(self, stream: SampleStream, seed: int, max_bad: float) -> None:
-        self._stream, self._seed, self._max_bad = stream, seed, max_bad
-        self._lost: list[dict[tuple[int, ...], int]] = [{} for _ in stream.orders]  # samples, by shard or (shard, row)
+        self._stream = stream
+        self._seed = seed
+        self._max_bad = max_bad
+        # For each source, the number of bad samples by (shard,) or (shard, row).
+        self._bad: list[dict[tuple[int, ...], int]] = [{} for _ in stream.orders]
         self._made: list[Substitution] = []
         self._attempts: dict[int, int] = {}  # by position
 
-    def replace(self, places: Places, error: BadSamples) -> Places:
-        """The same positions with other samples, which may be bad too. Raises DataError past the bound."""
+    def replace(self, locations: Locations, error: BadSamples) -> Locations:
+        """The same positions with other samples, which may be bad too. Raises DataError above the limit."""
         if not self._max_bad:
             raise DataError(f"{error}, or set data.on_bad=substitute")
-        for at in error.reasons:
-            self._count_lost(places, at, error)
-        lost, total = sum(sum(lost.values()) for lost in self._lost), self._stream.count
-        if lost > self._max_bad * total:
+
+        # Count first: above the limit the run ends and nothing is replaced.
+        for index in error.reasons:
+            self._count_bad(locations, index, error)
+        bad = sum(sum(of_source.values()) for of_source in self._bad)
+        total = self._stream.count
+        if bad > self._max_bad * total:
             raise DataError(
-                f"{error}; with it {lost} of {total} samples are bad, data.max_bad allows {self._max_bad:g} of them"
+                f"{error}; with it {bad} of {total} samples are bad, data.max_bad={self._max_bad:g} allows "
+                f"{int(self._max_bad * total)}; restore the data, or raise data.max_bad"
             )
-        replaced = places.take(np.arange(len(places)))  # a copy
-        for at, reason in error.reasons.items():
-            self._replace_one(replaced, at, reason)
+
+        replaced = locations.take(np.arange(len(locations)))  # a copy
+        for index, reason in error.reasons.items():
+            self._replace_one(replaced, index, reason)
         return replaced
 
     def take(self) -> tuple[Substitution, ...]:
-        """What was replaced since the last call. Its positions must be done with: they would begin at attempt 0."""
-        made, self._made, self._attempts = tuple(self._made), [], {}
+        """The substitutions since the last call. Call it only when the read of their positions is complete: a later
+        `replace` of the same position starts again with attempt 0."""
+        made = tuple(self._made)
+        self._made = []
+        self._attempts = {}
         return made
 
-    def _count_lost(self, places: Places, at: int, error: BadSamples) -> None:
-        """Raises DataError where nothing of the source is left to replace with."""
-        source, shard, row = int(places.sources[at]), int(places.shards[at]), int(places.rows[at])
-        order, lost = self._stream.orders[source], self._lost[source]
+    def _count_bad(self, locations: Locations, index: int, error: BadSamples) -> None:
+        """Raises DataError if no good sample of the source is left."""
+        source = int(locations.sources[index])
+        shard = int(locations.shards[index])
+        order = self._stream.orders[source]
+        bad = self._bad[source]
         if error.whole_shards:
-            lost[shard,] = int(order.counts[shard])
+            bad[shard,] = int(order.counts[shard])
         else:
-            lost[shard, row] = 1
-        if sum(lost.values()) == order.count:
+            bad[shard, int(locations.rows[index])] = 1
+        if sum(bad.values()) == order.count:
             raise DataError(f"{error}; with it all {order.count} samples of its set are bad; restore the set")
 
-    def _replace_one(self, places: Places, at: int, reason: str) -> None:
-        position, source, old = int(places.positions[at]), int(places.sources[at]), int(places.sample_ids[at])
-        attempt = self._attempts[position] = self._attempts.get(position, -1) + 1
+    def _replace_one(self, locations: Locations, index: int, reason: str) -> None:
+        position = int(locations.positions[index])
+        source = int(locations.sources[index])
+        old_id = int(locations.sample_ids[index])
+
+        # Each attempt is an epoch of its own in a permutation of the source, so attempts differ from each other.
+        attempt = self._attempts.get(position, -1) + 1
+        self._attempts[position] = attempt
         count = self._stream.orders[source].count
-        draw = np.array([attempt * count + position % count], dtype=np.int64)  # an epoch of its own for each attempt
-        index = int(sample_indices(draw, count, self._seed ^ _KEY)[0])
-        places.shards[at], places.rows[at], places.sample_ids[at] = self._stream.place_of(source, index)
-        self._made.append(Substitution(position, old, int(places.sample_ids[at]), reason))
+        draw = np.array([attempt * count + position % count], dtype=np.int64)
+        sample_index = int(sample_indices(draw, count, self._seed ^ _KEY)[0])
+
+        shard, row, sample_id = self._stream.locate_sample(source, sample_index)
+        locations.shards[index] = shard
+        locations.rows[index] = row
+        locations.sample_ids[index] = sample_id
+        self._made.append(Substitution(position, old_id, sample_id, reason))

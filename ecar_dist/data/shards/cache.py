@@ -19,8 +19,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ecar_dist.data.shards.download import Download, fetch_shard
-from ecar_dist.data.shards.files import ProvenMap, ShardDamaged, map_open_file
 from ecar_dist.data.shards.manifest import ShardEntry
+from ecar_dist.data.shards.proof import ProvenMap, ShardDamaged, map_open_file
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.node_lock import node_lock, sweep_temporaries

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ecar_dist.data.shards.damage import describe_damage
-from ecar_dist.data.shards.files import ShardDamaged, hash_file
 from ecar_dist.data.shards.manifest import ShardEntry
+from ecar_dist.data.shards.proof import ShardDamaged, describe_damage, hash_file
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.node_lock import owned_temporary

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ecar_dist.data.shards.files import ProvenMap, map_verified
 from ecar_dist.data.shards.layout import (
     DESCRIPTION_NAME,
     LABEL_BYTES,
@@ -24,6 +23,7 @@ from ecar_dist.data.shards.layout import (
     sample_key,
 )
 from ecar_dist.data.shards.manifest import LatentEntry
+from ecar_dist.data.shards.proof import ProvenMap, map_verified
 from ecar_dist.data.shards.tar_index import BLOCK
 from ecar_dist.errors import DataError
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, parse_record

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ecar_dist.data.shards.cache import CacheOptions, ShardCache
-from ecar_dist.data.shards.files import ProvenMap, check_presence, local_folder, map_verified
 from ecar_dist.data.shards.manifest import ShardEntry
+from ecar_dist.data.shards.proof import ProvenMap, check_presence, local_folder, map_verified
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.remote import file_in, is_remote
 from ecar_dist.storage.retries import TransferStats

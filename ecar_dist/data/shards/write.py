@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ecar_dist.data.shards.files import describe_shard
 from ecar_dist.data.shards.layout import (
     DESCRIPTION_NAME,
     LABEL_EXTENSION,
@@ -30,6 +29,7 @@ from ecar_dist.data.shards.layout import (
     sample_key,
 )
 from ecar_dist.data.shards.manifest import LatentEntry
+from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import parse_description
 from ecar_dist.data.shards.tar_index import BLOCK, TarMember, index_tar, write_dali_index
 from ecar_dist.errors import DataError

@@ -141,6 +141,13 @@ class TestLaneOrder:
         large = LaneOrder([4096] * 300, seed=7, lanes=64, window_shards=4)
         assert large.sample_indices(np.array([0, 1, 10**6, 1_228_799, 1_228_800, 10**9])).tolist() == PINNED_LARGE
 
+    def test_the_example_of_the_module_is_true(self):
+        order = LaneOrder([2, 2, 2, 2], seed=3, lanes=2, window_shards=1)
+        shards, rows = order.locate(np.arange(8))
+        found = [f"{'ABCD'[shard]}{row}" for shard, row in zip(shards, rows, strict=True)]
+        assert found == ["D0", "A1", "D1", "A0", "C1", "B1", "C0", "B0"]
+        assert order.upcoming(0, 8, [0], 2) == [3, 2]
+
     @pytest.mark.parametrize(
         ("counts", "lanes", "window_shards", "error", "text"),
         [

@@ -42,6 +42,11 @@ class TestMixture:
         for whole, pieces in zip(mixture.split(positions), zip(*parts, strict=True), strict=True):
             assert np.array_equal(np.concatenate(pieces), whole)
 
+    def test_the_example_of_the_module_is_true(self):
+        sources, inside = Mixture([2, 1], seed=0).split(np.arange(6))
+        assert sources.tolist() == [0, 1, 0, 0, 0, 1]
+        assert inside.tolist() == [0, 0, 1, 2, 3, 1]
+
     def test_one_source_is_the_identity(self):
         positions = np.array([[0, 5], [10**12, 3]])
         sources, inside = Mixture([0.3], seed=9).split(positions)

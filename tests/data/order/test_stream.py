@@ -17,7 +17,7 @@ def test_places_agree_with_sample_ids_and_with_every_cut(by_step):
     found = zip(places.sources, places.shards, places.rows, places.sample_ids, strict=True)
     firsts = [0, 57, 58]
     for source, shard, row, sample in found:
-        assert stream.place_of(source, sample - firsts[source]) == (shard, row, sample)
+        assert stream.locate_sample(source, sample - firsts[source]) == (shard, row, sample)
         assert 0 <= row < COUNTS[source][shard]
     for cut in (1, 7, 100):
         parts = [stream.locate(np.arange(640)[at : at + cut]) for at in range(0, 640, cut)]

@@ -14,7 +14,7 @@ def open_stream(counts=COUNTS):
 
 
 def replace_all(bad, *, max_bad=0.5, whole_shards=True, counts=COUNTS, positions=200, batch=25):
-    """What a loader does with samples that are `bad(source, shard, row)`: the places in the end, and the list."""
+    """What a loader does with samples that are `bad(source, shard, row)`: (position, source, id) of all, and the list."""
     stream = open_stream(counts)
     substitutes, read, listed = Substitutes(stream, 7, max_bad), [], []
     for start in range(0, positions, batch):
@@ -65,7 +65,7 @@ def test_the_bound_counts_every_lost_sample_once(whole_shards, lost):
         return (source, shard) == (0, 1) and (whole_shards or row == 3)
 
     replace_all(bad, max_bad=lost / 100, whole_shards=whole_shards, positions=600)
-    with pytest.raises(DataError, match=rf"is bad; with it {lost} of 100 samples are bad, data\.max_bad allows"):
+    with pytest.raises(DataError, match=rf" {lost} of 100 .*data\.max_bad={(lost - 0.5) / 100:g} "):
         replace_all(bad, max_bad=(lost - 0.5) / 100, whole_shards=whole_shards, positions=600)
 
 
@@ -73,22 +73,22 @@ def test_rows_and_shards_of_different_sources_are_told_apart():
     def bad(source, shard, row):
         return shard == 1 and row == 3
 
-    with pytest.raises(DataError, match="with it 2 of 100 samples are bad"):
+    with pytest.raises(DataError, match=" 2 of 100 "):
         replace_all(bad, max_bad=0.015, whole_shards=False, positions=600)
-    with pytest.raises(DataError, match="with it 35 of 100 samples are bad"):
+    with pytest.raises(DataError, match=" 35 of 100 "):
         replace_all(lambda source, shard, row: shard == 1, max_bad=0.3, positions=600)
 
 
 def test_unasked_the_first_one_is_the_error():
-    with pytest.raises(DataError, match=r"^\(1, 0, \d+\) is bad, or set data.on_bad=substitute$"):
+    with pytest.raises(DataError, match=r"^\(1, 0, \d+\) .*data.on_bad=substitute"):
         replace_all(lambda source, shard, row: source == 1 and shard == 0, max_bad=0.0)
 
 
 @pytest.mark.parametrize("whole_shards", [True, False])
 def test_a_source_with_nothing_left_is_an_error_and_no_endless_search(whole_shards):
-    with pytest.raises(DataError, match="all 40 samples of its set are bad"):
+    with pytest.raises(DataError, match=" all 40 samples"):
         replace_all(lambda source, shard, row: source == 1, max_bad=0.9, whole_shards=whole_shards)
-    with pytest.raises(DataError, match="all 6 samples of its set are bad"):
+    with pytest.raises(DataError, match=" all 6 samples"):
         replace_all(lambda *place: True, max_bad=1.0, whole_shards=whole_shards, counts=[[2, 4]])
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from ecar_dist.data.shards import download as shard_download
 from ecar_dist.data.shards.cache import CacheOptions, ShardCache
-from ecar_dist.data.shards.files import ShardDamaged
 from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.shards.proof import ShardDamaged
 from ecar_dist.data.shards.store import open_store
 from ecar_dist.errors import DataError
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from ecar_dist.data.shards.damage import describe_damage, first_damage
+from ecar_dist.data.shards.proof import describe_damage, first_damage
 from tests.data.latent_sets import write_set
 
 STRIDE = 2048  # header, block of npy, header, block of label

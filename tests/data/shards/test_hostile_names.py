@@ -9,11 +9,11 @@ import pytest
 
 from data_tools.cli import main
 from ecar_dist.data.images.shards import ImageShards
-from ecar_dist.data.latent_source import LatentSource
 from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.store import CacheOptions
+from ecar_dist.data.sources import LatentSource
 from ecar_dist.errors import DataError
 from ecar_dist.storage.remote import join, list_files
 from tests.data.image_sets import encoded, members_of, write_class_directory, write_tar, write_unchecked

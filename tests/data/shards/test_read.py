@@ -14,8 +14,8 @@ import pytest
 import webdataset
 
 from ecar_dist.data.shards import write as shard_writer
-from ecar_dist.data.shards.files import describe_shard
 from ecar_dist.data.shards.manifest import Manifest, load_manifest
+from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.data.shards.write import ShardContent, seal, write_latent_shard
 from ecar_dist.errors import DataError

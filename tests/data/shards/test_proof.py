@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.data.shards.files import (
+from ecar_dist.data.shards.manifest import load_manifest
+from ecar_dist.data.shards.proof import (
     ShardDamaged,
     check_presence,
     describe_shard,
@@ -11,7 +12,6 @@ from ecar_dist.data.shards.files import (
     local_folder,
     map_verified,
 )
-from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
 

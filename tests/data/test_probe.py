@@ -1,7 +1,7 @@
 import pytest
 
+from ecar_dist.data.probe import probe_images, probe_latents
 from ecar_dist.data.shards.manifest import load_manifest
-from ecar_dist.data.shards.probe import probe_images, probe_latents
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
 
