@@ -14,7 +14,7 @@ def open_stream(counts=COUNTS):
 
 
 def replace_all(bad, *, max_bad=0.5, whole_shards=True, counts=COUNTS, positions=200, batch=25):
-    """What a loader does with samples that are `bad(source, shard, row)`: (position, source, id) of all, and the list."""
+    """What a loader does with samples that are `bad(source, shard, row)`: (position, source, id) each, and the list."""
     stream = open_stream(counts)
     substitutes, read, listed = Substitutes(stream, 7, max_bad), [], []
     for start in range(0, positions, batch):
