@@ -55,7 +55,7 @@ def _cost(folder: Path) -> dict[str, float]:
             for side in order:
                 source.watch = sides[side]
                 if side == 0:  # the time of the others is not its own: its pause between looks is longer by that
-                    watch._next_look += time.perf_counter() - left
+                    watch._next_check += time.perf_counter() - left
                 for first in range(at, at + BATCHES * contenders.BATCH, contenders.BATCH):
                     places = stream.locate(np.arange(first, first + contenders.BATCH))
                     shards.append(len(np.unique(places.shards)))

@@ -82,7 +82,8 @@ class Share:
     node_ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        grad_accum_steps(self.global_batch_size, self.micro_batch_size, self.world_size)  # raises where they do not fit
+        # Called for its check alone.
+        grad_accum_steps(self.global_batch_size, self.micro_batch_size, self.world_size)
 
 
 class SampleLoader:

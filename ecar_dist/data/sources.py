@@ -105,7 +105,7 @@ class LatentSource:
         copy_ended = time.perf_counter()
         changed = changed_files(used, shards)
         changed |= self.watch.changed_rows(locations.shards, locations.rows, flip, copied[0])
-        self.watch.looked(time.perf_counter() - copy_ended + copy_began - began)
+        self.watch.checked(time.perf_counter() - copy_ended + copy_began - began)
         return copied, changed
 
     def _copy(self, shards: Mapping[int, LatentShard], locations: Locations, flip: np.ndarray | None) -> _Copied:

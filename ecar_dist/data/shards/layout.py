@@ -1,7 +1,13 @@
-"""The layout of a latent shard: fixed-size members, so that a whole tar is one strided array.
+"""The layout of a latent shard: members of fixed size, so that the whole tar is one strided array.
 
-Per sample, key = 12-digit global row: `<key>.latent.npy`, optionally `<key>.latent_flip.npy`, `<key>.cls`. The last
-member is `.ecar.json`; a dotfile at the root is what webdataset and DALI both leave out.
+Each sample has the members `<key>.latent.npy`, optionally `<key>.latent_flip.npy`, and `<key>.cls`, where the key is
+the row of the sample in the encode plan, with 12 digits. In bytes, with 512-byte tar headers:
+
+    first_offset + row * stride
+    | header | npy header, moments, padding | [ header | the same for the mirrored image ] | header | label, padding |
+             ^ rel_offset of latent.npy                                                              ^ rel_offset of cls
+
+The last member is `.ecar.json`. webdataset and DALI skip dotfiles at the root of a tar.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import tarfile
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,23 +23,23 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ecar_dist.data.shards.tar_index import BLOCK, padded
-from ecar_dist.storage.untrusted import Record
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record
 
 DESCRIPTION_NAME = ".ecar.json"
 LABEL_EXTENSION = "cls"
-LABEL_BYTES = 20  # at most, as int64 in ASCII; the rest of the label's block is zero
+LABEL_BYTES = 20  # the longest int64 in ASCII; the rest of the label's block is zero
 MOMENTS_DTYPE = np.dtype("<f2")
-MAX_MEMBERS = 8  # of a sample
+MAX_MEMBERS = 8  # per sample
 Offset = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One part of each sample. `rel_offset` counts from the sample's first header to the part's payload."""
+    """One member of each sample. `rel_offset` is the distance from the sample's first header to the payload."""
 
     ext: str
     rel_offset: int
-    nbytes: int | None  # None: varies, but never more than one block
+    nbytes: int | None  # None: varies, at most one block
     npy_header_len: int
     dtype: str
     shape: tuple[int, ...]
@@ -40,7 +47,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """`count` samples of `stride` bytes each, the first header at `first_offset`."""
+    """`count` samples of `stride` bytes each. The header of the first one is at byte `first_offset`."""
 
     count: int
     first_offset: int
@@ -49,18 +56,22 @@ class ShardLayout:
 
     @staticmethod
     def of(count: int, moments_shape: tuple[int, ...], has_flip: bool) -> ShardLayout:
-        header, nbytes = len(npy_header(moments_shape)), math.prod(moments_shape) * MOMENTS_DTYPE.itemsize
-        extensions = ("latent.npy", "latent_flip.npy") if has_flip else ("latent.npy",)
-        members, at = [], 0
-        for extension in extensions:
-            members.append(Member(extension, at + BLOCK, header + nbytes, header, MOMENTS_DTYPE.str, moments_shape))
-            at += BLOCK + padded(header + nbytes)
+        """The layout that `shards/write.py` produces."""
+        header = len(npy_header(moments_shape))
+        nbytes = header + math.prod(moments_shape) * MOMENTS_DTYPE.itemsize
+
+        # One npy file, or two; then a label of one block.
+        members = []
+        at = 0
+        for extension in ("latent.npy", "latent_flip.npy") if has_flip else ("latent.npy",):
+            members.append(Member(extension, at + BLOCK, nbytes, header, MOMENTS_DTYPE.str, moments_shape))
+            at += BLOCK + padded(nbytes)
         members.append(Member(LABEL_EXTENSION, at + BLOCK, None, 0, "ascii", ()))
         return ShardLayout(count, 0, at + 2 * BLOCK, tuple(members))
 
     @property
     def end(self) -> int:
-        """Byte at which the description's header begins."""
+        """Byte offset of the header of `.ecar.json`."""
         return self.first_offset + self.count * self.stride
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +79,7 @@ class ShardLayout:
 
 
 class MemberRecord(Record):
-    """A `Member`, as `.ecar.json` has it."""
+    """A `Member` as read from `.ecar.json`."""
 
     ext: str
     rel_offset: Offset
@@ -79,7 +90,7 @@ class MemberRecord(Record):
 
 
 class LayoutRecord(Record):
-    """A `ShardLayout`, as `.ecar.json` has it."""
+    """A `ShardLayout` as read from `.ecar.json`."""
 
     count: Offset
     first_offset: Offset
@@ -88,23 +99,34 @@ class LayoutRecord(Record):
 
 
 class Description(BaseModel):
-    """What is read of `.ecar.json`. There is more in it: the encoder, and all that a marker repeats."""
+    """The fields of `.ecar.json` that are read back. It also holds the encoder and the fields of the commit marker."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     layout: LayoutRecord
     first_row: Offset
     missing: tuple[Offset, ...]
-    crc32: str  # base64 of a little-endian uint32 for each sample
+    crc32: str  # base64 of one little-endian uint32 per sample
 
 
 def sample_key(sample_index: int) -> str:
     return f"{sample_index:012d}"
 
 
+def description_text(tail: bytes) -> bytes:
+    """The JSON text of `.ecar.json`, from bytes that begin with its tar header. Raises ValueError if it is not one."""
+    try:
+        header = tarfile.TarInfo.frombuf(tail[:BLOCK], "ascii", "strict")
+    except tarfile.HeaderError as error:
+        raise ValueError(f"no tar header: {error}") from None
+    if header.name != DESCRIPTION_NAME:
+        raise ValueError(f"the last member is {header.name!r}")
+    return bytes(tail[BLOCK : BLOCK + min(header.size, MAX_JSON_BYTES)])
+
+
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The bytes that npy 1.0 puts before an fp16 C-ordered array of this shape."""
+    """The header of an npy 1.0 file with an fp16 C-ordered array of this shape."""
     buffer = io.BytesIO()
-    described = {"descr": MOMENTS_DTYPE.str, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(buffer, described)
+    fields = {"descr": MOMENTS_DTYPE.str, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()

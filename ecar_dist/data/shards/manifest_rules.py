@@ -1,7 +1,7 @@
-"""What the fields of a manifest may be: their types, ranges and sums.
+"""The rules for the fields of a manifest: their types, their ranges, and how they add up.
 
-A manifest may come from anybody. Whatever passes these rules leads nowhere out of its folder, asks for no absurd memory
-and overflows no array, so the code behind them need not ask again.
+A manifest may come from anywhere. After these checks, its names stay inside their folder, its sizes fit into memory and
+its numbers fit into int64, so the rest of the code does not check them again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_ROWS = 10**12  # keys have 12 digits
 MAX_BYTES = 1 << 53
 MAX_SIDE = 1 << 16
 MAX_MOMENTS = 1 << 31  # values of one sample
-MAX_TEXT = 4096  # characters of a name or place
+MAX_TEXT = 4096  # characters of a text
 
 
 class _Entry(Protocol):
-    """What is looked at of an entry: one shard, or one class directory."""
+    """The fields of an entry that these rules read. An entry is one shard or one class directory."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class _Entry(Protocol):
 
 
 def visible(text: str) -> str:
-    """A text for people: MAX_TEXT characters at most, none that a terminal would obey. Raises UntrustedError."""
+    """A text that is safe to print: at most MAX_TEXT characters, no control characters. Raises UntrustedError."""
     if len(text) > MAX_TEXT:
         raise UntrustedError(f"it has {len(text):,} characters, at most {MAX_TEXT:,} are read")
     if CONTROL_CHARACTER.search(text):
@@ -49,30 +49,32 @@ def visible(text: str) -> str:
 
 
 def plain_tree(tree: dict[str, Any]) -> dict[str, Any]:
-    """Facts of no fixed form: texts for people, and finite numbers that int64 holds. Raises UntrustedError."""
+    """A dictionary without a fixed schema: printable texts, finite numbers in the range of int64, lists and
+    dictionaries of these. Raises UntrustedError."""
     for key, value in tree.items():
         visible(key)
-        for one in value if isinstance(value, list) else [value]:
-            _plain_value(key, one)
+        for element in value if isinstance(value, list) else [value]:
+            _check_plain(key, element)
     return tree
 
 
 def check_failures(tree: dict[str, Any]) -> dict[str, Any]:
-    """Raises pydantic's ValidationError for anything but the fields of `Failures`."""
+    """Raises pydantic's ValidationError if the tree does not have the fields of `Failures`."""
     Failures.model_validate(tree)
     return tree
 
 
 def check_moments(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Raises UntrustedError for a sample that is too large to be one."""
+    """Raises UntrustedError for more than MAX_MOMENTS values."""
     if math.prod(shape) > MAX_MOMENTS:
         raise UntrustedError(f"{list(shape)} are {math.prod(shape):,} values, at most {MAX_MOMENTS:,} are read")
     return shape
 
 
 def check_channels(encoder: dict[str, Any], shape: Sequence[int]) -> None:
-    """The moments are the encoder's, as far as it says what it makes. Raises UntrustedError."""
-    channels, deterministic = encoder.get("latent_channels"), encoder.get("deterministic")
+    """Compare the channels of the moments with those of the encoder, if stated. Raises UntrustedError."""
+    channels = encoder.get("latent_channels")
+    deterministic = encoder.get("deterministic")
     if isinstance(channels, int) and isinstance(deterministic, bool):
         expected = channels if deterministic else 2 * channels
         if shape[0] != expected:
@@ -80,10 +82,15 @@ def check_channels(encoder: dict[str, Any], shape: Sequence[int]) -> None:
 
 
 def check_entries(entries: Sequence[_Entry], count: int, num_classes: int, class_names: Sequence[str]) -> None:
-    """The entries follow each other without a gap and add up. Raises UntrustedError naming the first that does not."""
+    """Check that the entries follow each other without a gap and add up to `count`.
+
+    Raises UntrustedError that names the first wrong entry.
+    """
     if len(class_names) != num_classes:
         raise UntrustedError(f"it has {len(class_names)} class names for {num_classes} classes")
-    first, names = 0, set()
+
+    first = 0
+    names = set()
     for entry in entries:
         if entry.name in names:
             raise UntrustedError(f"it lists {entry.name!r} twice")
@@ -91,12 +98,13 @@ def check_entries(entries: Sequence[_Entry], count: int, num_classes: int, class
         if entry.first_index != first:
             raise UntrustedError(f"{entry.name!r} begins at sample {entry.first_index}, the one before ends at {first}")
         first += entry.count
+
     if first != count:
         raise UntrustedError(f"its shards have {first} samples in all, it says {count}")
 
 
 def check_tar(entry: _Entry, hashes: Sequence[str]) -> None:
-    """A tar has its hashes, and room for its samples. Raises UntrustedError."""
+    """Check that a tar has hashes and enough bytes for its samples. Raises UntrustedError."""
     if not all(hashes):
         raise UntrustedError(f"{entry.name!r} has no hash")
     if entry.count * 2 * BLOCK > entry.bytes:
@@ -104,16 +112,19 @@ def check_tar(entry: _Entry, hashes: Sequence[str]) -> None:
 
 
 def check_rows(entry: _Entry, first_row: int, missing: Sequence[int], after: int) -> int:
-    """The first row behind a latent shard, whose rows begin at `after` or later. Raises UntrustedError."""
+    """Check the rows of a latent shard, which must not begin before row `after`. Returns the row after its last.
+
+    Raises UntrustedError.
+    """
     end = first_row + entry.count + len(missing)
     rising = all(one < other for one, other in itertools.pairwise(missing))
     inside = not missing or first_row <= missing[0] <= missing[-1] < end
     if first_row < after or end > MAX_ROWS or not rising or not inside:
-        raise UntrustedError(f"the rows of {entry.name!r} are not {entry.count} rising ones from {after} on")
+        raise UntrustedError(f"the rows of {entry.name!r} are not {entry.count} ascending rows from {after} on")
     return end
 
 
-def _plain_value(key: str, value: Any) -> None:
+def _check_plain(key: str, value: Any) -> None:
     if isinstance(value, dict):
         plain_tree(value)
     elif isinstance(value, str):
@@ -134,7 +145,7 @@ Samples = Annotated[int, Field(strict=True, ge=1, le=MAX_ROWS)]  # of a set, or 
 Bytes = Annotated[int, Field(strict=True, ge=0, le=MAX_BYTES)]
 Classes = Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]
 Flag = Annotated[bool, Field(strict=True)]
-Xxh3 = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]  # empty in a class directory: nobody read its files
+Xxh3 = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]  # empty for a class directory
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 MomentsShape = Annotated[tuple[Side, ...], Field(min_length=3, max_length=3), AfterValidator(check_moments)]
@@ -143,7 +154,7 @@ FailureCount = Annotated[dict[str, Any], AfterValidator(check_failures)]
 
 
 class Failures(Record):
-    """How many images were left out, and the file beside the manifest that lists them."""
+    """The number of images that could not be encoded, and the file beside the manifest that lists them."""
 
     count: Count
     file: PlainName | None

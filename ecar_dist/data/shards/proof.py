@@ -20,13 +20,13 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from ecar_dist.data.shards.layout import DESCRIPTION_NAME, Description, MemberRecord
+from ecar_dist.data.shards.layout import DESCRIPTION_NAME, Description, MemberRecord, description_text
 from ecar_dist.data.shards.manifest import ShardEntry
 from ecar_dist.data.shards.tar_index import BLOCK, padded
 from ecar_dist.errors import DataError
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import file_in, is_remote, local_path
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_record
+from ecar_dist.storage.untrusted import parse_record
 
 _CHUNK = 1 << 20  # bytes; small enough to stay in the core's cache between the read and the hash
 
@@ -160,8 +160,9 @@ def first_damage(mapped: mmap.mmap) -> int | None:
     samples = None
     if found >= 0 and found % BLOCK == 0:
         try:
-            samples = _first_bad_sample(mapped, _description(mapped, found))
-        except (ValueError, tarfile.HeaderError):
+            description = parse_record(description_text(mapped[found:]), Description)
+            samples = _first_bad_sample(mapped, description)
+        except ValueError:
             samples = found
     return min((offset for offset in (headers, samples) if offset is not None), default=None)
 
@@ -183,11 +184,6 @@ def _first_bad_header(mapped: mmap.mmap) -> int | None:
             return at
         at += BLOCK + padded(size)
     return None
-
-
-def _description(mapped: mmap.mmap, at: int) -> Description:
-    member = tarfile.TarInfo.frombuf(mapped[at : at + BLOCK], "ascii", "strict")
-    return parse_record(mapped[at + BLOCK : at + BLOCK + min(member.size, MAX_JSON_BYTES)], Description)
 
 
 def _first_bad_sample(mapped: mmap.mmap, description: Description) -> int | None:

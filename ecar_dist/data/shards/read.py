@@ -1,11 +1,10 @@
-"""Read one latent shard: prove it once; then its samples are a strided array over the mapped tar."""
+"""Read one latent shard: check its structure once, then its samples are strided arrays over the mapped tar."""
 
 from __future__ import annotations
 
 import base64
 import math
 import mmap
-import tarfile
 import zlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from ecar_dist.data.shards.layout import (
     Description,
     Member,
     ShardLayout,
+    description_text,
     npy_header,
     sample_key,
 )
@@ -26,14 +26,14 @@ from ecar_dist.data.shards.manifest import LatentEntry
 from ecar_dist.data.shards.proof import ProvenMap, map_verified
 from ecar_dist.data.shards.tar_index import BLOCK
 from ecar_dist.errors import DataError
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, parse_record
+from ecar_dist.storage.untrusted import parse_json, parse_record
 
 # Fields of a USTAR header: name 0:100, size 124:136, checksum 148:156, type 156, magic and version 257:265.
 _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
 
 
 class SetFormat(Protocol):
-    """What holds for every shard of a set. A manifest says it, and so does the plan of an encoding."""
+    """What all shards of a set have in common. A manifest states it, and so does the plan of an encoding."""
 
     @property
     def moments_shape(self) -> tuple[int, ...]: ...
@@ -46,41 +46,51 @@ class SetFormat(Protocol):
 
 
 class LatentShard:
-    """A mapped shard of proven structure. `moments` is fp16 [count, *shape] without a copy; `labels` int64 [count].
+    """A mapped shard with checked structure.
 
-    `mirrored` holds the moments of the mirrored images where the set stores them; elsewhere it is `moments`. `records`
-    are these two with each sample as one opaque value, [count]: what copies fastest.
-    `mapped` holds the bytes that `entry` describes: a ShardStore, or `open_latent_shard`, has checked size and hash.
-    `where` is its place, for messages. Raises DataError, naming shard and member, where structure, keys or labels are
-    not what `entry` and `manifest` say.
+    Attributes, all but `labels` views of the map:
+    `moments`   fp16 [count, *shape]
+    `mirrored`  the same of the mirrored images; if the set does not store them, it is `moments`
+    `records`   (moments, mirrored) with each sample as one opaque value, [count] each: the fastest to copy
+    `labels`    int64 [count]
+
+    `mapped` holds the bytes that `entry` describes: size and hash were checked by a ShardStore or `open_latent_shard`.
+    `where` is the path or URL for messages. Raises DataError that names shard and member if structure, keys or labels
+    are not what `entry` and `manifest` state.
     """
 
     def __init__(self, mapped: mmap.mmap, where: str, entry: LatentEntry, manifest: SetFormat) -> None:
-        self.where, self.entry = where, entry
+        self.where = where
+        self.entry = entry
         self.layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
         self._mapped = mapped
+
+        # Is there enough data for all samples? Otherwise the views below would not fit into the map.
         keys = np.array([sample_key(row) for row in entry.rows.tolist()], "S12")
         if len(keys) != entry.count:
             raise self._wrong(f"has {entry.count} samples by its manifest entry, but {len(keys)} keys")
         if len(self._mapped) < self.layout.end + BLOCK:
             raise self._wrong(f"has room for fewer than {entry.count} samples of {self.layout.stride} bytes")
+
+        # Check all tar headers, then look at the payloads as arrays.
         for member in self.layout.members:
             self._check_headers(member, keys)
         arrays = [member for member in self.layout.members if member.npy_header_len]
-        self.moments, self.mirrored = self._array_view(arrays[0]), self._array_view(arrays[-1])
+        self.moments = self._array_view(arrays[0])
+        self.mirrored = self._array_view(arrays[-1])
         self.records = self._record_view(arrays[0]), self._record_view(arrays[-1])
         self.labels = self._read_labels(manifest.num_classes)
 
     def has_changed(self) -> bool:
-        """Whether the file is not as it was when its proof began. Raises DataError where nobody can look."""
+        """Whether the file changed since its proof began. Raises DataError if its attributes cannot be read."""
         return isinstance(self._mapped, ProvenMap) and self._mapped.has_changed()
 
     def is_cut(self) -> bool:
-        """Whether the file has become shorter than its map, so that reading on would end the process."""
+        """Whether the file is now shorter than its map. Reading the missing part would end the process with SIGBUS."""
         return self._mapped.size() < len(self._mapped)
 
     def encoded(self, mirrored: bool) -> np.ndarray:
-        """The npy files themselves, for a reader that decodes them: uint8 [count, nbytes], without a copy."""
+        """The npy files with their headers, for a reader that decodes them: uint8 [count, nbytes], a view."""
         arrays = [member for member in self.layout.members if member.npy_header_len]
         member = arrays[-1 if mirrored else 0]
         return self._strided(member.rel_offset, member.npy_header_len + self.moments[0].nbytes)
@@ -90,24 +100,25 @@ class LatentShard:
         try:
             return parse_description(self._mapped[self.layout.end :])
         except ValueError as error:
-            raise self._wrong(f"does not end with a whole {DESCRIPTION_NAME} ({error})") from None
+            raise self._wrong(f"does not end with a complete {DESCRIPTION_NAME} ({error})") from None
 
     def check_samples(self) -> None:
-        """Read every sample. Raises DataError for one that is not what was written, or whose moments are not finite."""
+        """Read every sample. Raises DataError for a wrong CRC-32, and for moments that are not finite."""
         try:
             sums = np.frombuffer(base64.b64decode(self.description()["crc32"]), dtype="<u4")
         except (KeyError, TypeError, ValueError) as error:
             raise self._wrong(f"has no readable CRC-32 list ({error})") from None
         if len(sums) != self.entry.count:
             raise self._wrong(f"lists {len(sums)} CRC-32 for {self.entry.count} samples")
+
         for row in range(self.entry.count):
             if zlib.crc32(self.sample_bytes(row)) != sums[row]:
-                raise self._wrong(f"has another CRC-32 at key {self._key(row)} than when it was written")
+                raise self._wrong(f"has a wrong CRC-32 at key {self._key(row)}")
         if not (np.isfinite(self.moments).all() and np.isfinite(self.mirrored).all()):
             raise self._wrong("has moments that are not finite")
 
     def sample_bytes(self, row: int) -> bytes:
-        """The payloads of one sample laid end to end: what its CRC-32 covers."""
+        """The payloads of one sample laid end to end, which its CRC-32 covers."""
         start = self.layout.first_offset + row * self.layout.stride
         parts = []
         for member in self.layout.members:
@@ -119,10 +130,11 @@ class LatentShard:
         return bytes(self._strided(self.layout.members[-1].rel_offset, LABEL_BYTES)[row]).rstrip(b"\0")
 
     def _strided(self, rel_offset: int, width: int) -> np.ndarray:
-        """The same `width` bytes of every sample: uint8 [count, width]."""
+        """`width` bytes of every sample, at the same offset: uint8 [count, width]."""
         return _view(self._mapped, (self.layout.count, width), np.dtype(np.uint8), self.layout, rel_offset)
 
     def _array_view(self, member: Member) -> np.ndarray:
+        """The arrays of an npy member: fp16 [count, *shape]. Raises DataError for another npy header."""
         headers = self._strided(member.rel_offset, member.npy_header_len)
         if (headers != np.frombuffer(npy_header(member.shape), dtype=np.uint8)).any():
             raise self._wrong(f"has a {member.ext} that is not npy 1.0 fp16 {list(member.shape)}")
@@ -130,13 +142,16 @@ class LatentShard:
         return _view(self._mapped, shape, MOMENTS_DTYPE, self.layout, member.rel_offset + member.npy_header_len)
 
     def _record_view(self, member: Member) -> np.ndarray:
+        """The arrays of an npy member, each as one value of all its bytes: void [count]."""
         record = np.dtype((np.void, math.prod(member.shape) * MOMENTS_DTYPE.itemsize))
         return _view(self._mapped, (self.layout.count,), record, self.layout, member.rel_offset + member.npy_header_len)
 
     def _check_headers(self, member: Member, keys: np.ndarray) -> None:
-        """Names, sizes, checksums and types of one member of all samples at once."""
+        """Check the tar headers of one member of all samples at once: names, sizes, checksums, types."""
         headers = self._strided(member.rel_offset - BLOCK, BLOCK)
         wanted = np.char.add(keys, f".{member.ext}".encode())
+
+        # The checksum is the sum of all bytes of the header, with its own field read as spaces.
         sums = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
         faults = {
             "name": _text(headers, 0, 100) != wanted,
@@ -145,16 +160,18 @@ class LatentShard:
         }
         if member.nbytes is not None:
             faults["size"] = _octal(headers, 124, 135) != member.nbytes
+
         for what, bad in faults.items():
             if bad.any():
                 raise self._wrong(f"has a wrong tar {what} at {wanted[int(bad.argmax())].decode()}")
 
     def _read_labels(self, num_classes: int) -> np.ndarray:
+        """The labels as int64 [count]. Raises DataError for one that is not in [0, num_classes)."""
         texts = _text(self._strided(self.layout.members[-1].rel_offset, LABEL_BYTES), 0, LABEL_BYTES)
         try:
             labels = texts.astype(np.int64)
         except ValueError as error:
-            raise self._wrong(f"has a label that is no number ({error})") from None
+            raise self._wrong(f"has a label that is not a number ({error})") from None
         outside = (labels < 0) | (labels >= num_classes)
         if outside.any():
             row = int(outside.argmax())
@@ -169,40 +186,37 @@ class LatentShard:
 
 
 def parse_description(tail: bytes) -> dict[str, Any]:
-    """The tree in `.ecar.json`, from the bytes of a shard that begin with this member's header. Raises ValueError."""
-    try:
-        header = tarfile.TarInfo.frombuf(tail[:BLOCK], "ascii", "strict")
-    except tarfile.HeaderError as error:
-        raise ValueError(f"no tar header: {error}") from None
-    if header.name != DESCRIPTION_NAME:
-        raise ValueError(f"the last member is {header.name!r}")
-    text = bytes(tail[BLOCK : BLOCK + min(header.size, MAX_JSON_BYTES)])
-    parse_record(text, Description)
+    """The JSON object in `.ecar.json`, from the end of a shard, which begins with this member's header.
+
+    Raises ValueError if it is not a complete `.ecar.json`.
+    """
+    text = description_text(tail)
+    parse_record(text, Description)  # checks the fields; the object has more of them
     tree: dict[str, Any] = parse_json(text)
     return tree
 
 
 def open_latent_shard(path: Path, entry: LatentEntry, manifest: SetFormat) -> LatentShard:
-    """A shard on a local file system, its size and hash checked. Raises DataError naming it for any difference."""
+    """Open a local shard and check its size and hash. Raises DataError that names the shard for any difference."""
     return LatentShard(map_verified(path, entry), str(path), entry, manifest)
 
 
 def _view(
     mapped: mmap.mmap, shape: tuple[int, ...], dtype: np.dtype, layout: ShardLayout, rel_offset: int
 ) -> np.ndarray:
-    """A strided array over the map: axis 0 steps from sample to sample, the others are C-ordered."""
+    """A strided array over the map: axis 0 steps from sample to sample, the other axes are C-ordered."""
     inner = np.empty(shape[1:], dtype=dtype).strides
     offset = layout.first_offset + rel_offset
     return np.ndarray(shape, dtype=dtype, buffer=mapped, offset=offset, strides=(layout.stride, *inner))
 
 
 def _text(blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """A column range of uint8 [N, width] as bytes strings [N], trailing zeros off."""
+    """A range of columns of uint8 [N, width] as byte strings [N] without trailing zeros."""
     return np.ascontiguousarray(blocks[:, start:stop]).view(f"S{stop - start}").reshape(-1)
 
 
 def _octal(blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """A zero-padded octal column range as int64 [N]; characters that are no octal digit give -1."""
+    """A range of columns with zero-padded octal digits as int64 [N]; -1 where a character is not an octal digit."""
     digits = blocks[:, start:stop].astype(np.int64) - ord("0")
     powers = 8 ** np.arange(stop - start - 1, -1, -1, dtype=np.int64)
     return np.where(((digits < 0) | (digits > 7)).any(axis=1), -1, digits @ powers)

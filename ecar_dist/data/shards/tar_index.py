@@ -1,7 +1,7 @@
-"""A strict index of tar files, and DALI's index beside them.
+"""A strict index of tar files, and the DALI index file beside them.
 
-Python's tarfile ends quietly at a cut on a member boundary, at a cut inside a header and at a damaged header; every
-reader built on it then sees a smaller set. Here each of these is an error.
+Python's tarfile stops without an error at a truncation between members, a truncation inside a header, and a damaged
+header. Readers that are built on it then see fewer samples. Here each of these is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ecar_dist.storage.untrusted import is_one_line
 BLOCK = tarfile.BLOCKSIZE
 
 _USTAR_MAGIC, _GNU_MAGIC = b"ustar\x0000", b"ustar  \0"
-_MAGIC, _PREFIX = slice(257, 265), slice(345, 500)  # fields of a header
+_MAGIC = slice(257, 265)  # field of a header: magic and version
+_PREFIX = slice(345, 500)  # field of a header: the start of a long name in USTAR
 _READABLE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _NAMES_OF_TYPES = {
     tarfile.LNKTYPE: "a hard link",
@@ -29,7 +30,7 @@ _NAMES_OF_TYPES = {
     tarfile.GNUTYPE_LONGLINK: "a GNU long link",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-# What PAX may say of a member without changing its name, its size or its bytes.
+# PAX records that do not change a member's name, size or content.
 _HARMLESS_PAX = frozenset({"mtime", "atime", "ctime", "uid", "gid", "uname", "gname"})
 _PAX_LIMIT = 1 << 20
 _RESTORE = "restore the file or write the shard again"
@@ -44,7 +45,7 @@ class TarMember:
 
 
 class SequentialFile(Protocol):
-    """All that reading a tar needs; `seek` goes forward only."""
+    """The methods that are needed to read a tar. `seek` is only called to go forward."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -52,46 +53,51 @@ class SequentialFile(Protocol):
 
 
 def index_tar(path: Path) -> list[TarMember]:
-    """All members, in order. Raises DataError for anything but a whole USTAR archive of regular files."""
+    """All members, in order. Raises DataError if the file is not a complete USTAR archive of regular files."""
     with open(path, "rb") as file:
         return list(tar_members(file, os.fstat(file.fileno()).st_size, str(path)))
 
 
 def tar_members(file: SequentialFile, end: int, where: str, *, foreign: bool = False) -> Iterator[TarMember]:
-    """The members of a tar of `end` bytes, in order, from one pass: the file stands at the payload of each.
+    """The members of a tar of `end` bytes, in order and in one pass. At each one the file is at its payload.
 
-    `foreign` also takes what other writers add and what cannot mislead: GNU magic, directories, UTF-8 names, PAX
-    headers of times and owners. Raises DataError for all else, and for whatever is not a whole archive.
+    `foreign` also accepts harmless features of other writers: GNU magic, directories, UTF-8 names, and PAX headers
+    with times and owners. Raises DataError for other features and for an incomplete archive.
     """
-    at, after_pax = 0, False
+    at = 0
+    after_pax = False
     while (header := _header_at(file, at, where, foreign)) is not None:
+        # The payload must end inside the file. A negative size would lead backwards.
         member = TarMember(header.name, at + BLOCK, header.size)
         at = member.offset + padded(member.size)
         if header.size < 0 or at > end:
             raise _damaged(where, f"member {header.name!r} of {header.size} bytes runs past the end at {end}")
+
+        # Directories are skipped. A PAX header describes the member after it.
         if header.isreg():
             yield member
         elif header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
             _check_pax(file, member, where)
         after_pax = header.type == tarfile.XHDTYPE
         file.seek(at)
+
     if after_pax:
         raise _damaged(where, f"the tar ends after a PAX header, before its member, at byte {at}")
 
 
 def padded(size: int) -> int:
-    """Bytes that `size` bytes of payload take in a tar."""
+    """Bytes that a payload of `size` bytes occupies in a tar: whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """WebDataset's split of a member name at the first dot after the last slash: (key, extension)."""
+    """(key, extension) of a member name, split as WebDataset does: at the first dot after the last slash."""
     dot = name.find(".", name.rfind("/") + 1)
     return (name[:dot], name[dot + 1 :]) if dot >= 0 else (name, "")
 
 
 def write_dali_index(path: Path, members: Iterable[TarMember]) -> None:
-    """The `.idx` of a tar, v1.2, byte for byte what DALI's wds2idx writes: one line a sample, no dotfiles."""
+    """Write the `.idx` of a tar, version 1.2: one line per sample, no dotfiles. The same bytes as DALI's wds2idx."""
     samples: dict[str, list[str]] = {}
     for member in members:
         key, extension = split_name(member.name)
@@ -103,7 +109,8 @@ def write_dali_index(path: Path, members: Iterable[TarMember]) -> None:
 
 
 def _header_at(file: SequentialFile, at: int, where: str, foreign: bool) -> tarfile.TarInfo | None:
-    """The header at byte `at`, of a kind that may stand there; None at a proper end of the archive."""
+    """The header at byte `at`; None at the end of the archive. Raises DataError for any other content."""
+    # A tar ends with two zeroed blocks, and only zeros may follow them.
     block = file.read(BLOCK)
     if block == bytes(BLOCK):
         if file.read(BLOCK) != bytes(BLOCK) or not _only_zeros(file):
@@ -113,8 +120,10 @@ def _header_at(file: SequentialFile, at: int, where: str, foreign: bool) -> tarf
         header = tarfile.TarInfo.frombuf(block, "utf-8" if foreign else "ascii", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise _damaged(where, f"no valid tar header at byte {at} ({error})") from None
-    fault = _dialect_fault(header, block) if foreign else _ustar_fault(header, block)
-    if not is_one_line(header.name):  # the index beside the tar has a line for each member, with its name
+
+    # The index file has one line per sample with the names of its members, so a name must not end a line.
+    fault = _foreign_fault(header, block) if foreign else _ustar_fault(header, block)
+    if not is_one_line(header.name):
         fault = "has a name with characters that are not printable"
     if fault:
         raise DataError(f"{where}: member {header.name!r} at byte {at} {fault}; {_REPACK if foreign else _RESTORE}")
@@ -123,32 +132,35 @@ def _header_at(file: SequentialFile, at: int, where: str, foreign: bool) -> tarf
 
 def _ustar_fault(header: tarfile.TarInfo, block: bytes) -> str | None:
     if header.type != tarfile.REGTYPE or block[_MAGIC] != _USTAR_MAGIC:
-        return f"has tar type {header.type!r} and magic {block[_MAGIC]!r}, only plain USTAR files fit"
+        return f"has tar type {header.type!r} and magic {block[_MAGIC]!r}, only regular USTAR files are supported"
     return None
 
 
-def _dialect_fault(header: tarfile.TarInfo, block: bytes) -> str | None:
-    """Why a foreign member cannot be read exactly; None where it can."""
+def _foreign_fault(header: tarfile.TarInfo, block: bytes) -> str | None:
+    """Why a member of a foreign tar cannot be read exactly; None if it can."""
     if block[_MAGIC] not in (_USTAR_MAGIC, _GNU_MAGIC):
-        return f"has magic {block[_MAGIC]!r}, neither USTAR nor GNU"
+        return f"has magic {block[_MAGIC]!r}, which is neither USTAR nor GNU"
     if header.type not in _READABLE_TYPES:
         return f"is {_NAMES_OF_TYPES.get(header.type, f'of tar type {header.type!r}')}"
     if block[_MAGIC] == _GNU_MAGIC and any(block[_PREFIX]):
-        return "has GNU's incremental fields"  # where USTAR keeps the start of a long name
+        return "has GNU's incremental fields"  # where USTAR has the start of a long name
     if header.isdir() and header.size:
         return f"is a directory of {header.size} bytes"
     return None
 
 
 def _check_pax(file: SequentialFile, member: TarMember, where: str) -> None:
-    """Raises DataError unless the PAX records, `length key=value` and a newline each, are harmless."""
+    """Check that the PAX records are harmless. Each one is `length key=value` and a newline. Raises DataError."""
     if member.size > _PAX_LIMIT:
         raise DataError(f"{where}: PAX header at byte {member.offset} has {member.size} bytes; {_REPACK}")
+
     rest = file.read(member.size)
     while rest:
+        # `length` counts the whole record, with its own digits.
         digits, _, _ = rest.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) <= 7 else 0
-        record, rest = rest[:length], rest[length:]
+        record = rest[:length]
+        rest = rest[length:]
         key, equals, _ = record[len(digits) + 1 :].partition(b"=")
         if len(record) != length or not record.endswith(b"\n") or not equals:
             raise _damaged(where, f"PAX header at byte {member.offset} is malformed")

@@ -1,18 +1,18 @@
-"""Mapped shards that change after their proof: found before what was copied out of them is used.
+"""Detect mapped shards that change after they were proven, before the rows that were copied from them are used.
 
-A map shows what is in the file now, not what was proven. Two looks are taken, since neither is enough by itself:
+A memory map shows the current content of its file, not the content that was proven. There are two checks, because each
+misses some changes:
 
     the file     size, mtime, ctime and inode of all shards of a batch, after its rows were copied. Finds every change
-                 made by write(2) or by renaming, whatever mtime it leaves behind: ctime is the kernel's. Not found so
-                 are writes through a shared map where the file system does not note them (tmpfs), or of another node
-                 before the attributes are fetched again (NFS).
-    the content  of every row one value, at a place keyed by this process, against the value that was there at the
-                 proof. Finds a row that was written over by whatever means; not a change that leaves this one value as
-                 it was.
+                 by write(2) or by a rename, even if mtime was set back: only the kernel sets ctime. Misses writes
+                 through a shared map on file systems that do not update ctime for them (tmpfs), and writes from another
+                 node until the attributes are fetched again (NFS).
+    the content  one value of every row, compared with its value at the proof. The column of the value is random and
+                 known to this process only. Finds every overwritten row, unless this value stayed the same.
 
-A batch may touch hundreds of shards, at about 2 microseconds each. So looks take a bounded share of the reader's time:
-after one that took t, the batches of the next 150 t (0.1 s at most) are handed out without. Training takes longer over
-a batch, and has each one looked at; a consumer in a hurry learns of a change at the next look.
+A batch may need hundreds of shards, and each file check takes about 2 microseconds. So checks are limited to a share of
+the reader's time: after a check that took t, batches are not checked for 150 t, at most 0.1 s. A training step takes
+longer than that, so each of its batches is checked. A faster consumer learns of a change at the next check.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Protocol
 
 import numpy as np
 
-PAUSE = 150  # times the time of a look: 1/150 of the reader's time goes into looks
+PAUSE = 150  # times the duration of a check: checks take 1/150 of the reader's time
 LONGEST_PAUSE = 0.1  # seconds
-_PROBE = np.dtype(np.uint16)  # one fp16 value as its bits: a NaN equals itself
+_PROBE = np.dtype(np.uint16)  # the bits of one fp16 value, so that a NaN is equal to itself
 
 
 class WatchedShard(Protocol):
-    """What `LatentShard` has."""
+    """The part of `LatentShard` that is watched."""
 
     @property
     def moments(self) -> np.ndarray: ...
@@ -43,46 +43,55 @@ class WatchedShard(Protocol):
 
 
 class ShardWatch:
-    """Of one set: samples of each shard, and values of each sample. Holds 2 bytes a sample, 4 with mirrored ones."""
+    """The checks of one data set, given the samples of each shard and the number of values (`width`) of a sample.
+
+    Memory: 2 bytes per sample, 4 with mirrored images.
+    """
 
     def __init__(self, counts: Sequence[int], width: int, has_flip: bool) -> None:
+        self._width = width
+        self._next_check = -math.inf  # time.perf_counter()
+
+        # One probe for each row and side (plain, mirrored) of each shard.
         self._sides = 1 + has_flip
         ends = np.cumsum(counts, dtype=np.int64)
         self._firsts = (ends - counts) * self._sides
         self._probes = np.empty(int(ends[-1]) * self._sides, _PROBE)  # [samples, sides]
-        # which value of a row is compared: nobody else's to know, so that no writer could spare it
-        keyed = np.random.default_rng(int.from_bytes(os.urandom(16)))
-        self._columns = keyed.integers(0, width, max(counts), dtype=np.int64)
-        self._width, self._next_look = width, -math.inf
+
+        # The column to compare in each row of a shard. It is unpredictable, so no writer can leave it out.
+        generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
+        self._columns = generator.integers(0, width, max(counts), dtype=np.int64)  # [largest shard]
 
     def learn(self, owner: int, shard: WatchedShard) -> None:
-        """Note the values of a shard whose content was just proven. The next batch is looked at."""
+        """Remember the probes of a shard that was just proven. The next batch will be checked."""
         rows = np.arange(len(shard.moments))
         at = self._firsts[owner] + rows * self._sides
         for side, view in enumerate((shard.moments, shard.mirrored)[: self._sides]):
-            self._probes[at + side] = view.reshape(len(rows), -1).view(_PROBE)[rows, self._columns[rows]]
-        self._next_look = -math.inf
+            values = view.reshape(len(rows), -1).view(_PROBE)  # [count, width]
+            self._probes[at + side] = values[rows, self._columns[rows]]
+        self._next_check = -math.inf
 
     def is_due(self) -> bool:
-        """Whether the next batch is to be looked at."""
-        return time.perf_counter() >= self._next_look
+        """Whether the next batch must be checked."""
+        return time.perf_counter() >= self._next_check
 
-    def looked(self, seconds: float) -> None:
-        """Tell how long the looks at a batch took."""
-        self._next_look = time.perf_counter() + min(LONGEST_PAUSE, PAUSE * seconds)
+    def checked(self, seconds: float) -> None:
+        """Report how long the checks of a batch took."""
+        self._next_check = time.perf_counter() + min(LONGEST_PAUSE, PAUSE * seconds)
 
     def changed_rows(
         self, owners: np.ndarray, rows: np.ndarray, flip: np.ndarray | None, copied: np.ndarray
     ) -> set[int]:
-        """Shards of rows that are not what was proven. `copied`: fp16 [n, ...], where `flip` mirrored ones."""
-        places = np.arange(len(rows)) * self._width + self._columns[rows]
+        """Shards with a row that is not what was proven. `copied`: fp16 [n, ...], mirrored where `flip` is set."""
+        # Index of the probe of each row in the flat copy, and in the table of probes. [n]
+        positions = np.arange(len(rows)) * self._width + self._columns[rows]
         at = self._firsts[owners] + rows * self._sides
         if self._sides == 2 and flip is not None:
             at += flip
-        strange = copied.reshape(-1).view(_PROBE)[places] != self._probes[at]
-        return set(owners[strange].tolist())
+        different = copied.reshape(-1).view(_PROBE)[positions] != self._probes[at]
+        return set(owners[different].tolist())
 
 
 def changed_files(owners: Iterable[int], shards: Mapping[int, WatchedShard]) -> set[int]:
-    """Those of the shards whose file is not as it was when its proof began."""
+    """The shards whose file has changed since their proof began."""
     return {owner for owner in owners if shards[owner].has_changed()}

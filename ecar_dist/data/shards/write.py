@@ -1,7 +1,7 @@
 """Write one latent shard: `NNNNNN.tar`, then `NNNNNN.idx`, then the commit marker `NNNNNN.json`.
 
-The bytes of the tar depend on its content alone (no time, user or host), and index and marker on the tar alone. So any
-worker may write a shard, and after a death between the files any other can finish it from the tar that is there.
+The bytes of the tar depend only on its content (no time, user or host), and those of index and marker only on the tar.
+So any worker can write a shard, and if it dies between two files, another one can complete the shard from the tar.
 """
 
 from __future__ import annotations
@@ -38,27 +38,28 @@ from ecar_dist.storage.atomic import claim_name, naming, temporary_beside, write
 
 @dataclass(frozen=True)
 class ShardContent:
-    """N samples of the plan's rows first_row .. first_row + N + len(missing) - 1."""
+    """N samples, which are the rows first_row .. first_row + N + len(missing) - 1 of the plan without `missing`."""
 
     first_row: int
     moments: np.ndarray  # fp16 [N, *shape], raw
     labels: np.ndarray  # int64 [N]
-    flipped: np.ndarray | None = None  # fp16 [N, *shape], moments of the mirrored images
-    missing: tuple[int, ...] = ()  # rows without a sample, rising
+    flipped: np.ndarray | None = None  # fp16 [N, *shape], raw, of the mirrored images
+    missing: tuple[int, ...] = ()  # rows without a sample, ascending
 
     def keys(self) -> list[str]:
-        reserved = range(self.first_row, self.first_row + len(self.labels) + len(self.missing))
-        left_out = frozenset(self.missing)
-        return [sample_key(row) for row in reserved if row not in left_out]
+        rows = range(self.first_row, self.first_row + len(self.labels) + len(self.missing))
+        missing = frozenset(self.missing)
+        return [sample_key(row) for row in rows if row not in missing]
 
 
 def write_latent_shard(
     folder: Path, shard_index: int, content: ShardContent, description: dict[str, Any]
 ) -> LatentEntry | None:
-    """Write tar, index and marker. None, and nothing written, where another worker's tar has the name already.
+    """Write tar, index and marker. Returns None, and writes nothing, if another worker's tar already has the name.
 
-    `description` joins the layout inside the tar; all of it but the encoder is repeated in the marker.
+    `description` is stored in the tar together with the layout. The marker repeats it without the encoder.
     """
+    # Written under a temporary name, then linked to its own: the tar is complete or absent.
     path = folder / f"{shard_index:06d}.tar"
     temporary = temporary_beside(path)
     try:
@@ -73,7 +74,7 @@ def write_latent_shard(
 
 
 def seal(path: Path) -> LatentEntry:
-    """Write the index and then the marker of a whole tar. Raises DataError where the tar is not whole."""
+    """Write the index and then the marker of a tar. Raises DataError if the tar is not complete."""
     members = index_tar(path)
     entry, described = describe_latent_shard(path, members)
     write_dali_index(path.with_suffix(".idx"), members)
@@ -82,24 +83,26 @@ def seal(path: Path) -> LatentEntry:
 
 
 def describe_latent_shard(path: Path, members: Sequence[TarMember]) -> tuple[LatentEntry, dict[str, Any]]:
-    """What a tar says of itself. The entry's `first_index` is as if no sample were missing anywhere.
+    """The entry and the `.ecar.json` of a tar. The entry's `first_index` assumes that no sample of the set is missing.
 
-    Raises DataError where its last member is no description.
+    Raises DataError if the last member is not a complete `.ecar.json`.
     """
     try:
         with open(path, "rb") as file:
             file.seek(members[-1].offset - BLOCK)
             described = parse_description(file.read())
-        first_row, missing, count = described["first_row"], tuple(described["missing"]), described["layout"]["count"]
+        first_row = described["first_row"]
+        missing = tuple(described["missing"])
+        count = described["layout"]["count"]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"{path} does not end with a whole {DESCRIPTION_NAME} ({reason}); write it again") from None
+        raise DataError(f"{path} does not end with a complete {DESCRIPTION_NAME} ({reason}); write it again") from None
     shard = describe_shard(path, count, first_row)
     return LatentEntry(**dataclasses.asdict(shard), first_row=first_row, missing=missing), described
 
 
 def marker_of(described: dict[str, Any], entry: LatentEntry) -> dict[str, Any]:
-    """The marker of a tar with this description and this entry."""
+    """The content of the marker `NNNNNN.json`: the entry, and the description without what the tar itself holds."""
     of_the_tar = ("schema", "layout", "first_row", "missing", "first_key", "last_key", "crc32", "encoder")
     rest = {name: value for name, value in described.items() if name not in of_the_tar}
     return {**rest, "entry": {**dataclasses.asdict(entry), "missing": list(entry.missing)}}
@@ -114,7 +117,7 @@ def _write_tar(file: BinaryIO, content: ShardContent, description: dict[str, Any
 
 
 def _parts(content: ShardContent, row: int) -> list[tuple[str, bytes]]:
-    """Extension and payload of each member of one sample, in the layout's order."""
+    """Extension and payload of each member of one sample, in the order of the layout."""
     header = npy_header(content.moments.shape[1:])
     parts = [("latent.npy", header + _array_bytes(content.moments[row]))]
     if content.flipped is not None:
@@ -128,13 +131,16 @@ def _array_bytes(array: np.ndarray) -> bytes:
 
 def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
     header = tarfile.TarInfo(name)
-    header.size, header.mode, header.mtime = len(payload), 0o444, 0
+    header.size = len(payload)
+    header.mode = 0o444
+    header.mtime = 0
     tar.addfile(header, io.BytesIO(payload))
 
 
 def _describe(content: ShardContent) -> dict[str, Any]:
-    """Layout, keys and the CRC-32 of each sample's members laid end to end."""
-    keys, shape = content.keys(), content.moments.shape[1:]
+    """Layout, keys, and a CRC-32 for each sample over the payloads of its members."""
+    keys = content.keys()
+    shape = content.moments.shape[1:]
     sums = [zlib.crc32(b"".join(payload for _, payload in _parts(content, row))) for row in range(len(keys))]
     return {
         "schema": "ecar-latents-v1",

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_an_edit_by_hand_is_noticed(tmp_path):
     write_set(tmp_path)
     path = tmp_path / MANIFEST_NAME
     path.write_text(path.read_text().replace('"num_classes": 10', '"num_classes": 11'))
-    with pytest.raises(DataError, match="was changed"):
+    with pytest.raises(DataError, match="dataset_id"):
         load_manifest(tmp_path)
 
 
@@ -167,7 +168,7 @@ def test_what_breaks_a_rule_is_refused_even_with_the_right_identity(tmp_path):
             with pytest.raises(DataError) as caught:
                 load(folder)
             assert str(caught.value).isprintable(), case
-            assert "was changed" not in str(caught.value), case
+            assert "dataset_id" not in str(caught.value), case
         shutil.copy(GOLDEN / name / MANIFEST_NAME, folder)
         restate(folder, lambda tree: None)
         load(folder)
@@ -176,7 +177,7 @@ def test_what_breaks_a_rule_is_refused_even_with_the_right_identity(tmp_path):
 def test_a_writer_refuses_what_a_reader_would(tmp_path):
     manifest = load_image_manifest(GOLDEN / "images")
     for wrong in ({"class_names": ["cat", "a\nb"]}, {"class_names": ["cat", "\udcff"]}, {"count": 7}):
-        with pytest.raises(DataError, match="cannot be described"):
+        with pytest.raises(DataError, match=re.escape(str(tmp_path))):
             write_manifest(tmp_path, dataclasses.replace(manifest, **wrong))
     assert list(tmp_path.iterdir()) == []
 

@@ -271,8 +271,8 @@ def test_looks_take_a_bounded_share_of_the_time(latents, monkeypatch):
         return len(looks)
 
     assert read_after(0) == len(COUNTS)  # just opened
-    source.watch.looked(0.0001)
+    source.watch.checked(0.0001)
     assert [read_after(0.0001 * shard_watch.PAUSE / 6) for _ in range(5)] == [0, 0, 0, 0, 0]
     assert read_after(0.0001 * shard_watch.PAUSE / 5) == len(COUNTS)
-    source.watch.looked(1.0)
+    source.watch.checked(1.0)
     assert read_after(shard_watch.LONGEST_PAUSE) == len(COUNTS)
