@@ -1,7 +1,7 @@
-"""A node's cache of remote shards, `<root>/<dataset_id>/<name>`: whole shards, proven before anybody sees them.
+"""A cache of remote shards on each node, `<root>/<dataset_id>/<name>`, that holds only complete and proven shards.
 
-The data set's id is part of the path, so sets with the same file names never mix. A shard is fetched by one process of
-the node at a time, into a temporary file, and appears under its name when its size and hash are right.
+The path contains the id of the data set, so sets with equal file names do not mix. One process of the node downloads a
+shard at a time, into a temporary file. The file gets its name after its size and hash were checked.
 """
 
 from __future__ import annotations
@@ -31,108 +31,97 @@ from ecar_dist.storage.retries import RetryPolicy, Transfer
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The node's cache. `root` None: $ECAR_CACHE_DIR, else a folder of this user in the temporary directory."""
+    """Settings of the node's cache."""
 
-    root: Path | None = None
-    budget_bytes: int | None = None  # of one set on this node; None: keep all
+    root: Path | None = None  # None: $ECAR_CACHE_DIR, or a folder of this user in the temporary directory
+    budget_bytes: int | None = None  # for one data set on this node; None: keep everything
     threads: int = 16  # ranges in flight, of all shards together
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     @property
     def folder(self) -> Path:
-        """Raises DataError where another user has made the default folder, and could change what is proven there."""
+        """The root as a path. Raises DataError if the default folder belongs to another user, who could edit shards."""
         if chosen := self.root or os.environ.get("ECAR_CACHE_DIR"):
             return Path(chosen)
         default = Path(tempfile.gettempdir(), f"ecar-cache-{os.getuid()}")
         if default.is_symlink() or (default.exists() and default.stat().st_uid != os.getuid()):
-            raise DataError(f"the cache folder {default} is not yours; set data.cache.dir, or ECAR_CACHE_DIR")
+            raise DataError(
+                f"the cache folder {default} is a link or belongs to another user; set data.cache.dir or ECAR_CACHE_DIR"
+            )
         return default
 
 
 class ShardCache:
-    """A ShardStore over a URL. Make it after forking: its threads and connections belong to this process."""
+    """A ShardStore for a URL. Create it after forking: its threads and connections belong to one process."""
 
     def __init__(self, url: str, dataset_id: str, entries: Sequence[ShardEntry], options: CacheOptions) -> None:
-        self.entries, self.evicts = entries, options.budget_bytes is not None
+        self.entries = entries
+        self.evicts = options.budget_bytes is not None
         self._options = options
         self._transfer = Transfer(policy=options.retry)
         self.stats = self._transfer.stats
+
+        # The cached file of a shard in a subfolder has one quoted name. `join` rejects names that leave the folder.
         self._folder = options.folder / dataset_id
-        # one file name of each, however deep the shard lies
-        self._urls = [join(url, entry.name) for entry in entries]  # refuses a name that leads elsewhere
+        self._urls = [join(url, entry.name) for entry in entries]
         self._paths = [self._folder / quote(entry.name, safe="") for entry in entries]
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             sweep_temporaries(self._folder)
         except OSError as error:
             raise DataError(f"cannot use the cache folder {self._folder} ({error}); set data.cache.dir") from None
+
+        # Several shards are downloaded at a time, and their ranges share one pool of connections.
         self._ranges = DaemonPool(options.threads, "shard-range")
         self._shards = DaemonPool(max(2, options.threads // 4), "shard-fetch")
-        self._underway: dict[int, Future[None]] = {}
-        self._lock = threading.RLock()  # of _underway; a callback may come from within
-        self._future: Mapping[int, int] | None = None  # as `retire` was last told
+        self._downloads: dict[int, Future[None]] = {}  # prefetched shards, by index
+        self._lock = threading.RLock()  # guards _downloads; reentrant, because a callback may run inside
+        self._future: Mapping[int, int] | None = None  # the argument of the last `retire`
 
     def where(self, shard_index: int) -> str:
         return redact(self._urls[shard_index])
 
     def open(self, shard_index: int) -> ProvenMap:
-        path, damaged = self._paths[shard_index], None
-        self._finish(shard_index)
+        path = self._paths[shard_index]
+        damaged = None  # the state of a cached file that was damaged
+        self._finish_prefetch(shard_index)
         while True:
             try:
                 with open(path, "rb", buffering=0) as file:
                     found = os.fstat(file.fileno())
                     return map_open_file(file, path, self.entries[shard_index])
-            except FileNotFoundError:  # never here, or evicted by another process since
+            except FileNotFoundError:  # not downloaded yet, or evicted by another process
                 pass
             except OSError as error:
-                raise DataError(f"cannot read {path} ({error.strerror}); set data.cache.dir to a sound disk") from None
+                raise DataError(
+                    f"cannot read {path} ({error.strerror}); set data.cache.dir to a disk that works"
+                ) from None
             except ShardDamaged:
+                # Replace a damaged file once. If the new one is damaged too, the disk is at fault.
                 if damaged is not None:
                     raise DataError(
-                        f"{path} was damaged again after it was fetched and proven; set data.cache.dir to a sound disk"
+                        f"{path} was damaged again after its download was checked; set data.cache.dir to another disk"
                     ) from None
                 damaged = found
-            self._bring(shard_index, damaged)
+            self._download(shard_index, damaged)
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
         fitting = self._fitting()
         with self._lock:
             for index in filter(fitting.__contains__, shard_indices):
-                if self._transfer.stopping.is_set() or index in self._underway or self._paths[index].exists():
+                if self._transfer.stopping.is_set() or index in self._downloads or self._paths[index].exists():
                     continue
-                self._underway[index] = self._shards.submit(self._bring, index)
-                self._underway[index].add_done_callback(partial(self._tidy, index))
+                self._downloads[index] = self._shards.submit(self._download, index)
+                self._downloads[index].add_done_callback(partial(self._forget_prefetch, index))
 
     def retire(self, future: Mapping[int, int]) -> None:
-        """The farthest next use goes first, so what is needed soon stays unless the budget cannot hold even that.
+        """Evict down to the budget, the farthest next use first.
 
-        `future` must speak for the whole node: the processes share the files. A file that another process still needs
-        is fetched again when it opens it.
+        `future` must cover all processes of the node, because they share the files. A file that is evicted too early
+        is downloaded again when it is opened.
         """
         self._future = future
         self._make_room(0)
-
-    def _make_room(self, coming: int) -> None:
-        """Evict until `coming` bytes fit into the budget."""
-        if self._options.budget_bytes is None or self._future is None:
-            return
-        future, names = self._future, set(os.listdir(self._folder))
-        present = [index for index, path in enumerate(self._paths) if path.name in names]
-        total = coming + sum(self.entries[index].bytes for index in present)
-        for index in sorted(present, key=lambda index: future.get(index, math.inf), reverse=True):
-            if total <= self._options.budget_bytes:
-                return
-            self._paths[index].unlink(missing_ok=True)
-            total -= self.entries[index].bytes
-
-    def _fitting(self) -> Container[int]:
-        """The shards that the budget holds until their next use: to bring others now would push these out."""
-        if self._options.budget_bytes is None or self._future is None:
-            return range(len(self.entries))
-        order = sorted(self._future, key=self._future.__getitem__)
-        ends = itertools.accumulate(self.entries[index].bytes for index in order)
-        return {index for index, end in zip(order, ends, strict=True) if end <= self._options.budget_bytes}
 
     def close(self) -> None:
         with self._lock:
@@ -140,27 +129,58 @@ class ShardCache:
             self._shards.end()
             self._ranges.end()
 
-    def _finish(self, shard_index: int) -> None:
-        """Wait for a prefetch of this shard and raise its error; one that still waits its turn is taken over."""
-        with self._lock:
-            underway = self._underway.pop(shard_index, None)
-        if underway is not None and not underway.cancel():
-            underway.result()
+    def _make_room(self, needed: int) -> None:
+        """Evict until `needed` more bytes fit into the budget."""
+        budget = self._options.budget_bytes
+        if budget is None or self._future is None:
+            return
 
-    def _tidy(self, shard_index: int, done: Future[None]) -> None:
-        """Forget a prefetch that succeeded; a failed one waits for the `open` of its shard."""
+        # What does this node hold now, whichever process downloaded it?
+        names = set(os.listdir(self._folder))
+        cached = [index for index, path in enumerate(self._paths) if path.name in names]
+        total = needed + sum(self.entries[index].bytes for index in cached)
+
+        future = self._future
+        for index in sorted(cached, key=lambda index: future.get(index, math.inf), reverse=True):
+            if total <= budget:
+                return
+            self._paths[index].unlink(missing_ok=True)
+            total -= self.entries[index].bytes
+
+    def _fitting(self) -> Container[int]:
+        """The shards that the budget can hold until their next use. Prefetching others would evict these."""
+        if self._options.budget_bytes is None or self._future is None:
+            return range(len(self.entries))
+        order = sorted(self._future, key=self._future.__getitem__)
+        ends = itertools.accumulate(self.entries[index].bytes for index in order)
+        return {index for index, end in zip(order, ends, strict=True) if end <= self._options.budget_bytes}
+
+    def _finish_prefetch(self, shard_index: int) -> None:
+        """Wait for the prefetch of this shard and raise its error. Cancels it if it has not started."""
+        with self._lock:
+            download = self._downloads.pop(shard_index, None)
+        if download is not None and not download.cancel():
+            download.result()
+
+    def _forget_prefetch(self, shard_index: int, done: Future[None]) -> None:
+        """Forget a prefetch that succeeded. The error of a failed one is kept until its shard is opened."""
         if not done.cancelled() and done.exception() is None:
             with self._lock:
-                if self._underway.get(shard_index) is done:
-                    del self._underway[shard_index]
+                if self._downloads.get(shard_index) is done:
+                    del self._downloads[shard_index]
 
-    def _bring(self, shard_index: int, damaged: os.stat_result | None = None) -> None:
-        """Have the shard in the cache. `damaged` is a file there that must go; it counts as the first download."""
-        path, entry = self._paths[shard_index], self.entries[shard_index]
+    def _download(self, shard_index: int, damaged: os.stat_result | None = None) -> None:
+        """Download the shard if it is not cached. `damaged` is the state of a cached file that must be replaced.
+
+        A damaged file counts as the first of two downloads.
+        """
+        path = self._paths[shard_index]
+        entry = self.entries[shard_index]
         try:
             if self._transfer.stopping.is_set():
                 raise CancelledError
             with node_lock(path.with_name(f".{path.name}.lock"), self._transfer.stopping):
+                # Another process may have replaced the damaged file while this one waited for the lock.
                 if damaged is not None and path.exists() and _same_file(path.stat(), damaged):
                     path.unlink(missing_ok=True)
                 if not path.exists():
@@ -169,7 +189,7 @@ class ShardCache:
                     download = Download(self._urls[shard_index], path, entry, self._transfer, self._ranges)
                     fetch_shard(download, attempts=1 if damaged is not None else 2)
         except CancelledError:
-            raise DataError(f"fetching {self.where(shard_index)} was stopped; start again to go on") from None
+            raise DataError(f"the download of {self.where(shard_index)} was stopped; start again to continue") from None
         except OSError as error:
             raise DataError(
                 f"cannot store {self.where(shard_index)} of {entry.bytes} bytes in {self._folder} ({error.strerror}); "
@@ -178,5 +198,5 @@ class ShardCache:
 
 
 def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """A new file may have the inode of the one that was just removed."""
+    """Whether both are the same version of a file. A new file may reuse the inode of a removed one."""
     return os.path.samestat(one, other) and one.st_mtime_ns == other.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Where the shards of a set come from: a local folder mapped in place, or a URL through a node-local cache."""
+"""Open the shards of a data set: in a local folder, or behind a URL through the node's cache."""
 
 from __future__ import annotations
 
@@ -16,43 +16,47 @@ from ecar_dist.storage.retries import TransferStats
 
 
 class ShardStore(Protocol):
-    """The shards of one set, by their place in its manifest. Safe to use from many threads."""
+    """The shards of one data set, by their index in its manifest. Safe to use from several threads."""
 
     entries: Sequence[ShardEntry]
     stats: TransferStats
-    evicts: bool  # whether `retire` may remove files: who keeps their maps keeps their disk space
+    evicts: bool  # whether `retire` may delete files; the disk space of a deleted file is freed with its last map
 
     def open(self, shard_index: int) -> ProvenMap:
-        """The whole shard, mapped read-only; waits until it is here. Size and xxh3_128 were checked on the way.
+        """The whole shard, mapped read-only, with size and xxh3_128 checked. Waits for a download.
 
-        Raises DataError naming the shard where it is missing, damaged or out of reach. The map belongs to the caller.
+        The map belongs to the caller. Raises ShardDamaged if the content is wrong, DataError if the shard cannot be
+        read. Both name the shard.
         """
 
     def where(self, shard_index: int) -> str:
-        """Local path, or URL without secrets, for messages."""
+        """Path or URL without secrets, for messages."""
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
-        """Start bringing shards, in the order of need; returns at once. An error waits for the `open` of its shard."""
+        """Prepare shards in the background, in this order. An error is raised when its shard is opened."""
 
     def retire(self, future: Mapping[int, int]) -> None:
-        """Evict down to the budget; `future[shard_index]` is its place in the order of next use (0 is next).
+        """Evict down to the budget. `future` maps each shard to its rank in the order of next use (0 is next).
 
-        A shard that is absent is not needed by this node. Maps already handed out stay valid.
+        This node does not need the shards that are not in `future`. Maps that were handed out stay valid.
         """
 
     def close(self) -> None:
-        """End what runs in the background. Safe to call twice."""
+        """Stop all background work. Safe to call twice."""
 
 
 def open_store(folder: str | Path, dataset_id: str, entries: Sequence[ShardEntry], cache: CacheOptions) -> ShardStore:
-    """The store of a set. Raises DataError where a local shard is missing or cut; a URL's are checked on arrival."""
+    """The store of a data set. Raises DataError if a local shard is missing or has another size.
+
+    Shards behind a URL are checked after their download.
+    """
     if is_remote(folder):
         return ShardCache(str(folder), dataset_id, entries, cache)
     return LocalShards(folder, entries)
 
 
 class LocalShards:
-    """Shards on a local or mounted file system, mapped where they lie. One thread proves ahead what is needed next."""
+    """Shards on a local or mounted file system, mapped in place. One thread proves the shards that are needed next."""
 
     evicts = False
 
@@ -61,28 +65,29 @@ class LocalShards:
         self.stats = TransferStats()
         self._folder = local_folder(folder)
         self._pool = DaemonPool(1, "shard-prove")
-        self._ahead: dict[int, Future[ProvenMap]] = {}
+        self._prefetched: dict[int, Future[ProvenMap]] = {}  # by shard index
         check_presence(folder, entries)
 
     def open(self, shard_index: int) -> ProvenMap:
-        proving = self._ahead.pop(shard_index, None)
-        if proving is not None and not proving.cancel():
-            return proving.result()
-        return self._prove(shard_index)  # one that still waits its turn is taken over
+        # A prefetch that has not started is cancelled, and the shard is proven here.
+        prefetched = self._prefetched.pop(shard_index, None)
+        if prefetched is not None and not prefetched.cancel():
+            return prefetched.result()
+        return self._prove(shard_index)
 
     def where(self, shard_index: int) -> str:
         return str(self._path(shard_index))
 
     def prefetch(self, shard_indices: Sequence[int]) -> None:
-        """As ShardStore.prefetch. What is no longer asked for is let go: its map would hold a file descriptor."""
-        for index in self._ahead.keys() - set(shard_indices):
-            self._ahead.pop(index).cancel()
+        """As ShardStore.prefetch. Drops shards of earlier calls that are not listed: a map holds a file descriptor."""
+        for index in self._prefetched.keys() - set(shard_indices):
+            self._prefetched.pop(index).cancel()
         for index in shard_indices:
-            if index not in self._ahead:
-                self._ahead[index] = self._pool.submit(self._prove, index)
+            if index not in self._prefetched:
+                self._prefetched[index] = self._pool.submit(self._prove, index)
 
     def retire(self, future: Mapping[int, int]) -> None:
-        """Nothing of ours to evict."""
+        """Does nothing: the files are not a cache."""
 
     def close(self) -> None:
         self._pool.end()

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,8 +141,8 @@ def test_a_wrong_byte_that_stays_is_an_error_after_one_more_download(remote, sto
 def test_a_damaged_file_in_the_cache_is_fetched_again(remote, store, damage):
     store.open(0)
     whole = remote.body(0)
-    spoiled = {"byte": whole[:-1] + b"x", "cut": whole[:5000], "empty": b""}[damage]
-    remote.cached(0).write_bytes(spoiled)
+    corrupted = {"byte": whole[:-1] + b"x", "cut": whole[:5000], "empty": b""}[damage]
+    remote.cached(0).write_bytes(corrupted)
     remote.objects.break_on()
     assert store.open(0)[:] == whole
     assert sum(get["bytes"] for get in remote.gets()) == len(whole)
@@ -152,7 +153,7 @@ def test_a_damaged_file_counts_as_the_first_download(remote, store):
     store.open(0)
     remote.cached(0).write_bytes(b"x")
     remote.objects.break_on({"kind": "corrupt", "at": 600, "match": ".tar", "times": None})
-    with pytest.raises(ShardDamaged, match="also when fetched again"):
+    with pytest.raises(ShardDamaged, match=r"000000\.tar .*xxh3_128"):
         store.open(0)
     assert sum(get["bytes"] for get in remote.gets()) == len(remote.body(0))
 
@@ -199,11 +200,11 @@ def test_a_full_disk_says_how_much_it_needs(remote, store, monkeypatch):
 
 def test_a_cache_folder_that_cannot_be(remote, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot use the cache folder"):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "file"))):
         remote.store(root=tmp_path / "file")
 
 
-def test_prefetch_brings_in_the_order_of_need_and_open_waits_for_it(remote):
+def test_prefetch_downloads_in_order_and_open_waits_for_it(remote):
     store = remote.store(threads=1)
     remote.objects.break_on({"kind": "delay", "delay": 1, "match": ".tar"})
     began = time.monotonic()
@@ -291,14 +292,14 @@ def test_without_a_budget_all_stay(remote, store):
 
 
 def test_a_shard_evicted_before_it_is_opened_is_fetched_again(remote, store, monkeypatch):
-    bring, evictions = ShardCache._bring, iter([True, True, False])
+    download, evictions = ShardCache._download, iter([True, True, False])
 
-    def bring_and_lose(self, index, damaged=None):
-        bring(self, index, damaged)
+    def download_and_lose(self, index, damaged=None):
+        download(self, index, damaged)
         if next(evictions):
             remote.cached(index).unlink()
 
-    monkeypatch.setattr(ShardCache, "_bring", bring_and_lose)
+    monkeypatch.setattr(ShardCache, "_download", download_and_lose)
     assert store.open(0)[:] == remote.body(0)
     assert sum(get["bytes"] for get in remote.gets()) == 3 * len(remote.body(0))
 
@@ -410,10 +411,10 @@ def test_a_cache_folder_that_somebody_else_made_is_not_used(tmp_path, monkeypatc
     monkeypatch.setattr("os.getuid", lambda: 12345)
     other = tmp_path / "ecar-cache-12345"
     other.mkdir()
-    with pytest.raises(DataError, match=r"is not yours; set data\.cache\.dir"):
+    with pytest.raises(DataError, match=rf"{other} .*data\.cache\.dir"):
         _ = CacheOptions().folder
     other.rmdir()
     other.symlink_to(default)
-    with pytest.raises(DataError, match="is not yours"):
+    with pytest.raises(DataError, match=str(other)):
         _ = CacheOptions().folder
     assert CacheOptions(root=other).folder == other
