@@ -1,6 +1,5 @@
 import itertools
 import os
-import time
 
 import fsspec
 import numpy as np
@@ -18,6 +17,7 @@ from ecar_dist.data.sources import ImageSource
 from ecar_dist.errors import DataError
 from ecar_dist.rng import Purpose, uniform
 from tests.data.image_sets import members_of, samples, write_tar
+from tests.data.waiting import wait_until
 
 SIZE, SEED = 32, 3
 
@@ -99,13 +99,6 @@ def in_memory(tmp_path):
         index(f"memory://set/{kind}", tmp_path / kind)
     yield store
     store.rm("/set", recursive=True)
-
-
-def wait_until(true):
-    deadline = time.monotonic() + 10
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert true()
 
 
 def test_tars_behind_a_url_come_through_the_nodes_cache(in_memory, tmp_path):

@@ -19,6 +19,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy
 from tests.data.latent_sets import write_set
 from tests.data.object_store import IMPATIENT, QUICK, SECRETS
+from tests.data.waiting import wait_until
 from tests.fork_server import CONTEXT
 
 RANGE = 30_000  # of shards of about 87 KB
@@ -356,13 +357,6 @@ def start(remote, count, folder):
         reader.start()
     wait_until(lambda: all(result.with_suffix(".ready").exists() for result in results))
     return readers, results
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_sixteen_processes_make_one_download(remote, tmp_path):

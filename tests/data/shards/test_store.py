@@ -10,6 +10,7 @@ from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
 from tests.data.shards.test_cache import wait_until
 from tests.data.shards.test_read import flip_a_byte
+from tests.data.waiting import wait_until
 
 
 def test_a_local_set_is_mapped_where_it_lies(tmp_path):
