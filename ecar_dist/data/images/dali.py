@@ -1,4 +1,4 @@
-"""The one import of NVIDIA DALI: its dynamic mode for images (`images.py`), an external source for latents."""
+"""The only import of NVIDIA DALI. Images use its dynamic mode (`decode.py`), latents a pipeline (`NpyDecoder`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ecar_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Dali:
-    """DALI's modules, imported."""
+    """The modules of DALI."""
 
     version: str
     dynamic: Any
@@ -24,23 +24,24 @@ class Dali:
 
 
 def import_dali() -> Dali:
-    """Takes about half a second. Raises ConfigError where DALI does not import."""
+    """Import DALI, which takes about half a second. Raises ConfigError if that fails."""
     try:
         import nvidia.dali
         import nvidia.dali.experimental.dynamic as dynamic
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise ConfigError(
-            f"DALI does not import ({error}); install nvidia-dali-cuda130, or do without: --decoder pil, "
+            f"cannot import DALI ({error}); install nvidia-dali-cuda130, or do not use it: --decoder pil, "
             "data.backend=gather"
         ) from None
     return Dali(nvidia.dali.__version__, dynamic, fn, types, pipeline_def)
 
 
 class NpyDecoder:
-    """Encoded npy arrays of one shape -> one tensor, by a DALI pipeline that is fed from outside.
+    """Decodes npy files of equal shape to one tensor, with a DALI pipeline that has an external source.
 
-    The feed decides on the order, so DALI keeps no state of its own. `device` is the torch device of the results.
+    The caller feeds it batch by batch, so DALI has no state that a resumed run would need. `device` is the torch device
+    of the results.
     """
 
     def __init__(self, max_batch_size: int, device: torch.device) -> None:
@@ -59,7 +60,7 @@ class NpyDecoder:
         self._pipeline.build()
 
     def decode(self, encoded: Sequence[np.ndarray]) -> torch.Tensor:
-        """uint8 [nbytes] each, all of one shape inside -> [n, *shape], memory of its own."""
+        """n npy files, uint8 [nbytes] each, to one tensor [n, *shape] in its own memory."""
         self._pipeline.feed_input("npy", list(encoded))
         (arrays,) = self._pipeline.run()
-        return torch.from_dlpack(arrays.as_tensor()).clone()  # whether DALI writes there again is not ours to know
+        return torch.from_dlpack(arrays.as_tensor()).clone()  # DALI may reuse its memory for the next batch

@@ -1,8 +1,8 @@
-"""Encoded images -> RGB arrays, by DALI or by PIL, behind one contract.
+"""Decode encoded images to RGB arrays, with DALI or with PIL.
 
-Both decode to the same bytes on the CPU; their resizing differs slightly, so a manifest records which one was used.
-EXIF orientation is applied, grey becomes three equal channels, 16 bits a channel become the upper 8, transparency is
-composited on a background, and of an animation the first frame is taken.
+Both decode to the same bytes on the CPU. Their resizing differs slightly, so a manifest records which one was used.
+EXIF orientation is applied, grey becomes three equal channels, 16-bit channels keep their upper 8 bits, transparency is
+composited on a background, and only the first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -24,63 +24,62 @@ from ecar_dist.data.images.dali import import_dali
 from ecar_dist.data.images.formats import IMAGE_EXTENSIONS, PIL_NAMES
 from ecar_dist.errors import ConfigError, DataError
 
-MAX_PIXELS = 64 << 20  # a decompression bomb is refused before it is decoded
+MAX_PIXELS = 64 << 20  # larger images (decompression bombs) are rejected before they are decoded
 RESIZES = {
     "cubic": "shorter side to the target, cubic, antialiased",
     "adm": "halved by box means while the shorter side is twice the target or more, then bicubic, as ADM and DiT do",
 }
 WHITE = (255, 255, 255)
-_PNG_DEPTH = 24  # the byte of a PNG that says how many bits a channel has
-_DALI_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG with further pictures behind it
-
+_PNG_DEPTH = 24  # offset of the byte of a PNG with the number of bits per channel
+_DALI_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG followed by more pictures
 
 Background = tuple[int, int, int] | None  # red, green, blue; None: transparency is dropped
 
 
 @dataclass(frozen=True)
 class Separated:
-    """The good and the bad of a batch of encoded images."""
+    """A batch of encoded images, separated into good and bad ones. Indices count within the batch."""
 
-    pixels: np.ndarray  # uint8 [G, S, S, 3], of the good ones
-    good: list[int]  # their places in the batch, rising
-    failures: dict[int, str]  # by the places of the bad ones: a sentence that names the image
+    pixels: np.ndarray  # uint8 [G, S, S, 3], of the good images
+    good: list[int]  # indices of the good images, ascending
+    failures: dict[int, str]  # for the index of each bad image, a message that names it
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """An encoded image whose header raises no objection."""
+    """An encoded image with an acceptable header."""
 
     data: bytes
-    plain: bool  # 8-bit grey or RGB, one opaque frame: what DALI decodes to the same bytes as PIL
+    plain: bool  # one opaque frame of 8-bit grey or RGB, which DALI and PIL decode to the same bytes
 
 
 class ImageDecoder(ABC):
-    """A bad image never affects another one, and leaves the decoder usable.
+    """Base class of the decoders. A bad image does not affect other images or later calls.
 
-    `keys` name the images in messages, by their `str`.
+    `str(key)` names an image in messages.
     """
 
-    name: str  # what a manifest calls it
-    resize: str  # of RESIZES
-    library: str  # name and version of the code that decides on the pixels
+    name: str  # in manifests
+    resize: str  # a key of RESIZES
+    library: str  # name and version of the library that computes the pixels
 
     def __init__(self) -> None:
-        self.animated = 0  # images so far of which only the first frame is used
+        self.animated = 0  # number of animated images so far
 
     def decode(self, blobs: Sequence[bytes], keys: Sequence[object]) -> list[np.ndarray]:
-        """One uint8 [H, W, 3] for each blob. Raises DataError naming the first bad image by its key."""
+        """One uint8 [H, W, 3] for each blob. Raises DataError that names the first bad image."""
         arrays, failures = self._try_all(blobs, keys, None)
         _raise_first(failures)
         return list(arrays.values())
 
     def decode_to_batch(self, blobs: Sequence[bytes], keys: Sequence[object], image_size: int) -> np.ndarray:
-        """uint8 [B, S, S, 3]: the shorter side resized to S, then the centre cropped. Raises as `decode` does."""
+        """uint8 [B, S, S, 3]: the shorter side resized to S, then a centre crop. Raises as `decode` does."""
         separated = self.separate(blobs, keys, image_size)
         _raise_first(separated.failures)
         return separated.pixels
 
     def separate(self, blobs: Sequence[bytes], keys: Sequence[object], image_size: int) -> Separated:
-        """As `decode_to_batch`, but of the good images only, and with a sentence on each bad one."""
+        """As `decode_to_batch` for the good images, with a message for each bad one."""
         arrays, failures = self._try_all(blobs, keys, image_size)
         pixels = np.stack(list(arrays.values())) if arrays else np.empty((0, image_size, image_size, 3), np.uint8)
         return Separated(pixels, list(arrays), failures)
@@ -88,35 +87,41 @@ class ImageDecoder(ABC):
     def _try_all(
         self, blobs: Sequence[bytes], keys: Sequence[object], image_size: int | None
     ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-        """Arrays and failures by place. All at once where that works; else one by one, to learn which are bad."""
+        """Arrays of the good images and messages for the bad ones, by index."""
+        # Some images are rejected by their header alone.
         failures: dict[int, str] = {}
         images: dict[int, _Encoded] = {}
-        for place, (blob, key) in enumerate(zip(blobs, keys, strict=True)):
+        for index, (blob, key) in enumerate(zip(blobs, keys, strict=True)):
             try:
-                images[place] = self._look_at(blob, key, image_size)
+                images[index] = self._check_header(blob, key, image_size)
             except DataError as error:
-                failures[place] = str(error)
+                failures[index] = str(error)
         if not images:
             return {}, failures
+
+        # Usually all others are good, and one call decodes them.
         try:
             converted = self._convert(list(images.values()), image_size)
             return dict(zip(images, converted, strict=True)), failures
         except Exception as error:
             _raise_if_device_fault(error)
+
+        # Otherwise decode them one by one to find the bad ones.
         arrays = {}
-        for place, image in images.items():
+        for index, image in images.items():
             try:
-                (arrays[place],) = self._convert([image], image_size)
+                (arrays[index],) = self._convert([image], image_size)
             except Exception as error:
                 _raise_if_device_fault(error)
-                failures[place] = self._reason(image, keys[place], error)
+                failures[index] = self._reason(image, keys[index], error)
         return arrays, failures
 
     def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
+        """The message for an image that `_convert` failed on."""
         return _unreadable(key, error)
 
-    def _look_at(self, blob: bytes, key: object, image_size: int | None) -> _Encoded:
-        """Judge an image by its header alone. Raises DataError naming it where that is enough to refuse it."""
+    def _check_header(self, blob: bytes, key: object, image_size: int | None) -> _Encoded:
+        """Check an image by its header, without decoding it. Raises DataError that names it if it is rejected."""
         try:
             with _open(blob) as image:
                 animated = getattr(image, "is_animated", False) and image.format != "MPO"
@@ -124,29 +129,35 @@ class ImageDecoder(ABC):
                 (width, height), mode = image.size, image.mode
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise DataError(_unreadable(key, error)) from None
+
+        # A long, narrow image may be small now and huge after its shorter side was enlarged.
         if width * height > MAX_PIXELS:
             raise DataError(
-                f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink it or leave it out"
+                f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink it or remove it"
             )
         if image_size is not None and max(width, height) * image_size**2 > MAX_PIXELS * min(width, height):
             raise DataError(
                 f"image {key} is {width} x {height}; with its shorter side resized to {image_size} it would have more "
-                f"than {MAX_PIXELS} pixels; crop it or leave it out"
+                f"than {MAX_PIXELS} pixels; crop it or remove it"
             )
+
         if mode in ("I", "F"):
             raise DataError(
-                f"image {key} has mode {mode}, 32 bits a channel without a known range; convert it to 8 or 16 bits"
+                f"image {key} has mode {mode}, 32 bits per channel with an unknown range; convert it to 8 or 16 bits"
             )
         self.animated += animated
         return _Encoded(blob, plain)
 
     @abstractmethod
     def _convert(self, images: Sequence[_Encoded], image_size: int | None) -> list[np.ndarray]:
-        """Decode, and unless image_size is None resize and crop. Any exception means that some image is bad."""
+        """Decode all images, then resize and crop them unless `image_size` is None.
+
+        Any exception means that one of the images is bad.
+        """
 
 
 class PilDecoder(ImageDecoder):
-    """The reference, everywhere: an image a thread, as PIL lets go of the interpreter's lock."""
+    """The reference decoder, on every machine. One image per thread: PIL releases the interpreter's lock."""
 
     name = "pil"
     library = f"pillow {PIL.__version__}"
@@ -157,13 +168,13 @@ class PilDecoder(ImageDecoder):
         self._background = background
 
     def check(self, blobs: Sequence[bytes], keys: Sequence[object]) -> dict[int, str]:
-        """Decode each image and keep none: by the place of each bad one, a sentence that names it."""
+        """Decode each image and discard it. Returns a message for each bad one, by index."""
         faults = self._threads.map(self._fault, blobs, keys)
-        return {place: fault for place, fault in enumerate(faults) if fault is not None}
+        return {index: fault for index, fault in enumerate(faults) if fault is not None}
 
     def _fault(self, blob: bytes, key: object) -> str | None:
         try:
-            self._decode_one(self._look_at(blob, key, None).data)
+            self._decode_one(self._check_header(blob, key, None).data)
         except DataError as error:
             return str(error)
         except Exception as error:
@@ -173,7 +184,8 @@ class PilDecoder(ImageDecoder):
 
     def _convert(self, images: Sequence[_Encoded], image_size: int | None) -> list[np.ndarray]:
         convert_one = partial(self._convert_one, image_size=image_size)
-        return list((self._threads.map if len(images) > 1 else map)(convert_one, [image.data for image in images]))
+        blobs = [image.data for image in images]
+        return list(self._threads.map(convert_one, blobs) if len(blobs) > 1 else map(convert_one, blobs))
 
     def _decode_one(self, blob: bytes) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(_open(blob)), self._background)
@@ -182,12 +194,17 @@ class PilDecoder(ImageDecoder):
         image = self._decode_one(blob)
         if image_size is None:
             return np.asarray(image)
+
+        # The shorter side to image_size.
         if self.resize == "adm":
             image = _halve(image, image_size)
         scale = image_size / min(image.size)
         width, height = (max(image_size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
+
+        # The centre of the longer side.
+        left = (width - image_size) // 2
+        top = (height - image_size) // 2
         return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
     @cached_property
@@ -196,10 +213,10 @@ class PilDecoder(ImageDecoder):
 
 
 class DaliDecoder(ImageDecoder):
-    """NVIDIA DALI's dynamic mode: a bad image raises on its own batch and leaves nothing to rebuild.
+    """NVIDIA DALI in its dynamic mode, in which a bad image only fails its own call: there is no pipeline to rebuild.
 
-    `device="cpu"` needs neither GPU nor driver; `"mixed"` decodes and resizes on the GPU. DALI drops transparency and
-    does not read all formats: PIL decodes what is not plain, and DALI resizes it like the others.
+    `device="cpu"` needs no GPU and no driver; `"mixed"` decodes and resizes on the GPU. DALI drops transparency and
+    cannot read all formats, so PIL decodes the images that are not plain. DALI resizes all of them.
     """
 
     resize = "cubic"
@@ -208,22 +225,24 @@ class DaliDecoder(ImageDecoder):
         super().__init__()
         dali = import_dali()
         self._pil = PilDecoder(background=background)
-        self.name, self.library = f"dali-{device}", f"dali {dali.version}"
+        self.name = f"dali-{device}"
+        self.library = f"dali {dali.version}"
         self._device = "gpu" if device == "mixed" else "cpu"
-        self._dynamic, self._types = dali.dynamic, dali.types
+        self._dynamic = dali.dynamic
+        self._types = dali.types
 
     def _convert(self, images: Sequence[_Encoded], image_size: int | None) -> list[np.ndarray]:
-        arrays: list[np.ndarray | None] = [None] * len(images)
+        # Plain and other images are decoded by different libraries, and go back to their order afterwards.
+        arrays: dict[int, np.ndarray] = {}
         for plain in (True, False):
-            places = [place for place, image in enumerate(images) if image.plain == plain]
-            if places:
-                batch = self._batch([images[place] for place in places], plain)
-                for place, array in zip(places, self._finished(batch, image_size), strict=True):
-                    arrays[place] = array
-        return [array for array in arrays if array is not None]
+            indices = [index for index, image in enumerate(images) if image.plain == plain]
+            if indices:
+                batch = self._batch([images[index] for index in indices], plain)
+                arrays.update(zip(indices, self._resized(batch, image_size), strict=True))
+        return [arrays[index] for index in range(len(images))]
 
     def _batch(self, images: Sequence[_Encoded], plain: bool) -> Any:
-        """A batch of DALI's, uint8 [H, W, 3] each."""
+        """The decoded images as a DALI batch, uint8 [H, W, 3] each."""
         if not plain:
             batch = self._dynamic.Batch(self._pil._convert(images, None), layout="HWC")
             return batch.gpu() if self._device == "gpu" else batch
@@ -231,22 +250,24 @@ class DaliDecoder(ImageDecoder):
         return self._dynamic.decoders.image(encoded, device=self._device, output_type=self._types.RGB)
 
     def _reason(self, image: _Encoded, key: object, error: Exception) -> str:
-        """In PIL's words where it fails too: DALI's are numbers."""
+        """PIL's message if PIL fails too: DALI's messages are error numbers."""
         return self._pil.check([image.data], [key]).get(0) or _unreadable(key, error)
 
-    def _finished(self, images: Any, image_size: int | None) -> list[np.ndarray]:
+    def _resized(self, images: Any, image_size: int | None) -> list[np.ndarray]:
+        """The arrays of a DALI batch, resized and cropped unless `image_size` is None."""
         if image_size is not None:
-            size, cubic = [image_size, image_size], self._types.INTERP_CUBIC
+            size = [image_size, image_size]
+            cubic = self._types.INTERP_CUBIC
             images = self._dynamic.resize(images, size=size, mode="not_smaller", interp_type=cubic, antialias=True)
             images = self._dynamic.crop(images, crop=size, crop_pos_x=0.5, crop_pos_y=0.5, rounding="truncate")
         return [np.array(image) for image in images.cpu().tensors]
 
 
 def open_decoder(kind: str, device: str = "cpu", resize: str = "cubic", background: Background = WHITE) -> ImageDecoder:
-    """`kind` is "dali" or "pil"; `device` ("cpu" or "mixed") is DALI's; `resize` is one of RESIZES.
+    """A decoder: `kind` is "dali" or "pil", `device` is "cpu" or (DALI only) "mixed", `resize` is a key of RESIZES.
 
-    Transparency is composited on `background`; None drops it and keeps the colours behind it, as versions without a
-    background did. Raises ConfigError for another name, and for "adm", whose two filters only PIL has, on DALI.
+    Transparency is composited on `background`. None drops it and keeps the colours behind it, as earlier versions did.
+    Raises ConfigError for other names, and for resize "adm" with DALI, because only PIL has its two filters.
     """
     if kind not in ("dali", "pil") or device not in ("cpu", "mixed"):
         raise ConfigError(f"decoder {kind!r} on {device!r}: use dali or pil, on cpu or (dali only) mixed")
@@ -256,7 +277,7 @@ def open_decoder(kind: str, device: str = "cpu", resize: str = "cubic", backgrou
 
 
 def image_sides(blob: bytes) -> tuple[int, int] | None:
-    """Width and height, from the header; None where it cannot be read."""
+    """Width and height from the header; None if it cannot be read."""
     try:
         with _open(blob) as image:
             return image.size
@@ -269,17 +290,18 @@ def _open(blob: bytes) -> Image.Image:
 
 
 def _is_plain(image: Image.Image, blob: bytes) -> bool:
-    """Whether DALI, which drops transparency and turns JPEGs alone, decodes to the same bytes as PIL."""
+    """Whether DALI and PIL decode to the same bytes. DALI drops transparency, and orientation unless in a JPEG."""
     if image.format not in _DALI_FORMATS or image.mode not in ("L", "RGB") or image.has_transparency_data:
         return False
     if image.format == "PNG":
-        return blob[_PNG_DEPTH] == 8 and not _png_may_be_turned(blob)
+        return blob[_PNG_DEPTH] == 8 and not _png_may_have_orientation(blob)
     return image.format != "WEBP" or b"EXIF" not in blob
 
 
-def _png_may_be_turned(blob: bytes) -> bool:
-    """Whether a chunk may hold an orientation; it may stand behind the pixels, where opening does not see it."""
-    at = 8  # behind the signature; a chunk is its length, its kind, the payload and a CRC of four bytes
+def _png_may_have_orientation(blob: bytes) -> bool:
+    """Whether a chunk may hold an orientation. It may come after the pixels, where PIL does not read it on opening."""
+    # After the signature of 8 bytes come chunks: 4 bytes length, 4 bytes kind, payload, 4 bytes CRC.
+    at = 8
     while at + 8 <= len(blob):
         kind, payload = blob[at + 4 : at + 8], blob[at + 8 : at + 28]
         if kind == b"eXIf" or payload.startswith((b"Raw profile type", b"XML:com.adobe.xmp")):
@@ -289,10 +311,12 @@ def _png_may_be_turned(blob: bytes) -> bool:
 
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
-    if image.mode.startswith("I;16"):  # PIL would clip to 8 bits; of 16-bit colour it takes the upper 8 too
+    # PIL keeps the upper 8 bits of 16-bit colour, but clips 16-bit grey. Treat both the same.
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
+
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
@@ -307,11 +331,11 @@ def _halve(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def _unreadable(key: object, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
+    if isinstance(error, UnidentifiedImageError):  # its text contains a memory address
         reason = f"not one of the formats {', '.join(IMAGE_EXTENSIONS)}"
     else:
         reason = str(error).strip().split("\n")[0].rstrip(" :") or type(error).__name__
-    return f"image {key} cannot be decoded ({reason}); repair it or leave it out"
+    return f"image {key} cannot be decoded ({reason}); repair it or remove it"
 
 
 def _raise_first(failures: dict[int, str]) -> None:
@@ -320,6 +344,6 @@ def _raise_first(failures: dict[int, str]) -> None:
 
 
 def _raise_if_device_fault(error: Exception) -> None:
-    """A machine at its limits says nothing about an image."""
+    """Raise errors of the machine, such as a lack of memory. They do not mean that an image is bad."""
     if isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("cuda", "out of memory")):
         raise error

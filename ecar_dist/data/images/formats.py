@@ -1,4 +1,4 @@
-"""The image formats that are read: their file extensions, their first bytes, and the colour behind transparency."""
+"""The supported image formats, with their file extensions and first bytes; and the background of transparency."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ecar_dist.errors import ConfigError
 @dataclass(frozen=True)
 class ImageFormat:
     pil_name: str
-    extensions: tuple[str, ...]  # the first one is what a shard calls it
-    magic: re.Pattern[bytes]  # matches at the first byte
+    extensions: tuple[str, ...]  # shards use the first one
+    magic: re.Pattern[bytes]  # matches at the start of a file
 
 
 _FORMATS = (
@@ -25,18 +25,18 @@ _FORMATS = (
     ImageFormat("AVIF", ("avif",), re.compile(rb"....ftypavi[fs]", re.DOTALL)),
 )
 IMAGE_EXTENSIONS = tuple(extension for known in _FORMATS for extension in known.extensions)
-PIL_NAMES = tuple(known.pil_name for known in _FORMATS)  # no other plugin of PIL is ever asked: some run programs
+PIL_NAMES = tuple(known.pil_name for known in _FORMATS)  # other plugins of PIL are never used: some run programs
 
 _NAMED_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 
 def image_extension(data: bytes) -> str | None:
-    """The extension of a known image format, from the first bytes: names lie, in ImageNet too."""
+    """The extension of the format, from the first bytes; None if unknown. File names are wrong even in ImageNet."""
     return next((known.extensions[0] for known in _FORMATS if known.magic.match(data)), None)
 
 
 def parse_background(text: str) -> tuple[int, int, int]:
-    """Red, green and blue, 0 to 255, of `white`, `black` or `#rrggbb`. Raises ConfigError for anything else."""
+    """(red, green, blue), 0 to 255, of `white`, `black` or `#rrggbb`. Raises ConfigError for other texts."""
     if text in _NAMED_COLOURS:
         return _NAMED_COLOURS[text]
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
@@ -46,6 +46,6 @@ def parse_background(text: str) -> tuple[int, int, int]:
 
 
 def background_name(colour: tuple[int, int, int]) -> str:
-    """The one name of a colour in records: `#FFFFFF` and `white` are the same background."""
+    """The canonical name of a colour: `#FFFFFF` and `white` are the same background."""
     names = {value: name for name, value in _NAMED_COLOURS.items()}
     return names.get(colour, "#" + bytes(colour).hex())

@@ -1,7 +1,7 @@
-"""What the files of an image shard were called: `NNNNNN.names` beside the tar, for messages and lists of failures.
+"""The original file names of the images in a shard: `NNNNNN.names` beside the tar, for messages and lists of failures.
 
-A line for each sample: its key, a tab, the file's name relative to its source. The tar's bytes do not depend on it, and
-neither does the identity of a set: without the file, messages have the key alone.
+One line per sample: its key, a tab, the file name relative to the source. The bytes of the tar and the id of the data
+set do not depend on it. Without this file, messages show only the key.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ecar_dist.storage.retries import Transfer
 from ecar_dist.storage.untrusted import printable
 
 NAMES_SUFFIX = ".names"
-_LIMIT = 256 << 20  # bytes; 10,000 samples have about 500 kB
+_LIMIT = 256 << 20  # bytes; 10,000 samples need about 500 kB
 
 
 def readable(name: str) -> str:
-    """A file's name on one line: what is not UTF-8 or not printable is escaped, as `\\xff`."""
+    """A file name on one line. Bytes that are not UTF-8 and characters that are not printable are escaped: `\\xff`."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
@@ -28,14 +28,14 @@ def readable(name: str) -> str:
 
 
 def write_names(path: Path, names: Iterable[tuple[str, str]]) -> None:
-    """Write (key, name) pairs whole or not at all."""
+    """Write (key, name) pairs. The file is complete or absent."""
     with atomic_write(path) as file:
         for key, name in names:
             file.write(f"{readable(key)}\t{readable(name)}\n".encode())
 
 
 def read_names(folder: str | Path, tar: str, transfer: Transfer) -> dict[str, str]:
-    """Names by key; empty where they are not known. They are a help to people: no reader stops for them."""
+    """Names by key; empty if they cannot be read, because they only make messages more helpful."""
     where = remote.join(folder, tar.removesuffix(".tar") + NAMES_SUFFIX)
     try:
         data = remote.read_bytes(where, transfer, limit=_LIMIT)

@@ -1,7 +1,7 @@
-"""Random access to labelled encoded images: WebDataset tars and image folders, through the tables of their index.
+"""Random access to labelled encoded images in WebDataset tars or image folders, by the tables of their index.
 
-An image is handed out only where its size, and in tars its hash, are those of the table. That proves exactly what was
-read, so no worker has to read a whole tar first; a `ShardStore` proves whole tars on top.
+Each image is checked when it is read: its size, and in tars its hash, must be those of the table. So no worker has to
+read a whole tar before its first image. With a `ShardStore`, whole tars are proven too.
 """
 
 from __future__ import annotations
@@ -31,51 +31,59 @@ from ecar_dist.storage.retries import ObjectMissing, Transfer
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
 
 
-def _unnamed() -> None:
-    """Of a record that has no name but its key."""
-
-
 @dataclass(frozen=True)
 class ImageRecord:
-    key: str  # of the sample in its tar; the file name in a class directory
-    shard: str  # the tar's name, or the directory's
+    """One encoded image. Its original name is looked up on demand, because only messages need it."""
+
+    key: str  # of the sample in its tar; in a class directory, the file name
+    shard: str  # name of the tar or of the class directory
     label: int
-    data: bytes  # as encoded by its maker
-    find_name: Callable[[], str | None] = field(default=_unnamed, compare=False, repr=False)
+    data: bytes  # the image file
+    find_name: Callable[[], str | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        """What the file was called in its source; where nobody wrote that down, the shard and the key. Printable."""
-        return self.find_name() or readable(f"{self.shard}/{self.key}")
+        """The original file name, or shard and key if it is not known. Printable."""
+        return self._found_name() or readable(f"{self.shard}/{self.key}")
 
     @property
     def where(self) -> str:
-        """For messages. The name is looked up now: it costs nothing as long as all images are good."""
-        name = self.find_name()
+        """The image in messages: key, original file name if known, shard."""
+        name = self._found_name()
         return readable(f"{self.key} ({name}) in {self.shard}" if name else f"{self.key} in {self.shard}")
 
     def __str__(self) -> str:
         return self.where
 
+    def _found_name(self) -> str | None:
+        return None if self.find_name is None else self.find_name()
+
 
 class ImageShards:
-    """Sample i of a set of images, i in [0, count). Where they are local, presence and sizes are checked at once.
+    """The samples [0, count) of a set of images. Safe to use from several threads.
 
-    Raises DataError naming shard and key for whatever is missing, damaged or out of range. With a `store`, whole tars
-    come through it; without one, each image is read from its own place. Safe to use from several threads.
+    With a `store`, tars are read through it. Without one, each image is read from its tar or file directly. For a local
+    set, the constructor checks that all tars and class directories exist.
+
+    Raises DataError that names shard and key for an image that is missing, damaged or out of range.
     """
 
     def __init__(self, folder: str | Path, store: ShardStore | None = None) -> None:
         self.manifest = load_image_manifest(folder)
-        self._folder, self._home, self._store = folder, self.manifest.home(folder), store
-        self._firsts = [entry.first_index for entry in self.manifest.shards]
+        self._folder = folder
+        self._home = self.manifest.home(folder)
+        self._store = store
+        self._first_index = [entry.first_index for entry in self.manifest.shards]
+
+        # By shard index, filled when first needed.
         self._tables: dict[int, np.ndarray] = {}
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, mmap.mmap] = {}  # of tars in the store
         self._names: dict[int, dict[str, str]] = {}
-        self._seen: dict[int, np.ndarray] = {}  # of files in directories: xxh3_64 when first read, 0 before
+        self._first_hashes: dict[int, np.ndarray] = {}  # for files in directories: xxh3_64 of the first read, or 0
+
         self._pool: DaemonPool | None = None
         self._transfer = Transfer()
-        self.stats = self._transfer.stats  # of what came from a URL without the store
+        self.stats = self._transfer.stats  # of reads from a URL without the store
         if store is None and not remote.is_remote(self._home):
             _check_presence(self._home, self.manifest.shards)
 
@@ -86,85 +94,101 @@ class ImageShards:
         return self.read_many([sample_index])[0]
 
     def read_many(self, sample_indices: Sequence[int]) -> list[ImageRecord]:
-        """The samples in the order asked, read side by side."""
-        places = [self._place(int(index)) for index in sample_indices]
-        owners = sorted({owner for owner, _ in places})
-        if self._store is not None or len(places) == 1:
-            for owner in owners:
-                self._prepare(owner)
-            return [self._record(*place) for place in places]
+        """The samples in this order, read in parallel."""
+        locations = [self._locate(int(index)) for index in sample_indices]
+        shards = sorted({shard for shard, _ in locations})
+
+        # Maps of the store need no threads.
+        if self._store is not None or len(locations) == 1:
+            for shard in shards:
+                self._prepare(shard)
+            return [self._record(*location) for location in locations]
+
         if self._pool is None:
             self._pool = DaemonPool(_READERS, "images")
         try:
-            list(self._pool.map(self._prepare, owners))
-            return list(self._pool.map(lambda place: self._record(*place), places))
+            list(self._pool.map(self._prepare, shards))
+            return list(self._pool.map(lambda location: self._record(*location), locations))
         except CancelledError:
-            raise DataError(f"reading {redact(self._home)} was stopped; start again to go on") from None
+            raise DataError(f"reading {redact(self._home)} was stopped; start again to continue") from None
 
     def labels(self) -> np.ndarray:
-        """int64 [count], from the tables alone."""
-        for owner in range(len(self._firsts)):
-            self._prepare_table(owner)
-        return np.concatenate([self._tables[owner]["label"] for owner in range(len(self._firsts))]).astype(np.int64)
+        """Labels of all samples, int64 [count]. Reads only the tables."""
+        shards = range(len(self.manifest.shards))
+        for shard in shards:
+            self._prepare_table(shard)
+        return np.concatenate([self._tables[shard]["label"] for shard in shards]).astype(np.int64)
 
     def forget(self, needed: Container[int]) -> None:
-        """Let go of the maps and tables of shards that are not needed soon. Not while another thread reads."""
-        self._tables = {owner: table for owner, table in self._tables.items() if owner in needed}
-        self._maps = {owner: mapped for owner, mapped in self._maps.items() if owner in needed}
-        self._names = {owner: names for owner, names in self._names.items() if owner in needed}
+        """Release the maps and tables of all shards but the `needed` ones. Not while another thread reads."""
+        self._tables = {shard: table for shard, table in self._tables.items() if shard in needed}
+        self._maps = {shard: mapped for shard, mapped in self._maps.items() if shard in needed}
+        self._names = {shard: names for shard, names in self._names.items() if shard in needed}
 
     def close(self) -> None:
-        """End the reads from URLs that are underway: they insist for minutes. Safe to call twice."""
+        """Stop the reads from URLs, which may otherwise be retried for minutes. Safe to call twice."""
         self._transfer.stopping.set()
         if self._pool is not None:
             self._pool.end()
 
-    def _place(self, sample_index: int) -> tuple[int, int]:
-        """Shard, and row in its table."""
+    def _locate(self, sample_index: int) -> tuple[int, int]:
+        """Shard of a sample, and row in the table of the shard."""
         if not 0 <= sample_index < len(self):
-            raise DataError(f"{self._folder}: sample {sample_index} is outside 0..{len(self) - 1}; ask for one inside")
-        owner = bisect.bisect_right(self._firsts, sample_index) - 1
-        return owner, sample_index - self._firsts[owner]
+            raise DataError(f"sample {sample_index} of {self._folder} does not exist; give one in 0..{len(self) - 1}")
+        shard = bisect.bisect_right(self._first_index, sample_index) - 1
+        return shard, sample_index - self._first_index[shard]
 
-    def _prepare(self, owner: int) -> None:
-        self._prepare_table(owner)
-        if self._store is not None and self.manifest.shards[owner].kind == "tar" and owner not in self._maps:
-            self._maps[owner] = self._store.open(owner)
+    def _prepare(self, shard: int) -> None:
+        """Read the table of a shard, and open its tar if there is a store."""
+        self._prepare_table(shard)
+        if self._store is not None and self.manifest.shards[shard].kind == "tar" and shard not in self._maps:
+            self._maps[shard] = self._store.open(shard)
 
-    def _prepare_table(self, owner: int) -> None:
-        if owner not in self._tables:
-            entry = self.manifest.shards[owner]
+    def _prepare_table(self, shard: int) -> None:
+        if shard not in self._tables:
+            entry = self.manifest.shards[shard]
             where = remote.join(self._folder, entry.table)
             data = remote.read_bytes(where, self._transfer, limit=largest_table(entry.count))
-            self._tables[owner] = decode_table(data, entry, self.manifest.num_classes, redact(where))
+            self._tables[shard] = decode_table(data, entry, self.manifest.num_classes, redact(where))
 
-    def _record(self, owner: int, row: int) -> ImageRecord:
-        entry, place = self.manifest.shards[owner], self._tables[owner][row]
-        key, start, stop = key_of(place), int(place["offset"]), int(place["offset"]) + int(place["size"])
-        mapped = self._maps.get(owner)
+    def _record(self, shard: int, row: int) -> ImageRecord:
+        """Read and check one image. Its shard must be prepared."""
+        entry = self.manifest.shards[shard]
+        columns = self._tables[shard][row]
+        key = key_of(columns)
+        start = int(columns["offset"])
+        stop = start + int(columns["size"])
+
+        # Reading a map past the end of a truncated file would end the process with SIGBUS.
+        mapped = self._maps.get(shard)
         if mapped is None:
             data = self._read(entry, key, start, stop)
-        else:  # of a file that was cut, a map has no bytes to read, and to touch it ends the process
+        else:
             data = mapped[start:stop] if mapped.size() >= stop else b""
         if len(data) != stop - start:
-            raise self._wrong(owner, key, start, "bytes", len(data), stop - start)
-        expected, found = int(place["xxh3_64"]), xxhash.xxh3_64_intdigest(data)
-        if expected == UNKNOWN_HASH:  # nobody read it when it was indexed: the first reading counts
-            seen = self._seen.setdefault(owner, np.zeros(entry.count, np.uint64))
-            expected = int(seen[row]) or found
-            seen[row] = expected
-        if found != expected:
-            raise self._wrong(owner, key, start, "xxh3_64", f"{found:016x}", f"{expected:016x}")
-        find_name = partial(self._name, owner, key) if entry.kind == "tar" else _unnamed
-        return ImageRecord(key, entry.name, int(place["label"]), data, find_name)
+            raise self._wrong(shard, key, start, "bytes", len(data), stop - start)
 
-    def _name(self, owner: int, key: str) -> str | None:
-        if owner not in self._names:
-            self._names[owner] = read_names(self._home, self.manifest.shards[owner].name, self._transfer)
-        return self._names[owner].get(key)
+        # If indexing did not read the file, the hash of its first read is the one to expect from then on.
+        expected = int(columns["xxh3_64"])
+        found = xxhash.xxh3_64_intdigest(data)
+        if expected == UNKNOWN_HASH:
+            first_hashes = self._first_hashes.setdefault(shard, np.zeros(entry.count, np.uint64))
+            expected = int(first_hashes[row]) or found
+            first_hashes[row] = expected
+        if found != expected:
+            raise self._wrong(shard, key, start, "xxh3_64", f"{found:016x}", f"{expected:016x}")
+
+        find_name = partial(self._name, shard, key) if entry.kind == "tar" else None
+        return ImageRecord(key, entry.name, int(columns["label"]), data, find_name)
+
+    def _name(self, shard: int, key: str) -> str | None:
+        """The original file name of a sample; None if it is not known."""
+        if shard not in self._names:
+            self._names[shard] = read_names(self._home, self.manifest.shards[shard].name, self._transfer)
+        return self._names[shard].get(key)
 
     def _read(self, entry: ImageEntry, key: str, start: int, stop: int) -> bytes:
-        """A range of a tar; a file in a directory whole, so that one that has grown is noticed."""
+        """A range of a tar, or a whole file of a directory. A file that has grown is then longer than expected."""
         where = remote.join(self._home, entry.name)
         if entry.kind == "files":
             return self._read_file(remote.join(where, key), stop)
@@ -183,11 +207,10 @@ class ImageShards:
                 f"of date; restore the file, or run `ecar-data index {redact(self.manifest.source)} OUT` again"
             ) from None
 
-    def _wrong(self, owner: int, key: str, offset: int, what: str, found: object, expected: object) -> DataError:
-        entry = self.manifest.shards[owner]
+    def _wrong(self, shard: int, key: str, offset: int, what: str, found: object, expected: object) -> DataError:
+        entry = self.manifest.shards[shard]
         store = self._store if entry.kind == "tar" else None
-        where = store.where(owner) if store else redact(remote.join(self._home, entry.name))
-        # a file in a directory has no hash in its table
+        where = store.where(shard) if store else redact(remote.join(self._home, entry.name))
         says = "when it was first read" if entry.kind == "files" and what != "bytes" else "its table says"
         return DataError(
             f"{where}: image {key} at byte {offset} has {what} {found}, {says} {expected}; restore it, or run "
@@ -196,7 +219,8 @@ class ImageShards:
 
 
 def _read_local(path: str, start: int, stop: int) -> bytes:
-    """Opened for each read: a set may have more tars than a process may hold files, and no fork shares a place."""
+    """Bytes [start, stop) of a file. It is opened for each read: there may be more tars than file descriptors, and
+    forked processes would share the position in an open file."""
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)

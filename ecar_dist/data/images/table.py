@@ -1,6 +1,7 @@
-"""The offset table of one tar, or one class directory, of images: what lies where, decided once when it is indexed.
+"""The table of the images in one tar or one class directory: key, label, offset, size and hash of each.
 
-A plain `.npy` of fixed-width rows (24 bytes and the longest key), so that any numpy reads it and nothing is unpickled.
+It is written once, when the images are indexed or packed. It is a plain `.npy` file with rows of fixed width (24 bytes
+and the longest key), which numpy reads without unpickling.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.untrusted import MAX_NAME_BYTES, printable
 
-MAX_IMAGE_BYTES = 256 << 20  # more is no photograph, and would be held in memory whole
-UNKNOWN_HASH = 0  # of files in a directory: nobody read them when the table was made
+MAX_IMAGE_BYTES = 256 << 20  # an image is held in memory whole
+UNKNOWN_HASH = 0  # for files in a directory, which indexing does not read
 
 
 class ImageRow(NamedTuple):
-    """`key` is the sample's key in a tar, or the file's name in a directory; `offset` counts from the tar's start."""
+    """`key` is the key of the sample in a tar, or the name of the file in a directory. `offset` is 0 in a directory."""
 
     key: str
     label: int
@@ -34,24 +35,24 @@ class ImageRow(NamedTuple):
 
 
 def largest_table(count: int) -> int:
-    """Bytes that a table of `count` images has at most."""
+    """The largest size in bytes of a table of `count` images."""
     return 1024 + count * _dtype(MAX_NAME_BYTES).itemsize
 
 
 def encode_table(rows: Sequence[ImageRow]) -> bytes:
-    """The `.npy` file of a table, the same bytes for the same rows."""
+    """The `.npy` file of a table. Equal rows give equal bytes."""
     keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
     table = np.empty(len(rows), _dtype(max(map(len, keys), default=1)))
     table["key"] = keys
-    for place, name in enumerate(ImageRow._fields[1:], 1):
-        table[name] = [row[place] for row in rows]
+    for column, name in enumerate(ImageRow._fields[1:], 1):
+        table[name] = [row[column] for row in rows]
     buffer = io.BytesIO()
     np.save(buffer, table, allow_pickle=False)
     return buffer.getvalue()
 
 
 def write_table(path: Path, rows: Sequence[ImageRow]) -> str:
-    """Write the table whole or not at all; its xxh3_128."""
+    """Write the table and return its xxh3_128. The file is complete or absent."""
     data = encode_table(rows)
     with atomic_write(path) as file:
         file.write(data)
@@ -61,27 +62,30 @@ def write_table(path: Path, rows: Sequence[ImageRow]) -> str:
 def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -> np.ndarray:
     """A structured array [count] with the fields of ImageRow, `key` as bytes.
 
-    Raises DataError naming `where` unless the file is the one the manifest means and every row fits its shard.
+    Raises DataError that names `where` if the hash is not that of the manifest, or if a row does not fit the shard.
     """
     found = xxhash.xxh3_128_hexdigest(data)
     if found != entry.table_xxh3_128:
         raise DataError(f"{where} has xxh3_128 {found}, the manifest says {entry.table_xxh3_128}; {_AGAIN}")
+
+    # A right hash is no proof of a valid table: somebody may have written both.
     try:
         table = _array_in(data)
     except (ValueError, EOFError, MemoryError, RecursionError) as error:  # the header is parsed as Python
         raise DataError(f"{where} is not a table ({printable(str(error))}); {_AGAIN}") from None
     names = table.dtype.names or ()
     if names != ImageRow._fields or table.dtype != _dtype(table.dtype["key"].itemsize):
-        raise DataError(f"{where} has dtype {table.dtype}, not that of {ImageRow._fields}; {_AGAIN}")
+        raise DataError(f"{where} has dtype {table.dtype}, expected the fields {ImageRow._fields}; {_AGAIN}")
     if table.shape != (entry.count,):
         raise DataError(f"{where} has shape {table.shape}, the manifest says {entry.count} images; {_AGAIN}")
+
     _check_rows(table, entry, num_classes, where)
     _check_keys(table["key"], where)
     return table
 
 
 def _array_in(data: bytes) -> np.ndarray:
-    """The array of a `.npy` file (format 1.0), as a view. `np.load` would allocate whatever its header asks for."""
+    """The array of a `.npy` file (format 1.0) as a view. `np.load` would allocate any size that the header states."""
     buffer = io.BytesIO(data)
     if np.lib.format.read_magic(buffer) != (1, 0):
         raise ValueError("it is not of format 1.0")
@@ -109,7 +113,7 @@ def _check_rows(table: np.ndarray, entry: ImageEntry, num_classes: int, where: s
 
 
 def _check_keys(keys: np.ndarray, where: str) -> None:
-    """Keys stand in messages and lists: no line ends, nothing that a terminal obeys, and no NUL, which ends a path."""
+    """Check that the keys have no control characters: they appear in messages and lists, and a NUL ends a path."""
     letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)
     control = (letters < 0x20) | (letters == 0x7F)
     padding = np.arange(letters.shape[1]) >= np.char.str_len(keys)[:, None]

@@ -8,7 +8,6 @@ from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.store import CacheOptions, open_store
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
-from tests.data.shards.test_cache import wait_until
 from tests.data.shards.test_read import flip_a_byte
 from tests.data.waiting import wait_until
 
