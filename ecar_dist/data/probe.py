@@ -1,4 +1,7 @@
-"""A read at the beginning of a set: whether this node can, and how fast. Shards are proven when they are used."""
+"""Read the beginning of a data set, to find out whether this node can read it, and how fast.
+
+The content is not checked here: shards are proven when they are used.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _PROBED_IMAGES = 16
 
 @dataclass(frozen=True)
 class Probe:
-    where: str  # without secrets
+    """How long it took to read `nbytes` bytes from `where` (a path, or a URL without secrets)."""
+
+    where: str
     nbytes: int
     seconds: float
 
@@ -25,27 +30,31 @@ class Probe:
 NO_PROBE = Probe("", 0, 0.0)
 
 
-def probe_latents(place: str, manifest: Manifest) -> Probe:
-    """Read the first bytes of the first shard: every rank the same ones, so a bad shard is no node's fault.
+def probe_latents(folder: str, manifest: Manifest) -> Probe:
+    """Read the first bytes of the first shard.
 
-    Raises DataError where it cannot be read, or ends too early.
+    All nodes read the same bytes: if only some of them fail, it is not the shard's fault. Raises DataError if the shard
+    cannot be read, or if it ends too early.
     """
-    entry, began = manifest.shards[0], time.perf_counter()
-    where, wanted = join(place, entry.name), min(_PROBED_BYTES, entry.bytes)
+    entry = manifest.shards[0]
+    where = join(folder, entry.name)
+    wanted = min(_PROBED_BYTES, entry.bytes)
+    began = time.perf_counter()
     found = len(read_range(where, 0, wanted) if is_remote(where) else _read_local(where, wanted))
     if found != wanted:
         raise DataError(f"shard {redact(where)} gave {found} of its first {wanted} bytes; restore it")
     return Probe(redact(where), wanted, time.perf_counter() - began)
 
 
-def probe_images(place: str) -> Probe:
-    """Read the first images of the set, of proven size and, in tars, hash. Raises DataError as `ImageShards`."""
-    began, images = time.perf_counter(), ImageShards(place)
+def probe_images(folder: str) -> Probe:
+    """Read the first images of the set and check their sizes and, in tars, their hashes. Raises DataError."""
+    began = time.perf_counter()
+    images = ImageShards(folder)
     try:
         records = images.read_many(range(min(_PROBED_IMAGES, len(images))))
     finally:
         images.close()
-    where = redact(join(images.manifest.home(place), records[0].shard))
+    where = redact(join(images.manifest.home(folder), records[0].shard))
     return Probe(where, sum(len(record.data) for record in records), time.perf_counter() - began)
 
 

@@ -14,10 +14,10 @@ def test_the_beginning_of_a_local_set(tmp_path):
         assert (probe.where, probe.nbytes) == (str(tmp_path / "000000.tar"), manifest.shards[0].bytes)
         assert probe.seconds > 0
     (tmp_path / "000000.tar").write_bytes(b"cut")
-    with pytest.raises(DataError, match=rf"000000\.tar gave 3 of its first {manifest.shards[0].bytes} bytes"):
+    with pytest.raises(DataError, match=rf"000000\.tar .*\b3 .* {manifest.shards[0].bytes} "):
         probe_latents(str(tmp_path), manifest)
     (tmp_path / "000000.tar").unlink()
-    with pytest.raises(DataError, match=r"cannot read shard .*000000\.tar \(No such file or directory\)"):
+    with pytest.raises(DataError, match=r"000000\.tar .*No such file"):
         probe_latents(str(tmp_path), manifest)
 
 

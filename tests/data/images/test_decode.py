@@ -157,7 +157,7 @@ def test_without_a_background_alpha_is_dropped_as_earlier_versions_did(kind):
 
 @pytest.mark.parametrize("text", ["", "red", "#fff", "#gggggg", "255,255,255", "white\n"])
 def test_backgrounds_that_are_none(text):
-    with pytest.raises(ConfigError, match="give white, black or #rrggbb"):
+    with pytest.raises(ConfigError, match="#rrggbb"):
         parse_background(text)
 
 
@@ -228,7 +228,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_image_is_named_and_the_decoder_lives_on(decoder, kind):
-    with pytest.raises(DataError, match="image the bad one") as caught:
+    with pytest.raises(DataError, match="the bad one") as caught:
         decoder.decode_to_batch([BLOBS["jpeg"], BAD[kind], BLOBS["png"]], ["first", "the bad one", "last"], 32)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
@@ -303,7 +303,7 @@ def test_the_difference_between_the_two_resizes(size):
 def test_a_bomb_is_refused_before_it_is_decoded(decoder, monkeypatch):
     monkeypatch.setattr(images_module, "MAX_PIXELS", 427 * 640 - 1)
     monkeypatch.setattr(type(decoder), "_convert", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match="image big is 640 x 427, the limit is 273279 pixels"):
+    with pytest.raises(DataError, match=r"\bbig is 640 x 427\b.* 273279 "):
         decoder.decode([BLOBS["jpeg"]], ["big"])
 
 
@@ -317,11 +317,11 @@ def test_a_strip_that_resizing_would_blow_up_is_refused(decoder):
 
 @pytest.mark.parametrize(("kind", "device"), [("cv2", "cpu"), ("dali", "cuda")])
 def test_unknown_decoders(kind, device):
-    with pytest.raises(ConfigError, match="use dali or pil"):
+    with pytest.raises(ConfigError, match=rf"'{kind}'.*'{device}'"):
         open_decoder(kind, device)
 
 
 @pytest.mark.parametrize(("kind", "resize"), [("dali", "adm"), ("pil", "lanczos")])
 def test_resizes_that_a_decoder_does_not_have(kind, resize):
-    with pytest.raises(ConfigError, match="use cubic, or adm with decoder pil"):
+    with pytest.raises(ConfigError, match=rf"'{resize}'.* {kind}\b"):
         open_decoder(kind, resize=resize)

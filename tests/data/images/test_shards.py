@@ -86,7 +86,7 @@ def test_many_at_once_in_the_order_asked(tmp_path):
     assert records[2].where == "000005 in 005.tar"
     assert shards.read_many([]) == []
     for outside in (-1, 12):
-        with pytest.raises(DataError, match=rf"sample {outside} is outside 0\.\.11"):
+        with pytest.raises(DataError, match=rf"sample {outside} .*0\.\.11"):
             shards.read_many([0, outside])
 
 
@@ -160,17 +160,17 @@ def test_damage_is_found(tmp_path):
     damage(path, 512 + 20)
     shards = ImageShards(tmp_path / "index")
     assert shards.read(6).data == content[6][1], "other images of the shard are proven one by one"
-    with pytest.raises(DataError, match=r"005\.tar: image 000005 at byte 512 has xxh3_64 \w{16}, its table says \w+"):
+    with pytest.raises(DataError, match=r"005\.tar\b.* 000005 .* 512 .*xxh3_64 \w{16}\b.* \w{16}\b"):
         shards.read_many([4, 5])
     os.truncate(path, 1024)
-    with pytest.raises(DataError, match=r"005\.tar has 1024 bytes"):
+    with pytest.raises(DataError, match=r"005\.tar\b.* 1024 "):
         ImageShards(tmp_path / "index")
-    with pytest.raises(DataError, match=r"005\.tar: image 000006 at byte 3072 has bytes 0, its table says \d+"):
+    with pytest.raises(DataError, match=r"005\.tar\b.* 000006 .* 3072 .*bytes 0\b"):
         shards.read(6)
     path.unlink()
     with pytest.raises(DataError, match=r"005\.tar"):
         ImageShards(tmp_path / "index")
-    with pytest.raises(DataError, match=r"cannot read shard .*005\.tar"):
+    with pytest.raises(DataError, match=r"005\.tar\b.*No such file"):
         shards.read(6)
 
 
@@ -179,15 +179,15 @@ def test_files_that_change_or_go(tmp_path):
     shards = ImageShards(tmp_path / "index")
     path = tmp_path / "classes/b/1.JPEG"
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(DataError, match=r"classes/b: image 1\.JPEG at byte 0 has bytes \d+, its table says"):
+    with pytest.raises(DataError, match=r"classes/b\b.* 1\.JPEG .*bytes \d+"):
         shards.read(4)
     path.unlink()
-    with pytest.raises(DataError, match=r"b/1\.JPEG does not exist, .*: the index is out of date"):
+    with pytest.raises(DataError, match=r"b/1\.JPEG .*`ecar-data index "):
         shards.read(4)
     for name in ("0.JPEG", "2.JPEG"):
         (tmp_path / "classes/b" / name).unlink()
     (tmp_path / "classes/b").rmdir()
-    with pytest.raises(DataError, match=r"class directory .*classes/b is missing"):
+    with pytest.raises(DataError, match=r"classes/b "):
         ImageShards(tmp_path / "index")
 
 
@@ -238,7 +238,7 @@ def test_objects_that_change_or_come_cut(tmp_path, object_store):
     assert len(object_store.log()) == 3
     for size in (len(before) + 5, len(before) - 5, 0):
         object_store.put("classes/b/1.JPEG", (before * 2)[:size])
-        with pytest.raises(DataError, match=rf"b/1\.JPEG has {size} bytes, {len(before)} were expected; restore it"):
+        with pytest.raises(DataError, match=rf"b/1\.JPEG .*\b{size} bytes, {len(before)} "):
             shards.read(1)
 
 
@@ -249,10 +249,10 @@ def test_closing_ends_reads_that_insist(tmp_path, object_store):
     shards = ImageShards(tmp_path / "there")
     threading.Timer(0.5, shards.close).start()
     began = time.monotonic()
-    with pytest.raises(DataError, match="was stopped; start again"):
+    with pytest.raises(DataError, match="stopped"):
         shards.read_many(range(12))
     assert time.monotonic() - began < 10
-    with pytest.raises(DataError, match="was stopped; start again"):
+    with pytest.raises(DataError, match="stopped"):
         shards.read_many(range(12))
 
 
@@ -266,5 +266,5 @@ def test_tars_in_an_object_store_are_read_once(tmp_path, object_store):
     shards = ImageShards(tmp_path / "there")
     assert [record.data for record in shards.read_many([6])] == [content[6][1]], "a short body is asked for again"
     object_store.break_on({"kind": "corrupt", "at": 9})
-    with pytest.raises(DataError, match=r"s3://.*/tars/005\.tar: image 000007 at byte \d+ has xxh3_64"):
+    with pytest.raises(DataError, match=r"s3://.*/tars/005\.tar\b.* 000007 .*xxh3_64"):
         shards.read(7)

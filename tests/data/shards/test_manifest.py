@@ -32,25 +32,25 @@ def test_round_trip_and_identity(tmp_path):
 
 
 def test_missing_names_the_fix(tmp_path):
-    with pytest.raises(DataError, match=r"manifest.json does not exist.*ecar-data finalize"):
+    with pytest.raises(DataError, match=r"manifest\.json .*`ecar-data finalize"):
         load_manifest(tmp_path)
 
 
 def test_missing_behind_a_url_keeps_the_stores_reason(object_store):
-    with pytest.raises(DataError, match=r"no such object; check the URL, or send the set there with `ecar-data push`$"):
+    with pytest.raises(DataError, match=r"no such object.*`ecar-data push`"):
         load_manifest(f"{object_store.url}/set")
-    with pytest.raises(DataError, match=r"s3://nobucket.*NoSuchBucket .*; check the URL, or send the set there"):
+    with pytest.raises(DataError, match=r"s3://nobucket.*NoSuchBucket .*`ecar-data push`"):
         load_image_manifest("s3://nobucket/set")
 
 
 def test_a_url_that_lost_a_slash():
-    with pytest.raises(DataError, match=r"does not exist; did you mean s3://bucket/set/manifest.json\?"):
+    with pytest.raises(DataError, match=r" s3://bucket/set/manifest\.json\?"):
         load_image_manifest("s3:/bucket/set")
 
 
 def test_wrong_schema_names_both(tmp_path):
     write_set(tmp_path)
-    with pytest.raises(DataError, match="has schema ecar-latents-v1, expected ecar-images-v1"):
+    with pytest.raises(DataError, match=r"ecar-latents-v1.* ecar-images-v1"):
         load_image_manifest(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     path.rmdir()
     path.touch()
     os.truncate(path, 40 << 30)
-    with pytest.raises(DataError, match="at most 1,073,741,824 are read"):
+    with pytest.raises(DataError, match=" 1,073,741,824 "):
         load_manifest(tmp_path)
 
 

@@ -24,7 +24,7 @@ def entry(tmp_path):
 
 def test_local_folders_and_urls():
     assert local_folder("file:///a/b") == local_folder(Path("/a/b")) == Path("/a/b")
-    with pytest.raises(DataError, match="must be on a local or mounted file system, got s3://bucket/x"):
+    with pytest.raises(DataError, match="s3://bucket/x"):
         local_folder("s3://bucket/x")
 
 
@@ -47,21 +47,21 @@ def test_a_wrong_byte_names_shard_offset_expected_and_got(tmp_path, entry):
     with pytest.raises(ShardDamaged) as caught:
         map_verified(path, entry)
     text = str(caught.value)
-    assert f"shard {path} has xxh3_128 {describe_shard(path, 1, 0).xxh3_128}" in text
-    assert f"the manifest says {entry.xxh3_128}" in text
-    assert f"at or after byte {2048 * 11}" in text
+    assert str(path) in text
+    assert text.index(describe_shard(path, 1, 0).xxh3_128) < text.index(entry.xxh3_128), "got, then expected"
+    assert f" byte {2048 * 11}" in text
 
 
 def test_a_cut_or_missing_shard(tmp_path, entry):
     path = tmp_path / entry.name
     os.truncate(path, entry.bytes - 512)
-    with pytest.raises(ShardDamaged, match=f"has {entry.bytes - 512} bytes, the manifest says {entry.bytes}"):
+    with pytest.raises(ShardDamaged, match=rf"{entry.name} .*\b{entry.bytes - 512} .* {entry.bytes}\b"):
         map_verified(path, entry)
     with pytest.raises(ShardDamaged, match=entry.name):
         check_presence(tmp_path, [entry])
     path.unlink()
     for look in (lambda: map_verified(path, entry), lambda: check_presence(tmp_path, [entry])):
-        with pytest.raises(DataError, match=rf"cannot read shard .*{entry.name} \(No such file"):
+        with pytest.raises(DataError, match=rf"{entry.name} .*No such file"):
             look()
 
 

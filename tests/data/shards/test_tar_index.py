@@ -56,14 +56,14 @@ def blank(at):
 
 # name -> (damage, our message, members that tarfile still sees, None where it raises)
 DAMAGES = {
-    "cut on a member boundary": (cut(1024), "no valid tar header at byte 1024", 1),
-    "cut inside a header": (cut(1100), "no valid tar header at byte 1024", 1),
-    "cut inside a payload": (cut(1600), "runs past the end", None),
-    "one flipped header byte": (poke(1030), "no valid tar header at byte 1024", 1),
+    "cut on a member boundary": (cut(1024), "header at byte 1024", 1),
+    "cut inside a header": (cut(1100), "header at byte 1024", 1),
+    "cut inside a payload": (cut(1600), "past the end", None),
+    "one flipped header byte": (poke(1030), "header at byte 1024", 1),
     "a zeroed header": (blank(1024), "zeroed header at byte 1024", 1),
-    "no end blocks": (cut(3072), "no valid tar header at byte 3072", 3),
+    "no end blocks": (cut(3072), "header at byte 3072", 3),
     "one end block": (cut(3584), "zeroed header at byte 3072", 3),
-    "empty": (cut(0), "no valid tar header at byte 0", None),
+    "empty": (cut(0), "header at byte 0", None),
     "something after the end": (lambda data: data + b"x", "zeroed header at byte 3072", 3),
 }
 
@@ -87,10 +87,10 @@ def test_damage_that_tarfile_passes_over_is_an_error(tmp_path, name, read):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": tarfile.GNU_FORMAT, "prefix": "x" * 120}, "only plain USTAR"),
-        ({"format": tarfile.GNU_FORMAT}, "only plain USTAR"),
-        ({"format": tarfile.PAX_FORMAT, "mtime": 0.5}, "only plain USTAR"),
-        ({"prefix": "é"}, "no valid tar header at byte 0"),
+        ({"format": tarfile.GNU_FORMAT, "prefix": "x" * 120}, "USTAR"),
+        ({"format": tarfile.GNU_FORMAT}, "USTAR"),
+        ({"format": tarfile.PAX_FORMAT, "mtime": 0.5}, "USTAR"),
+        ({"prefix": "é"}, "header at byte 0"),
     ],
 )
 def test_our_own_shards_are_ustar_and_nothing_else(tmp_path, settings, message):
@@ -184,21 +184,21 @@ def directory_with_bytes(data):
 
 
 REFUSED = {
-    "GNU long name": (lambda path: make_tar(path, format=tarfile.GNU_FORMAT, prefix="x" * 120), "a GNU long name"),
-    "PAX long name": (lambda path: make_tar(path, format=tarfile.PAX_FORMAT, prefix="x" * 160), "sets 'path'"),
-    "PAX name that is not ASCII": (lambda path: make_tar(path, format=tarfile.PAX_FORMAT, prefix="é"), "sets 'path'"),
-    "PAX size": (pax_with(size="12"), "sets 'size'"),
-    "PAX sparse": (pax_with(**{"GNU.sparse.major": "1"}), "sets 'GNU.sparse.major'"),
-    "hard link": (special(tarfile.LNKTYPE, linkname="x"), "a hard link"),
-    "symbolic link": (special(tarfile.SYMTYPE, linkname="x"), "a symbolic link"),
-    "GNU long link": (special(tarfile.SYMTYPE, linkname="x" * 120), "a GNU long link"),
-    "device": (special(tarfile.CHRTYPE), "of tar type b'3'"),
-    "sparse": (put(156, b"S"), "a sparse file"),
-    "old tar without magic": (put(257, bytes(8)), "neither USTAR nor GNU"),
-    "GNU incremental": (put(257, b"ustar  \0" + bytes(80) + b"1"), "GNU's incremental fields"),
-    "size below zero": (put(124, b"\xff" * 12), "runs past the end"),
-    "directory with bytes": (raw_header(directory_with_bytes), "a directory of 512 bytes"),
-    "Latin-1 name": (put(0, "é".encode("latin-1")), "no valid tar header at byte 0"),
+    "GNU long name": (lambda path: make_tar(path, format=tarfile.GNU_FORMAT, prefix="x" * 120), "GNU long name"),
+    "PAX long name": (lambda path: make_tar(path, format=tarfile.PAX_FORMAT, prefix="x" * 160), "'path'"),
+    "PAX name that is not ASCII": (lambda path: make_tar(path, format=tarfile.PAX_FORMAT, prefix="é"), "'path'"),
+    "PAX size": (pax_with(size="12"), "'size'"),
+    "PAX sparse": (pax_with(**{"GNU.sparse.major": "1"}), "'GNU.sparse.major'"),
+    "hard link": (special(tarfile.LNKTYPE, linkname="x"), "hard link"),
+    "symbolic link": (special(tarfile.SYMTYPE, linkname="x"), "symbolic link"),
+    "GNU long link": (special(tarfile.SYMTYPE, linkname="x" * 120), "GNU long link"),
+    "device": (special(tarfile.CHRTYPE), "b'3'"),
+    "sparse": (put(156, b"S"), "sparse"),
+    "old tar without magic": (put(257, bytes(8)), "USTAR.*GNU"),
+    "GNU incremental": (put(257, b"ustar  \0" + bytes(80) + b"1"), "incremental"),
+    "size below zero": (put(124, b"\xff" * 12), "past the end"),
+    "directory with bytes": (raw_header(directory_with_bytes), "directory.* 512 bytes"),
+    "Latin-1 name": (put(0, "é".encode("latin-1")), "header at byte 0"),
 }
 
 
@@ -219,7 +219,7 @@ def test_a_sparse_file_of_the_tar_program_is_refused(tmp_path):
         file.truncate(1 << 20)
         file.seek(1 << 19)
         file.write(b"x")
-    for format, message in (("gnu", "sparse file"), ("posix", "sets 'GNU.sparse")):
+    for format, message in (("gnu", "sparse"), ("posix", "'GNU.sparse")):
         path = tmp_path / f"{format}.tar"
         subprocess.run(["tar", f"--format={format}", "-S", "-cf", path, "-C", tmp_path, "holes.jpg"], check=True)
         with pytest.raises(DataError, match=message):
@@ -232,7 +232,7 @@ def test_malformed_pax_records(tmp_path, records):
     header.type, header.size = tarfile.XHDTYPE, len(records)
     path = tmp_path / "a.tar"
     path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0") + bytes(1024))
-    with pytest.raises(DataError, match="is malformed"):
+    with pytest.raises(DataError, match="PAX header at byte 512 "):
         foreign(path)
 
 
@@ -242,7 +242,7 @@ def test_a_pax_header_needs_its_member(tmp_path):
     header.type, header.size = tarfile.XHDTYPE, len(record)
     path = tmp_path / "a.tar"
     path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024))
-    with pytest.raises(DataError, match="ends after a PAX header"):
+    with pytest.raises(DataError, match=r"PAX header.* byte 1024"):
         foreign(path)
 
 
