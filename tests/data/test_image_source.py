@@ -17,7 +17,7 @@ from ecar_dist.data.sources import ImageSource
 from ecar_dist.errors import DataError
 from ecar_dist.rng import Purpose, uniform
 from tests.data.image_sets import members_of, samples, write_tar
-from tests.data.waiting import wait_until
+from tests.data.process import wait_until
 
 SIZE, SEED = 32, 3
 

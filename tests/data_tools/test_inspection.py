@@ -46,7 +46,7 @@ def test_verify_finds_damage(sets, which, damage):
 
 @pytest.mark.parametrize(
     ("at", "message"),
-    [(700, r"another CRC-32 at key 000000000000"), (512 + 128 + 1, "another CRC-32 at key 000000000000")],
+    [(700, r"CRC-32 .*000000000000"), (512 + 128 + 1, "CRC-32 .*000000000000")],
 )
 def test_verify_finds_what_hashes_hide(sets, at, message):
     """A payload changed before the hashes were taken: only the sample's own checksum knows."""

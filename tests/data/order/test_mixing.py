@@ -172,7 +172,7 @@ class TestWholeWeights:
             whole_weights([1, weight], 4096)
 
     def test_a_source_too_small_for_the_block_is_refused(self):
-        with pytest.raises(ConfigError, match=r"weight 1 is 1e-06 of the sum and has 0 places in a block of 4096"):
+        with pytest.raises(ConfigError, match=r"weight 1 is 1e-06 .* 4096\b"):
             whole_weights([1, 1e-6], 4096)
 
     def test_nothing_to_mix(self):

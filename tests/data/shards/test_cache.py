@@ -19,7 +19,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy
 from tests.data.latent_sets import write_set
 from tests.data.object_store import IMPATIENT, QUICK, SECRETS
-from tests.data.waiting import wait_until
+from tests.data.process import wait_until
 from tests.fork_server import CONTEXT
 
 RANGE = 30_000  # of shards of about 87 KB

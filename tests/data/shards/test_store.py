@@ -1,6 +1,3 @@
-import contextlib
-from pathlib import Path
-
 import pytest
 
 from ecar_dist.data.shards import store as shard_store
@@ -8,8 +5,8 @@ from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.store import CacheOptions, open_store
 from ecar_dist.errors import DataError
 from tests.data.latent_sets import write_set
+from tests.data.process import open_files, wait_until
 from tests.data.shards.test_read import flip_a_byte
-from tests.data.waiting import wait_until
 
 
 def test_a_local_set_is_mapped_where_it_lies(tmp_path):
@@ -65,12 +62,3 @@ def test_what_is_no_longer_asked_for_is_not_held(tmp_path):
     wait_until(lambda: open_files(tmp_path) == {"000001.tar", "000002.tar"})
     assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
     store.close()
-
-
-def open_files(folder):
-    """The files of the folder that this process has open; a map counts as one."""
-    links = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
-            links.add(descriptor.readlink())
-    return {link.name for link in links if link.parent == folder}
