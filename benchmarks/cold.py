@@ -1,4 +1,4 @@
-"""How near a first pass over shards that no one has read comes to the disk's own sequential rate."""
+"""Rate of a first pass over shards that are not in the page cache, compared with the disk's sequential rate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _CHUNK = 4 << 20
 
 
 def cold_share(files: Sequence[Path], first_pass: Callable[[], float], repeats: int) -> dict[str, float] | None:
-    """`first_pass` reads all `files` in a process of its own and returns its seconds; alternated with plain reading.
+    """Alternate `first_pass`, which reads all files in another process and returns its seconds, with plain reading.
 
-    None where pages cannot be dropped: a file system in memory, or files that someone else has mapped.
+    None if the page cache cannot be dropped: a file system in memory, or files that another process has mapped.
     """
     total = sum(path.stat().st_size for path in files)
-    shares, rates = [], []
+    shares = []
+    rates = []
     for _ in range(repeats):
         if not drop_pages(files):
             return None
@@ -30,7 +31,7 @@ def cold_share(files: Sequence[Path], first_pass: Callable[[], float], repeats: 
 
 
 def drop_pages(files: Sequence[Path]) -> bool:
-    """Write back and drop the files' pages; whether they are gone."""
+    """Write back the files and drop their pages. Returns whether the pages are gone."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -39,18 +40,18 @@ def drop_pages(files: Sequence[Path]) -> bool:
 
 
 def _in_memory(path: Path) -> bool:
-    """Whether the middle of the file can be read without going to the disk."""
+    """Whether the middle of the file can be read without disk access."""
     with open(path, "rb") as file:
         try:
             return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT) > 0
         except BlockingIOError:
             return False
-        except OSError:  # a file system that cannot tell: it is a disk's
+        except OSError:  # the file system does not support RWF_NOWAIT, so it is on a disk
             return False
 
 
 def read_sequentially(files: Sequence[Path]) -> float:
-    """Seconds for all bytes, one file after the other, into one buffer."""
+    """Seconds to read all files, one after the other, into one buffer."""
     buffer = bytearray(_CHUNK)
     began = time.perf_counter()
     for path in files:

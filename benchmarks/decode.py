@@ -1,7 +1,7 @@
 """Decoding JPEGs: DALI against PIL and against webdataset's own decoder, in images per second and per core.
 
-`python benchmarks/decode.py` takes about 20 seconds, `--full` some minutes. The last line is JSON. All in one process,
-in turns; per core means per second of CPU time, summed over the threads that each of them uses.
+`python benchmarks/decode.py` takes about 20 seconds, `--full` some minutes. The last line is JSON. All decoders take
+turns in one process. "Per core" means per second of CPU time, summed over all threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import rounds
 
 from ecar_dist.data.images.decode import open_decoder
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 90  # an average picture of ImageNet
+WIDTH, HEIGHT, QUALITY = 500, 375, 90  # an average image of ImageNet
 IMAGE_SIZE = 256
 BATCH = 64
 PIL_DECODE, PIL_RESIZE = "pil decode", "pil decode + resize + crop"
@@ -61,22 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_images(count: int) -> list[bytes]:
-    """JPEGs of two photographs, each cut at a place of its own so that no two are alike."""
+    """Encoded crops of two photographs, each at another offset, so that no two are equal."""
     from sklearn.datasets import load_sample_images
 
-    generator, blobs = np.random.default_rng(0), []
+    generator = np.random.default_rng(0)
+    blobs = []
     for photograph in itertools.islice(itertools.cycle(load_sample_images().images), count):
         top = int(generator.integers(photograph.shape[0] - HEIGHT))
         left = int(generator.integers(photograph.shape[1] - WIDTH))
         buffer = io.BytesIO()
-        cut = photograph[top : top + HEIGHT, left : left + WIDTH]
-        Image.fromarray(cut).save(buffer, "JPEG", quality=QUALITY)
+        crop = photograph[top : top + HEIGHT, left : left + WIDTH]
+        Image.fromarray(crop).save(buffer, "JPEG", quality=QUALITY)
         blobs.append(buffer.getvalue())
     return blobs
 
 
 def _ways(blobs: list[bytes], tar: Path) -> tuple[dict[str, Callable[[], Any]], list[str]]:
-    """What is measured, by name: each call works through one batch. And what is not, as its library is not here."""
+    """The decoders by name, each of which decodes one batch per call; and the names of those that are not installed."""
     keys = [str(number) for number in range(len(blobs))]
     pil = open_decoder("pil")
     ways: dict[str, Callable[[], Any]] = {
@@ -118,11 +119,13 @@ def _write_tar(folder: Path, blobs: Sequence[bytes]) -> Path:
 def _take_turns(
     ways: dict[str, Callable[[], Any]], repeats: int, seconds: float
 ) -> dict[str, list[tuple[float, float]]]:
-    """For each way and round: images a second, and a second of CPU."""
+    """For each decoder, one pair per round: images per second, and images per second of CPU time."""
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run_batch in ways.items():
-            images, cpu, began = 0, time.process_time(), time.perf_counter()
+            images = 0
+            cpu = time.process_time()
+            began = time.perf_counter()
             while time.perf_counter() - began < seconds:
                 run_batch()
                 images += BATCH
@@ -138,7 +141,7 @@ def _summary(found: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def _ratio(above: Sequence[tuple[float, float]], below: Sequence[tuple[float, float]]) -> float:
-    """Of the rates per core, the median over rounds of the ratio within a round."""
+    """The ratio of two rates per core: the median over rounds of the ratio within a round."""
     return statistics.median(one[1] / other[1] for one, other in zip(above, below, strict=True))
 
 

@@ -1,7 +1,8 @@
-"""Our loader against the others that stream such samples, as ratios taken in one run.
+"""Our loader against other streaming loaders, as ratios measured in one run.
 
-`python benchmarks/loader.py` takes under two minutes; `--full` is the real thing. `--peers-python` names an interpreter
-with the libraries this one lacks (benchmarks/peers.txt). The last line is JSON. See benchmarks/README.md.
+`python benchmarks/loader.py` takes under two minutes, `--full` takes longer and is more precise. `--peers-python` names
+an interpreter with the libraries that this one lacks (benchmarks/peers.txt). The last line is JSON. See
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _WAYS = {"by the clock": "by_the_clock", "in CPU time": "in_cpu_time"}
 class Plan:
     samples: int
     rounds: int
-    seconds: float  # of one contender in one round
+    seconds: float  # per contender and round
     cold_repeats: int
     set_sizes: tuple[int, ...]
 
@@ -45,7 +46,7 @@ FULL = Plan(81_920, 15, 3.0, 15, (10_000, 1_000_000, 10_000_000, 100_000_000))
 
 @dataclass(frozen=True)
 class Target:
-    """Every one of `values` must be at least (or, with `at_most`, no more than) `bound`. None was not measured."""
+    """All `values` must be at least `bound`, or at most `bound` with `at_most`. None: not measured."""
 
     what: str
     values: dict[str, float] | None
@@ -55,6 +56,7 @@ class Target:
     def __str__(self) -> str:
         if self.values is None:
             return f"NOT MEASURED  {self.what}"
+
         met = all(value <= self.bound if self.at_most else value >= self.bound for value in self.values.values())
         found = ", ".join(f"{value:.3g} {name}".strip() for name, value in self.values.items())
         wanted = f"{'<=' if self.at_most else '>='} {self.bound:g}"
@@ -74,7 +76,6 @@ def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
     contenders.write_arrays(work / "arrays", plan.samples)
     homes, missing = _prepare(work, pythons)
     speed = _compare(work, homes, missing, plan)
-
     return {
         **speed,
         "not_measured": missing,
@@ -113,8 +114,12 @@ def _work_folder(named: Path | None) -> Iterator[Path]:
 
 
 def _prepare(work: Path, pythons: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Write every contender's files. The interpreter of each that can be measured; for the others, why not."""
-    homes, missing = {}, {}
+    """Write the files of every contender.
+
+    Returns the interpreter of each contender that can be measured, and for each of the others the reason why not.
+    """
+    homes: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for name, contender in CONTENDERS.items():
         python = rounds.interpreter_with(contender.modules[0], pythons)
         if python is None:
@@ -125,12 +130,12 @@ def _prepare(work: Path, pythons: Sequence[str]) -> tuple[dict[str, str], dict[s
             rounds.write_files(name, python, work)
             homes[name] = python
         except RuntimeError as error:
-            _excuse(name, error, missing)
+            _mark_missing(name, error, missing)
     return homes, missing
 
 
 def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: Plan) -> dict[str, Any]:
-    """Rounds in turns; medians by contender, and ratios to ours within rounds."""
+    """Measure all contenders in turns: medians by contender, and ratios to ours within rounds."""
     print(f"{plan.rounds} rounds of {plan.seconds} s each, batches of {BATCH}, {plan.samples} samples", flush=True)
     with contextlib.ExitStack() as stack:
         contestants = []
@@ -138,7 +143,7 @@ def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: P
             try:
                 contestants.append(stack.enter_context(rounds.Contestant(name, python, work)))
             except RuntimeError as error:
-                _excuse(name, error, missing)
+                _mark_missing(name, error, missing)
         measured = rounds.take_turns(contestants, plan.rounds, plan.seconds)
     ours = measured[REFERENCE]
     return {
@@ -151,21 +156,23 @@ def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: P
 def _first_pass(work: Path, repeats: int) -> dict[str, float] | None:
     files = sorted((work / CONTENDERS[REFERENCE].folder).glob("*.tar"))
     with rounds.Contestant(REFERENCE, sys.executable, work, "epochs") as contestant:
-        contestant.measure()  # makes every call once, so that what follows is reading
+        contestant.measure()  # warm-up: the next calls measure only reading
         return cold.cold_share(files, lambda: contestant.measure()["seconds"], repeats)
 
 
-def _excuse(name: str, error: RuntimeError, missing: dict[str, str]) -> None:
-    """A peer that fails is said to be missing; what the ratios are made of may not fail."""
+def _mark_missing(name: str, error: RuntimeError, missing: dict[str, str]) -> None:
+    """Report a peer that fails as not measured. Raises the error of a contender that the ratios need."""
     if name in (REFERENCE, "memcpy"):
         raise error
     missing[name] = str(error)
 
 
 def _targets(result: dict[str, Any]) -> list[Target]:
-    """Speed counts as met by the clock and in CPU time both: a busy machine flatters one or the other."""
-    clock, cpu = result["times_ours"], result["times_ours_in_cpu"]
-    cold_rate, start = result["cold"], result["start_up"]
+    """A speed must be met both by the clock and in CPU time, because a busy machine distorts one of them."""
+    clock = result["times_ours"]
+    cpu = result["times_ours_in_cpu"]
+    cold_rate = result["cold"]
+    start = result["start_up"]
     return [
         Target("speed over webdataset (shuffle, decode, batch)", _best(clock, cpu, ("webdataset",)), 30),
         Target("speed over the better of MDS and litdata", _best(clock, cpu, ("mds", "litdata")), 5),
@@ -186,7 +193,7 @@ def _targets(result: dict[str, Any]) -> list[Target]:
 
 
 def _best(clock: dict[str, float], cpu: dict[str, float], names: Sequence[str]) -> dict[str, float] | None:
-    """The fastest of the named over ours; None unless all were measured."""
+    """The time of the fastest of these contenders over ours; None if one of them was not measured."""
     if not set(names) <= set(clock):
         return None
     return {"by the clock": min(clock[name] for name in names), "in CPU time": min(cpu[name] for name in names)}
@@ -196,16 +203,17 @@ def _report(result: dict[str, Any]) -> None:
     columns = ("us/sample", "x ours", "CPU-s/M", "x ours", "p50 ms", "p99 ms", "start s", "own MiB")
     print("\n" + " " * 20 + "".join(f"{column:>10}" for column in columns) + "  version")
     for name, row in result["contenders"].items():
-        wall, cpu = result["times_ours"][name], result["times_ours_in_cpu"][name]
-        figures = (row["us_per_sample"], wall, row["cpu_seconds_per_million"], cpu)
+        figures = (row["us_per_sample"], result["times_ours"][name])
+        figures += (row["cpu_seconds_per_million"], result["times_ours_in_cpu"][name])
         figures += tuple(row[what] for what in ("batch_p50_ms", "batch_p99_ms", "start_seconds", "private_mib"))
         print(
             f"{name:20}" + "".join(f"{figure:10.2f}" for figure in figures), _version(name, row["versions"]), sep="  "
         )
     for name, why in result["not_measured"].items():
         print(f"{name:20}NOT MEASURED: {why}")
+
     starts = ", ".join(f"{size:,} samples {spent:.3f} s" for size, spent in result["start_up"]["seconds"].items())
-    print(f"\nfrom the manifest to the first places, resumed half-way: {starts}")
+    print(f"\nfrom the manifest to the first locations, resumed half-way: {starts}")
     for how, shares in result["bytes_fetched_over_needed"].items():
         said = ", ".join(f"{nodes} nodes {share:.2f}" for nodes, share in shares.items()) if shares else "NOT MEASURED"
         print(f"bytes fetched over bytes needed in an epoch, {how}: {said}")

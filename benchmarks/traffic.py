@@ -1,4 +1,4 @@
-"""Bytes fetched from the store over bytes the epoch needs: planned for a large set, and measured on a small one."""
+"""Bytes downloaded in an epoch, divided by the bytes of the set: planned for a large set, measured on a small one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ import growth
 RANKS_PER_NODE = 8
 PLANNED_SHARDS = 313  # 1.28 million samples
 MEASURED_SHARDS = 32
-_START_UP_TRIES = 300  # a tenth of a second each
+_START_UP_TRIES = 300  # one every 0.1 s
 _STORE = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def planned_traffic(nodes: tuple[int, ...]) -> dict[int, float]:
-    """What an epoch of a large set makes all nodes together fetch, over its size. Pure: asks the order alone.
+    """Shards that all nodes together download in an epoch of a large set, divided by the shards of the set.
 
-    1 where every shard goes to one node only. Each node is assumed to keep what it fetched for the epoch.
+    Computed from the order alone, by number of nodes. The ratio is 1 if each shard goes to one node only. Each node is
+    assumed to keep its shards for the whole epoch.
     """
     from ecar_dist.data.order.stream import SampleStream
 
@@ -44,9 +45,9 @@ def planned_traffic(nodes: tuple[int, ...]) -> dict[int, float]:
 
 
 def measured_traffic(work: Path, nodes: tuple[int, ...]) -> dict[int, float] | None:
-    """An epoch of a small set from an S3 server in its own process, by simulated nodes of one rank each.
+    """The same ratio in bytes, measured in an epoch of a small set from an S3 server, by simulated one-rank nodes.
 
-    Bytes are the transfer counters of the nodes' stores. None where moto is not installed.
+    The bytes are those of the transfer counters. None if moto is not installed.
     """
     if importlib.util.find_spec("moto") is None:
         return None
@@ -64,7 +65,7 @@ def measured_traffic(work: Path, nodes: tuple[int, ...]) -> dict[int, float] | N
 
 
 def _epoch_of_node(url: str, work: Path, node: int, nodes: int) -> float:
-    """Bytes that one node moved in its share of an epoch, into a cache that was empty."""
+    """Bytes that one node with an empty cache downloads for its share of an epoch."""
     with contenders.open_ours(url, work / f"cache_{node}_of_{nodes}", node, nodes) as loader:
         steps = -(-loader.stream.count // (contenders.BATCH * nodes))
         for _ in range(steps):
@@ -74,7 +75,7 @@ def _epoch_of_node(url: str, work: Path, node: int, nodes: int) -> float:
 
 @contextlib.contextmanager
 def _object_store() -> Iterator[str]:
-    """An empty bucket of a moto server that lives as long as the context; its URL."""
+    """The URL of an empty bucket on a moto server, which runs until the end of the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""What it costs to find shards that change under a run: reads with the looks of `shard_watch.py` over reads without.
+"""The cost of detecting shards that change: the time of reads with the checks of `shards/watch.py`, over that without.
 
-One source reads the same batches in turns, a few with and as many without, so that what else the machine does hits both
-alike. By itself: `python benchmarks/watching.py [--save results.json]`, half a minute.
+One source reads the same batches in turns, some with and as many without checks, so that other load on the machine
+affects both equally. By itself: `python benchmarks/watching.py [--save results.json]`, half a minute.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AT_MOST = 1.03
 
 
 class NoWatch:
-    """In the place of `ShardWatch`: never looks."""
+    """Replaces `ShardWatch`: never checks."""
 
     def learn(self, owner: int, shard: object) -> None: ...
 
@@ -37,7 +37,7 @@ class NoWatch:
 
 
 def cost(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """By name of a folder of latent shards: times of a read with the looks over that without, medians over rounds."""
+    """By name of a folder of latent shards: times of a read with checks over reads without, medians over rounds."""
     return {name: _cost(folder) for name, folder in folders.items()}
 
 
@@ -54,7 +54,7 @@ def _cost(folder: Path) -> dict[str, float]:
         for order in ((0, 1), (1, 0)):  # whoever comes second finds the caches filled
             for side in order:
                 source.watch = sides[side]
-                if side == 0:  # the time of the others is not its own: its pause between looks is longer by that
+                if side == 0:  # the time of the others is not its own: its pause between checks is longer by that
                     watch._next_check += time.perf_counter() - left
                 for first in range(at, at + BATCHES * contenders.BATCH, contenders.BATCH):
                     places = stream.locate(np.arange(first, first + contenders.BATCH))
