@@ -20,8 +20,11 @@ from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.rng import Purpose, uniform
 
-_MAX_BLOCK = 16384  # positions of this rank that are located at once: looking up costs numpy calls, not samples
-_POLL_SECONDS = 0.2  # how often a waiting consumer is asked whether it gives up
+# Positions of this rank that are located together. The cost of locating is in the numpy calls, not in the samples.
+_MAX_BLOCK = 16384
+
+# How often a waiting consumer is asked whether it gives up.
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class SampleLoader:
 
         # The queue holds micro-batches; an exception or None ends the iteration.
         self._queue: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(maxsize=prefetch)
+
+        # One thread, because the batches must come in the order of their positions.
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="sample-loader", daemon=True)
         self._thread.start()
@@ -136,6 +141,7 @@ class SampleLoader:
         taken: list[MicroBatch] = []
         began = time.perf_counter()
         try:
+            # Wait in short steps, so that `give_up` is asked while the reading thread is stuck.
             while len(taken) < count:
                 try:
                     item = self._queue.get(timeout=_POLL_SECONDS)
@@ -184,6 +190,7 @@ class SampleLoader:
         """The reading thread: every error goes to the consumer."""
         try:
             for block in self._blocks():
+                # Whole steps are whole numbers of micro-batches, so none is cut at the end of a block.
                 for first in range(0, len(block), self._share.micro_batch_size):
                     if self._stopping.is_set():
                         return
@@ -215,6 +222,7 @@ class SampleLoader:
         rank_remainder = (first + share.rank) % share.world_size
         node_remainders = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
 
+        # Soon: one window ahead, for this rank. Later: one epoch ahead, for all ranks that share the node's cache.
         rank_shards = self.stream.upcoming(at, soon, [rank_remainder], share.world_size)
         node_shards = self.stream.upcoming(at, at + self.stream.count, node_remainders, share.world_size)
         for source, of_rank, of_node in zip(self.sources, rank_shards, node_shards, strict=True):
@@ -228,6 +236,8 @@ class SampleLoader:
             except BadSamples as error:
                 locations = self._substitutes.replace(locations, error)
                 continue
+
+            # Pinned memory lets the copy to a GPU run beside the computation.
             if self._pin_memory and values.device.type == "cpu":
                 values = values.pin_memory()
             positions = torch.from_numpy(locations.positions)
@@ -236,6 +246,7 @@ class SampleLoader:
 
     def _read_once(self, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [m, ...] and labels [m]: each source reads its samples, which go back to their own rows."""
+        # Most micro-batches come from one source, and need no second copy.
         used = [0] if len(self.sources) == 1 else np.unique(locations.sources).tolist()
         if len(used) == 1:
             return self._read_from(used[0], locations)
@@ -250,6 +261,8 @@ class SampleLoader:
                 # The reasons are counted within the part; the caller counts within the micro-batch.
                 reasons = {int(rows[index]): reason for index, reason in error.reasons.items()}
                 raise BadSamples(reasons, whole_shards=error.whole_shards) from None
+
+            # The first part tells shape, dtype and device.
             if values is None:
                 values = part.new_empty((len(locations), *part.shape[1:]))
             values[rows] = part
@@ -258,6 +271,7 @@ class SampleLoader:
 
     def _read_from(self, number: int, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
         """Read from one source. Whether a sample is mirrored is keyed by its position, like all randomness of a run."""
+        # A draw per position, so a sample is mirrored in some epochs and not in others.
         source = self.sources[number]
         flip = None
         if source.can_flip:

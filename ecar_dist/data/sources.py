@@ -149,13 +149,16 @@ class LatentSource:
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
         """As Source.plan. Unmaps shards that changed, that the store may evict, or that are too many to keep."""
+        # A changed shard is proven again in the background, before it is used.
         for shard_index in changed_files(self._open, self._open):
             del self._open[shard_index]
+
+        # A map keeps the disk space of an evicted file, and a file descriptor.
         if self.store.evicts or len(self._open) > _MAX_MAPPED:
             needed = _needed_soon(soon, future)
             self._open = {index: shard for index, shard in self._open.items() if index in needed}
 
-        # Make room before asking for more.
+        # Make room before requesting more.
         self.store.retire(future)
         self.store.prefetch([index for index in soon if index not in self._open and index not in self._damaged])
 
@@ -216,6 +219,7 @@ class ImageSource:
         flip: bool,
         cache: CacheOptions | None = None,
     ) -> None:
+        # Only whole tars can go through the cache.
         manifest = load_image_manifest(folder)
         home = manifest.home(folder)
         self._store = None

@@ -126,7 +126,8 @@ class ImageDecoder(ABC):
             with _open(blob) as image:
                 animated = getattr(image, "is_animated", False) and image.format != "MPO"
                 plain = not animated and _is_plain(image, blob)
-                (width, height), mode = image.size, image.mode
+                width, height = image.size
+                mode = image.mode
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise DataError(_unreadable(key, error)) from None
 
@@ -303,7 +304,8 @@ def _png_may_have_orientation(blob: bytes) -> bool:
     # After the signature of 8 bytes come chunks: 4 bytes length, 4 bytes kind, payload, 4 bytes CRC.
     at = 8
     while at + 8 <= len(blob):
-        kind, payload = blob[at + 4 : at + 8], blob[at + 8 : at + 28]
+        kind = blob[at + 4 : at + 8]
+        payload = blob[at + 8 : at + 28]
         if kind == b"eXIf" or payload.startswith((b"Raw profile type", b"XML:com.adobe.xmp")):
             return True
         at += 12 + int.from_bytes(blob[at : at + 4], "big")

@@ -40,11 +40,16 @@ import numpy as np
 from ecar_dist.data.order.permutation import bits_for, hash_keys, permute
 from ecar_dist.errors import ConfigError, DataError
 
-_SHARDS = int.from_bytes(b"shards", "big")  # first field of the keys that permute the shards of an epoch
-_WINDOW = int.from_bytes(b"window", "big")  # first field of the keys that permute a window
-_LANES = (1, 2, 4, 8, 16, 32, 64, 192, 960)  # each divides the next; the last two also serve multiples of 3 and 5
+# First fields of the keys that permute the shards of an epoch, and the samples of a window.
+_SHARDS = int.from_bytes(b"shards", "big")
+_WINDOW = int.from_bytes(b"window", "big")
+
+# Default numbers of lanes. Each divides the next; the last two also serve ranks in multiples of 3 and 5.
+_LANES = (1, 2, 4, 8, 16, 32, 64, 192, 960)
 _SHARDS_PER_LANE = 4
-_CACHED_TABLES = 4  # a batch may straddle two epochs, and prefetching may be in the next
+
+# A batch may straddle two epochs, and prefetching may already be in the next.
+_CACHED_TABLES = 4
 
 
 def sample_indices(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -182,7 +187,9 @@ class LaneOrder:
         low = -((lanes - begin) // self.lanes)
         high = -((lanes - end) // self.lanes)
         used = low < high
-        lanes, low, high = lanes[used], low[used], high[used]
+        lanes = lanes[used]
+        low = low[used]
+        high = high[used]
 
         # One entry for each window of each lane, with its range of turns [low, ends). [windows]
         first_window = self._window_of(lanes, low)
@@ -223,9 +230,10 @@ class LaneOrder:
 
     def _look_up(self, epochs: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of points of the line of each one's epoch; int64 [N] each."""
+        # The lines of the different epochs lie one after the other in one table, so one search finds all slots.
         different, which = np.unique(epochs, return_inverse=True)
         line_shards, line_starts = self._tables(tuple(different.tolist()))
-        points = which.reshape(-1) * self.count + points  # in the lines of these epochs, laid end to end
+        points = which.reshape(-1) * self.count + points
         slots = np.searchsorted(line_starts, points, side="right") - 1
         return line_shards[slots], points - line_starts[slots]
 
@@ -234,6 +242,7 @@ class LaneOrder:
 
         An empty shard starts where the next one does. A search from the right skips it.
         """
+        # One key per epoch, repeated for each of its slots.
         num_shards = self.counts.size
         slots = np.tile(np.arange(num_shards), len(epochs))
         keys = hash_keys(self.seed, _SHARDS, np.repeat(np.array(epochs, dtype=np.int64), num_shards))

@@ -24,7 +24,10 @@ import numpy as np
 from ecar_dist.data.order.permutation import bits_for, hash_keys, permute
 from ecar_dist.errors import ConfigError
 
-_MIX = int.from_bytes(b"mix", "big")  # first field of the keys that permute a block
+# First field of the keys that permute a block.
+_MIX = int.from_bytes(b"mix", "big")
+
+# A batch, and the consumed counts around it, may need a few blocks at a time.
 _CACHED_TABLES = 4
 
 
@@ -76,6 +79,7 @@ class Mixture:
 
         Positions [start, stop) read [consumed(start), consumed(stop)) of each source's stream.
         """
+        # Whole blocks take `_per_block` each; the last block is counted up to the position.
         block, place = divmod(position, self.block)
         mixed, _ = self._tables((block,))
         return block * self._per_block + np.bincount(mixed[0, :place], minlength=len(self.weights))
@@ -112,6 +116,7 @@ class Buckets:
     ) -> None:
         if weights is not None and len(weights) != len(sizes):
             raise ConfigError(f"{len(weights)} weights for {len(sizes)} buckets; give one weight per bucket, or none")
+        # The mixture works on steps instead of samples: its positions are the numbers of global batches.
         self._steps = Mixture(sizes if weights is None else weights, seed, total)
         self.global_batch_size = global_batch_size
 
@@ -121,12 +126,14 @@ class Buckets:
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bucket of each position, and position in that bucket's own stream: int64, in the shape of `positions`."""
+        # The samples of a step follow those of the bucket's earlier steps.
         steps, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.global_batch_size)
         buckets, earlier_steps = self._steps.split(steps)
         return buckets, earlier_steps * self.global_batch_size + offsets
 
     def consumed(self, position: int) -> np.ndarray:
         """Samples of each bucket before the position: int64 [buckets]."""
+        # Whole earlier steps, and the first `offset` samples of the step that the position is in.
         step, offset = divmod(position, self.global_batch_size)
         before = self._steps.consumed(step)
         after = self._steps.consumed(step + 1)
@@ -145,6 +152,7 @@ def whole_weights(weights: Sequence[float], total: int) -> list[int]:
     if not weights:
         raise ConfigError("0 sources to mix; list 1 or more")
 
+    # Fraction(str(0.1)) is 1/10, while Fraction(0.1) would be the binary fraction nearest to it.
     exact = [Fraction(str(weight)) for weight in weights]
     denominator = math.lcm(*(weight.denominator for weight in exact))
     whole = _divide_by_gcd([int(weight * denominator) for weight in exact])

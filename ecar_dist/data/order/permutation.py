@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-_ROUNDS = 8  # even, so that the two halves have their first widths again at the end
-_GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64: 2^64 divided by the golden ratio, odd
+# An even number of rounds, so that the two halves have their first widths again at the end.
+_ROUNDS = 8
+
+# The increment of SplitMix64: 2^64 divided by the golden ratio, odd.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def hash_keys(seed: int, *fields: int | np.ndarray) -> np.ndarray:
@@ -22,6 +25,7 @@ def hash_keys(seed: int, *fields: int | np.ndarray) -> np.ndarray:
     The first field of each new use should be a constant of its own that is far from any seed or counter: seed 0 with
     field 7 gives the same key as seed 7 without fields.
     """
+    # Each field is added and mixed in turn, so the order of the fields matters. uint64 arithmetic wraps around.
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
     for field in fields:
         keys = _mix(keys + np.asarray(field, dtype=np.int64).astype(np.uint64))
@@ -41,6 +45,7 @@ def permute(values: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits:
     follow from constants of an order, never from the values in one call. Each extra bit doubles the expected number of
     passes.
     """
+    # Every value has a key of its own, so each round has one key per value.
     images = values.astype(np.uint64)
     bounds = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), images.shape)
     round_keys = _mix(keys + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN))  # [rounds, N]
@@ -63,6 +68,8 @@ def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
     right_bits = bits // 2
     left = values >> np.uint64(right_bits)
     right = values & _mask(right_bits)
+
+    # A round is (left, right) -> (right, left ^ F(right)). It is a bijection for any F.
     for key in keys:
         left, right = right, left ^ (_mix(right + key) & _mask(left_bits))
         left_bits, right_bits = right_bits, left_bits

@@ -57,14 +57,19 @@ class SampleStream:
             LaneOrder(counts, seed + index, lanes or default_lanes(len(counts)), window_shards)
             for index, counts in enumerate(sources)
         ]
+
+        # Which source a position reads from. Unused for one source.
         self._global_batch_size = global_batch_size
         self._split: Buckets | Mixture = Mixture(weights, seed)
         if by_step:
             self._split = Buckets([order.count for order in self.orders], seed, global_batch_size, weights)
+
+        # Sample ids count through the sources: those of source i begin at _first_id[i].
         self._first_id = np.cumsum([0, *(order.count for order in self.orders)])  # [sources + 1]
 
     def locate(self, positions: np.ndarray) -> Locations:
         """The location of each position, int64 [n] in any order."""
+        # One source needs no mixing: its stream is the run's.
         if len(self.orders) == 1:
             shards, rows = self.orders[0].locate(positions)
             sources = np.zeros(len(positions), dtype=np.int64)
@@ -81,6 +86,7 @@ class SampleStream:
 
     def locate_sample(self, source: int, sample_index: int) -> tuple[int, int, int]:
         """(shard, row, sample id) of one sample of one source."""
+        # The last shard that begins at or before the sample.
         order = self.orders[source]
         shard = int(np.searchsorted(order.first_index, sample_index, side="right")) - 1
         row = sample_index - int(order.first_index[shard])
@@ -91,9 +97,12 @@ class SampleStream:
         if len(self.orders) == 1:
             return [self.orders[0].upcoming(start, stop, ranks, world_size)]
 
-        # Mixed sample by sample, the positions of a rank fall on every lane of every source.
+        # Mixed sample by sample, the positions of a rank fall on every lane of every source, so ask for all ranks.
         if isinstance(self._split, Mixture):
-            ranks, world_size = (0,), 1
+            ranks = (0,)
+            world_size = 1
+
+        # Each source reads a range of its own stream.
         begins = self._split.consumed(start).tolist()
         ends = self._split.consumed(stop).tolist()
         return [
@@ -103,6 +112,7 @@ class SampleStream:
 
     def batch_spread(self, batches: int = 4) -> float:
         """A measure of the shuffle: distinct shards in a global batch, averaged over the first batches of the run."""
+        # Number the shards of all sources without overlap, then count them in each batch.
         locations = self.locate(np.arange(batches * self._global_batch_size))
         shards = (locations.shards * len(self.orders) + locations.sources).reshape(batches, -1)
         return float(np.mean([np.unique(batch).size for batch in shards]))

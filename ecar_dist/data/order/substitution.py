@@ -11,7 +11,8 @@ from ecar_dist.data.order.lanes import sample_indices
 from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.errors import DataError
 
-_KEY = 0x5ABD1 << 40  # makes the permutation of the substitutes differ from that of the order
+# Makes the permutation that the substitutes come from differ from that of the order.
+_KEY = 0x5ABD1 << 40
 
 
 class BadSamples(DataError):
@@ -67,7 +68,8 @@ class Substitutes:
                 f"{int(self._max_bad * total)}; restore the data, or raise data.max_bad"
             )
 
-        replaced = locations.take(np.arange(len(locations)))  # a copy
+        # A copy: the caller's locations stay as they are.
+        replaced = locations.take(np.arange(len(locations)))
         for index, reason in error.reasons.items():
             self._replace_one(replaced, index, reason)
         return replaced
@@ -86,10 +88,14 @@ class Substitutes:
         shard = int(locations.shards[index])
         order = self._stream.orders[source]
         bad = self._bad[source]
+
+        # The keys make sure that a sample which is met again, in a later epoch, counts once.
         if error.whole_shards:
             bad[shard,] = int(order.counts[shard])
         else:
             bad[shard, int(locations.rows[index])] = 1
+
+        # Otherwise the search for a good sample would not end.
         if sum(bad.values()) == order.count:
             raise DataError(f"{error}; with it all {order.count} samples of its set are bad; restore the set")
 
@@ -105,6 +111,7 @@ class Substitutes:
         draw = np.array([attempt * count + position % count], dtype=np.int64)
         sample_index = int(sample_indices(draw, count, self._seed ^ _KEY)[0])
 
+        # The positions stay: only where their samples are read from changes.
         shard, row, sample_id = self._stream.locate_sample(source, sample_index)
         locations.shards[index] = shard
         locations.rows[index] = row

@@ -26,10 +26,14 @@ from ecar_dist.data.shards.tar_index import BLOCK, padded
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES, Record
 
 DESCRIPTION_NAME = ".ecar.json"
-LABEL_EXTENSION = "cls"
-LABEL_BYTES = 20  # the longest int64 in ASCII; the rest of the label's block is zero
 MOMENTS_DTYPE = np.dtype("<f2")
-MAX_MEMBERS = 8  # per sample
+
+# A label is an integer in ASCII: at most 20 bytes for int64. The rest of its block is zero.
+LABEL_EXTENSION = "cls"
+LABEL_BYTES = 20
+
+# Limits for values that were read from a file.
+MAX_MEMBERS = 8
 Offset = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
@@ -60,7 +64,7 @@ class ShardLayout:
         header = len(npy_header(moments_shape))
         nbytes = header + math.prod(moments_shape) * MOMENTS_DTYPE.itemsize
 
-        # One npy file, or two; then a label of one block.
+        # One npy file, or two; then a label of one block. `at` is the offset of the next header in the sample.
         members = []
         at = 0
         for extension in ("latent.npy", "latent_flip.npy") if has_flip else ("latent.npy",):
@@ -76,6 +80,9 @@ class ShardLayout:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# The same types as they are read back from `.ecar.json`. A file may hold anything, so these are checked by pydantic.
 
 
 class MemberRecord(Record):
@@ -95,6 +102,7 @@ class LayoutRecord(Record):
     count: Offset
     first_offset: Offset
     stride: Offset
+    # Bounded, because a reader loops over them for every sample.
     members: Annotated[tuple[MemberRecord, ...], Field(max_length=MAX_MEMBERS)]
 
 
@@ -106,7 +114,9 @@ class Description(BaseModel):
     layout: LayoutRecord
     first_row: Offset
     missing: tuple[Offset, ...]
-    crc32: str  # base64 of one little-endian uint32 per sample
+
+    # base64 of one little-endian uint32 per sample, over the payloads of its members.
+    crc32: str
 
 
 def sample_key(sample_index: int) -> str:
@@ -115,6 +125,7 @@ def sample_key(sample_index: int) -> str:
 
 def description_text(tail: bytes) -> bytes:
     """The JSON text of `.ecar.json`, from bytes that begin with its tar header. Raises ValueError if it is not one."""
+    # The stated size may be wrong, so no more than the limit is copied.
     try:
         header = tarfile.TarInfo.frombuf(tail[:BLOCK], "ascii", "strict")
     except tarfile.HeaderError as error:
@@ -126,6 +137,7 @@ def description_text(tail: bytes) -> bytes:
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """The header of an npy 1.0 file with an fp16 C-ordered array of this shape."""
+    # The header depends on the shape alone, so all samples of a set have the same one.
     buffer = io.BytesIO()
     fields = {"descr": MOMENTS_DTYPE.str, "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(buffer, fields)

@@ -51,8 +51,14 @@ from ecar_dist.storage.untrusted import (
 )
 
 MANIFEST_NAME = "manifest.json"
+
+# A manifest of a million shards has about 300 MB.
+MAX_MANIFEST_BYTES = 1 << 30
+
+# For pydantic: no unknown fields, no NaN or infinity.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-MAX_MANIFEST_BYTES = 1 << 30  # a manifest of a million shards has about 300 MB
+
+# ---- one shard
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class ShardEntry:
     bytes: Bytes
     count: Samples
     first_index: Count  # index of the first sample in the set
+
+    # xxh3 is fast, and checked at every opening. sha256 identifies the content in the dataset_id.
     xxh3_128: Xxh3
     sha256: Sha256
 
@@ -82,6 +90,7 @@ class LatentEntry(ShardEntry):
     @property
     def rows(self) -> np.ndarray:
         """The row in the plan of each sample, int64 [count]."""
+        # The shard covers `count` rows and the gaps between them.
         reserved = np.arange(self.first_row, self.first_row + self.count + len(self.missing), dtype=np.int64)
         return np.setdiff1d(reserved, np.array(self.missing, dtype=np.int64), assume_unique=True)
 
@@ -97,6 +106,9 @@ class ImageEntry(ShardEntry):
     table: PlainName  # a file beside the manifest
     table_xxh3_128: Xxh3
     kind: Literal["tar", "files"]
+
+
+# ---- a whole set
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,8 @@ class ImageManifest:
     def check_sums(self) -> None:
         """Check the fields against each other. Raises UntrustedError."""
         check_entries(self.shards, self.count, self.num_classes, self.class_names)
+
+        # A class directory has no hashes, and its images may be of any size.
         for entry in self.shards:
             if entry.kind == "tar":
                 check_tar(entry, (entry.xxh3_128, entry.sha256, entry.table_xxh3_128))
@@ -149,6 +163,8 @@ class Manifest:
     class_names: list[Visible]
     moments_shape: MomentsShape  # (2C, H, W): mean and logvar; (C, H, W) from a deterministic encoder
     has_flip: Flag  # each sample also has the moments of its mirrored image
+
+    # Facts without a fixed schema here. The autoencoder code checks the encoder identity when it is used.
     encoder: Tree  # vae.codec.EncoderIdentity.to_dict()
     preprocessing: Tree
     statistics: Tree
@@ -163,6 +179,8 @@ class Manifest:
         """Check the fields against each other. Raises UntrustedError."""
         check_channels(self.encoder, self.moments_shape)
         check_entries(self.shards, self.count, self.num_classes, self.class_names)
+
+        # The rows of the shards ascend without overlap, so every key is unique.
         row = 0
         for entry in self.shards:
             check_tar(entry, (entry.xxh3_128, entry.sha256))
@@ -170,6 +188,8 @@ class Manifest:
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest | ImageManifest)
+
+# ---- reading and writing
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -190,12 +210,14 @@ def schema_of(folder: str | Path) -> str:
 
     Raises DataError if the manifest is missing or not JSON.
     """
+    # Before the kind of set is known, the commands in error messages are those of latent sets.
     tree = _read_tree(join(folder, MANIFEST_NAME), Manifest)
     return str(tree.get("schema", "")) if isinstance(tree, dict) else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
     """Write `manifest.json`. Raises DataError for a manifest that `load_manifest` would reject."""
+    # Checked as a reader would check it. Names of classes and folders come from users.
     tree = dataclasses.asdict(manifest)
     try:
         _by_the_rules(tree, type(manifest)).check_sums()
@@ -207,6 +229,7 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
     """A manifest of the given kind. Raises DataError as `load_manifest` does."""
     url = join(folder, MANIFEST_NAME)
+    # The location is checked last, because the rule depends on where the manifest came from.
     manifest = _proven(_read_tree(url, kind), kind, redact(url))
     if isinstance(manifest, ImageManifest):
         _check_location(manifest.location, str(url))
@@ -215,6 +238,7 @@ def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
 
 def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
     """The JSON value of a manifest. Raises DataError if it is missing, too large, not a regular file, or not JSON."""
+    # A missing manifest usually means that the last command of a pipeline has not run yet, so the fix names it.
     try:
         text = read_bytes(url, limit=MAX_MANIFEST_BYTES)
     except ObjectMissing as error:
@@ -230,6 +254,7 @@ def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
 
 def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
     """The manifest in a JSON value. Raises DataError if the schema, the dataset_id or a rule does not hold."""
+    # Another schema usually means that the folder of another command was given.
     found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
     if found != kind.SCHEMA:
         said = printable(str(found), 80)
@@ -253,6 +278,7 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
 
 def _check_location(location: str | None, url: str) -> None:
     """An index may name any folder, but an index from a URL may not name a folder of the machine that reads it."""
+    # Otherwise a set from the network could make the reader open its own private files.
     if location is not None and is_remote(url) and not is_remote(location):
         raise DataError(
             f"{redact(url)} is remote, but its location {location} is a local folder; set location to a URL, or copy "
@@ -270,5 +296,6 @@ def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
 
 def _dataset_id(manifest: Manifest | ImageManifest) -> str:
     """sha256 of the canonical JSON of all other fields."""
+    # Sorted keys and no spaces: equal manifests have equal texts, whoever writes them.
     content = {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

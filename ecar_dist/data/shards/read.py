@@ -29,6 +29,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.untrusted import parse_json, parse_record
 
 # Fields of a USTAR header: name 0:100, size 124:136, checksum 148:156, type 156, magic and version 257:265.
+# They are compared for all samples of a shard at once, as columns of uint8 [count, 512].
 _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
 
 
@@ -66,7 +67,7 @@ class LatentShard:
         self._mapped = mapped
 
         # Is there enough data for all samples? Otherwise the views below would not fit into the map.
-        keys = np.array([sample_key(row) for row in entry.rows.tolist()], "S12")
+        keys = np.array([sample_key(row) for row in entry.rows.tolist()], "S12")  # [count]
         if len(keys) != entry.count:
             raise self._wrong(f"has {entry.count} samples by its manifest entry, but {len(keys)} keys")
         if len(self._mapped) < self.layout.end + BLOCK:
@@ -92,6 +93,7 @@ class LatentShard:
     def encoded(self, mirrored: bool) -> np.ndarray:
         """The npy files with their headers, for a reader that decodes them: uint8 [count, nbytes], a view."""
         arrays = [member for member in self.layout.members if member.npy_header_len]
+        # Without stored mirrored images both are the same member.
         member = arrays[-1 if mirrored else 0]
         return self._strided(member.rel_offset, member.npy_header_len + self.moments[0].nbytes)
 
@@ -111,6 +113,7 @@ class LatentShard:
         if len(sums) != self.entry.count:
             raise self._wrong(f"lists {len(sums)} CRC-32 for {self.entry.count} samples")
 
+        # The writer computed each sum before the tar existed, so this also finds errors of the writing itself.
         for row in range(self.entry.count):
             if zlib.crc32(self.sample_bytes(row)) != sums[row]:
                 raise self._wrong(f"has a wrong CRC-32 at key {self._key(row)}")
@@ -119,6 +122,7 @@ class LatentShard:
 
     def sample_bytes(self, row: int) -> bytes:
         """The payloads of one sample laid end to end, which its CRC-32 covers."""
+        # The size of a label varies, and only its text knows it: trailing zeros are padding.
         start = self.layout.first_offset + row * self.layout.stride
         parts = []
         for member in self.layout.members:
@@ -135,6 +139,7 @@ class LatentShard:
 
     def _array_view(self, member: Member) -> np.ndarray:
         """The arrays of an npy member: fp16 [count, *shape]. Raises DataError for another npy header."""
+        # All samples have the same npy header, because they have the same shape and dtype.
         headers = self._strided(member.rel_offset, member.npy_header_len)
         if (headers != np.frombuffer(npy_header(member.shape), dtype=np.uint8)).any():
             raise self._wrong(f"has a {member.ext} that is not npy 1.0 fp16 {list(member.shape)}")
@@ -153,6 +158,8 @@ class LatentShard:
 
         # The checksum is the sum of all bytes of the header, with its own field read as spaces.
         sums = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+
+        # For each field, the samples in which it is wrong: bool [count].
         faults = {
             "name": _text(headers, 0, 100) != wanted,
             "magic": (headers[:, 257:265] != _MAGIC).any(axis=1) | (headers[:, 156] != ord("0")),
@@ -168,6 +175,7 @@ class LatentShard:
     def _read_labels(self, num_classes: int) -> np.ndarray:
         """The labels as int64 [count]. Raises DataError for one that is not in [0, num_classes)."""
         texts = _text(self._strided(self.layout.members[-1].rel_offset, LABEL_BYTES), 0, LABEL_BYTES)
+        # numpy parses all labels at once.
         try:
             labels = texts.astype(np.int64)
         except ValueError as error:
@@ -190,8 +198,9 @@ def parse_description(tail: bytes) -> dict[str, Any]:
 
     Raises ValueError if it is not a complete `.ecar.json`.
     """
+    # The record checks the fields that are used here. The object has more of them.
     text = description_text(tail)
-    parse_record(text, Description)  # checks the fields; the object has more of them
+    parse_record(text, Description)
     tree: dict[str, Any] = parse_json(text)
     return tree
 
@@ -205,6 +214,7 @@ def _view(
     mapped: mmap.mmap, shape: tuple[int, ...], dtype: np.dtype, layout: ShardLayout, rel_offset: int
 ) -> np.ndarray:
     """A strided array over the map: axis 0 steps from sample to sample, the other axes are C-ordered."""
+    # The strides of one C-ordered sample; from one sample to the next it is the stride of the layout.
     inner = np.empty(shape[1:], dtype=dtype).strides
     offset = layout.first_offset + rel_offset
     return np.ndarray(shape, dtype=dtype, buffer=mapped, offset=offset, strides=(layout.stride, *inner))
@@ -217,6 +227,7 @@ def _text(blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 def _octal(blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
     """A range of columns with zero-padded octal digits as int64 [N]; -1 where a character is not an octal digit."""
+    # Characters minus "0" are digits; the last column is the lowest power of 8.
     digits = blocks[:, start:stop].astype(np.int64) - ord("0")
     powers = 8 ** np.arange(stop - start - 1, -1, -1, dtype=np.int64)
     return np.where(((digits < 0) | (digits > 7)).any(axis=1), -1, digits @ powers)

@@ -17,11 +17,16 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.untrusted import is_one_line
 
+# A tar is a sequence of blocks of 512 bytes: for each member a header, then its payload padded to whole blocks.
 BLOCK = tarfile.BLOCKSIZE
 
-_USTAR_MAGIC, _GNU_MAGIC = b"ustar\x0000", b"ustar  \0"
-_MAGIC = slice(257, 265)  # field of a header: magic and version
-_PREFIX = slice(345, 500)  # field of a header: the start of a long name in USTAR
+# Fields of a header: magic with version, and the start of a long name in USTAR.
+_MAGIC = slice(257, 265)
+_PREFIX = slice(345, 500)
+_USTAR_MAGIC = b"ustar\x0000"
+_GNU_MAGIC = b"ustar  \0"
+
+# Types of members that are accepted in foreign tars, and names of some others for messages.
 _READABLE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _NAMES_OF_TYPES = {
     tarfile.LNKTYPE: "a hard link",
@@ -33,6 +38,8 @@ _NAMES_OF_TYPES = {
 # PAX records that do not change a member's name, size or content.
 _HARMLESS_PAX = frozenset({"mtime", "atime", "ctime", "uid", "gid", "uname", "gname"})
 _PAX_LIMIT = 1 << 20
+
+# Fixes, for messages: what to do with a damaged tar, and with one that has unsupported features.
 _RESTORE = "restore the file or write the shard again"
 _REPACK = "extract it and pack it again with `tar --format=ustar`"
 
@@ -98,11 +105,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 def write_dali_index(path: Path, members: Iterable[TarMember]) -> None:
     """Write the `.idx` of a tar, version 1.2: one line per sample, no dotfiles. The same bytes as DALI's wds2idx."""
+    # Members with the same key are one sample, also if they do not follow each other.
     samples: dict[str, list[str]] = {}
     for member in members:
         key, extension = split_name(member.name)
         if key and not key.endswith("/"):
             samples.setdefault(key, []).append(f"{extension} {member.offset} {member.size} {member.name}")
+    # The first line has the version and the number of samples.
     lines = [f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]
     with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())

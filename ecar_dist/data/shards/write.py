@@ -103,6 +103,7 @@ def describe_latent_shard(path: Path, members: Sequence[TarMember]) -> tuple[Lat
 
 def marker_of(described: dict[str, Any], entry: LatentEntry) -> dict[str, Any]:
     """The content of the marker `NNNNNN.json`: the entry, and the description without what the tar itself holds."""
+    # These fields describe the tar itself, and a reader finds them there.
     of_the_tar = ("schema", "layout", "first_row", "missing", "first_key", "last_key", "crc32", "encoder")
     rest = {name: value for name, value in described.items() if name not in of_the_tar}
     return {**rest, "entry": {**dataclasses.asdict(entry), "missing": list(entry.missing)}}
@@ -118,6 +119,7 @@ def _write_tar(file: BinaryIO, content: ShardContent, description: dict[str, Any
 
 def _parts(content: ShardContent, row: int) -> list[tuple[str, bytes]]:
     """Extension and payload of each member of one sample, in the order of the layout."""
+    # The order and the sizes must be those of ShardLayout.of.
     header = npy_header(content.moments.shape[1:])
     parts = [("latent.npy", header + _array_bytes(content.moments[row]))]
     if content.flipped is not None:
@@ -130,6 +132,7 @@ def _array_bytes(array: np.ndarray) -> bytes:
 
 
 def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
+    # No time, user or host: equal content gives equal bytes.
     header = tarfile.TarInfo(name)
     header.size = len(payload)
     header.mode = 0o444
