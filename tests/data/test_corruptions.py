@@ -118,7 +118,7 @@ def test_each_kind_of_damage_raises_with_the_shards_name(tmp_path, name, kind):
     assert "\n" not in str(caught.value)
 
 
-# Seen directly through the table, an image is right or refused: bytes that are no image's may differ.
+# Read directly through the table, an image is right or rejected. Bytes outside of images may differ.
 HARMLESS_TO_IMAGES = {"one flipped header byte", "a zeroed header", "a flipped byte of padding"}
 
 

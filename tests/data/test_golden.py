@@ -68,7 +68,7 @@ def test_a_damaged_plan_is_one_line(tmp_path):
         read_plan(tmp_path)
 
 
-def test_a_damaged_marker_is_none(tmp_path):
+def test_a_damaged_marker_is_not_accepted(tmp_path):
     path = tmp_path / "000000.json"
     whole = read_marker(GOLDEN / "latents", 0)
     for text in variants(GOLDEN / "latents/000000.json"):

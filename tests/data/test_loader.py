@@ -353,7 +353,7 @@ def test_a_plan_is_of_this_ranks_window_and_of_all_that_its_node_needs(tmp_path,
 
 @pytest.mark.parametrize("evicts", [False, True])
 @pytest.mark.parametrize("most", [2, 3])
-def test_shards_stay_mapped_unless_their_files_may_go_or_they_are_too_many(tmp_path, evicts, most, monkeypatch):
+def test_shards_stay_mapped_unless_evicted_or_too_many(tmp_path, evicts, most, monkeypatch):
     monkeypatch.setattr(sources_module, "_MAX_MAPPED", most)
     write_set(tmp_path)
     source = LatentSource(tmp_path)

@@ -192,7 +192,7 @@ def test_1x1_becomes_one_colour(decoder):
     assert (batch == CHINA[0, 0]).all()
 
 
-def test_formats_are_told_by_their_first_bytes():
+def test_formats_are_recognised_by_their_first_bytes():
     names = ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"]
     assert [image_extension(BLOBS[name]) for name in names] == ["png", "jpg", "webp", "gif", "tif", "bmp", "avif"]
     assert [image_extension(data) for data in (b"", b"<svg></svg>", encoded(CHINA, "ICO"))] == [None] * 3
@@ -257,7 +257,7 @@ def test_a_batch_of_bad_images_only(decoder):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error 2: out of memory")])
-def test_a_machine_at_its_limits_is_no_bad_image(decoder, monkeypatch, error):
+def test_an_error_of_the_machine_is_not_a_bad_image(decoder, monkeypatch, error):
     def fail(*_):
         raise error
 

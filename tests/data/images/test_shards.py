@@ -77,7 +77,7 @@ def test_random_access(folder):
     assert shards.labels().dtype == np.int64
 
 
-def test_many_at_once_in_the_order_asked(tmp_path):
+def test_many_samples_in_the_requested_order(tmp_path):
     content = write_tars(tmp_path)
     shards = ImageShards(tmp_path / "index")
     asked = [11, 0, 5, 5, 4, 10]
@@ -111,7 +111,7 @@ def test_remote_images_and_tables(tmp_path, bucket, write):
     there = ImageShards(upload(tmp_path / "index", f"{bucket}/index"))
     everything = list(range(len(local)))
     assert there.read_many(everything) == local.read_many(everything)
-    assert there.manifest.dataset_id == local.manifest.dataset_id, "where the images lie is no part of what they are"
+    assert there.manifest.dataset_id == local.manifest.dataset_id, "the location is not part of the identity"
 
 
 def test_remote_reads_overlap(tmp_path, bucket, monkeypatch):
@@ -200,7 +200,7 @@ def test_a_damaged_table_is_found(tmp_path):
         shards.read(5)
 
 
-def test_a_moved_set_is_mended_by_hand(tmp_path):
+def test_a_moved_set_is_fixed_by_hand(tmp_path):
     content = write_tars(tmp_path)
     (tmp_path / "tars").rename(tmp_path / "elsewhere")
     path = tmp_path / "index/manifest.json"
@@ -242,7 +242,7 @@ def test_objects_that_change_or_come_cut(tmp_path, object_store):
             shards.read(1)
 
 
-def test_closing_ends_reads_that_insist(tmp_path, object_store):
+def test_closing_ends_reads_that_are_retried(tmp_path, object_store):
     write_tars(tmp_path)
     index(object_store.put_folder(tmp_path / "tars", "tars/"), tmp_path / "there")
     object_store.break_on({"kind": "status", "status": 503, "times": None})

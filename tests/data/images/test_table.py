@@ -27,7 +27,7 @@ def test_round_trip(tmp_path):
     assert np.array_equal(np.load(tmp_path / "0.npy", allow_pickle=False), table)
 
 
-def test_names_that_are_no_utf8_survive():
+def test_names_that_are_not_utf8_survive():
     name = b"n01\xff.jpg".decode("utf-8", "surrogateescape")
     data = encode_table([ImageRow(name, 0, 0, 1, 0)])
     assert key_of(decode_table(data, entry_of(data, 1), 1, "t")[0]) == name
@@ -64,7 +64,7 @@ def npy(array):
         (encode_table(ROWS[:1]), r"\(1,\).* 2 images"),
     ],
 )
-def test_files_that_are_no_such_table(data, message):
+def test_files_that_are_not_a_table(data, message):
     with pytest.raises(DataError, match=message) as caught:
         decode_table(data, entry_of(data), 4, "0.npy")
     assert "\n" not in str(caught.value)

@@ -127,7 +127,7 @@ class TestLaneOrder:
         assert len(set(zip(shards.tolist(), rows.tolist(), strict=True))) == 5
         assert order.upcoming(0, order.count, [0, 1, 2, 3], 64)
 
-    def test_a_description_tells_orders_apart(self):
+    def test_different_orders_have_different_descriptions(self):
         orders = [LaneOrder([9] * 9, *rest) for rest in ((0, 2, 1), (1, 2, 1), (0, 3, 1), (0, 2, 2))]
         assert orders[0].describe() == {"name": "lanes-feistel-v1", "seed": 0, "lanes": 2, "window_shards": 1}
         assert len({str(order.describe()) for order in orders}) == 4

@@ -76,7 +76,7 @@ class TestMixture:
         found = streams(mixture.split, np.arange(mixture.block))
         assert {source: len(stream) for source, stream in found.items()} == dict(enumerate(mixture.weights))
 
-    def test_a_description_tells_mixtures_apart(self):
+    def test_the_description_of_a_mixture(self):
         assert Mixture([0.5, 1.5], 3).describe() == {"name": "mixture-v1", "seed": 3, "weights": [1, 3]}
 
     def test_the_mixture_is_pinned(self):

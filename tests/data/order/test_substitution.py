@@ -69,7 +69,7 @@ def test_the_bound_counts_every_lost_sample_once(whole_shards, lost):
         replace_all(bad, max_bad=(lost - 0.5) / 100, whole_shards=whole_shards, positions=600)
 
 
-def test_rows_and_shards_of_different_sources_are_told_apart():
+def test_rows_and_shards_of_different_sources_are_counted_separately():
     def bad(source, shard, row):
         return shard == 1 and row == 3
 
@@ -79,13 +79,13 @@ def test_rows_and_shards_of_different_sources_are_told_apart():
         replace_all(lambda source, shard, row: shard == 1, max_bad=0.3, positions=600)
 
 
-def test_unasked_the_first_one_is_the_error():
+def test_without_substitution_the_first_bad_sample_is_the_error():
     with pytest.raises(DataError, match=r"^\(1, 0, \d+\) .*data.on_bad=substitute"):
         replace_all(lambda source, shard, row: source == 1 and shard == 0, max_bad=0.0)
 
 
 @pytest.mark.parametrize("whole_shards", [True, False])
-def test_a_source_with_nothing_left_is_an_error_and_no_endless_search(whole_shards):
+def test_a_source_without_good_samples_is_an_error(whole_shards):
     with pytest.raises(DataError, match=" all 40 samples"):
         replace_all(lambda source, shard, row: source == 1, max_bad=0.9, whole_shards=whole_shards)
     with pytest.raises(DataError, match=" all 6 samples"):

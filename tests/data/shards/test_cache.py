@@ -235,7 +235,7 @@ def test_open_does_not_queue_behind_what_is_needed_later(remote):
     store.close()
 
 
-def test_an_error_of_a_prefetch_waits_for_its_open(remote, object_store, tmp_path):
+def test_an_error_of_a_prefetch_is_raised_by_open(remote, object_store, tmp_path):
     write_set(tmp_path)
     for name in ("000000.tar", "000002.tar"):
         object_store.put(f"partial/{name}", (tmp_path / name).read_bytes())
@@ -273,7 +273,7 @@ def test_the_farthest_goes_first_down_to_the_budget(remote):
     store.close()
 
 
-def test_what_the_budget_does_not_hold_until_its_use_is_not_prefetched(remote):
+def test_shards_that_the_budget_cannot_keep_are_not_prefetched(remote):
     sizes = [entry.bytes for entry in remote.manifest.shards]
     store = remote.store(budget=sizes[0] + sizes[2])
     store.retire({0: 0, 2: 1, 1: 2})

@@ -148,7 +148,7 @@ def test_push_sends_nothing_from_elsewhere(place, object_store, capsys, name):
 
 
 @pytest.mark.parametrize("verb", ["verify", "stats", "preview"])
-def test_the_verbs_of_a_set_refuse_it_in_one_line(place, capsys, verb):
+def test_the_commands_for_a_set_reject_it_in_one_line(place, capsys, verb):
     folder = latents_with(place / "set", name="../../x")
     assert main([verb, str(folder), *(["--out", "sheet.png"] if verb == "preview" else [])]) == 1
     said = capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_names_in_tars_and_folders(place, capsys, name):
     assert everything_under(place.parents[1]) == before
 
 
-def test_a_member_of_a_tar_that_leads_out_is_a_key_and_no_path(place):
+def test_a_tar_member_that_leads_out_is_a_key_and_not_a_path(place):
     tars = place / "tars"
     tars.mkdir()
     write_tar(tars / "a.tar", members_of([("../../x", encoded(0), 1), ("/etc/x", encoded(1), 2)]))

@@ -204,7 +204,7 @@ def test_junk_is_one_line_for_every_reader(tmp_path):
             assert str(caught.value).isprintable(), case
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_a_pipe_or_device_is_not_waited_for(tmp_path):
     path = tmp_path / MANIFEST_NAME
     os.mkfifo(path)
     with pytest.raises(DataError, match="not a regular file"):

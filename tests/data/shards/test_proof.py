@@ -65,5 +65,5 @@ def test_a_cut_or_missing_shard(tmp_path, entry):
             look()
 
 
-def test_shards_behind_a_url_are_not_asked_for(entry):
+def test_shards_behind_a_url_are_not_requested(entry):
     check_presence("s3://no-such-bucket/set", [entry])

@@ -171,7 +171,7 @@ STRUCTURE = {
 
 
 @pytest.mark.parametrize("part", STRUCTURE)
-def test_structure_is_checked_even_where_the_hash_agrees(tmp_path, part):
+def test_structure_is_checked_even_if_the_hash_is_right(tmp_path, part):
     at, message = STRUCTURE[part]
     write_set(tmp_path)
     path = tmp_path / "000000.tar"

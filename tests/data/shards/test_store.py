@@ -9,7 +9,7 @@ from tests.data.process import open_files, wait_until
 from tests.data.shards.test_read import flip_a_byte
 
 
-def test_a_local_set_is_mapped_where_it_lies(tmp_path):
+def test_a_local_set_is_mapped_in_place(tmp_path):
     write_set(tmp_path)
     manifest = load_manifest(tmp_path)
     store = open_store(f"file://{tmp_path}", manifest.dataset_id, manifest.shards, CacheOptions(root=tmp_path / "c"))
@@ -30,7 +30,7 @@ def test_a_local_set_is_whole_or_refused(tmp_path):
         open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())
 
 
-def test_what_is_needed_next_is_proven_ahead_and_its_error_waits_for_its_open(tmp_path, monkeypatch):
+def test_prefetched_shards_are_proven_once_and_errors_are_raised_by_open(tmp_path, monkeypatch):
     write_set(tmp_path)
     manifest = load_manifest(tmp_path)
     flip_a_byte(tmp_path / "000001.tar")
@@ -53,7 +53,7 @@ def test_what_is_needed_next_is_proven_ahead_and_its_error_waits_for_its_open(tm
     assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
 
 
-def test_what_is_no_longer_asked_for_is_not_held(tmp_path):
+def test_shards_that_are_no_longer_requested_are_closed(tmp_path):
     write_set(tmp_path)
     manifest = load_manifest(tmp_path)
     store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions())

@@ -117,7 +117,7 @@ def test_foreign_dialects_that_can_be_read_exactly(tmp_path, settings):
     assert len(foreign(path)) == 3
 
 
-def test_what_webdatasets_own_writer_makes(tmp_path):
+def test_tars_of_webdatasets_own_writer(tmp_path):
     path = write_webdataset_tar(tmp_path / "a.tar", [("k0", b"x" * 700, 3), ("k1", b"y", 4)])
     assert path.read_bytes()[156:157] == tarfile.XHDTYPE, "its writer asks for no format, so python's PAX it is"
     assert triples(foreign(path)) == as_tarfile_sees(path)
@@ -126,7 +126,7 @@ def test_what_webdatasets_own_writer_makes(tmp_path):
 
 @needs_tar
 @pytest.mark.parametrize("format", ["ustar", "gnu", "pax", "posix"])
-def test_what_the_tar_program_makes(tmp_path, format):
+def test_tars_of_the_tar_program(tmp_path, format):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     for name in ("a.jpg", "a.cls", "deep/b.jpg"):

@@ -91,7 +91,7 @@ WRITERS = [by_write, by_write_and_old_times, one_byte, by_map, by_rename, by_cop
 
 
 @pytest.mark.parametrize("writes", WRITERS)
-def test_the_next_batch_is_not_handed_out(latents, writes):
+def test_a_changed_shard_is_found_before_its_rows_are_used(latents, writes):
     source = LatentSource(latents)
     places = places_of(source)
     source.read(places, None)
@@ -102,7 +102,7 @@ def test_the_next_batch_is_not_handed_out(latents, writes):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_each_row_is_looked_at_where_the_file_says_nothing(tmp_path, monkeypatch, flip):
+def test_each_row_is_checked_if_the_file_shows_no_change(tmp_path, monkeypatch, flip):
     """As on a tmpfs, whose times a writer through a map leaves alone; without a pause between write and read."""
     write_set(tmp_path, flip=flip)
     monkeypatch.setattr(ProvenMap, "has_changed", lambda self: False)
@@ -126,7 +126,7 @@ def test_each_row_is_looked_at_where_the_file_says_nothing(tmp_path, monkeypatch
             source.read(one, side)
 
 
-def test_a_change_between_the_look_and_the_copy(latents, monkeypatch):
+def test_a_change_between_the_check_and_the_copy(latents, monkeypatch):
     source = LatentSource(latents)
     places = places_of(source)
     source.read(places, None)
@@ -146,7 +146,7 @@ def test_a_change_between_the_look_and_the_copy(latents, monkeypatch):
 @pytest.mark.parametrize(
     "touches", [os.utime, lambda path: os.link(path, f"{path}.link"), lambda path: path.chmod(0o600)]
 )
-def test_a_file_that_is_whole_all_the_same(latents, touches):
+def test_a_file_that_is_still_whole_is_read_on(latents, touches):
     source = LatentSource(latents)
     places = places_of(source)
     values, labels = source.read(places, None)
@@ -174,7 +174,7 @@ def test_a_file_that_keeps_changing(latents, monkeypatch):
         source.read(places_of(source), None)
 
 
-def test_each_plan_looks_at_all_that_is_mapped(latents):
+def test_each_plan_checks_all_mapped_files(latents):
     source = LatentSource(latents)
     source.read(places_of(source), None)
     by_write(latents / "000001.tar")
@@ -183,7 +183,7 @@ def test_each_plan_looks_at_all_that_is_mapped(latents):
     assert 0 in source._open
 
 
-def test_a_run_ends_with_the_shards_name(tmp_path):
+def test_a_run_ends_with_the_name_of_the_shard(tmp_path):
     """All shards are rewritten in place at step 5 of 100; no batch that is handed out holds a value of it."""
     moments, _ = write_set(tmp_path)
     truth = {row.tobytes() for row in moments}
@@ -206,7 +206,7 @@ def test_a_run_ends_with_the_shards_name(tmp_path):
     assert {row.numpy().tobytes() for batch in handed_out for row in batch.values} <= truth
 
 
-def test_a_run_that_may_goes_on_without_it(latents):
+def test_with_substitution_the_run_continues_without_the_shard(latents):
     source = LatentSource(latents)
     stream = SampleStream([source.shard_counts], seed=0, global_batch_size=8)
     with SampleLoader([source], stream, Share(8, 8), seed=0, max_bad=0.9) as loader:
@@ -217,7 +217,7 @@ def test_a_run_that_may_goes_on_without_it(latents):
     assert {one.sample_id // 40 for one in replaced} == {1}
 
 
-def test_a_shard_in_the_cache_is_fetched_again(latents, object_store, tmp_path):
+def test_a_changed_shard_in_the_cache_is_downloaded_again(latents, object_store, tmp_path):
     for path in latents.iterdir():
         object_store.put(f"set/{path.name}", path.read_bytes())
     with contextlib.closing(
@@ -256,7 +256,7 @@ def test_an_image_of_a_class_directory(tmp_path):
         images.read(0)
 
 
-def test_looks_take_a_bounded_share_of_the_time(latents, monkeypatch):
+def test_checks_take_a_bounded_share_of_the_time(latents, monkeypatch):
     """Not their time, which a busy machine says nothing about, but their number."""
     source, now, looks = LatentSource(latents), [1e6], []
     counted = ProvenMap.has_changed
