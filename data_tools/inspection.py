@@ -1,4 +1,4 @@
-"""`ecar-data verify | stats | preview`: read a finished set and say what it is."""
+"""`ecar-data verify`, `stats` and `preview`: read a finished set."""
 
 from __future__ import annotations
 
@@ -32,53 +32,59 @@ _READ_BATCH = 256
 
 
 def verify(folder: Path) -> None:
-    """Sizes, both hashes, structure, CRCs and decodability of every sample of latent or image shards."""
+    """Check sizes, hashes, structure and every sample of latent or image shards. Raises DataError for a fault."""
     _refuse_url(folder)
     count = _verify_images(folder) if schema_of(folder) == ImageManifest.SCHEMA else _verify_latents(folder)
     print(f"{folder}: {count} samples verified")
 
 
 def stats(folder: Path) -> None:
-    """Print what the manifest says."""
+    """Print the manifest of latent shards."""
     _refuse_url(folder)
     manifest = load_manifest(folder)
-    encoder, numbers = EncoderIdentity.from_dict(manifest.encoder), manifest.statistics
-    print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {_gigabytes(manifest):.3f} GB")
+    encoder = EncoderIdentity.from_dict(manifest.encoder)
+    numbers = manifest.statistics
+    failures = manifest.failures
+
+    gigabytes = sum(entry.bytes for entry in manifest.shards) / 1e9
+    print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {gigabytes:.3f} GB")
     print(f"classes             {manifest.num_classes}")
     print(f"moments             {list(manifest.moments_shape)} fp16" + (" and mirrored" if manifest.has_flip else ""))
     print(f"encoder             {encoder.name}")
     print(f"scale, shift        {encoder.scaling_factor:.6g} {encoder.shift_factor:.6g}")
+
     for name in ("raw_mean", "raw_std", "normalised_mean", "normalised_std"):
         print(f"{name:<20}{_per_channel(numbers.get(name))}")
     print(f"saturated           {_share(numbers.get('saturated_mean_share'))} of means at the limit of fp16, ", end="")
     print(f"{_share(numbers.get('clamped_logvar_share'))} of logvars at their clamp")
-    sharpness = _say_sharpness(numbers.get("posterior_sharpness"), encoder.deterministic)
-    print(f"posterior_sharpness {sharpness}")
+    print(f"posterior_sharpness {_sharpness(numbers.get('posterior_sharpness'), encoder.deterministic)}")
+
     made = manifest.preprocessing
     print(f"preprocessing       {made.get('decoder', 'unknown')}, resize {made.get('resize', 'unknown')}")
-    print(
-        f"failures            {manifest.failures['count']}"
-        + (f", {manifest.failures['file']}" * bool(manifest.failures["file"]))
-    )
+    print(f"failures            {failures['count']}" + (f", listed in {failures['file']}" if failures["file"] else ""))
     print(f"dataset_id          {manifest.dataset_id}")
 
 
 def preview(folder: Path, out: Path, vae: str | None = None) -> None:
-    """Decode the first 64 samples into one sheet; they are in a random order since they were written.
+    """Decode the first 64 samples into one image. They are a random choice, because shards are shuffled when written.
 
-    Raises DataError for another autoencoder, ConfigError for an `out` whose name is not that of an image.
+    Raises DataError for another autoencoder, ConfigError if `out` has no extension of an image format.
     """
     _refuse_url(folder)
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--out {out} does not end in the extension of an image; give e.g. {out.name}.png")
+        raise ConfigError(f"--out {out} does not have the extension of an image format; give e.g. {out.name}.png")
     manifest = load_manifest(folder)
     identity = EncoderIdentity.from_dict(manifest.encoder)
     codec = _open_codec(vae, identity)
     check_same_encoder(identity, codec.identity, str(folder))
+
+    # Posterior means, without sampling noise, back to pixels.
     moments = torch.from_numpy(_first_moments(folder, manifest, _SHEET_SIDE**2))
     shape = (len(moments), identity.latent_channels, *moments.shape[2:])
     decoded = to_pixels(codec.decode(normalise(identity, moments, torch.zeros(shape))))  # [N, S, S, 3]
-    pixels = np.zeros((_SHEET_SIDE**2, *decoded.shape[1:]), np.uint8)  # places past the end of a small set stay black
+
+    # Arrange them in 8 rows of 8. A smaller set leaves black squares at the end.
+    pixels = np.zeros((_SHEET_SIDE**2, *decoded.shape[1:]), np.uint8)
     pixels[: len(decoded)] = decoded
     side = _SHEET_SIDE * pixels.shape[1]
     rows = pixels.reshape(_SHEET_SIDE, _SHEET_SIDE, *pixels.shape[1:]).swapaxes(1, 2)  # [row, S, column, S, 3]
@@ -89,7 +95,7 @@ def preview(folder: Path, out: Path, vae: str | None = None) -> None:
 
 def _refuse_url(folder: Path) -> None:
     if url := meant_url(folder):
-        raise DataError(f"{redact(url)} is a URL; give a local folder: bring the set there first, or give its origin")
+        raise DataError(f"{redact(url)} is a URL; give a local folder with a copy of the set")
 
 
 def _open_codec(vae: str | None, identity: EncoderIdentity) -> LatentCodec:
@@ -110,7 +116,7 @@ def _first_moments(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
 
 
 def _per_channel(values: object) -> str:
-    """`values` is what the manifest has of it: the identity of the set covers it, no schema does."""
+    """`values` comes from the manifest, where no schema checks its type."""
     numbers = values if isinstance(values, list) else []
     return " ".join(f"{value:.4f}" for value in numbers if isinstance(value, int | float)) or "unknown"
 
@@ -119,17 +125,17 @@ def _share(value: object) -> str:
     return f"{value:.2e}" if isinstance(value, int | float) else "an unknown share"
 
 
-def _say_sharpness(sharpness: object, deterministic: bool) -> str:
+def _sharpness(sharpness: object, deterministic: bool) -> str:
     if deterministic:
         return "none, the encoder is deterministic"
     if not isinstance(sharpness, int | float):
         return "unknown"
-    point = f", below {POINT_SHARPNESS:g}: a point; the logvars, half of the bytes, say next to nothing"
-    return f"{sharpness:.5f}" + point * (sharpness < POINT_SHARPNESS)
-
-
-def _gigabytes(manifest: Manifest) -> float:
-    return sum(entry.bytes for entry in manifest.shards) / 1e9
+    if not sharpness < POINT_SHARPNESS:
+        return f"{sharpness:.5f}"
+    return (
+        f"{sharpness:.5f}, below {POINT_SHARPNESS:g}: the posterior is nearly a point, and the logvars (half of the "
+        "bytes) carry almost no information"
+    )
 
 
 def _verify_images(folder: Path) -> int:
@@ -138,10 +144,15 @@ def _verify_images(folder: Path) -> int:
 
 
 def _verify_records(folder: Path, shards: ImageShards) -> int:
-    decoder, bad, home = PilDecoder(), list[str](), shards.manifest.home(folder)
+    # The tars as a whole, if they are local. Otherwise only the hash of each image is checked.
+    home = shards.manifest.home(folder)
     for entry in shards.manifest.shards:
-        if entry.kind == "tar" and not is_remote(home):  # elsewhere each image's own hash must do
+        if entry.kind == "tar" and not is_remote(home):
             _check_sha256(local_path(home), entry)
+
+    # Every image must be decodable. The error counts the bad ones.
+    decoder = PilDecoder()
+    bad: list[str] = []
     with progress(len(shards), "image", "verify") as bar:
         for first in range(0, len(shards), _READ_BATCH):
             for record in shards.read_many(range(first, min(first + _READ_BATCH, len(shards)))):
@@ -163,12 +174,15 @@ def _fault(decoder: ImageDecoder, record: ImageRecord) -> list[str]:
 def _verify_latents(folder: Path) -> int:
     manifest = load_manifest(folder)
     expected = EncoderIdentity.from_dict(manifest.encoder)
+
+    # The shards must follow each other without gaps, be those of the manifest, and agree with their own description.
     first_index = 0
     with progress(manifest.count, "sample", "verify") as bar:
         for entry in manifest.shards:
             if entry.first_index != first_index:
                 raise DataError(
-                    f"{folder}: {entry.name} begins at {entry.first_index}, not {first_index}; finalize again"
+                    f"{folder}: {entry.name} begins at sample {entry.first_index}, not {first_index}; run "
+                    "`ecar-data finalize` again"
                 )
             _check_sha256(folder, entry)
             path = file_in(folder, entry.name)
@@ -179,13 +193,17 @@ def _verify_latents(folder: Path) -> int:
             shard.check_samples()
             first_index += entry.count
             bar.update(entry.count)
+
     if first_index != manifest.count:
-        raise DataError(f"{folder}: shards do not add up to {manifest.count} samples; run `ecar-data finalize` again")
+        raise DataError(
+            f"{folder}: the shards hold {first_index} samples, the manifest says {manifest.count}; run "
+            "`ecar-data finalize` again"
+        )
     return manifest.count
 
 
 def _check_dali_index(path: Path) -> None:
-    """The index beside a tar, where there is one, is the tar's."""
+    """Raises DataError if a tar has a DALI index of another content. The index may be missing."""
     beside = path.with_suffix(".idx")
     with tempfile.TemporaryDirectory() as scratch:
         derived = Path(scratch) / beside.name
@@ -198,14 +216,14 @@ def _check_dali_index(path: Path) -> None:
         except UntrustedError:
             same = False
         if not same:
-            raise DataError(f"{beside} is not the index of its tar; delete it, or restore it")
+            raise DataError(f"{beside} is not the index of its tar; delete or restore it")
 
 
 def _check_sha256(folder: Path, entry: ShardEntry) -> None:
     path = file_in(folder, entry.name)
     if not path.exists():
-        raise DataError(f"{path} is missing, the manifest lists it; restore it or write it again")
-    # by its size first: a pipe or a device in its place would be read without end
+        raise DataError(f"{path} is in the manifest but does not exist; restore it or write it again")
+    # The size comes first: reading a pipe or a device would not end.
     size = path.stat().st_size
     if size != entry.bytes:
         raise DataError(f"{path} has bytes {size}, the manifest says {entry.bytes}; restore it or write it again")

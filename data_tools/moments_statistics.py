@@ -1,4 +1,4 @@
-"""Per-channel statistics of stored moments: sums of each shard, added up over the set."""
+"""Per-channel statistics of stored moments. Each shard stores sums; `combine` adds them up over the set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ecar_dist.storage.untrusted import Record
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity
 
 FP16_MAX = float(np.finfo(np.float16).max)
-POINT_SHARPNESS = 1e-3  # below it the posterior is a point in all but name
+POINT_SHARPNESS = 1e-3  # posterior_sharpness below which the posterior is practically a point
 
 
 def measure(moments: np.ndarray, identity: EncoderIdentity) -> dict[str, Any]:
     """Sums over one shard's moments, fp16 [N, 2C or C, H, W], per channel in float64."""
     values = moments.astype(np.float64)
-    mean, logvar = values[:, : identity.latent_channels], values[:, identity.latent_channels :]
+    mean = values[:, : identity.latent_channels]
+    logvar = values[:, identity.latent_channels :]  # empty for a deterministic encoder
     sigma = np.zeros_like(mean) if identity.deterministic else np.exp(0.5 * logvar)
     axes = (0, 2, 3)
     return {
@@ -32,7 +33,7 @@ def measure(moments: np.ndarray, identity: EncoderIdentity) -> dict[str, Any]:
 
 
 class Sums(Record):
-    """What `measure` gives of one shard."""
+    """What `measure` returns for one shard."""
 
     values_per_channel: Annotated[int, Field(ge=1, le=1 << 53)]
     mean_sum: list[float]
@@ -44,23 +45,29 @@ class Sums(Record):
 
 
 def check_sums(tree: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what `combine` could not add up."""
+    """Raises ValueError for sums that `combine` cannot add up."""
     sums = Sums.model_validate(tree)
     if len({len(part) for part in (sums.mean_sum, sums.mean_square_sum, sums.sigma_sum, sums.sigma_square_sum)}) != 1:
-        raise ValueError("its sums are not of the same channels")
+        raise ValueError("its sums have different numbers of channels")
     return tree
 
 
 def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str, Any]:
-    """Statistics of the set. `posterior_sharpness` is mean(sigma) / std(mean); shares are of all means or logvars."""
+    """Statistics of the set, per channel where they are lists.
+
+    `posterior_sharpness` is mean(sigma) / std(mean). The shares are fractions of all means or logvars.
+    """
+    # Means over all values of each channel.
     number = sum(shard["values_per_channel"] for shard in shards)
     average = {
         name: np.sum([shard[name] for shard in shards], axis=0) / number
         for name in ("mean_sum", "mean_square_sum", "sigma_sum", "sigma_square_sum")
     }
+
+    # Var[x] = E[x^2] - E[x]^2. A sample of the posterior adds the variance sigma^2.
     mean = average["mean_sum"]
     variance = np.maximum(average["mean_square_sum"] - mean**2, 0.0)
-    sampled = variance + average["sigma_square_sum"]  # of a draw from the posterior
+    sampled = variance + average["sigma_square_sum"]
     spread = float(np.sqrt(variance.mean()))
     return {
         "raw_mean": mean.tolist(),

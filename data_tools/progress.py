@@ -1,4 +1,4 @@
-"""One progress bar for all commands: redrawn on a terminal, a line now and then in a log."""
+"""The progress bar of all commands: a bar on a terminal, a line every 30 seconds in a log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ _LOG_SECONDS = 30.0
 
 
 def progress(total: int, unit: str, label: str, initial: int = 0) -> tqdm[Any]:
-    """`unit` is one thing, or "B" for bytes, which are shown as kB, MB, GB; `initial` of them were done before."""
+    """A tqdm bar on stderr.
+
+    `unit` is the singular of what is counted, or "B" for bytes, which are shown as kB, MB or GB. `initial` of them were
+    done by an earlier run and do not count for the rate.
+    """
     in_bytes = unit == "B"
     if sys.stderr.isatty():
         return tqdm(total=total, initial=initial, unit=unit, desc=label, mininterval=0.2, unit_scale=in_bytes)
+
+    # stderr is a file or a pipe.
     counted = "{n_fmt}B of {total_fmt}B" if in_bytes else "{n_fmt} of {total_fmt} {unit}s"
     return _LogLines(
         total=total,
@@ -24,17 +30,17 @@ def progress(total: int, unit: str, label: str, initial: int = 0) -> tqdm[Any]:
         mininterval=_LOG_SECONDS,
         maxinterval=_LOG_SECONDS,
         unit_scale=in_bytes,
-        bar_format=f"{{desc}}: {counted}, {{rate_fmt}}, {{elapsed}} gone, {{remaining}} left{{postfix}}",
+        bar_format=f"{{desc}}: {counted}, {{rate_fmt}}, {{elapsed}} elapsed, {{remaining}} left{{postfix}}",
     )
 
 
 class _LogLines(tqdm):
-    """Whole lines, for a file that nobody watches: no carriage returns, no bar."""
+    """Prints whole lines, without a bar and carriage returns."""
 
     disable: bool  # tqdm's; set once it is closed
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """tqdm gives a `msg` only to rub out what is there."""
+        """tqdm passes a `msg` only to erase the bar."""
         if msg is None:
             print(self, file=self.fp, flush=True)
 

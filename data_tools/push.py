@@ -1,4 +1,7 @@
-"""A finished set to an object store: everything else first, `manifest.json` last, so no reader ever sees half a set."""
+"""`ecar-data push`: upload a finished set to an object store.
+
+`manifest.json` is uploaded last, so a reader never sees an incomplete set.
+"""
 
 from __future__ import annotations
 
@@ -31,28 +34,35 @@ from ecar_dist.storage.remote import ObjectVersion, file_in, is_remote, join, st
 from ecar_dist.storage.retries import ObjectMissing, Transfer
 
 _CHUNK = 1 << 20
-_PART_SIZES = tuple(size << 20 for size in (5, 8, 15, 16, 25, 32, 50, 64, 100, 128))  # of the usual S3 clients
+_PART_SIZES = tuple(
+    size << 20 for size in (5, 8, 15, 16, 25, 32, 50, 64, 100, 128)
+)  # bytes; those of common S3 clients
 
 
 def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = None) -> None:
-    """Send a set of latent or image shards. Run again after a failure: what the store proves to have is kept.
+    """Upload a set of latent or image shards. After a failure, run it again: files that the store has are skipped.
 
-    That proof is an ETag made of the bytes' MD5, as S3 gives; a size alone proves nothing, since all shards of a shape
-    have the same one. Raises DataError for a damaged set, a place that holds another set, or a failing store.
+    The store has a file if the size is equal and the ETag is the MD5 of its bytes, as S3 computes it. The size alone
+    proves nothing, since all shards of a set have the same size. Raises DataError if the set is damaged, the URL holds
+    another set, or the store fails.
     """
     transfer = transfer or Transfer()
     if not is_remote(url):
-        raise DataError(f"push sends to a URL such as s3://bucket/set, got {url}; copy to a folder with cp")
+        raise DataError(f"push uploads to a URL such as s3://bucket/set, got {url}; to copy to a folder, use cp")
     manifest = _load(folder)
     _refuse_another_set(url, manifest)
     files = {file.name: file for file in _files_of(folder, manifest)}.values()
-    total, sent = sum(file.path.stat().st_size for file in files), 0
-    bar, pool = progress(total, "B", "push"), DaemonPool(threads, "push")
+
+    # All files but the manifest, several at once.
+    sent = 0
+    bar = progress(sum(file.path.stat().st_size for file in files), "B", "push")
+    pool = DaemonPool(threads, "push")
     with bar, pool, transfer.stopped_by_errors():
         sending = {pool.submit(_send, file, url, transfer): file for file in files}
         for done in as_completed(sending):
             sent += done.result()
             bar.update(sending[done].path.stat().st_size)
+
     sent += _send_manifest(manifest, url, transfer)
     print(f"{redact(url)}: {len(files) + 1} files, {sent} sent, dataset_id {manifest.dataset_id}")
 
@@ -61,7 +71,7 @@ def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = N
 class _File:
     name: str  # in the set
     path: Path
-    entry: ShardEntry | None = None  # of a shard: it is proven before it is sent
+    entry: ShardEntry | None = None  # only for a shard, whose hash is checked before it is sent
 
 
 def _load(folder: Path) -> Manifest | ImageManifest:
@@ -87,17 +97,21 @@ def _refuse_another_set(url: str, manifest: Manifest | ImageManifest) -> None:
 
 
 def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_File]:
-    """Shards with their sidecars; tables of image sets; the list of failures of latent sets."""
+    """Shards with their sidecars; tables of image sets; errors.jsonl of latent sets."""
+    # The tars of an image set may be elsewhere. Then there is nothing to upload.
     home = folder if isinstance(manifest, Manifest) else manifest.home(folder)
     if is_remote(home):
         raise DataError(
-            f"{folder} is an index of {redact(home)}, and an index cannot be pushed, only a set with its own shards; "
-            f"copy the images with `ecar-data shard {folder} OUT` and push that"
+            f"{folder} is an index of {redact(home)}, and only sets with shards of their own can be pushed; "
+            f"copy the images with `ecar-data shard {folder} OUT` and push OUT"
         )
     home = local_folder(home)
     if any(isinstance(entry, ImageEntry) and entry.kind != "tar" for entry in manifest.shards):
-        raise DataError(f"{folder} indexes single image files; pack them with `ecar-data shard` and push the result")
+        raise DataError(
+            f"{folder} is an index of image files; copy them with `ecar-data shard {folder} OUT` and push OUT"
+        )
     check_presence(home, manifest.shards)
+
     for entry in manifest.shards:
         yield _File(entry.name, file_in(home, entry.name), entry)
         for suffix in (".idx", ".json", NAMES_SUFFIX):
@@ -111,7 +125,7 @@ def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_Fil
 
 
 def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:
-    """Whether it had to be sent."""
+    """Upload a file unless the store has it; True if it was uploaded. Raises DataError if it arrived damaged."""
     url = join(folder_url, file.name)
     if file.entry is not None:
         map_verified(file.path, file.entry).close()
@@ -123,13 +137,13 @@ def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:
     upload(file.path, url, transfer)
     if _same_bytes(file.path, stat(url, transfer)) is False:
         raise DataError(
-            f"{redact(url)} is not what was sent from {file.path}; end what else writes there, and push again"
+            f"{redact(url)} differs from {file.path} after the upload; stop other writers to this URL and push again"
         )
     return True
 
 
 def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Transfer) -> bool:
-    """Beside the shards now, wherever they were before; and read back as a reader will."""
+    """Upload the manifest and read it back. An image manifest then refers to the shards beside it."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(manifest, ImageManifest):
             manifest = dataclasses.replace(manifest, location=None)
@@ -140,7 +154,11 @@ def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Trans
 
 
 def _same_bytes(path: Path, version: ObjectVersion) -> bool | None:
-    """Whether the object has the file's bytes; None where its ETag is no MD5 of them."""
+    """True if the object has the bytes of the file, False if it has not, None if its ETag does not tell.
+
+    An object that was uploaded in one request has the MD5 of its bytes as ETag. One that was uploaded in parts has the
+    MD5 of the MD5s of its parts, and the number of parts. The part size is not recorded, so the usual ones are tried.
+    """
     size = path.stat().st_size
     if version.size != size:
         return False
@@ -150,18 +168,18 @@ def _same_bytes(path: Path, version: ObjectVersion) -> bool | None:
     parts = int(matched[2] or 0)
     if parts == 0:
         return _md5(path, size).hex() == matched[1]
-    # S3's rule for parts: MD5 of their MD5s; the part size is the client's choice and not recorded
     fitting = [part for part in _PART_SIZES if -(-size // part) == parts]
     same = any(hashlib.md5(_md5(path, part)).hexdigest() == matched[1] for part in fitting)
     return same or None
 
 
 def _md5(path: Path, part: int) -> bytes:
-    """The MD5s of the file's parts, end to end."""
+    """The MD5s of the parts of a file, concatenated."""
     digests: list[bytes] = []
     with open(path, "rb") as file:
         while True:
-            digest, left = hashlib.md5(), part
+            digest = hashlib.md5()
+            left = part
             while left and (chunk := file.read(min(left, _CHUNK))):
                 digest.update(chunk)
                 left -= len(chunk)

@@ -1,6 +1,7 @@
-"""`ecar-data train-vae`: a small KL autoencoder (diffusers' AutoencoderKL) on the user's own image shards.
+"""`ecar-data train-vae`: train a small KL autoencoder (AutoencoderKL of diffusers) on the user's own image shards.
 
-It saves its state as it goes. Killed at any time, the same command goes on, on a CPU to the same weights, bit by bit.
+The state is saved during training. After a kill, the same command resumes, and on a CPU it ends with the same weights,
+bit by bit.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from data_tools.autoencoder_state import Training, TrainingFolder
-from data_tools.encode.encode import resolve_device
-from data_tools.encode.failures import ERRORS_NAME, MAX_BAD, FailureTally
-from data_tools.encode.markers import Failure
+from data_tools.encode.settings import resolve_device
+from data_tools.failures import ERRORS_NAME, MAX_BAD, Failure, FailureTally
 from data_tools.progress import progress
+from data_tools.train_vae_state import Training, TrainingFolder
 from ecar_dist.data.images.decode import ImageDecoder, open_decoder
 from ecar_dist.data.images.formats import background_name, parse_background
 from ecar_dist.data.images.names import readable
@@ -29,79 +30,110 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.pixels import from_pixels
 from ecar_dist.vae.pretrained import NORM_GROUPS, new_autoencoder
 
-_HELD_BACK = 256  # images that never train the autoencoder, at most a tenth of them
-_SAVE_SECONDS = 30.0  # between two states, and at least twenty times what writing one takes
+_HELD_BACK = 256  # images that are not trained on, or a tenth of the set if that is less
+_SAVE_SECONDS = 30.0  # between two saves; longer if saving takes more than 5 % of the time
 
 
-def train_vae(
-    shards: Path,
-    out: Path,
-    *,
-    image_size: int,
-    downsample: int,
-    latent_channels: int,
-    channels: int,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    kl_weight: float,
-    seed: int,
-    decoder: str,
-    device: str,
-    background: str = "white",
-    max_bad: float = MAX_BAD,
-) -> None:
-    """Loss: squared error per pixel value + kl_weight x KL per latent value. Prints PSNR on images held back.
+@dataclass(frozen=True)
+class TrainVaeSettings:
+    """The options that decide the weights. A resumed training must have the same ones.
 
-    Bad images are left out and listed in OUT/errors.jsonl, up to max_bad x count of them. Raises DataError for more,
-    and for an OUT that holds anything but an unfinished training by the same command; ConfigError where sizes do not
-    fit.
+    Raises ConfigError for sizes that do not fit.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("shards", "out", "max_bad")}
-    levels = _levels(image_size, downsample)
-    _check_channels(channels)
-    colour = parse_background(background)
-    target = torch.device(resolve_device(device))
+
+    image_size: int  # side in pixels
+    downsample: int  # image pixels per latent pixel side
+    latent_channels: int
+    channels: int  # width of the network at full resolution
+    steps: int
+    batch_size: int
+    learning_rate: float
+    kl_weight: float  # per latent value
+    seed: int
+    decoder: str
+    device: str
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        downsample = self.downsample
+        if downsample < 2 or 2**self.levels != downsample or self.image_size < 1 or self.image_size % downsample:
+            raise ConfigError(
+                f"--downsample {downsample} must be a power of 2, at least 2, and divide --image-size "
+                f"{self.image_size}; change one of the two"
+            )
+        if self.channels % NORM_GROUPS:
+            raise ConfigError(
+                f"--channels {self.channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}"
+            )
+
+    @property
+    def levels(self) -> int:
+        """Number of halvings."""
+        return int(math.log2(max(1, self.downsample)))
+
+
+def train_vae(shards: Path, out: Path, *, max_bad: float = MAX_BAD, **settings: Any) -> None:
+    """Train on image shards and write an autoencoder to OUT. `settings`: the fields of TrainVaeSettings.
+
+    The loss is the squared error per pixel value + kl_weight x KL divergence per latent value. Prints the PSNR on
+    images that were held back. Bad images are left out and listed in OUT/errors.jsonl. Raises DataError if they are
+    more than max_bad x count, and if OUT holds anything but an unfinished training by the same command; ConfigError for
+    settings that do not fit.
+    """
+    chosen = TrainVaeSettings(**settings)
+    colour = parse_background(chosen.background)
+    target = torch.device(resolve_device(chosen.device))
     images = ImageShards(shards)
-    # what an unfinished training must share with the command that goes on with it
-    settings |= {
+
+    # What the state of an unfinished training must agree with.
+    identity = {
+        **dataclasses.asdict(chosen),
         "source": images.manifest.dataset_id,
         "device": target.type,
         "background": background_name(colour),
     }
-    folder = TrainingFolder(out, settings)
+    folder = TrainingFolder(out, identity)
     tally = FailureTally(out, len(images), max_bad)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    pictures = _Pictures(images, open_decoder(decoder, background=colour), image_size, target, seed, tally)
-    widths = [channels * min(2, 2**level) for level in range(levels + 1)]
-    model = new_autoencoder(widths, latent_channels, layers_per_block=1).to(target)
-    training = _training(model, target, learning_rate, steps)
+
+    torch.manual_seed(chosen.seed)
+    decoder = open_decoder(chosen.decoder, background=colour)
+    pictures = _Pictures(images, decoder, chosen.image_size, target, chosen.seed, tally)
+    training = _new_training(chosen, target)
     done, bad = folder.restore(training)
     pictures.bad = {failure["row"]: Failure(**failure) for failure in bad}
+
+    # Train, then measure. The list of errors is written even if this ends in an error.
     try:
-        _fit(training, pictures, folder, range(done, steps), batch_size, kl_weight)
-        by_mean, by_sample = _held_back_psnr(model.eval(), pictures, batch_size)
-        mean, std = _latent_mean_and_std(model, pictures, batch_size)
+        _fit(training, pictures, folder, range(done, chosen.steps), chosen)
+        by_mean, by_sample = _held_back_psnr(training.model.eval(), pictures, chosen.batch_size)
+        mean, std = _latent_mean_and_std(training.model, pictures, chosen.batch_size)
     finally:
         tally.write(list(pictures.bad.values()))
-    folder.finish(model, scaling_factor=1.0 / std, shift_factor=mean)
-    latent_side = image_size // downsample
+    folder.finish(training.model, scaling_factor=1.0 / std, shift_factor=mean)
+
+    side = chosen.image_size // chosen.downsample
     left_out = f"; {len(pictures.bad)} bad images left out, listed in {out / ERRORS_NAME}" if pictures.bad else ""
     print(
-        f"{out}: latents {latent_channels}x{latent_side}x{latent_side}, scaling_factor {1 / std:.5f}, shift_factor "
+        f"{out}: latents {chosen.latent_channels}x{side}x{side}, scaling_factor {1 / std:.5f}, shift_factor "
         f"{mean:.5f}; PSNR on {len(pictures.held_back)} held-back images {by_mean:.2f} dB, of posterior samples "
         f"{by_sample:.2f} dB{left_out}"
     )
 
 
-def _check_channels(channels: int) -> None:
-    if channels % NORM_GROUPS:
-        raise ConfigError(f"--channels {channels} is not a multiple of {NORM_GROUPS}; give e.g. {8 * NORM_GROUPS}")
+def _new_training(settings: TrainVaeSettings, device: torch.device) -> Training:
+    """An untrained autoencoder with its optimizer. The levels below full resolution have twice the width."""
+    widths = [settings.channels * min(2, 2**level) for level in range(settings.levels + 1)]
+    model = new_autoencoder(widths, settings.latent_channels, layers_per_block=1).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+    )
+    return Training(model, optimizer, schedule, device)
 
 
 class _Pictures:
-    """Decoded batches in [-1, 1], and the split of the images into training and held back."""
+    """Batches of decoded images, split into training images and held-back ones."""
 
     def __init__(
         self,
@@ -112,64 +144,60 @@ class _Pictures:
         seed: int,
         tally: FailureTally,
     ) -> None:
-        self.bad: dict[int, Failure] = {}  # by index; each is met once
-        self._shards, self._decoder, self._image_size, self._device = shards, decoder, image_size, device
-        self._seed, self._tally = seed, tally
+        self.bad: dict[int, Failure] = {}  # by index; they are not read again
+        self._shards = shards
+        self._decoder = decoder
+        self._image_size = image_size
+        self._device = device
+        self._seed = seed
+        self._tally = tally
         if len(shards) < 2:
-            raise DataError(f"the set has {len(shards)} image, train-vae needs at least 2: some are held back")
+            raise DataError(f"the set has {len(shards)} image, train-vae needs at least 2, because some are held back")
+
+        # The held-back images are a random choice, at least one.
         mixed = sample_indices(np.arange(len(shards)), len(shards), seed)
         number = max(1, min(_HELD_BACK, len(shards) // 10))
-        self.held_back, self.training = mixed[:number], mixed[number:]
+        self.held_back = mixed[:number]
+        self.training = mixed[number:]
 
     def load(self, indices: np.ndarray) -> torch.Tensor:
-        """Float32 [G, 3, S, S] of the good ones. Raises DataError where too many are bad."""
-        # pairs, not a dict: a batch across the end of an epoch may hold an image twice
+        """The good ones, float32 [G, 3, S, S] in [-1, 1]. Raises DataError if too many are bad."""
+        # Pairs, not a dict: a batch across the end of an epoch may hold an image twice.
         records = [(index, self._shards.read(index)) for index in map(int, indices) if index not in self.bad]
         blobs = [record.data for _, record in records]
         decoded = self._decoder.separate(blobs, [record for _, record in records], self._image_size)
         if decoded.failures:
-            self._note(records, decoded.failures)
+            self._note_failures(records, decoded.failures)
         return from_pixels(decoded.pixels).to(self._device)
 
     def training_batch(self, step: int, batch_size: int) -> torch.Tensor:
+        """The batch of a step: every epoch has another order, given by the seed."""
         positions = np.arange(step * batch_size, (step + 1) * batch_size)
         return self.load(self.training[sample_indices(positions, len(self.training), self._seed)])
 
-    def _note(self, records: list[tuple[int, ImageRecord]], failures: dict[int, str]) -> None:
+    def _note_failures(self, records: list[tuple[int, ImageRecord]], failures: dict[int, str]) -> None:
         for place, error in failures.items():
             index, record = records[place]
-            key, shard = readable(record.key), readable(record.shard)
-            self.bad[index] = Failure(index, key, shard, "decode", error, record.name)
+            self.bad[index] = Failure(index, readable(record.key), readable(record.shard), "decode", error, record.name)
         self._tally.check(list(self.bad.values()))
 
 
-def _levels(image_size: int, downsample: int) -> int:
-    levels = int(math.log2(max(1, downsample)))
-    if 2**levels != downsample or downsample < 2 or image_size % downsample or image_size < 1:
-        rule = f"must be a power of 2, at least 2, that divides --image-size {image_size}"
-        raise ConfigError(f"--downsample {downsample} {rule}; change one of the two")
-    return levels
-
-
-def _training(model: Any, device: torch.device, learning_rate: float, steps: int) -> Training:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    return Training(model, optimizer, schedule, device)
-
-
 def _fit(
-    training: Training, pictures: _Pictures, folder: TrainingFolder, steps: range, batch_size: int, kl_weight: float
+    training: Training, pictures: _Pictures, folder: TrainingFolder, steps: range, settings: TrainVaeSettings
 ) -> None:
-    """Do these steps; save now and then, and at the end."""
-    saved_at, pause = time.monotonic(), _SAVE_SECONDS
+    """Do these steps. Save regularly and at the end."""
+    saved_at = time.monotonic()
+    pause = _SAVE_SECONDS
     with progress(steps.stop, "step", "train-vae", initial=steps.start) as bar:
         for step in steps:
-            images = pictures.training_batch(step, batch_size)
-            if len(images):  # else all of the batch are bad
-                error = _step(training, images, kl_weight)
+            images = pictures.training_batch(step, settings.batch_size)
+            if len(images):  # otherwise all images of the batch are bad
+                error = _step(training, images, settings.kl_weight)
             bar.update()
             if step % 20 == 0 and len(images):
                 bar.set_postfix(psnr=f"{_psnr(error.item()):.2f}", refresh=False)
+
+            # Save, but spend at most about 5 % of the time on it.
             if step + 1 == steps.stop or time.monotonic() - saved_at >= pause:
                 began = time.monotonic()
                 folder.save(training, step + 1, [dataclasses.asdict(failure) for failure in pictures.bad.values()])
@@ -178,7 +206,7 @@ def _fit(
 
 
 def _step(training: Training, images: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    """One step of the optimizer; the mean square error before it, on its device."""
+    """One optimizer step. Returns the mean squared error before the step, a scalar on the device."""
     model = training.model
     posterior = model.encode(images).latent_dist
     latents = posterior.sample()
@@ -194,8 +222,9 @@ def _step(training: Training, images: torch.Tensor, kl_weight: float) -> torch.T
 
 @torch.no_grad()
 def _held_back_psnr(model: Any, pictures: _Pictures, batch_size: int) -> tuple[float, float]:
-    """PSNR in dB of reconstructions from the posterior's mean, and from samples of it."""
-    errors, number = np.zeros(2), 0
+    """PSNR in dB of reconstructions from the mean of the posterior, and from samples of it."""
+    errors = np.zeros(2)
+    number = 0
     for chunk in _chunks(pictures.held_back, batch_size):
         images = pictures.load(chunk)
         if not len(images):
@@ -211,8 +240,10 @@ def _held_back_psnr(model: Any, pictures: _Pictures, batch_size: int) -> tuple[f
 
 @torch.no_grad()
 def _latent_mean_and_std(model: Any, pictures: _Pictures, batch_size: int) -> tuple[float, float]:
-    """Over all training images, places and channels, of samples of the posterior."""
-    number, total, squares = 0, 0.0, 0.0
+    """Of samples of the posterior, over all training images, positions and channels."""
+    number = 0
+    total = 0.0
+    squares = 0.0
     for chunk in _chunks(pictures.training, batch_size):
         images = pictures.load(chunk)
         if not len(images):
@@ -228,7 +259,7 @@ def _latent_mean_and_std(model: Any, pictures: _Pictures, batch_size: int) -> tu
 
 
 def _psnr(mean_square_error: float) -> float:
-    """In dB for values in [-1, 1]."""
+    """In dB, for values in [-1, 1]."""
     return 10.0 * math.log10(4.0 / max(mean_square_error, 1e-12))
 
 

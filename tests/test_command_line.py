@@ -93,7 +93,7 @@ def test_the_traceback_of_a_system_error_on_request(monkeypatch, capsys):
         (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "9" * 30], "is not a whole number from 1"),
         (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "9" * 5000], "is not a whole number from 1"),
         (["encode", "a", "b", "--vae", "dct-f8", "--batch-size", "²"], "is not a whole number from 1"),
-        (["encode", "a", "b", "--vae", "dct-f8", "--device", "gpu"], "gpu is none of auto, cpu, cuda"),
+        (["encode", "a", "b", "--vae", "dct-f8", "--device", "gpu"], "gpu is not a device; give auto, cpu, cuda"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_made(arguments, said, tmp_path, monkeypatch, capsys):

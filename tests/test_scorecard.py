@@ -42,12 +42,17 @@ def is_test(path, name):
     return (ROOT / path).exists() and name in functions_in(ROOT / path)
 
 
-@pytest.mark.parametrize("row", rows(PAGE), ids=lambda row: row[0])
-def test_what_a_row_names_exists(row):
-    _, fault, happens, proof = row
-    assert fault
-    assert bool(happens) != proof.startswith((NOT_YET, NOT_MEASURABLE))
-    assert wrong(proof) == []
+def test_what_the_rows_name_exists():
+    assert {row: wrong(proof) for row, *_, proof in rows(PAGE) if wrong(proof)} == {}
+
+
+def test_every_row_has_a_fault_and_what_happens_or_why_not():
+    faults = [
+        row
+        for row, fault, happens, proof in rows(PAGE)
+        if not fault or bool(happens) == proof.startswith((NOT_YET, NOT_MEASURABLE))
+    ]
+    assert faults == []
 
 
 def test_every_row_of_the_catalogue_is_there_once():

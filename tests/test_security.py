@@ -66,9 +66,10 @@ def forbidden(tree):
                 yield called
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_code_that_runs_what_it_reads(path):
-    assert not list(forbidden(ast.parse(path.read_text())))
+def test_no_code_that_runs_what_it_reads():
+    assert len(PRODUCT) > 100
+    found = {str(path.relative_to(ROOT)): list(forbidden(ast.parse(path.read_text()))) for path in PRODUCT}
+    assert {path: calls for path, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize(

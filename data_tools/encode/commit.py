@@ -1,7 +1,9 @@
-"""Which shards of a plan are done, and how one becomes done: the first tar with the name stays, if it is whole.
+"""Which shards of a plan are done, and how a shard becomes done.
 
-A shard is done when its marker is there and is what the tar gives. A worker that died between tar and marker leaves a
-tar that any other worker proves and finishes; a tar that cannot be proven is dropped and made again.
+A shard is a tar, its DALI index `NNNNNN.idx` and its commit marker `NNNNNN.json`. It is done when the marker exists and
+agrees with the description inside the tar. Workers never overwrite each other: the first tar with the final name stays
+if it is intact. A worker that dies between tar and marker leaves a tar that any other worker checks and completes. A
+tar that fails the check is removed and written again.
 """
 
 from __future__ import annotations
@@ -9,33 +11,90 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_tools.encode.markers import marker_from, read_marker
+from pydantic import AfterValidator, TypeAdapter
+
 from data_tools.encode.plan import EncodePlan
+from data_tools.failures import Failure
+from data_tools.moments_statistics import check_sums
 from ecar_dist.data.shards.layout import ShardLayout
+from ecar_dist.data.shards.manifest import LatentEntry
 from ecar_dist.data.shards.read import open_latent_shard, parse_description
 from ecar_dist.data.shards.tar_index import index_tar
-from ecar_dist.data.shards.write import ShardContent, describe_latent_shard, seal, write_latent_shard
+from ecar_dist.data.shards.write import ShardContent, describe_latent_shard, marker_of, seal, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import temporary_beside
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, read_plain_file
+
+_MARKER_NAME = re.compile(r"(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Content of a commit marker: a copy of the description in the tar, so that the tar need not be opened."""
+
+    plan_id: str
+    entry: LatentEntry
+    statistics: Annotated[dict[str, Any], AfterValidator(check_sums)]
+    failures: tuple[Failure, ...]
+
+
+def read_marker(out: Path, shard_index: int) -> Marker | None:
+    """None if the marker is missing or damaged: a damaged marker proves nothing."""
+    try:
+        tree = parse_json(read_plain_file(out / f"{shard_index:06d}.json", MAX_JSON_BYTES))
+        return _MARKER.validate_python(tree)
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return None
+
+
+def marker_from(described: dict[str, Any], entry: LatentEntry) -> Marker:
+    """The marker that belongs to a tar with this description. Raises ValueError if the description is incomplete."""
+    return _MARKER.validate_python(marker_of(described, entry))
+
+
+class CommittedFailures:
+    """The failures listed by the markers of a folder, for FailureTally."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._by_shard: dict[int, tuple[Failure, ...]] = {}  # each marker is read once: it never changes
+
+    def __call__(self) -> list[Failure]:
+        for path in self._out.iterdir():
+            name = _MARKER_NAME.fullmatch(path.name)
+            if name is None or int(name[1]) in self._by_shard:
+                continue
+            marker = read_marker(self._out, int(name[1]))
+            if marker is not None:
+                self._by_shard[int(name[1])] = marker.failures
+        return [failure for failures in self._by_shard.values() for failure in failures]
 
 
 def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:
-    """True if the marker is there, is of this plan, and says what the tar's own description says.
+    """True if the marker exists, belongs to this plan and agrees with the description in the tar.
 
-    Reads the end of the tar, not its samples: proving these is the business of `verify`, and of every loader.
+    Reads the end of the tar, not its samples. Those are checked by `verify` and by every loader.
     """
-    marker, path = read_marker(out, shard_index), out / f"{shard_index:06d}.tar"
+    marker = read_marker(out, shard_index)
+    path = out / f"{shard_index:06d}.tar"
     if marker is None or marker.plan_id != plan.plan_id or not path.with_suffix(".idx").exists():
         return False
     entry = marker.entry
     try:
+        # The description is the last member, at an offset that follows from the number of samples.
         with open(path, "rb") as file:
             file.seek(ShardLayout.of(entry.count, plan.moments_shape, plan.has_flip).end)
-            described, size = parse_description(file.read()), file.tell()
-        row, missing = described["first_row"], tuple(described["missing"])
+            described = parse_description(file.read())
+            size = file.tell()
+
+        # The marker that this description gives. The hashes in the entry are not computed here.
+        row = described["first_row"]
+        missing = tuple(described["missing"])
         wanted = dataclasses.replace(entry, name=path.name, bytes=size, first_index=row, first_row=row, missing=missing)
         return marker == marker_from(described, wanted)
     except (OSError, ValueError, KeyError, TypeError):
@@ -43,7 +102,7 @@ def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:
 
 
 def commit(out: Path, shard_index: int, plan: EncodePlan, content: ShardContent, about: dict[str, Any]) -> None:
-    """Write a shard; where another worker was first and its tar is whole, keep that one instead."""
+    """Write a shard. If another worker was first and its tar is intact, keep that one."""
     description = {"encoder": plan.encoder, "plan_id": plan.plan_id, **about}
     while write_latent_shard(out, shard_index, content, description) is None:
         if is_committed(out, shard_index, plan) or recover(out, shard_index, plan):
@@ -51,10 +110,13 @@ def commit(out: Path, shard_index: int, plan: EncodePlan, content: ShardContent,
 
 
 def recover(out: Path, shard_index: int, plan: EncodePlan) -> bool:
-    """Finish the tar that a dead worker left. False where there is none, or where it was not whole and is now gone."""
+    """Complete the tar that a dead worker left.
+
+    Returns False if there is no tar, or if it was damaged and has been removed.
+    """
     path = out / f"{shard_index:06d}.tar"
     try:
-        # as long as it is open, no other file can get its inode number
+        # While the file is open, no other file can get its inode number, so _drop removes exactly this one.
         with open(path, "rb") as seen:
             try:
                 _prove(path, plan, plan.rows(shard_index))
@@ -68,23 +130,26 @@ def recover(out: Path, shard_index: int, plan: EncodePlan) -> bool:
 
 
 def _prove(path: Path, plan: EncodePlan, rows: range) -> None:
-    """Plan, rows, description, structure and every sample's CRC-32. Raises DataError where one is wrong."""
+    """Check plan, rows, description, structure and the CRC-32 of every sample. Raises DataError if one is wrong."""
     entry, described = describe_latent_shard(path, index_tar(path))
     stated = (described.get("plan_id"), entry.first_row, entry.count + len(entry.missing))
     if stated != (plan.plan_id, rows.start, len(rows)):
-        raise DataError(f"{path} belongs to another plan, or to another place in it; write it again")
+        raise DataError(f"{path} belongs to another plan or another shard; write it again")
     try:
         marker_from(described, entry)
     except ValueError as error:
-        raise DataError(f"{path} has a description with gaps ({error}); write it again") from None
+        raise DataError(f"{path} has an incomplete description ({error}); write it again") from None
     open_latent_shard(path, entry, plan).check_samples()
 
 
 def _drop(path: Path, seen: os.stat_result) -> None:
-    """Remove the very file that was found bad: another worker may have put a good one in its place meanwhile."""
+    """Remove the damaged file `seen`, but not a good one that another worker has put there since."""
     aside = temporary_beside(path)
     os.rename(path, aside)
     if not os.path.samestat(os.stat(aside), seen):
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
+
+
+_MARKER = TypeAdapter(Marker)

@@ -1,4 +1,7 @@
-"""What an encoding will produce, decided before the first image: any worker then makes any shard, byte for byte."""
+"""The plan of an encoding, `plan.json`: everything that decides the bytes of its shards.
+
+It is written before the first image is read. Any worker can then make any shard, with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from data_tools.encode.failures import MAX_BAD
+from data_tools.failures import MAX_BAD
 from ecar_dist.data.order.lanes import sample_indices
 from ecar_dist.data.shards.manifest import STRICT
 from ecar_dist.data.shards.manifest_rules import Classes, MomentsShape, Samples, Side, Tree, Visible
@@ -33,11 +36,11 @@ MAX_SHARDS = 1_000_000
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """Output shard i holds rows i x samples_per_shard ... of the source, permuted once by `seed`."""
+    """The samples of the source in a random order given by `seed`, cut into shards of `samples_per_shard` rows."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    source_folder: Visible  # a hint for people; the identity is the data set's id
+    source_folder: Visible  # for people; source_dataset_id is what identifies the source
     source_dataset_id: Visible
     count: Samples
     num_classes: Classes
@@ -51,19 +54,20 @@ class EncodePlan:
     resize: Visible
     precision: Visible
     flip: Visible
-    versions: dict[str, Visible]  # of the libraries that decide on the numbers
-    background: Visible | None = None  # behind transparency; None in plans of versions that dropped transparency
+    versions: dict[str, Visible]  # of the libraries that compute the moments
+    background: Visible | None = None  # behind transparent pixels; None: old version that dropped transparency
 
     @property
     def plan_id(self) -> str:
-        """sha256 of all that decides on the bytes: the names of places do not."""
+        """sha256 of everything that decides the bytes of the shards. Folder names do not."""
         return hash_config(self.content())
 
     def content(self) -> dict[str, Any]:
+        """What `plan_id` covers."""
         encoder = {key: value for key, value in self.encoder.items() if key != "name"}
         content = {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
         if self.background is None:
-            del content["background"]  # so that the ids of earlier plans, which have no such key, stay
+            del content["background"]  # older plans have no such key, and their ids must not change
         return content
 
     @property
@@ -75,7 +79,7 @@ class EncodePlan:
         return self.flip == "store"
 
     def rows(self, shard_index: int) -> range:
-        """Global rows of a shard."""
+        """Rows of a shard, counted over the whole set."""
         first = shard_index * self.samples_per_shard
         return range(first, min(first + self.samples_per_shard, self.count))
 
@@ -84,7 +88,8 @@ class EncodePlan:
         return sample_indices(np.array(self.rows(shard_index), dtype=np.int64), self.count, self.seed)
 
     def command(self, out: Path, task: int, tasks: int, max_bad: float = MAX_BAD) -> str:
-        """The command that makes shards task, task + tasks, ..."""
+        """The shell command that makes the shards task, task + tasks, ..."""
+        # Every option that decides the bytes is written out, so that the command does not depend on defaults.
         settings = {
             "vae": self.encoder["name"],
             "image-size": self.image_size,
@@ -94,46 +99,53 @@ class EncodePlan:
             "resize": self.resize,
             "precision": self.precision,
             "flip": self.flip,
-            **({} if self.background in (None, "white") else {"background": self.background}),
-            "task": task,
-            "tasks": tasks,
-            **({} if max_bad == MAX_BAD else {"max-bad": max_bad}),
         }
+        if self.background not in (None, "white"):
+            settings["background"] = self.background
+        settings |= {"task": task, "tasks": tasks}
+        if max_bad != MAX_BAD:
+            settings["max-bad"] = max_bad
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         return shlex.join(["ecar-data", "encode", self.source_folder, str(out), *words])
 
 
 def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
-    """Write the plan if OUT is new; else return the one there. Raises DataError where OUT belongs to something else.
+    """Write the plan if OUT is new, and return the plan that OUT has.
 
-    A folder begun by a version that dropped transparency goes on so, unless a background other than white is asked for.
+    Raises DataError if OUT holds another plan or anything else. A folder that an old version began continues with
+    transparency dropped, unless another background than white is requested.
     """
     if plan.num_shards > MAX_SHARDS:
         raise DataError(
-            f"{plan.count:,} images in shards of {plan.samples_per_shard:,} are {plan.num_shards:,} shards, at most "
-            f"{MAX_SHARDS:,} are made; give a larger --samples-per-shard"
+            f"{plan.count:,} images in shards of {plan.samples_per_shard:,} are {plan.num_shards:,} shards, the limit "
+            f"is {MAX_SHARDS:,}; give a larger --samples-per-shard"
         )
+
+    # Several tasks may come here at once: the first one writes the plan, all of them read it.
     out.mkdir(parents=True, exist_ok=True)
     path = out / PLAN_NAME
     if not path.exists() and any(not name.startswith(".") for name in os.listdir(out)):
         raise DataError(f"{out} is not empty and has no {PLAN_NAME}; remove it or give another folder")
     _create(path, {**dataclasses.asdict(plan), "plan_id": plan.plan_id})
     settled = read_plan(out)
+
     if settled.background is None and plan.background == "white":
         plan = dataclasses.replace(plan, background=None)
     if settled.plan_id != plan.plan_id:
-        ours, theirs = plan.content(), settled.content()
+        # Name the first field that differs: it is what the user has to change.
+        ours = plan.content()
+        theirs = settled.content()
         name = next(key for key in ours if ours[key] != theirs.get(key))
-        same = "the first command" + " (its --decoder and --device decide on this)" * (name == "decoder")
+        hint = " (--decoder and --device decide this)" if name == "decoder" else ""
         raise DataError(
-            f"{out} is occupied by another plan: its {name} is {theirs.get(name)}, this command's {ours[name]}; "
-            f"repeat {same}, or give another folder"
+            f"{out} holds another plan: its {name} is {theirs.get(name)}, this command has {ours[name]}; "
+            f"repeat the first command{hint}, or give another folder"
         )
     return settled
 
 
 def read_plan(out: Path) -> EncodePlan:
-    """Raises DataError where there is no plan, or one that breaks a rule or was changed."""
+    """Raises DataError if the plan is missing, damaged or was edited."""
     path = out / PLAN_NAME
     try:
         tree = parse_object(read_plain_file(path, MAX_JSON_BYTES))
@@ -141,7 +153,7 @@ def read_plan(out: Path) -> EncodePlan:
         plan = TypeAdapter(EncodePlan).validate_python(tree)
         EncoderIdentity.from_dict(plan.encoder)
         if plan.num_shards > MAX_SHARDS or stated not in (None, plan.plan_id):
-            raise UntrustedError("it is not what was written")
+            raise UntrustedError("its content is not what was written")
         return plan
     except FileNotFoundError:
         raise DataError(
@@ -153,7 +165,7 @@ def read_plan(out: Path) -> EncodePlan:
 
 
 def _create(path: Path, tree: dict[str, Any]) -> None:
-    """Write unless it is there: the first of several tasks wins whole."""
+    """Write a JSON file unless it exists. If several tasks do so at once, one of them wins and no file is mixed."""
     temporary = temporary_beside(path)
     write_json(temporary, tree)
     try:

@@ -1,4 +1,4 @@
-"""`ecar-data status`: how far an encoding is, from its plan and the markers and their times."""
+"""`ecar-data status`: progress of an encoding, from its plan and the modification times of its markers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.encode.failures import ERRORS_NAME
-from data_tools.encode.markers import read_marker
+from data_tools.encode.commit import read_marker
 from data_tools.encode.plan import PLAN_NAME, EncodePlan, read_plan
+from data_tools.failures import ERRORS_NAME
 from ecar_dist.command_line import duration
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
 from ecar_dist.errors import ConfigError
@@ -20,31 +20,38 @@ _RECENT_SECONDS = 600.0
 @dataclass(frozen=True)
 class _Done:
     shard_index: int
-    images: int  # sampled or failed
+    images: int  # samples and failures
     failures: int
     at: float  # seconds since 1970
 
 
 def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> None:
-    """Print shards and images done, failures, rates and time left; with `tasks`, also each task's share.
+    """Print finished shards and images, failures, rates and time left; with `tasks`, also the progress of each task.
 
-    Reads the markers alone: `finalize` is what proves. Raises DataError where there is no plan.
+    Reads only the markers; `finalize` checks the shards. Raises DataError if there is no plan.
     """
     if tasks is not None and tasks < 1:
-        raise ConfigError(f"--tasks {tasks} must be at least 1; give the number that the workers were started with")
-    plan, now = read_plan(out), time.time() if now is None else now
+        raise ConfigError(f"--tasks {tasks} must be at least 1; give the --tasks of the workers")
+    plan = read_plan(out)
+    now = time.time() if now is None else now
     begun = (out / PLAN_NAME).stat().st_mtime
     done = [found for index in range(plan.num_shards) if (found := _look(out, index, plan)) is not None]
-    images, failures = sum(shard.images for shard in done), sum(shard.failures for shard in done)
+    images = sum(shard.images for shard in done)
+    failures = sum(shard.failures for shard in done)
+
     print(f"shards    {len(done)} of {plan.num_shards}")
     print(f"images    {images} of {plan.count}, {100 * images / plan.count:.1f} %")
     print(f"failures  {failures}" + (f", listed in {out / ERRORS_NAME}" if failures else ""))
-    recent, overall = _recent_rate(done, begun, now), _rate(done, begun)
+
+    # The recent rate tells the time left; the overall rate includes pauses.
+    recent = _recent_rate(done, begun, now)
+    overall = _rate(done, begun)
     print(f"rate      {recent:.1f} images/s over the last {_RECENT_SECONDS / 60:.0f} min, {overall:.1f} overall")
     print(f"left      {_time_left(plan.count - images, recent)}")
     if done:
         newest = max(done, key=lambda shard: shard.at)
         print(f"newest    {newest.shard_index:06d}, {duration(now - newest.at)} ago")
+
     for task in range(tasks or 0):
         shards = range(task, plan.num_shards, tasks or 1)
         _print_task(task, len(shards), [shard for shard in done if shard.shard_index in shards], now)
@@ -53,7 +60,7 @@ def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> 
 
 
 def _look(out: Path, shard_index: int, plan: EncodePlan) -> _Done | None:
-    """None where the shard is not done, as far as its marker tells."""
+    """None if the shard has no marker of this plan."""
     marker = read_marker(out, shard_index)
     if marker is None or marker.plan_id != plan.plan_id:
         return None
@@ -62,18 +69,19 @@ def _look(out: Path, shard_index: int, plan: EncodePlan) -> _Done | None:
 
 
 def _print_task(task: int, num_shards: int, done: Sequence[_Done], now: float) -> None:
-    said = f"task {task:<4} {len(done)} of {num_shards} shards"
+    line = f"task {task:<4} {len(done)} of {num_shards} shards"
     if done:
-        said += f", the newest {duration(now - max(shard.at for shard in done))} ago"
+        line += f", the newest {duration(now - max(shard.at for shard in done))} ago"
     if len(done) > 1:
-        said += f", {_own_rate(done):.1f} images/s between its last shards"
-    print(said)
+        line += f", {_own_rate(done):.1f} images/s between its last shards"
+    print(line)
 
 
 def _own_rate(done: Sequence[_Done]) -> float:
-    """Images per second of one task while it ran, whenever that was: a shard takes from the marker before to its own.
+    """Images per second of one task while it ran, however long ago.
 
-    So the first shard does not count: nobody knows when the task was started.
+    A shard takes from the previous marker to its own. The first one is left out, because the start of the task is not
+    recorded.
     """
     shards = sorted(done, key=lambda shard: shard.at)
     recent = [shard for shard in shards if shards[-1].at - shard.at < _RECENT_SECONDS]
@@ -96,4 +104,4 @@ def _recent_rate(done: Sequence[_Done], begun: float, now: float) -> float:
 def _time_left(images: int, rate: float) -> str:
     if not images:
         return "nothing"
-    return f"{duration(images / rate)} at the recent rate" if rate else "unknown, no shard is that recent"
+    return f"{duration(images / rate)} at the recent rate" if rate else "unknown, no shard was finished recently"

@@ -1,4 +1,4 @@
-"""`ecar-data index`: say once what a source of images holds and where each image lies, and leave the images there."""
+"""`ecar-data index`: record the position, size and label of every image of a source. The images are not copied."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import Transfer
 
-_TARS_AT_ONCE = 4  # each is one sequential read; hashing, which frees the interpreter, is what they share cores for
+_TARS_AT_ONCE = 4  # threads; each reads one tar from start to end, and hashing releases the interpreter lock
 
 
 def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = None, flat: bool = False) -> None:
-    """Write OUT/manifest.json and a table for each tar or class directory, whole or not at all.
+    """Write OUT/manifest.json and a table for each tar or class folder. OUT appears only when all is written.
 
-    Raises DataError for an occupied OUT and for a source that cannot be read exactly, ConfigError for a wrong `label`.
+    Raises DataError if OUT is occupied or the source is damaged or ambiguous, ConfigError for a wrong `label`.
     """
     rule = LabelRule.parse(label, read_class_names(classes))
     with new_folder(out) as working:
         manifest = write_index(source, working, rule, flat=flat)
-    places = "tars" if manifest.in_tars else "class directories"
+    places = "tars" if manifest.in_tars else "class folders"
     print(
         f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
         f"next: ecar-data encode {out} LATENTS --vae NAME --image-size SIDE"
@@ -40,37 +40,44 @@ def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = 
 
 
 def write_index(source: str, folder: Path, rule: LabelRule, *, flat: bool = False) -> ImageManifest:
-    """Index a source into an existing folder, and say what is not in the index."""
+    """Index a source into an existing folder, and print what is left out."""
     transfer = Transfer()
     found = find_source(source, transfer, flat=flat)
     if isinstance(found, Tars):
         entries, names = _index_tars(found, folder, rule, transfer)
     else:
         entries, names = _index_folders(found, folder, rule)
-    _say_what_is_not_in(found)
+    _print_left_out(found)
     count = sum(entry.count for entry in entries)
-    # without the secrets that a URL may hold: those are the reader's own
+    # A URL may hold secrets. They are not written down: each reader has credentials of its own.
     manifest = ImageManifest(redact(source), count, len(names), names, entries, redact(found.location))
     write_manifest(folder, manifest)
     return manifest
 
 
 def read_class_names(path: Path | None) -> tuple[str, ...] | None:
-    """One name a line, in the order of the labels. Raises ConfigError where the file is missing, empty or repeats."""
+    """Names in the order of the labels. Raises ConfigError if the file is missing or empty, or repeats a name."""
     if path is None:
         return None
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --classes {path} ({error}); give a text file with one name a line") from None
+        raise ConfigError(
+            f"cannot read --classes {path} ({error}); give a text file with one class name per line"
+        ) from None
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"--classes {path} has {len(names)} names, {len(set(names))} different; give each class once")
+        raise ConfigError(
+            f"--classes {path} has {len(names)} names, {len(set(names))} different; give one or more classes, each once"
+        )
     return names
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all went well, and is gone otherwise. Raises DataError if `out` is occupied."""
+    """A temporary folder that is renamed to `out` at the end, or removed after an error.
+
+    Raises DataError if `out` exists and is not an empty folder.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty; remove it or give another folder")
     working = temporary_beside(out)
@@ -81,13 +88,13 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename:
             raise
-        raise OSError(error.errno, error.strerror, str(out)) from None  # a full disk does not say where it is
+        raise OSError(error.errno, error.strerror, str(out)) from None  # the error of a full disk names no path
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
 
 def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) -> tuple[list[ImageEntry], list[str]]:
-    """Entries in the order of the tars, whichever is read first."""
+    """An entry for each tar, in the order of the tars, and the class names."""
     entries: list[ImageEntry] = []
     largest = -1
 
@@ -95,10 +102,11 @@ def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) 
         tar = index_image_tar(found.location, file.name, file.size, rule, foreign=True, transfer=transfer)
         table = f"{found.files.index(file):06d}.npy"
         digest = write_table(folder / table, tar.rows)
-        hashes = tar.xxh3_128, tar.sha256
-        return tar.rows, ImageEntry(file.name, tar.size, len(tar.rows), 0, *hashes, table, digest, "tar")
+        entry = ImageEntry(file.name, tar.size, len(tar.rows), 0, tar.xxh3_128, tar.sha256, table, digest, "tar")
+        return tar.rows, entry
 
-    bar, pool = progress(len(found.files), "tar", "index"), DaemonPool(_TARS_AT_ONCE, "index-tar")
+    bar = progress(len(found.files), "tar", "index")
+    pool = DaemonPool(_TARS_AT_ONCE, "index-tar")
     with bar, pool, transfer.stopped_by_errors():
         for rows, entry in pool.map(read, found.files):
             entries.append(entry)
@@ -108,14 +116,18 @@ def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) 
 
 
 def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[list[ImageEntry], list[str]]:
-    """A directory is a class, unless `none` makes all of them one."""
+    """An entry for each class folder, and the class names. `none` makes all folders one class."""
     if rule.kind == "json":
-        raise ConfigError("--label json:FIELD is for tars; the directories are the classes, or give --label none")
+        raise ConfigError("--label json:FIELD is for tars; give --label cls (a class per folder) or none")
     names = ["0"] if rule.kind == "none" else list(rule.class_names or found.classes)
     unknown = sorted(set(found.classes) - set(names)) if rule.kind == "cls" else []
     if unknown:
         listed = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
-        raise DataError(f"{redact(found.location)}: directory {listed} is not in --classes; add it, or move it out")
+        raise DataError(
+            f"{redact(found.location)}: class folder {listed} is not in --classes; add it to the file, or move it out"
+        )
+
+    # The images are not read, so the table holds no hashes of them.
     entries = []
     for place, (name, files) in enumerate(found.classes.items()):
         label = 0 if rule.kind == "none" else names.index(name)
@@ -126,28 +138,28 @@ def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[
     return _number(entries, found.location), names
 
 
-def _say_what_is_not_in(found: Tars | ClassFolders) -> None:
+def _print_left_out(found: Tars | ClassFolders) -> None:
     place = redact(found.location)
     if found.left_out:
-        kinds = ", ".join(
-            f"{count} {readable(kind) or 'without extension'}" for kind, count in found.left_out.most_common()
-        )
+        counts = found.left_out.most_common()
+        kinds = ", ".join(f"{count} {readable(kind) or 'without extension'}" for kind, count in counts)
         print(f"{place}: left out: {kinds}")
     if isinstance(found, ClassFolders):
         if found.empty:
             listed = ", ".join(map(readable, found.empty[:10])) + (", ..." if len(found.empty) > 10 else "")
-            print(f"{place}: skipped {len(found.empty)} class folders without an image: {listed}")
+            print(f"{place}: skipped {len(found.empty)} class folders without images: {listed}")
         for note in found.notes:
             print(f"{place}: {note}")
 
 
 def _number(entries: list[ImageEntry], location: str) -> list[ImageEntry]:
-    """Entries without empty tars, each with the index of its first image."""
-    numbered, first = [], 0
+    """The entries that hold images, each with the index of its first image."""
+    numbered = []
+    first = 0
     for entry in entries:
         if entry.count:
             numbered.append(dataclasses.replace(entry, first_index=first))
             first += entry.count
     if not numbered:
-        raise DataError(f"{redact(location)} holds no image; check the source")
+        raise DataError(f"{redact(location)} holds no images; check the source")
     return numbered

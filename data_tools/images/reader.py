@@ -1,4 +1,9 @@
-"""Labelled images to copy: an indexed or image-shard folder, a source not yet indexed, or scikit-learn's digits."""
+"""Labelled images to copy, from any source of `ecar-data shard`, and the sources that are built in.
+
+A source is a folder or URL that `ecar-data index` takes, a folder that it or `shard` has made, or a name in
+BUILT_IN_SOURCES. To add a source, write a function without arguments that returns an ImageReader, as `read_digits`
+does, and list it in BUILT_IN_SOURCES under the name that users type.
+"""
 
 from __future__ import annotations
 
@@ -22,57 +27,19 @@ from ecar_dist.storage import remote
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import ObjectMissing
 
-DIGITS = "digits"
-
 
 @dataclass(frozen=True)
 class ImageReader:
-    """A stable enumeration of labelled images; `read_many` gives any of them in the order asked."""
+    """A fixed sequence of labelled images."""
 
-    name: str
-    class_names: list[str]
+    name: str  # of the source, for the manifest
+    class_names: list[str]  # class_names[label]
     labels: np.ndarray  # int64 [count]
-    read_many: Callable[[Sequence[int]], list[ImageRecord]]
+    read_many: Callable[[Sequence[int]], list[ImageRecord]]  # indices in [0, count) -> encoded images, in that order
 
 
-@contextlib.contextmanager
-def open_images(source: str, rule: LabelRule, *, flat: bool = False) -> Iterator[ImageReader]:
-    """`digits`, a folder with a manifest of images, or anything that `index` takes. Raises DataError as they do.
-
-    Raises ConfigError for a `rule` of labels where they are settled already.
-    """
-    settled = source == DIGITS or (not names_tars(source) and _has_manifest(source))
-    if settled and (flat or rule != LabelRule("cls")):
-        raise ConfigError(f"the labels of {redact(source)} are settled; leave out --label, --classes and --flat")
-    if settled:
-        if source == DIGITS:
-            yield _digits()
-            return
-        with contextlib.closing(ImageShards(source)) as images:
-            yield _indexed(source, images)
-    else:
-        with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
-            write_index(source, Path(folder), rule, flat=flat)
-            with contextlib.closing(ImageShards(folder)) as images:
-                yield _indexed(source, images)
-
-
-def _has_manifest(source: str) -> bool:
-    if remote.is_remote(source):
-        try:
-            remote.stat(remote.join(source, MANIFEST_NAME))
-        except ObjectMissing:
-            return False
-        return True
-    return (remote.local_path(source) / MANIFEST_NAME).exists()
-
-
-def _indexed(source: str, images: ImageShards) -> ImageReader:
-    return ImageReader(redact(source), images.manifest.class_names, images.labels(), images.read_many)
-
-
-def _digits() -> ImageReader:
-    """1,797 handwritten 8x8 digits; values 0..16 become 0..255, kept lossless as grey PNG."""
+def read_digits() -> ImageReader:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as grey PNGs. Values 0..16 become 0..255."""
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
@@ -82,7 +49,52 @@ def _digits() -> ImageReader:
     def read(index: int) -> ImageRecord:
         buffer = io.BytesIO()
         Image.fromarray(pixels[index]).save(buffer, "PNG")
-        return ImageRecord(f"{index:012d}", DIGITS, int(labels[index]), buffer.getvalue())
+        return ImageRecord(f"{index:012d}", "digits", int(labels[index]), buffer.getvalue())
 
     names = [str(name) for name in loaded.target_names]
-    return ImageReader(DIGITS, names, labels, lambda indices: [read(int(index)) for index in indices])
+    return ImageReader("digits", names, labels, lambda indices: [read(int(index)) for index in indices])
+
+
+BUILT_IN_SOURCES: dict[str, Callable[[], ImageReader]] = {
+    "digits": read_digits,
+}
+
+
+@contextlib.contextmanager
+def open_images(source: str, rule: LabelRule, *, flat: bool = False) -> Iterator[ImageReader]:
+    """Open any source. `rule` and `flat` say where the labels of a folder or of tars are.
+
+    Raises ConfigError if they are given for a source that has labels already, otherwise the errors of `write_index` and
+    `ImageShards`.
+    """
+    built_in = BUILT_IN_SOURCES.get(source)
+    labelled = built_in is not None or (not names_tars(source) and _has_manifest(source))
+    if labelled and (flat or rule != LabelRule("cls")):
+        raise ConfigError(f"{redact(source)} has its labels already; leave out --label, --classes and --flat")
+
+    if built_in is not None:
+        yield built_in()
+    elif labelled:
+        with _open_indexed(source, source) as reader:
+            yield reader
+    else:
+        with tempfile.TemporaryDirectory(prefix="ecar-index-") as folder:
+            write_index(source, Path(folder), rule, flat=flat)
+            with _open_indexed(folder, source) as reader:
+                yield reader
+
+
+def _has_manifest(source: str) -> bool:
+    if not remote.is_remote(source):
+        return (remote.local_path(source) / MANIFEST_NAME).exists()
+    try:
+        remote.stat(remote.join(source, MANIFEST_NAME))
+    except ObjectMissing:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _open_indexed(folder: str, source: str) -> Iterator[ImageReader]:
+    with contextlib.closing(ImageShards(folder)) as images:
+        yield ImageReader(redact(source), images.manifest.class_names, images.labels(), images.read_many)

@@ -1,13 +1,12 @@
-"""`ecar-data shard`: images -> WebDataset image shards of our own, whole or not at all.
+"""`ecar-data shard`: copy images into WebDataset shards. OUT appears only when all of it is written.
 
-Bytes are copied as they are, but every image is decoded once, so that a bad one is found here, where its file's name is
-known, and not by whoever uses the shards. The names travel beside the tars, for later messages.
+The bytes of the images are not changed, but every image is decoded once. So bad images are found here, where their file
+names are known. The names are stored beside the tars, for later messages.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from data_tools.encode.failures import ERRORS_NAME, MAX_BAD
+from data_tools.failures import ERRORS_NAME, MAX_BAD, write_errors
 from data_tools.images.index import new_folder, read_class_names
 from data_tools.images.reader import ImageReader, open_images
 from data_tools.images.tar_samples import LabelRule, index_image_tar
@@ -29,12 +28,11 @@ from ecar_dist.data.images.table import write_table
 from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, write_manifest
 from ecar_dist.data.shards.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
-from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.daemon_pool import DaemonPool
 
-_SHOWN = 10  # bad images in an error
-_MORE = 100  # bad images past the bound: then the source is not worth reading to its end
-_BATCH = 256  # images in memory: one batch is written while the next is read
+_SHOWN = 10  # bad images named in an error
+_EXCESS = 100  # bad images beyond the limit after which the rest of the source is not read
+_BATCH = 256  # images; one batch is written while the next is read
 
 
 def shard(
@@ -50,11 +48,12 @@ def shard(
     classes: Path | None = None,
     flat: bool = False,
 ) -> None:
-    """Write OUT, or with `holdout` in (0, 1) OUT/train and OUT/heldout: disjoint, the same share of every class.
+    """Write OUT; or, with `holdout` in (0, 1), OUT/train and OUT/heldout.
 
-    `shuffle` mixes each part by `seed`; otherwise source order is kept. Images that cannot be decoded are left out and
-    listed in errors.jsonl, up to the share `max_bad` of a part. Raises DataError for an occupied OUT, an unreadable
-    source or too many bad images, ConfigError for settings outside their range.
+    The two parts are disjoint, and `heldout` gets the share `holdout` of every class. `shuffle` shuffles each part by
+    `seed`; otherwise source order is kept. Images that cannot be decoded are left out and listed in errors.jsonl, up to
+    the share `max_bad` of a part. Raises DataError if OUT is occupied, the source cannot be read or too many images are
+    bad, ConfigError for settings outside their range.
     """
     if not 0.0 <= holdout < 1.0:
         raise ConfigError(f"--holdout {holdout} is outside [0, 1); give the share of images to hold out, e.g. 0.2")
@@ -63,26 +62,29 @@ def shard(
     rule = LabelRule.parse(label, read_class_names(classes))
     parts: list[_Part] = []
     checker = PilDecoder()
+
     with new_folder(out) as working, open_images(source, rule, flat=flat) as images:
+        # Which images go to which folder below OUT, and in which order.
         chosen = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
         if shuffle:
             chosen = {name: np.random.default_rng(seed).permutation(indices) for name, indices in chosen.items()}
+
         with progress(len(images.labels), "image", "shard") as bar:
             for name, indices in chosen.items():
                 parts.append(_Part(images, checker, working / name, samples_per_shard, bar))
                 parts[-1].write(indices, max_bad)
         _check_failures(parts)
+
     bad = sum(len(part.failures) for part in parts)
     notes = f"; {bad} bad images left out, listed in {ERRORS_NAME}" if bad else ""
     if checker.animated:
-        notes += f"; {checker.animated} animated or with several pages: the first picture will be used"
+        notes += f"; {checker.animated} animated or multi-page: the first picture will be used"
     counts = zip((part.count for part in parts), chosen, strict=True)
     print(f"{out}: " + ", ".join(f"{count} images {name}".strip() for count, name in counts) + notes)
 
 
 def _check_failures(parts: Sequence[_Part]) -> None:
-    """Raises DataError where a part has too many bad images, with those of all parts: whoever repairs them wants to do
-    so once."""
+    """Raises DataError if a part has too many bad images. It names those of all parts, so that one repair is enough."""
     if all(len(part.failures) <= part.allowed and part.count for part in parts):
         return
     errors = [failure["error"] for part in parts for failure in part.failures]
@@ -94,38 +96,44 @@ def _check_failures(parts: Sequence[_Part]) -> None:
 
 
 def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarray]:
-    """Indices of the two parts, each in source order."""
+    """Indices of the two parts, each in source order. The choice within a class depends on `seed` and the class."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         chosen = np.random.default_rng([seed, int(label)]).permutation(members)
         held[chosen[: round(holdout * len(members))]] = True
     if held.all() or not held.any():
-        raise ConfigError(f"--holdout {holdout} leaves one part of {len(labels)} images empty; change the share")
+        raise ConfigError(f"--holdout {holdout} puts all {len(labels)} images into one part; give another share")
     return {"train": np.flatnonzero(~held), "heldout": np.flatnonzero(held)}
 
 
 class _Part:
-    """One folder of shards on its way."""
+    """One folder of shards while it is written."""
 
     def __init__(
         self, images: ImageReader, checker: PilDecoder, folder: Path, samples_per_shard: int, bar: tqdm[Any]
     ) -> None:
-        self.images, self.checker, self.folder = images, checker, folder
-        self.samples_per_shard, self.bar, self.allowed = samples_per_shard, bar, 0
+        self.images = images
+        self.checker = checker
+        self.folder = folder
+        self.samples_per_shard = samples_per_shard
+        self.bar = bar
+        self.allowed = 0  # bad images
         self.entries: list[ImageEntry] = []
         self.failures: list[dict[str, Any]] = []
 
     def write(self, indices: np.ndarray, max_bad: float) -> None:
-        """Raises DataError where more images are bad than any list should have; `_check_failures` for fewer."""
+        """Write shards, errors.jsonl and manifest.
+
+        Raises DataError early if far too many images are bad; the caller checks the exact limit over all parts.
+        """
         self.allowed = int(max_bad * len(indices))
         self.folder.mkdir(parents=True, exist_ok=True)
         samples = self._read_ahead(indices)
         for _ in range(0, len(indices), self.samples_per_shard):
             self._write_shard(itertools.islice(samples, self.samples_per_shard))
         if self.failures:
-            with atomic_write(self.folder / ERRORS_NAME) as file:
-                file.write("".join(json.dumps(failure, sort_keys=True) + "\n" for failure in self.failures).encode())
+            write_errors(self.folder, self.failures)
         names = self.images.class_names
         write_manifest(self.folder, ImageManifest(self.images.name, self.count, len(names), names, self.entries))
 
@@ -134,18 +142,21 @@ class _Part:
         return sum(entry.count for entry in self.entries)
 
     def _write_shard(self, samples: Iterable[tuple[int, ImageRecord, str | None]]) -> None:
-        """Keys are places in the source, so the parts of a split never share one."""
+        """A key is the index in the source, so the two parts of a split never share one."""
         path = self.folder / f"{len(self.entries):06d}.tar"
         names: list[tuple[str, str]] = []
         with webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
             for index, record, fault in samples:
                 self.bar.update()
-                extension, key = image_extension(record.data), f"{index:012d}"
+                key = f"{index:012d}"
+                extension = image_extension(record.data)
                 if fault is not None or extension is None:
                     self._leave_out(index, record, fault or f"image {record.where} has an unknown format")
                     continue
                 writer.write({"__key__": key, extension: record.data, "cls": str(record.label).encode()})
                 names.append((key, record.name))
+
+        # A shard of bad images alone does not exist.
         if names:
             write_names(path.with_suffix(NAMES_SUFFIX), names)
             self.entries.append(self._describe(path))
@@ -158,20 +169,18 @@ class _Part:
         table = path.with_suffix(".npy")
         digest = write_table(table, tar.rows)
         first = sum(entry.count for entry in self.entries)
-        hashes = tar.xxh3_128, tar.sha256
-        return ImageEntry(path.name, tar.size, len(tar.rows), first, *hashes, table.name, digest, "tar")
+        return ImageEntry(
+            path.name, tar.size, len(tar.rows), first, tar.xxh3_128, tar.sha256, table.name, digest, "tar"
+        )
 
     def _leave_out(self, index: int, record: ImageRecord, error: str) -> None:
         about = {"key": readable(record.key), "shard": readable(record.shard), "name": record.name}
         self.failures.append({"index": index, **about, "error": error})
-        if len(self.failures) > self.allowed + _MORE:
+        if len(self.failures) > self.allowed + _EXCESS:
             _check_failures([self])
 
     def _read_ahead(self, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord, str | None]]:
-        """Images in the order of the indices, with what is wrong with each.
-
-        While the caller works on a batch, the next one is read and decoded.
-        """
+        """(index, image, error or None) in the order of the indices. The next batch is read and decoded meanwhile."""
         batches = (indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH))
         with DaemonPool(1, "read-ahead") as pool:
             for batch, records, faults in pool.one_ahead(map(self._read, batches)):

@@ -1,6 +1,7 @@
-"""What an image source consists of: tars, or a directory per class, on a file system or behind a URL.
+"""The files of an image source: tars, or one folder per class; local, or behind a URL.
 
-Names are sorted by code point on either, so the enumeration is the same wherever a set was copied to.
+Names are sorted by code point, so the order of the images is the same wherever a source is copied to. Sources that are
+not files, such as `digits`, are listed in `reader.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import Transfer
 from ecar_dist.storage.untrusted import UntrustedError, relative_name
 
-_LOOKUPS = 16  # at once
-_DEEPEST = 50  # folders inside each other
-_SHOWN = 10  # problems of a source
+_LOOKUPS = 16  # sizes of remote files that are requested at once
+_DEEPEST = 50  # levels of nested folders
+_SHOWN = 10  # problems named in an error
 _LISTED = ", ".join(IMAGE_EXTENSIONS)
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -43,23 +44,23 @@ class FoundFile:
 class Tars:
     location: str  # absolute path or URL of the folder that holds them
     files: list[FoundFile]
-    left_out: Counter[str] = field(default_factory=Counter, compare=False)  # files beside them, by extension
+    left_out: Counter[str] = field(default_factory=Counter, compare=False)  # other files, by extension
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images in a directory per class, at any depth below it."""
+    """Images in one folder per class, at any depth below it."""
 
-    location: str  # absolute path or URL of the folder that holds the class directories
+    location: str  # absolute path or URL of the folder that holds the class folders
     classes: dict[str, list[FoundFile]]
     left_out: Counter[str]  # files that are not images, by extension
-    empty: list[str]  # class directories without an image
-    notes: list[str] = field(default_factory=list)  # what a user may not have meant
+    empty: list[str]  # class folders without images
+    notes: list[str] = field(default_factory=list)  # possible mistakes of the user
 
 
 @dataclass
 class _Tree:
-    """A source's files as they were found: at the top, and by directory at the top, at any depth below it."""
+    """All files of a folder: those at the top, and those at any depth below each subfolder."""
 
     location: str
     top: list[FoundFile] = field(default_factory=list)
@@ -67,9 +68,9 @@ class _Tree:
     problems: list[str] = field(default_factory=list)
 
     def add(self, parts: Sequence[str], size: int) -> None:
-        """A file by the parts of its relative path; hidden ones are not there.
+        """Add a file, given the parts of its relative path. Hidden files are ignored.
 
-        An image with a name that no reader would take is a problem.
+        An image with a name that readers refuse is a problem.
         """
         if any(part.startswith(".") for part in parts):
             return
@@ -85,17 +86,17 @@ class _Tree:
             self.folders.setdefault(parts[0], []).append(FoundFile("/".join(parts[1:]), size))
 
     def sorted(self) -> _Tree:
-        """Whatever the order in which a file system or a store lists files."""
+        """File systems and stores list files in different orders."""
         for files in [self.top, *self.folders.values()]:
             files.sort(key=lambda file: file.name)
         return self
 
 
 def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = False) -> Tars | ClassFolders:
-    """A tar, a brace or glob pattern of tars, a folder of tars, or a folder with a directory per class.
+    """Find the files of a tar, a brace or glob pattern of tars, a folder of tars, or a folder of class folders.
 
-    `flat`: all images below the folder are one class. Raises DataError for a folder that is neither or both, and for
-    images that such a reading would leave out, with all that is wrong at once.
+    `flat`: all images below the folder are one class. Raises DataError if a folder is neither or both, and if images
+    would be left out. The error names all problems at once.
     """
     transfer = transfer or Transfer()
     if names_tars(text):
@@ -104,11 +105,14 @@ def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = Fal
                 f"--flat is for folders of images, {text} names tars; give --label none to make one class"
             )
         return _match_tars(text, transfer)
+
     _refuse_compressed([text])
     location = _absolute(text)
     tree = _remote_tree(location, transfer) if remote.is_remote(location) else _local_tree(Path(location), text)
     if flat:
         return _one_class(tree, text)
+
+    # A folder of tars or a folder of class folders, but not both: one of them would be left out.
     tars = [file for file in tree.top if file.name.endswith(".tar")]
     if tars and any(is_image(file.name) for files in tree.folders.values() for file in files):
         raise DataError(f"{text} holds both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
@@ -120,7 +124,7 @@ def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = Fal
 
 
 def names_tars(text: str) -> bool:
-    """Whether the text is a tar, or a pattern of them, rather than a folder."""
+    """True for the name of a tar and for a pattern, False for a folder."""
     return text.endswith(".tar") or any(mark in text for mark in "{*?")
 
 
@@ -128,7 +132,9 @@ def _refuse_compressed(names: Sequence[str]) -> None:
     name = next((name for name in names if name.endswith(_COMPRESSED)), None)
     if name is not None:
         unpack = "gunzip" if name.endswith("gz") else "unpack"
-        raise DataError(f"{redact(name)} is compressed, its images have no places of their own; {unpack} it to a .tar")
+        raise DataError(
+            f"{redact(name)} is compressed, so images cannot be read from it one by one; {unpack} it to a .tar"
+        )
 
 
 def is_image(name: str) -> bool:
@@ -136,56 +142,63 @@ def is_image(name: str) -> bool:
 
 
 def _class_folders(tree: _Tree, text: str) -> ClassFolders:
-    loose = [file.name for file in tree.top if is_image(file.name)]
     if not tree.folders:
         _check(tree, {}, text)
         raise DataError(
-            f"{text} has no class folders and no tars; put the images of each class into its own directory, or use "
+            f"{text} has no class folders and no tars; put the images of each class into a folder of its own, or give "
             "--flat if there are no classes"
         )
+    loose = [file.name for file in tree.top if is_image(file.name)]
     if loose:
         more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
         tree.problems.append(
-            f"the image {loose[0]}{more} beside its class folders; move it into one of them, or use --flat"
+            f"the image {loose[0]}{more} is beside the class folders; move it into one of them, or give --flat"
         )
+
+    # The images of each class folder.
     classes = {name: [file for file in tree.folders[name] if is_image(file.name)] for name in sorted(tree.folders)}
     empty = [name for name, files in classes.items() if not files]
     _check(tree, classes, text)
     if len(empty) == len(classes):
-        raise DataError(f"{text}: none of its {len(classes)} class folders has an image ({_LISTED}); fill them")
+        raise DataError(f"{text}: none of its {len(classes)} class folders has images ({_LISTED}); check the source")
+
+    # What is left out.
     others = [file.name for files in [tree.top, *tree.folders.values()] for file in files if not is_image(file.name)]
     classes = {name: files for name, files in classes.items() if files}
     return ClassFolders(tree.location, classes, _extensions(others), empty, _nesting_notes(classes, text))
 
 
 def _one_class(tree: _Tree, text: str) -> ClassFolders:
-    """The folder itself is the class: the directory of that name, in its parent."""
+    """The folder itself is the only class folder, and its parent is the location of the source."""
     parent, _, name = tree.location.rpartition("/")
     if not name or parent.endswith("/"):
-        raise DataError(f"--flat takes the folder's name for the class, {text} has none; move the images into a folder")
+        raise DataError(
+            f"--flat names the class after the folder, and {text} has no name; move the images into a folder"
+        )
     below = [FoundFile(f"{folder}/{file.name}", file.size) for folder, files in tree.folders.items() for file in files]
     files = sorted(tree.top + below, key=lambda file: file.name)
     images = [file for file in files if is_image(file.name)]
     _check(tree, {name: images}, text)
     if not images:
-        raise DataError(f"{text} has no image ({_LISTED}); check the source")
+        raise DataError(f"{text} has no images ({_LISTED}); check the source")
     left_out = _extensions(file.name for file in files if not is_image(file.name))
     return ClassFolders(parent or "/", {name: images}, left_out, [])
 
 
 def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
-    """Raises DataError with all problems of a tree: whoever repairs it wants to do so once."""
+    """Raises DataError with all problems of a tree, so that one repair is enough."""
     problems = list(tree.problems)
     for name, files in classes.items():
         large = (file for file in files if file.size > MAX_IMAGE_BYTES)
         problems += [
-            f"{name}/{file.name} has {file.size} bytes, the limit of an image is {MAX_IMAGE_BYTES}; remove it"
+            f"{name}/{file.name} has {file.size} bytes, the limit for an image is {MAX_IMAGE_BYTES}; remove it"
             for file in large
         ]
         if _not_utf8(name):
             problems.append(f"the class folder {readable(name)} has a name that is not UTF-8; rename it")
     if not problems:
         return
+
     shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_SHOWN], 1))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     if len(problems) == 1:
@@ -194,15 +207,18 @@ def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
 
 
 def _nesting_notes(classes: dict[str, list[FoundFile]], text: str) -> list[str]:
-    """A folder that holds train/ and val/ reads as two classes; that is seldom meant."""
+    """A folder that holds train/ and val/ is read as two classes, which is rarely intended."""
     if not all("/" in file.name for files in classes.values() for file in files):
         return []
-    first, names = next(iter(classes)), ", ".join(list(classes)[:3])
-    return [f"all images lie in folders inside {names}, which count as the classes; if not meant, give {text}/{first}"]
+    first = next(iter(classes))
+    names = ", ".join(list(classes)[:3])
+    return [
+        f"all images are in folders inside {names}, the class folders; if those are not classes, give {text}/{first}"
+    ]
 
 
 def _extensions(names: Iterable[str]) -> Counter[str]:
-    """How many files have each extension, in lower case; "" of those that have none."""
+    """Number of files by extension in lower case; "" for files without one."""
     return Counter(os.path.splitext(name)[1].lower() for name in names)
 
 
@@ -219,7 +235,8 @@ def _local_tree(root: Path, text: str) -> _Tree:
         if meant := remote.meant_url(text):
             raise DataError(f"image source {text} is not a folder; did you mean {meant}?")
         raise DataError(
-            f"image source {text} is not a folder; give one of tars or of a directory per class, or `digits`"
+            f"image source {text} is not a folder; give a folder of tars or of class folders, or a built-in source "
+            "such as `digits`"
         )
     tree = _Tree(str(root))
     _walk(tree, root, (), (os.path.realpath(root),))
@@ -227,9 +244,11 @@ def _local_tree(root: Path, text: str) -> _Tree:
 
 
 def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, ...]) -> None:
-    """Add what lies below a folder, links included; `above`: the real paths on the way here."""
+    """Add all files below a folder, through links too. `above`: the real paths of the folders that contain it."""
     for entry in _visible(folder, tree.problems):
         below = (*parts, entry.name)
+
+        # A file: regular ones are added. An image that is a pipe or a broken link is a problem.
         try:
             if not entry.is_dir():
                 about = entry.stat()
@@ -241,9 +260,11 @@ def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, .
         except OSError as error:
             tree.problems.append(f"cannot read {readable('/'.join(below))} ({error.strerror}); restore or remove it")
             continue
+
+        # A folder: links may go round, so remember the real paths on the way down.
         real = os.path.realpath(entry.path)
         if real in above:
-            tree.problems.append(f"{readable('/'.join(below))} is a link to a folder that holds it; remove it")
+            tree.problems.append(f"{readable('/'.join(below))} is a link to a folder that contains it; remove it")
             continue
         if len(below) > _DEEPEST:
             tree.problems.append(f"{readable(below[0])} has folders nested deeper than {_DEEPEST}; move them up")
@@ -254,7 +275,7 @@ def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, .
 
 
 def _visible(folder: Path, problems: list[str]) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name, less what is hidden."""
+    """The entries of a folder that are not hidden, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
@@ -271,16 +292,21 @@ def _remote_tree(url: str, transfer: Transfer) -> _Tree:
 
 
 def _match_tars(text: str, transfer: Transfer) -> Tars:
-    """The tars that a path, brace or glob pattern means, in the order of their names."""
+    """The tars of a path, brace or glob pattern, sorted by name."""
+    # Braces first: "a/{0..1}*.tar" is two globs.
     try:
         patterns = list(braceexpand(text))
     except ValueError as error:
-        raise DataError(f"{text} is no brace pattern ({error}); give e.g. train-{{000..123}}.tar") from None
+        raise DataError(f"{text} is not a valid brace pattern ({error}); give e.g. train-{{000..123}}.tar") from None
     _refuse_compressed(patterns)
+
+    # All patterns must name files of one folder.
     folders = {pattern.rpartition("/")[0] if "/" in pattern else "." for pattern in patterns}
     folder = folders.pop()
     if folders or any(mark in folder for mark in "*?"):
-        raise DataError(f"{text} names tars in several folders; index each folder by itself")
+        raise DataError(f"{text} names tars in several folders; index each folder separately")
+
+    # Plain names must exist, globs must match something.
     location = _absolute(folder)
     names = [pattern.rpartition("/")[2] for pattern in patterns]
     globs = [name for name in names if "*" in name or "?" in name]
@@ -292,6 +318,7 @@ def _match_tars(text: str, transfer: Transfer) -> Tars:
         files += [file for file in there if any(fnmatch.fnmatchcase(file.name, glob) for glob in globs)]
     if not files:
         raise DataError(f"no file matches {text}; check the pattern")
+
     ordered = sorted(files, key=lambda file: file.name)
     twice = next((a.name for a, b in itertools.pairwise(ordered) if a.name == b.name), None)
     if twice:
@@ -317,12 +344,12 @@ def _size(path: str, transfer: Transfer) -> int:
             about = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
-        if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for whoever writes to it
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would block
             raise DataError(f"{path} is not a regular file; give a tar, or a folder")
         return about.st_size
     size = remote.stat(path, transfer).size
     if size is None:
-        raise DataError(f"the store does not say how long {redact(path)} is; copy the data to one that does")
+        raise DataError(f"the store does not report the size of {redact(path)}; copy the data to one that does")
     return size
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.encode.commit import is_committed
-from data_tools.encode.markers import read_marker
+from data_tools.encode.commit import is_committed, read_marker
 from data_tools.encode.plan import read_plan
 from data_tools.inspection import stats, verify
 from ecar_dist.data.images.shards import ImageShards

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.encode.encode import encode
+from data_tools.encode.run import encode
 from data_tools.images.shard import shard
 
 CLASSES = ("bird", "cat", "dog")

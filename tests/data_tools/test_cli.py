@@ -1,10 +1,11 @@
 import argparse
+import re
 import subprocess
 import sys
 
 import pytest
 
-from data_tools.cli import _parser, main
+from data_tools.cli import COMMANDS, _parser, main
 from ecar_dist import __version__
 from ecar_dist.cli import main as ecar_dist_main
 from ecar_dist.errors import DataError
@@ -32,20 +33,26 @@ def test_help_of_every_command(command, capsys):
     assert "usage: ecar-data" in capsys.readouterr().out
 
 
-def test_every_option_says_what_it_is():
-    """Ten and more were blank; a default is shown by the formatter, so it has to be there and not None."""
-    blank = [
-        f"{name} {'/'.join(action.option_strings) or action.dest}"
-        for name, parser in subcommands(_parser())
-        for action in parser._actions
-        if not action.help
-    ]
-    assert blank == []
+def test_every_option_has_a_help_with_its_default():
+    wrong = []
+    for name, parser in subcommands(_parser()).items():
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            shown = formatter._expand_help(action) if action.help else ""
+            takes_a_value = action.option_strings and action.nargs != 0
+            if not shown or (takes_a_value and not re.search(r"\((default: (?!None)|required\))", shown)):
+                wrong.append(f"{name} {'/'.join(action.option_strings) or action.dest}: {shown!r}")
+    assert wrong == []
+
+
+def test_every_command_of_the_help_runs_a_function_of_that_name():
+    assert subcommands(_parser()).keys() == COMMANDS.keys()
+    assert [function.__name__ for function in COMMANDS.values()] == [f"_{name.replace('-', '_')}" for name in COMMANDS]
 
 
 def subcommands(parser):
     (choices,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return choices.items()
+    return choices
 
 
 @pytest.mark.parametrize(("program", "run"), [("ecar-data", main), ("ecar-dist", ecar_dist_main)])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from data_tools import finalize as finalize_module
-from data_tools.encode.markers import Failure, read_marker
+from data_tools.encode.commit import read_marker
 from data_tools.encode.plan import read_plan
+from data_tools.failures import Failure
 from data_tools.finalize import finalize, prove_coverage
 from data_tools.moments_statistics import combine, measure
 from ecar_dist.data.shards.manifest import load_manifest

@@ -67,7 +67,7 @@ def test_a_push_cut_short_leaves_no_manifest_and_goes_on(folder, url, object_sto
     assert "manifest.json" not in kept
     object_store.break_on()
     send(folder, url)
-    assert not kept & set(puts(object_store)), "what is there is not sent again"
+    assert not kept & set(puts(object_store)), "files in the store are sent again"
     assert load_manifest(url) == load_manifest(folder)
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_set_is_not_sent(folder, url, object_store):
     with pytest.raises(DataError, match=r"000001\.tar has xxh3_128"):
         send(folder, url)
     assert "manifest.json" not in puts(object_store)
-    with pytest.raises(DataError, match="push sends to a URL"):
+    with pytest.raises(DataError, match=str(folder)):
         send(folder, str(folder))
 
 
@@ -144,7 +144,7 @@ def test_parts_are_proven_by_their_md5s(folder, url, object_store, monkeypatch, 
 def test_an_index_of_what_lies_elsewhere_is_not_sent(digits, url, tmp_path):
     manifest = load_image_manifest(digits / "images/heldout")
     write_manifest(tmp_path, dataclasses.replace(manifest, location="s3://elsewhere/images"))
-    with pytest.raises(DataError, match="is an index of s3://elsewhere/images, and an index cannot be pushed, only a"):
+    with pytest.raises(DataError, match=r"is an index of s3://elsewhere/images, .* ecar-data shard"):
         send(tmp_path, url)
 
 

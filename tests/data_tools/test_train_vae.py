@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from data_tools import autoencoder_state, train_vae
+from data_tools import train_vae, train_vae_state
 from data_tools.cli import main
-from data_tools.encode.failures import FailureTally
+from data_tools.failures import FailureTally
 from data_tools.finalize import finalize
 from ecar_dist.data.images.decode import open_decoder
 from ecar_dist.data.images.shards import ImageShards
@@ -85,7 +85,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(bad_images, tmp_path
         process = start(die_in_training, step, command(bad_images, killed, "--max-bad", "0.2"))
         process.join()
         assert process.exitcode == -9
-    with safe_open(killed / autoencoder_state.STATE_NAME, framework="pt") as state:
+    with safe_open(killed / train_vae_state.STATE_NAME, framework="pt") as state:
         assert json.loads(state.metadata()["about"])["step"] == 5
     capsys.readouterr()
     assert main(command(bad_images, killed, "--max-bad", "0.2", "--steps", "8")) == 1
@@ -123,7 +123,7 @@ def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypa
 def test_a_damaged_state_is_one_line(digits, tmp_path, capsys, damage):
     out = tmp_path / "vae"
     out.mkdir()
-    (out / autoencoder_state.STATE_NAME).write_bytes(damage)
+    (out / train_vae_state.STATE_NAME).write_bytes(damage)
     assert main(command(digits / "images/heldout", out)) == 1
     said = capsys.readouterr().err.splitlines()
     assert "is damaged" in said[-1]

@@ -12,8 +12,9 @@ import torch
 
 from data_tools import train_vae
 from data_tools.cli import main
-from data_tools.encode import commit, encode
+from data_tools.encode import commit
 from data_tools.encode import plan as encode_plan
+from data_tools.encode import settings as encode_settings
 from data_tools.finalize import finalize
 from ecar_dist.data.shards import write as shard_writer
 from ecar_dist.vae.dct import DctCodec
@@ -61,9 +62,9 @@ class Ticking:
 
 
 def race(barrier: Barrier, offset: float, images: Path, out: Path) -> None:
-    """Encode with an autoencoder of its own moods; each shard is written at the same time as the other worker's."""
+    """Encode with an autoencoder that adds `offset`; each shard is written at the same time as the other worker's."""
 
-    class Moody(DctCodec):
+    class Shifted(DctCodec):
         def encode(self, batch: torch.Tensor) -> torch.Tensor:
             return super().encode(batch) + offset
 
@@ -72,7 +73,7 @@ def race(barrier: Barrier, offset: float, images: Path, out: Path) -> None:
         return original(*values)
 
     original, commit.write_latent_shard = commit.write_latent_shard, write_together
-    encode.open_codec_by_spec = lambda *_: Moody(8, torch.device("cpu"))
+    encode_settings.open_codec_by_spec = lambda *_: Shifted(8, torch.device("cpu"))
     encode_small(images, out)
 
 

@@ -52,7 +52,7 @@ HEAVY = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.autoencoders.autoencoder_kl",
     "data_tools.cli",
-    "data_tools.encode.encode",
+    "data_tools.encode.run",
     "data_tools.finalize",
     "data_tools.images.index",
     "data_tools.inspection",

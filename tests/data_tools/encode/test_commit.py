@@ -11,7 +11,7 @@ import pytest
 from data_tools.encode import commit as commit_module
 from data_tools.encode.commit import is_committed, recover
 from data_tools.encode.plan import read_plan
-from data_tools.encode.worker import EncodeWorker
+from data_tools.encode.run import EncodeWorker
 from data_tools.finalize import finalize
 from data_tools.inspection import verify
 from ecar_dist.data.shards.manifest import load_manifest

@@ -1,16 +1,18 @@
 import itertools
 import json
 import os
+import re
 import shlex
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_tools.encode import encode as encode_module
-from data_tools.encode.encode import encode, plan
 from data_tools.encode.plan import EncodePlan, read_plan
+from data_tools.encode.run import encode
+from data_tools.encode.settings import plan
 from data_tools.finalize import finalize
 from data_tools.images.shard import shard
 from ecar_dist.data.images.decode import open_decoder
@@ -18,6 +20,7 @@ from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.errors import ConfigError, DataError
+from ecar_dist.storage.remote import join
 from ecar_dist.vae.codec import hash_config
 from ecar_dist.vae.dct import DctCodec
 from ecar_dist.vae.pixels import from_pixels
@@ -91,9 +94,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_plan_is_refused_and_nothing_touched(images, whole, name):
     before = content(whole)
-    with pytest.raises(
-        DataError, match=rf"occupied by another plan: its {'moments_shape|' * (name == 'flip')}{name} is"
-    ):
+    with pytest.raises(DataError, match=rf"its {name} is .*{CHANGES[name]}"):
         encode_small(images, whole, **{name: CHANGES[name]})
     assert content(whole) == before
 
@@ -116,10 +117,10 @@ def test_a_folder_of_an_earlier_version_goes_on_with_transparency_dropped(tmp_pa
     plan(tmp_path / "images", tmp_path / "old", vae="dct-f8", image_size=16, samples_per_shard=2, decoder="pil")
     old = as_an_earlier_version_left_it(tmp_path / "old")
     assert old.plan_id == hash_config({key: value for key, value in old.content().items() if key != "background"})
-    with pytest.raises(DataError, match="its background is None, this command's black"):
+    with pytest.raises(DataError, match=r"background is None, .* black"):
         encode_small(tmp_path / "images", tmp_path / "old", samples_per_shard=2, background="black")
     encode_small(tmp_path / "images", tmp_path / "old", samples_per_shard=2)
-    assert "dropped transparency and goes on so" in capsys.readouterr().out
+    assert "dropped transparency" in capsys.readouterr().out
     finalize(tmp_path / "old")
     assert load_manifest(tmp_path / "old").preprocessing["plan_id"] == old.plan_id
     assert "background" not in load_manifest(tmp_path / "old").preprocessing
@@ -136,32 +137,31 @@ def test_a_folder_of_an_earlier_version_goes_on_with_transparency_dropped(tmp_pa
 
 
 def test_without_an_image_size_one_is_proposed(images, tmp_path):
-    """It silently made 256 out of 64-pixel pictures."""
-    with pytest.raises(ConfigError, match=r"10 images .* are 20 to 20 pixels, .* give e\.g\. --image-size 16$"):
+    with pytest.raises(ConfigError, match=r" 10 images .* 20 to 20 pixels, .* --image-size 16$"):
         encode_small(images, tmp_path / "out", image_size=None)
     assert not (tmp_path / "out").exists()
 
 
-def test_enlarging_most_images_is_said(images, tmp_path, capsys):
+def test_a_warning_if_most_images_are_enlarged(images, tmp_path, capsys):
     encode_small(images, tmp_path / "small")
     assert "warning" not in capsys.readouterr().err
     encode_small(images, tmp_path / "large", image_size=32)
-    assert "warning: 10 of 10 images looked at are smaller than --image-size 32" in capsys.readouterr().err
+    assert re.search(r"warning: 10 of 10 .* --image-size 32", capsys.readouterr().err)
 
 
 def test_another_decoder_is_often_another_device(images, tmp_path):
     plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cuda")
-    with pytest.raises(DataError, match=r"its decoder is dali-mixed, this command's dali-cpu; .*--device"):
+    with pytest.raises(DataError, match=r"decoder is dali-mixed, .* dali-cpu; .*--device"):
         plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cpu")
 
 
-def test_the_last_words_say_what_comes_next(images, tmp_path, capsys):
+def test_the_last_line_has_the_next_command(images, tmp_path, capsys):
     encode_small(images, tmp_path / "out", task=0, tasks=2)
-    assert capsys.readouterr().out.endswith("; 3 of 5 shards are there; other tasks make the rest\n")
+    assert "; 3 of 5 shards " in capsys.readouterr().out
     encode_small(images, tmp_path / "out", task=1, tasks=2, max_bad=0.25)
-    said = capsys.readouterr().out
-    assert said.endswith(f"; next: ecar-data finalize {tmp_path}/out --max-bad 0.25\n")
-    assert "failed images so far: 0" in said
+    printed = capsys.readouterr().out
+    assert printed.endswith(f" ecar-data finalize {tmp_path}/out --max-bad 0.25\n")
+    assert "failed images so far: 0" in printed
 
 
 def test_an_occupied_folder_is_refused(images, tmp_path):
@@ -182,12 +182,12 @@ def test_flips_are_moments_of_mirrored_images(images, tmp_path):
 
 
 def test_settings_that_do_not_fit(images, tmp_path):
-    with pytest.raises(ConfigError, match=r"--image-size 20 is not a positive multiple of 8, .*; take e\.g\. 16"):
+    with pytest.raises(ConfigError, match=r"--image-size 20 .* multiple of 8, .* 16$"):
         encode_small(images, tmp_path / "out", image_size=20)
     for image_size in (0, -8):
-        with pytest.raises(ConfigError, match=f"--image-size {image_size} is not a positive multiple of 8, .* e.g. 8"):
+        with pytest.raises(ConfigError, match=f"--image-size {image_size} .* multiple of 8, .* 8$"):
             encode_small(images, tmp_path / "out", image_size=image_size)
-    with pytest.raises(ConfigError, match="--image-size 100000 is more than 65536"):
+    with pytest.raises(ConfigError, match=r"--image-size 100000 .* 65536"):
         encode_small(images, tmp_path / "out", image_size=100_000)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match=r"--task 3 is outside 0\.\.2"):
@@ -204,10 +204,11 @@ def test_the_plan_is_settled_and_printed_without_an_image(images, whole, tmp_pat
     plan(images, tmp_path / "out", tasks=3, **settings)
     printed = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
-    assert "samples   24 of 12x2x2 fp16\n" in printed
-    assert "shards    5 of at most 5 samples" in printed
-    assert "bytes     0.000 GB, 2048 a sample" in printed
-    assert "tasks     3, at most 2 shards each" in printed
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert "24 of 12x2x2 fp16" in lines["samples"]
+    assert re.search(r" 5 .* 5 samples", lines["shards"])
+    assert "0.000 GB, 2048 " in lines["bytes"]
+    assert re.search(r" 3, .* 2 shards", lines["tasks"])
     command = shlex.split(printed.splitlines()[-1])
     assert command[:4] == ["ecar-data", "encode", str(images), str(tmp_path / "out")]
     assert command[-4:] == ["--task", "i", "--tasks", "3"]
@@ -228,12 +229,10 @@ def test_a_plan_for_gpus_needs_none(images, tmp_path, capsys):
     assert "workers" not in printed
 
 
-def test_a_plan_made_without_a_gpu_says_so(images, tmp_path, capsys, monkeypatch):
+def test_a_plan_made_without_a_gpu_is_for_the_cpu_and_prints_it(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan(images, tmp_path / "out", vae="dct-f8", image_size=16)
-    assert (
-        "workers   on the CPU, as this machine has no GPU; --device cuda if they have one\n" in capsys.readouterr().out
-    )
+    assert re.search(r"^workers .* CPU, .* --device cuda", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -262,16 +261,15 @@ def test_adm_decides_on_the_bytes_and_is_in_the_manifest(images, whole, tmp_path
     assert np.abs(rows_of(tmp_path / "out")[0] - rows_of(tmp_path / "cubic")[0]).max() > 0.01
 
 
-def test_a_signed_url_of_the_source_is_not_written(images, tmp_path, monkeypatch, capsys):
-    class Remote(ImageShards):
-        def __init__(self, folder):
-            super().__init__(images)
-
-    monkeypatch.setattr(encode_module, "ImageShards", Remote)
-    url = "https://user:s3cret@host/bucket/images?X-Amz-Signature=s3cret"
+def test_a_signed_url_of_the_source_is_not_written(images, tmp_path, capsys):
+    url = "memory://user:s3cret@host/bucket/images?X-Amz-Signature=s3cret"
+    memory = fsspec.filesystem("memory")
+    for path in images.iterdir():
+        memory.pipe_file(join(url, path.name), path.read_bytes())
     plan(url, tmp_path / "out", vae="dct-f8", image_size=16)
     assert "s3cret" not in capsys.readouterr().out + (tmp_path / "out/plan.json").read_text()
-    assert read_plan(tmp_path / "out").source_folder == "https://host/bucket/images"
+    assert read_plan(tmp_path / "out").source_folder == "memory://host/bucket/images"
+    memory.store.clear()
 
 
 def test_an_autoencoder_from_diffusers(images, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.encode import encode as encode_module
-from data_tools.encode import failures as failures_module
+from data_tools import failures as failures_module
+from data_tools.encode import settings as settings_module
 from data_tools.encode.plan import read_plan
 from data_tools.finalize import finalize
 from data_tools.inspection import verify
@@ -90,12 +90,10 @@ def test_bad_images_are_left_out_listed_and_counted(images, clean, tmp_path, dec
 @pytest.mark.parametrize(("max_bad", "allowed"), [(0.0, 0), (1e-3, 0), (0.09, 2), (2 / 24, 2)])
 def test_too_many_bad_images(images, tmp_path, max_bad, allowed):
     out = tmp_path / "latents"
-    with pytest.raises(
-        DataError, match=rf"of 24 images failed, --max-bad .* allows {allowed}; the last: image 0000000000"
-    ) as caught:
+    with pytest.raises(DataError, match=rf" of 24 images .*--max-bad .* {allowed}; .* image 0000000000") as caught:
         encode_small(images, out, max_bad=max_bad, batch_size=1)
     assert "\n" not in str(caught.value)
-    assert f"all are in {out}/errors.jsonl" in str(caught.value)
+    assert f"{out}/errors.jsonl" in str(caught.value)
     assert [error["row"] for error in errors_of(out)] == bad_rows(out)[: allowed + 1]
     assert str(errors_of(out)[-1]["error"]) in str(caught.value) or allowed
 
@@ -107,7 +105,7 @@ def test_failures_of_other_tasks_count(images, tmp_path):
     assert len(set(shards)) == 3
     encode_small(images, out, max_bad=2 / 24, task=shards[0], tasks=5)
     encode_small(images, out, max_bad=2 / 24, task=shards[1], tasks=5)
-    with pytest.raises(DataError, match="3 of 24 images failed"):
+    with pytest.raises(DataError, match="3 of 24 images"):
         encode_small(images, out, max_bad=2 / 24, task=shards[2], tasks=5)
     assert len(errors_of(out)) == 3
 
@@ -116,7 +114,7 @@ def test_a_higher_bound_takes_up_where_the_lower_one_ended(images, tmp_path):
     with pytest.raises(DataError, match="--max-bad"):
         encode_small(images, tmp_path / "out", max_bad=0.0)
     encode_small(images, tmp_path / "out", max_bad=0.2)
-    with pytest.raises(DataError, match=r"3 of 24 images failed, --max-bad 0\.001 allows 0"):
+    with pytest.raises(DataError, match=r"3 of 24 images .*--max-bad 0\.001 allows 0"):
         finalize(tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
     finalize(tmp_path / "out", max_bad=0.2)
@@ -125,10 +123,10 @@ def test_a_higher_bound_takes_up_where_the_lower_one_ended(images, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "at once")
 
 
-def test_many_in_a_row_are_no_chance(tmp_path, monkeypatch):
+def test_many_bad_images_in_a_row_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(failures_module, "MAX_IN_A_ROW", 8)
     images = write_bad_image_shards(tmp_path, bad=tuple(range(24)))
-    with pytest.raises(DataError, match="9 images failed in a row, 8 are allowed"):
+    with pytest.raises(DataError, match=r"9 images .* 8 are allowed"):
         encode_small(images, tmp_path / "out", max_bad=1.0, samples_per_shard=24, batch_size=3)
 
 
@@ -142,7 +140,7 @@ def test_a_good_image_ends_the_row(images, tmp_path, monkeypatch):
 
 def test_a_shard_that_would_be_empty(tmp_path):
     images = write_bad_image_shards(tmp_path, bad=tuple(range(24)))
-    with pytest.raises(DataError, match="shard 000000 would be empty: none of its 5 images can be encoded"):
+    with pytest.raises(DataError, match=r"shard 000000 .* 5 images"):
         encode_small(images, tmp_path / "out", max_bad=1.0)
     assert len(errors_of(tmp_path / "out")) == 5
 
@@ -162,7 +160,7 @@ class Broken(DctCodec):
 def test_moments_that_fp16_cannot_hold(tmp_path, monkeypatch, value):
     images, broken, listed = write_image_shards(tmp_path), Broken(8, torch.device("cpu")), {}
     broken.value = value
-    monkeypatch.setattr(encode_module, "open_codec_by_spec", lambda *_: broken)
+    monkeypatch.setattr(settings_module, "open_codec_by_spec", lambda *_: broken)
     for flip in ("none", "store"):
         out = tmp_path / flip
         encode_small(images, out, max_bad=0.9, flip=flip)
@@ -170,13 +168,13 @@ def test_moments_that_fp16_cannot_hold(tmp_path, monkeypatch, value):
         verify(out)
         assert load_manifest(out).count == 24 - len(errors_of(out))
         assert {error["stage"] for error in errors_of(out)} == {"encode"}
-        assert all("are not finite in fp16 (limit 65504)" in error["error"] for error in errors_of(out))
+        assert all("65504" in error["error"] for error in errors_of(out))
         listed[flip] = {error["row"] for error in errors_of(out)}
     assert len(listed["none"]) > 0
     assert listed["none"] < listed["store"], "a mirrored image with a bright left half is bad as well"
 
 
-def test_a_damaged_source_is_no_bad_image(tmp_path):
+def test_a_damaged_source_is_not_a_bad_image(tmp_path):
     images = write_image_shards(tmp_path)
     path = images / "000001.tar"
     image = ImageShards(images).read(10).data
@@ -186,7 +184,7 @@ def test_a_damaged_source_is_no_bad_image(tmp_path):
     assert not (tmp_path / "out/errors.jsonl").exists()
 
 
-def test_a_decoder_at_its_limits_is_no_bad_image(tmp_path, monkeypatch):
+def test_a_decoder_out_of_memory_is_not_a_bad_image(tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 
@@ -58,7 +59,7 @@ def with_bad_files(root, *names):
     return root
 
 
-def test_a_file_that_is_no_image_is_named_and_nothing_is_left(tmp_path):
+def test_a_file_that_is_not_an_image_is_named_and_nothing_is_left(tmp_path):
     root = with_bad_files(write_image_folder(tmp_path / "in"), "dog/5.png")
     with pytest.raises(DataError, match=r"image 5\.png in dog cannot be decoded .* --max-bad allows 0") as caught:
         shard(str(root), tmp_path / "out", samples_per_shard=4)
@@ -123,7 +124,7 @@ def test_the_bad_images_of_both_parts_come_in_one_error(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"bad images: 8, --max-bad allows 0") as caught:
         shard(str(root), tmp_path / "out", holdout=0.25)
     assert all(f"{place}." in str(caught.value) for place in range(8))
-    monkeypatch.setattr("data_tools.images.shard._MORE", 2)
+    monkeypatch.setattr("data_tools.images.shard._EXCESS", 2)
     with pytest.raises(DataError, match=r"bad images: 3, --max-bad allows 0"):
         shard(str(root), tmp_path / "out")
 
@@ -193,8 +194,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     shard(str(root), tmp_path / "out")
     said = capsys.readouterr().out
     assert "left out: 3 .svg, 1 without extension, 1 .txt\n" in said
-    assert "skipped 1 class folders without an image: none\n" in said
-    assert "out: 25 images; 1 animated" in said
+    assert re.search(r"skipped 1 .*: none\n", said)
+    assert re.search(r"out: 25 images; 1 animated", said)
     assert load_image_manifest(tmp_path / "out").class_names == list(CLASSES)
 
 
@@ -204,7 +205,7 @@ def test_a_folder_without_classes(tmp_path):
     manifest = load_image_manifest(tmp_path / "out")
     assert (manifest.count, manifest.class_names) == (8, ["bird"])
     assert ImageShards(tmp_path / "out").read(0).name == "bird/0.jpeg"
-    with pytest.raises(ConfigError, match="are settled; leave out --label, --classes and --flat"):
+    with pytest.raises(ConfigError, match=r"leave out --label, --classes and --flat"):
         shard(str(tmp_path / "out"), tmp_path / "again", flat=True)
 
 
@@ -260,14 +261,14 @@ def test_a_reader_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "index"]
 
 
-def test_labels_that_are_settled_are_not_chosen_again(tmp_path):
+def test_labels_that_a_source_has_cannot_be_chosen(tmp_path):
     for source in ("digits", write_source("index", tmp_path)):
-        with pytest.raises(ConfigError, match="are settled; leave out --label"):
+        with pytest.raises(ConfigError, match="leave out --label"):
             shard(source, tmp_path / "out", label="none")
 
 
 @pytest.mark.parametrize("max_bad", [-0.1, 1.0])
-def test_a_bound_that_is_none(tmp_path, max_bad):
+def test_a_limit_out_of_range(tmp_path, max_bad):
     with pytest.raises(ConfigError, match="--max-bad"):
         shard("digits", tmp_path / "out", max_bad=max_bad)
 
@@ -279,12 +280,12 @@ def test_a_share_that_leaves_nothing(tmp_path, share):
     assert not (tmp_path / "out").exists()
 
 
-def test_sources_that_are_none(tmp_path):
+def test_folders_that_are_not_sources(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         shard(str(tmp_path / "none"), tmp_path / "out")
     (tmp_path / "flat").mkdir()
     with pytest.raises(DataError, match="has no class folders"):
         shard(str(tmp_path / "flat"), tmp_path / "out")
     (tmp_path / "flat/empty").mkdir()
-    with pytest.raises(DataError, match="none of its 1 class folders has an image"):
+    with pytest.raises(DataError, match=r"none of its 1 class folders "):
         shard(str(tmp_path / "flat"), tmp_path / "out")

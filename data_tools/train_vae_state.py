@@ -1,4 +1,4 @@
-"""A training of an autoencoder on its way: one file in OUT from which the same command goes on, gone at the end."""
+"""The state of an unfinished `train-vae`: one file in OUT, from which the same command resumes. Removed at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from data_tools.encode.failures import ERRORS_NAME
+from data_tools.failures import ERRORS_NAME
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write, sync_to_disk
 from ecar_dist.storage.untrusted import parse_json
@@ -21,12 +21,12 @@ from ecar_dist.vae.pretrained import save_autoencoder
 
 STATE_NAME = ".train-vae.state"
 _FINISHED_NAME = ".finished"
-_CONFIG_NAME = "config.json"  # the mark of a whole autoencoder: moved into place last
+_CONFIG_NAME = "config.json"  # moved into place last, so an autoencoder that has it is complete
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a step changes, on one device."""
+    """Everything that a step changes, on one device."""
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -35,13 +35,15 @@ class Training:
 
 
 class TrainingFolder:
-    """OUT of `train-vae`: a state while it trains, an autoencoder when it is done.
+    """OUT of `train-vae`: holds the state during training, and the autoencoder afterwards.
 
-    Raises DataError where OUT holds anything else, or the state of another command.
+    `settings` identify the training. Raises DataError if OUT holds anything else, or the state of another training.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self._out, self._settings, self._state = out, settings, out / STATE_NAME
+        self._out = out
+        self._settings = settings
+        self._state = out / STATE_NAME
         self._check_occupied()
 
     def _check_occupied(self) -> None:
@@ -54,16 +56,22 @@ class TrainingFolder:
             raise DataError(f"{self._out} exists and holds {min(others)}; remove it or give another folder")
 
     def restore(self, training: Training) -> tuple[int, list[dict[str, Any]]]:
-        """Steps done, and the bad images met on the way; the training as it was after that step. (0, []) for none."""
+        """Load the state into `training`. Returns the steps done and the bad images found; (0, []) without a state."""
         if not self._state.is_file():
             return 0, []
+
+        # Read everything before anything is changed.
         try:
             with safe_open(self._state, framework="pt", device="cpu") as file:
                 about = parse_json(file.metadata()["about"].encode())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            theirs, step, bad = about["settings"], int(about["step"]), list(about["bad"])
+            theirs = about["settings"]
+            step = int(about["step"])
+            bad = list(about["bad"])
         except Exception as error:  # a damaged file fails in many ways
             raise self._damaged(error) from None
+
+        # Another command would continue to another result.
         changed = [key for key, value in self._settings.items() if theirs.get(key) != value]
         if changed:
             key = changed[0]
@@ -71,6 +79,7 @@ class TrainingFolder:
                 f"{self._out} holds an unfinished training with {key} {theirs.get(key)}, this command has "
                 f"{self._settings[key]}; repeat the first command, or remove the folder"
             )
+
         try:
             _load(training, about, tensors)
         except Exception as error:
@@ -78,7 +87,8 @@ class TrainingFolder:
         return step, bad
 
     def save(self, training: Training, step: int, bad: list[dict[str, Any]]) -> None:
-        """Replace the state by that after `step` steps, whole or not at all."""
+        """Replace the state by the one after `step` steps, atomically."""
+        # All tensors under flat names, as safetensors needs them.
         optimizer = training.optimizer.state_dict()
         tensors = {f"model.{name}": tensor for name, tensor in training.model.state_dict().items()}
         for index, values in optimizer["state"].items():
@@ -86,6 +96,8 @@ class TrainingFolder:
         tensors["generator.cpu"] = torch.get_rng_state()
         if training.device.type == "cuda":
             tensors["generator.cuda"] = torch.cuda.get_rng_state(training.device)
+
+        # Everything else as JSON in the metadata.
         about = {
             "settings": self._settings,
             "step": step,
@@ -98,7 +110,7 @@ class TrainingFolder:
             file.write(safetensors.torch.save(stored, {"about": json.dumps(about)}))
 
     def finish(self, model: Any, scaling_factor: float, shift_factor: float) -> None:
-        """Put the autoencoder in place and remove the state. Killed in between, the same command does it again."""
+        """Write the autoencoder and remove the state. If killed in between, the same command does it again."""
         working = self._out / _FINISHED_NAME
         shutil.rmtree(working, ignore_errors=True)
         save_autoencoder(model, working, scaling_factor, shift_factor)
@@ -106,7 +118,7 @@ class TrainingFolder:
             os.replace(working / name, self._out / name)
         working.rmdir()
         sync_to_disk(self._out)
-        for path in self._out.glob(f".{STATE_NAME}*"):  # temporaries of runs that were killed
+        for path in self._out.glob(f".{STATE_NAME}*"):  # temporary files of runs that were killed
             path.unlink()
         self._state.unlink(missing_ok=True)
 
@@ -116,8 +128,10 @@ class TrainingFolder:
 
 
 def _load(training: Training, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Into model, optimizer, schedule and generators."""
-    model, moments = dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
+    """Load into model, optimizer, schedule and random generators."""
+    # The names of `TrainingFolder.save`, taken apart.
+    model: dict[str, torch.Tensor] = {}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part == "model":
@@ -125,6 +139,7 @@ def _load(training: Training, about: dict[str, Any], tensors: dict[str, torch.Te
         elif part == "optimizer":
             index, _, value = rest.partition(".")
             moments.setdefault(int(index), {})[value] = tensor
+
     training.model.load_state_dict(model)
     training.optimizer.load_state_dict({"state": moments, "param_groups": about["param_groups"]})
     training.schedule.load_state_dict(about["schedule"])
