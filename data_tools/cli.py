@@ -171,7 +171,7 @@ def _add_shard(commands: Subparsers) -> None:
         default=0.0,
         help="share of each class that goes to OUT/heldout, the rest to OUT/train, from 0 to below 1; 0: all to OUT",
     )
-    command.add_argument("--shuffle", action="store_true", help="shuffle the images; needed to train on them directly")
+    command.add_argument("--shuffle", action="store_true", help="shuffle the images, for training on them directly")
     command.add_argument("--seed", type=int, default=0, help="seed for --holdout and --shuffle, an integer")
     command.add_argument("--samples-per-shard", type=positive, default=10_000, help="images per tar")
     _add_max_bad(command)
@@ -269,7 +269,9 @@ def _add_source(command: argparse.ArgumentParser, also: str) -> None:
 
 def _add_labels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--label", default="cls", help="for tars: the member that holds the label: cls, json:FIELD or none"
+        "--label",
+        default="cls",
+        help="for tars: the member that holds the label, cls or json:FIELD; none: all images are one class",
     )
     command.add_argument(
         "--classes",
@@ -309,7 +311,7 @@ def _add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
         "--resize",
         choices=("cubic", "adm"),
         default="cubic",
-        help="filter; adm: that of the ADM and DiT papers, computed by PIL on the CPU",
+        help="resize filter; adm: that of the reference code of ADM and DiT, computed by PIL on the CPU",
     )
     _add_background(command)
     command.add_argument("--device", type=_device, default="auto", help=device_help)

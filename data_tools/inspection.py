@@ -226,7 +226,7 @@ def _check_sha256(folder: Path, entry: ShardEntry) -> None:
     # The size comes first: reading a pipe or a device would not end.
     size = path.stat().st_size
     if size != entry.bytes:
-        raise DataError(f"{path} has bytes {size}, the manifest says {entry.bytes}; restore it or write it again")
+        raise DataError(f"{path} has {size} bytes, the manifest says {entry.bytes}; restore it or write it again")
     found = describe_shard(path, entry.count, entry.first_index).sha256
     if found != entry.sha256:
         raise DataError(f"{path} has sha256 {found}, the manifest says {entry.sha256}; restore it or write it again")

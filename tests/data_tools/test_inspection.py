@@ -68,10 +68,10 @@ def test_verify_says_what_it_found(sets):
     data = path.read_bytes()
     path.write_bytes(data[:-700] + b"x" + data[-699:])
     found = describe_shard(path, entry.count, entry.first_index).sha256
-    with pytest.raises(DataError, match=rf"000001\.tar has sha256 {found}, the manifest says {entry.sha256}; restore"):
+    with pytest.raises(DataError, match=rf"000001\.tar .*{found}, .*{entry.sha256};"):
         verify(sets[1])
     path.write_bytes(data + bytes(512))
-    with pytest.raises(DataError, match=rf"has bytes {len(data) + 512}, the manifest says {len(data)}; restore"):
+    with pytest.raises(DataError, match=rf"{len(data) + 512} bytes, .*{len(data)};"):
         verify(sets[1])
 
 
@@ -165,7 +165,7 @@ def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
             os.mkfifo(path)
         else:
             path.symlink_to("/dev/zero")
-        with pytest.raises(DataError, match=r"has bytes 0|has 0 bytes"):
+        with pytest.raises(DataError, match=r" 0 bytes"):
             verify(folder)
 
 
