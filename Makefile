@@ -1,9 +1,9 @@
-# make install | demo | test | test-slurm | fuzz | lint   (each installs first when needed; VENV=/path chooses the environment)
+# make install | demo | test | test-slurm | fuzz | lint | docs   (each installs first when needed; VENV=/path chooses the environment)
 VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slurm fuzz lint clean
+.PHONY: install demo test test-slurm fuzz lint docs clean
 
 install: $(STAMP)
 
@@ -36,5 +36,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The pages of docs/ as a site, in docs/_build; a broken link or a page outside the contents is an error.
+docs: $(STAMP)
+	$(VENV)/bin/sphinx-build -W --keep-going -n -q -b html docs docs/_build
+
 clean:
-	rm -rf demo runs
+	rm -rf demo runs docs/_build
