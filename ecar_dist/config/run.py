@@ -17,10 +17,13 @@ from ecar_dist.config.model import (
     ModelSection,
     SampleSection,
     Section,
+    one_of,
 )
 from ecar_dist.kinds.table import KINDS
+from ecar_dist.learning_rate import SCHEDULES
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
+from ecar_dist.vae.table import CODECS
 
 
 def _one_line(value: str) -> str:
@@ -49,7 +52,7 @@ class RunSection(Section):
 
 
 class VaeSection(Section):
-    kind: Literal["kl", "dc", "dct"] = Field(
+    kind: Annotated[str, one_of(CODECS)] = Field(
         "kl", description="diffusers AutoencoderKL; AutoencoderDC; weight-free block DCT"
     )
     path: Place | None = Field(None, description="local folder or hub name of the autoencoder (kl and dc)")
@@ -57,7 +60,7 @@ class VaeSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> VaeSection:
-        if self.kind != "dct" and not self.path:
+        if CODECS[self.kind].needs_path and not self.path:
             raise ValueError(f"vae.kind={self.kind} needs vae.path, a local folder or a hub name; or set vae.kind=dct")
         return self
 
@@ -145,7 +148,7 @@ class OptimSection(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.02, ge=0, description="on matrices only")
     clip_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
-    schedule: Literal["constant", "cosine", "cooldown"] = Field(
+    schedule: Annotated[str, one_of(SCHEDULES)] = Field(
         "constant", description="after warm-up; cooldown is constant, then linear to final_learning_rate"
     )
     warmup_samples: int = Field(0, ge=0, description="samples of linear warm-up")

@@ -18,6 +18,7 @@ from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import EcarError, FruitlessError, NodeError
 from ecar_dist.failpoint import failpoint
+from ecar_dist.learning_rate import learning_rate
 from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
@@ -30,7 +31,6 @@ from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.train.bad_step_file import BadStepFile
 from ecar_dist.train.bad_steps import BadSteps, Verdict
-from ecar_dist.train.learning_rate import learning_rate
 from ecar_dist.train.phases import Phases
 from ecar_dist.train.shares import check_shares
 from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_line

@@ -5,7 +5,8 @@ from scipy.fft import dctn
 from sklearn.datasets import load_sample_images
 
 from ecar_dist.vae.codec import normalise
-from ecar_dist.vae.dct import DctCodec
+from ecar_dist.vae.dct import KEPT_SIDE, DctCodec
+from ecar_dist.vae.table import CODECS
 
 SHAPES = [(8, 2, 12), (32, 3, 27)]
 
@@ -44,3 +45,7 @@ def test_scale_gives_photographs_roughly_unit_dc(block):
     latents = normalise(codec.identity, moments, torch.zeros_like(moments))
     direct = latents[:, :: codec.identity.latent_channels // 3]
     assert 0.6 < direct.square().mean().sqrt() < 1.6
+
+
+def test_the_table_offers_the_block_sides_that_there_are():
+    assert CODECS["dct"].downsamples == tuple(KEPT_SIDE)

@@ -1,7 +1,7 @@
 import pytest
 
 from ecar_dist.config.run import OptimSection
-from ecar_dist.train.learning_rate import learning_rate
+from ecar_dist.learning_rate import learning_rate
 
 TOTAL = 1000
 
