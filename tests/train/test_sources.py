@@ -171,7 +171,7 @@ def test_a_set_that_is_not_whole_is_refused_before_anything_is_allocated(tree, d
 def test_latents_that_are_no_squares_are_refused(tree, digits, tmp_path):
     tree["data"]["latents"] = str(tmp_path)
     write_manifest(tmp_path, dataclasses.replace(load_manifest(digits / "latents"), moments_shape=(12, 4, 2)))
-    with pytest.raises(DataError, match=" 4 x 2\\b"):
+    with pytest.raises(DataError, match=r" 4 x 2\b"):
         check_data(config_from_dict(tree))
 
 
