@@ -155,8 +155,9 @@ def _train_step(engine: Engine, ema: ShardedEma, world: World, step: int) -> Non
     labels = torch.arange(BATCH, device=world.device) % CLASSES
     positions = torch.arange(BATCH, device=world.device) + step * BATCH
     engine.set_learning_rate(1e-4)
-    engine.backward(engine(values, labels, positions)[0])
-    engine.step()
+    loss = engine(values, labels, positions)[0]
+    engine.backward(loss)
+    engine.step(loss.detach().view(1))
     ema.update((step + 1) * BATCH, BATCH)
 
 

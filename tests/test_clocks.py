@@ -18,7 +18,7 @@ ALLOWED = {
     "ecar_dist/runtime/start/rendezvous.py": {"time.time"},  # the clock that the preflight compares between nodes
     "ecar_dist/runtime/watchdog/watchdog.py": {"st_mtime"},  # which reports are old enough to go
     "ecar_dist/runtime/world.py": {"time.time"},  # the same, where a rank is alone
-    "ecar_dist/train/goodput.py": {"time.time"},  # a share of the time since the first attempt
+    "ecar_dist/train/time_budget.py": {"time.time"},  # a share of the time since the first attempt
     "data_tools/encode/status.py": {"time.time", "st_mtime"},  # rates, to be looked at
 }
 

@@ -213,4 +213,4 @@ def _verdict(lines: list[dict[str, Any]]) -> str | None:
     rank, ratio = (number(lines[-1], f"perf/slowest_{what}") for what in ("rank", "ratio"))
     slow = SlowRank(int(rank), ratio, "") if rank is not None and ratio is not None else None
     budget = TimeBudget(1.0, shares, _mean(lines, "perf/data_wait_fraction") or 0.0, slow)
-    return budget.verdict().removesuffix(" ()")
+    return budget.bottleneck().removesuffix(" ()")

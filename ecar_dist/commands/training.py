@@ -112,7 +112,7 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
     from ecar_dist.train.start import start_training
 
     with contextlib.ExitStack() as ends:
-        run, progress = start_training(
+        parts, progress = start_training(
             config,
             world,
             ends,
@@ -121,7 +121,7 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
             allow_new_data=new_data_order,
             adopt=adopt,
         )
-        end = run_training(run, progress)
+        end = run_training(parts, progress)
     finished = end.samples_seen >= config.train.total_samples
     if world.is_first:
         say(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")

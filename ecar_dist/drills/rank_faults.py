@@ -24,7 +24,7 @@ from ecar_dist.drills.ground import STEPS, STRIKE_AT, CannotRunError, Ground, Tr
 from ecar_dist.drills.processes import Ended
 from ecar_dist.runtime.checkpoint.files import committed
 from ecar_dist.storage.atomic import write_json
-from ecar_dist.train.bad_steps import roll_back_record
+from ecar_dist.train.guard import roll_back_record
 
 DEATH_SECONDS = 15.0  # in which a job is over once a rank is gone
 GRACE_SECONDS = 25.0  # in which a job that was asked to end is over; Slurm gives 30 by default

@@ -39,29 +39,38 @@ class Fragment:
         return partitions[self.partition].view(-1).narrow(0, self.offset, self.numel)
 
 
+@dataclass(frozen=True)
+class StepStatus:
+    """What the host knows of one optimizer step, read from the device at once; the same on every rank."""
+
+    sums: tuple[float, ...]  # as they were given to `Engine.step`
+    grad_norm: float  # before clipping, over all ranks
+    applied: bool  # whether weights moved
+
+
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that does nothing where `refused` says so. DeepSpeed's inner optimizer.
+    """AdamW that takes a step only where `may_step` returns True. DeepSpeed's inner optimizer.
 
     DeepSpeed averages the gradients and takes their norm over all ranks before it calls this, whatever the ZeRO stage,
-    and what it does afterwards copies master weights that have not moved. So a step can be called off here, with
-    numbers that are the same on all ranks and at no cost.
+    and what it does afterwards copies master weights that have not moved. So a step can be refused here, with numbers
+    that are the same on all ranks and at no cost.
     """
 
     def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(parameter_groups, **options)
         # Until the engine stands: ZeRO 0 in bf16 takes a step at its start, of zero gradients but with weight decay.
-        self.refused: Callable[[], bool] = lambda: True
-        self.applied = False
+        self.may_step: Callable[[], bool] = lambda: False
 
     def step(self, closure: Any = None) -> Any:
-        self.applied = not self.refused()
-        return super().step(closure) if self.applied else None
+        return super().step(closure) if self.may_step() else None
 
 
 class Engine:
     """A module trained by DeepSpeed: forward, backward, step, and access to the sharded state.
 
     `objective` is the module whose forward returns the loss; `model` is the part of it whose parameters are trained.
+    `is_good(loss, grad_norm)` decides whether a step moves the weights: both arguments and the result are scalar
+    tensors on the device, and the same on all ranks.
     """
 
     def __init__(
@@ -72,20 +81,28 @@ class Engine:
         config: RunConfig,
         world: World,
         precision: str,
+        is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
+        # DeepSpeed wraps the module and its optimizer
         deepspeed = _import_deepspeed(world)
-        self.world, self.zero_stage = world, config.deepspeed.zero_stage
+        self.world = world
+        self.zero_stage = config.deepspeed.zero_stage
         optim = config.optim
         self._adam = GuardedAdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=self._adam, config=deepspeed_config(config, world.size, precision)
         )
-        self._adam.refused = self._refused
-        self.grad_norm_limit = math.inf  # a step whose gradient norm is above it is refused
-        self._called_off = False
+
+        # from here on each step is judged
+        self._is_good = is_good
+        self._sums = torch.zeros(1)
+        self._status: StepStatus | None = None
+        self._replicated_norm = torch.zeros(())
+        self._adam.may_step = self._may_step
+
+        # the view of what this rank holds
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
-        self._replicated_norm = float("nan")
         self.partitions = self._master_partitions()
         self.fragments = self._find_fragments()
 
@@ -95,45 +112,57 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
 
-    def refuse_step(self) -> None:
-        """The next optimizer step shall move nothing; to be called on all ranks."""
-        self._called_off = True
+    def step(self, sums: torch.Tensor) -> StepStatus | None:
+        """End a micro-batch; after the last one of a global batch, move the weights if the step is good.
 
-    def step(self) -> bool:
-        """After every micro-batch; the optimizer moves on the last one of a global batch.
+        `sums` (float64, [n]) holds the losses of the global batch, summed over ranks, and other finite numbers that
+        the caller wants to read with them. Their total is finite only where every loss is, so it is what `is_good`
+        gets as the loss. Before the last micro-batch `sums` is not looked at, and the result is None.
 
-        False where that step was refused: by `refuse_step`, or because the gradient norm is not finite or above
-        `grad_norm_limit`. Then no weight and no moment has changed, and the gradients are gone; Adam's step counter
-        goes on, because it counts the run's steps.
+        A refused step changes no weight and no moment, and its gradients are gone; Adam's step counter goes on,
+        because it counts the steps of the run.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
-            return True
+            return None
+
+        # The gradients are averaged over ranks already; rank 0's norm is taken, so that all judge the same number.
         if self._keeps_no_norm:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)  # averaged over ranks already
-            self._replicated_norm = float(
-                self.world.sum(norm * self.world.is_first)
-            )  # rank 0's: all judge the same number
-        self._adam.applied = False  # DeepSpeed does not even ask where it finds a gradient that is not finite
+            norm = nn.utils.get_total_norm(gradients)
+            self._replicated_norm = self.world.sum(norm * self.world.is_first)
+
+        # DeepSpeed calls the optimizer, which asks `_may_step`, unless it finds a gradient that is not finite.
+        self._sums = sums
+        self._status = None
         self._engine.step()
-        self._called_off = False
-        if not self._adam.applied:
+        status = self._status or self._read_status(torch.tensor(math.inf, dtype=torch.float64))
+
+        if not status.applied:
             for partition in self.partitions:
                 self._adam_state(partition)["step"] += 1
-        return self._adam.applied
+        return status
 
-    def _refused(self) -> bool:
-        return self._called_off or not (math.isfinite(self.grad_norm) and self.grad_norm <= self.grad_norm_limit)
+    def _may_step(self) -> bool:
+        """Judge the step at hand. ZeRO-3 asks for each of its sub-groups, and gets the same answer."""
+        if self._status is None:
+            norm = self._replicated_norm if self._keeps_no_norm else self._optimizer._global_grad_norm
+            self._status = self._read_status(torch.as_tensor(norm, dtype=torch.float64).reshape(()))
+        return self._status.applied
 
-    @property
-    def grad_norm(self) -> float:
-        """The gradient norm of the last optimizer step, before clipping, over all ranks; inf or NaN where it is.
+    def _read_status(self, norm: torch.Tensor) -> StepStatus:
+        """Decide on the device, then read all there is to know of the step in one transfer.
 
-        Above LARGEST_NORM it is inf: most stages add up squares in fp32, where it overflows, but ZeRO-3 in fp64.
+        A norm above LARGEST_NORM counts as inf: most stages add up squares in fp32, where it overflows, but ZeRO-3 in
+        fp64.
         """
-        norm = self._replicated_norm if self._keeps_no_norm else float(self._optimizer._global_grad_norm)
-        return math.inf if norm > LARGEST_NORM else norm
+        sums = self._sums.double()
+        norm = norm.to(sums.device)
+        norm = torch.where(norm > LARGEST_NORM, math.inf, norm)
+        good = self._is_good(sums.sum(), norm)
+        row = torch.cat([sums, torch.stack([norm, good.double()])])  # [n + 2]
+        *values, grad_norm, applied = row.tolist()
+        return StepStatus(tuple(values), grad_norm, bool(applied))
 
     @property
     def _keeps_no_norm(self) -> bool:

@@ -1,21 +1,27 @@
-"""What goes on record about an attempt at a run, and what its log says first: rank 0's, but for how it ended."""
+"""What a run writes down: its attempts, the first lines of its log, and what it learns while it trains."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Sequence
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from ecar_dist.command_line import counted, say
 from ecar_dist.config.run import RunConfig
+from ecar_dist.data.loader import MicroBatch
 from ecar_dist.errors import CheckpointError, EcarError, FruitlessError
 from ecar_dist.runtime.checkpoint.files import Progress, step_of
 from ecar_dist.runtime.checkpoint.folder import CheckpointPlace, open_place, place_at
 from ecar_dist.runtime.checkpoint.restore import Restored
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.drift import resume_lines
@@ -24,9 +30,97 @@ from ecar_dist.runtime.signals import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.remote import is_remote
-from ecar_dist.train.goodput import began
-from ecar_dist.train.loop import Training, last_step
 from ecar_dist.train.sources import TrainingData
+from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_line
+
+Preview = Callable[[dict[str, torch.Tensor]], np.ndarray]  # full EMA weights -> picture, uint8 [H, W, 3]
+
+
+class Recorder:
+    """Writes down what happens while a run trains. All ranks call it alike; the metrics and the log are rank 0's."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        world: World,
+        logs: Path,
+        telemetry: Telemetry,
+        counters: Callable[[], Counters],
+        writer: MetricsWriter | None,
+        preview: Preview | None,
+    ) -> None:
+        """`logs`: the folder for each rank's own log. `writer` and `preview` are rank 0's, and None on the others."""
+        self._config = config
+        self._world = world
+        self._logs = logs
+        self._telemetry = telemetry
+        self._counters = counters
+        self._writer = writer
+        self._preview = preview
+        self._replaced_samples = 0  # by all ranks since this attempt began
+
+    def note_replaced(self, batches: Sequence[MicroBatch], replaced_samples: int) -> None:
+        """Write down the samples that this rank had to replace in a step (data.on_bad=substitute).
+
+        `replaced_samples`: how many all ranks have replaced in it.
+        """
+        self._replaced_samples += replaced_samples
+        substitutions = [one for micro in batches for one in micro.substitutions]
+        if substitutions:
+            with open(self._logs / f"substituted.rank-{self._world.rank:05d}.jsonl", "a") as file:
+                file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in substitutions)
+
+    def log(self, progress: Progress, result: StepResult) -> None:
+        """Metrics, and a line on the screen, after a step. Collective."""
+        self._telemetry.phases.enter("log", progress.step)
+        counters = self._counters()
+        report = self._telemetry.report(result, progress.samples_seen, counters)
+        if self._writer is None:
+            return
+
+        # Metrics of all ranks; the downloads are rank 0's.
+        values = {**report.values, **counters.downloads}
+        if self._replaced_samples:
+            values["data/replaced_samples"] = float(self._replaced_samples)
+        self._writer.log(progress.step, progress.samples_seen, values)
+        if report.news:
+            self._writer.text("verdict", report.news, progress.step)
+
+        # The line on the screen.
+        total = self._config.train.total_samples
+        say(
+            progress_line(
+                progress.step, last_step(self._config, progress), progress.samples_seen, total, result, report
+            )
+        )
+
+    def draw_preview(self, progress: Progress, engine: Engine, ema: ShardedEma) -> None:
+        """Draw a strip of all stages with the EMA weights: rank 0 does, the others help to gather them. Collective."""
+        self._telemetry.phases.enter("preview", progress.step)
+        weights = {}
+        for name, full in engine.gather(ema.partitions):
+            if self._world.is_first:
+                weights[name] = full.cpu()
+        if self._writer and self._preview:
+            self._writer.image("samples/stages", self._preview(weights), progress.step)
+
+    def rewind(self, step: int) -> None:
+        """The run was rolled back to `step`: drop the metrics after it."""
+        if self._writer:
+            self._writer.rewind(step)
+
+    def close(self, progress: Progress) -> None:
+        """Say how the attempt went, where it took long enough to say anything."""
+        if self._writer and (line := self._telemetry.closing_line()):
+            self._writer.text("verdict", line, progress.step)
+            say(line)
+
+
+def last_step(config: RunConfig, progress: Progress) -> int:
+    """The number of the run's last step. The steps so far may have had batches of another size."""
+    left = config.train.total_samples - progress.samples_seen
+    return progress.step + max(0, math.ceil(left / config.batch.global_batch_size))
 
 
 def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
@@ -96,33 +190,13 @@ def end_attempt(
         directory.end_attempt(reason)
 
 
-def begin_record(run: Training, data: TrainingData, precision: str, restored: Restored | None) -> None:
-    """Rank 0: from here on the run is this config's, and its curves go on from here."""
-    config, directory = run.config, run.directory
-    progress = restored.progress if restored else Progress()
-    said = resume_notes(run, data, restored) if restored else []
-    directory.note_attempt(
-        dataset_ids=data.dataset_ids, precision=precision, resumed_from_step=restored and restored.progress.step
-    )
-    directory.write_config(config)
-    run.telemetry.goodput.run_began = began(directory.attempts())
-    run.writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
-    warning = run.store.space_warning(run.engine)
-    said += [
-        f"steps {a} to {b} are passed over, as bad_steps.jsonl says" for a, b in run.bad_steps.ahead(progress.step)
-    ]
-    say("\n".join([*opening_lines(run, data, precision, progress), *said, *unreachable_half_lives(config)]))
-    if warning:
-        print(warning, file=sys.stderr)
-
-
-def resume_notes(run: Training, data: TrainingData, restored: Restored) -> list[str]:
+def changes_on_resume(config: RunConfig, directory: RunDirectory, data: TrainingData, restored: Restored) -> list[str]:
     """What is not as it was when the checkpoint was made: the layout, the order of the data, the config."""
-    attempts = [one for one in run.directory.attempts() if "dataset_ids" in one]
+    attempts = [one for one in directory.attempts() if "dataset_ids" in one]
     same_data = bool(attempts) and attempts[-1]["dataset_ids"] == data.dataset_ids
-    said = [f"resuming {restored.path}: {restored.conversion}"] if restored.conversion else []
-    said += [restored.new_data_order] if restored.new_data_order else []
-    return said + resume_lines(run.directory.config, run.config, same_data=same_data)
+    lines = [f"resuming {restored.path}: {restored.conversion}"] if restored.conversion else []
+    lines += [restored.new_data_order] if restored.new_data_order else []
+    return lines + resume_lines(directory.config, config, same_data=same_data)
 
 
 def unreachable_half_lives(config: RunConfig) -> list[str]:
@@ -138,26 +212,31 @@ def unreachable_half_lives(config: RunConfig) -> list[str]:
     return [line]
 
 
-def opening_lines(run: Training, data: TrainingData, precision: str, progress: Progress) -> list[str]:
-    """The arithmetic of the run, said once."""
-    config, world = run.config, run.world
-    batch, accumulate, ranks = config.batch, config.grad_accum_steps(world.size), counted(world.size, "rank")
-    parameters = sum(torch.Size(shape).numel() for shape in run.engine.shapes.values())
+def opening_lines(
+    config: RunConfig,
+    world: World,
+    *,
+    data: TrainingData,
+    precision: str,
+    parameters: int,
+    batch_spread: float,
+    progress: Progress,
+) -> list[str]:
+    """The arithmetic of the run. `batch_spread`: about how many shards a global batch comes from."""
+    batch = config.batch
+    ranks = counted(world.size, "rank")
+    shards = counted(sum(len(manifest.shards) for manifest in data.manifests), "shard")
     tokens = f"{' + '.join(map(str, config.stage_tokens))} tokens in {config.flow.num_stages} stages"
     model = f"{config.model.kind} {config.model.preset}, {parameters / 1e6:.2f} M parameters"
-    total, seen = config.train.total_samples, progress.samples_seen
-    spread = run.loader.stream.batch_spread()
-    shards = counted(sum(len(manifest.shards) for manifest in data.manifests), "shard")
+    samples = "samples" if data.encoder else "images, encoded on the fly"
+    total = config.train.total_samples
+    resuming = f"resuming at step {progress.step:,} ({progress.samples_seen:,} samples)"
+    layout = f"{ranks} on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}"
+    product = f"{batch.micro_batch_size} x {config.grad_accum_steps(world.size)} x {ranks}"
+    epochs = f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps"
     return [
         f"run {config.run_directory}: {model}, {tokens}",
-        (
-            f"{ranks} on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}; global batch "
-            f"{batch.global_batch_size} = {batch.micro_batch_size} x {accumulate} x {ranks}"
-        ),
-        (
-            f"data {data.count:,} {'samples' if data.encoder else 'images, encoded on the way'}, a global batch from "
-            f"about {spread:.0f} of {shards}"
-        ),
-        f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps; "
-        + (f"resuming at step {progress.step:,} ({seen:,} samples)" if seen else "from the start"),
+        f"{layout}; global batch {batch.global_batch_size} = {product}",
+        f"data {data.count:,} {samples}, a global batch from about {batch_spread:.0f} of {shards}",
+        f"{epochs}; {resuming if progress.samples_seen else 'from the start'}",
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 
+from ecar_dist.command_line import say
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.order.stream import SampleStream
@@ -18,25 +20,34 @@ from ecar_dist.kinds.table import kind_of
 from ecar_dist.models.layers import weight_decay_groups
 from ecar_dist.runtime.checkpoint.files import Progress, committed
 from ecar_dist.runtime.checkpoint.folder import open_place
+from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
-from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.runtime.run.metrics import MetricsWriter
 from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.watchdog.watchdog import Watchdog
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import is_remote, local_path
-from ecar_dist.train.bad_step_file import BadStepFile
-from ecar_dist.train.bad_steps import BadSteps
-from ecar_dist.train.loop import Preview, Training
+from ecar_dist.train.guard import BadStepFile, StepGuard, is_good
+from ecar_dist.train.loop import Parts, RunState, Saver
 from ecar_dist.train.objective import Normalise
-from ecar_dist.train.phases import Phases
 from ecar_dist.train.preflight import check_nodes
-from ecar_dist.train.record import begin_record, end_attempt, open_attempt
+from ecar_dist.train.reader import StepReader
+from ecar_dist.train.record import (
+    Preview,
+    Recorder,
+    changes_on_resume,
+    end_attempt,
+    open_attempt,
+    opening_lines,
+    unreachable_half_lives,
+)
 from ecar_dist.train.sources import TrainingData, check_codec, normaliser, open_loader, open_stream
-from ecar_dist.train.telemetry import Telemetry
+from ecar_dist.train.telemetry import Counters, Telemetry
+from ecar_dist.train.time_budget import Goodput, Phases, run_began
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
@@ -53,23 +64,22 @@ def start_training(
     preview_factory: PreviewFactory,
     allow_new_data: bool = False,
     adopt: bool = False,
-) -> tuple[Training, Progress]:
-    """Everything `train` needs, and the progress to go on from; what is to be closed is put into `ends`.
+) -> tuple[Parts, Progress]:
+    """Everything `train` needs, and the progress to go on from; what has to be closed is put into `ends`. Collective.
 
     Raises EcarError, on all ranks, before any step.
     """
     stop = StopRequest()
+
+    # What the run reads, checked on all ranks. Nothing is written before.
     world.together(lambda: config.grad_accum_steps(world.size))
-    directory = RunDirectory(config.run_directory)
     inputs = open_inputs(config, world, adopt)
-    data, codec, precision = inputs.data, inputs.codec, inputs.precision
-    attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
-    watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
-    ends.push(partial(end_attempt, directory, stop))
-    phases = Phases(watchdog.beat)
-    world.together(lambda: check_accumulation(config, world, precision))
-    engine = build_engine(config, normaliser(data, codec), world, precision)
-    ema = ShardedEma(engine.partitions, config.ema)
+
+    # From here on the run directory is this attempt's.
+    directory, run_id, phases = begin_attempt(config, world, stop, ends)
+
+    # The state of the run: allocated, then loaded.
+    state = allocate(config, world, inputs, directory)
     store = CheckpointStore(
         config,
         world,
@@ -80,26 +90,54 @@ def start_training(
         adopt=adopt,
     )
     ends.callback(store.close)
-    phases.enter("load", 0)
-    restored = store.restore(engine, ema)
-    progress, notes = (restored.progress, restored.notes) if restored else (Progress(), {})
-    check_replicas(world, engine, ema, progress.step)
-    phases.enter("start", progress.step)
+    saver = Saver(config=config, world=world, state=state, store=store, phases=phases)
+    restored = saver.load()
+    progress = restored.progress if restored else Progress()
+
+    # The samples from there on.
     open_at = partial(open_together, config, world, inputs.stream)
-    telemetry = Telemetry(config, world, phases, training_flops_per_sample, notes.get("goodput"))
-    bad_step_file = BadStepFile(directory.path / "bad_steps.jsonl", world)
-    bad_steps = BadSteps(config.train.bad_steps, notes.get("bad_steps"), bad_step_file.windows())
-    loader = open_at(progress.samples_seen)
-    run = Training(
-        config, world, engine, ema, store, loader, phases, telemetry, bad_steps, bad_step_file, open_at, stop, directory
+    reader = StepReader(
+        config=config, world=world, open_loader=open_at, position=progress.samples_seen, stop=stop, phases=phases
     )
-    ends.callback(lambda: run.loader.close())  # a roll-back opens another one
-    world.on_first_rank(lambda: begin_record(run, data, precision, restored))
-    if run.writer:
-        ends.callback(run.writer.close)
-    if config.sample.every_samples and config.log.tensorboard:
-        run.preview = world.on_first_rank(lambda: preview_factory(config, cast(LatentCodec, codec), world.device))
-    return run, progress
+    ends.callback(reader.close)
+
+    # What is measured, and written down.
+    telemetry = Telemetry(config, world, phases, state.goodput, training_flops_per_sample)
+    writer = world.on_first_rank(lambda: open_record(config, world, directory, inputs, state, store, restored))
+    if writer:
+        ends.callback(writer.close)
+    preview = world.on_first_rank(lambda: open_preview(config, world, inputs.codec, preview_factory))
+    recorder = Recorder(
+        config=config,
+        world=world,
+        logs=directory.logs,
+        telemetry=telemetry,
+        counters=partial(read_counters, reader, store, state.guard),
+        writer=writer,
+        preview=preview,
+    )
+    parts = Parts(
+        config=config,
+        world=world,
+        stop=stop,
+        state=state,
+        reader=reader,
+        telemetry=telemetry,
+        recorder=recorder,
+        saver=saver,
+    )
+    return parts, progress
+
+
+def begin_attempt(
+    config: RunConfig, world: World, stop: StopRequest, ends: contextlib.ExitStack
+) -> tuple[RunDirectory, str, Phases]:
+    """Put this attempt on record, and with it how it will end; have it watched. Returns the run's id as the second."""
+    directory = RunDirectory(config.run_directory)
+    attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
+    watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
+    ends.push(partial(end_attempt, directory, stop))
+    return directory, run_id, Phases(watchdog.beat)
 
 
 class Inputs(NamedTuple):
@@ -110,6 +148,60 @@ class Inputs(NamedTuple):
     codec: LatentCodec | None
     precision: str  # "fp32" or "bf16", on this device
     identity: dict[str, dict[str, Any]]
+
+
+def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDirectory) -> RunState:
+    """The state of a run at its start: the engine, which asks the guard before it moves a weight, and the EMA."""
+    world.together(lambda: check_accumulation(config, world, inputs.precision))
+    guard = StepGuard(config.train.bad_steps, BadStepFile(directory.path / "bad_steps.jsonl", world), world)
+    engine = build_engine(config, normaliser(inputs.data, inputs.codec), world, inputs.precision, guard.is_good)
+    goodput = Goodput(world.on_first_rank(lambda: run_began(directory.attempts())))
+    return RunState(engine=engine, ema=ShardedEma(engine.partitions, config.ema), guard=guard, goodput=goodput)
+
+
+def open_record(
+    config: RunConfig,
+    world: World,
+    directory: RunDirectory,
+    inputs: Inputs,
+    state: RunState,
+    store: CheckpointStore,
+    restored: Restored | None,
+) -> MetricsWriter:
+    """Rank 0: put the start of this attempt on record, and say how the run goes on. Returns the writer of metrics."""
+    progress = restored.progress if restored else Progress()
+    lines = opening_lines(
+        config,
+        world,
+        data=inputs.data,
+        precision=inputs.precision,
+        parameters=sum(torch.Size(shape).numel() for shape in state.engine.shapes.values()),
+        batch_spread=inputs.stream.batch_spread(),
+        progress=progress,
+    )
+
+    # The changes are those since the last attempt, so they are looked for before this one is on record.
+    if restored:
+        lines += changes_on_resume(config, directory, inputs.data, restored)
+    lines += [
+        f"steps {first} to {last} are passed over, as bad_steps.jsonl says"
+        for first, last in state.guard.history.ahead(progress.step)
+    ]
+    lines += unreachable_half_lives(config)
+
+    # From here on the run is this config's, and its curves go on from here.
+    directory.note_attempt(
+        dataset_ids=inputs.data.dataset_ids,
+        precision=inputs.precision,
+        resumed_from_step=restored and restored.progress.step,
+    )
+    directory.write_config(config)
+    writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
+
+    say("\n".join(lines))
+    if warning := store.space_warning(state.engine):
+        print(warning, file=sys.stderr)
+    return writer
 
 
 def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
@@ -169,8 +261,17 @@ def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
         )
 
 
-def build_engine(config: RunConfig, normalise: Normalise, world: World, precision: str) -> Engine:
-    """The model, from the run's seed alone, the objective around it, and DeepSpeed around both."""
+def build_engine(
+    config: RunConfig,
+    normalise: Normalise,
+    world: World,
+    precision: str,
+    is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = is_good,
+) -> Engine:
+    """The model, from the run's seed alone, the objective around it, and DeepSpeed around both.
+
+    `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite.
+    """
     kind = kind_of(config)
     torch.manual_seed(config.run.seed)
     model = kind.build_model(config)
@@ -180,7 +281,7 @@ def build_engine(config: RunConfig, normalise: Normalise, world: World, precisio
         {"params": decay, "weight_decay": config.optim.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    return Engine(objective, model, groups, config, world, precision)
+    return Engine(objective, model, groups, config, world, precision, is_good)
 
 
 def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
@@ -221,3 +322,21 @@ def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderId
     if encoder is not None:
         facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
     return {key: json.dumps(value) for key, value in facts.items()}
+
+
+def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
+    """Rank 0: what draws previews, where the run has them."""
+    if config.sample.every_samples == 0 or not config.log.tensorboard:
+        return None
+    return factory(config, cast(LatentCodec, codec), world.device)
+
+
+def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) -> Counters:
+    """What these parts have counted so far."""
+    return Counters(
+        data_wait_seconds=reader.wait_seconds,
+        stall_seconds=store.stall_seconds,
+        checkpoint_failures=store.failures,
+        skipped_steps=guard.history.skipped,
+        downloads=reader.traffic(),
+    )

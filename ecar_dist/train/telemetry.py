@@ -1,10 +1,12 @@
-"""What is measured around a step, and how it is said on one line. docs/telemetry.md lists the tags."""
+"""What is measured around a step, and how it is reported. docs/telemetry.md lists the tags."""
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,12 +15,7 @@ from ecar_dist.command_line import duration
 from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.devices import peak_bf16_flops
 from ecar_dist.runtime.world import World
-from ecar_dist.train.goodput import Goodput
-from ecar_dist.train.loss_by_time import LossByTime
-from ecar_dist.train.phases import ForwardClock, Phases
-from ecar_dist.train.time_budget import SlowRank, Stragglers, TimeBudget
-
-PRODUCTIVE = ("forward", "backward", "optimizer")  # phases in which a step gets on
+from ecar_dist.train.time_budget import PRODUCTIVE, Goodput, Phases, SlowRank, Stragglers, TimeBudget
 
 
 @dataclass(frozen=True)
@@ -30,80 +27,170 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     applied: bool = True  # whether weights moved
+    replaced_samples: int = 0  # damaged samples of the global batch (data.on_bad=substitute)
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What other parts have counted since this attempt began; the skipped steps are those of the whole run."""
+    """What other parts have counted since this attempt began."""
 
     data_wait_seconds: float = 0.0  # of this rank
     stall_seconds: float = 0.0  # in which a checkpoint held this rank up
     checkpoint_failures: int = 0
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # since the run began
+    downloads: Mapping[str, float] = field(default_factory=dict)  # of this rank, by tag
 
 
 @dataclass(frozen=True)
 class Report:
-    """Values by TensorBoard tag; and the verdict on the time budget, where it is not the one last said."""
+    """What there is to log after a step."""
 
-    values: dict[str, float]
-    news: str | None
+    values: dict[str, float]  # by TensorBoard tag
+    news: str | None  # the bottleneck, where it has changed
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """What had come together at one moment of this attempt."""
+    """What had added up at one moment of this attempt."""
 
     phases: Mapping[str, float]  # seconds
-    data_wait: float = 0.0  # seconds, in each interval of the rank that waited longest
+    data_wait: float = 0.0  # seconds: the sum over intervals of the longest wait of any rank
     steps: int = 0
     samples: int = 0
 
 
+class LossByTime:
+    """The loss by stage and flow time: where on its path a sample is hard. Adding to it never synchronises."""
+
+    def __init__(self, num_stages: int, bins: int, device: torch.device) -> None:
+        self._bins = bins
+        self._first_bin = torch.arange(num_stages, device=device) * bins  # of each stage
+        self._table = torch.zeros(2, num_stages * bins, dtype=torch.float64, device=device)
+
+    def add(self, losses: torch.Tensor, times: torch.Tensor) -> None:
+        """Both [B, K], times in [0, 1]. A loss that is not finite, or has no single time (NaN), is left out."""
+        finite = losses.isfinite() & times.isfinite()
+        index = (times.nan_to_num() * self._bins).long().clamp_(0, self._bins - 1) + self._first_bin  # [B, K]
+        values = torch.stack([losses.where(finite, 0.0), finite]).to(self._table.dtype)  # [2, B, K]
+        self._table.index_add_(1, index.flatten(), values.flatten(1))
+
+    def take(self) -> torch.Tensor:
+        """What was added since the last call, flat: all sums, then all counts. To be summed over ranks."""
+        table = self._table
+        self._table = torch.zeros_like(table)
+        return table.flatten()
+
+    def means(self, table: Sequence[float]) -> dict[str, float]:
+        """By tag, from what `take` returned; a bin without a sample has no value."""
+        cells = len(table) // 2
+        return {
+            f"train/loss_stage{cell // self._bins}_t{cell % self._bins}": table[cell] / table[cells + cell]
+            for cell in range(cells)
+            if table[cells + cell]
+        }
+
+
+class ForwardClock:
+    """Seconds between entering and leaving `with`: of the device where it is a GPU, else of the host.
+
+    On a GPU two events are put into the stream and read by `take`; the host does not wait for the device before that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._began = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            self._events.append((_recorded(), None))
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on_gpu:
+            self._events[-1] = (self._events[-1][0], _recorded())
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """The seconds since the last call. Waits for the device to finish what was measured."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
+        self._seconds = 0.0
+        self._events = []
+        return seconds
+
+
+def _recorded() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Telemetry:
-    """Rates, time budget and verdict since the last report, and goodput since the run began."""
+    """Rates, time budget and bottleneck since the last report, and goodput since the run began."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        phases: Phases,
-        training_flops_per_sample: float,
-        notes: Mapping[str, Any] | None = None,
+        self, config: RunConfig, world: World, phases: Phases, goodput: Goodput, training_flops_per_sample: float
     ) -> None:
-        """`notes`: as `Goodput.notes` gave them to the restored checkpoint."""
-        self._config, self._world, self._phases = config, world, phases
+        self._config = config
+        self._world = world
+        self.phases = phases
+        self.goodput = goodput
+        self.forward_clock = ForwardClock(world.device)
+        self.losses = LossByTime(config.flow.num_stages, config.log.time_bins, world.device)
+
+        # For the MFU, where the device's peak is known.
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         peak = peak_bf16_flops(name)
         self._peak = peak and peak * world.size
         self._flops_per_sample = training_flops_per_sample
-        self.forward_clock = ForwardClock(world.device)
-        self.losses = LossByTime(config.flow.num_stages, config.log.time_bins, world.device)
-        self.goodput = Goodput(notes)
+
+        # Totals of this attempt.
+        self._steps = 0
+        self._samples = 0
+        self._own_wait = 0.0  # seconds that this rank has waited for data
+        self._data_wait = 0.0  # as `_Mark.data_wait`
+
+        # Where the last interval began, and the first: what came before the first report is the start-up.
+        self._first: _Mark | None = None
+        self._last = _Mark(dict.fromkeys(phases.totals(), 0.0))
+
+        # What was found and reported last.
         self._stragglers = Stragglers()
         self._slow: SlowRank | None = None
-        self._kind, self._said = "", ""  # of the last verdict, and of the last one that was said
-        self._steps, self._samples, self._own_wait, self._data_wait = 0, 0, 0.0, 0.0
-        self._first: _Mark | None = None  # the first report: what came before is the start-up
-        self._last = _Mark(dict.fromkeys(phases.totals(), 0.0))
+        self._kind = ""  # of the bottleneck
+        self._reported_kind = ""
 
     def end_step(self, samples: int, applied: bool) -> None:
         """A step was computed; `applied`: whether weights moved. Not called for a step that was passed over."""
-        totals = self._phases.totals()
+        totals = self.phases.totals()
         self.goodput.end_step(sum(totals[name] for name in PRODUCTIVE), applied)
-        self._steps, self._samples = self._steps + 1, self._samples + samples
+        self._steps += 1
+        self._samples += samples
 
     def report(self, result: StepResult, samples_seen: int, counters: Counters) -> Report:
         """The values of this step and of the interval since the last report. Collective: one small all-reduce."""
+        # What every rank measured of its own since the last report, and the losses by time of all of them.
         own_wait = counters.data_wait_seconds - self._own_wait
+        self._own_wait = counters.data_wait_seconds
         losses, ranks = self._over_ranks([self.forward_clock.take(), own_wait, *_peak_memory(self._world.device)])
         forward, data, peak, reserved = zip(*ranks, strict=True)
-        self._own_wait, self._data_wait = counters.data_wait_seconds, self._data_wait + max(data)
-        mark = _Mark(self._phases.totals(), self._data_wait, self._steps, self._samples)
+        self._data_wait += max(data)
+
+        # What the interval's time went into.
+        mark = self._mark()
         budget = _budget(self._last, mark)
         own = [{"forward": a, "data": b} for a, b in zip(forward, data, strict=True)]
         self._slow = self._stragglers.observe(own, budget.elapsed)
         budget = replace(budget, slow=self._slow)
+
+        # All tags; rates, and what limits them, only once the start-up is over.
         values = {
             **self._step_values(result, samples_seen),
             **losses,
@@ -112,36 +199,43 @@ class Telemetry:
             "mem/peak_gib": max(peak),
             **({"mem/peak_reserved_gib": max(reserved)} if max(reserved) else {}),
             **self.goodput.values(),
-            **self._counted(counters, mark),
+            **_counter_values(counters, mark),
             **(self._slow.values() if self._slow else {}),
         }
         news = None
         if self._first:
             values |= self._rates(self._last, mark)
             news = self._news(budget)
-        self._first, self._last = self._first or mark, mark
+        self._first = self._first or mark
+        self._last = mark
         return Report(values, news)
 
     def closing_line(self) -> str | None:
-        """The attempt from its first report on, in one line; None where there is too little to say."""
-        now = _Mark(self._phases.totals(), self._data_wait, self._steps, self._samples)
+        """The attempt from its first report on, in one line; None where no step came after it."""
+        now = self._mark()
         if self._first is None or now.steps == self._first.steps:
             return None
-        budget, rates = _budget(self._first, now, self._slow), self._rates(self._first, now)
-        said = [f"{rates['perf/samples_per_second']:,.0f} samples/s"]
+        budget = _budget(self._first, now, self._slow)
+        rates = self._rates(self._first, now)
+        parts = [f"{rates['perf/samples_per_second']:,.0f} samples/s"]
         if "perf/mfu" in rates:
-            said.append(f"MFU {rates['perf/mfu']:.1%}")
-        said.append(f"data wait {budget.share(budget.data_wait):.1%}")
-        said.append(f"checkpoint stall {budget.shares()['checkpoint']:.1%}")
-        said += [f"goodput {share:.1%}" for share in self.goodput.values().values()]
-        return f"overall: {', '.join(said)}; {budget.verdict()}"
+            parts.append(f"MFU {rates['perf/mfu']:.1%}")
+        parts.append(f"data wait {budget.share(budget.data_wait):.1%}")
+        parts.append(f"checkpoint stall {budget.shares()['checkpoint']:.1%}")
+        parts += [f"goodput {share:.1%}" for share in self.goodput.values().values()]
+        return f"overall: {', '.join(parts)}; {budget.bottleneck()}"
+
+    def _mark(self) -> _Mark:
+        return _Mark(self.phases.totals(), self._data_wait, self._steps, self._samples)
 
     def _over_ranks(self, own: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
-        """The loss by time, over all ranks; and the numbers that each rank has of its own, in rank order."""
-        table, size = self.losses.take(), self._world.size
+        """The loss by time, over all ranks; and each rank's own numbers, in rank order. One sum over ranks."""
+        # Each rank fills its own row, so that the sum of the rows gathers them.
+        table = self.losses.take()
+        size = self._world.size
         rows = torch.zeros(size, len(own), dtype=table.dtype, device=table.device)
         rows[self._world.rank] = torch.tensor(own, dtype=table.dtype)
-        total = self._world.sum(torch.cat([table, rows.flatten()])).cpu()  # a sum of rows that are 0 but for one
+        total = self._world.sum(torch.cat([table, rows.flatten()])).cpu()
         means = self.losses.means(total[: len(table)].tolist())
         return means, total[len(table) :].view(size, -1).tolist()
 
@@ -154,16 +248,9 @@ class Telemetry:
             "train/tokens": float(samples_seen * sum(self._config.stage_tokens)),
         }
 
-    def _counted(self, counters: Counters, mark: _Mark) -> dict[str, float]:
-        return {
-            "checkpoint/stall_seconds": counters.stall_seconds,
-            "checkpoint/stall_fraction": counters.stall_seconds / max(1e-9, sum(mark.phases.values())),
-            "checkpoint/failures": float(counters.checkpoint_failures),
-            "train/skipped_steps": float(counters.skipped_steps),
-        }
-
     def _rates(self, begin: _Mark, end: _Mark) -> dict[str, float]:
-        elapsed, steps = _budget(begin, end).elapsed, end.steps - begin.steps
+        elapsed = _budget(begin, end).elapsed
+        steps = end.steps - begin.steps
         rate = (end.samples - begin.samples) / elapsed
         values = {
             "perf/samples_per_second": rate,
@@ -175,13 +262,14 @@ class Telemetry:
         return values
 
     def _news(self, budget: TimeBudget) -> str | None:
-        """The verdict, where its kind is new and has held for two intervals: one slow shard is no news."""
-        kind, before = budget.kind(), self._kind
+        """The bottleneck, where its kind is new and has lasted for two intervals: one slow shard is not news."""
+        kind = budget.kind()
+        before = self._kind
         self._kind = kind
-        if kind != before or kind == self._said:
+        if kind != before or kind == self._reported_kind:
             return None
-        self._said = kind
-        return budget.verdict()
+        self._reported_kind = kind
+        return budget.bottleneck()
 
 
 def _budget(begin: _Mark, end: _Mark, slow: SlowRank | None = None) -> TimeBudget:
@@ -189,8 +277,17 @@ def _budget(begin: _Mark, end: _Mark, slow: SlowRank | None = None) -> TimeBudge
     return TimeBudget(max(1e-9, sum(phases.values())), phases, end.data_wait - begin.data_wait, slow)
 
 
+def _counter_values(counters: Counters, mark: _Mark) -> dict[str, float]:
+    return {
+        "checkpoint/stall_seconds": counters.stall_seconds,
+        "checkpoint/stall_fraction": counters.stall_seconds / max(1e-9, sum(mark.phases.values())),
+        "checkpoint/failures": float(counters.checkpoint_failures),
+        "train/skipped_steps": float(counters.skipped_steps),
+    }
+
+
 def _peak_memory(device: torch.device) -> tuple[float, float]:
-    """GiB that this process has used at most, and those that its allocator holds on a GPU."""
+    """The peak memory of this process, and of its allocator's reserve on a GPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 0.0
@@ -199,8 +296,9 @@ def _peak_memory(device: torch.device) -> tuple[float, float]:
 def progress_line(
     step: int, total_steps: int, samples_seen: int, total: int, result: StepResult, report: Report
 ) -> str:
-    """One line of the log: where the run is, how it goes, how long it will take, and what changed in the verdict."""
-    stages, values = " ".join(_short(loss, 4) for loss in result.stage_losses), report.values
+    """One line of the log: position, losses, rate, time left, and the bottleneck where it has changed."""
+    values = report.values
+    stages = " ".join(_short(loss, 4) for loss in result.stage_losses)
     line = (
         f"step {step}/{total_steps}  loss {_short(result.loss, 4)} ({stages})  grad {_short(result.grad_norm, 3)}  "
         f"lr {result.learning_rate:.2e}"
@@ -212,5 +310,5 @@ def progress_line(
 
 
 def _short(number: float, digits: int) -> str:
-    """So many digits after the point, or three in all where the number is so large that it would fill the line."""
+    """`digits` after the point, or three in all for a number so large that it would fill the line."""
     return f"{number:.{digits}f}" if abs(number) < 1e5 else f"{number:.3g}"

@@ -1,25 +1,107 @@
-"""What a run's time went into, and what to say about it. Pure: numbers in, a sentence out."""
+"""What the wall time of a run goes into: the phases of a step, goodput, and what to improve first. No torch."""
 
 from __future__ import annotations
 
+import datetime
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-SLOW_RATIO = 1.2  # a rank that needs more than this multiple of the median is slow,
-SLOW_INTERVALS = 3  # where it does so in so many intervals in a row
-SLOW_SHARE = 0.05  # and where what it needs longer is more than this share of the interval
-# From these shares on something besides computing is worth a word; the first that holds is said.
+from ecar_dist.runtime.watchdog.heartbeat import PHASES
+
+PRODUCTIVE = ("forward", "backward", "optimizer")  # phases that train
+
+# A rank is slow where its time exceeds SLOW_RATIO times the median, and the median by SLOW_SHARE of the interval, in
+# SLOW_INTERVALS intervals in a row.
+SLOW_RATIO = 1.2
+SLOW_SHARE = 0.05
+SLOW_INTERVALS = 3
+
+# From these shares of the time on, something besides computing is reported.
 DATA_SHARE, CHECKPOINT_SHARE, OTHER_SHARE = 0.10, 0.05, 0.10
+
+
+class Phases:
+    """The phase this rank is in, and the seconds it has spent in each so far.
+
+    The host is measured. With a GPU it runs ahead of the device, and the wait for the device lands in the phase that
+    first needs a number from it: `optimizer`, where the step is judged. The measurement adds no synchronisation.
+    """
+
+    def __init__(self, beat: Callable[[str, int], None], clock: Callable[[], float] = time.perf_counter) -> None:
+        """`beat(phase, step)` is called at every change, and once here for the first phase."""
+        self._beat = beat
+        self._clock = clock
+        self._totals = dict.fromkeys(PHASES, 0.0)
+        self._name = next(iter(PHASES))
+        self._since = clock()
+        beat(self._name, 0)
+
+    def enter(self, name: str, step: int) -> None:
+        """From here on time counts for `name`, until the next call. Takes about a microsecond, and the beat."""
+        now = self._clock()
+        self._totals[self._name] += now - self._since
+        self._totals[name] += 0.0  # a misspelt name fails here, not at the next change
+        self._name = name
+        self._since = now
+        self._beat(name, step)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds in each phase so far, the current one included: their total is the age of this object."""
+        totals = dict(self._totals)
+        totals[self._name] += self._clock() - self._since
+        return totals
+
+
+class Goodput:
+    """The share of the wall time since the run's first attempt that went into steps which count.
+
+    That is forward, backward and optimizer of the steps that moved the weights and were not lost since. What was
+    computed after the checkpoint that a kill or a roll-back went back to is lost, so the sum travels in the checkpoint.
+    Time between two attempts counts as lost, also in a scheduler's queue.
+    """
+
+    def __init__(self, run_began: float | None = None) -> None:
+        """`run_began`: seconds since the epoch; None on the ranks that do not report."""
+        self._run_began = run_began
+        self._seen = 0.0  # productive seconds of this attempt, kept or not
+        self._kept = 0.0  # productive seconds of the run that count
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint carries, as JSON values."""
+        return {"kept_seconds": self._kept}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint with this state: steps after it do not count."""
+        self._kept = float((state or {}).get("kept_seconds", 0.0))
+
+    def end_step(self, productive: float, applied: bool) -> None:
+        """`productive`: seconds that this attempt has spent in productive phases so far."""
+        if applied:
+            self._kept += productive - self._seen
+        self._seen = productive
+
+    def values(self) -> dict[str, float]:
+        if self._run_began is None:
+            return {}
+        return {"perf/goodput": min(1.0, self._kept / max(1e-9, time.time() - self._run_began))}
+
+
+def run_began(attempts: Sequence[Mapping[str, Any]]) -> float:
+    """When the first attempt of a run (lineage.json) began, in seconds since the epoch; now if none has the time."""
+    started = next((one["started"] for one in attempts if one.get("started")), None)
+    return datetime.datetime.fromisoformat(started).timestamp() if started else time.time()
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """One rank that is slower than the others, again and again."""
+    """One rank that is slower than the others in several intervals in a row."""
 
     rank: int
     ratio: float  # its time for its own work, over that of the median rank
-    part: str  # of its work, the one that costs it most of the difference: "forward" or "data"
+    part: str  # where it loses most of that time: "forward" or "data"
 
     def values(self) -> dict[str, float]:
         return {"perf/slowest_rank": float(self.rank), "perf/slowest_ratio": self.ratio}
@@ -38,11 +120,11 @@ class TimeBudget:
         return min(1.0, seconds / self.elapsed) if self.elapsed > 0 else 0.0
 
     def shares(self) -> dict[str, float]:
-        """Of each phase, in [0, 1]."""
+        """The share of each phase, in [0, 1]."""
         return {name: self.share(seconds) for name, seconds in self.phases.items()}
 
-    def verdict(self) -> str:
-        """What to fix first. "compute-bound" is what remains: computing, and talking between ranks."""
+    def bottleneck(self) -> str:
+        """What to improve first. "compute-bound" is what remains: computing, and communication between ranks."""
         shares = self.shares()
         if self.slow:
             return f"rank {self.slow.rank} is {self.slow.ratio:.1f}x slower than the median rank ({self.slow.part})"
@@ -56,27 +138,41 @@ class TimeBudget:
         return "compute-bound"
 
     def kind(self) -> str:
-        """The verdict without its numbers: what must change for the verdict to be news."""
-        return f"rank {self.slow.rank}" if self.slow else self.verdict().partition(":")[0]
+        """The bottleneck without its numbers: a change of it is worth a line."""
+        return f"rank {self.slow.rank}" if self.slow else self.bottleneck().partition(":")[0]
 
 
 class Stragglers:
     """Watches for one rank that is slow in every interval."""
 
     def __init__(self) -> None:
-        self._rank, self._row = -1, 0
+        self._rank = -1  # the slowest of the last interval
+        self._row = 0  # intervals in a row in which it was slow
 
     def observe(self, own: Sequence[Mapping[str, float]], elapsed: float) -> SlowRank | None:
-        """`own`: for every rank the seconds of the interval that went into its own work, by part, e.g. {"forward": 1.9,
-        "data": 0.1}: nothing in which it waits for another rank. `elapsed`: the interval."""
+        """The slow rank, if there is one after this interval of `elapsed` seconds.
+
+        `own`: for every rank the seconds of the interval that went into its own work, by part, e.g. {"forward": 1.9,
+        "data": 0.1}. Time in which it waits for another rank does not belong there.
+        """
+        # The slowest rank against the median: of two ranks, against the faster one.
         totals = [sum(parts.values()) for parts in own]
-        median = statistics.median_low(totals)  # of two ranks, the faster one
+        median = statistics.median_low(totals)
         worst = max(range(len(totals)), key=totals.__getitem__)
         slow = totals[worst] > SLOW_RATIO * median and totals[worst] - median > SLOW_SHARE * elapsed
-        self._row = (self._row + 1 if worst == self._rank else 1) if slow else 0
+
+        # One slow interval is chance: only a row of them counts.
+        if not slow:
+            self._row = 0
+        elif worst == self._rank:
+            self._row += 1
+        else:
+            self._row = 1
         self._rank = worst
         if self._row < SLOW_INTERVALS:
             return None
+
+        # The part in which it loses most against the median of that part.
         usual = {part: statistics.median_low([parts[part] for parts in own]) for part in own[worst]}
         part = max(usual, key=lambda name: own[worst][name] - usual[name])
         return SlowRank(worst, totals[worst] / max(median, 1e-9), part)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.runtime.engine import Engine, Fragment, GuardedAdamW, deepspeed_config
+from ecar_dist.runtime.engine import LARGEST_NORM, Engine, Fragment, GuardedAdamW, StepStatus, deepspeed_config
 from ecar_dist.runtime.world import Placement, World
+
+ALONE = World(Placement(), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -20,7 +22,6 @@ def parameter():
 def test_the_optimizer_moves_nothing_before_the_engine_stands(parameter):
     optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1)
     optimizer.step()
-    assert not optimizer.applied
     assert parameter.tolist() == [1.0, -2.0]
     assert not optimizer.state[parameter]
 
@@ -28,11 +29,10 @@ def test_the_optimizer_moves_nothing_before_the_engine_stands(parameter):
 def test_a_refused_step_moves_neither_weights_nor_moments(parameter):
     optimizer, plain = GuardedAdamW([{"params": [parameter]}], lr=0.1), parameter.detach().clone().requires_grad_()
     reference = torch.optim.AdamW([plain], lr=0.1)
-    for refused in (False, True, False):
-        optimizer.refused = lambda refused=refused: refused
+    for may_step in (True, False, True):
+        optimizer.may_step = lambda may_step=may_step: may_step
         optimizer.step()
-        assert optimizer.applied != refused
-        if not refused:
+        if may_step:
             plain.grad = parameter.grad.clone()
             reference.step()
         assert torch.equal(parameter, plain)
@@ -43,14 +43,14 @@ def test_a_refused_step_moves_neither_weights_nor_moments(parameter):
 class OneStep:
     """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step; `asks` the optimizer, or does not."""
 
-    def __init__(self, optimizer, asks=True):
-        self.optimizer, self.asks = optimizer, asks
+    def __init__(self, optimizer, asks=True, boundary=True):
+        self.optimizer, self.asks, self.boundary = optimizer, asks, boundary
 
     def is_gradient_accumulation_boundary(self):
-        return True
+        return self.boundary
 
     def step(self):
-        if self.asks:
+        if self.asks and self.boundary:
             self.optimizer.step()
 
 
@@ -64,38 +64,65 @@ class Second(World):
         return values + 7.0
 
 
-def make_engine(parameter, world):
+LOSSES = torch.tensor([0.25, 0.5], dtype=torch.float64)
+
+
+def make_engine(parameter, world, limit):
+    """An engine that refuses norms above `limit[0]`."""
     optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1)
     engine = object.__new__(Engine)
     engine.world, engine._adam, engine._optimizer = world, optimizer, optimizer
     engine._engine, engine._parameters, engine.partitions = OneStep(optimizer), {"weight": parameter}, [parameter]
-    engine._called_off, engine.grad_norm_limit, optimizer.refused = False, math.inf, engine._refused
+    engine._is_good = lambda loss, norm: (loss.isfinite() & norm.isfinite()) & (norm <= limit[0])
+    optimizer.may_step = engine._may_step
     return engine
 
 
-def test_a_step_is_refused_once_or_for_its_norm_or_by_deepspeed_and_is_counted_all_the_same(parameter):
-    engine = make_engine(parameter, World(Placement(), torch.device("cpu")))
-    said = [engine.step()]
-    engine.refuse_step()
-    said += [engine.step(), engine.step()]
-    engine.grad_norm_limit = 0.5  # the norm is the root of 0.5
-    said.append(engine.step())
-    engine.grad_norm_limit = 0.75
-    said.append(engine.step())
+def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_counted_all_the_same(parameter):
+    limit = [math.inf]
+    engine = make_engine(parameter, ALONE, limit)
+    said = [engine.step(LOSSES), engine.step(LOSSES * math.nan), engine.step(LOSSES)]
+    limit[0] = 0.5  # the norm is the root of 0.5
+    said.append(engine.step(LOSSES))
+    limit[0] = 0.75
+    said.append(engine.step(LOSSES))
     engine._engine.asks = False
-    said.append(engine.step())
+    said.append(engine.step(LOSSES))
     engine._engine.asks, parameter.grad[0] = True, math.nan
-    said.append(engine.step())
-    assert said == [True, False, True, False, True, False, False]
+    said.append(engine.step(LOSSES))
+    assert [status.applied for status in said] == [True, False, True, False, True, False, False]
+    assert said[0] == StepStatus((0.25, 0.5), pytest.approx(math.sqrt(0.5)), True)
+    assert said[5].grad_norm == math.inf  # DeepSpeed found a gradient that is not finite
     assert engine._adam.state[parameter]["step"] == 7
     assert parameter.isfinite().all()
 
 
+def test_before_the_last_micro_batch_nothing_is_decided(parameter):
+    engine = make_engine(parameter, ALONE, [math.inf])
+    engine._engine.boundary = False
+    assert engine.step(LOSSES * math.nan) is None
+    assert parameter not in engine._adam.state
+
+
 def test_all_ranks_judge_by_the_norm_that_rank_0_has(parameter):
-    engine = make_engine(parameter, Second())
-    engine.grad_norm_limit = 6.9
-    assert not engine.step()
-    assert engine.grad_norm == 7.0
+    status = make_engine(parameter, Second(), [6.9]).step(LOSSES)
+    assert (status.applied, status.grad_norm) == (False, 7.0)
+
+
+def test_a_norm_whose_square_overflows_fp32_is_infinite(parameter):
+    parameter.grad = torch.tensor([2 * LARGEST_NORM, 0.0])
+    status = make_engine(parameter, ALONE, [math.inf]).step(LOSSES)
+    assert (status.applied, status.grad_norm) == (False, math.inf)
+
+
+def test_a_step_is_judged_once_however_often_the_optimizer_asks(parameter):
+    """ZeRO-3 asks for each of its sub-groups, and must move all of them or none."""
+    engine, asked = make_engine(parameter, ALONE, [math.inf]), []
+    engine._is_good = lambda loss, norm: asked.append(norm) or torch.tensor(len(asked) == 1)
+    engine._engine.step = lambda: [engine._adam.step() for _ in range(3)]
+    assert engine.step(LOSSES).applied
+    assert len(asked) == 1
+    assert engine._adam.state[parameter]["step"] == 3
 
 
 def test_a_fragment_is_a_view():

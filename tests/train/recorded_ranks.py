@@ -18,12 +18,12 @@ def record(train_step):
     """`train_step`, which first notes step, positions and sample ids of this rank's micro-batches."""
     file = Path(os.environ["RECORDS"]) / f"{os.getppid()}-{os.environ['RANK']}.jsonl"
 
-    def recording(run, batches, progress):
+    def recording(batches, progress, **parts):
         positions, sample_ids = (torch.cat(parts).tolist() for parts in zip(*map(places, batches), strict=True))
         line = {"step": progress.step + 1, "positions": positions, "sample_ids": sample_ids}
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        return train_step(run, batches, progress)
+        return train_step(batches, progress, **parts)
 
     return recording
 

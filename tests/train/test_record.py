@@ -1,16 +1,22 @@
-"""What a start refuses, and what it puts on record."""
+"""What a start refuses, and what is put on record."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ecar_dist.config.read import load_config
+from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import CheckpointError, FruitlessError
+from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.signals import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.record import end_attempt, open_attempt, unreachable_half_lives
+from ecar_dist.train.record import Recorder, end_attempt, open_attempt, unreachable_half_lives
+from ecar_dist.train.telemetry import Counters, Report, StepResult
+from ecar_dist.train.time_budget import Phases
+from tests.train.pretend import PretendWriter, make_batch, sized_config
 
 ALONE = World(Placement(), torch.device("cpu"))
 
@@ -121,3 +127,65 @@ def test_how_an_attempt_ended_is_on_record(write_config, asked, error, reason):
 def test_a_full_disk_at_the_end_hides_nothing(write_config, monkeypatch):
     directory = SimpleNamespace(end_attempt=lambda reason: (_ for _ in ()).throw(OSError("full")))
     end_attempt(directory, False, None, None, None)
+
+
+RESULT = StepResult(0.5, (0.5, 0.5), 2.0, 1e-3)
+
+
+def make_recorder(tmp_path, writer=None, preview=None, news=None, **counted):
+    config = sized_config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"total_samples": 32})})
+    phases = Phases(lambda name, step: None)
+    telemetry = SimpleNamespace(phases=phases, report=lambda *_: Report({}, news), closing_line=lambda: "overall: fast")
+    return Recorder(
+        config=config,
+        world=ALONE,
+        logs=tmp_path,
+        telemetry=telemetry,
+        counters=lambda: Counters(**counted),
+        writer=writer,
+        preview=preview,
+    )
+
+
+def test_replaced_samples_are_counted_and_listed(tmp_path):
+    made = [Substitution(position, 7, 70 + position, "shard x is damaged") for position in range(4)]
+    writer = PretendWriter()
+    recorder = make_recorder(tmp_path, writer)
+    recorder.log(Progress(4, 1), RESULT)
+    assert "data/replaced_samples" not in writer.logged[-1][2]
+    for parts, of_all_ranks in (((made[:1], made[1:3]), 5), (([], []), 0), (([], made[3:]), 1)):
+        recorder.note_replaced([make_batch(2, tuple(part)) for part in parts], of_all_ranks)
+    recorder.log(Progress(16, 4), RESULT)
+    assert writer.logged[-1][2]["data/replaced_samples"] == 6.0
+    lines = (tmp_path / "substituted.rank-00000.jsonl").read_text().splitlines()
+    assert [Substitution(**json.loads(line)) for line in lines] == made
+
+
+def test_news_are_said_and_the_last_step_is_counted_from_here(tmp_path, capsys):
+    writer = PretendWriter()
+    recorder = make_recorder(tmp_path, writer, news="data-bound: 30%", downloads={"data/retries": 2.0})
+    recorder.log(Progress(16, 9), RESULT)  # 9 steps, some of a smaller batch; 16 samples to go
+    assert writer.texts == [("verdict", "data-bound: 30%", 9)]
+    assert writer.logged == [(9, 16, {"data/retries": 2.0})]
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("step 9/13  ")
+    assert line.endswith("data-bound: 30%")
+
+
+def test_a_rank_without_a_writer_says_nothing(tmp_path, capsys):
+    recorder = make_recorder(tmp_path)
+    recorder.log(Progress(16, 9), RESULT)
+    recorder.rewind(3)
+    recorder.close(Progress(16, 9))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_preview_is_of_the_ema(tmp_path):
+    drawn, pictures = [], []
+    writer = SimpleNamespace(image=lambda *picture: pictures.append(picture))
+    engine = SimpleNamespace(gather=lambda partitions: iter([("weight", torch.tensor(partitions))]))
+    recorder = make_recorder(tmp_path, writer, preview=lambda weights: drawn.append(weights) or "picture")
+    recorder.draw_preview(Progress(16, 4), engine, SimpleNamespace(partitions=[4.0, 5.0]))
+    assert drawn[0]["weight"].tolist() == [4.0, 5.0]
+    assert pictures == [("samples/stages", "picture", 4)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ecar_dist.runtime.world import Placement, World
-from ecar_dist.train.phases import Phases
-from ecar_dist.train.telemetry import Counters, Report, StepResult, Telemetry, progress_line
+from ecar_dist.train.telemetry import Counters, ForwardClock, LossByTime, Report, StepResult, Telemetry, progress_line
+from ecar_dist.train.time_budget import Goodput, Phases
 from tests.train.test_objective import make_config
 
 RESULT = StepResult(0.5, (0.6, 0.4), 2.0, 1e-4)
@@ -48,11 +48,11 @@ class PretendForward:
         return self.seconds.pop(0)
 
 
-def make_telemetry(world=None, clock=None, notes=None):
+def make_telemetry(world=None, clock=None, goodput=None):
     config = make_config(num_stages=2)
     phases = Phases(lambda name, step: None, clock or Clock())
     world = world or World(Placement(), torch.device("cpu"))
-    return Telemetry(config, world, phases, FLOPS, notes), phases
+    return Telemetry(config, world, phases, goodput or Goodput(), FLOPS), phases
 
 
 def spend(phases, clock, **seconds):
@@ -179,7 +179,9 @@ def test_the_verdict_is_said_when_it_has_changed_for_two_intervals():
 
 
 def test_the_closing_line_sums_up_what_came_after_the_first_report():
-    telemetry, phases = make_telemetry(clock=(clock := Clock()), notes={"kept_seconds": 5.0})
+    goodput = Goodput(time.time() - 230.0)
+    goodput.load_state_dict({"kept_seconds": 5.0})
+    telemetry, phases = make_telemetry(clock=(clock := Clock()), goodput=goodput)
     spend(phases, clock, start=1000.0)
     interval(telemetry, phases, clock)
     assert telemetry.closing_line() is None
@@ -188,7 +190,6 @@ def test_the_closing_line_sums_up_what_came_after_the_first_report():
     interval(telemetry, phases, clock, steps=8)
     telemetry.report(RESULT, 80, Counters(data_wait_seconds=4.0))
     spend(phases, clock, checkpoint=10.0)  # the last one, after the last report
-    telemetry.goodput.run_began = time.time() - 230.0
     interval(telemetry, phases, clock, steps=1)
     assert telemetry.closing_line() == (
         "overall: 1 samples/s, data wait 4.0%, checkpoint stall 10.0%, goodput 50.0%; "
@@ -211,3 +212,69 @@ def test_a_huge_number_does_not_fill_the_progress_line():
     huge = dataclasses.replace(RESULT, loss=2e30, stage_losses=(1.0, 3e30), grad_norm=1e38)
     line = progress_line(3, 9, 24, 72, huge, Report({"perf/data_wait_fraction": 0.5}, None))
     assert line == "step 3/9  loss 2e+30 (1.0000 3e+30)  grad 1e+38  lr 1.00e-04"
+
+
+def test_the_forward_clock_counts_what_is_inside_and_begins_anew_when_taken():
+    clock = ForwardClock(torch.device("cpu"))
+    for _ in range(2):
+        with clock:
+            time.sleep(0.02)
+        time.sleep(0.03)
+    assert 0.04 <= clock.take() < 0.06
+    assert clock.take() == 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_is_the_device_that_is_measured():
+    device = torch.device("cuda")
+    matrix = torch.randn(4096, 4096, device=device)
+    clock = ForwardClock(device)
+    (matrix @ matrix).sum().item()
+    began = time.perf_counter()
+    with clock:
+        for _ in range(50):
+            matrix @ matrix
+    launched = time.perf_counter() - began
+    torch.cuda.synchronize()
+    waited = time.perf_counter() - began
+    seconds = clock.take()
+    assert launched < 0.5 * seconds  # the host was long done
+    assert 0.5 * waited < seconds <= 1.05 * waited
+    assert clock.take() == 0.0
+
+
+def test_each_loss_lands_in_the_bin_of_its_stage_and_time():
+    losses = torch.tensor([[1.0, 10.0], [3.0, 20.0], [5.0, 40.0]])
+    times = torch.tensor([[0.0, 0.99], [0.2499, 0.5], [0.25, 0.5]])
+    by_time = LossByTime(2, 4, torch.device("cpu"))
+    by_time.add(losses, times)
+    assert by_time.means(by_time.take().tolist()) == {
+        "train/loss_stage0_t0": 2.0,
+        "train/loss_stage0_t1": 5.0,
+        "train/loss_stage1_t3": 10.0,
+        "train/loss_stage1_t2": 30.0,
+    }
+
+
+def test_sums_over_micro_batches_and_ranks_give_the_mean_over_all_samples():
+    generator = torch.Generator().manual_seed(0)
+    losses, times = (torch.rand(40, 3, generator=generator) for _ in range(2))
+    whole, parts = LossByTime(3, 5, torch.device("cpu")), [LossByTime(3, 5, torch.device("cpu")) for _ in range(2)]
+    whole.add(losses, times)
+    for n, size in enumerate((7, 13, 20)):
+        at = slice(sum((7, 13, 20)[:n]), sum((7, 13, 20)[:n]) + size)
+        parts[n % 2].add(losses[at], times[at])
+    table = sum(part.take() for part in parts)
+    assert whole.means(table.tolist()) == pytest.approx(whole.means(whole.take().tolist()), rel=1e-12)
+    for k in range(3):
+        inside = (times[:, k] >= 0.4) & (times[:, k] < 0.6)
+        expected = losses[inside, k].double().mean()
+        assert whole.means(table.tolist())[f"train/loss_stage{k}_t2"] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_what_was_taken_is_gone_and_what_is_not_finite_never_comes():
+    by_time = LossByTime(1, 1, torch.device("cpu"))
+    by_time.add(torch.tensor([[float("nan")], [2.0], [float("inf")]]), torch.tensor([[0.1], [0.2], [1.0]]))
+    by_time.add(torch.tensor([[7.0]]), torch.tensor([[float("nan")]]))  # the loss of many times
+    assert by_time.means(by_time.take().tolist()) == {"train/loss_stage0_t0": 2.0}
+    assert by_time.means(by_time.take().tolist()) == {}

@@ -1,8 +1,11 @@
-"""The verdict, and what makes a rank slow."""
+"""Where the time of a run goes: phases, goodput, the bottleneck, and what makes a rank slow."""
+
+import time
 
 import pytest
 
-from ecar_dist.train.time_budget import SLOW_INTERVALS, SlowRank, Stragglers, TimeBudget
+from ecar_dist.runtime.watchdog.heartbeat import PHASES
+from ecar_dist.train.time_budget import SLOW_INTERVALS, Goodput, Phases, SlowRank, Stragglers, TimeBudget, run_began
 
 COMPUTE = {"forward": 4.0, "backward": 4.0, "optimizer": 1.0, "data": 0.5, "checkpoint": 0.2, "log": 0.1}
 
@@ -25,9 +28,9 @@ COMPUTE = {"forward": 4.0, "backward": 4.0, "optimizer": 1.0, "data": 0.5, "chec
         ),
     ],
 )
-def test_the_verdict_names_what_to_mend_first(changes, said):
+def test_the_bottleneck_is_what_to_improve_first(changes, said):
     budget = TimeBudget(**{"elapsed": 10.0, "phases": COMPUTE, **changes})
-    assert budget.verdict() == said
+    assert budget.bottleneck() == said
 
 
 def test_shares_are_of_the_interval():
@@ -37,7 +40,7 @@ def test_shares_are_of_the_interval():
     assert TimeBudget(0.0, COMPUTE).shares()["forward"] == 0.0  # an interval without time
 
 
-def test_only_another_kind_of_verdict_is_news():
+def test_only_another_kind_of_bottleneck_is_news():
     assert TimeBudget(10.0, data_wait=4.0).kind() == TimeBudget(10.0, data_wait=6.0).kind() == "data-bound"
     assert TimeBudget(10.0).kind() == "compute-bound"
     slow, slower, other = (SlowRank(3, 1.4, "forward"), SlowRank(3, 1.9, "data"), SlowRank(2, 1.4, "forward"))
@@ -83,3 +86,62 @@ def test_the_part_that_makes_the_difference_is_named():
     own = [{"forward": 4.0, "data": 0.1}, {"forward": 4.1, "data": 3.0}, {"forward": 4.2, "data": 0.0}]
     found = observe_all([own] * SLOW_INTERVALS)[-1]
     assert (found.rank, found.part) == (1, "data")
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_time_counts_for_the_phase_it_was_spent_in_and_every_change_is_a_beat():
+    beats, clock = [], Clock()
+    phases = Phases(lambda name, step: beats.append((name, step)), clock)
+    for name, step, seconds in (("load", 0, 3.0), ("data", 1, 1.0), ("forward", 1, 0.5), ("data", 2, 2.0)):
+        clock.now += seconds  # spent in the phase before
+        phases.enter(name, step)
+    clock.now += 4.0
+    totals = phases.totals()
+    assert {name: seconds for name, seconds in totals.items() if seconds} == {
+        "start": 3.0,
+        "load": 1.0,
+        "data": 0.5 + 4.0,
+        "forward": 2.0,
+    }
+    assert sum(totals.values()) == clock.now - 100.0
+    assert list(totals) == list(PHASES)
+    assert phases.totals() == totals  # asking changes nothing
+    assert beats == [("start", 0), ("load", 0), ("data", 1), ("forward", 1), ("data", 2)]
+
+
+def test_a_phase_that_does_not_exist_is_a_mistake():
+    phases = Phases(lambda name, step: None)
+    with pytest.raises(KeyError):
+        phases.enter("forwards", 1)
+
+
+def test_only_steps_that_moved_the_weights_and_were_kept_count():
+    goodput = Goodput()
+    goodput.end_step(3.0, applied=True)
+    goodput.end_step(5.0, applied=False)  # refused
+    goodput.end_step(6.5, applied=True)
+    assert goodput.state_dict() == {"kept_seconds": 4.5}
+    saved = goodput.state_dict()
+    goodput.end_step(10.0, applied=True)
+    goodput.load_state_dict(saved)  # rolled back: the last step is lost
+    goodput.end_step(11.0, applied=True)
+    assert goodput.state_dict() == {"kept_seconds": 5.5}
+
+
+def test_a_new_attempt_goes_on_from_its_checkpoint_and_its_own_start():
+    assert Goodput().values() == {}  # of a rank that does not know when the run began
+    goodput = Goodput(time.time() - 100.0)
+    goodput.load_state_dict({"kept_seconds": 40.0})
+    goodput.end_step(10.0, applied=True)
+    assert goodput.values()["perf/goodput"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_run_began_with_its_first_attempt():
+    attempts = [{"started": "2026-01-02T03:04:05+00:00"}, {"started": "2026-02-02T03:04:05+00:00"}]
+    assert run_began(attempts) == 1767323045.0

@@ -15,10 +15,11 @@ from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, StepStatus
 from ecar_dist.runtime.replicas import check_replicas, fingerprint
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World
+from ecar_dist.train.guard import is_good
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
 from tests.train.zero_matrix import BATCH, REFERENCE, SETTINGS, STEPS
@@ -36,15 +37,20 @@ def read_batches(config: RunConfig, world: World) -> list[list[Micro]]:
     return [[(micro.values, micro.labels, micro.positions) for micro in step] for step in steps]
 
 
-def run_micro_batches(engine: Engine, batches: list[Micro], factor: float = 1.0) -> tuple[float, bool]:
-    """One step, its loss times `factor`: this rank's part of the loss, and whether weights moved."""
-    total, moved = 0.0, True
+def run_micro_batches(
+    engine: Engine, batches: list[Micro], *, factor: float = 1.0, reported: float = 1.0
+) -> StepStatus:
+    """One step, the gradients of its loss times `factor`, the loss that is judged times `reported`."""
+    sums, status = torch.zeros(1, dtype=torch.float64), None
     for micro in batches:
         loss, *_ = engine(*micro)
+        sums += loss.detach() * reported / (len(batches) * engine.world.size)
+        if micro is batches[-1]:
+            engine.world.sum(sums)
         engine.backward(loss * factor)
-        moved = engine.step()
-        total += float(loss.detach()) / len(batches)
-    return total, moved
+        status = engine.step(sums)
+    assert status is not None
+    return status
 
 
 def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
@@ -64,9 +70,9 @@ def train(engine: Engine, config: RunConfig, steps: list[list[Micro]]) -> tuple[
     ema, losses = ShardedEma(engine.partitions, config.ema), []
     unsharded = dict.fromkeys(ema.averages, whole(engine, engine.partitions))
     for index, batches in enumerate(steps):
-        part, moved = run_micro_batches(engine, batches)
-        assert moved
-        losses.append(float(engine.world.sum(torch.tensor(part / engine.world.size, dtype=torch.float64))))
+        status = run_micro_batches(engine, batches)
+        assert status.applied
+        losses.append(status.sums[0])
         seen = (index + 1) * BATCH
         ema.update(seen, BATCH)
         weights = whole(engine, engine.partitions)
@@ -86,29 +92,30 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def refusals(engine: Engine, batches: list[Micro]) -> dict[str, bool]:
-    """Four kinds of refused step: whether the state stays and the next step is as if nothing had been."""
+def refusals(engine: Engine, batches: list[Micro], limit: list[float]) -> dict[str, bool]:
+    """Four kinds of refused step: whether the state stays and the next step is as if nothing had been.
+
+    `limit` holds the largest norm of a good step."""
     before, found = state(engine), {}
 
-    def refuse(kind: str, factor: float = 1.0) -> None:
-        _, moved = run_micro_batches(engine, batches, factor)
-        found[f"{kind}: refused"] = not moved
+    def refuse(kind: str, **how: float) -> StepStatus:
+        status = run_micro_batches(engine, batches, **how)
+        found[f"{kind}: refused"] = not status.applied
         found[f"{kind}: nothing moved"] = equal(before, state(engine))
         found[f"{kind}: the counter went on"] = adam_steps(engine) == {STEPS + 1 + len(found) // 3}
+        return status
 
-    refuse("loss of rank 1 is NaN", math.nan if engine.world.rank == 1 else 1.0)
-    norm_is_finite = math.isfinite(engine.grad_norm)
-    engine.refuse_step()
-    refuse("called off")
-    engine.grad_norm_limit = engine.grad_norm / 2
+    nan = refuse("gradients of rank 1 are NaN", factor=math.nan if engine.world.rank == 1 else 1.0)
+    status = refuse("loss is NaN", reported=math.nan)
+    limit[0] = status.grad_norm / 2
     refuse("norm above the limit")
-    engine.grad_norm_limit = math.inf
-    refuse("norm beyond what a stage in fp32 can square", 1e30)
+    limit[0] = math.inf
+    refuse("norm beyond what a stage in fp32 can square", factor=1e30)
     after = step_from(engine, before, batches, restore=False)
     found["the next step is as if none had been refused"] = equal(
         after, step_from(engine, before, batches, restore=True)
     )
-    found["the norm of a NaN loss is not finite"] = not norm_is_finite
+    found["the norm of a NaN loss is not finite"] = not math.isfinite(nan.grad_norm)
     return found
 
 
@@ -121,9 +128,9 @@ def step_from(engine: Engine, before: list[torch.Tensor], batches: list[Micro], 
                 flat.copy_(old)
         engine.publish_master_weights()
     engine.set_optimizer_step(STEPS)
-    _, moved = run_micro_batches(engine, batches)
+    status = run_micro_batches(engine, batches)
     after = state(engine)
-    assert moved
+    assert status.applied
     assert not equal(before, after)
     return after
 
@@ -142,7 +149,9 @@ def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
 
 def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
-    engine = build_engine(config, normaliser(check_data(config), None), world, config.deepspeed.precision)
+    limit = [math.inf]
+    normalise, precision = normaliser(check_data(config), None), config.deepspeed.precision
+    engine = build_engine(config, normalise, world, precision, lambda loss, norm: is_good(loss, norm, limit[0]))
     if config.grad_accum_steps(world.size) == 1:  # the two micro-batches of a step are one
         steps = [[tuple(torch.cat(parts) for parts in zip(*batches, strict=True))] for batches in steps]
     losses, ema, unsharded = train(engine, config, steps)
@@ -154,7 +163,7 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         "adam steps": sorted(adam_steps(engine)),
         "elements": sum(fragment.numel for fragment in engine.fragments),
         "replicas": replicas(engine, ema),
-        "refusals": refusals(engine, steps[0]),
+        "refusals": refusals(engine, steps[0], limit),
     }
     return report, {"weights": weights, **results}
 
