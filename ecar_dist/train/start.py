@@ -80,25 +80,14 @@ def start_training(
 
     # The state of the run: allocated, then loaded.
     state = allocate(config, world, inputs, directory)
-    store = CheckpointStore(
-        config,
-        world,
-        inputs.identity,
-        run_id=run_id,
-        still_ours=directory.is_ours,
-        allow_new_data=allow_new_data,
-        adopt=adopt,
-    )
+    store = open_store(config, world, inputs, directory, run_id, allow_new_data=allow_new_data, adopt=adopt)
     ends.callback(store.close)
     saver = Saver(config=config, world=world, state=state, store=store, phases=phases)
     restored = saver.load()
     progress = restored.progress if restored else Progress()
 
     # The samples from there on.
-    open_at = partial(open_together, config, world, inputs.stream)
-    reader = StepReader(
-        config=config, world=world, open_loader=open_at, position=progress.samples_seen, stop=stop, phases=phases
-    )
+    reader = open_reader(config, world, inputs.stream, progress.samples_seen, stop, phases)
     ends.callback(reader.close)
 
     # What is measured, and written down.
@@ -106,7 +95,6 @@ def start_training(
     writer = world.on_first_rank(lambda: open_record(config, world, directory, inputs, state, store, restored))
     if writer:
         ends.callback(writer.close)
-    preview = world.on_first_rank(lambda: open_preview(config, world, inputs.codec, preview_factory))
     recorder = Recorder(
         config=config,
         world=world,
@@ -114,7 +102,7 @@ def start_training(
         telemetry=telemetry,
         counters=partial(read_counters, reader, store, state.guard),
         writer=writer,
-        preview=preview,
+        preview=world.on_first_rank(lambda: open_preview(config, world, inputs.codec, preview_factory)),
     )
     parts = Parts(
         config=config,
@@ -236,9 +224,37 @@ def check_adoption(config: RunConfig) -> None:
     raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
 
 
-def open_together(config: RunConfig, world: World, stream: SampleStream, position: int) -> SampleLoader:
-    """Every rank's loader at a position of the run's sample order. Raises on all ranks where one cannot open it."""
-    return world.together(lambda: open_loader(config, world, stream, position))
+def open_store(
+    config: RunConfig,
+    world: World,
+    inputs: Inputs,
+    directory: RunDirectory,
+    run_id: str,
+    *,
+    allow_new_data: bool,
+    adopt: bool,
+) -> CheckpointStore:
+    """The checkpoints of the run; none is committed any more once another attempt has taken the directory over."""
+    return CheckpointStore(
+        config,
+        world,
+        inputs.identity,
+        run_id=run_id,
+        still_ours=directory.is_ours,
+        allow_new_data=allow_new_data,
+        adopt=adopt,
+    )
+
+
+def open_reader(
+    config: RunConfig, world: World, stream: SampleStream, position: int, stop: StopRequest, phases: Phases
+) -> StepReader:
+    """The samples of the run from `position` on. Raises on all ranks where one cannot open them."""
+
+    def open_at(position: int) -> SampleLoader:
+        return world.together(lambda: open_loader(config, world, stream, position))
+
+    return StepReader(config=config, world=world, open_loader=open_at, position=position, stop=stop, phases=phases)
 
 
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
