@@ -56,6 +56,10 @@ class Forked:
         self.process = CONTEXT.Process(target=_run, args=inputs)
         self.process.start()
 
+    def text(self) -> str:
+        """What it has said so far, on both streams."""
+        return "".join((Path(self._folder.name) / name).read_text(errors="replace") for name in STREAMS)
+
     def end(self) -> subprocess.CompletedProcess[str]:
         """What it left; it is killed where it has not ended."""
         self.process.kill()
@@ -82,7 +86,22 @@ def run_ranks(
     before: Callable[[], None] | None = None,
     main: Callable[[], object] = entry,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Ranks of one world, with the variables that torchrun would give them, to their end.
+    """`fork_ranks`, to their end."""
+    ranks = fork_ranks(count, port, *words, each=each, more=more, before=before, main=main)
+    _wait([rank.process for rank in ranks], time.monotonic() + timeout)
+    return [rank.end() for rank in ranks]
+
+
+def fork_ranks(
+    count: int,
+    port: int,
+    *words: str,
+    each: Mapping[int, Sequence[str]] | None = None,
+    more: Mapping[int, Mapping[str, str]] | None = None,
+    before: Callable[[], None] | None = None,
+    main: Callable[[], object] = entry,
+) -> list[Forked]:
+    """Start the ranks of one world, with the variables that torchrun would give them.
 
     `each` and `more` hold further words and further variables of some of the ranks; `before` and `main` as in `Forked`.
     """
@@ -92,8 +111,7 @@ def run_ranks(
     for rank in range(count):
         environment = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), **(more or {}).get(rank, {})}
         ranks.append(Forked([*words, *(each or {}).get(rank, ())], environment, before, main))
-    _wait([rank.process for rank in ranks], time.monotonic() + timeout)
-    return [rank.end() for rank in ranks]
+    return ranks
 
 
 def _wait(ranks: Sequence[BaseProcess], until: float) -> None:

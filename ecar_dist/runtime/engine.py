@@ -1,7 +1,7 @@
-"""The DeepSpeed engine, and a plain view of what this rank holds of the model. The one home of deepspeed.
+"""The DeepSpeed engine, and a plain view of what this rank holds of the model. The only module that imports deepspeed.
 
-Whatever the ZeRO stage, a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says
-which slice of which parameter lies where in them. The EMA and the checkpoints are written against that view alone.
+In every ZeRO stage a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says which
+slice of which parameter lies where in them. The EMA and the checkpoints see that view alone.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What the host knows of one optimizer step, read from the device at once; the same on every rank."""
+    """What the host knows of one optimizer step, read from the device in one transfer; the same on every rank."""
 
-    sums: tuple[float, ...]  # as they were given to `Engine.step`
+    sums: tuple[float, ...]  # as passed to `Engine.step`
     grad_norm: float  # before clipping, over all ranks
     applied: bool  # whether weights moved
 
@@ -51,14 +51,14 @@ class StepStatus:
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that takes a step only where `may_step` returns True. DeepSpeed's inner optimizer.
 
-    DeepSpeed averages the gradients and takes their norm over all ranks before it calls this, whatever the ZeRO stage,
-    and what it does afterwards copies master weights that have not moved. So a step can be refused here, with numbers
-    that are the same on all ranks and at no cost.
+    In every ZeRO stage DeepSpeed averages the gradients and takes their norm over all ranks before it calls `step`, and
+    afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
+    ranks.
     """
 
     def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(parameter_groups, **options)
-        # Until the engine stands: ZeRO 0 in bf16 takes a step at its start, of zero gradients but with weight decay.
+        # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
         self.may_step: Callable[[], bool] = lambda: False
 
     def step(self, closure: Any = None) -> Any:
@@ -83,7 +83,7 @@ class Engine:
         precision: str,
         is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
-        # DeepSpeed wraps the module and its optimizer
+        # DeepSpeed wraps the module and its optimizer.
         deepspeed = _import_deepspeed(world)
         self.world = world
         self.zero_stage = config.deepspeed.zero_stage
@@ -93,14 +93,14 @@ class Engine:
             model=objective, optimizer=self._adam, config=deepspeed_config(config, world.size, precision)
         )
 
-        # from here on each step is judged
+        # From here on the optimizer asks before each step.
         self._is_good = is_good
         self._sums = torch.zeros(1)
         self._status: StepStatus | None = None
         self._replicated_norm = torch.zeros(())
         self._adam.may_step = self._may_step
 
-        # the view of what this rank holds
+        # The view of what this rank holds.
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
         self.partitions = self._master_partitions()
@@ -115,24 +115,24 @@ class Engine:
     def step(self, sums: torch.Tensor) -> StepStatus | None:
         """End a micro-batch; after the last one of a global batch, move the weights if the step is good.
 
-        `sums` (float64, [n]) holds the losses of the global batch, summed over ranks, and other finite numbers that
-        the caller wants to read with them. Their total is finite only where every loss is, so it is what `is_good`
-        gets as the loss. Before the last micro-batch `sums` is not looked at, and the result is None.
+        `sums` (float64, [n]) holds the losses of the global batch, summed over ranks, and other finite numbers that the
+        caller wants to read with them. Their total is finite only if every loss is, so `is_good` gets it as the loss.
+        Before the last micro-batch `sums` is not read, and the result is None.
 
-        A refused step changes no weight and no moment, and its gradients are gone; Adam's step counter goes on,
-        because it counts the steps of the run.
+        A refused step changes no weight and no moment, and its gradients are dropped. Adam's step counter still
+        advances, because it counts the steps of the run.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
 
-        # The gradients are averaged over ranks already; rank 0's norm is taken, so that all judge the same number.
+        # The gradients are averaged over ranks already. All ranks take rank 0's norm, so that they judge one number.
         if self._keeps_no_norm:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             self._replicated_norm = self.world.sum(norm * self.world.is_first)
 
-        # DeepSpeed calls the optimizer, which asks `_may_step`, unless it finds a gradient that is not finite.
+        # DeepSpeed calls the optimizer, which asks `_may_step`, but not if it finds a gradient that is not finite.
         self._sums = sums
         self._status = None
         self._engine.step()
@@ -151,10 +151,9 @@ class Engine:
         return self._status.applied
 
     def _read_status(self, norm: torch.Tensor) -> StepStatus:
-        """Decide on the device, then read all there is to know of the step in one transfer.
+        """Decide on the device, then read all that the host needs of the step in one transfer.
 
-        A norm above LARGEST_NORM counts as inf: most stages add up squares in fp32, where it overflows, but ZeRO-3 in
-        fp64.
+        A norm above LARGEST_NORM counts as inf: its square overflows fp32, in which all stages but ZeRO-3 sum squares.
         """
         sums = self._sums.double()
         norm = norm.to(sums.device)
@@ -166,7 +165,7 @@ class Engine:
 
     @property
     def _keeps_no_norm(self) -> bool:
-        """Without ZeRO and in fp32, DeepSpeed clips the gradients but forgets their norm."""
+        """Whether DeepSpeed clips the gradients but does not keep their norm: without ZeRO, in fp32."""
         return self._optimizer is self._adam
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -179,16 +178,17 @@ class Engine:
         return self.zero_stage == 0
 
     def replicas(self) -> list[torch.Tensor]:
-        """What every rank holds whole, and alike to the bit between steps; the tensors themselves, not copies.
+        """The tensors that every rank holds in full, equal to the bit between steps. Views, not copies.
 
         ZeRO 0: weights as the forward pass reads them, master weights, moments. ZeRO 1 and 2: the first of these, which
-        each step makes anew from the ranks' shares. ZeRO 3: the small ones that it does not split; before its first
-        step, none.
+        each step gathers from the ranks' shares. ZeRO 3: the small parameters that it does not split; none before its
+        first step.
         """
         read = [parameter.data for parameter in self._parameters.values() if self._is_whole(parameter)]
         if not self.replicated:
             return read
-        masters = [] if self._keeps_no_norm else self.partitions  # else they are what the forward pass reads
+        # In fp32 the forward pass reads the master weights themselves.
+        masters = [] if self._keeps_no_norm else self.partitions
         return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
 
     def _is_whole(self, parameter: Any) -> bool:
@@ -213,12 +213,14 @@ class Engine:
 
     def gather(self, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter in full, one at a time, fp32 on this rank's device, from `partitions`. Collective."""
-        held: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        own: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
         for fragment in self.fragments:
-            held[fragment.name].append(fragment)
+            own[fragment.name].append(fragment)
+
+        # Each element is on one rank and zero on the others, so the sum over ranks is the parameter.
         for name, shape in self.shapes.items():
             full = torch.zeros(shape, dtype=torch.float32, device=self.world.device).view(-1)
-            for fragment in held[name]:
+            for fragment in own[name]:
                 full.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(partitions).detach())
             yield name, (full if self.replicated else self.world.sum(full)).view(shape)
 
@@ -227,11 +229,15 @@ class Engine:
         """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads."""
         for name, full in self.gather(self.partitions):
             parameter: Any = self._parameters[name]
+
+            # ZeRO-3: this rank's share of the parameter.
             if self.zero_stage == 3:
                 share = parameter.ds_tensor
                 local = full.view(-1)[share.ds_numel * self.world.rank :][: share.ds_numel]
                 share.data.view(-1)[: local.numel()].copy_(local)
-            if parameter.numel():  # ZeRO-3 holds small parameters whole too, after its first step
+
+            # The whole parameter; in ZeRO-3 only small ones are held whole, after the first step.
+            if parameter.numel():
                 parameter.data.copy_(full)
 
     def _master_partitions(self) -> list[torch.Tensor]:
@@ -253,7 +259,7 @@ class Engine:
         return [fragment for fragment in found if fragment is not None and fragment.numel > 0]
 
     def _replicated_fragments(self) -> list[Fragment]:
-        """ZeRO 0: one partition per parameter, in the optimizer's order; in bf16 it is the fp32 copy of one."""
+        """ZeRO 0: one partition for each parameter, in the optimizer's order; in bf16 it is an fp32 copy."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         trained = getattr(self._optimizer, "fp16_groups", None) or [self.partitions]
         in_order = [parameter for group in trained for parameter in group]
@@ -262,7 +268,7 @@ class Engine:
     @staticmethod
     def _zero12_fragment(name: str, parameter: Any) -> Fragment | None:
         mapping = parameter._hp_mapping
-        if mapping is None:  # no element of this parameter lies on this rank
+        if mapping is None:  # this rank has no element of the parameter
             return None
         source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
         return Fragment(name, source.start, target.numel, mapping.param_group_index, target.start)
@@ -276,12 +282,17 @@ class Engine:
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
     """DeepSpeed's own configuration; `deepspeed.raw` is merged last."""
-    zero_stage, bf16 = config.deepspeed.zero_stage, precision == "bf16"
+    zero_stage = config.deepspeed.zero_stage
+    bf16 = precision == "bf16"
+
+    # Sharding and offload.
     zero: dict[str, Any] = {"stage": zero_stage}
     if config.deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.deepspeed.offload_params:
         zero["offload_param"] = {"device": "cpu"}
+
+    # The three batch numbers multiply out, else `grad_accum_steps` raises.
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
@@ -292,6 +303,8 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
         "bf16": {"enabled": bf16},
         "steps_per_print": 2**31,
     }
+
+    # Micro-batches are added up in fp32, which ZeRO 0 cannot do.
     if bf16 and zero_stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(settings, config.deepspeed.raw)
@@ -306,6 +319,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _import_deepspeed(world: World) -> Any:
+    # DeepSpeed looks for its accelerator, and says much, while it is imported.
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -314,10 +328,12 @@ def _import_deepspeed(world: World) -> Any:
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # The shared-memory collective is compiled at first start, and a process killed in that build leaves a lock on which
-    # every later start waits for ever. Only inference uses it: do without.
+
+    # The shared-memory collective is compiled at first start, and a process killed during the build leaves a lock on
+    # which every later start waits forever. Only inference uses it, so it is disabled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed knows the optimizers it supports by their exact type. This one is AdamW in all its arithmetic.
+
+    # DeepSpeed knows the optimizers it supports by their exact type. The arithmetic of this one is AdamW's.
     if GuardedAdamW not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
         deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)

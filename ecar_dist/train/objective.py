@@ -1,4 +1,4 @@
-"""What one micro-batch computes: values of the loader in, the loss out. Section 7.1 of docs/ecar.md."""
+"""What one micro-batch computes: from the loader's values to the loss. Section 7.1 of docs/ecar.md."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Objective(nn.Module):
     """The module DeepSpeed wraps: the model, and the loss around it.
 
     Every random number is keyed by the sample's position in the run, so the loss of a global batch does not depend on
-    how it is cut into ranks and micro-batches. Latents, targets and loss are float32; under bf16 only the model's
+    how it is split into ranks and micro-batches. Latents, targets and loss are float32; under bf16 only the model's
     matrix products are not.
 
-    `forward` takes a batch as read (raw moments [B, 2C or C, H, W], or pixels for a normaliser that encodes them),
-    labels and positions int64 [B]. It returns the loss [], stage losses [B, K], and their times within the stages, in
-    (0, 1) [B, K]; NaN where a loss is of many times.
+    `forward` takes a batch as the loader reads it (raw moments [B, 2C or C, H, W], or pixels where `normalise` encodes
+    them), labels and positions int64 [B]. It returns the loss [], the stage losses [B, K], and their times within the
+    stages [B, K], in (0, 1), or NaN for a loss that has no single time.
     """
 
     def __init__(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> None:
@@ -60,18 +60,19 @@ class FlowObjective(Objective):
     def forward(
         self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `Objective` says."""
+        """See `Objective`."""
+        # For each stage one time and one noise; more noise for the states that are fed back as context.
         tau = self._config.context_tau
-        times = [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))]
         fed_back = [] if tau is None else self._sizes[:-1]
-        points = training_points(
-            self._schedule,
-            self._latents(values, positions),
-            [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)],
-            times,
-            [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)],
-            tau,
-        )
+        latents = self._latents(values, positions)  # [B, C, H, W]
+        times = [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))]  # K x [B]
+        noise = [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)]
+        context_noise = [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)]
+
+        # Points on the path, and the velocities that the model is to predict there.
+        points = training_points(self._schedule, latents, noise, times, context_noise, tau)
+
+        # Prediction and loss. Labels are dropped for classifier-free guidance.
         labels = self._dropped(labels, positions)
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(points.contexts, points.states, points.times, labels)
@@ -80,21 +81,31 @@ class FlowObjective(Objective):
 
 
 class MaskedObjective(Objective):
-    """Flow matching of masked tokens, each from several noises at times of their own; the mean over a sample's masked
-    tokens, then over samples, whatever their mask ratios."""
+    """Flow matching of masked tokens, each with several draws of noise and time.
+
+    The loss is the mean over a sample's masked tokens, then over samples, so that a sample's mask ratio does not change
+    its weight.
+    """
 
     def forward(
         self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `Objective` says, with the one stage K = 1."""
-        patch_size, (size,) = self._config.model.patch_size, self._sizes
-        draws, (num_tokens,) = range(self._config.flow.token_draws), self._config.stage_tokens
+        """See `Objective`; there is one stage, K = 1."""
+        patch_size = self._config.model.patch_size
+        (size,) = self._sizes
+        (num_tokens,) = self._config.stage_tokens
         tokens = patchify(self._latents(values, positions), patch_size)  # [B, T, c]
+
+        # R draws of noise and time for each token, and the points on the path that they give.
+        draws = range(self._config.flow.token_draws)
         noise = [patchify(self._noise(positions, Purpose.NOISE, size, draw), patch_size) for draw in draws]
         u = [uniform(self._seed, positions, Purpose.TIME, (num_tokens,), stream=draw) for draw in draws]
         times = torch.stack(u, dim=1)  # [B, R, T]
         states, targets = token_points(tokens, torch.stack(noise, dim=1), times)  # [B, R, T, c]
-        mask, labels = self._mask(positions, num_tokens), self._dropped(labels, positions)
+
+        # Prediction and loss of the masked tokens alone.
+        mask = self._mask(positions, num_tokens)  # [B, T]
+        labels = self._dropped(labels, positions)
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(tokens, mask, states, model_time(self._schedule, 0, times), labels)
         per_stage = masked_loss(velocities, targets, mask)[:, None]  # [B, 1]

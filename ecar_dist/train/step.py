@@ -11,7 +11,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint.files import Progress
-from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.engine import Engine, StepStatus
 from ecar_dist.runtime.world import World
 from ecar_dist.train.learning_rate import learning_rate
 from ecar_dist.train.telemetry import StepResult, Telemetry
@@ -32,45 +32,19 @@ def train_step(
     """
     step = progress.step + 1
     batch = config.batch.global_batch_size
-    phases = telemetry.phases
 
     # The learning rate is a function of the samples seen at the end of the step.
     rate = learning_rate(config.optim, progress.samples_seen + batch, config.train.total_samples)
     engine.set_learning_rate(rate)
 
     # A rank that is held up here is a slow rank.
-    phases.enter("forward", step)
+    telemetry.phases.enter("forward", step)
     with telemetry.forward_clock:
         failpoint("train.step", step)
 
-    # What all ranks have to know of the step: the loss of each stage, then the number of replaced samples.
-    sums = torch.zeros(config.flow.num_stages + 1, dtype=torch.float64, device=world.device)
-    sums[-1] = sum(len(micro.substitutions) for micro in batches)
-
-    status = None
-    for micro in batches:
-        # Forward.
-        phases.enter("forward", step)
-        parts = (micro.values, micro.labels, micro.positions)
-        values, labels, positions = (part.to(world.device, non_blocking=True) for part in parts)
-        with telemetry.forward_clock:
-            loss, per_stage, times = engine(values, labels, positions)  # [], [B, K], [B, K]
-        if failpoint("train.loss", step):
-            loss = loss * math.nan
-            per_stage = per_stage * math.nan
-        telemetry.losses.add(per_stage, times)
-        sums[:-1] += per_stage.double().sum(0)
-
-        # Backward. Ahead of the last one the ranks add up their sums, so that all of them judge the same numbers.
-        phases.enter("backward", step)
-        if micro is batches[-1]:
-            world.sum(sums)
-        engine.backward(loss)
-
-        # Optimizer. Only the last call moves weights; with it the host reads the sums, for the first time.
-        phases.enter("optimizer", step)
-        status = engine.step(sums)
-    assert status is not None
+    status = run_micro_batches(
+        batches, step, num_stages=config.flow.num_stages, world=world, engine=engine, telemetry=telemetry
+    )
     telemetry.end_step(batch, status.applied)
 
     # The means over the global batch.
@@ -85,3 +59,42 @@ def train_step(
         applied=status.applied,
         replaced_samples=int(replaced),
     )
+
+
+def run_micro_batches(
+    batches: Sequence[MicroBatch], step: int, *, num_stages: int, world: World, engine: Engine, telemetry: Telemetry
+) -> StepStatus:
+    """Forward and backward of each micro-batch of step number `step`, and the engine's step after the last. Collective.
+
+    The sums of the status are the loss of each stage over the samples of the global batch, then the number of samples
+    that were replaced.
+    """
+    # Added up on the device, so that nothing waits for it before the step is judged.
+    sums = torch.zeros(num_stages + 1, dtype=torch.float64, device=world.device)
+    sums[-1] = sum(len(micro.substitutions) for micro in batches)
+
+    status = None
+    for micro in batches:
+        # Forward.
+        telemetry.phases.enter("forward", step)
+        parts = (micro.values, micro.labels, micro.positions)
+        values, labels, positions = (part.to(world.device, non_blocking=True) for part in parts)
+        with telemetry.forward_clock:
+            loss, per_stage, times = engine(values, labels, positions)  # [], [B, K], [B, K]
+        if failpoint("train.loss", step):
+            loss = loss * math.nan
+            per_stage = per_stage * math.nan
+        telemetry.losses.add(per_stage, times)
+        sums[:-1] += per_stage.double().sum(0)
+
+        # Backward. Ahead of the last one the ranks add up their sums, so that all of them judge the same numbers.
+        telemetry.phases.enter("backward", step)
+        if micro is batches[-1]:
+            world.sum(sums)
+        engine.backward(loss)
+
+        # Optimizer. Only after the last micro-batch does it judge the step, and read the sums from the device.
+        telemetry.phases.enter("optimizer", step)
+        status = engine.step(sums)
+    assert status is not None
+    return status

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import losses, train_on_ranks, write_yaml
+from tests.train.struck_ranks import Run
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,10 @@ def undisturbed(make_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     tree = make_tree(folder) | {"train": {"total_samples": 160}, "checkpoint": {"every_samples": 64}}
     return tree, losses(train_on_ranks(2, write_yaml(tree, folder)))
+
+
+@pytest.fixture
+def run(undisturbed, tmp_path):
+    """The same run anew, in a folder of its own."""
+    tree = undisturbed[0] | {"run": undisturbed[0]["run"] | {"dir": str(tmp_path / "runs")}}
+    return Run(write_yaml(tree, tmp_path), tmp_path / "runs/tiny")

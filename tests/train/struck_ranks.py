@@ -1,21 +1,31 @@
 """Real ranks that stop by themselves at a chosen place, so that a signal finds them exactly there."""
 
+import json
 import os
+import re
 import signal
 import sys
+import time
+import uuid
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
-from ecar_dist.drills.processes import Ended, Job
+from ecar_dist.drills.processes import MARK, POLL_SECONDS, TIDY_SECONDS, Job, marked
+from ecar_dist.runtime.checkpoint.files import committed, verify
 from tests.conftest import free_port
+from tests.fork_server import fork_ranks
 
+BOUND = 15.0  # seconds from a strike to the end of all ranks
 PATIENCE = 120.0  # seconds after which a launch counts as hung
 REQUEUE = 75
+STEP = re.compile(r"^step (\d+)/", re.MULTILINE)
 
 
-def launch(config, log, *overrides, ranks=2, failpoint="", module="ecar_dist", before=("train",)):
-    """Start `train` on real ranks; a Job, to be used as a context."""
+def launch(config, log, *overrides, ranks=2, failpoint=""):
+    """Start `train` on real ranks under the launcher; a Job, to be used as a context."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
-    command += [str(free_port()), "-m", module, *before, str(config), *overrides]
+    command += [str(free_port()), "-m", "ecar_dist", "train", str(config), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ECAR_FAILPOINT": failpoint}
     return Job(command, environment, log, PATIENCE)
 
@@ -27,25 +37,103 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def strike(job: Job, *ranks: int, signals=(signal.SIGTERM,)) -> None:
-    """Once a failpoint has stopped these ranks: all signals to each of them, and let them go on."""
-    processes = {}
+@dataclass(frozen=True)
+class Ended:
+    """How ranks without a launcher ended."""
 
-    def all_stopped():
-        processes.update(job.rank_processes())
-        return all(is_stopped(processes.get(rank, 0)) for rank in ranks)
-
-    job.wait_for(all_stopped, f"ranks {ranks} at the failpoint")
-    for number in (*signals, signal.SIGCONT):
-        job.strike(number, *ranks)
+    statuses: list[int]  # by rank; a negative one is a signal
+    text: str  # what all ranks said
+    seconds: float  # since the strike, or since the start where there was none
+    orphans: list[int]  # processes that they started, and that outlived them
 
 
-def stop_at(config, log, failpoint, *overrides, ranks=2, struck=None, signals=(signal.SIGTERM,), **launching) -> Ended:
-    """Launch, strike the ranks (all, unless `struck` says which) at the failpoint, and wait for the end."""
+class Struck:
+    """`train` on ranks that are forked instead of launched; a context, at whose end none of them is left."""
+
+    def __init__(self, config, *overrides, ranks=2, failpoint="", before=None):
+        self._mark = uuid.uuid4().hex
+        more = {"ECAR_FAILPOINT": failpoint, MARK: self._mark}
+        self.began = self._struck = time.monotonic()
+        words = ("train", str(config), *overrides)
+        self.ranks = fork_ranks(ranks, free_port(), *words, more=dict.fromkeys(range(ranks), more), before=before)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for rank in self.ranks:
+            rank.process.kill()
+
+    def pid(self, rank):
+        return self.ranks[rank].process.pid
+
+    def wait_for(self, happened, what):
+        while not happened():
+            gone = [rank.process.exitcode for rank in self.ranks]
+            late = time.monotonic() - self.began > PATIENCE
+            if late or None not in gone:
+                raise AssertionError(f"no {what}, statuses {gone}: {''.join(rank.text() for rank in self.ranks)}")
+            time.sleep(POLL_SECONDS)
+
+    def reach(self, step):
+        """Wait until this step was logged."""
+        self.wait_for(lambda: any(int(found) >= step for found in STEP.findall(self.ranks[0].text())), f"step {step}")
+
+    def strike(self, *ranks, signals=(signal.SIGTERM,)):
+        """Once a failpoint has stopped these ranks: all signals to each of them, and let them go on."""
+        self.wait_for(lambda: all(is_stopped(self.pid(rank)) for rank in ranks), f"ranks {ranks} at the failpoint")
+        self._struck = time.monotonic()
+        for number in (*signals, signal.SIGCONT):
+            for rank in ranks:
+                os.kill(self.pid(rank), number)
+
+    def end(self):
+        """Wait until all have ended, then for what they leave behind. What remains is named, and killed."""
+        until = self.began + PATIENCE
+        while alive := [rank.process.sentinel for rank in self.ranks if rank.process.exitcode is None]:
+            assert time.monotonic() < until, "".join(rank.text() for rank in self.ranks)
+            wait(alive, 1.0)
+        seconds = time.monotonic() - self._struck
+        deadline = time.monotonic() + TIDY_SECONDS
+        while (left := marked(self._mark)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        ended = [rank.end() for rank in self.ranks]
+        text = "".join(one.stdout + one.stderr for one in ended)
+        return Ended([one.returncode for one in ended], text, seconds, left)
+
+
+def stop_at(config, failpoint, *overrides, ranks=2, struck=None, signals=(signal.SIGTERM,), before=None):
+    """Start, strike the ranks (all, unless `struck` says which) at the failpoint, and wait for the end."""
     whom = range(ranks) if struck is None else struck
     only = f":rank={whom[0]}" if len(whom) == 1 else ""
     site, *conditions = failpoint.split(":")
     point = ":".join([f"{site}{only}", *conditions, "stop"])
-    with launch(config, log, *overrides, ranks=ranks, failpoint=point, **launching) as job:
-        strike(job, *whom, signals=signals)
+    with Struck(config, *overrides, ranks=ranks, failpoint=point, before=before) as job:
+        job.strike(*whom, signals=signals)
         return job.end()
+
+
+class Run:
+    """One run directory, and what may be said of it after each launch."""
+
+    def __init__(self, config, path):
+        self.config, self.path = config, path
+
+    def stop_at(self, failpoint, **how):
+        ended = stop_at(self.config, failpoint, **how)
+        assert ended.seconds < BOUND
+        assert not ended.orphans
+        return ended
+
+    def steps_saved(self):
+        """Of the committed checkpoints, each of which is whole, beside nothing unfinished."""
+        found = committed(self.path / "checkpoints")
+        for checkpoint in found:
+            verify(checkpoint)
+        assert {path.name for path in (self.path / "checkpoints").iterdir()} == {path.name for path in found}
+        return [int(path.name[5:]) for path in reversed(found)]
+
+    def last_end(self):
+        return json.loads((self.path / "lineage.json").read_text())[-1].get("reason")

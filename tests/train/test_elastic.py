@@ -11,7 +11,8 @@ from ecar_dist.config.read import load_config
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.sources import check_data, open_loader, open_stream
 from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
-from tests.train.struck_ranks import REQUEUE, launch, stop_at
+from tests.train.recorded_ranks import record_steps
+from tests.train.struck_ranks import REQUEUE, Struck, stop_at
 
 FP32_TOLERANCE = 1e-6
 BATCH, STEPS = 24, 8
@@ -30,16 +31,15 @@ def parted(make_tree, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECORDS", str(records))
         for part, (ranks, stage) in enumerate(PARTS):
-            how = {"ranks": ranks, "module": "tests.train.recorded_ranks", "before": ()}
-            log = folder / f"{part}.txt"
+            how = {"ranks": ranks, "before": record_steps}
             overrides = (f"deepspeed.zero_stage={stage}", f"batch.micro_batch_size={MICRO_BATCH[ranks]}")
             if part < len(PARTS) - 1:
-                ended = stop_at(config, log, f"train.step:step={2 * part + 2}", *overrides, **how)
-                assert set(ended.rank_statuses.values()) == {REQUEUE}, ended.text
+                ended = stop_at(config, f"train.step:step={2 * part + 2}", *overrides, **how)
+                assert set(ended.statuses) == {REQUEUE}, ended.text
             else:
-                with launch(config, log, *overrides, **how) as job:
+                with Struck(config, *overrides, **how) as job:
                     ended = job.end()
-                assert ended.status == 0, ended.text
+                assert set(ended.statuses) == {0}, ended.text
             said.append(ended.text)
     lines = [json.loads(line) for path in records.iterdir() for line in path.read_text().splitlines()]
     return config, said, lines

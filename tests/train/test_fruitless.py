@@ -1,10 +1,9 @@
 """A job that is requeued again and again without a new checkpoint says so and asks not to be requeued: status 93."""
 
 import json
-import subprocess
-import sys
 
 from ecar_dist.runtime.run.directory import MAX_FRUITLESS, RunDirectory
+from tests.fork_server import run_forked
 
 
 def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(write_config, tmp_path, monkeypatch):
@@ -15,8 +14,7 @@ def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(wr
         directory.open_for_training()
         directory.begin_attempt(newest_step=None, checkpoints=str(run / "checkpoints"))
         directory._lock.close()
-    command = [sys.executable, "-m", "ecar_dist", "train", str(write_config())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_forked("train", str(write_config()))
     assert done.returncode == 93, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ecar-dist: ")]
     assert "job 77 was cut short 3 times in a row without a new checkpoint after step 0; see logs/" in line

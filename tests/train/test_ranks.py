@@ -1,16 +1,13 @@
 """Real ranks under the real DeepSpeed engine: the same losses however the work is cut, and after every kind of stop."""
 
 import json
-import os
-import signal
-import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from ecar_dist.runtime.checkpoint.files import committed
-from tests.conftest import losses, read_metrics, start_ranks, train_on_ranks, write_yaml
+from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
+from tests.train.struck_ranks import Struck
 
 FP32_TOLERANCE = 1e-6
 
@@ -47,35 +44,15 @@ def test_bf16_stays_near_fp32(write_config, reference):
     assert losses(bf16) != losses(reference)
 
 
-def workers_of(process):
-    """Process ids of the ranks under a launcher."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def wait_for_step(process, run, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and sum(1 for _ in metrics.open()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} never came: {process.communicate()}")
-
-
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, tree, tmp_path):
-    """kill -9 of a rank in the middle of things; the same command again; losses, weights, moments and EMA are equal."""
+    """kill -9 of all ranks at any moment; the same command again; losses, weights, moments and EMA are equal."""
     tree["train"]["total_samples"] = 256
     config = write_config()
     straight = train_on_ranks(2, config, "run.name=straight")
     run = tmp_path / "runs/killed"
     for at_step in (3, 9):
-        process = start_ranks(2, config, "run.name=killed")
-        wait_for_step(process, run, at_step)
-        os.kill(process.pid, signal.SIGSTOP)  # the launcher must not tidy up first
-        for worker in workers_of(process):
-            os.kill(worker, signal.SIGKILL)
-        process.kill()
-        process.communicate()
+        with Struck(config, "run.name=killed") as job:
+            job.reach(at_step)  # all ranks are killed as this block ends
         assert len(read_metrics(config, "run.name=killed")) < 16
     resumed = train_on_ranks(2, config, "run.name=killed")
     assert losses(resumed) == losses(straight)

@@ -1,25 +1,23 @@
 """A start of a run that goes on, as a whole."""
 
-import os
-import subprocess
-import sys
-
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ecar_dist.runtime.checkpoint.files import read_manifest
 from ecar_dist.runtime.run.directory import RunDirectory
 from tests.conftest import read_metrics
+from tests.fork_server import Forked
 
 
 def train_alone(config, *overrides, **environment):
     """One process without a launcher; its standard output and its standard error, in lines."""
-    command = [sys.executable, "-m", "ecar_dist", "train", str(config), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=200)
+    forked = Forked(["train", str(config), *overrides], environment)
+    forked.process.join(200)
+    done = forked.end()
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines(), done.stderr
 
 
-def goodput_notes(run, step):
+def kept_seconds(run, step):
     return read_manifest(run / f"checkpoints/step-{step:08d}").notes["goodput"]["kept_seconds"]
 
 
@@ -48,7 +46,7 @@ def test_a_run_goes_on_with_what_it_knew_and_says_what_is_new(write_config, tree
         (6, 128),
     ]
     assert metrics[-1]["train/skipped_steps"] == 1  # of the attempt before
-    assert goodput_notes(run, 6) > goodput_notes(run, 4) > 2  # seconds
+    assert kept_seconds(run, 6) > kept_seconds(run, 4) > 2  # seconds
     assert 0 < metrics[-1]["perf/goodput"] < 1
     before, now = RunDirectory(run).attempts()
     assert (before["reason"], before["newest_step"], before["resumed_from_step"]) == ("done", None, None)

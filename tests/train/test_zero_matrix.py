@@ -6,14 +6,13 @@ the gradients are summed over ranks in bf16): Adam brings gradients that are not
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import free_port, write_yaml
+from tests.fork_server import run_ranks
 from tests.train.zero_matrix import BATCH, BF16, FP32, REFERENCE, SETTINGS, STEPS
+from tests.train.zero_matrix_ranks import run_matrix
 
 KINDS = ("weights", "ema", "ema1", "ema2")
 FP32_TOLERANCE = 1e-6
@@ -26,11 +25,9 @@ def reports(make_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     tree = make_tree(folder) | {"flow": {"num_stages": 2}, "train": {"total_samples": STEPS * BATCH}}
     tree["ema"] = {"half_life_samples": [40, 400], "rampup": 0.5, "sigma_rel": [0.1]}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command += [str(free_port()), "-m", "tests.train.zero_matrix_ranks"]
-    command += [str(write_yaml(tree, folder)), str(folder / "report.json")]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    files = (str(write_yaml(tree, folder)), str(folder / "report.json"))
+    ended = run_ranks(2, free_port(), *files, main=run_matrix, timeout=900)
+    assert not any(one.returncode for one in ended), "".join(one.stdout + one.stderr for one in ended)
     return json.loads((folder / "report.json").read_text())
 
 

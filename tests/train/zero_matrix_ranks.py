@@ -1,7 +1,4 @@
-"""What each rank of test_zero_matrix.py runs: the same 20 steps under many engine settings, in one process.
-
-torchrun ... -m tests.train.zero_matrix_ranks CONFIG REPORT
-"""
+"""What each rank of test_zero_matrix.py runs: the same 20 steps under many engine settings, in one process."""
 
 import json
 import math
@@ -168,7 +165,9 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
     return report, {"weights": weights, **results}
 
 
-def main(config_path: str, report_path: str) -> None:
+def run_matrix() -> None:
+    """Read the config that the first word names, write the report to the second."""
+    config_path, report_path = sys.argv[1:]
     PRESETS["T"] = Preset(1, 64, 2, 1, 64, 2)  # the cost of a step here is that of its many small operations
     world = start_world()
     steps = read_batches(load_config(config_path, []), world)
@@ -181,7 +180,3 @@ def main(config_path: str, report_path: str) -> None:
     if world.is_first:
         Path(report_path).write_text(json.dumps(reports, indent=1))
     stop_world()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
