@@ -1,4 +1,7 @@
-"""Build every part of a training run, in the order in which they can fail: cheap checks first, allocations last."""
+"""Build every part of a training run, in the order in which they can fail: cheap checks first, allocations last.
+
+`start_training` is the table of contents. Below it come the parts in order, then what identifies a run.
+"""
 
 from __future__ import annotations
 
@@ -65,13 +68,13 @@ def start_training(
     allow_new_data: bool = False,
     adopt: bool = False,
 ) -> tuple[Parts, Progress]:
-    """Everything `train` needs, and the progress to go on from; what has to be closed is put into `ends`. Collective.
+    """Everything `train` needs, and the progress to go on from. Collective.
 
-    Raises EcarError, on all ranks, before any step.
+    `ends` gets what has to be closed. Raises EcarError, on all ranks, before any step.
     """
     stop = StopRequest()
 
-    # What the run reads, checked on all ranks. Nothing is written before.
+    # What the run reads, checked on all ranks. Nothing has been written yet.
     world.together(lambda: config.grad_accum_steps(world.size))
     inputs = open_inputs(config, world, adopt)
 
@@ -120,7 +123,10 @@ def start_training(
 def begin_attempt(
     config: RunConfig, world: World, stop: StopRequest, ends: contextlib.ExitStack
 ) -> tuple[RunDirectory, str, Phases]:
-    """Put this attempt on record, and with it how it will end; have it watched. Returns the run's id as the second."""
+    """Put this attempt on record, and have the watchdog watch it. How it ends goes on record as well.
+
+    Returns the run directory, the id of the run, and the clock of its phases.
+    """
     directory = RunDirectory(config.run_directory)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
@@ -129,7 +135,7 @@ def begin_attempt(
 
 
 class Inputs(NamedTuple):
-    """What a run reads and all ranks hold alike."""
+    """What a run reads, the same on all ranks."""
 
     data: TrainingData
     stream: SampleStream
@@ -193,14 +199,14 @@ def open_record(
 
 
 def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
-    """The data, their order and the autoencoder, the same on all ranks. Nothing is written before. Collective.
-
-    Raises as `start_training`.
-    """
+    """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
+    # The nodes are fit, and see the same data.
     data = check_nodes(config, world)
     stream = world.together(lambda: open_stream(config, data))
     if adopt:
         world.on_first_rank(lambda: check_adoption(config))
+
+    # The autoencoder, and what must be the same on all ranks.
     precision = config.precision_on(world.device.type)
     codec = world.together(lambda: run_codec(config, data, world, precision))
     identity = run_identity(config, data, stream, codec)
@@ -209,11 +215,13 @@ def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
 
 
 def check_adoption(config: RunConfig) -> None:
-    """Raises ConfigError where there is no checkpoint to adopt, and says where some are."""
+    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
     with contextlib.closing(open_place(config)) as place:
         if place.committed():
             return
         where = place.where
+
+    # Looks in the folder above, and in the folders beside: the usual mistakes.
     near: list[str] = []
     if not is_remote(where):
         above = local_path(where).parent
@@ -258,9 +266,11 @@ def open_reader(
 
 
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
-    """The config's autoencoder: on every rank's device where it encodes images, else on rank 0, to be compared."""
+    """The config's autoencoder: on every rank's device if it encodes images, else on rank 0 alone, to be compared."""
     if data.encoder is not None and not world.is_first:
         return None
+
+    # Only the one that encodes during training has to be fast.
     encodes = data.encoder is None
     dtype = torch.bfloat16 if encodes and precision == "bf16" else torch.float32
     codec = open_codec(config.vae, world.device if encodes else "cpu", dtype)
@@ -269,11 +279,12 @@ def run_codec(config: RunConfig, data: TrainingData, world: World, precision: st
 
 
 def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
-    """Raises ConfigError where DeepSpeed would add up micro-batches in bf16."""
-    if config.deepspeed.zero_stage == 0 and precision == "bf16" and config.grad_accum_steps(world.size) > 1:
+    """Raises ConfigError if DeepSpeed would add up micro-batches in bf16."""
+    steps = config.grad_accum_steps(world.size)
+    if config.deepspeed.zero_stage == 0 and precision == "bf16" and steps > 1:
         raise ConfigError(
-            "deepspeed.zero_stage=0 with bf16 sums gradients over micro-batches in bf16; "
-            "use deepspeed.zero_stage=1, or precision=fp32, or one micro-batch per rank and step"
+            f"deepspeed.zero_stage=0 with bf16 sums the gradients of {steps} micro-batches in bf16; set "
+            f"deepspeed.zero_stage=1, deepspeed.precision=fp32, or a batch.micro_batch_size {steps} times as large"
         )
 
 
@@ -284,14 +295,17 @@ def build_engine(
     precision: str,
     is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = is_good,
 ) -> Engine:
-    """The model, from the run's seed alone, the objective around it, and DeepSpeed around both.
+    """The model, initialised from the run's seed alone, the objective around it, and DeepSpeed around both.
 
     `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite.
     """
+    # The model and its loss.
     kind = kind_of(config)
     torch.manual_seed(config.run.seed)
     model = kind.build_model(config)
     objective = kind.objective(model, normalise, config, precision)
+
+    # Weight decay is for the matrices of linear layers alone.
     decay, no_decay = weight_decay_groups(model)
     groups = [
         {"params": decay, "weight_decay": config.optim.weight_decay},
@@ -301,14 +315,14 @@ def build_engine(
 
 
 def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
-    """Whose latents the model sees; None on a rank that has neither latents nor the autoencoder."""
+    """The encoder of the latents that the model sees; None on a rank with neither latents nor the autoencoder."""
     return data.encoder or (codec.identity if codec else None)
 
 
 def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
 ) -> dict[str, dict[str, Any]]:
-    """What must not change while a run goes on: what the weights mean, and the order of the data."""
+    """What must not change between attempts: what the weights mean, and the order of the data."""
     encoder = encoder_of(data, codec)
     return {
         "model": {
@@ -327,13 +341,13 @@ def run_identity(
 
 
 def _background_of_images(config: RunConfig) -> dict[str, str]:
-    """What lies behind transparent images, where it is not white: checkpoints from before it was known lack the key."""
+    """The colour behind transparent images, unless it is white: the identity of older checkpoints lacks the key."""
     data = config.data
     return {"data.background": data.background} if data.images is not None and data.background != "white" else {}
 
 
 def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
-    """The run's identity, and all of its autoencoder's but the name, as all ranks must have them."""
+    """What all ranks must have in common: the run's identity, and the autoencoder's without its name (a path)."""
     facts = {key: value for part in identity.values() for key, value in part.items()}
     if encoder is not None:
         facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
@@ -341,7 +355,7 @@ def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderId
 
 
 def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
-    """Rank 0: what draws previews, where the run has them."""
+    """Rank 0: what draws the previews, or None for a run without any."""
     if config.sample.every_samples == 0 or not config.log.tensorboard:
         return None
     return factory(config, cast(LatentCodec, codec), world.device)
