@@ -1,13 +1,20 @@
-"""What a training asks Slurm for."""
+"""What a training asks Slurm for, and whether the config fits it: the batch, and the memory of the devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ecar_dist.cluster.job_script import Options, parse_option
+from ecar_dist.config.batch import divides, mismatch
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
+from ecar_dist.kinds.table import kind_of
+from ecar_dist.plan.memory import ModelState, model_state
+from ecar_dist.plan.report import plan_lines
+from ecar_dist.runtime.devices import device_memory
 
-_SAID_BY = {  # options of sbatch that the plan hangs on, and how they are given
+# Options of sbatch that the plan depends on -> the option of `submit` to use instead.
+_SAID_BY = {
     "nodes": "--nodes",
     "ntasks-per-node": "--ranks-per-node",
     "gpus-per-node": "--gpus-per-node",
@@ -15,7 +22,7 @@ _SAID_BY = {  # options of sbatch that the plan hangs on, and how they are given
     "time": "--time",
     "array": "--chain",
     "dependency": "--after",
-    "output": "nothing: logs lie in the run directory",
+    "output": "nothing: logs are in the run directory",
     "chdir": "a cd before it",
 }
 
@@ -34,18 +41,18 @@ class Resources:
     sbatch: tuple[str, ...] = ()  # further options of sbatch, e.g. --partition=gpu
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where two of them contradict each other."""
+        """Raises ConfigError where two of the options contradict each other."""
         if not self.gpus_per_node and self.ranks_per_node is None:
             raise ConfigError("--gpus-per-node 0 needs --ranks-per-node; give the number of processes on a node")
         if self.fewest > self.nodes:
             raise ConfigError(f"--min-nodes {self.fewest} is above --nodes {self.nodes}; give at most that")
         for name in self.further:
             if name in _SAID_BY:
-                raise ConfigError(f"--sbatch=--{name} contradicts the plan; say it with {_SAID_BY[name]}")
+                raise ConfigError(f"--sbatch=--{name} would contradict the plan; use {_SAID_BY[name]}")
 
     @property
     def ranks(self) -> int:
-        """On one node."""
+        """Ranks on one node."""
         return self.ranks_per_node or self.gpus_per_node
 
     @property
@@ -54,10 +61,11 @@ class Resources:
 
     @property
     def further(self) -> dict[str, str]:
+        """The further options of sbatch by name."""
         return dict(parse_option(text) for text in self.sbatch)
 
     def options(self) -> Options:
-        """As options of sbatch for train.sbatch."""
+        """Options of sbatch for train.sbatch."""
         chosen: dict[str, str | None] = {
             "nodes": f"{self.nodes}" if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}",
             "ntasks-per-node": f"{self.ranks}",
@@ -70,3 +78,72 @@ class Resources:
         if self.chain:
             chosen["array"] = f"1-{self.chain}%1"
         return {**chosen, **self.further}
+
+
+def usable_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
+    """The largest number of nodes, at most `nodes`, that the global batch divides on.
+
+    Raises ConfigError where there is none: then it does not divide on the ranks of a single node either.
+    """
+    return usable_counts(config, 1, nodes, ranks_per_node)[-1]
+
+
+def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node: int) -> list[int]:
+    """All numbers of nodes from `at_least` to `at_most` that the global batch divides on, rising.
+
+    Raises ConfigError where there is none.
+    """
+    total = config.batch.global_batch_size
+    micro = config.batch.micro_batch_size
+    counts = [nodes for nodes in range(at_least, at_most + 1) if divides(total, micro, nodes * ranks_per_node)]
+    if counts:
+        return counts
+
+    problem = mismatch(total, micro, at_least * ranks_per_node)
+    given = f"{at_least}" if at_least == at_most else f"{at_least} to {at_most}"
+    raise ConfigError(f"on {given} nodes of {ranks_per_node} ranks: {problem}, or use another number of nodes or ranks")
+
+
+def fitness_lines(config: RunConfig, resources: Resources, device: str | None) -> list[str]:
+    """The plan of the run on these nodes.
+
+    Raises ConfigError where the batch does not divide on them, or where the model's state does not fit the device.
+    """
+    # The batch must divide on the full number of nodes; of a range, the other numbers that it divides on are listed.
+    ranks = resources.ranks
+    usable_counts(config, resources.nodes, resources.nodes, ranks)
+    counts = usable_counts(config, resources.fewest, resources.nodes, ranks)
+
+    # Memory is shortest on the fewest nodes.
+    if device is not None:
+        _check_memory(config, counts[0] * ranks, device)
+    given = f"{resources.nodes}" if len(counts) == 1 else f"{resources.fewest} to {resources.nodes}"
+    return [
+        f"nodes: of {given} it runs on {', '.join(map(str, counts))}, {ranks} ranks each",
+        *plan_lines(config, resources.nodes * ranks, device),
+    ]
+
+
+def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
+    memory = device_memory(device)
+    if memory is None:
+        return  # plan_lines refuses an unknown device
+    chosen = config.deepspeed.zero_stage
+    needed = {zero_stage: _device_bytes(config, world_size, zero_stage) for zero_stage in range(chosen, 4)}
+    if needed[chosen] <= memory:
+        return
+
+    fitting = [f"deepspeed.zero_stage={zero_stage}" for zero_stage, state in needed.items() if state <= memory]
+    fix = (fitting or ["more nodes, or a smaller model.preset"])[0]
+    raise ConfigError(
+        f"the model's state is {needed[chosen] / 2**30:.3g} GiB per rank at zero_stage {chosen} on {world_size} ranks, "
+        f"{device.upper()} has {memory / 2**30:.3g} GiB; use {fix}"
+    )
+
+
+def _device_bytes(config: RunConfig, world_size: int, zero_stage: int) -> int:
+    """Bytes of the model's state on each device, without what is offloaded."""
+    precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
+    state: ModelState = model_state(kind_of(config).parameters(config).total, world_size, zero_stage, precision)
+    offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
+    return state.total - offloaded - state.weights * config.deepspeed.offload_params

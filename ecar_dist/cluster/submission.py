@@ -1,8 +1,9 @@
-"""`ecar-dist submit`: a config proven to fit the nodes it asks for, then a job, or several that wait for each other."""
+"""`ecar-dist submit`: a job, or several that wait for each other, and what is printed of them."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ecar_dist.cluster.job_folder import (
 from ecar_dist.cluster.job_script import SITE_FILE, Options, option_words, render
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.slurm import SlurmError, cancel_jobs, live_jobs, submit_script
+from ecar_dist.command_line import columns
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.run.directory import BEFORE_THE_START
@@ -155,3 +157,40 @@ def new_job_folder(config: RunConfig) -> Path:
     if names - set(BEFORE_THE_START) and "lineage.json" not in names:
         raise ConfigError(f"{run_directory} is not empty and holds no run; choose another run.name or run.dir")
     return next_job_folder(run_directory)
+
+
+def dry_run_text(submission: Submission, config_yaml: str) -> str:
+    """The steps, every job script and the resolved config, as they would be written."""
+    jobs = {step.name: f"JOB-{number}" for number, step in enumerate(submission.wanted, 1)}
+    files = {f"{step.name}.sbatch": submission.script(step) for step in submission.wanted}
+    files["config.yaml"] = config_yaml
+    contents = [f"---- {submission.folder / name}\n{text}" for name, text in files.items()]
+    return "\n".join(["nothing is submitted (--dry-run)", *_step_table(submission, jobs), *contents])
+
+
+def submitted_lines(submission: Submission, jobs: Mapping[str, str]) -> list[str]:
+    """What was submitted, how to follow it, and how to cancel it."""
+    run = submission.run_directory
+    train = next(step for step in submission.wanted if step.name == "train")
+    chain = "array" in train.options
+    pipeline = len(submission.steps) > 1
+    lines = _step_table(submission, jobs) if pipeline else [f"submitted job {jobs['train']}"]
+    lines += [
+        f"run directory  {run}",
+        f"log            {submission.log(train, '*' if chain else jobs['train'])}",
+        f"look           ecar-dist status {shlex.quote(str(run))}",
+        f"stop           scancel {' '.join(jobs.values())}",
+    ]
+    if pipeline:
+        lines.append("if a step fails, the steps after it are cancelled; fix the cause and run the same command again")
+    return lines
+
+
+def _step_table(submission: Submission, jobs: Mapping[str, str]) -> list[str]:
+    rows = [("step", "job", "waits for", "command")]
+    for step in submission.steps:
+        if step.stands:
+            rows.append((step.name, "-", "", "not needed: its result exists"))
+        else:
+            rows.append((step.name, jobs[step.name], submission.waits_for(step, jobs), step.says))
+    return columns(rows, left=range(4))

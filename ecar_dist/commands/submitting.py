@@ -92,9 +92,9 @@ def _job(text: str) -> str:
 
 
 def submit(parsed: argparse.Namespace) -> int:
-    from ecar_dist.cluster.fitness import fitness_lines
-    from ecar_dist.cluster.report import dry_run_text, submitted_lines
+    from ecar_dist.cluster.resources import fitness_lines
     from ecar_dist.cluster.slurm import require_slurm
+    from ecar_dist.cluster.submission import dry_run_text, submitted_lines
 
     config, resources = load_run_config(parsed), _resources(parsed)
     print("\n".join(fitness_lines(config, resources, parsed.device)))

@@ -49,7 +49,7 @@ def add_commands(add: AddCommand) -> None:
 
 
 def check(parsed: argparse.Namespace) -> int:
-    from ecar_dist.cluster.size import usable_nodes
+    from ecar_dist.cluster.resources import usable_nodes
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
 
     config = load_run_config(parsed)

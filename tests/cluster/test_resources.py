@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecar_dist.cluster.size import usable_counts, usable_nodes
+from ecar_dist.cluster.resources import usable_counts, usable_nodes
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.errors import ConfigError
 
