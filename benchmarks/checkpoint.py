@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rounds
 
+from ecar_dist.config.knobs_training import CheckpointSection
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.config.run import CheckpointSection, RunConfig
+from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.runtime.checkpoint.load import state_by_kind
 from ecar_dist.runtime.checkpoint.store import CheckpointStore

@@ -1,6 +1,6 @@
 import pytest
 
-from ecar_dist.config.run import OptimSection
+from ecar_dist.config.knobs_training import OptimSection
 from ecar_dist.learning_rate import learning_rate
 
 TOTAL = 1000

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from ecar_dist.config.model import GAMMA_SAFE_MARGIN
+from ecar_dist.config.knobs_model import GAMMA_SAFE_MARGIN
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ecar_dist.config.run import DataSection
+from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.data.images.decode import WHITE, Background, open_decoder
 from ecar_dist.data.images.formats import parse_background
 from ecar_dist.data.images.shards import ImageShards

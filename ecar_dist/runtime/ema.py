@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ecar_dist.averaging import Decay, half_life_decay, power_decay, sigma_rel_to_gamma
-from ecar_dist.config.run import EmaSection
+from ecar_dist.config.knobs_training import EmaSection
 
 
 def tracked_decays(section: EmaSection) -> dict[str, Decay]:

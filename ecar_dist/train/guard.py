@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ecar_dist.command_line import counted, say
-from ecar_dist.config.run import BadStepsSection
+from ecar_dist.config.knobs_training import BadStepsSection
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.errors import FruitlessError, reason_of
 from ecar_dist.runtime.world import World

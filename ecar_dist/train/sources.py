@@ -12,7 +12,8 @@ from typing import cast
 
 import torch
 
-from ecar_dist.config.run import DataSection, RunConfig
+from ecar_dist.config.knobs_data import DataSection
+from ecar_dist.config.run import RunConfig
 from ecar_dist.data.fit import check_fits
 from ecar_dist.data.images.decode import open_decoder
 from ecar_dist.data.images.formats import parse_background

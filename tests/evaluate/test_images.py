@@ -7,7 +7,7 @@ from PIL import Image
 
 from data_tools.finalize import finalize
 from data_tools.images.shard import shard
-from ecar_dist.config.run import DataSection
+from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.evaluate.images import background_of, read_images
 from tests.data_tools.image_folders import encode_small
 

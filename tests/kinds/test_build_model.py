@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from ecar_dist.config.knobs_training import TrainSection
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.config.run import RunConfig, TrainSection
+from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.mar import masked_size_of
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.models.layers import weight_decay_groups

@@ -6,8 +6,8 @@ import json
 import torch
 import xxhash
 
+from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.config.read import config_from_dict, config_to_yaml
-from ecar_dist.config.run import EmaSection
 from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER
 from ecar_dist.runtime.checkpoint.load import meanings
 from ecar_dist.runtime.checkpoint.manifest import SCHEMA

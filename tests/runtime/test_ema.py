@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ecar_dist.averaging import profile
-from ecar_dist.config.run import EmaSection
+from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 
 SECTION = EmaSection(half_life_samples=(100, 400), rampup=1.0, sigma_rel=(0.1,))

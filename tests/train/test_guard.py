@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecar_dist.config.run import BadStepsSection
+from ecar_dist.config.knobs_training import BadStepsSection
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.storage.untrusted import UntrustedError
 from ecar_dist.train.guard import (

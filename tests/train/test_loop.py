@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ecar_dist.config.run import BadStepsSection, CheckpointSection, EmaSection, LogSection
+from ecar_dist.config.knobs_training import BadStepsSection, CheckpointSection, EmaSection, LogSection
 from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.runtime.peers import RemoteError

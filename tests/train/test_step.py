@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ecar_dist.config.run import BadStepsSection, OptimSection
+from ecar_dist.config.knobs_training import BadStepsSection, OptimSection
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.runtime.checkpoint.files import Progress
 from ecar_dist.train.guard import BadSteps, is_good

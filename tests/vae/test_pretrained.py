@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ecar_dist.config.run import VaeSection
+from ecar_dist.config.knobs_model import VaeSection
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae import pretrained
 from ecar_dist.vae.build import open_codec, open_codec_by_spec

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ecar_dist.command_line import counted
-from ecar_dist.config.run import EmaSection
+from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.errors import CheckpointError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint.files import Needed, differences

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import ecar_dist.runtime.export.averages as averages
 from ecar_dist.averaging import profile
+from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.config.read import config_to_yaml, load_config
-from ecar_dist.config.run import EmaSection
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.ema import tracked_decays
 from ecar_dist.runtime.export.averages import Wanted, open_average

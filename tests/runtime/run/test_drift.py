@@ -1,12 +1,11 @@
-"""Config on resume: every key is classed, and a difference is said with what it changes."""
+"""Config on resume: each difference is printed with what it changes."""
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
+from ecar_dist.config.knob import OnResume
 from ecar_dist.config.read import config_from_dict, config_to_yaml
-from ecar_dist.config.run import RunConfig
-from ecar_dist.runtime.run.drift import _LEAVES, KINDS, Kind, drift, resume_lines
+from ecar_dist.runtime.run.drift import drift, resume_lines
 
 TREE = {
     "run": {"name": "a"},
@@ -20,27 +19,6 @@ MIXTURE = {"latents": None, "mixture": [{"latents": "x", "weight": 1.0}, {"laten
 
 def config(**sections):
     return config_from_dict({**TREE, **{name: {**TREE.get(name, {}), **changes} for name, changes in sections.items()}})
-
-
-def leaves(section, prefix=""):
-    """Every dotted field of the config's classes, found without an instance."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def test_every_leaf_of_the_config_is_classed_once():
-    assert sorted(KINDS) == sorted(leaves(RunConfig))
-    assert len(KINDS) == sum(len(names.split()) for sections in _LEAVES.values() for names in sections.values())
-
-
-def test_what_a_checkpoint_refuses_is_classed_as_the_model():
-    identity = set(config().model_identity)
-    ours = {key for key, kind in KINDS.items() if kind is Kind.MODEL}
-    assert identity <= ours
-    assert ours - identity == {"vae.kind", "vae.downsample"}  # the encoder's own hash stands for them
 
 
 @pytest.mark.parametrize(
@@ -71,40 +49,40 @@ def test_a_difference_is_one_line(section, old, new, line):
     assert str(difference) == f"config on resume: {line}"
 
 
-def test_no_difference_and_a_default_that_is_written_out_are_none():
+def test_a_default_that_is_written_out_is_not_a_difference():
     assert drift(config(), config()) == []
     written = {"ends": [1 / 3, 2 / 3, 1.0], "stage_weights": [1 / 3] * 3}
     assert drift(config(), config(flow=written, data={"max_bad": 1e-5})) == []
 
 
-def kinds(old, new, **more):
-    return {difference.key: difference.kind for difference in drift(old, new, **more)}
+def changes(old, new, **more):
+    return {difference.key: difference.on_resume for difference in drift(old, new, **more)}
 
 
 def test_the_end_of_training_matters_only_to_a_schedule_that_looks_at_it():
     more = {"train": {"total_samples": 20_000}}
-    assert kinds(config(), config(**more)) == {"train.total_samples": Kind.SAFE}
+    assert changes(config(), config(**more)) == {"train.total_samples": OnResume.SAFE}
     cosine = {"optim": {"schedule": "cosine"}}
-    assert kinds(config(**cosine), config(**cosine, **more)) == {"train.total_samples": Kind.OPTIMISATION}
-    assert kinds(config(), config(**cosine, **more))["train.total_samples"] is Kind.OPTIMISATION
+    assert changes(config(**cosine), config(**cosine, **more)) == {"train.total_samples": OnResume.OPTIMISATION}
+    assert changes(config(), config(**cosine, **more))["train.total_samples"] is OnResume.OPTIMISATION
 
 
-def test_the_same_data_elsewhere_are_no_other_order():
+def test_the_same_data_elsewhere_do_not_change_the_order():
     moved = config(data={"latents": "y"})
-    assert kinds(config(), moved) == {"data.latents": Kind.DATA_ORDER}
-    assert kinds(config(), moved, same_data=True) == {"data.latents": Kind.SAFE}
+    assert changes(config(), moved) == {"data.latents": OnResume.DATA_ORDER}
+    assert changes(config(), moved, same_data=True) == {"data.latents": OnResume.SAFE}
     mixed = config(data=MIXTURE)
     there = {"mixture": [{"latents": "z", "weight": 1.0}, {"latents": "y", "weight": 2.0}]}
-    assert kinds(mixed, config(data={**MIXTURE, **there}), same_data=True) == {"data.mixture": Kind.SAFE}
+    assert changes(mixed, config(data={**MIXTURE, **there}), same_data=True) == {"data.mixture": OnResume.SAFE}
     there["mixture"][0]["weight"] = 3.0
-    assert kinds(mixed, config(data={**MIXTURE, **there}), same_data=True) == {"data.mixture": Kind.DATA_ORDER}
+    assert changes(mixed, config(data={**MIXTURE, **there}), same_data=True) == {"data.mixture": OnResume.DATA_ORDER}
 
 
 def test_a_global_batch_that_comes_from_one_set_is_part_of_the_order():
     batch = {"batch": {"global_batch_size": 128}}
-    assert kinds(config(), config(**batch)) == {"batch.global_batch_size": Kind.OPTIMISATION}
+    assert changes(config(), config(**batch)) == {"batch.global_batch_size": OnResume.OPTIMISATION}
     by_step = {"data": {**MIXTURE, "mixture_by": "step"}}
-    assert kinds(config(**by_step), config(**by_step, **batch)) == {"batch.global_batch_size": Kind.DATA_ORDER}
+    assert changes(config(**by_step), config(**by_step, **batch)) == {"batch.global_batch_size": OnResume.DATA_ORDER}
 
 
 def test_the_config_on_disk_is_compared_and_one_that_cannot_be_read_is_a_warning(tmp_path):

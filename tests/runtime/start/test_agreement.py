@@ -6,11 +6,11 @@ from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.peers import RemoteError
-from ecar_dist.runtime.run.drift import NODE_LOCAL, shared_settings
+from ecar_dist.runtime.run.drift import shared_settings
 from ecar_dist.runtime.start import agreement
 from ecar_dist.runtime.start.agreement import agree_on, decide_on_facts, differences, odd_ranks, source_version
 from ecar_dist.runtime.start.roll_call import Answer
-from tests.runtime.run.test_drift import MIXTURE, TREE, config, leaves
+from tests.runtime.run.test_drift import MIXTURE, TREE, config
 from tests.runtime.test_world import in_threads, worlds
 
 NODES = ("n1", "n1", "n2", "n2")
@@ -46,9 +46,11 @@ def test_a_setting_of_one_rank_alone_is_named_with_both_values(key, value):
     assert line == f"the ranks differ: {key}={ours[key]} on rank 0 on n1, {theirs[key]} on rank 1 on n2"
 
 
-def test_every_leaf_is_compared_or_stands_among_the_local_ones():
-    assert set(leaves(RunConfig)) == set(shared_settings(config())) | NODE_LOCAL
-    assert not set(shared_settings(config())) & NODE_LOCAL
+def test_every_knob_is_compared_unless_nodes_may_differ_in_it():
+    shared = {knob.key for knob in RunConfig.knobs() if not knob.per_node}
+    assert set(shared_settings(config())) == shared
+    assert {"vae.path", "data.latents", "data.cache.dir", "data.prefetch"}.isdisjoint(shared)
+    assert {"run.seed", "batch.micro_batch_size", "data.mixture", "checkpoint.dir"} <= shared
 
 
 def test_the_same_data_may_lie_elsewhere_and_a_mixture_has_its_weights():

@@ -1,0 +1,116 @@
+"""How a knob is defined: its default, meaning and unit, and what a new value does to a run that is resumed.
+
+All of this stands at the knob's definition. Validation, the comparison on resume (`runtime/run/drift.py`), the
+identity of a model (`RunConfig.model_identity`) and the reference page (`docs/config.md`) read it from there.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+REQUIRED: Any = ...  # the default of a knob that the user must set
+
+
+class OnResume(enum.Enum):
+    """What a new value does to a run that is resumed. Users read the text."""
+
+    SAFE = "safe"
+    OPTIMISATION = "changes optimisation"
+    DATA_ORDER = "changes data order: needs --new-data-order"
+    LATENTS = "other latents: its checkpoints are refused"
+    MODEL = "another model: its checkpoints are refused"
+
+
+def knob(
+    default: Any,
+    meaning: str,
+    *,
+    on_resume: OnResume,
+    unit: str = "",
+    allowed: str = "",
+    per_node: bool = False,
+    **rules: Any,
+) -> Any:
+    """A pydantic field that documents itself.
+
+    allowed: the permitted values in words, for rules that a validator checks.
+    per_node: the ranks of a run may have different values.
+    rules: the constraints of `pydantic.Field`, e.g. `ge=0`.
+    """
+    extra = {"unit": unit, "allowed": allowed, "on_resume": on_resume.value, "per_node": per_node}
+    return Field(default, description=meaning, json_schema_extra=cast(Any, extra), **rules)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotated[str, OneOf(TABLE)]: one of the keys of a table, as Literal does for names that are written out."""
+
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One leaf of the config, by dotted key, with what its definition says."""
+
+    key: str
+    field: FieldInfo
+
+    @property
+    def meaning(self) -> str:
+        return self.field.description or ""
+
+    @property
+    def unit(self) -> str:
+        return self._extra["unit"]
+
+    @property
+    def allowed(self) -> str:
+        return self._extra["allowed"]
+
+    @property
+    def on_resume(self) -> OnResume:
+        return OnResume(self._extra["on_resume"])
+
+    @property
+    def per_node(self) -> bool:
+        return self._extra["per_node"]
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self.field.json_schema_extra)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, closed to unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def knobs(cls, prefix: str = "") -> Iterator[Knob]:
+        """All knobs of this section and of the sections in it, in the order of their definition."""
+        for name, field in cls.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from field.annotation.knobs(f"{prefix}{name}.")
+            else:
+                yield Knob(prefix + name, field)
+
+    def values(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """(dotted key, JSON value) of every knob; a null that stands for something else is given as `resolved_*`."""
+        dumped = self.model_dump(mode="json")
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                yield from value.values(f"{prefix}{name}.")
+                continue
+            resolved = getattr(self, f"resolved_{name}", None) if value is None else dumped[name]
+            yield prefix + name, list(resolved) if isinstance(resolved, tuple) else resolved

@@ -1,0 +1,228 @@
+"""Knobs that say what is trained and how it is sampled: model, flow, vae and sample."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from ecar_dist.config.knob import OneOf, OnResume, Section, knob
+from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
+from ecar_dist.flow.solvers import SOLVERS
+from ecar_dist.kinds.presets import PRESETS
+from ecar_dist.kinds.table import KINDS
+from ecar_dist.vae.table import CODECS
+
+GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
+
+
+class ModelSection(Section):
+    """The network that is trained."""
+
+    kind: Annotated[str, OneOf(KINDS)] = knob(
+        "ecar", "architecture: ECAR or a baseline, a row of kinds/table.py", on_resume=OnResume.MODEL
+    )
+    preset: Annotated[str, OneOf(PRESETS)] = knob(
+        "T", "width, heads and depths of the network, a row of kinds/presets.py", on_resume=OnResume.MODEL
+    )
+    ar_depth: int | None = knob(
+        None,
+        "depth of the AR transformer (mar: of the trunk); null: the preset's",
+        unit="blocks",
+        on_resume=OnResume.MODEL,
+        ge=1,
+    )
+    flow_depth: int | None = knob(
+        None,
+        "depth of the velocity network (mar: of the head); null: the preset's",
+        unit="blocks",
+        on_resume=OnResume.MODEL,
+        ge=1,
+    )
+    patch_size: int = knob(2, "side of a token", unit="latent pixels", on_resume=OnResume.MODEL, ge=1)
+    label_dropout: float = knob(
+        0.1,
+        "share of training samples that get the null label, for classifier-free guidance",
+        unit="fraction",
+        on_resume=OnResume.OPTIMISATION,
+        ge=0,
+        lt=1,
+    )
+
+
+class ContextSection(Section):
+    """What the AR transformer sees of the coarser stages (ecar only)."""
+
+    mode: Literal["noisy_state", "gamma_relaxed", "class_only"] = knob(
+        "noisy_state",
+        "noisy_state: the state plus fresh noise; gamma_relaxed: the exact state, with a larger flow.gamma; "
+        "class_only: the class label alone",
+        on_resume=OnResume.MODEL,
+    )
+    tau: float = knob(
+        0.3,
+        "noise that is added to the state before it is fed back",
+        unit="standard deviation",
+        on_resume=OnResume.MODEL,
+        ge=0,
+    )
+    allow_unsafe: bool = knob(
+        False,
+        "accept tau=0 with noisy_state, which loses low-frequency variance (as a negative control)",
+        on_resume=OnResume.SAFE,
+    )
+    allow_small_tau: bool = knob(False, "accept 0 < tau < 0.1, which needs many solver steps", on_resume=OnResume.SAFE)
+
+
+class FlowSection(Section):
+    """The stages of growing resolution, and the flow-matching loss."""
+
+    num_stages: int = knob(
+        3,
+        "K, the number of resolutions from coarse to fine, each twice the one before",
+        unit="stages",
+        on_resume=OnResume.MODEL,
+        ge=1,
+        le=6,
+    )
+    ends: tuple[float, ...] | None = knob(
+        None,
+        "data coefficient e_k at the end of each stage; null: (k+1)/K",
+        unit="data coefficient",
+        allowed="K numbers that rise strictly inside (0, 1], the last one 1",
+        on_resume=OnResume.MODEL,
+    )
+    gamma: float = knob(
+        GAMMA_EXTREME,
+        "correlation between the pixels of one 2x2 block of jump noise; -1/3 is the least renoising",
+        unit="correlation",
+        allowed="[-1/3, 0)",
+        on_resume=OnResume.MODEL,
+    )
+    context: ContextSection = ContextSection()
+    stage_weights: tuple[float, ...] | None = knob(
+        None,
+        "loss weight of each stage; null: 1/K each",
+        unit="weight",
+        allowed="K numbers >= 0, not all 0",
+        on_resume=OnResume.OPTIMISATION,
+    )
+    token_draws: int = knob(
+        4,
+        "mar only: times and noises drawn for each token in a training step",
+        unit="draws",
+        on_resume=OnResume.OPTIMISATION,
+        ge=1,
+    )
+
+    @property
+    def resolved_ends(self) -> tuple[float, ...]:
+        return uniform_ends(self.num_stages) if self.ends is None else self.ends
+
+    @property
+    def resolved_stage_weights(self) -> tuple[float, ...]:
+        return (1.0 / self.num_stages,) * self.num_stages if self.stage_weights is None else self.stage_weights
+
+    @property
+    def schedule(self) -> StageSchedule:
+        """Windows and jumps of the stages. Raises ConfigError where ends or gamma leave their range."""
+        return StageSchedule(self.resolved_ends, self.gamma)
+
+    @model_validator(mode="after")
+    def _check(self) -> FlowSection:
+        K = self.num_stages
+        if len(self.resolved_ends) != K:
+            raise ValueError(f"flow.ends has {len(self.resolved_ends)} values, flow.num_stages={K}; give one per stage")
+        _ = self.schedule  # checks ends and gamma
+
+        weights = self.resolved_stage_weights
+        if len(weights) != K or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise ValueError(
+                f"flow.stage_weights={list(weights)} must be {K} finite numbers >= 0, not all 0; null gives 1/K each"
+            )
+        return self
+
+    def check_context(self) -> None:
+        """Raises ValueError where a model that is fed states would meet the trap (docs/ecar.md, section 5)."""
+        if self.num_stages == 1 or self.context.allow_unsafe:
+            return
+        mode, tau = self.context.mode, self.context.tau
+        smallest_gamma = GAMMA_EXTREME + GAMMA_SAFE_MARGIN
+        if mode == "noisy_state" and tau == 0:
+            raise ValueError(
+                "flow.context.mode=noisy_state with flow.context.tau=0 feeds exact states back, and samples lose "
+                "low-frequency variance; set flow.context.tau=0.3 (flow.context.allow_unsafe=true for a control run)"
+            )
+        if mode == "gamma_relaxed" and (tau != 0 or self.gamma <= smallest_gamma):
+            raise ValueError(
+                f"flow.context.mode=gamma_relaxed needs flow.context.tau=0 and flow.gamma > {smallest_gamma:.4f}, got "
+                f"tau={tau} and gamma={self.gamma:.4f}; set flow.context.tau=0 and flow.gamma=-0.2"
+            )
+
+
+class VaeSection(Section):
+    """The autoencoder between images and latents."""
+
+    kind: Annotated[str, OneOf(CODECS)] = knob(
+        "kl",
+        "kl: AutoencoderKL of diffusers; dc: AutoencoderDC of diffusers; dct: block DCT, without weights",
+        on_resume=OnResume.LATENTS,
+    )
+    path: str | None = knob(
+        None,
+        "local folder or Hugging Face name of the autoencoder; required for kl and dc. A copy elsewhere is fine: its "
+        "weights are compared by hash",
+        per_node=True,
+        on_resume=OnResume.SAFE,
+    )
+    downsample: int = knob(
+        8, "image pixels along the side of a latent pixel", unit="pixels", on_resume=OnResume.LATENTS, ge=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> VaeSection:
+        if CODECS[self.kind].needs_path and not self.path:
+            raise ValueError(f"vae.kind={self.kind} needs vae.path, a local folder or a hub name; or set vae.kind=dct")
+        return self
+
+
+class SampleSection(Section):
+    """How images are sampled, for previews during training and by `ecar-dist sample`."""
+
+    solver: Annotated[str, OneOf(SOLVERS)] = knob(
+        "midpoint", "ODE solver, a row of flow/solvers.py", on_resume=OnResume.SAFE
+    )
+    steps_per_stage: int = knob(
+        8,
+        "solver steps in each stage; euler calls the network once a step, midpoint and heun twice",
+        unit="steps",
+        on_resume=OnResume.SAFE,
+        ge=1,
+    )
+    guidance_scale: float = knob(
+        2.0,
+        "weight of classifier-free guidance; 1 is the conditional model, 0 the unconditional one",
+        unit="factor",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
+    guidance_ramp: Literal["linear", "constant"] = knob(
+        "linear",
+        "linear: guidance rises by stage from 1 to guidance_scale; constant: the same in all stages",
+        on_resume=OnResume.SAFE,
+    )
+    ar_steps: int = knob(
+        64,
+        "mar only: steps in which the tokens are drawn, at most one per token",
+        unit="steps",
+        on_resume=OnResume.SAFE,
+        ge=1,
+    )
+    every_samples: int = knob(
+        0,
+        "interval between previews in samples/ and TensorBoard; 0: none",
+        unit="training samples",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
