@@ -38,6 +38,7 @@ lint: $(STAMP)
 
 # The pages of docs/ as a site, in docs/_build; a broken link or a page outside the contents is an error.
 docs: $(STAMP)
+	$(VENV)/bin/python -m ecar_dist.config.reference > docs/config.md
 	$(VENV)/bin/sphinx-build -W --keep-going -n -q -b html docs docs/_build
 
 clean:

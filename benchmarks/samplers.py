@@ -34,7 +34,7 @@ class Contender:
 
 
 CONTENDERS = {
-    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config/model.py
+    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config/knobs_model.py
     "dit, 250 steps": Contender("dit", 1, "euler", 250),
     "dit, 50 steps": Contender("dit", 1, "euler", 50),
 }

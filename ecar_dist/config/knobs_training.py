@@ -16,16 +16,17 @@ class RunSection(Section):
 
     name: str = knob(
         REQUIRED,
-        "name of the run and of its directory",
+        "name of the run and of its directory; a new name begins a new run",
         allowed="letters, digits, `.`, `_` and `-`; a letter or digit first; at most 200",
         on_resume=OnResume.SAFE,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=200,
     )
-    dir: str = knob("runs", "local folder of run directories; the run is in <dir>/<name>", on_resume=OnResume.SAFE)
+    dir: str = knob("runs", "local folder of run directories; the run is in `<dir>/<name>`", on_resume=OnResume.SAFE)
     seed: int = knob(
         0,
         "seed of the weights, the sample order and all other random numbers",
+        allowed="0 to 2^63 - 1",
         on_resume=OnResume.DATA_ORDER,
         ge=0,
         lt=2**63,
@@ -59,7 +60,7 @@ class OptimSection(Section):
     """AdamW and its learning rate."""
 
     learning_rate: float = knob(
-        1e-4, "peak learning rate of AdamW", unit="learning rate", on_resume=OnResume.OPTIMISATION, gt=0
+        1e-4, "peak learning rate of AdamW", unit="per step", on_resume=OnResume.OPTIMISATION, gt=0
     )
     betas: tuple[float, float] = knob(
         (0.9, 0.95),
@@ -74,7 +75,7 @@ class OptimSection(Section):
     weight_decay: float = knob(
         0.02,
         "decoupled weight decay, on matrices only",
-        unit="per step and learning rate",
+        unit="per step, times learning rate",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
     )
@@ -102,7 +103,7 @@ class OptimSection(Section):
     final_learning_rate: float = knob(
         0.0,
         "learning rate at the end of cosine and cooldown",
-        unit="learning rate",
+        unit="per step",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
     )
@@ -272,7 +273,7 @@ class CheckpointSection(Section):
     )
     dir: str | None = knob(
         None,
-        "folder or URL; the checkpoints are in <dir>/<run.name>; null: checkpoints/ in the run directory",
+        "folder or URL; the checkpoints are in `<dir>/<run.name>`; null: checkpoints/ in the run directory",
         on_resume=OnResume.SAFE,
     )
     overlap: bool = knob(True, "continue training while a checkpoint is written", on_resume=OnResume.SAFE)
