@@ -311,7 +311,7 @@ def test_an_occupied_directory(write_config, tmp_path, capsys):
 
 def test_a_batch_that_does_not_multiply_out(write_config, capsys):
     said = fails(capsys, "train", write_config(), "batch.global_batch_size=18")
-    assert "use batch.global_batch_size=16 or 20" in said
+    assert "batch.global_batch_size=16 or 20" in said
 
 
 @pytest.mark.parametrize(
