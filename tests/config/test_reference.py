@@ -15,8 +15,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.fixture(scope="module")
 def rows():
     """The cells of each knob's row, by key."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page().splitlines()]
-    return {row[0].split("`")[1]: row for row in cells if row[0].startswith("`")}
+    lines = [line for line in page().splitlines() if line.startswith("| `")]
+    table = [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")] for line in lines]
+    return {row[0].split("`")[1]: row for row in table}
 
 
 def test_the_committed_page_is_current():
