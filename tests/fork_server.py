@@ -26,6 +26,7 @@ CONTEXT.set_forkserver_preload(
         "ecar_dist.train.loop",
         "ecar_dist.train.start",
         "tests.data.shards.test_cache",
+        "tests.data.test_loader",
         "tests.data_tools.workers",
         "tests.runtime.checkpoint.test_crash",
     ]

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_tools.failures import MAX_BAD
 from ecar_dist.data.order.lanes import sample_indices
-from ecar_dist.data.shards.manifest import STRICT
+from ecar_dist.data.shards.manifest import KNOWN_FIELDS
 from ecar_dist.data.shards.manifest_rules import Classes, MomentsShape, Samples, Side, Tree, Visible
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
@@ -38,7 +38,7 @@ MAX_SHARDS = 1_000_000
 class EncodePlan:
     """The samples of the source in a random order given by `seed`, cut into shards of `samples_per_shard` rows."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
 
     source_folder: Visible  # for people; source_dataset_id is what identifies the source
     source_dataset_id: Visible

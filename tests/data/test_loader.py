@@ -2,15 +2,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from ecar_dist.data import loader as loader_module
 from ecar_dist.data import sources as sources_module
@@ -22,6 +20,7 @@ from ecar_dist.errors import ConfigError, DataError
 from tests.data.latent_sets import COUNTS, write_set
 from tests.data.process import open_files, wait_until
 from tests.data.shards.test_read import flip_a_byte, truncate
+from tests.fork_server import CONTEXT
 
 SEED, BATCH = 5, 24
 
@@ -38,7 +37,7 @@ def open_loader(folders, *, micro=4, batch=BATCH, rank=0, world_size=1, start=0,
     )
     share = Share(batch, micro, rank, world_size)
     if dali:
-        sources = [DaliLatentSource(source, micro, loader_module.torch.device("cpu")) for source in sources]
+        sources = [DaliLatentSource(source, micro, torch.device("cpu")) for source in sources]
     return SampleLoader(sources, stream, share, seed=SEED, start=start, **options)
 
 
@@ -252,50 +251,34 @@ def test_batch_numbers_must_multiply_out():
         Share(8, 3, 0, 2)
 
 
-def test_shards_are_planned_a_window_ahead_and_dropped_behind(tmp_path, monkeypatch):
-    write_set(tmp_path)
-    source = LatentSource(tmp_path)
-    asked, retired = [], []
-    monkeypatch.setattr(source, "plan", lambda soon, future: (asked.append(soon), retired.append(future)))
-    monkeypatch.setattr(loader_module, "_MAX_BLOCK", 24)
-    stream = SampleStream([source.shard_counts], seed=SEED, global_batch_size=BATCH, lanes=1, window_shards=1)
-    with SampleLoader([source], stream, Share(BATCH, 24), seed=SEED) as loader:
-        used = [set(np.unique(stream.locate(batch.positions.numpy()).shards)) for batch in itertools.islice(loader, 8)]
-    for step, shards in enumerate(used):
-        assert shards <= set(asked[step])
-        assert sorted(retired[step], key=retired[step].get)[0] == asked[step][0]
-        assert sorted(retired[step].values()) == list(range(len(retired[step])))
-
-
-CONSUMER = """
-import itertools, json, sys
-from tests.data.test_loader import open_loader
-folder, out, start, rank, world_size, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-with open_loader([folder], micro=2, rank=rank, world_size=world_size, start=start) as loader, open(out, "w") as log:
-    for batch in itertools.islice(loader, steps * 24 // (2 * world_size)):
-        rows = zip(batch.positions.tolist(), batch.sample_ids.tolist(), strict=True)
-        log.write("".join(json.dumps(row) + "\\n" for row in rows))
-        log.flush()
-"""
+def write_samples(folder, log, start, rank, world_size, steps):
+    """What a rank reads, as lines of (position, sample id)."""
+    with (
+        open_loader([folder], micro=2, rank=rank, world_size=world_size, start=start) as loader,
+        open(log, "w") as file,
+    ):
+        for batch in itertools.islice(loader, steps * BATCH // (2 * world_size)):
+            rows = zip(batch.positions.tolist(), batch.sample_ids.tolist(), strict=True)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
 
 
 def consume(folder, out, start, world_size, *, steps, kill_after=None):
-    """Run all ranks as processes; kill -9 them once each wrote `kill_after` lines. What was written, by position."""
+    """Run all ranks as processes; SIGKILL them once each wrote `kill_after` lines. What was written, by position."""
     logs = [out / f"{start}-{rank}.jsonl" for rank in range(world_size)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CONSUMER, folder, log, *map(str, (start, rank, world_size, steps))],
-            env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        )
+        CONTEXT.Process(target=write_samples, args=(folder, log, start, rank, world_size, steps))
         for rank, log in enumerate(logs)
     ]
+    for process in ranks:
+        process.start()
     if kill_after is not None:
-        while any(not log.exists() or log.read_text().count("\n") < kill_after for log in logs):
-            assert all(process.poll() is None for process in ranks)
-            time.sleep(0.01)
+        wait_until(lambda: all(log.exists() and log.read_text().count("\n") >= kill_after for log in logs))
         for process in ranks:
-            os.kill(process.pid, signal.SIGKILL)
-    assert all(process.wait() == (0 if kill_after is None else -9) for process in ranks)
+            process.kill()
+    for process in ranks:
+        process.join()
+    assert {process.exitcode for process in ranks} == {0 if kill_after is None else -signal.SIGKILL}
     lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return dict(json.loads(line) for line in lines)
 
@@ -308,7 +291,7 @@ def test_killed_and_resumed_at_another_world_size_the_sequence_goes_on(tmp_path)
     order = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH, lanes=2, window_shards=1).orders[0]
     whole = dict(enumerate(order.sample_indices(np.arange(max(first) + 1000 * BATCH)).tolist()))
     assert first.items() <= whole.items()
-    start = 2 * BATCH  # a run goes on from its last checkpoint
+    start = 2 * BATCH  # a run continues from its last checkpoint
     second = consume(folder, tmp_path, start, 3, steps=50)
     assert second == {position: whole[position] for position in range(start, start + 50 * BATCH)}
 
@@ -321,34 +304,56 @@ def test_a_part_of_the_locations_has_all_their_fields():
         assert getattr(part, field.name).tolist() == getattr(locations, field.name)[2:5].tolist()
 
 
-@pytest.mark.parametrize(("batch", "window", "blocks"), [(8, 64, 4), (8, 8, 1), (24, 8, 1)])
-def test_plans_overlap_so_that_shards_are_asked_for_before_their_use(tmp_path, monkeypatch, batch, window, blocks):
-    """A block is half a window at most, and what is asked for reaches beyond its end."""
-    write_set(tmp_path)
-    source, asked = LatentSource(tmp_path), []
-    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=batch)
-    monkeypatch.setattr(SampleStream, "window", window)
-    monkeypatch.setattr(stream, "upcoming", lambda start, stop, ranks, world: asked.append((start, stop)) or [[]])
+class RecordingSource:
+    """Holds no data, and records the plans and the shards that are read."""
+
+    can_flip = False
+
+    def __init__(self):
+        self.plans, self.reads = [], []  # `reads` has a list of sets for each plan
+
+    def plan(self, soon, future):
+        self.plans.append((soon, future))
+        self.reads.append([])
+
+    def read(self, locations, flip):
+        self.reads[-1].append(set(locations.shards.tolist()))
+        return torch.zeros(len(locations)), torch.zeros(len(locations), dtype=torch.int64)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("batch", "window_shards", "steps_per_plan"), [(4, 8, 10), (4, 1, 1), (24, 1, 1)])
+def test_a_shard_is_requested_at_least_one_plan_before_its_use(batch, window_shards, steps_per_plan):
+    """A plan is for half a window of positions, or a step if that is longer, and looks ahead as far again."""
+    source = RecordingSource()
+    stream = SampleStream([[10] * 40], seed=SEED, global_batch_size=batch, lanes=1, window_shards=window_shards)
     with SampleLoader([source], stream, Share(batch, batch), seed=SEED) as loader:
-        for _ in itertools.islice(loader, 3 * blocks):
-            pass
-    starts, soon = zip(*asked[::2], strict=True)
-    assert starts[:3] == (0, blocks * batch, 2 * blocks * batch)
-    assert soon[0] == max(window, (blocks + 1) * batch)
+        list(itertools.islice(loader, 8 * steps_per_plan))
+    assert [len(reads) for reads in source.reads[:8]] == [steps_per_plan] * 8
+    for (earlier, _), (soon, future), reads in zip(source.plans[:7], source.plans[1:8], source.reads[1:8], strict=True):
+        assert set().union(*reads) <= set(earlier) & set(soon) & set(future)
+        assert sorted(future, key=future.get)[0] == soon[0]
+        assert sorted(future.values()) == list(range(len(future)))
 
 
-@pytest.mark.parametrize(("node_ranks", "residues"), [((0, 1), [1, 2]), ((), [2])])
-def test_a_plan_is_of_this_ranks_window_and_of_all_that_its_node_needs(tmp_path, monkeypatch, node_ranks, residues):
-    """Rank 1 of a run that goes on at position 5 has the positions t with t % 4 = 2."""
-    write_set(tmp_path)
-    source, asked, planned = LatentSource(tmp_path), [], []
-    stream = SampleStream([COUNTS], seed=SEED, global_batch_size=8, lanes=2, window_shards=1)
-    monkeypatch.setattr(stream, "upcoming", lambda *question: asked.append(question) or [[2, 0, 1]])
-    monkeypatch.setattr(source, "plan", lambda *plan: planned.append(plan))
+@pytest.mark.parametrize("node_ranks", [(0, 1), ()])
+def test_a_plan_has_the_shards_of_this_rank_soon_and_of_its_node_in_an_epoch(node_ranks):
+    """Each window is exactly one shard, so nothing else may be planned. The run continues at position 5."""
+    source = RecordingSource()
+    stream = SampleStream([[4] * 16], seed=SEED, global_batch_size=8, lanes=4, window_shards=1)
     with SampleLoader([source], stream, Share(8, 2, 1, 4, node_ranks), seed=SEED, start=5) as loader:
         assert next(loader).positions.tolist() == [6, 10]
-    assert asked[:2] == [(5, 5 + stream.window, [2], 4), (5, 5 + 97, residues, 4)]
-    assert planned[0] == ([2, 0, 1], {2: 0, 0: 1, 1: 2})
+
+    def shards_of(ranks, count):
+        positions = np.arange(5, 5 + count)
+        return set(stream.locate(positions[np.isin((positions - 5) % 4, ranks)]).shards.tolist())
+
+    soon, future = source.plans[0]
+    assert set(soon) == shards_of([1], stream.window)
+    assert set(future) == shards_of(node_ranks or [1], stream.count)
+    assert len(future) < 16
 
 
 @pytest.mark.parametrize("evicts", [False, True])
@@ -372,7 +377,7 @@ def test_a_source_prefetches_what_it_lacks_and_never_reads_a_damaged_shard_again
     flip_a_byte(tmp_path / "000002.tar")
     latents = LatentSource(tmp_path)
     locations = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH).locate(np.arange(97))
-    source = DaliLatentSource(latents, 40, loader_module.torch.device("cpu")) if dali else latents
+    source = DaliLatentSource(latents, 40, torch.device("cpu")) if dali else latents
     for _ in range(2):
         source.read(locations.take(np.flatnonzero(locations.shards == 0)), None)
         with pytest.raises(BadSamples, match=r"000002\.tar") as caught:

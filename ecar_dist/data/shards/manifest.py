@@ -56,7 +56,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 
 # For pydantic: no unknown fields, no NaN or infinity.
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+KNOWN_FIELDS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # ---- one shard
 
@@ -65,7 +65,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 class ShardEntry:
     """What a shard must be: its file name, size, number of samples, and hashes."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
 
     name: RelativeName
     bytes: Bytes
@@ -115,7 +115,7 @@ class ImageEntry(ShardEntry):
 class ImageManifest:
     """A set of labelled encoded images: WebDataset tars, or one directory of files per class."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
     SCHEMA: ClassVar[str] = "ecar-images-v1"
     MADE_BY: ClassVar[str] = "ecar-data shard|index SOURCE OUT"
 
@@ -154,7 +154,7 @@ class ImageManifest:
 class Manifest:
     """A set of latent shards: raw moments, labels, and everything needed to interpret them."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
     SCHEMA: ClassVar[str] = "ecar-latents-v1"
     MADE_BY: ClassVar[str] = "ecar-data finalize FOLDER"
 
