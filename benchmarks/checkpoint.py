@@ -1,4 +1,4 @@
-"""What saving costs training: the time a save holds it up, against the bare copy of the state into host memory.
+"""What a save costs training: the time that training waits, over the time of a bare copy into host memory.
 
 `python benchmarks/checkpoint.py` takes about two minutes; `--full` has more rounds. The last line is JSON.
 See benchmarks/README.md.
@@ -25,8 +25,8 @@ import rounds
 from ecar_dist.config.knobs_training import CheckpointSection
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
-from ecar_dist.runtime.checkpoint.files import Progress
-from ecar_dist.runtime.checkpoint.load import state_by_kind
+from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.runtime.checkpoint.save import state_by_kind
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
@@ -63,10 +63,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Measurement:
-    """The real engine and the real stores on one rank; what is trained on is noise."""
+    """The real engine and checkpoint stores on one rank, trained on noise."""
 
     def __init__(self, folder: Path, world: World, preset: str, steps: int) -> None:
-        self._world, self._steps, self._step = world, steps, 0
+        self._world = world
+        self._steps = steps  # of one contender in a round
+        self._step = 0
         config = _config(folder, preset)
         self._engine = build_engine(config, lambda values, _: values, world, config.precision_on(world.device.type))
         self._ema = ShardedEma(self._engine.partitions, config.ema)
@@ -74,12 +76,14 @@ class Measurement:
             name: CheckpointStore(_with_overlap(config, name == OVERLAP), world, IDENTITY)
             for name in (OVERLAP, SYNCHRONOUS)
         }
-        self._held = [torch.empty_like(tensor, device="cpu").zero_() for tensor in self._state()]
+
+        # Buffers for the bare copy, and those of the stores: their memory exists before the first round.
+        self._buffers = [torch.empty_like(tensor, device="cpu").zero_() for tensor in self._state()]
         for store in self._stores.values():
             store.restore(self._engine, self._ema)
 
     def take(self, count: int) -> dict[str, Any]:
-        """`count` rounds after one that is thrown away: in it memory is touched for the first time."""
+        """Measure `count` rounds, after one that is discarded: it touches memory for the first time."""
         contenders: dict[str, Callable[[], dict[str, float]]] = {
             COPY: self._copy,
             PLAIN: lambda: self._train(None),
@@ -127,14 +131,15 @@ class Measurement:
 
     def _copy(self) -> dict[str, float]:
         began = time.perf_counter()
-        for held, tensor in zip(self._held, self._state(), strict=True):
-            held.copy_(tensor)
+        for buffer, tensor in zip(self._buffers, self._state(), strict=True):
+            buffer.copy_(tensor)
         return {"seconds": time.perf_counter() - began}
 
     def _train(self, store: CheckpointStore | None) -> dict[str, float]:
-        """So many steps, as the training loop takes them; where there is a store, a save begins after the first."""
-        os.sync()  # what the last contender wrote is its own
-        began, held = time.perf_counter(), store.stall_seconds if store else 0.0
+        """Train some steps as the training loop does. With a store, a save begins after the first."""
+        os.sync()  # the last contender's files must not slow this one
+        stall_before = store.stall_seconds if store else 0.0
+        began = time.perf_counter()
         for number in range(self._steps):
             if store and store.ready:
                 store.settle()
@@ -142,7 +147,10 @@ class Measurement:
             self._step += 1
             if store and number == 0:
                 store.begin(Progress(self._step * BATCH, self._step), self._engine, self._ema, {})
-        seconds, stall = time.perf_counter() - began, store.stall_seconds - held if store else 0.0
+        seconds = time.perf_counter() - began
+        stall = store.stall_seconds - stall_before if store else 0.0
+
+        # The save must end within these steps, or its stall is not complete.
         if store:
             if store.in_flight:
                 print(f"a save took longer than {self._steps} steps: give more --steps", file=sys.stderr)
@@ -176,7 +184,7 @@ def _config(folder: Path, preset: str) -> RunConfig:
 
 
 def _with_overlap(config: RunConfig, overlap: bool) -> RunConfig:
-    """The same run in a folder of its own: two stores do not share one."""
+    """The same run in its own folder: two stores must not share one."""
     folder = str(config.run_directory / ("beside" if overlap else "between"))
     section = config.checkpoint.model_copy(update={"overlap": overlap, "dir": folder})
     return config.model_copy(update={"checkpoint": section})
@@ -189,7 +197,7 @@ def _report(result: dict[str, Any]) -> None:
     )
     for name, stall in result["stall_seconds"].items():
         print(
-            f"{name:24} hold training {stall:.3f} s a save = {result['stall_over_copy'][name]:.2f} x the copy; the "
+            f"{name:24} stall training {stall:.3f} s a save = {result['stall_over_copy'][name]:.2f} x the copy; the "
             f"steps around it take {result['time_of_steps_with_a_save_over_without'][name]:.3f} x the time of others"
         )
     share, stall_over_copy = result["stall_share_at_default_interval"], result["stall_over_copy"][OVERLAP]

@@ -136,7 +136,6 @@ OWN_JSON = {
     "ecar_dist/vae/codec.py": "of a tree that the door has parsed, or of our own",
     "ecar_dist/drills/fault_proxy.py": "what the drill itself has sent it",
     "ecar_dist/drills/object_store.py": "what the drill's own proxy answers",
-    "ecar_dist/runtime/checkpoint/store.py": "a round trip of the notes at hand",
 }
 PARSERS = {"json.loads", "json.load", "json.JSONDecoder", "pydantic_core.from_json"}
 

@@ -11,7 +11,7 @@ from ecar_dist.command_line import positive
 from ecar_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ecar_dist.runtime.checkpoint.folder import CheckpointPlace
+    from ecar_dist.runtime.checkpoint.storage import CheckpointStorage
 
 
 def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
@@ -42,22 +42,22 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
 def checkpoint_list(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import DamagedError
 
-    place, names = _committed(parsed.run_directory)
+    storage, names = _committed(parsed.run_directory)
     for name in names:
         try:
-            manifest = place.manifest(name)
+            manifest = storage.manifest(name)
         except DamagedError as damage:
-            print(f"{place.where}/{name}  damaged: {damage.problem}")
+            print(f"{storage.where}/{name}  damaged: {damage.problem}")
             continue
         size = sum(file.bytes for file in manifest.files) / 2**20
         samples = manifest.progress.samples_seen
-        print(f"{place.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest.files)} files")
+        print(f"{storage.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest.files)} files")
     return 0
 
 
 def checkpoint_inspect(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import manifest_as_it_is
-    from ecar_dist.runtime.checkpoint.report import find_checkpoint, inspect_lines
+    from ecar_dist.runtime.checkpoint.inspect import find_checkpoint, inspect_lines
 
     path = find_checkpoint(parsed.run_directory, parsed.step)
     print(json.dumps(manifest_as_it_is(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
@@ -65,8 +65,7 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
 
 
 def checkpoint_diff(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.checkpoint.diff import diff_checkpoints
-    from ecar_dist.runtime.checkpoint.report import find_checkpoint
+    from ecar_dist.runtime.checkpoint.inspect import diff_checkpoints, find_checkpoint
 
     print("\n".join(diff_checkpoints(find_checkpoint(parsed.a), find_checkpoint(parsed.b)).lines))
     return 0
@@ -76,42 +75,42 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import DamagedError
 
     damaged = 0
-    place, names = _committed(parsed.run_directory)
+    storage, names = _committed(parsed.run_directory)
     for name in names:
         try:
-            place.fetch(name)
-            print(f"{place.where}/{name}  whole")
+            storage.fetch(name)
+            print(f"{storage.where}/{name}  whole")
         except DamagedError as damage:
             damaged += 1
-            print(f"{place.where}/{name}  damaged: {damage.problem}")
+            print(f"{storage.where}/{name}  damaged: {damage.problem}")
         finally:
-            place.release(name)
+            storage.release(name)
     if damaged:
         raise CheckpointError(f"{damaged} of {len(names)} checkpoints are damaged; use an older one, or a backup")
     return 0
 
 
-def _committed(run: Path) -> tuple[CheckpointPlace, list[str]]:
+def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
     """Where a run's checkpoints lie, and their names, newest first. Raises ConfigError or CheckpointError for none."""
-    from ecar_dist.runtime.checkpoint.folder import open_place
+    from ecar_dist.runtime.checkpoint.storage import open_storage
     from ecar_dist.runtime.run.directory import RunDirectory
 
-    place = open_place(RunDirectory(run).load_config(), run)
-    names = place.committed()
+    storage = open_storage(RunDirectory(run).load_config(), run)
+    names = storage.committed()
     if not names:
-        raise CheckpointError(f"{place.where} holds no checkpoint; train first, or wait for the first save")
-    return place, names
+        raise CheckpointError(f"{storage.where} holds no checkpoint; train first, or wait for the first save")
+    return storage, names
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:
-    from ecar_dist.runtime.export.averages import Wanted
+    from ecar_dist.runtime.export.ema import WantedEma
     from ecar_dist.runtime.export.write import export_run
     from ecar_dist.sample.parity import parity_report
 
     exported = export_run(
         parsed.run_directory,
         parsed.out or parsed.run_directory / "export",
-        wanted=Wanted(parsed.half_life, parsed.sigma_rel),
+        wanted=WantedEma(parsed.half_life, parsed.sigma_rel),
         dtype=parsed.dtype,
         max_shard_gib=parsed.max_shard_gib,
     )

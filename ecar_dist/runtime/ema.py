@@ -1,4 +1,4 @@
-"""Moving averages of the fp32 master weights, sharded like them: element by element, nothing is gathered."""
+"""EMAs of the fp32 master weights, sharded like them. An update is elementwise, so nothing is gathered."""
 
 from __future__ import annotations
 
@@ -12,35 +12,43 @@ from ecar_dist.config.knobs_training import EmaSection
 
 
 def tracked_decays(section: EmaSection) -> dict[str, Decay]:
-    """The averages that a run keeps, by their names in checkpoints: the half-lives in order, then the power functions.
+    """The decay of each EMA that a run keeps, by kind: `ema`, `ema1`, ...; first half-lives, then power functions.
 
-    The first is `ema`, the one that is drawn and exported; the others are `ema1`, `ema2`, ...
+    Samples are drawn from `ema`, the first one, and an export contains it by default.
     """
     decays: list[Decay] = [functools.partial(half_life_decay, h, section.rampup) for h in section.half_life_samples]
     decays += [functools.partial(power_decay, sigma_rel_to_gamma(sigma_rel)) for sigma_rel in section.sigma_rel]
     return {f"ema{index or ''}": decay for index, decay in enumerate(decays)}
 
 
-class ShardedEma:
-    """Averages of this rank's master partitions, in fp32 beside them.
+def ema_kinds(section: EmaSection) -> dict[str, str]:
+    """A description of each EMA, by kind. Checkpoints store it, because an edit of the config moves the kinds."""
+    texts = [f"half-life {half_life}, ramp-up {section.rampup}" for half_life in section.half_life_samples]
+    texts += [f"sigma_rel {sigma_rel}" for sigma_rel in section.sigma_rel]
+    return dict(zip(tracked_decays(section), texts, strict=True))
 
-    `averages` holds one list of flat tensors, laid out like the master partitions, for each name of `tracked_decays`.
+
+class ShardedEma:
+    """The EMAs of this rank's master partitions, in fp32 on the same device.
+
+    by_kind: for each kind of `tracked_decays`, flat tensors with the layout of the master partitions.
     """
 
     def __init__(self, masters: Sequence[torch.Tensor], section: EmaSection) -> None:
-        self._masters, self._decays = list(masters), tracked_decays(section)
-        self.averages: dict[str, list[torch.Tensor]] = {
+        self._masters = list(masters)
+        self._decays = tracked_decays(section)
+        self.by_kind: dict[str, list[torch.Tensor]] = {
             name: [master.detach().float().clone() for master in masters] for name in self._decays
         }
 
     @property
     def partitions(self) -> list[torch.Tensor]:
-        """The first average, which is drawn and exported."""
-        return self.averages["ema"]
+        """The first EMA."""
+        return self.by_kind["ema"]
 
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int) -> None:
-        """Move towards the current master weights; call once after every step, refused ones included."""
-        for name, average in self.averages.items():
+        """Move towards the current master weights. Call it once after every step, also after a refused one."""
+        for name, average in self.by_kind.items():
             decay = float(self._decays[name](samples_seen, batch))
             torch._foreach_lerp_(average, self._masters, 1.0 - decay)

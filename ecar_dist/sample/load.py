@@ -13,10 +13,11 @@ from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.runtime.checkpoint.files import Progress, check_identity, read_manifest
-from ecar_dist.runtime.checkpoint.manifest import Manifest
-from ecar_dist.runtime.export.averages import open_average
-from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, flat_identity, is_export
+from ecar_dist.runtime.checkpoint.compare import check_identity
+from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress, flat_identity
+from ecar_dist.runtime.export.ema import open_ema_weights
+from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, is_export
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
@@ -42,9 +43,8 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
         config, source, weights = load_config(path / CONFIG), path, (reader := ExportReader(path))
         facts = reader.facts
     else:
-        config, weights = RunDirectory(path).load_config(), (average := open_average(path))
-        source, facts = average.checkpoint, read_manifest(average.checkpoint)
-    progress = Progress(facts.progress.samples_seen, facts.progress.step)
+        config, weights = RunDirectory(path).load_config(), (ema := open_ema_weights(path))
+        source, facts = ema.checkpoint, read_manifest(ema.checkpoint)
     identity = flat_identity(facts.identity)
     check_identity(source, {key: identity.get(key) for key in config.model_identity}, config.model_identity)
     codec = open_codec(config.vae, device)
@@ -53,7 +53,7 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
             f"{source} was trained on latents of another autoencoder than {codec.identity.name}; point vae.path in "
             f"{path / CONFIG} to the one that encoded them"
         )
-    return TrainedModel(config, load_weights(config, weights, device), codec, device, progress, source)
+    return TrainedModel(config, load_weights(config, weights, device), codec, device, facts.progress, source)
 
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

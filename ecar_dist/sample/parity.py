@@ -37,9 +37,9 @@ def parity_report(exported: Exported, device: torch.device | None = None) -> str
     """
     device = device or torch.device("cpu")
     reader, config = ExportReader(exported.path), RunDirectory(exported.run).load_config()
-    ours = _outputs(config, exported.average, device)
+    ours = _outputs(config, exported.weights, device)
     theirs = _outputs(load_config(exported.path / CONFIG), reader, device)
-    differences = {"weights": [_weight_difference(exported.average, reader)]} | {
+    differences = {"weights": [_weight_difference(exported.weights, reader)]} | {
         name: [_max_difference(a, b) for a, b in zip(values, theirs[name], strict=True)]
         for name, values in ours.items()
     }

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.errors import FruitlessError, NodeError
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
@@ -144,15 +144,15 @@ class Saver:
         self._state = state
         self._store = store
         self._phases = phases
-        self._saved = Progress()  # of the newest checkpoint, committed or under way
+        self._saved = Progress(0, 0)  # of the newest checkpoint, committed or under way
         self._is_due = False
 
     def load(self) -> Restored | None:
         """Go on from the newest checkpoint; None where there is none yet, and the state is that of the start."""
         self._phases.enter("load", 0)
         restored = self._store.restore(self._state.engine, self._state.ema)
-        client_state = restored.notes if restored else {}
-        self._saved = restored.progress if restored else Progress()
+        client_state = restored.client_state if restored else {}
+        self._saved = restored.progress if restored else Progress(0, 0)
         check_replicas(self._world, self._state.engine, self._state.ema, self._saved.step)
         self._phases.enter("start", self._saved.step)
         self._state.guard.load_state_dict(client_state.get("bad_steps"))
@@ -205,8 +205,8 @@ class Saver:
                 )
             )
         self._saved = restored.progress
-        self._state.guard.roll_back(step, restored.progress.step, restored.notes.get("bad_steps"))
-        self._state.goodput.load_state_dict(restored.notes.get("goodput"))
+        self._state.guard.roll_back(step, restored.progress.step, restored.client_state.get("bad_steps"))
+        self._state.goodput.load_state_dict(restored.client_state.get("goodput"))
         return restored.progress
 
     def give_up(self, error: FruitlessError) -> NoReturn:
@@ -232,7 +232,7 @@ class Saver:
             self._drain()
             raise
         client_state = self._state.client_state()
-        self._store.begin(progress, engine, ema, client_state, checkpoint=checkpoint, averages=ema_snapshot)
+        self._store.begin(progress, engine, ema, client_state, checkpoint=checkpoint, ema_snapshot=ema_snapshot)
 
     def _drain(self) -> None:
         while self._store.in_flight:

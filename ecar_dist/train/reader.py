@@ -13,7 +13,7 @@ from ecar_dist.data.loader import MicroBatch, SampleLoader
 from ecar_dist.data.order.permutation import hash_keys
 from ecar_dist.errors import EcarError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import odd_ranks
 from ecar_dist.runtime.start.roll_call import Decision, enforce, ranks_on_nodes

@@ -17,9 +17,10 @@ from ecar_dist.command_line import counted, say
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.errors import CheckpointError, EcarError, FruitlessError
-from ecar_dist.runtime.checkpoint.files import Progress, step_of
-from ecar_dist.runtime.checkpoint.folder import CheckpointPlace, open_place, place_at
+from ecar_dist.runtime.checkpoint.files import step_of
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
+from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, open_storage, storage_at
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.peers import lost_peer
@@ -126,9 +127,9 @@ def last_step(config: RunConfig, progress: Progress) -> int:
 def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
     """Rank 0: the run directory is this process's, and what it starts is on record. Names of the attempt, the run."""
     directory.open_for_training()
-    place = open_place(config)
-    found, attempts = place.committed(), directory.attempts()
-    where = place.where if is_remote(place.where) else str(Path(place.where).absolute())
+    storage = open_storage(config)
+    found, attempts = storage.committed(), directory.attempts()
+    where = storage.where if is_remote(storage.where) else str(Path(storage.where).absolute())
     before = (attempts[-1].get("checkpoints") or where) if attempts else where
     if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
         newest, left = (step_of(found[0]) if found else None), newest_step_at(config, before)
@@ -141,7 +142,7 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
             )
     # its own folder alone: to take checkpoints from elsewhere for one's own, there is --adopt
     lost = directory.record_lost and where == str(directory.checkpoints.absolute())
-    lost_name = {"run": name} if lost and (name := run_of(place, found)) else {}
+    lost_name = {"run": name} if lost and (name := run_of(storage, found)) else {}
     attempt = directory.begin_attempt(
         world_size=world.size,
         zero_stage=config.deepspeed.zero_stage,
@@ -153,18 +154,18 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
     return attempt, directory.run_id
 
 
-def run_of(place: CheckpointPlace, found: Sequence[str]) -> str | None:
+def run_of(storage: CheckpointStorage, found: Sequence[str]) -> str | None:
     """The run whose checkpoints these are, by the newest that can be read; None where none can."""
     for name in found:
         with contextlib.suppress(OSError, EcarError):
-            return place.manifest(name).run
+            return storage.manifest(name).run
     return None
 
 
 def newest_step_at(config: RunConfig, where: str) -> int | None:
-    """Of the checkpoints at a place that is no longer the run's; None where there are none, or nobody can tell."""
+    """Of the checkpoints in a storage that is no longer the run's; None where there are none, or nobody can tell."""
     try:
-        found = place_at(config, where).committed()
+        found = storage_at(config, where).committed()
     except (OSError, EcarError):
         return None
     return step_of(found[0]) if found else None

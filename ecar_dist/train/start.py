@@ -21,9 +21,10 @@ from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.models.layers import weight_decay_groups
-from ecar_dist.runtime.checkpoint.files import Progress, committed
-from ecar_dist.runtime.checkpoint.folder import open_place
+from ecar_dist.runtime.checkpoint.files import committed
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
+from ecar_dist.runtime.checkpoint.storage import open_storage
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
@@ -87,7 +88,7 @@ def start_training(
     ends.callback(store.close)
     saver = Saver(config=config, world=world, state=state, store=store, phases=phases)
     restored = saver.load()
-    progress = restored.progress if restored else Progress()
+    progress = restored.progress if restored else Progress(0, 0)
 
     # The samples from there on.
     reader = open_reader(config, world, inputs.stream, progress.samples_seen, stop, phases)
@@ -163,7 +164,7 @@ def open_record(
     restored: Restored | None,
 ) -> MetricsWriter:
     """Rank 0: put the start of this attempt on record, and say how the run goes on. Returns the writer of metrics."""
-    progress = restored.progress if restored else Progress()
+    progress = restored.progress if restored else Progress(0, 0)
     lines = opening_lines(
         config,
         world,
@@ -216,10 +217,10 @@ def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
 
 def check_adoption(config: RunConfig) -> None:
     """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
-    with contextlib.closing(open_place(config)) as place:
-        if place.committed():
+    with contextlib.closing(open_storage(config)) as storage:
+        if storage.committed():
             return
-        where = place.where
+        where = storage.where
 
     # Looks in the folder above, and in the folders beside: the usual mistakes.
     near: list[str] = []

@@ -11,7 +11,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.failpoint import failpoint
 from ecar_dist.learning_rate import learning_rate
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.engine import Engine, StepStatus
 from ecar_dist.runtime.world import World
 from ecar_dist.train.telemetry import StepResult, Telemetry

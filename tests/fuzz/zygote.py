@@ -40,7 +40,7 @@ LIGHT = (
     "ecar_dist.plan.report",
     "ecar_dist.runtime.checkpoint.files",
     "ecar_dist.runtime.checkpoint.folder",
-    "ecar_dist.runtime.checkpoint.report",
+    "ecar_dist.runtime.checkpoint.inspect",
     "xxhash",
 )
 HEAVY = (
@@ -58,7 +58,7 @@ HEAVY = (
     "data_tools.images.shard",
     "data_tools.encode.status",
     "data_tools.train_vae",
-    "ecar_dist.runtime.checkpoint.diff",
+    "ecar_dist.runtime.checkpoint.inspect",
     "ecar_dist.runtime.export.write",
     "ecar_dist.sample.parity",
     "ecar_dist.sample.pictures",

@@ -9,9 +9,9 @@ import xxhash
 from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.config.read import config_from_dict, config_to_yaml
 from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER
-from ecar_dist.runtime.checkpoint.load import meanings
 from ecar_dist.runtime.checkpoint.manifest import SCHEMA
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, write_tensor_file
+from ecar_dist.runtime.ema import ema_kinds
 
 DATA = {"dataset_ids": ["sha-of-the-data"], "run.seed": 0}
 
@@ -49,7 +49,7 @@ def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, em
         for rank in range(ranks)
     ]
     first = next(iter(state.values()))
-    averages = meanings(ema or EmaSection())
+    averages = ema_kinds(ema or EmaSection())
     manifest = {
         "schema": SCHEMA,
         "progress": {"samples_seen": step * batch, "step": step},

@@ -35,19 +35,19 @@ def test_the_averages_are_the_half_lives_in_order_and_then_the_power_functions()
 
 
 def test_one_half_life_is_one_average():
-    assert list(ShardedEma([torch.zeros(2)], EmaSection(half_life_samples=7)).averages) == ["ema"]
+    assert list(ShardedEma([torch.zeros(2)], EmaSection(half_life_samples=7)).by_kind) == ["ema"]
 
 
 @pytest.mark.parametrize("kind", ["ema", "ema1", "ema2"])
 def test_an_average_is_its_profile_times_the_weights(run, kind):
     ema, trajectory = run
     expected = profile(tracked_decays(SECTION)[kind], STEPS, BATCH) @ trajectory
-    assert torch.cat(ema.averages[kind]).numpy() == pytest.approx(expected, abs=1e-6)
+    assert torch.cat(ema.by_kind[kind]).numpy() == pytest.approx(expected, abs=1e-6)
 
 
 def test_averages_are_fp32_and_their_own(run):
     ema, _ = run
-    flats = [flat for average in ema.averages.values() for flat in average]
+    flats = [flat for average in ema.by_kind.values() for flat in average]
     assert {flat.dtype for flat in flats} == {torch.float32}
     assert len({flat.data_ptr() for flat in flats}) == 6
-    assert ema.partitions is ema.averages["ema"]
+    assert ema.partitions is ema.by_kind["ema"]

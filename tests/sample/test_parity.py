@@ -9,7 +9,7 @@ import torch
 
 from ecar_dist.errors import CheckpointError
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.runtime.export.averages import Wanted
+from ecar_dist.runtime.export.ema import WantedEma
 from ecar_dist.runtime.export.files import ExportReader
 from ecar_dist.runtime.export.write import export_run
 from ecar_dist.runtime.run.directory import RunDirectory
@@ -125,9 +125,9 @@ def test_an_export_that_differs_is_removed(run, tmp_path, monkeypatch, value):
 
 
 def test_the_weights_of_another_average_are_seen(run, tmp_path):
-    first, second = export_run(run, tmp_path / "a"), export_run(run, tmp_path / "b", wanted=Wanted(half_life=2000))
+    first, second = export_run(run, tmp_path / "a"), export_run(run, tmp_path / "b", wanted=WantedEma(half_life=2000))
     with pytest.raises(CheckpointError, match="is removed: weights differ by 0"):
-        parity_report(dataclasses.replace(first, average=second.average))
+        parity_report(dataclasses.replace(first, weights=second.weights))
     assert not first.path.exists()
 
 

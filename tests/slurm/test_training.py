@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.runtime.checkpoint.diff import diff_checkpoints
-from ecar_dist.runtime.checkpoint.report import find_checkpoint
+from ecar_dist.runtime.checkpoint.inspect import diff_checkpoints, find_checkpoint
 from tests.conftest import losses, write_yaml
 from tests.slurm.cluster import ENDED
 from tests.train.test_elastic import FP32_TOLERANCE

@@ -82,8 +82,8 @@ class PretendStore:
 
     ready = in_flight
 
-    def begin(self, progress, engine, ema, client_state, *, checkpoint, averages):
-        self.calls.append(("begin", progress.step, checkpoint, averages))
+    def begin(self, progress, engine, ema, client_state, *, checkpoint, ema_snapshot):
+        self.calls.append(("begin", progress.step, checkpoint, ema_snapshot))
         self.client_state = json.loads(json.dumps(client_state))
         self.left = 2
 

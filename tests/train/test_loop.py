@@ -8,7 +8,7 @@ import pytest
 
 from ecar_dist.config.knobs_training import BadStepsSection, CheckpointSection, EmaSection, LogSection
 from ecar_dist.errors import DataError, FruitlessError, NodeError
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.train.guard import BadStepFile, StepGuard
 from ecar_dist.train.loop import Parts, RunState, Saver, crossed, train
@@ -96,7 +96,7 @@ def saved_steps(run):
 
 def test_saves_come_when_they_are_due_and_settle_while_training_goes_on(tmp_path):
     run = make_run(tmp_path, PretendLoader(*[make_batch(4)] * 8), ema=EmaSection(snapshot_every_samples=20))
-    assert train(run.parts, Progress()) == Progress(32, 8)
+    assert train(run.parts, Progress(0, 0)) == Progress(32, 8)
     saves = [("begin", 3, True, False), ("begin", 5, False, True), ("begin", 6, True, False), ("begin", 8, True, False)]
     assert begun(run.store) == saves
     assert run.store.calls[:3] == [saves[0], "settle", "settle"]  # at the beginnings of steps 4 and 5
@@ -110,14 +110,14 @@ def test_saves_come_when_they_are_due_and_settle_while_training_goes_on(tmp_path
 def test_data_that_fail_end_the_run_after_what_was_learnt_is_saved(tmp_path):
     run = make_run(tmp_path, PretendLoader(make_batch(4), make_batch(4), DataError("shard x is damaged")))
     with pytest.raises(DataError, match="shard x"):
-        train(run.parts, Progress())
+        train(run.parts, Progress(0, 0))
     assert run.store.calls == [("begin", 2, True, False), "finish"]
     assert not run.parts.stop.too_late
 
 
 def test_a_save_that_falls_into_a_row_of_bad_steps_waits_for_the_next_good_one(tmp_path):
     run = make_run(tmp_path, total=48, bad={2, 6})
-    train(run.parts, Progress())
+    train(run.parts, Progress(0, 0))
     assert saved_steps(run) == [3, 7, 9, 12]
     assert run.store.client_state["bad_steps"]["skipped"] == 2
     assert run.updates == [(4 * step, 4) for step in range(1, 13)]  # steps that moved nothing included
@@ -126,9 +126,9 @@ def test_a_save_that_falls_into_a_row_of_bad_steps_waits_for_the_next_good_one(t
 def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
     client_state = {"bad_steps": {"skipped": 7}, "goodput": {"kept_seconds": 9.0}}
     run = make_run(
-        tmp_path, total=48, bad={6, 7}, restored=SimpleNamespace(progress=Progress(12, 3), notes=client_state)
+        tmp_path, total=48, bad={6, 7}, restored=SimpleNamespace(progress=Progress(12, 3), client_state=client_state)
     )
-    assert train(run.parts, Progress()) == Progress(48, 12)
+    assert train(run.parts, Progress(0, 0)) == Progress(48, 12)
     assert run.engine.steps == list(range(1, 13))
     assert run.engine.optimizer_steps == [4, 5, 6, 7]  # Adam counts the steps of the run
     assert run.store.client_state["bad_steps"] == {
@@ -146,11 +146,11 @@ def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
 
 
 def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):
-    checkpoint = SimpleNamespace(progress=Progress(8, 2), notes={})  # the one of step 3 was damaged
+    checkpoint = SimpleNamespace(progress=Progress(8, 2), client_state={})  # the one of step 3 was damaged
     after = OrderedLoader(8, end=(3, DataError("shard x is damaged")))
     run = make_run(tmp_path, OrderedLoader(0), after, total=48, bad={6, 7}, restored=checkpoint)
     with pytest.raises(DataError, match="shard x"):
-        train(run.parts, Progress())
+        train(run.parts, Progress(0, 0))
     assert saved_steps(run) == [3]
     assert run.store.calls[-2:] == ["restore", "finish"]
 
@@ -158,14 +158,14 @@ def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):
 def test_after_the_last_roll_back_the_run_ends_once_its_last_save_stands(tmp_path):
     run = make_run(tmp_path, bad={4}, roll_back_after=1, stop_after=0)
     with pytest.raises(FruitlessError, match="step 4: the loss is nan"):
-        train(run.parts, Progress())
+        train(run.parts, Progress(0, 0))
     assert run.store.calls == [("begin", 3, True, False), "settle", "settle"]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
     run = make_run(tmp_path, bad={2}, roll_back_after=1)
     with pytest.raises(FruitlessError, match=r"step 2 .* no checkpoint"):
-        train(run.parts, Progress())
+        train(run.parts, Progress(0, 0))
     windows = BadStepFile(tmp_path / "bad_steps.jsonl", ALONE).windows()
     assert windows == []  # a new start does not pass over them
 
@@ -200,7 +200,7 @@ def test_copies_that_differ_after_loading_end_the_run_before_its_first_step(tmp_
 
     parts = make_run(tmp_path).parts
     monkeypatch.setattr("ecar_dist.train.loop.check_replicas", drifted)
-    store = PretendStore(SimpleNamespace(progress=Progress(12, 3), notes={}))
+    store = PretendStore(SimpleNamespace(progress=Progress(12, 3), client_state={}))
     saver = Saver(config=parts.config, world=ALONE, state=parts.state, store=store, phases=parts.telemetry.phases)
     with pytest.raises(NodeError, match="step 3"):
         saver.load()
@@ -209,7 +209,7 @@ def test_copies_that_differ_after_loading_end_the_run_before_its_first_step(tmp_
 def test_what_is_logged_and_said_at_the_end(tmp_path, capsys):
     run = make_run(tmp_path, total=48, bad={2}, log=LogSection(every_steps=4, tensorboard=False))
     run.store.stall_seconds, run.store.failures = 1.5, 2
-    train(run.parts, Progress())
+    train(run.parts, Progress(0, 0))
     assert [(step, seen) for step, seen, _ in run.writer.logged] == [(4, 16), (8, 32), (12, 48)]
     values = run.writer.logged[-1][2]
     told = ("train/skipped_steps", "checkpoint/failures", "checkpoint/stall_seconds")

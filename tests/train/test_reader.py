@@ -11,7 +11,7 @@ from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import DataError
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement
 from ecar_dist.runtime.start.roll_call import Decision

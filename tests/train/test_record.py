@@ -9,7 +9,7 @@ import torch
 from ecar_dist.config.read import load_config
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import CheckpointError, FruitlessError
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.signals import StoppedEarlyError
 from ecar_dist.runtime.world import Placement, World
@@ -81,7 +81,7 @@ def test_a_run_that_lost_its_record_is_named_by_its_own_checkpoints_alone(write_
         (folder / "step-00000005").mkdir(parents=True)
         (folder / "step-00000005/COMMITTED").write_text("")
     monkeypatch.setattr(
-        "ecar_dist.runtime.checkpoint.folder.LocalPlace.manifest", lambda *_: SimpleNamespace(run="0ld")
+        "ecar_dist.runtime.checkpoint.folder.LocalStorage.manifest", lambda *_: SimpleNamespace(run="0ld")
     )
     names = [first.run_id]
     for override in ((), (f"checkpoint.dir={tmp_path}/there",)):

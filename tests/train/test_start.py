@@ -18,7 +18,7 @@ def train_alone(config, *overrides, **environment):
 
 
 def kept_seconds(run, step):
-    return read_manifest(run / f"checkpoints/step-{step:08d}").notes["goodput"]["kept_seconds"]
+    return read_manifest(run / f"checkpoints/step-{step:08d}").client_state["goodput"]["kept_seconds"]
 
 
 def test_a_run_goes_on_with_what_it_knew_and_says_what_is_new(write_config, tree, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from ecar_dist.config.knobs_training import BadStepsSection, OptimSection
 from ecar_dist.data.order.substitution import Substitution
-from ecar_dist.runtime.checkpoint.files import Progress
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.train.guard import BadSteps, is_good
 from ecar_dist.train.step import train_step
 from ecar_dist.train.telemetry import Telemetry

@@ -65,7 +65,7 @@ def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
 def train(engine: Engine, config: RunConfig, steps: list[list[Micro]]) -> tuple[list[float], ShardedEma, Averages]:
     """All steps; beside the sharded averages, unsharded ones of the whole weights."""
     ema, losses = ShardedEma(engine.partitions, config.ema), []
-    unsharded = dict.fromkeys(ema.averages, whole(engine, engine.partitions))
+    unsharded = dict.fromkeys(ema.by_kind, whole(engine, engine.partitions))
     for index, batches in enumerate(steps):
         status = run_micro_batches(engine, batches)
         assert status.applied
@@ -152,7 +152,7 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
     if config.grad_accum_steps(world.size) == 1:  # the two micro-batches of a step are one
         steps = [[tuple(torch.cat(parts) for parts in zip(*batches, strict=True))] for batches in steps]
     losses, ema, unsharded = train(engine, config, steps)
-    results = {kind: whole(engine, flats) for kind, flats in ema.averages.items()}
+    results = {kind: whole(engine, flats) for kind, flats in ema.by_kind.items()}
     weights = torch.cat([full.double().flatten() for _, full in engine.gather(engine.partitions)])
     report = {
         "losses": losses,

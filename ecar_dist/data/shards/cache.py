@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import tempfile
 import threading
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -18,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from ecar_dist.data.shards.download import Download, fetch_shard
 from ecar_dist.data.shards.manifest import ShardEntry
-from ecar_dist.data.shards.proof import ProvenMap, ShardDamaged, map_open_file
+from ecar_dist.data.shards.proof import ProvenMap, ShardDamaged, describe_damage_in, map_open_file
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
+from ecar_dist.storage.fetch import RemoteFile, WrongContentError, cache_folder, fetch_file
 from ecar_dist.storage.node_lock import node_lock, sweep_temporaries
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import join
@@ -41,14 +40,7 @@ class CacheOptions:
     @property
     def folder(self) -> Path:
         """The root as a path. Raises DataError if the default folder belongs to another user, who could edit shards."""
-        if chosen := self.root or os.environ.get("ECAR_CACHE_DIR"):
-            return Path(chosen)
-        default = Path(tempfile.gettempdir(), f"ecar-cache-{os.getuid()}")
-        if default.is_symlink() or (default.exists() and default.stat().st_uid != os.getuid()):
-            raise DataError(
-                f"the cache folder {default} is a link or belongs to another user; set data.cache.dir or ECAR_CACHE_DIR"
-            )
-        return default
+        return cache_folder(self.root)
 
 
 class ShardCache:
@@ -186,8 +178,16 @@ class ShardCache:
                 if not path.exists():
                     self._make_room(entry.bytes)
                     self.stats.add(refetches=damaged is not None)
-                    download = Download(self._urls[shard_index], path, entry, self._transfer, self._ranges)
-                    fetch_shard(download, attempts=1 if damaged is not None else 2)
+                    fetch_file(
+                        RemoteFile(self._urls[shard_index], entry.bytes, entry.xxh3_128),
+                        path,
+                        self._transfer,
+                        pool=self._ranges,
+                        attempts=1 if damaged is not None else 2,
+                        describe_damage=describe_damage_in,
+                    )
+        except WrongContentError as error:
+            raise ShardDamaged(f"shard {self.where(shard_index)} {error.problem}; upload it again") from None
         except CancelledError:
             raise DataError(f"the download of {self.where(shard_index)} was stopped; start again to continue") from None
         except OSError as error:

@@ -24,6 +24,7 @@ from ecar_dist.data.shards.layout import DESCRIPTION_NAME, Description, MemberRe
 from ecar_dist.data.shards.manifest import ShardEntry
 from ecar_dist.data.shards.tar_index import BLOCK, padded
 from ecar_dist.errors import DataError
+from ecar_dist.storage.hashing import hash_open_file
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import file_in, is_remote, local_path
 from ecar_dist.storage.untrusted import parse_record
@@ -115,7 +116,7 @@ def map_open_file(file: BinaryIO, path: Path, entry: ShardEntry) -> ProvenMap:
         raise _wrong_size(path, before.st_size, entry)
 
     # The stamp is taken before the hash: a write during the check shows up as a change later.
-    found = hash_file(file)
+    found = hash_open_file(file)
     mapped = ProvenMap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.path = str(path)
     mapped.stamp = _stamp(before)
@@ -127,25 +128,16 @@ def map_open_file(file: BinaryIO, path: Path, entry: ShardEntry) -> ProvenMap:
     return mapped
 
 
-def hash_file(file: BinaryIO) -> str:
-    """xxh3_128 of a whole file that was opened without a buffer.
-
-    The file is read, not mapped. Page faults load a cold file at a third of the disk's rate or more, depending on the
-    run; reads always reach the disk's rate, and the pages are in memory when the file is mapped afterwards.
-    """
-    digest = xxhash.xxh3_128()
-    chunk = bytearray(_CHUNK)
-    view = memoryview(chunk)
-    file.seek(0)
-    while got := file.readinto(chunk):  # type: ignore[attr-defined]
-        digest.update(view[:got])
-    return digest.hexdigest()
-
-
 def describe_damage(mapped: mmap.mmap) -> str:
     """Part of an error message: where the damage is, or that its offset is unknown."""
     offset = first_damage(mapped)
     return "at an unknown offset" if offset is None else f"the first damage is at or after byte {offset}"
+
+
+def describe_damage_in(file: BinaryIO) -> str:
+    """As `describe_damage`, for an open file."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return describe_damage(mapped)
 
 
 def first_damage(mapped: mmap.mmap) -> int | None:

@@ -1,13 +1,15 @@
-"""Checkpoints behind a URL: `<url>/step-00001000-<attempt>/`, the objects first, the marker last.
+"""Checkpoints behind a URL: `<url>/step-00001000-<attempt>/`, the files first, the marker last.
 
-An object store renames nothing, so the marker object alone makes a checkpoint: a prefix without it does not exist for a
-reader. Files are made on a disk of the node, uploaded whole, and fetched to such a disk again, each once per node.
+An object store cannot rename, so the marker object alone commits a checkpoint: without it a prefix does not exist for a
+reader. A file is written to a local disk of the node and uploaded as a whole. A reader downloads it to such a disk,
+once per node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import tempfile
 import threading
@@ -19,7 +21,6 @@ import xxhash
 
 from ecar_dist.errors import CheckpointError, DataError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint.download import download_file
 from ecar_dist.runtime.checkpoint.files import (
     MANIFEST,
     MARKER,
@@ -32,31 +33,37 @@ from ecar_dist.runtime.checkpoint.files import (
     marker_of,
     open_fragments,
     proven_manifest,
+    readable,
     step_of,
 )
-from ecar_dist.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
+from ecar_dist.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, RankFile
 from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
-from ecar_dist.storage.atomic import atomic_write
+from ecar_dist.storage.atomic import DISK_FULL, atomic_write
+from ecar_dist.storage.fetch import RemoteFile, WrongContentError, fetch_file
+from ecar_dist.storage.hashing import hash_file
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import abort_uploads, join, list_files, read_object, remove, stat, upload
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
 from ecar_dist.storage.untrusted import path_inside
 
-_SLOWEST = 8 << 20  # bytes a second; an operation on a large file gets the time that this rate takes
+_SLOWEST = 8 << 20  # bytes a second; the deadline of a transfer grows with its size at this rate
 
 
-class BucketPlace:
-    """The checkpoints of one run under `url`; `scratch` is a folder on a disk of the node."""
+class BucketStorage:
+    """The checkpoints of one run under `url`. Local copies go to a subfolder of `cache`, on a disk of the node."""
 
-    def __init__(self, url: str, scratch: Path, retry: RetryPolicy | None = None) -> None:
-        self._url, self.where, self._retry = url, redact(url), retry or RetryPolicy()
-        self._scratch = scratch / "checkpoints" / xxhash.xxh3_64_hexdigest(url.partition("?")[0].encode())
+    def __init__(self, url: str, cache: Path, retry: RetryPolicy | None = None) -> None:
+        self.where = redact(url)
+        self._url = url
+        self._retry = retry or RetryPolicy()
+        self._scratch = cache / "checkpoints" / xxhash.xxh3_64_hexdigest(url.partition("?")[0].encode())
         self._stopping = threading.Event()
-        self._underway: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # of transfers
-        self._manifests: dict[str, Manifest] = {}  # committed ones never change
+        self._transfers: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # the `stopping` of each
+        self._manifests: dict[str, Manifest] = {}  # a committed manifest never changes
 
-    def prepare(self) -> None:
+    def check_writable(self) -> None:
+        # Only an attempt shows whether the credentials allow writing and removing.
         self.make_scratch()
         self.put(".writable", b"")
         remove(join(self._url, ".writable"), self.transfer())
@@ -71,8 +78,10 @@ class BucketPlace:
                 self._manifests[name] = self._manifest(name, Path(folder))
         return self._manifests[name]
 
-    def whole(self) -> list[tuple[str, int]]:
-        objects, found = self._objects(), []
+    def complete(self) -> list[tuple[str, int]]:
+        # One listing has the sizes of all objects.
+        objects = self._objects()
+        found = []
         for name in self._committed(objects):
             with contextlib.suppress(DamagedError):
                 manifest = self.manifest(name)
@@ -84,28 +93,31 @@ class BucketPlace:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
-        manifest, kinds = self._manifest(name, folder), set[str]()
+        manifest = self._manifest(name, folder)
+
+        kinds: set[str] = set()
         for file in filter(needed, manifest.files):
-            url, path = join(self._url, f"{name}/{file.name}"), path_inside(folder, file.name)
-            with node_lock(path.with_suffix(".lock"), self._stopping):  # by one process of the node
-                download_file(url, file, path, self.transfer)
+            # One process of the node downloads, the others wait and find the file.
+            with node_lock(path_inside(folder, file.name).with_suffix(".lock"), self._stopping):
+                self._download(name, file, folder)
             _, kinds = open_fragments(folder, manifest, file, "np", kinds)
         return folder
 
     def release(self, name: str) -> None:
         shutil.rmtree(self._scratch / name, ignore_errors=True)
 
-    def draft(self, step: int, attempt: str) -> _BucketDraft:
-        return _BucketDraft(self, f"step-{step:08d}-{attempt}")
+    def new_checkpoint(self, step: int, attempt: str) -> _PendingObjects:
+        return _PendingObjects(self, f"step-{step:08d}-{attempt}")
 
-    def sweep(self, keep: set[str]) -> None:
+    def keep_only(self, keep: set[str]) -> None:
+        # Checkpoints without a marker are the remains of failed saves, and go too.
         objects = self._objects()
         for name in sorted({path.partition("/")[0] for path in objects} - keep):
             if is_checkpoint_name(name, attempt=True) and not self._is_unreadable(name, objects):
-                files = sorted(path for path in objects if path.startswith(f"{name}/"))
-                self._remove(sorted(files, key=lambda path: not path.endswith(f"/{MARKER}")))
-                self.release(name)
-        with contextlib.suppress(DataError):  # not everybody may list them; then the bucket's lifecycle rule ends them
+                self._remove(name, objects)
+
+        # Not every account may list uploads. A lifecycle rule of the bucket then removes them.
+        with contextlib.suppress(DataError):
             abort_uploads(self._url, self.transfer())
 
     def free_bytes(self) -> int | None:
@@ -113,34 +125,35 @@ class BucketPlace:
 
     def close(self) -> None:
         self._stopping.set()
-        for stopping in list(self._underway):
+        for stopping in list(self._transfers):
             stopping.set()
 
     def transfer(self, size: int = 0) -> Transfer:
-        """For one operation on so many bytes; ended by `close`, and by its own failure alone."""
-        patience = dataclasses.replace(self._retry, deadline=self._retry.deadline + size / _SLOWEST)
-        transfer = Transfer(policy=patience)
-        self._underway.add(transfer.stopping)
+        """A transfer for one operation on `size` bytes. It ends by its own failure, or by `close`."""
+        # Each has its own event, so that the failure of one does not end the others.
+        policy = dataclasses.replace(self._retry, deadline=self._retry.deadline + size / _SLOWEST)
+        transfer = Transfer(policy=policy)
+        self._transfers.add(transfer.stopping)
         if self._stopping.is_set():
             transfer.stopping.set()
         return transfer
 
-    def send(self, name: str, make: Callable[[Path], WrittenFile]) -> WrittenFile:
-        """Make a file on this node and upload it; the bytes on the node are gone afterwards."""
+    def send(self, name: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
+        """Write a file on this node, upload it as `name`, and remove the local copy."""
         self.make_scratch()
         with owned_temporary(self._scratch / name.replace("/", "-")) as (temporary, _):
-            written = make(temporary)
+            written = write(temporary)
             upload(temporary, join(self._url, name), self.transfer(written.bytes))
         return dataclasses.replace(written, name=name.rpartition("/")[2])
 
     def put(self, name: str, content: bytes) -> None:
-        """A small object."""
+        """Upload a small object."""
 
-        def make(path: Path) -> WrittenFile:
+        def write(path: Path) -> WrittenFile:
             path.write_bytes(content)
             return WrittenFile(path.name, len(content), "")
 
-        self.send(name, make)
+        self.send(name, write)
 
     def make_scratch(self) -> None:
         try:
@@ -149,17 +162,18 @@ class BucketPlace:
         except OSError as error:
             raise CheckpointError(f"cannot use the folder {self._scratch} ({error}); set data.cache.dir") from None
 
-    def _committed(self, objects: Mapping[str, int]) -> list[str]:
-        names = (path.partition("/")[0] for path in objects if path.endswith(f"/{MARKER}"))
-        ours = (name for name in names if is_checkpoint_name(name, attempt=True))
-        return sorted(ours, key=lambda name: (step_of(name), name), reverse=True)
-
     def _objects(self) -> dict[str, int]:
-        """Size of every object, by its name under the URL."""
+        """The size of every object, by its name under the URL."""
         try:
             return dict(list_files(self._url, self.transfer()))
         except ObjectMissing:
             return {}
+
+    def _committed(self, objects: Mapping[str, int]) -> list[str]:
+        # Several attempts may have committed the same step: the name decides which is newer, the same for all ranks.
+        names = (path.partition("/")[0] for path in objects if path.endswith(f"/{MARKER}"))
+        ours = (name for name in names if is_checkpoint_name(name, attempt=True))
+        return sorted(ours, key=lambda name: (step_of(name), name), reverse=True)
 
     def _is_unreadable(self, name: str, objects: Mapping[str, int]) -> bool:
         """Whether another version may be able to read it."""
@@ -173,7 +187,8 @@ class BucketPlace:
         return False
 
     def _manifest(self, name: str, folder: Path) -> Manifest:
-        """What a checkpoint says of itself, which is then in `folder` too. Raises DamagedError, CheckpointError."""
+        """Download a checkpoint's manifest and marker to `folder`. Raises DamagedError or CheckpointError."""
+        # Written to the folder, where all readers of checkpoints expect them.
         for file, limit in ((MANIFEST, MAX_MANIFEST_BYTES), (MARKER, MARKER_BYTES)):
             content = self._small_object(name, file, limit)
             with atomic_write(folder / file) as out:
@@ -181,43 +196,75 @@ class BucketPlace:
         return proven_manifest(folder, name)
 
     def _small_object(self, name: str, file: str, limit: int) -> bytes:
-        """Not read where it is larger. Raises DamagedError."""
+        """The content of an object of at most `limit` bytes; a larger one is not read. Raises DamagedError."""
+        where = f"{self.where}/{name}"
         url = join(self._url, f"{name}/{file}")
         try:
             size = stat(url, self.transfer()).size
             if size is None:
-                raise DamagedError(f"{self.where}/{name}", f"the store does not say how large {file} is")
+                raise DamagedError(where, f"the store does not report the size of {file}")
             if size > limit:
                 kind = UnreadableError if file == MANIFEST else DamagedError
-                raise kind(f"{self.where}/{name}", f"{file} has {size:,} bytes, this version reads {limit:,}")
+                raise kind(where, f"{file} has {size:,} bytes, this version reads at most {limit:,}")
             return read_object(url, size, self.transfer(size))
         except ObjectMissing:
-            raise DamagedError(f"{self.where}/{name}", f"{file} is missing") from None
+            raise DamagedError(where, f"{file} is missing") from None
 
-    def _remove(self, paths: list[str]) -> None:
-        """In this order. The marker is the first: from then on the checkpoint does not exist for a reader."""
-        for path in paths:
+    def _download(self, name: str, file: RankFile, folder: Path) -> None:
+        """Make sure that `folder` contains `file`, proven.
+
+        Raises DamagedError if the object is missing or has another content, DataError if the store is out of reach,
+        CheckpointError if the disk of the node is full.
+        """
+        # Another process of the node may have downloaded it, or an earlier attempt.
+        path = path_inside(folder, file.name)
+        if path.exists() and path.stat().st_size == file.bytes and hash_file(path) == file.xxh3_128:
+            return
+
+        remote = RemoteFile(join(self._url, f"{name}/{file.name}"), file.bytes, file.xxh3_128)
+        try:
+            fetch_file(remote, path, self.transfer(file.bytes))
+        except ObjectMissing:
+            raise DamagedError(redact(remote.url), f"{file.name} is missing") from None
+        except WrongContentError as error:
+            raise DamagedError(redact(remote.url), f"{file.name} {error.problem}") from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            found = os.statvfs(folder)
+            raise CheckpointError(
+                f"{folder} is full: {file.name} needs {readable(file.bytes)}, "
+                f"{readable(found.f_bavail * found.f_frsize)} are free; set data.cache.dir to a larger disk of the node"
+            ) from None
+
+    def _remove(self, name: str, objects: Mapping[str, int]) -> None:
+        """Remove a checkpoint. The marker goes first: from then on no reader sees it."""
+        files = sorted(path for path in objects if path.startswith(f"{name}/"))
+        for path in sorted(files, key=lambda path: not path.endswith(f"/{MARKER}")):
             remove(join(self._url, path), self.transfer())
             failpoint("checkpoint.prune")
+        self.release(name)
 
 
-class _BucketDraft:
-    def __init__(self, place: BucketPlace, name: str) -> None:
-        self.name, self._place, self._marker = name, place, b""
+class _PendingObjects:
+    def __init__(self, storage: BucketStorage, name: str) -> None:
+        self.name = name
+        self._storage = storage
+        self._marker = b""
 
-    def write(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
-        return self._place.send(f"{self.name}/{file}", write)
+    def write_file(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
+        return self._storage.send(f"{self.name}/{file}", write)
 
-    def prepare(self, manifest: bytes) -> None:
+    def write_manifest(self, manifest: bytes) -> None:
         check_committable(manifest, self.name)
-        self._place.put(f"{self.name}/{MANIFEST}", manifest)
+        self._storage.put(f"{self.name}/{MANIFEST}", manifest)
         self._marker = marker_of(manifest)
         failpoint("checkpoint.manifest")
 
-    def publish(self) -> None:
+    def commit(self) -> None:
         failpoint("checkpoint.rename")
-        self._place.put(f"{self.name}/{MARKER}", self._marker)
+        self._storage.put(f"{self.name}/{MARKER}", self._marker)
         failpoint("checkpoint.renamed")
 
     def discard(self) -> None:
-        """The next commit's sweep removes what is there: a store that fails must not hold up training."""
+        """Nothing now, because a store that fails would block training. `keep_only` removes the objects later."""

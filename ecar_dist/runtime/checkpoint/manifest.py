@@ -1,8 +1,7 @@
-"""checkpoint.json: what a checkpoint says of itself, checked as a whole before any of it is used.
+"""checkpoint.json, the manifest of a checkpoint: validated as a whole before any of it is used.
 
-The writer checks the bytes that it is about to commit by `parse_manifest`, and every reader those that it finds: what
-the one commits, the other takes. Keys that this version does not know are ignored: a later one may add facts of its
-own, and changes SCHEMA where what is here changes its meaning.
+Writers and readers use the same `parse_manifest`: a writer before it commits, so readers accept what was committed.
+Unknown keys are ignored, because a later version may add some. SCHEMA changes when the meaning of a key changes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -27,15 +27,15 @@ from ecar_dist.storage.untrusted import (
 SCHEMA = "ecar-checkpoint-v2"
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
 VALUE_BYTES = 4  # of an fp32 value
-MOMENTS_AND_MASTER = 3  # kinds of state besides the averages
-_LARGEST = 2**63 - 1  # of any count
-_MAX_VALUES = 2**43  # of all parameters together
-_HEADER_BYTES = 200  # of a tensor in a file's header, besides its name
+MOMENTS_AND_MASTER = 3  # kinds of state besides the EMAs
+_MAX_COUNT = 2**63 - 1
+_MAX_VALUES = 2**43  # in all parameters together
+_HEADER_BYTES = 200  # at most, of one tensor in a file's header, without its name
 _FRAGMENT = re.compile(r"([A-Za-z0-9_.\-]{1,512}):(\d{1,19}):(\d{1,19})", re.ASCII)
 
 
 class OtherSchemaError(UntrustedError):
-    """The manifest is of another version of ecar_dist, for which it may be whole."""
+    """The manifest was written by another version of ecar_dist, which may be able to read it."""
 
 
 class Piece(NamedTuple):
@@ -54,14 +54,14 @@ def _weights_name(name: str) -> str:
 
 def _word(text: str) -> str:
     if printable(text) != text:
-        raise UntrustedError("it is longer than 300 characters, or has some that are not printable")
+        raise UntrustedError("it has more than 300 characters, or some that are not printable")
     return text
 
 
-Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 Word = Annotated[str, AfterValidator(_word)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-AverageName = Annotated[str, Field(pattern="^ema[0-9]{0,6}$")]
+EmaKind = Annotated[str, Field(pattern="^ema[0-9]{0,6}$")]
 ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,512}$")]
 Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_VALUES)], ...], Field(max_length=16)]
 
@@ -77,7 +77,7 @@ class WeightsFile(Record):
 
 
 class RankFile(WeightsFile):
-    """A rank's file: for each fragment, `parameter:start:numel`, it holds one tensor of every kind of state."""
+    """A rank's file: for each fragment, `parameter:start:numel`, it has one tensor of every kind of state."""
 
     fragments: tuple[str, ...]
 
@@ -91,21 +91,20 @@ class RankFile(WeightsFile):
             yield Piece(name, int(start), int(numel))
 
     def header_limit(self, kinds: int) -> int:
-        """Bytes that the header of such a file with so many kinds of state has at most."""
+        """The largest header, in bytes, of such a file with this number of kinds of state."""
         return 8 + kinds * (sum(map(len, self.fragments)) + len(self.fragments) * _HEADER_BYTES) + _HEADER_BYTES
 
 
-class Reached(Record):
-    """How far the run was: both counts from its start."""
-
-    model_config = ConfigDict(extra="ignore")
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Everything else that moves is a function of `samples_seen`."""
 
     samples_seen: Count
     step: Count
 
 
-class _BadStepNotes(Record):
-    """As train.bad_steps makes them."""
+class _BadStepState(Record):
+    """The state of train's rule for bad steps."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -115,39 +114,38 @@ class _BadStepNotes(Record):
     windows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
 
 
-class _GoodputNotes(Record):
-    """As train.goodput makes them."""
+class _GoodputState(Record):
+    """The state of train's goodput counter."""
 
     model_config = ConfigDict(extra="ignore")
 
     kept_seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
-class _Notes(Record):
-    """What a run that resumes takes from the notes."""
+class _ClientState(Record):
+    """The part of the client state that a resume uses."""
 
     model_config = ConfigDict(extra="ignore")
 
-    bad_steps: _BadStepNotes | None = None
-    goodput: _GoodputNotes | None = None
+    bad_steps: _BadStepState | None = None
+    goodput: _GoodputState | None = None
 
 
 class Manifest(Record):
-    """A checkpoint's description, whole and consistent: `files` hold every value of every parameter exactly once.
+    """A consistent description of a checkpoint: its files contain every value of every parameter exactly once.
 
-    `averages`: what each average is, by its kind; `averages_since`: the step that it goes back to. `notes` belong to
-    the caller of the store: those of train are checked, and of all size and depth are bounded.
+    The aliases are the keys in the file, which older and newer versions share.
     """
 
     model_config = ConfigDict(extra="ignore")
 
     schema_name: Literal["ecar-checkpoint-v2"] = Field(alias="schema")
-    progress: Reached
-    notes: dict[str, Any]
+    progress: Progress
+    client_state: dict[str, Any] = Field(alias="notes")  # the training loop's, returned by a restore
     run: Word
     identity: dict[str, dict[str, Any]]
-    averages: dict[AverageName, Word]
-    averages_since: dict[AverageName, Count]
+    ema_kinds: dict[EmaKind, Word] = Field(alias="averages")  # description by kind, see ema.ema_kinds
+    ema_since: dict[EmaKind, Count] = Field(alias="averages_since")  # first step, see compare.ema_start_steps
     shapes: dict[ParameterName, Shape]
     world_size: Annotated[int, Field(ge=1, le=2**20)]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
@@ -156,37 +154,43 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        # What a resume reads without asking whether it is there.
         if not {"model", "data"} <= self.identity.keys():
-            raise UntrustedError("identity: it lacks model or data")
-        if "ema" not in self.averages or self.averages.keys() != self.averages_since.keys():
-            raise UntrustedError("averages: they lack ema, or averages_since names others")
-        _Notes.model_validate(self.notes)
+            raise UntrustedError("identity: model or data is missing")
+        if "ema" not in self.ema_kinds or self.ema_kinds.keys() != self.ema_since.keys():
+            raise UntrustedError("averages: ema is missing, or averages_since has other keys")
+        _ClientState.model_validate(self.client_state)
+
+        # The files cover the parameters, without a gap and without an overlap.
         if len({file.name for file in self.files}) != len(self.files):
-            raise UntrustedError("files: a name is there twice")
+            raise UntrustedError("files: two have the same name")
         if not self.shapes or sum(map(math.prod, self.shapes.values())) > _MAX_VALUES:
-            raise UntrustedError(f"shapes: they have no value, or more than {_MAX_VALUES:,}")
+            raise UntrustedError(f"shapes: no value, or more than {_MAX_VALUES:,}")
         self._check_intervals()
         return self
 
     @property
     def most_kinds(self) -> int:
-        """Of state, in each file: the master weights, AdamW's two moments, the averages."""
-        return MOMENTS_AND_MASTER + len(self.averages)
+        """The number of kinds of state in a file of a full checkpoint: master weights, two AdamW moments, EMAs."""
+        return MOMENTS_AND_MASTER + len(self.ema_kinds)
 
     def _check_intervals(self) -> None:
-        """Every value is in one fragment, and no file is larger than its fragments can be: it will be read whole."""
-        held: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
+        """Every value is in exactly one fragment, and no file is larger than its fragments: files are read whole."""
+        # Collect the intervals of each parameter, and limit the size of each file by them.
+        intervals: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
         for file in self.files:
             values = 0
             for name, start, numel in file.pieces():
-                if name not in held:
-                    raise UntrustedError(f"{file.name} holds {name}, which has no shape")
-                held[name].append((start, numel))
+                if name not in intervals:
+                    raise UntrustedError(f"{file.name} has {name}, which has no shape")
+                intervals[name].append((start, numel))
                 values += numel
             most = self.most_kinds * values * VALUE_BYTES + file.header_limit(self.most_kinds)
             if file.bytes > most:
                 raise UntrustedError(f"{file.name} has {file.bytes:,} bytes, its fragments take at most {most:,}")
-        for name, pieces in held.items():
+
+        # In order, the intervals of a parameter must meet without a gap or an overlap.
+        for name, pieces in intervals.items():
             end = 0
             for start, numel in sorted(pieces):
                 if start != end or numel < 1:
@@ -194,16 +198,26 @@ class Manifest(Record):
                     raise UntrustedError(f"the fragments of {name} {fault} at element {end}")
                 end += numel
             if end != math.prod(self.shapes[name]):
-                raise UntrustedError(f"the fragments of {name} hold {end} of {math.prod(self.shapes[name])} values")
+                raise UntrustedError(f"the fragments of {name} have {end} of {math.prod(self.shapes[name])} values")
+
+
+def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's identity without the groups "model" and "data"."""
+    flat: dict[str, Any] = {}
+    for name, value in identity.items():
+        flat.update(value if name in ("model", "data") and isinstance(value, dict) else {name: value})
+    return flat
 
 
 def parse_manifest(text: bytes) -> Manifest:
-    """The manifest in the bytes of checkpoint.json. Raises UntrustedError, and OtherSchemaError for another version's.
+    """Parse the content of checkpoint.json, at most MAX_MANIFEST_BYTES.
 
-    Bounded by MAX_MANIFEST_BYTES, which the caller looks at before reading.
+    Raises UntrustedError, and OtherSchemaError for a manifest of another version.
     """
     if len(text) > MAX_MANIFEST_BYTES:
-        raise UntrustedError(f"it has {len(text):,} bytes, at most {MAX_MANIFEST_BYTES:,} are read")
+        raise UntrustedError(f"it has {len(text):,} bytes, this version reads at most {MAX_MANIFEST_BYTES:,}")
+
+    # The version first: other keys may have another meaning there.
     tree = parse_object(text)
     if tree.get("schema") != SCHEMA:
         raise OtherSchemaError(

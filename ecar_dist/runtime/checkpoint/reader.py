@@ -1,6 +1,6 @@
-"""Values out of a committed checkpoint's files, whatever layout wrote them.
+"""Read any slice of any parameter of a checkpoint, whatever number of ranks and ZeRO stage wrote it.
 
-A fragment names its place in the flattened parameter, so the reader's layout need not be the writer's.
+A fragment has its position in the flattened parameter, so readers do not depend on the layout of the writers.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, open_fragme
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 
 SECOND_MOMENT = "exp_avg_sq"
-_BLOCK = 1 << 16  # values looked at together: they fit a cache
+_BLOCK = 1 << 16  # values checked at a time, which fit in the processor's cache
 
 
 class FragmentReader:
-    """Reads any slice of any parameter of a committed checkpoint.
+    """The values of a committed checkpoint in folder `path`.
 
-    A file that is not `needed`, or was not fetched because nobody here needs it, is passed over; a gap shows when it is
-    read. Raises DamagedError where a file does not hold what the manifest says.
+    Only files that are `needed` and present are opened: a fetch from a bucket leaves out the others. Reading a value
+    that is in none of them is an error. Raises DamagedError if a file differs from the manifest.
     """
 
     def __init__(self, path: Path, needed: Needed = lambda file: True, manifest: Manifest | None = None) -> None:
         self._path = path
         self.manifest = manifest or read_manifest(path)
         self.shapes: dict[str, tuple[int, ...]] = dict(self.manifest.shapes)
-        self.kinds: set[str] = set()  # of what there are fragments: `master`, AdamW's moments, the averages
-        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        self.kinds: set[str] = set()  # `master`, the AdamW moments, the EMAs; an EMA snapshot has only EMAs
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # (start, numel, file) by parameter
+
+        # Opening maps a file and checks its header; values are read later.
         for file in filter(needed, self.manifest.files):
             if not (path / file.name).exists():
                 continue
@@ -42,39 +44,45 @@ class FragmentReader:
     def read(self, kind: str, name: str, start: int, numel: int, *, any_value: bool = False) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened parameter, fp32 on CPU.
 
-        Raises DamagedError on a gap, and where a value is one that training cannot go on from (see `value_problem`),
-        unless `any_value` is to be read.
+        Raises DamagedError if some values are missing, and unless `any_value`, if training cannot resume from a value
+        (see `value_problem`).
         """
         value = torch.empty(numel)
         filled = 0
-        # their intervals do not overlap: the manifest was checked for it, and the files against the manifest
+
+        # Fragments do not overlap: the manifest was checked for that, and the files match the manifest.
         for piece_start, piece_numel, handle in self._pieces.get(name, []) if kind in self.kinds else []:
             low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if low < high:
-                held = handle.get_slice(f"{kind}:{name}:{piece_start}")
-                value[low - start : high - start] = held[low - piece_start : high - piece_start]
+                fragment = handle.get_slice(f"{kind}:{name}:{piece_start}")
+                value[low - start : high - start] = fragment[low - piece_start : high - piece_start]
                 filled += high - low
         if filled != numel:
             raise DamagedError(
-                self._path, f"it holds {filled} of {numel} values of {kind} {name}, or it is of another model"
+                self._path, f"it has {filled} of {numel} values of {kind} {name}, or it is of another model"
             )
+
         problem = None if any_value else value_problem(kind, value)
         if problem:
             raise DamagedError(self._path, f"{kind} of {name} {problem}")
         return value
 
     def full(self, kind: str, name: str) -> torch.Tensor:
-        """A whole parameter in its own shape. Raises as `read`."""
+        """A whole parameter in its shape. Raises as `read`."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
 
 def value_problem(kind: str, values: torch.Tensor) -> str | None:
-    """Why training cannot go on from fp32 CPU values: one is not finite, or a second moment is negative; else None."""
-    numbers = values.numpy()  # numpy: a thread of torch's own in the middle of its work aborts a program that ends
+    """Why training cannot resume from these fp32 CPU values, or None.
+
+    Values must be finite, second moments of AdamW not negative.
+    """
+    # numpy, because this runs in a thread: a program that ends while torch's own threads are at work aborts.
+    numbers = values.numpy()
     for start in range(0, len(numbers), _BLOCK):
         block = numbers[start : start + _BLOCK]
-        # least and largest: both are NaN where any value is, and faster than looking at each
+        # If any value is NaN, minimum and maximum are NaN. They are faster than `isfinite` for each value.
         with np.errstate(invalid="ignore"):
             least, largest = float(block.min()), float(block.max())
         if not (math.isfinite(least) and math.isfinite(largest)):

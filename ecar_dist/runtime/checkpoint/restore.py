@@ -1,146 +1,201 @@
-"""Which checkpoint a run goes on from: all ranks take the same one, the newest that none of them finds damaged."""
+"""What a resume does. All ranks restore the same checkpoint: the newest that is damaged on none of them.
+
+    list       rank 0 lists the committed checkpoints, newest first
+    fetch      every rank gets the files that it needs, proven by their hashes
+    compare    the manifest must fit this run (compare.py)
+    load       every rank reads its fragments, whatever layout wrote them
+
+If any rank finds damage, all ranks go to the next older checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint.files import (
-    DamagedError,
-    PassedOver,
-    Progress,
-    UnreadableError,
-    check_identity,
-    none_whole,
-    read_manifest,
-    warn_of_damage,
-)
-from ecar_dist.runtime.checkpoint.folder import CheckpointPlace
-from ecar_dist.runtime.checkpoint.load import (
-    begun,
+import torch
+
+from ecar_dist.errors import CheckpointError, reason_of
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint.compare import (
     check_data,
+    check_identity,
     check_run,
     check_shapes,
-    conversion,
-    needed_by,
-    read_share,
-    sources,
+    describe_conversion,
+    ema_start_steps,
+    match_emas,
 )
+from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, read_manifest
+from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress, RankFile
+from ecar_dist.runtime.checkpoint.reader import FragmentReader
+from ecar_dist.runtime.checkpoint.save import MASTER, state_by_kind
+from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, PassedOver, none_whole, warn_of_damage
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.engine import Engine, Fragment
 from ecar_dist.runtime.world import World
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What a run goes on from. `conversion` and `new_data_order` are lines for its log, where there is a reason.
-
-    `since`: the step that each average goes back to; 0 where it is one of all steps.
-    """
-
-    progress: Progress
-    notes: dict[str, Any]
-    path: str
-    conversion: str | None
-    new_data_order: str | None
-    since: dict[str, int]
-
-
-@dataclass(frozen=True)
 class Expected:
-    """What a checkpoint is compared with: this run's id, identity, averages and layout."""
+    """What a checkpoint is compared with: the facts of this run. See `CheckpointStore`."""
 
     run_id: str
-    adopt: bool  # go on from a checkpoint of another run
-
+    adopt: bool
     identity: Mapping[str, Mapping[str, Any]]
-    averages: Mapping[str, str]
+    ema_kinds: Mapping[str, str]
     layout: Mapping[str, Any]
     allow_new_data: bool
 
 
-def restore_newest(
-    place: CheckpointPlace, world: World, engine: Engine, ema: ShardedEma, expected: Expected
-) -> tuple[Restored | None, set[str]]:
-    """Load the newest whole checkpoint, if there is any; also the names of those passed over. Collective.
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that a run resumes from.
 
-    One that any rank cannot read, or whose values training cannot go on from, is passed over with a warning. Raises
-    CheckpointError where all are, or the checkpoint is not one that this run can go on from.
+    `conversion` and `new_data_order` are lines for the log, None if nothing changed. `ema_since`: the step at which
+    each EMA started.
     """
-    names: list[str] = world.broadcast(world.on_first_rank(lambda: _list(place)))
+
+    progress: Progress
+    client_state: dict[str, Any]
+    path: str
+    conversion: str | None
+    new_data_order: str | None
+    ema_since: dict[str, int]
+
+
+def restore_newest(
+    storage: CheckpointStorage, world: World, engine: Engine, ema: ShardedEma, expected: Expected
+) -> tuple[Restored | None, set[str]]:
+    """Load the newest checkpoint that is not damaged into engine and EMA. Collective.
+
+    Returns the checkpoint, None if there is none yet, and the names of those that were passed over. Raises
+    CheckpointError if all are damaged, or if the checkpoint does not fit this run.
+    """
+    # One list for all ranks: a storage may not show everything to everybody at the same time.
+    names: list[str] = world.broadcast(world.on_first_rank(partial(_list_checkpoints, storage)))
     passed_over: list[PassedOver] = []
     for name in names:
-        where = f"{place.where}/{name}"
-        folder, fault = _unless_damaged(where, world, partial(_fetch, place, name, world, engine))
+        where = f"{storage.where}/{name}"
         restored = None
+
+        # Every rank proves its files before any rank loads.
+        fetch = partial(storage.fetch, name, (world.rank, world.size), needed_by(engine.fragments))
+        folder, damage = _unless_damaged(where, world, fetch)
         if folder is not None:
-            load = partial(_load, where, folder, engine, ema, expected)
-            restored, fault = _unless_damaged(where, world, load)
-        _release(place, name, world)
+            restored, damage = _unless_damaged(where, world, partial(_load, where, folder, engine, ema, expected))
+
+        # No rank reads the files any more: one process of each node removes a local copy.
+        if world.local_rank == 0:
+            storage.release(name)
+
+        # Loaded on all ranks. The engine's own copies follow.
         if restored is not None:
             if world.is_first:
                 warn_of_damage(passed_over, where)
             engine.set_optimizer_step(restored.progress.step)
             engine.publish_master_weights()
             return restored, {over.path.rpartition("/")[2] for over in passed_over}
-        assert fault is not None
-        passed_over.append(fault)
+
+        # Damaged on some rank, for whatever reason: try the next older one.
+        assert damage is not None
+        passed_over.append(damage)
+
+    # Damaged checkpoints alone are never a reason to train from the start.
     if passed_over:
-        world.agree(none_whole(place.where, passed_over) if world.is_first else None)
+        world.agree(none_whole(storage.where, passed_over) if world.is_first else None)
     return None, set()
 
 
-def _list(place: CheckpointPlace) -> list[str]:
-    place.prepare()
-    return place.committed()
-
-
-def _fetch(place: CheckpointPlace, name: str, world: World, engine: Engine) -> Path:
-    """This rank's files of a checkpoint, proven."""
-    return place.fetch(name, (world.rank, world.size), needed_by(engine.fragments))
+def _list_checkpoints(storage: CheckpointStorage) -> list[str]:
+    storage.check_writable()
+    return storage.committed()
 
 
 def _unless_damaged(where: str, world: World, action: Callable[[], T]) -> tuple[T | None, PassedOver | None]:
-    """What `action` returns; on all ranks None, and why, where any rank finds the checkpoint damaged by it."""
+    """The result of `action`, and None; or None and the damage, on all ranks, if any rank found some. Collective."""
 
-    def tried() -> tuple[T | None, PassedOver | None]:
+    # Damage is a result here. Every other error ends all ranks.
+    def attempt() -> tuple[T | None, PassedOver | None]:
         try:
             return action(), None
         except DamagedError as damage:
             return None, PassedOver(where, damage.problem, isinstance(damage, UnreadableError))
 
-    value, fault = world.together(tried)
-    faults = [one for one in world.gather(fault) if one]
-    return (None, faults[0]) if faults else (value, None)
-
-
-def _release(place: CheckpointPlace, name: str, world: World) -> None:
-    """Once no rank reads it any more: what was fetched is given back, by one process of each node."""
-    if world.local_rank == 0:
-        place.release(name)
+    # The first rank with damage gives the reason.
+    result, damage = world.together(attempt)
+    all_damage = [one for one in world.gather(damage) if one]
+    return (None, all_damage[0]) if all_damage else (result, None)
 
 
 def _load(where: str, folder: Path, engine: Engine, ema: ShardedEma, expected: Expected) -> Restored:
-    """This rank's share into its tensors. Raises DamagedError, and CheckpointError where it is another run's."""
+    """Compare the checkpoint with this run, then load this rank's fragments.
+
+    Raises DamagedError, and CheckpointError if the checkpoint does not fit.
+    """
+    # First what the user must know and may have to allow.
     manifest = read_manifest(folder)
     adopted = check_run(where, manifest.run, expected.run_id, expected.adopt)
-    found = manifest.identity
-    check_identity(where, found["model"], expected.identity["model"])
+    check_identity(where, manifest.identity["model"], expected.identity["model"])
     check_shapes(where, manifest.shapes, engine.shapes)
-    data = check_data(where, found["data"], expected.identity["data"], expected.allow_new_data)
-    origins = sources(expected.averages, manifest.averages)
+    new_data_order = check_data(where, manifest.identity["data"], expected.identity["data"], expected.allow_new_data)
+
+    # The EMAs of the config may have changed since.
+    sources = match_emas(expected.ema_kinds, manifest.ema_kinds)
     try:
-        read_share(folder, manifest, engine, ema, origins)
+        load_fragments(folder, manifest, engine, ema, sources)
     except OSError as error:
-        raise CheckpointError(f"cannot read {where} ({error.strerror}); check the disk, then run again") from None
-    changes = [adopted, conversion(manifest, expected.layout, expected.averages, origins)]
-    line = "; ".join(change for change in changes if change) or None
-    since = begun(manifest, expected.averages, origins)
-    progress = Progress(manifest.progress.samples_seen, manifest.progress.step)
-    return Restored(progress, manifest.notes, where, line, data, since)
+        raise CheckpointError(f"cannot read {where} ({reason_of(error)}); check the disk, then run again") from None
+
+    # What has changed on the way, for the log.
+    conversion = describe_conversion(manifest, expected.layout, expected.ema_kinds, sources)
+    return Restored(
+        progress=manifest.progress,
+        client_state=manifest.client_state,
+        path=where,
+        conversion="; ".join(line for line in (adopted, conversion) if line) or None,
+        new_data_order=new_data_order,
+        ema_since=ema_start_steps(manifest, expected.ema_kinds, sources),
+    )
+
+
+@torch.no_grad()
+def load_fragments(
+    folder: Path, manifest: Manifest, engine: Engine, ema: ShardedEma, ema_sources: Mapping[str, str | None]
+) -> None:
+    """Read this rank's fragments of every kind of state into its tensors.
+
+    Raises DamagedError; the tensors then hold what was read before.
+    """
+    failpoint("load.read")
+
+    # A rank needs a few files of a large world, and their headers alone are megabytes: open only these.
+    reader = FragmentReader(folder, needed_by(engine.fragments), manifest)
+    state = state_by_kind(engine, ema)
+    for fragment in engine.fragments:
+        for kind, partitions in state.items():
+            source = ema_sources.get(kind, kind) or MASTER  # a new EMA starts from the weights
+            value = reader.read(source, fragment.name, fragment.start, fragment.numel)
+            fragment.of(partitions).copy_(value)
+
+
+def needed_by(fragments: Sequence[Fragment]) -> Needed:
+    """A function that tells whether a file of a checkpoint contains any part of `fragments`."""
+    # The elements that are needed of each parameter.
+    intervals: dict[str, list[tuple[int, int]]] = {}
+    for fragment in fragments:
+        intervals.setdefault(fragment.name, []).append((fragment.start, fragment.start + fragment.numel))
+
+    def needed(file: RankFile) -> bool:
+        return any(
+            piece.start < stop and start < piece.start + piece.numel
+            for piece in file.pieces()
+            for start, stop in intervals.get(piece.name, ())
+        )
+
+    return needed

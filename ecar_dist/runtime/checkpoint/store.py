@@ -1,64 +1,68 @@
-"""Checkpoints that are either whole or do not exist, and that any number of ranks can read (see files.py).
+"""The checkpoints of a run: saved beside training, committed or not at all, restored by any number of ranks.
 
-A save stops training for a copy into host memory. A thread of every rank then writes that copy; once all have, a thread
-of rank 0 commits. Whether a save stands is decided by all ranks together, in `settle`: a collective that the training
-loop calls on all of them in the same step, when all are `ready`.
+A save, from the first step to the commit:
+
+    begin     all ranks copy their state to host memory (save.HostSnapshot); training goes on
+              a thread of every rank writes the rank's file (save.RankShare)
+    settle    all ranks exchange the results; an error on one rank is an error on all
+              a thread of rank 0 writes the manifest and makes the checkpoint visible (save.commit)
+    settle    all ranks exchange the result; old checkpoints are gone
+
+`settle` is a collective. The training loop calls it on all ranks in the same step, once all are `ready`. For what a
+resume does, see restore.py; for the files of a checkpoint, files.py.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
+from ecar_dist.command_line import counted
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, EcarError
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint.files import Progress, readable
-from ecar_dist.runtime.checkpoint.folder import Draft, open_ema_place, open_place
-from ecar_dist.runtime.checkpoint.load import meanings, state_by_kind
-from ecar_dist.runtime.checkpoint.manifest import SCHEMA, VALUE_BYTES
+from ecar_dist.runtime.checkpoint.files import readable
+from ecar_dist.runtime.checkpoint.manifest import SCHEMA, VALUE_BYTES, Progress
 from ecar_dist.runtime.checkpoint.restore import Expected, Restored, restore_newest
-from ecar_dist.runtime.checkpoint.retention import kept
-from ecar_dist.runtime.checkpoint.snapshot import HostSnapshot
-from ecar_dist.runtime.checkpoint.writer import Outcome, Share, commit, outcome_of
-from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.checkpoint.save import (
+    HostSnapshot,
+    Outcome,
+    RankShare,
+    Save,
+    Target,
+    commit,
+    outcome_of,
+    state_by_kind,
+)
+from ecar_dist.runtime.checkpoint.storage import open_ema_storage, open_storage
+from ecar_dist.runtime.ema import ShardedEma, ema_kinds
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.daemon_pool import DaemonPool
 
-_PATIENCE = 10.0  # seconds that `close` gives a thread to notice
-_FIX = "see to that, or set checkpoint.dir, and run the same command again"
-
-
-@dataclass
-class _Save:
-    """One save on its way: what is written, and the thread that is at it."""
-
-    progress: Progress
-    drafts: list[tuple[Draft, tuple[str, ...]]]  # with the kinds that each holds
-    manifest: dict[str, Any]
-    is_checkpoint: bool
-    future: Future[Outcome]
-    files: list[list[dict[str, Any]]] = field(default_factory=list)  # of each draft, once all ranks have written
+# How long `close` waits for the thread to end.
+_CLOSE_SECONDS = 10.0
+# The end of an error message: what the user has to do.
+_FIX = "fix that, or set checkpoint.dir, and run the same command again"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `begin`, `settle`, `finish` and `restore` are called by all ranks together.
+    """The checkpoints of one run. All ranks call `begin`, `settle`, `finish` and `restore` together.
 
-    `identity`: what a checkpoint's weights mean ("model") and the order of its data ("data"), as JSON. `run_id`: whose
-    they are; `adopt` takes another run's too. `still_ours` is asked on rank 0 before each commit. For telemetry:
-    `stall_seconds` (time that training was held), `bytes_written` (of committed saves, all ranks), `last_committed`
-    (step of the newest checkpoint of this attempt, or the one it began from), `failures`.
+    identity: what must not change while a run goes on, as JSON: "model" (the meaning of the weights) and "data" (the
+        order of the samples). `allow_new_data` allows a resume with another order.
+    run_id: the id of the run. `adopt` allows a resume from checkpoints of another run.
+    still_ours: asked on rank 0 before each commit; False if another attempt has taken over the run.
     """
 
     def __init__(
@@ -72,139 +76,194 @@ class CheckpointStore:
         allow_new_data: bool = False,
         adopt: bool = False,
     ) -> None:
-        self.place, self.ema_place = open_place(config), open_ema_place(config)
-        self._section, self._averages, self._world = config.checkpoint, meanings(config.ema), world
-        self._identity, self._run_id, self._still_ours = identity, run_id, still_ours
-        self._allow_new_data, self._adopt = allow_new_data, adopt
-        self._since = dict.fromkeys(self._averages, 0)
+        self.storage = open_storage(config)
+        self.ema_storage = open_ema_storage(config)
+
+        # For telemetry.
+        self.stall_seconds = 0.0  # time that training has waited for saves
+        self.bytes_written = 0  # by all ranks, in committed saves
+        self.failures = 0
+        self.last_committed: int | None = None  # step of the newest checkpoint, of this attempt or that it resumed from
+
+        # What every manifest says, and what a checkpoint is compared with before a resume.
+        self._section = config.checkpoint
+        self._world = world
+        self._identity = identity
+        self._run_id = run_id
+        self._still_ours = still_ours
+        self._allow_new_data = allow_new_data
+        self._adopt = adopt
         self._precision = config.precision_on(world.device.type)
-        self._pool, self._stopping = DaemonPool(1, "checkpoint-writer"), threading.Event()
-        self._snapshot, self._attempt, self._saves = HostSnapshot(), "", 0
-        self._save: _Save | None = None
-        self._rejected: set[str] = set()  # checkpoints that this attempt found damaged
-        self._failed_in_a_row, self._last_failure = 0, ""
-        self.stall_seconds, self.bytes_written, self.failures = 0.0, 0, 0
-        self.last_committed: int | None = None
+        self._ema_kinds = ema_kinds(config.ema)
+        self._ema_since = dict.fromkeys(self._ema_kinds, 0)
+
+        # One thread, so that the steps of saves never overlap.
+        self._pool = DaemonPool(1, "checkpoint-writer")
+        self._stopping = threading.Event()
+        self._snapshot = HostSnapshot()
+        self._save: Save | None = None
+
+        # Together they name the pending files of one save.
+        self._attempt = ""
+        self._saves = 0
+
+        # What went wrong so far: checkpoints that a restore passed over, and failed saves.
+        self._damaged: set[str] = set()
+        self._failures_in_a_row = 0
+        self._last_failure = ""  # empty if the last save was committed
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is on its way. The same on all ranks."""
+        """Whether a save is under way. The same on all ranks."""
         return self._save is not None
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has done its part of the save that is on its way, and `settle` would not wait for it."""
-        return self._save is not None and self._save.future.done()
+        """Whether `settle` would not wait for this rank."""
+        return self._save is not None and self._save.result.done()
 
     def begin(
         self,
         progress: Progress,
         engine: Engine,
         ema: ShardedEma,
-        notes: dict[str, Any],
+        client_state: dict[str, Any],
         *,
         checkpoint: bool = True,
-        averages: bool = False,
+        ema_snapshot: bool = False,
     ) -> None:
-        """Take a copy of the state, and start to write it: as a checkpoint, as a copy of the averages alone, or both.
+        """Copy the state, and start to write it as a checkpoint, as an EMA snapshot, or as both.
 
-        `notes` (JSON, rank 0's) come back from `restore`. A save that is still on its way is finished first. Raises as
-        `settle`.
+        client_state: JSON that `restore` returns; rank 0's is stored.
+
+        Raises as `settle`, because a save that is still under way is finished first.
         """
-        with self._held():
-            self._drain()
+        with self._stalled():
+            self._finish_save()
             failpoint("checkpoint.snapshot", progress.step)
-            state = state_by_kind(engine, ema)
-            wanted = state if checkpoint else ema.averages
-            owned = self._owned(engine)
-            copies = self._snapshot.take(wanted, {fragment.partition for fragment in owned})
+
+            # Copy this rank's state to host memory. From here on training may change the original.
+            state = state_by_kind(engine, ema) if checkpoint else ema.by_kind
+            fragments = self._fragments_to_write(engine)
+            copies = self._snapshot.take(state, {fragment.partition for fragment in fragments})
+
+            # The EMA snapshot comes first: it is committed first, and a failed checkpoint does not undo it.
+            targets = []
+            attempt = self._next_attempt()
+            if ema_snapshot:
+                targets.append(Target(self.ema_storage.new_checkpoint(progress.step, attempt), tuple(ema.by_kind)))
+            if checkpoint:
+                targets.append(Target(self.storage.new_checkpoint(progress.step, attempt), tuple(state)))
+
+            # The thread writes this rank's file of each target.
             name = f"state-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
-            share = Share(name, progress.step, owned, copies, self._stopping)
-            drafts = self._drafts(progress.step, tuple(wanted) if checkpoint else (), ema if averages else None)
-            future = self._pool.submit(
-                outcome_of, lambda: [share.write(draft, kinds) for draft, kinds in drafts], self.place.where
+            share = RankShare(name, progress.step, fragments, copies, self._stopping)
+            result = self._pool.submit(
+                outcome_of, lambda: [share.write(target) for target in targets], self.storage.where
             )
-            self._save = _Save(progress, drafts, self._manifest(progress, engine, notes), checkpoint, future)
+            manifest = self._manifest(progress, engine, client_state)
+            self._save = Save(progress, checkpoint, targets, manifest, result)
+
+            # checkpoint.overlap=false: training waits for the commit.
             if not self._section.overlap:
-                self._drain()
+                self._finish_save()
 
     def settle(self) -> None:
-        """All ranks look at what their threads did: a failure anywhere is one for all, else the save goes on or stands.
+        """All ranks exchange the results of their threads. A save then goes on, is committed, or has failed.
 
-        Waits for a thread that is not `ready`. A failed save is said in one line, and training goes on; raises
-        CheckpointError on all ranks (RemoteError on those that say nothing) after `checkpoint.max_failures` in a row,
-        and where another attempt has taken over.
+        Waits for threads that are not `ready`. After a failed save, training goes on with a warning.
+
+        Raises:
+            CheckpointError: on rank 0, after `checkpoint.max_failures` failures in a row, or if another attempt has
+                taken over. The other ranks raise RemoteError.
         """
-        with self._held():
+        with self._stalled():
             self._settle()
 
     def finish(self) -> None:
-        """Wait for the save that is on its way. Raises as `settle`, and where the last save failed."""
-        with self._held():
-            self._drain()
+        """Wait for the save that is under way. Raises as `settle`, and if the last save failed."""
+        with self._stalled():
+            self._finish_save()
+            # The checkpoint at the end of a run must be there, so one failure is enough.
             if self._last_failure:
                 self._raise(f"{self._last_failure}; {_FIX}")
 
     def close(self) -> None:
-        """Give up what is on its way. Not a collective; call it whenever a run ends, however it does."""
+        """Give up the save that is under way. Call it whenever a run ends, also after an error. Not a collective."""
+        # The thread notices at the next tensor, or at the end of a request.
         self._stopping.set()
-        self.place.close()
-        self.ema_place.close()
-        self._pool.end(_PATIENCE)
+        self.storage.close()
+        self.ema_storage.close()
+        self._pool.end(_CLOSE_SECONDS)
 
     def restore(self, engine: Engine, ema: ShardedEma) -> Restored | None:
-        """Load the newest whole checkpoint into engine and averages; None where there is none yet.
+        """Load the newest checkpoint that is not damaged into engine and EMA; None if there is no checkpoint yet.
 
-        Where one is damaged all ranks together take the one before it. Raises CheckpointError where all are damaged, or
-        where the checkpoint is of another model, stage schedule or, unless that is allowed, order of data.
+        Raises CheckpointError if all are damaged, or if the checkpoint is of another run, model or order of samples.
         """
-        self._drain()
-        self._snapshot.reserve(state_by_kind(engine, ema), {fragment.partition for fragment in self._owned(engine)})
+        # A roll-back may begin during a save, and goes back to that checkpoint.
+        self._finish_save()
         expected = Expected(
-            self._run_id, self._adopt, self._identity, self._averages, self._layout(engine), self._allow_new_data
+            run_id=self._run_id,
+            adopt=self._adopt,
+            identity=self._identity,
+            ema_kinds=self._ema_kinds,
+            layout=self._layout(engine),
+            allow_new_data=self._allow_new_data,
         )
-        restored, self._rejected = restore_newest(self.place, self._world, engine, ema, expected)
-        self.last_committed = restored.progress.step if restored else None
-        self._since = restored.since if restored else self._since
+        restored, self._damaged = restore_newest(self.storage, self._world, engine, ema, expected)
+
+        # Later manifests repeat since when each EMA has been what it is.
+        self.last_committed = None
+        if restored:
+            self.last_committed = restored.progress.step
+            self._ema_since = restored.ema_since
+
+        # Allocate the host buffers now: the first save then takes no longer than later ones.
+        partitions = {fragment.partition for fragment in self._fragments_to_write(engine)}
+        self._snapshot.reserve(state_by_kind(engine, ema), partitions)
         return restored
 
     def needed_bytes(self, engine: Engine) -> int:
-        """What one checkpoint takes, all ranks together."""
+        """The size of one checkpoint, all ranks together."""
         values = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
-        return values * VALUE_BYTES * (1 + len(ADAM_MOMENTS) + len(self._averages))
+        return values * VALUE_BYTES * (1 + len(ADAM_MOMENTS) + len(self._ema_kinds))
 
     def space_warning(self, engine: Engine) -> str | None:
-        """A line, for rank 0 to say at the start, where the place is too small for all that is to be kept there."""
-        free, one = self.place.free_bytes(), self.needed_bytes(engine)
-        wanted = (self._section.keep + 1 - len(self.place.committed())) * one
-        if free is None or free >= wanted:
+        """Rank 0, at the start: a warning if the storage has too little space for the checkpoints to keep."""
+        free = self.storage.free_bytes()
+        size = self.needed_bytes(engine)
+        # While a checkpoint is written, there is one more than is kept.
+        missing = self._section.keep + 1 - len(self.storage.committed())
+        if free is None or free >= missing * size:
             return None
         return (
-            f"warning: {self.place.where} has {readable(free)} free, and {readable(max(wanted, one))} more are needed: "
-            f"checkpoint.keep={self._section.keep} and the one being written, {readable(one)} each; free space, or set "
-            f"checkpoint.dir"
+            f"warning: {self.storage.where} has {readable(free)} free, but {readable(max(missing, 1) * size)} "
+            f"more are needed: checkpoint.keep={self._section.keep} and one being written, {readable(size)} each; "
+            f"free space, or set checkpoint.dir"
         )
 
-    def _owned(self, engine: Engine) -> list[Fragment]:
-        """The fragments that this rank writes: what all ranks hold is written once."""
+    def _fragments_to_write(self, engine: Engine) -> list[Fragment]:
+        """The fragments in this rank's file. Fragments that all ranks hold are written by one of them."""
         return engine.fragments[self._world.rank :: self._world.size] if engine.replicated else engine.fragments
 
-    def _drafts(self, step: int, kinds: tuple[str, ...], ema: ShardedEma | None) -> list[tuple[Draft, tuple[str, ...]]]:
+    def _next_attempt(self) -> str:
+        """A name for the files of one save, the same on all ranks and different from every other save."""
         self._attempt = self._attempt or self._world.broadcast(uuid.uuid4().hex[:8])
         self._saves += 1
-        attempt = f"{self._attempt}_{self._saves:04d}"
-        drafts = [(self.ema_place.draft(step, attempt), tuple(ema.averages))] if ema else []
-        return [*drafts, *([(self.place.draft(step, attempt), kinds)] if kinds else [])]
+        return f"{self._attempt}_{self._saves:04d}"
 
-    def _manifest(self, progress: Progress, engine: Engine, notes: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, progress: Progress, engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
+        """checkpoint.json without its files. See manifest.Manifest."""
         return {
             "schema": SCHEMA,
             "progress": asdict(progress),
-            "notes": json.loads(json.dumps(notes)),  # as it is now: training goes on
+            # A copy, because training changes the original during the save.
+            "notes": copy.deepcopy(client_state),
             "run": self._run_id,
             "identity": self._identity,
-            "averages": self._averages,
-            "averages_since": self._since,
+            "averages": self._ema_kinds,
+            "averages_since": self._ema_since,
             "shapes": engine.shapes,
             **self._layout(engine),
         }
@@ -213,14 +272,15 @@ class CheckpointStore:
         return {"world_size": self._world.size, "zero_stage": engine.zero_stage, "precision": self._precision}
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _stalled(self) -> Iterator[None]:
+        """Count the time of the block as time that training waits."""
         began = time.monotonic()
         try:
             yield
         finally:
             self.stall_seconds += time.monotonic() - began
 
-    def _drain(self) -> None:
+    def _finish_save(self) -> None:
         while self._save is not None:
             self._settle()
 
@@ -228,79 +288,110 @@ class CheckpointStore:
         save = self._save
         if save is None:
             return
-        outcomes: list[Outcome] = self._world.gather(save.future.result())
-        failed = next(((rank, one) for rank, one in enumerate(outcomes) if one.error), None)
+
+        # An error on any rank is an error on all, so that all take the same branch.
+        outcomes: list[Outcome] = self._world.gather(save.result.result())
+        failed = next((rank for rank, outcome in enumerate(outcomes) if outcome.error), None)
         if failed is not None:
             self._save = None
-            self._fail(save, *failed)
-        elif not save.files:
-            save.files = [list(entries) for entries in zip(*(one.files for one in outcomes), strict=True)]
-            save.future = self._start_commit(save)
-        else:
-            self._save = None
-            self._stand(save)
-
-    def _start_commit(self, save: _Save) -> Future[Outcome]:
-        if self._world.is_first:
-            return self._pool.submit(outcome_of, lambda: self._commit(save), self.place.where)
-        done: Future[Outcome] = Future()
-        done.set_result(Outcome())
-        return done
-
-    def _commit(self, save: _Save) -> list[dict[str, Any]]:
-        """Rank 0's thread."""
-        manifests = [json.dumps({**save.manifest, "files": files}).encode() for files in save.files]
-        drafts = [draft for draft, _ in save.drafts]
-        commit(list(zip(drafts, manifests, strict=True)), self.place, self._still_ours)
-        try:
-            self._sweep(drafts[-1].name if save.is_checkpoint else None)
-        except (OSError, EcarError) as error:
-            print(f"warning: old checkpoints in {self.place.where} could not be removed: {error}", file=sys.stderr)
-        return []
-
-    def _sweep(self, newest: str | None) -> None:
-        """Drop what is not to be kept. What lies after the newest was damaged: this attempt did not begin there."""
-        self.ema_place.sweep(set(self.ema_place.committed()))
-        if newest is None:
+            self._handle_failure(save, failed, outcomes[failed])
             return
-        found = [(name, seen) for name, seen in self.place.whole() if name == newest or name not in self._rejected]
-        names = [name for name, _ in found]
-        if newest in names:  # else the place does not show it yet, and nothing is dropped for it
-            found = found[names.index(newest) :]
-            self.place.sweep(kept(found, self._section.keep, self._section.keep_every_samples))
 
-    def _stand(self, save: _Save) -> None:
-        self._failed_in_a_row, self._last_failure = 0, ""
-        self.bytes_written += sum(entry["bytes"] for files in save.files for entry in files)
+        # All ranks have written: rank 0 commits, the others have nothing to do until the next `settle`.
+        if not save.written:
+            save.written = True
+            for target, files in zip(save.targets, zip(*(one.files for one in outcomes), strict=True), strict=True):
+                target.files = list(files)
+            step = partial(self._commit, save) if self._world.is_first else list
+            save.result = self._pool.submit(outcome_of, step, self.storage.where)
+            return
+
+        # Rank 0 has committed.
+        self._save = None
+        self._failures_in_a_row = 0
+        self._last_failure = ""
+        self.bytes_written += sum(file["bytes"] for target in save.targets for file in target.files)
         if save.is_checkpoint:
             self.last_committed = save.progress.step
 
-    def _fail(self, save: _Save, rank: int, outcome: Outcome) -> None:
-        """The same on all ranks. Raises where it must not go on."""
+    def _commit(self, save: Save) -> list[dict[str, Any]]:
+        """The thread of rank 0."""
+        commit(save.targets, save.manifest, self._still_ours, self.storage.where)
+
+        # The checkpoint is committed, whatever happens to old ones.
+        try:
+            self._remove_old(save.targets[-1].pending.name if save.is_checkpoint else None)
+        except (OSError, EcarError) as error:
+            print(f"warning: cannot remove old checkpoints in {self.storage.where}: {error}", file=sys.stderr)
+        return []
+
+    def _remove_old(self, newest: str | None) -> None:
+        """Remove checkpoints that are not kept, and the remains of failed saves. newest: the one just committed."""
+        self.ema_storage.keep_only(set(self.ema_storage.committed()))
+        if newest is None:
+            return
+
+        # Damaged checkpoints do not count as kept, or they would push out good ones.
+        found = [(name, seen) for name, seen in self.storage.complete() if name == newest or name not in self._damaged]
+        names = [name for name, _ in found]
+
+        # A storage that does not list the new checkpoint yet: remove nothing for it. Otherwise drop what is newer. This
+        # attempt has resumed from before it, because it was damaged.
+        if newest in names:
+            found = found[names.index(newest) :]
+            self.storage.keep_only(names_to_keep(found, self._section.keep, self._section.keep_every_samples))
+
+    def _handle_failure(self, save: Save, rank: int, outcome: Outcome) -> None:
+        """Warn on rank 0, or raise on all ranks. All ranks have the same arguments."""
+        # No second attempt at the same run may write.
         if outcome.taken_over:
             self._raise(str(outcome.error))
+
+        # Free the space now: the next save needs it.
         self.failures += 1
-        self._failed_in_a_row += 1
-        room = ""
+        self._failures_in_a_row += 1
         if self._world.is_first:
-            for draft, _ in save.drafts:
-                draft.discard()
-            room = self._room(save) if outcome.full else ""
-        last = self.last_committed
-        whole = "there is no checkpoint yet" if last is None else f"the last one that was saved is of step {last}"
-        what = f"the {'checkpoint' if save.is_checkpoint else 'copy of the averages'} of step {save.progress.step}"
-        self._last_failure = f"{what} was not saved: rank {rank}: {outcome.error}{room}; {whole}"
-        if self._failed_in_a_row >= self._section.max_failures:
-            self._raise(f"{self._last_failure}; that was failure {self._failed_in_a_row} in a row; {_FIX}")
+            for target in save.targets:
+                target.pending.discard()
+
+        # The message: what failed, why, and what is still there.
+        what = f"the {'checkpoint' if save.is_checkpoint else 'EMA snapshot'} of step {save.progress.step}"
+        why = f"rank {rank}: {outcome.error}"
+        if outcome.disk_full and self._world.is_first:
+            why += self._space(save)
+        last = "no checkpoint yet" if self.last_committed is None else f"last checkpoint: step {self.last_committed}"
+        self._last_failure = f"{what} was not saved: {why}; {last}"
+
+        # One failed save costs little. Many in a row mean that a crash would lose a lot.
+        if self._failures_in_a_row >= self._section.max_failures:
+            self._raise(f"{self._last_failure}; {counted(self._failures_in_a_row, 'save')} failed in a row; {_FIX}")
         if self._world.is_first:
             print(f"warning: {self._last_failure}; training goes on", file=sys.stderr)
 
-    def _room(self, save: _Save) -> str:
-        free = self.place.free_bytes()
-        kinds = sum(len(kinds) for _, kinds in save.drafts)
-        needed = sum(torch.Size(shape).numel() for shape in save.manifest["shapes"].values()) * kinds * VALUE_BYTES
+    def _space(self, save: Save) -> str:
+        free = self.storage.free_bytes()
+        kinds = sum(len(target.kinds) for target in save.targets)
+        values = sum(torch.Size(shape).numel() for shape in save.manifest["shapes"].values())
+        needed = values * kinds * VALUE_BYTES
         return "" if free is None else f" (it needs {readable(needed)}, and {readable(free)} are free)"
 
     def _raise(self, message: str) -> None:
-        """One line, by rank 0, and the end of the others."""
+        """Raise CheckpointError with the message on rank 0, RemoteError on the others."""
         self._world.agree(CheckpointError(message) if self._world.is_first else None)
+
+
+def names_to_keep(found: Sequence[tuple[str, int]], keep: int, keep_every_samples: int) -> set[str]:
+    """Which checkpoints are never removed, of (name, samples_seen), newest first.
+
+    The newest `keep`; and, for good, the first at or after each multiple of `keep_every_samples` (0: none).
+    """
+    names = {name for name, _ in found[:keep]}
+
+    # From the oldest on: a checkpoint that is the first past a multiple stays.
+    last_multiple = 0
+    for name, samples_seen in reversed(found):
+        multiple = samples_seen // keep_every_samples if keep_every_samples else 0
+        if multiple > last_multiple:
+            names.add(name)
+            last_multiple = multiple
+    return names

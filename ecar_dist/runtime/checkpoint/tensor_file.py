@@ -1,7 +1,7 @@
-"""A safetensors file that is written while its tensors are made, one at a time, and hashed on the way.
+"""Write a safetensors file one tensor at a time, and hash it on the way.
 
-The form is the library's (github.com/huggingface/safetensors): eight bytes with the length of the header, the header in
-JSON, then the values, little-endian, one tensor after the other. The library itself wants all tensors at once.
+The library's own `save_file` needs all tensors in memory. The format (github.com/huggingface/safetensors): eight bytes
+with the length of the header, the header in JSON, then the values of the tensors, little-endian.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor to write. `make` is called once, when its turn comes; nobody keeps what it returns."""
+    """One tensor to write. `make` is called once, when the tensor is written, and its result is not kept."""
 
     name: str
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A finished file: what a manifest says of it."""
+    """A finished file, as a manifest describes it."""
 
     name: str
     bytes: int
@@ -60,17 +60,27 @@ def write_tensor_file(
     metadata: Mapping[str, str] | None = None,
     halfway: Callable[[], object] = lambda: None,
 ) -> WrittenFile:
-    """Write `entries` to `path` and fsync. The memory needed is that of one tensor; CPU tensors are not copied.
+    """Write `entries` to `path`, and fsync. This needs memory for one tensor; CPU tensors are not copied.
 
-    Wider types come first, as the library has it, so that all values are aligned; otherwise the order is the given one.
-    `halfway` is called once, after half of the bytes. Raises OSError, and ValueError where `make` breaks its promise; a
-    file that was begun stays behind, so give the name of a temporary one.
+    Wider types come first, as in the library, so that all values are aligned. Otherwise the order stays.
+
+    Args:
+        path: an unfinished file stays there after an error, so use a temporary name.
+        halfway: called once, after half of the bytes.
+
+    Raises OSError, and ValueError if a tensor has another type or shape than its entry.
     """
+    # Values are written as they are in memory.
     if sys.byteorder != "little":
         raise OSError("safetensors files are little-endian, this machine is not")
+
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header = _header(ordered, metadata)
-    total, written, digest = len(header) + sum(entry.bytes for entry in ordered), 0, xxhash.xxh3_128()
+    total = len(header) + sum(entry.bytes for entry in ordered)
+    written = 0
+    digest = xxhash.xxh3_128()
+
+    # One pass over the values: write, hash, count.
     with open(path, "wb") as file:
         for block in _blocks(header, ordered):
             file.write(block)
@@ -78,7 +88,7 @@ def write_tensor_file(
             if written < total / 2 <= written + len(block):
                 halfway()
             written += len(block)
-            block.release()  # else it keeps its tensor alive while the next one is made
+            block.release()  # frees the tensor before the next one is made
         file.flush()
         os.fsync(file.fileno())
     return WrittenFile(path.name, written, digest.hexdigest())
@@ -106,7 +116,5 @@ def _blocks(header: bytes, entries: Sequence[TensorEntry]) -> Iterator[memoryvie
 def _bytes_of(entry: TensorEntry) -> memoryview:
     tensor = entry.make().detach()
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
-        raise ValueError(
-            f"{entry.name} was announced as {entry.dtype} {entry.shape} and is {tensor.dtype} {(*tensor.shape,)}"
-        )
+        raise ValueError(f"{entry.name} must be {entry.dtype} {entry.shape}, is {tensor.dtype} {(*tensor.shape,)}")
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

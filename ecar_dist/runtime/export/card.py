@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, how it was trained, how to draw, what was measured. No number is made up."""
+"""The README.md of an export, its model card: every number comes from the run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ tags:
 ---
 """
 _NOT_MEASURED = """\
-Whatever is not in the table above: other guidance scales and solvers, memorisation of the training data, bias, and
-fitness for any purpose."""
+Everything else, for example other guidance scales and solvers, memorisation of the training data, bias, and fitness for
+a purpose."""
 _SETTINGS = ("guidance_scale", "seed", "samples", "train", "heldout", "samples_seen")  # of a score, not scores
 
 
@@ -33,7 +33,7 @@ def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
         f"# {config['run']['name']}",
         _what(facts),
         "## How it was trained\n\n" + _table(_training(facts)),
-        _drawing(config),
+        _sampling(config),
         "## What was measured\n\n" + _measured(facts, scores),
         f"## What was not measured\n\n{_NOT_MEASURED}",
     ]
@@ -46,10 +46,10 @@ def _what(facts: dict[str, Any]) -> str:
     pixels = config["data"]["latent_size"] * config["vae"]["downsample"]
     return (
         f"A class-conditional image generator ({KINDS[facts['model_type']].title}, preset {model['preset']}, "
-        f"{model['parameters']:,} parameters) for {config['data']['num_classes']} classes. It draws latents of "
+        f"{model['parameters']:,} parameters) for {config['data']['num_classes']} classes. It samples latents of "
         f"{pixels}x{pixels} pixel images in {counted(len(model['stage_sizes']), 'stage')}, {sides}, and an autoencoder "
         f"decodes them ({_autoencoder(facts)}; it is not part of these files).\n\n"
-        f"The weights are {facts['dtype']}: {_average(facts['average'])}."
+        f"The weights are {facts['dtype']}: {_ema(facts['average'])}."
     )
 
 
@@ -58,18 +58,18 @@ def _autoencoder(facts: dict[str, Any]) -> str:
     return f"`{vae['path']}`, kind {vae['kind']}" if vae["path"] else f"kind {vae['kind']}, which has no weights"
 
 
-def _average(average: dict[str, Any]) -> str:
+def _ema(average: dict[str, Any]) -> str:
     if "meaning" in average:
-        form = f"an average of the weights ({average['meaning']})"
+        form = f"an EMA of the weights ({average['meaning']})"
     elif "sigma_rel" in average:
-        form = f"a power-function average of relative width {average['sigma_rel']}"
+        form = f"a power-function EMA with relative width {average['sigma_rel']}"
     else:
-        form = f"an exponential moving average with a half-life of {average['half_life_samples']:,} samples"
-        form += f", at most {average['rampup']:g} of the samples seen"
+        form = f"an EMA with a half-life of {average['half_life_samples']:,} samples"
+        form += f", capped at {average['rampup']:g} of the samples seen"
     if "relative_residual" not in average:
-        return f"{form}, kept in training"
+        return f"{form}, kept during training"
     return (
-        f"{form}, rebuilt after training from {average['snapshots']} kept averages "
+        f"{form}, rebuilt after training from {average['snapshots']} EMA snapshots "
         f"(relative residual of its profile {average['relative_residual']:.2%})"
     )
 
@@ -89,24 +89,25 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _drawing(config: dict[str, Any]) -> str:
+def _sampling(config: dict[str, Any]) -> str:
     sample = config["sample"]
     return (
-        "## How to draw\n\n"
+        "## How to sample\n\n"
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
         f"By default {sample['steps_per_stage']} {sample['solver']} steps a stage and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
-        "autoencoder is; point it to your copy. `parity.json` says what these files were compared with."
+        "autoencoder is; point it to your copy. `parity.json` compares these "
+        "files with the run."
     )
 
 
 def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
     numbers = {name: value for name, value in (scores or {}).items() if _is_number(value) and name not in _SETTINGS}
     if not scores or not numbers:
-        return "Nothing: the run holds no scores.json (`ecar-dist evaluate`)."
+        return "Nothing: the run has no scores.json (see `ecar-dist evaluate`)."
     seen = scores.get("samples_seen")
     same = seen == facts["progress"]["samples_seen"] and facts["average"]["kind"] == "ema" and facts["dtype"] == "fp32"
-    whose = "these weights" if same else "the run's first average, not exactly these weights"
+    whose = "these weights" if same else "the run's first EMA, not exactly these weights"
     about = f"Of {whose}, at {printable(str(seen))} samples seen, with " + ", ".join(
         printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores
     )

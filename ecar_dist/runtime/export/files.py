@@ -1,14 +1,14 @@
-"""The files of an export: what a reader needs, and nothing about who writes it.
+"""The files of an export, and how to read them.
 
-    OUT/model.safetensors                      the weights; or, where they are more than one file's worth,
+    OUT/model.safetensors                      the weights; if they need more than one file,
         model-00001-of-00002.safetensors ...   shards, and
-        model.safetensors.index.json           which parameter lies in which
-        config.json                            facts for a loader, and size and hash of every file of weights
+        model.safetensors.index.json           the shard of each parameter
+        config.json                            facts for a loader, with size and hash of every file of weights
         config.yaml                            the resolved config of the run
-        README.md, parity.json                 the model card; what the export was compared with
+        README.md, parity.json                 the model card; the comparison of the export with the run
 
-The names and the index are those of the Hugging Face hub. Everything may come from a stranger: it is checked against
-what the models below say, names and sizes first, before it is read.
+Names and index are those of the Hugging Face hub. An export may come from anybody, so names, sizes and hashes are
+checked before any weight is used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 
-from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint.files import DamagedError, hash_file, open_tensors, sized_file
-from ecar_dist.runtime.checkpoint.manifest import Reached, WeightsFile
+from ecar_dist.errors import CheckpointError, reason_of
+from ecar_dist.runtime.checkpoint.files import DamagedError, open_tensors, sized_file
+from ecar_dist.runtime.checkpoint.manifest import Progress, WeightsFile
+from ecar_dist.storage.hashing import hash_file
 from ecar_dist.storage.untrusted import (
     MAX_JSON_BYTES,
     AnyRecord,
@@ -37,18 +38,19 @@ FACTS, CONFIG, CARD = "config.json", "config.yaml", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCHEMA = "ecar-export-v1"
 MAX_HEADER_BYTES = MAX_JSON_BYTES  # of a file of weights
+_COPY = "copy the whole folder again"
 _STORED_AS = {"fp32": "F32", "bf16": "BF16"}
 
 
 class ExportFacts(Record):
-    """config.json, as far as a loader needs it; the rest is for people."""
+    """The part of config.json that a loader needs."""
 
     model_config = ConfigDict(extra="ignore")
 
     schema_name: Literal["ecar-export-v1"] = Field(alias="schema")
     dtype: Literal["fp32", "bf16"]
     files: Annotated[tuple[WeightsFile, ...], Field(min_length=1)]
-    progress: Reached
+    progress: Progress
     identity: dict[str, Any]
 
 
@@ -63,38 +65,33 @@ def is_export(path: Path) -> bool:
 
 
 def read_facts(path: Path) -> ExportFacts:
-    """config.json of an export. Raises CheckpointError where it is not one of ours."""
+    """config.json of an export. Raises CheckpointError if it is missing or not from an export of ecar_dist."""
     return _read(path, FACTS, ExportFacts)
 
 
-def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's identity without its grouping into what the model is and what the data are."""
-    flat: dict[str, Any] = {}
-    for name, value in identity.items():
-        flat.update(value if name in ("model", "data") and isinstance(value, dict) else {name: value})
-    return flat
-
-
 class ExportReader(Mapping[str, torch.Tensor]):
-    """Parameters by name, as they were stored, each read when it is asked for.
+    """Parameters by name, in the stored type, each read when it is asked for.
 
-    Every file is checked against its size, header and hash before any value is read. Raises CheckpointError where one
-    is missing, damaged, or named so that it lies elsewhere, and on reading a value that is not finite.
+    Size, header and hash of every file are checked first. Raises CheckpointError if a file is missing, damaged or
+    outside of the folder, and if a value that is read is not finite.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.facts = path, read_facts(path)
+        self.path = path
+        self.facts = read_facts(path)
+
+        # Hash and open every file. A parameter may be in one file only.
         opened = {file.name: _opened(path, file, self.facts.dtype) for file in self.facts.files}
         self._where = {name: handle for handle in opened.values() for name in handle.keys()}  # noqa: SIM118
         if len(self._where) != sum(len(handle.keys()) for handle in opened.values()):
-            raise CheckpointError(f"{path} holds a parameter twice; export the run again")
+            raise CheckpointError(f"{path} has a parameter twice; export the run again")
         if len(opened) > 1:
             self._check_index(_read(path, INDEX, _Index), opened)
 
     def _check_index(self, index: _Index, opened: dict[str, Any]) -> None:
-        """The index is for other readers; what it says must be what the files hold."""
-        holds = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
-        if index.weight_map != holds:
+        """Other readers trust the index, so it must match the files."""
+        stored = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
+        if index.weight_map != stored:
             raise CheckpointError(f"{self.path / INDEX} does not match the files beside it; export the run again")
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -114,28 +111,27 @@ def _read(path: Path, name: str, model: type[AnyRecord]) -> AnyRecord:
     try:
         return read_record(path_inside(path, name), model)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path / name}: {error.strerror}; copy the folder again, whole") from None
+        raise CheckpointError(f"cannot read {path / name}: {reason_of(error)}; {_COPY}") from None
     except UntrustedError as error:
         raise CheckpointError(
-            f"{path / name} is damaged, or not of an export of this program: {error}; copy the folder again, whole, "
-            f"or export the run again"
+            f"{path / name} is damaged, or not from an export of ecar_dist: {error}; {_COPY}, or export the run again"
         ) from None
 
 
 def _opened(path: Path, file: WeightsFile, dtype: str) -> Any:
-    """A file of the export that has its recorded size and hash, and holds values of the recorded type."""
+    """Open a file of the export after checks of its size, header and hash."""
+    # Header and type before the hash: they are small, and the hash reads the file to its end.
     try:
         found = sized_file(path, file)
         handle = open_tensors(found, "pt", MAX_HEADER_BYTES)
         types = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
         odd = next((name for name, stored in types.items() if stored != _STORED_AS[dtype]), None)
         if odd is not None:
-            raise UntrustedError(f"holds {printable(odd)}, which is not {dtype}")
-        if hash_file(found) != file.xxh3_128:
-            raise UntrustedError("does not have its recorded hash")
+            raise UntrustedError(f"has {printable(odd)}, which is not {dtype}")
+        if (digest := hash_file(found)) != file.xxh3_128:
+            raise UntrustedError(f"has xxh3_128 {digest}, {FACTS} says {file.xxh3_128}")
     except DamagedError as damage:
-        raise CheckpointError(f"{path}: {damage.problem}; copy the folder again, whole") from None
+        raise CheckpointError(f"{path}: {damage.problem}; {_COPY}") from None
     except (OSError, UntrustedError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path / file.name} {problem}; copy the folder again, whole") from None
+        raise CheckpointError(f"{path / file.name} {reason_of(error)}; {_COPY}") from None
     return handle

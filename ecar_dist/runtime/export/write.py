@@ -1,6 +1,6 @@
-"""Export: one average of a run's weights as sharded safetensors, with all that a loader and a reader need.
+"""Write an export: one EMA of a run as sharded safetensors, with config, facts and model card.
 
-Nothing is gathered: each parameter is read from the ranks' files, converted and written before the next one is read.
+Each parameter is read from the ranks' files, converted and written before the next one is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from ecar_dist import __version__
 from ecar_dist.config.read import config_from_dict, config_to_yaml
 from ecar_dist.config.run import RunConfig
-from ecar_dist.errors import CheckpointError, ConfigError
+from ecar_dist.errors import CheckpointError, ConfigError, reason_of
 from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.runtime.checkpoint.manifest import flat_identity
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, write_tensor_file
-from ecar_dist.runtime.export.averages import Average, Wanted, open_average
 from ecar_dist.runtime.export.card import model_card
-from ecar_dist.runtime.export.files import CARD, CONFIG, FACTS, INDEX, SCHEMA, WEIGHTS, flat_identity
+from ecar_dist.runtime.export.ema import EmaWeights, WantedEma, open_ema_weights
+from ecar_dist.runtime.export.files import CARD, CONFIG, FACTS, INDEX, SCHEMA, WEIGHTS
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.storage.redaction import redact_tree
@@ -35,98 +36,105 @@ MAX_SCORES_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: its folder, one line that says what it is, and the run and weights it was made from."""
+    """A finished export: its folder, a summary in one line, and the run and weights that it was made from."""
 
     path: Path
     summary: str
     run: Path
-    average: Average
+    weights: EmaWeights
 
 
 def export_run(
-    run: Path, out: Path, *, wanted: Wanted | None = None, dtype: Precision = "fp32", max_shard_gib: float = 5.0
+    run: Path, out: Path, *, wanted: WantedEma | None = None, dtype: Precision = "fp32", max_shard_gib: float = 5.0
 ) -> Exported:
-    """Write an average of the newest whole checkpoint to folder `out`; memory: about two of its largest parameter.
+    """Write the `wanted` EMA of the newest checkpoint to folder `out`. Needs memory for two of its largest parameters.
 
-    Raises CheckpointError where `out` exists or cannot be written, where the run has no whole checkpoint, or where it
-    did not keep enough to rebuild the average that is `wanted`.
+    Raises CheckpointError if `out` exists or cannot be written, if the run has no checkpoint, or if the EMA was neither
+    kept nor can be rebuilt.
     """
+    # Cheap checks first.
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder, or remove it")
     if not max_shard_gib > 0:
         raise ConfigError(f"--max-shard-gib {max_shard_gib} must be above 0; 5 is the default")
     directory = RunDirectory(run)
     config = without_credentials(directory.load_config())
-    average = open_average(run, wanted or Wanted())
+    weights = open_ema_weights(run, wanted or WantedEma())
+
+    # The folder gets its name once everything is in it.
     temporary = temporary_beside(out)
     try:
         temporary.mkdir(parents=True)
-        files = _write_weights(temporary, average, DTYPES[dtype], int(max_shard_gib * GIB))
-        facts = _facts(directory, config, average, dtype, files)
-        _write_papers(temporary, config, facts, _scores(directory))
+        files = _write_weights(temporary, weights, DTYPES[dtype], int(max_shard_gib * GIB))
+        facts = _facts(directory, config, weights, dtype, files)
+        _write_texts(temporary, config, facts, _scores(directory))
         temporary.rename(out)
         sync_to_disk(out.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write {out}: {error.strerror}; free space there, or choose another folder"
+            f"cannot write {out}: {reason_of(error)}; free space there, or choose another folder"
         ) from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Exported(out, _summary(facts), run, average)
+    return Exported(out, _summary(facts), run, weights)
 
 
 def without_credentials(config: RunConfig) -> RunConfig:
-    """The same config, its URLs without user, password and query string: an export is passed on."""
+    """The config with URLs that have no user, password or query string: exports are shared."""
     return config_from_dict(redact_tree(config.model_dump(mode="json"), variables=False))
 
 
-def _write_weights(folder: Path, average: Average, dtype: torch.dtype, max_bytes: int) -> list[dict[str, Any]]:
-    """The shards, and their index where they are several. Returns name, bytes and hash of every file."""
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in average.shapes.items()}
+def _write_weights(folder: Path, weights: EmaWeights, dtype: torch.dtype, max_bytes: int) -> list[dict[str, Any]]:
+    """Write the shards, and an index if there are several. Returns name, bytes and hash of every file."""
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in weights.shapes.items()}
     shards = list(_in_shards(sizes, max_bytes))
-    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(place, len(shards)) for place in range(len(shards))]
+    names = (
+        [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    )
     files = []
     for name, parameters in zip(names, shards, strict=True):
         entries = [
-            TensorEntry(parameter, dtype, average.shapes[parameter], _producer(average, parameter, dtype))
+            TensorEntry(parameter, dtype, weights.shapes[parameter], _producer(weights, parameter, dtype))
             for parameter in parameters
         ]
         files.append(asdict(write_tensor_file(folder / name, entries, {"format": "pt"})))
     if len(shards) > 1:
-        where = {parameter: name for name, shard in zip(names, shards, strict=True) for parameter in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        shard_of = {parameter: name for name, shard in zip(names, shards, strict=True) for parameter in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shard_of})
     return files
 
 
-def _producer(average: Average, parameter: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    return lambda: average[parameter].to(dtype)
+def _producer(weights: EmaWeights, parameter: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: weights[parameter].to(dtype)
 
 
 def _in_shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, cut where the next would pass `max_bytes`; one larger than that has a shard of its own."""
+    """Names in order, in shards of at most `max_bytes`. A larger parameter has a shard of its own."""
     shard: list[str] = []
-    held = 0
+    total = 0
     for name, size in sizes.items():
-        if shard and held + size > max_bytes:
+        if shard and total + size > max_bytes:
             yield shard
-            shard, held = [], 0
+            shard = []
+            total = 0
         shard.append(name)
-        held += size
+        total += size
     yield shard
 
 
-def _shard_name(place: int, count: int) -> str:
+def _shard_name(number: int, count: int) -> str:
     stem, _, suffix = WEIGHTS.rpartition(".")
-    return f"{stem}-{place + 1:05d}-of-{count:05d}.{suffix}"
+    return f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
 
 
 def _facts(
-    directory: RunDirectory, config: RunConfig, average: Average, dtype: Precision, files: list[dict[str, Any]]
+    directory: RunDirectory, config: RunConfig, weights: EmaWeights, dtype: Precision, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """config.json: what a loader needs, and where the weights come from."""
-    manifest = read_manifest(average.checkpoint)
+    """config.json: facts for a loader, and the origin of the weights."""
+    # Library versions and precision are those of the last attempt at the run.
+    manifest = read_manifest(weights.checkpoint)
     attempts = directory.attempts()
     last = attempts[-1] if attempts else {}
     return {
@@ -138,14 +146,14 @@ def _facts(
             "preset": config.model.preset,
             "stage_sizes": list(config.stage_sizes),
             "stage_ends": list(config.flow.resolved_ends),
-            "parameters": sum(torch.Size(shape).numel() for shape in average.shapes.values()),
+            "parameters": sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         },
-        "average": average.facts,
+        "average": weights.facts,
         "config": config.model_dump(mode="json"),
-        "progress": manifest.progress.model_dump(),
+        "progress": asdict(manifest.progress),
         "identity": manifest.identity,
         "source": {
-            "checkpoint": average.checkpoint.name,
+            "checkpoint": weights.checkpoint.name,
             "world_size": manifest.world_size,
             "zero_stage": manifest.zero_stage,
             "precision": last.get("precision", config.deepspeed.precision),
@@ -164,12 +172,13 @@ def _scores(directory: RunDirectory) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, UntrustedError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"cannot read {path} ({problem}); remove it, or evaluate the run again") from None
+        raise CheckpointError(
+            f"cannot read {path} ({reason_of(error)}); remove it, or evaluate the run again"
+        ) from None
 
 
-def _write_papers(folder: Path, config: RunConfig, facts: dict[str, Any], scores: dict[str, Any] | None) -> None:
-    """Everything but the weights; facts last, since their presence is what makes a folder an export."""
+def _write_texts(folder: Path, config: RunConfig, facts: dict[str, Any], scores: dict[str, Any] | None) -> None:
+    """Write everything but the weights. The facts come last: they make a folder an export."""
     (folder / CONFIG).write_text(config_to_yaml(config))
     (folder / CARD).write_text(model_card(facts, scores))
     for name in (CONFIG, CARD):
@@ -178,12 +187,13 @@ def _write_papers(folder: Path, config: RunConfig, facts: dict[str, Any], scores
 
 
 def _summary(facts: dict[str, Any]) -> str:
-    average = {name: value for name, value in facts["average"].items() if name not in ("kind", "rampup")}
-    of = ", ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in average.items()
+    about = ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in facts["average"].items()
+        if name not in ("kind", "rampup")
     )
     size = sum(entry["bytes"] for entry in facts["files"]) / 2**20
     return (
-        f"export of {facts['source']['checkpoint']}: {facts['average']['kind']} ({of}), "
+        f"export of {facts['source']['checkpoint']}: {facts['average']['kind']} ({about}), "
         f"{facts['model']['parameters']:,} parameters in {facts['dtype']}, {len(facts['files'])} files, {size:.1f} MiB"
     )

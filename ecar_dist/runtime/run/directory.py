@@ -46,7 +46,7 @@ class RunDirectory:
         self.config, self.lineage = self.path / "config.yaml", self.path / "lineage.json"
         self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
         self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
-        self.averages = self.path / "ema"  # copies of the averages alone
+        self.ema_snapshots = self.path / "ema"
         self.record_lost = False  # on opening, lineage.json and its copy were both damaged
         self._record = LineageFile(self.lineage)
         self._lock: BinaryIO | None = None

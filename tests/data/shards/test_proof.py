@@ -8,11 +8,11 @@ from ecar_dist.data.shards.proof import (
     ShardDamaged,
     check_presence,
     describe_shard,
-    hash_file,
     local_folder,
     map_verified,
 )
 from ecar_dist.errors import DataError
+from ecar_dist.storage.hashing import hash_open_file
 from tests.data.latent_sets import write_set
 
 
@@ -36,7 +36,7 @@ def test_both_ways_of_hashing_agree(tmp_path, entry):
     (tmp_path / "large").write_bytes(os.urandom((1 << 20) + 12345))
     with open(tmp_path / "large", "rb", buffering=0) as file:
         file.seek(100)
-        assert hash_file(file) == describe_shard(tmp_path / "large", 1, 0).xxh3_128
+        assert hash_open_file(file) == describe_shard(tmp_path / "large", 1, 0).xxh3_128
 
 
 def test_a_wrong_byte_names_shard_offset_expected_and_got(tmp_path, entry):

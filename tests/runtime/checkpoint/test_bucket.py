@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ecar_dist.errors import CheckpointError, DataError
-from ecar_dist.runtime.checkpoint.files import Progress, step_of, verify
-from ecar_dist.runtime.checkpoint.folder import newest_whole, open_ema_place, open_place
+from ecar_dist.runtime.checkpoint.files import step_of, verify
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
+from ecar_dist.runtime.checkpoint.storage import newest_whole, open_ema_storage, open_storage
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.storage.remote import list_files, read_bytes, remove
 from ecar_dist.storage.retries import Transfer
@@ -33,7 +34,7 @@ def objects(bucket):
 
 
 def steps(config):
-    return [step_of(name) for name in open_place(config).committed()]
+    return [step_of(name) for name in open_storage(config).committed()]
 
 
 def holds(loaded, seed):
@@ -77,7 +78,7 @@ def test_each_node_fetches_what_its_ranks_need_once(bucket, config):
     assert len(bucket.log("GET", ".safetensors")) == 4
     bucket.break_on()
 
-    place = open_place(config)
+    place = open_storage(config)
     folder = place.fetch(place.committed()[0], needed=lambda file: "00000-of" in file.name)
     assert len(bucket.log("GET", ".safetensors")) == 1
     assert torch.equal(FragmentReader(folder).read("master", "a", 0, 5), State(0, 1, 1).full["master"][:5])
@@ -134,15 +135,15 @@ def gone(bucket, name):
 def test_a_damaged_object_is_named_and_the_one_before_is_used(bucket, config, capsys, damage, file):
     save(config, 2, seed=1, step=4)
     save(config, 2, seed=2, step=8)
-    newest, before = open_place(config).committed()
+    newest, before = open_storage(config).committed()
     damage(bucket, f"{newest}/{file}")
     loaded = load(config, 2)
     assert holds(loaded, 1)
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{bucket.url}/runs/tiny/{newest} is damaged" in warning
     assert warning.endswith(f"{before} is used instead")
-    assert not list(open_place(config)._scratch.glob("step-*"))  # what was fetched of either is given back
-    assert newest_whole(open_place(config)).name == before
+    assert not list(open_storage(config)._scratch.glob("step-*"))  # what was fetched of either is given back
+    assert newest_whole(open_storage(config)).name == before
     save(config, 2, seed=3, step=6, restore=True)
     assert steps(config) == [6, 4]  # the damaged one is gone
 
@@ -156,13 +157,13 @@ def test_a_body_spoilt_on_the_way_is_fetched_again(bucket, config):
 
 def test_for_readers_outside_of_training(bucket, config):
     save(config, 2, seed=1)
-    place = open_place(config)
+    place = open_storage(config)
     folder = newest_whole(place)
     verify(folder)
     assert place.manifest(folder.name).progress.step == 4
     assert torch.equal(FragmentReader(folder).full("ema", "c"), State(0, 1, 1).full["master"][34:])
     with pytest.raises(CheckpointError, match=f"{bucket.url}/runs/tiny/ema holds no checkpoint"):
-        newest_whole(open_ema_place(config))
+        newest_whole(open_ema_storage(config))
 
 
 KILLED = """
@@ -195,17 +196,17 @@ def test_a_kill_in_an_upload_leaves_nothing_that_a_reader_sees(bucket, config, t
     assert not list(Path(tmp_path / "cache").rglob("*.tmp"))  # what it had on the node
 
 
-def test_copies_of_the_averages_lie_beside(bucket, config):
+def test_ema_snapshots_lie_beside(bucket, config):
     def run(world):
         state = State(world.rank, world.size, 1)
         ema = ShardedEma(state.partitions, config.ema)
         with store_of(config, world) as store:
             for step in (2, 4, 6, 8):
-                store.begin(Progress(step * 16, step), state, ema, {}, checkpoint=step % 4 == 0, averages=True)
+                store.begin(Progress(step * 16, step), state, ema, {}, checkpoint=step % 4 == 0, ema_snapshot=True)
                 store.finish()
 
     Ranks(1)(run)
-    place = open_ema_place(config)
+    place = open_ema_storage(config)
     assert [step_of(name) for name in place.committed()] == [8, 6, 4, 2]
     assert steps(config) == [8, 4]
     folder = place.fetch(place.committed()[0])

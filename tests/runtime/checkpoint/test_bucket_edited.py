@@ -10,7 +10,7 @@ from ecar_dist.config.read import config_to_yaml
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint import bucket as checkpoint_bucket
 from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER, marker_of, step_of
-from ecar_dist.runtime.checkpoint.folder import newest_whole, open_place
+from ecar_dist.runtime.checkpoint.storage import newest_whole, open_storage
 from ecar_dist.storage.remote import list_files, read_bytes
 from ecar_dist.storage.retries import Transfer
 from tests.data.object_store import QUICK
@@ -26,7 +26,7 @@ def config(bucket, tmp_path):
 
 
 def steps(config):
-    return [step_of(name) for name in open_place(config).committed()]
+    return [step_of(name) for name in open_storage(config).committed()]
 
 
 def edit(bucket, name, change):
@@ -46,7 +46,7 @@ def files_of(folder):
 @pytest.mark.parametrize("name", ["../../../../canary", "../canary.safetensors", "{}/canary", "a/canary.safetensors"])
 def test_a_name_that_leads_elsewhere_writes_nothing_anywhere(bucket, config, tmp_path, capsys, name):
     save(config, seed=1)
-    content, (checkpoint,) = b"owned", open_place(config).committed()
+    content, (checkpoint,) = b"owned", open_storage(config).committed()
     name = name.format(tmp_path)
     bucket.put(f"runs/tiny/{checkpoint}/{name}".replace("/../", "/"), content)
 
@@ -72,17 +72,17 @@ def test_an_object_beyond_its_bound_is_not_read_and_hides_no_older_one(bucket, c
     for step in (4, 8):
         save(config, seed=step, step=step)
     monkeypatch.setattr(checkpoint_bucket, "MAX_MANIFEST_BYTES", 1 << 16)
-    bucket.put(f"runs/tiny/{open_place(config).committed()[0]}/{file}", b"x" * ((1 << 16) + 1))
+    bucket.put(f"runs/tiny/{open_storage(config).committed()[0]}/{file}", b"x" * ((1 << 16) + 1))
     bucket.break_on()
     assert load(config)[0][0].progress.step == 4
-    assert step_of(newest_whole(open_place(config)).name) == 4
+    assert step_of(newest_whole(open_storage(config)).name) == 4
     assert not [entry for entry in bucket.log("GET", file) if "step-00000008" in entry["path"]]
 
 
 def test_what_another_version_may_read_is_passed_over_and_stays(bucket, config, capsys):
     for step in (4, 8):
         save(config, seed=step, step=step)
-    edit(bucket, open_place(config).committed()[0], lambda tree: tree.update(schema="ecar-checkpoint-v9"))
+    edit(bucket, open_storage(config).committed()[0], lambda tree: tree.update(schema="ecar-checkpoint-v9"))
     assert load(config)[0][0].progress.step == 4
     assert "not by this version" in capsys.readouterr().err
     for step in (6, 10, 12):
@@ -93,7 +93,7 @@ def test_what_another_version_may_read_is_passed_over_and_stays(bucket, config, 
 def test_a_name_that_is_not_its_contents_is_damage(bucket, config):
     for step in (4, 8):
         save(config, seed=step, step=step)
-    newest = open_place(config).committed()[0]
+    newest = open_storage(config).committed()[0]
     for name, _ in list_files(f"{bucket.url}/runs/tiny/{newest}", Transfer(QUICK)):
         content = read_bytes(f"{bucket.url}/runs/tiny/{newest}/{name}", Transfer(QUICK))
         bucket.put(f"runs/tiny/{newest.replace('00000008', '00000099')}/{name}", content)
@@ -103,7 +103,7 @@ def test_a_name_that_is_not_its_contents_is_damage(bucket, config):
 
 def test_prefixes_of_other_names_are_neither_read_nor_removed(bucket, config):
     save(config, seed=4)
-    (original,) = open_place(config).committed()
+    (original,) = open_storage(config).committed()
     others = ["step-00000012-milestone", f"{original}.bak", "step-00000020"]
     for other in others:
         for name, _ in list_files(f"{bucket.url}/runs/tiny/{original}", Transfer(QUICK)):

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from ecar_dist.runtime.checkpoint.files import Progress, committed, verify
+from ecar_dist.runtime.checkpoint.files import committed, verify
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from tests.conftest import free_port

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-import ecar_dist.runtime.checkpoint.report as report
+import ecar_dist.runtime.checkpoint.inspect as report
 from ecar_dist.errors import CheckpointError, ConfigError
-from ecar_dist.runtime.checkpoint.diff import diff_checkpoints
 from ecar_dist.runtime.checkpoint.files import MANIFEST
-from ecar_dist.runtime.checkpoint.report import find_checkpoint, inspect_lines
+from ecar_dist.runtime.checkpoint.inspect import diff_checkpoints, find_checkpoint, inspect_lines
 from tests.runtime.made_runs import commit, make_checkpoint, make_run
 
 SHAPES = {"ar.head.weight": (4, 6), "flow.blocks.0.bias": (10,), "flow.blocks.1.bias": (3,)}
@@ -72,14 +71,14 @@ def test_what_is_in_one_alone_or_of_another_shape_or_identity_is_said(tmp_path):
     a = make_checkpoint(tmp_path / "a", 4, ours, identity={"model": {"flow.gamma": -0.2}, "data": {"run.seed": 0}})
     b = make_checkpoint(tmp_path / "b", 4, theirs, identity={"model": {"flow.gamma": -0.3}, "data": {"run.seed": 0}})
     lines = diff_checkpoints(a, b).lines
-    assert lines[2:8] == [
-        "identity flow.gamma: -0.2 -> -0.3",
+    assert lines[2] == "identity flow.gamma: -0.2 -> -0.3"
+    assert set(lines[3:8]) == {
         "only in A: ema1",
         "only in B: master",
         "only in A: parameter ar.head.weight",
         "only in B: parameter flow.new",
         "parameter flow.blocks.1.bias: [3] -> [4]",
-    ]
+    }
 
 
 @pytest.mark.parametrize(("value", "equal"), [(math.nan, True), (math.inf, True), (0.0, False)])
@@ -123,7 +122,7 @@ def test_a_checkpoint_is_found_by_itself_by_its_run_and_by_its_step(tmp_path):
         file.seek(-1, 2)
         file.write(b"\xff")
     for place in ((run, 4), (paths[4], None)):
-        with pytest.raises(CheckpointError, match="recorded hash"):
+        with pytest.raises(CheckpointError, match=r"xxh3_128 [0-9a-f]{32}\b.* [0-9a-f]{32}\b"):
             find_checkpoint(*place)
 
 

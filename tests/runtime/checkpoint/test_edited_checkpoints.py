@@ -8,7 +8,7 @@ import torch
 from ecar_dist.cli import main
 from ecar_dist.config.read import config_to_yaml
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint.folder import open_place
+from ecar_dist.runtime.checkpoint.storage import open_storage
 from tests.runtime.checkpoint.edited_checkpoints import EDITED, ODD_VALUES, edit_manifest, in_time
 from tests.runtime.checkpoint.worlds import State, load, make_config, newest, save
 
@@ -74,7 +74,7 @@ def test_each_verb_says_one_line_and_the_older_one_is_used(run, capsys, edit):
         assert NEW in warning
         assert OLD in warning
         assert newest(folder).name == OLD
-        assert [name for name, _ in open_place(config).whole()][-1] == OLD
+        assert [name for name, _ in open_storage(config).complete()][-1] == OLD
     assert files_of(run.parent) == before  # nothing was made
 
 
@@ -92,7 +92,7 @@ def test_values_that_no_run_can_go_on_from_are_refused_when_they_are_loaded(run,
     (warning,) = capsys.readouterr().err.splitlines()
     assert NEW in warning
     shutil.rmtree(run / "checkpoints" / OLD)
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints .* damaged"):
         load(config, ranks)
 
 

@@ -8,10 +8,11 @@ import torch
 
 from ecar_dist.cli import main
 from ecar_dist.config.read import load_config
-from ecar_dist.runtime.checkpoint.files import Progress, read_manifest
+from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.export.averages import open_average
+from ecar_dist.runtime.export.ema import open_ema_weights
 from ecar_dist.runtime.export.files import ExportReader
 from tests.runtime.checkpoint.worlds import Ranks, State, store_of
 
@@ -58,17 +59,17 @@ def test_a_run_goes_on_from_it(run, ranks):
     for rank, (restored, state, ema) in enumerate(Ranks(ranks)(restore)):
         expected = State(rank, ranks, 1, shapes=SHAPES)
         assert restored.progress == Progress(64, 4)
-        assert restored.notes["bad_steps"]["windows"] == []
+        assert restored.client_state["bad_steps"]["windows"] == []
         for fragment in expected.fragments:
             for kind in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(fragment.of(state.moments(kind)), fragment.of(expected.moments(kind)))
             assert torch.equal(fragment.of(state.partitions), fragment.of(expected.partitions))
-            assert torch.equal(fragment.of(ema.averages["ema"]), fragment.of(expected.partitions))
-            assert torch.equal(fragment.of(ema.averages["ema1"]), fragment.of(expected.partitions) * 2)
+            assert torch.equal(fragment.of(ema.by_kind["ema"]), fragment.of(expected.partitions))
+            assert torch.equal(fragment.of(ema.by_kind["ema1"]), fragment.of(expected.partitions) * 2)
 
 
 def test_its_weights_are_drawn_from(run):
-    average = open_average(run)
+    average = open_ema_weights(run)
     reader = FragmentReader(run / "checkpoints" / NAME)
     assert average.facts == {"kind": "ema", "half_life_samples": 1000, "rampup": 0.1}
     assert {name: tuple(value.shape) for name, value in average.items()} == SHAPES
@@ -76,7 +77,7 @@ def test_its_weights_are_drawn_from(run):
 
 
 def test_the_export_is_read():
-    weights, average = ExportReader(GOLDEN / "export"), open_average(GOLDEN / "run")
+    weights, average = ExportReader(GOLDEN / "export"), open_ema_weights(GOLDEN / "run")
     assert (weights.facts.progress.samples_seen, weights.facts.progress.step) == (64, 4)
     assert weights.keys() == SHAPES.keys()
     assert all(torch.equal(value, average[name]) for name, value in weights.items())

@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from ecar_dist.runtime.checkpoint.files import Progress, committed
+from ecar_dist.runtime.checkpoint.files import committed
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.watchdog.watchdog import Watchdog

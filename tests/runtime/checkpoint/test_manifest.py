@@ -16,7 +16,7 @@ def test_the_golden_one():
     assert (manifest.progress.samples_seen, manifest.progress.step, manifest.world_size) == (64, 4, 2)
     assert manifest.shapes == {"ar.weight": (4, 6), "ar.bias": (10,), "flow.scale": ()}
     assert [piece.numel for file in manifest.files for piece in file.pieces()] == [18, 6, 10, 1]
-    assert set(manifest.averages) == {"ema", "ema1"}
+    assert set(manifest.ema_kinds) == {"ema", "ema1"}
 
 
 @pytest.mark.parametrize("size", [10_000, 40 << 30, 2**62])

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecar_dist.runtime.checkpoint.retention import kept
+from ecar_dist.runtime.checkpoint.store import names_to_keep
 
 
 def history(steps, keep, every):
@@ -11,7 +11,7 @@ def history(steps, keep, every):
     left = []
     for samples in steps:
         left.insert(0, (f"step-{samples:08d}", samples))
-        names = kept(left, keep, every)
+        names = names_to_keep(left, keep, every)
         left = [item for item in left if item[0] in names]
     return [samples for _, samples in left]
 
@@ -33,5 +33,5 @@ def test_a_step_over_several_multiples_is_kept_once():
 def test_pruning_on_the_way_keeps_what_one_look_at_all_would_keep(gaps, keep, every):
     steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]
     everything = [(f"step-{samples:08d}", samples) for samples in reversed(steps)]
-    expected = kept(everything, keep, every)
+    expected = names_to_keep(everything, keep, every)
     assert {f"step-{samples:08d}" for samples in history(steps, keep, every)} == expected

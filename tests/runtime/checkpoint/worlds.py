@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.runtime.checkpoint.files import Progress
-from ecar_dist.runtime.checkpoint.folder import LocalPlace, newest_whole
+from ecar_dist.runtime.checkpoint.folder import LocalStorage
+from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.runtime.checkpoint.storage import newest_whole
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
@@ -52,7 +53,7 @@ class State:
 
     def numbers(self, ema=None):
         """All that a checkpoint holds of this rank."""
-        kinds = {"master": self.partitions, **self._moments, **(ema.averages if ema else {})}
+        kinds = {"master": self.partitions, **self._moments, **(ema.by_kind if ema else {})}
         return {
             (kind, one.name, one.start): one.of(flat).clone() for kind, flat in kinds.items() for one in self.fragments
         }
@@ -157,4 +158,4 @@ def checkpoints(folder):
 
 def newest(folder):
     """The newest whole checkpoint in a folder, as a reader outside training finds it."""
-    return newest_whole(LocalPlace(folder))
+    return newest_whole(LocalStorage(folder))

@@ -13,13 +13,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import ecar_dist.runtime.export.averages as averages
+import ecar_dist.runtime.export.ema as export_ema
 from ecar_dist.averaging import profile
 from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.config.read import config_to_yaml, load_config
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.ema import tracked_decays
-from ecar_dist.runtime.export.averages import Wanted, open_average
+from ecar_dist.runtime.export.ema import WantedEma, open_ema_weights
 from ecar_dist.runtime.export.files import INDEX, WEIGHTS, ExportReader
 from ecar_dist.runtime.export.write import export_run
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES
@@ -85,7 +85,7 @@ def test_bf16_is_rounded_once(run, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "bf16"
 
 
-@pytest.mark.parametrize("wanted", [Wanted(sigma_rel=0.1), Wanted(half_life=1000)])
+@pytest.mark.parametrize("wanted", [WantedEma(sigma_rel=0.1), WantedEma(half_life=1000)])
 def test_an_average_that_was_kept_is_taken_as_it_is(run, tmp_path, wanted):
     out = export_run(run, tmp_path / "out", wanted=wanted).path
     kind = "ema1" if wanted.sigma_rel else "ema"
@@ -97,14 +97,14 @@ def test_an_average_that_was_kept_is_taken_as_it_is(run, tmp_path, wanted):
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ({"half_life": 3, "sigma_rel": 0.1}, "name two averages"),
+        ({"half_life": 3, "sigma_rel": 0.1}, "--half-life and --sigma-rel"),
         ({"half_life": 0}, "must be at least 1 sample"),
         ({"sigma_rel": 0.3}, r"must lie in \(0, 0.28\)"),
     ],
 )
 def test_an_average_that_is_none(wanted, said):
     with pytest.raises(ConfigError, match=said):
-        Wanted(**wanted)
+        WantedEma(**wanted)
 
 
 def test_the_papers_say_what_is_known_and_no_more(run, tmp_path):
@@ -128,7 +128,7 @@ def test_the_papers_say_what_is_known_and_no_more(run, tmp_path):
         "sha-of-the-data",
         "half-life of 1,000 samples",
         "ZeRO-2",
-        "Nothing: the run holds no",
+        "no scores.json",
     ):
         assert text in card
     (run / "scores.json").write_text(json.dumps({"FD-digits": 12.25, "samples": 128, "samples_seen": 1600}))
@@ -166,26 +166,26 @@ def test_nothing_is_written_over_and_nothing_half_written_stays(run, tmp_path, m
 FACTORS = torch.tensor([1.0, -2.0, 3.0])
 
 
-def keep_averages(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25, since=None):
+def keep_emas(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25, since=None):
     """Snapshots and a last checkpoint of a run whose weights, after step i, are path[i] x FACTORS."""
     path = torch.cumsum(torch.randn(steps + 1, generator=torch.Generator().manual_seed(0)), 0).double()
 
-    def averages_at(step):
+    def emas_at(step):
         profiles = {kind: profile(decay, step, 16) for kind, decay in tracked_decays(config.ema).items()}
         return {kind: {"w": (torch.tensor(profiles[kind]) @ path[: step + 1]).float() * FACTORS} for kind in kinds}
 
     for step in range(snapshot_every, steps, snapshot_every):
-        make_checkpoint(run / "ema", step, averages_at(step), ranks=1, ema=config.ema, since=since)
-    whole = {**averages_at(steps), "master": {"w": path[-1].float() * FACTORS}}
+        make_checkpoint(run / "ema", step, emas_at(step), ranks=1, ema=config.ema, since=since)
+    whole = {**emas_at(steps), "master": {"w": path[-1].float() * FACTORS}}
     make_checkpoint(run / "checkpoints", steps, whole, ema=config.ema, since=since)
     return path
 
 
-@pytest.mark.parametrize("wanted", [Wanted(half_life=800), Wanted(sigma_rel=0.15)])
+@pytest.mark.parametrize("wanted", [WantedEma(half_life=800), WantedEma(sigma_rel=0.15)])
 def test_an_average_that_was_not_kept_is_rebuilt_from_those_that_were(tmp_path, wanted, monkeypatch):
-    monkeypatch.setattr(averages, "BLOCK", 2)
+    monkeypatch.setattr(export_ema, "BLOCK", 2)
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    path = keep_averages(run, config, 400, snapshot_every=10)
+    path = keep_emas(run, config, 400, snapshot_every=10)
     exported = export_run(run, tmp_path / "out", wanted=wanted)
     truth = float(torch.tensor(profile(wanted.decay(config.ema), 400, 16)) @ path)
     average = json.loads((exported.path / "config.json").read_text())["average"]
@@ -194,39 +194,39 @@ def test_an_average_that_was_not_kept_is_rebuilt_from_those_that_were(tmp_path, 
     rebuilt = load_file(exported.path / WEIGHTS)["w"] / FACTORS
     assert rebuilt.tolist() == pytest.approx([truth] * 3, abs=0.02 * float(path.std()))
     assert "relative_residual=0.0" in exported.summary
-    assert "rebuilt after training from 80 kept averages" in (exported.path / "README.md").read_text()
+    assert "from 80 EMA snapshots" in (exported.path / "README.md").read_text()
 
 
 def test_too_few_kept_averages_are_refused_with_the_fix(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=400)
-    with pytest.raises(CheckpointError, match=r"half_life_samples=32 .* 2 .* bound; .*ema\.snapshot_every_samples"):
-        export_run(run, tmp_path / "out", wanted=Wanted(half_life=32))
+    keep_emas(run, config, 400, snapshot_every=400)
+    with pytest.raises(CheckpointError, match=r"half_life_samples=32 .* 2 .* 3%; .*ema\.snapshot_every_samples"):
+        export_run(run, tmp_path / "out", wanted=WantedEma(half_life=32))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("half_life", "allowed"), [(300, True), (200, False)])  # residuals of .016 and .089
 def test_a_poor_fit_is_refused(tmp_path, half_life, allowed):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=80)
+    keep_emas(run, config, 400, snapshot_every=80)
     if allowed:
-        assert 0.01 < open_average(run, Wanted(half_life=half_life)).facts["relative_residual"] < 0.03
+        assert 0.01 < open_ema_weights(run, WantedEma(half_life=half_life)).facts["relative_residual"] < 0.03
     else:
-        with pytest.raises(CheckpointError, match=r"half_life_samples=200 .* 8\.9%, 3% is the bound"):
-            open_average(run, Wanted(half_life=half_life))
+        with pytest.raises(CheckpointError, match=r"half_life_samples=200 .* 8\.9%.* 3%"):
+            open_ema_weights(run, WantedEma(half_life=half_life))
 
 
 def test_a_damaged_snapshot_is_left_out_and_a_changed_batch_refused(tmp_path, capsys):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=20)
+    keep_emas(run, config, 400, snapshot_every=20)
     with (run / "ema/step-00000200/state-00000-of-00001.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    assert open_average(run, Wanted(half_life=800)).facts["snapshots"] == 38
+    assert open_ema_weights(run, WantedEma(half_life=800)).facts["snapshots"] == 38
     assert "step-00000200 is damaged" in capsys.readouterr().err
     make_checkpoint(run / "ema", 399, state(kinds=("ema",)), batch=8)
     with pytest.raises(CheckpointError, match="the batch size changed"):
-        open_average(run, Wanted(half_life=800))
+        open_ema_weights(run, WantedEma(half_life=800))
 
 
 FOUND = {"tracked": {"half_life": 400}, "power": {"sigma_rel": 0.1}, "rebuilt": {"half_life": 800}}
@@ -235,11 +235,11 @@ FOUND = {"tracked": {"half_life": 400}, "power": {"sigma_rel": 0.1}, "rebuilt": 
 def test_averages_are_known_by_what_they_are_and_not_by_their_number(tmp_path):
     """The config has another half-life before the old ones since; the newest checkpoint is from before."""
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=10)
-    before = {name: open_average(run, Wanted(**wanted)) for name, wanted in FOUND.items()}
+    keep_emas(run, config, 400, snapshot_every=10)
+    before = {name: open_ema_weights(run, WantedEma(**wanted)) for name, wanted in FOUND.items()}
     new = config.model_copy(update={"ema": EmaSection(half_life_samples=(99, 400), sigma_rel=(0.1,))})
     (run / "config.yaml").write_text(config_to_yaml(new))
-    after = {name: open_average(run, Wanted(**wanted)) for name, wanted in FOUND.items()}
+    after = {name: open_ema_weights(run, WantedEma(**wanted)) for name, wanted in FOUND.items()}
     for name, average in before.items():
         assert torch.equal(average["w"], after[name]["w"]), name
     assert not torch.equal(after["tracked"]["w"], after["power"]["w"])
@@ -252,17 +252,17 @@ def test_an_export_says_what_the_checkpoint_holds_and_not_what_the_config_wants_
     (run / "config.yaml").write_text(config_to_yaml(new))
     exported = export_run(run, tmp_path / "out")
     assert "meaning=half-life 50, ramp-up 0.1" in exported.summary
-    assert "an average of the weights (half-life 50, ramp-up 0.1)" in (exported.path / "README.md").read_text()
+    assert "an EMA of the weights (half-life 50, ramp-up 0.1)" in (exported.path / "README.md").read_text()
 
 
 def test_an_average_that_began_later_is_no_part_of_a_fit(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=10, since={"ema1": 40})
-    assert open_average(run, Wanted(half_life=300)).facts["snapshots"] == 40  # of the other one alone
+    keep_emas(run, config, 400, snapshot_every=10, since={"ema1": 40})
+    assert open_ema_weights(run, WantedEma(half_life=300)).facts["snapshots"] == 40  # of the other one alone
     run, config = make_run(tmp_path / "both", ema={"half_life_samples": [400], "sigma_rel": [0.1]})
-    keep_averages(run, config, 400, snapshot_every=10, since={"ema": 40, "ema1": 40})
-    with pytest.raises(CheckpointError, match=r"no average in .* goes back to the first step"):
-        open_average(run, Wanted(half_life=800))
+    keep_emas(run, config, 400, snapshot_every=10, since={"ema": 40, "ema1": 40})
+    with pytest.raises(CheckpointError, match="no EMA that started at step 0"):
+        open_ema_weights(run, WantedEma(half_life=800))
 
 
 # What a reader refuses.
@@ -311,7 +311,7 @@ def test_every_damage_of_a_shard_is_seen_before_it_is_opened(out):
     shard.write_bytes(content[:-1])
     refused(out, r"has 12\d+ bytes, expected 12\d+")
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refused(out, "does not have its recorded hash")
+    refused(out, r"xxh3_128 [0-9a-f]{32}\b.* [0-9a-f]{32}\b")
     shard.unlink()
     refused(out, "No such file")
 
@@ -396,7 +396,7 @@ def test_what_is_not_a_file_of_the_export_is_refused_without_waiting(out, name, 
 def test_scores_that_are_damaged_end_in_one_line_or_are_left_out(run, tmp_path, scores):
     (run / "scores.json").write_bytes(scores)
     if scores.startswith(b'{"'):
-        assert "Nothing: the run holds no" in (export_run(run, tmp_path / "out").path / "README.md").read_text()
+        assert "no scores.json" in (export_run(run, tmp_path / "out").path / "README.md").read_text()
         return
     with pytest.raises(CheckpointError, match=r"scores\.json"):
         export_run(run, tmp_path / "out")

@@ -3,7 +3,8 @@
 import pytest
 
 from ecar_dist.errors import CheckpointError
-from ecar_dist.runtime.checkpoint.files import Progress, committed, verify
+from ecar_dist.runtime.checkpoint.files import committed, verify
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.peers import RemoteError
 from tests.runtime.checkpoint.worlds import Ranks, State, make_config, save, store_of

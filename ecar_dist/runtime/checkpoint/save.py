@@ -1,0 +1,197 @@
+"""What a save does outside of the collectives: copy a rank's state, write its file, commit the checkpoint.
+
+    1. `HostSnapshot.take`    every rank copies its state to host memory; training waits for this step alone
+    2. `RankShare.write`      a thread of every rank writes its file
+    3. `commit`               a thread of rank 0 writes the manifest and makes the checkpoint visible
+
+`CheckpointStore` runs these steps, and lets all ranks agree on the result of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecar_dist.errors import CheckpointError, EcarError, reason_of
+from ecar_dist.failpoint import failpoint
+from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.runtime.checkpoint.reader import value_problem
+from ecar_dist.runtime.checkpoint.storage import PendingCheckpoint
+from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+from ecar_dist.storage.atomic import DISK_FULL
+
+# The kind of state with the fp32 master weights. The others are the AdamW moments and the EMAs.
+MASTER = "master"
+Partitions = Sequence[torch.Tensor]  # flat, fp32
+
+
+def state_by_kind(engine: Engine, ema: ShardedEma) -> dict[str, Partitions]:
+    """This rank's state as a checkpoint stores it: for each kind, flat partitions of one common layout."""
+    return {MASTER: engine.partitions, **{name: engine.moments(name) for name in ADAM_MOMENTS}, **ema.by_kind}
+
+
+class HostSnapshot:
+    """Buffers in host memory for a copy of this rank's state.
+
+    They are allocated once and used again by every save; pinned if the state is on a GPU. A save must end before the
+    next one takes its copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}  # by kind and number of the partition
+
+    def reserve(self, state: Mapping[str, Partitions], partitions: Collection[int]) -> None:
+        """Allocate and touch the memory for `take`, before the first save needs it."""
+        for kind, tensors in state.items():
+            for index in partitions:
+                self._buffer(kind, index, tensors[index])
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, Partitions], partitions: Collection[int]) -> dict[str, list[torch.Tensor]]:
+        """Copy the given partitions of every kind; the others stay empty. Waits for nothing but these copies."""
+        # Start all copies before waiting for any of them.
+        copies: dict[str, list[torch.Tensor]] = {}
+        devices = set()
+        for kind, tensors in state.items():
+            copies[kind] = [torch.empty(0)] * len(tensors)
+            for index in partitions:
+                buffer = self._buffer(kind, index, tensors[index])
+                buffer.copy_(tensors[index].detach().view(-1), non_blocking=True)
+                copies[kind][index] = buffer
+                devices.add(tensors[index].device)
+
+        # Asynchronous copies run on the current stream.
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        return copies
+
+    def _buffer(self, kind: str, index: int, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get((kind, index))
+        if buffer is None or buffer.numel() != like.numel():
+            pinned = like.device.type == "cuda"
+            # `zero_` touches every page now, not in the first save.
+            buffer = torch.empty(like.numel(), dtype=torch.float32, pin_memory=pinned).zero_()
+            self._buffers[kind, index] = buffer
+        return buffer
+
+
+@dataclass
+class Target:
+    """One pending checkpoint of a save, and the kinds of state in it."""
+
+    pending: PendingCheckpoint
+    kinds: tuple[str, ...]
+    files: list[dict[str, Any]] = field(default_factory=list)  # manifest entries by rank, once all have written
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What this rank writes in one save: fragments of the copies in host memory."""
+
+    file: str
+    step: int
+    fragments: Sequence[Fragment]
+    copies: Mapping[str, Partitions]
+    stopping: threading.Event
+
+    def write(self, target: Target) -> dict[str, Any]:
+        """Write this rank's file and return its manifest entry. Raises CheckpointError, DataError or OSError."""
+        # Tensors are made when the file needs them: the memory is that of the copies and no more.
+        entries = [self._entry(kind, fragment) for fragment in self.fragments for kind in target.kinds]
+
+        def write(path: Path) -> WrittenFile:
+            return write_tensor_file(path, entries, halfway=lambda: failpoint("checkpoint.write", self.step))
+
+        # The storage chooses the path: in a folder the final disk, for a bucket a local one.
+        written = target.pending.write_file(self.file, write)
+        failpoint("checkpoint.written", self.step)
+        fragments = [f"{fragment.name}:{fragment.start}:{fragment.numel}" for fragment in self.fragments]
+        return {**dataclasses.asdict(written), "fragments": fragments}
+
+    def _entry(self, kind: str, fragment: Fragment) -> TensorEntry:
+        def make() -> torch.Tensor:
+            # A run that ends does not wait for the rest of the file.
+            if self.stopping.is_set():
+                raise CheckpointError("the run ended during the save")
+            value = fragment.of(self.copies[kind])
+
+            # Training cannot resume from such values, so they must not replace a good checkpoint.
+            if problem := value_problem(kind, value):
+                raise CheckpointError(f"{kind} of {fragment.name} {problem}")
+            return value
+
+        return TensorEntry(f"{kind}:{fragment.name}:{fragment.start}", torch.float32, (fragment.numel,), make)
+
+
+class TakenOverError(CheckpointError):
+    """Another attempt at the run owns the storage now. This one must not write there any more."""
+
+
+def commit(targets: Sequence[Target], manifest: Mapping[str, Any], still_ours: Callable[[], bool], where: str) -> None:
+    """Rank 0, once all ranks have written: write the manifests, then make the checkpoints visible.
+
+    manifest: the keys that all targets share. still_ours: False if another attempt has taken over.
+
+    Raises CheckpointError, DataError or OSError if the storage rejects a manifest, and TakenOverError.
+    """
+    # All that can fail for lack of space comes first. No reader sees any of it.
+    for target in targets:
+        text = json.dumps({**manifest, "files": target.files})
+        target.pending.write_manifest(text.encode())
+
+    # Ask for ownership as late as possible. The commit is atomic in the storage.
+    for target in targets:
+        if not still_ours():
+            raise TakenOverError(f"another attempt has taken over {where}; this one ends and changes nothing there")
+        target.pending.commit()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank's step of a save ended. Picklable, because all ranks exchange it."""
+
+    files: tuple[dict[str, Any], ...] = ()  # this rank's manifest entry for each target
+    error: str | None = None
+    disk_full: bool = False
+    taken_over: bool = False
+
+
+def outcome_of(step: Callable[[], Sequence[dict[str, Any]]], where: str) -> Outcome:
+    """Run one step of a save, in a thread, and report any error as a value. where: the storage, for messages."""
+    try:
+        return Outcome(tuple(step()))
+    except TakenOverError as error:
+        return Outcome(error=str(error), taken_over=True)
+    except EcarError as error:
+        return Outcome(error=str(error))
+    # A full disk is the most frequent failure, so its message says how much space is missing.
+    except OSError as error:
+        return Outcome(
+            error=f"cannot write {error.filename or where}: {reason_of(error)}", disk_full=error.errno in DISK_FULL
+        )
+    # A fault of our own on one rank must reach all ranks, or they would wait for it.
+    except Exception as error:
+        return Outcome(error=f"{type(error).__name__}: {error}")
+
+
+@dataclass
+class Save:
+    """A save that is under way."""
+
+    progress: Progress
+    is_checkpoint: bool  # False for an EMA snapshot alone
+    targets: list[Target]  # the EMA snapshot, then the checkpoint
+    manifest: dict[str, Any]  # the keys that all targets share
+    result: Future[Outcome]  # of this rank's current step: writing its files, then the commit
+    written: bool = False  # all ranks have written their files
