@@ -46,6 +46,7 @@ def stats(folder: Path) -> None:
     numbers = manifest.statistics
     failures = manifest.failures
 
+    # What the set holds.
     gigabytes = sum(entry.bytes for entry in manifest.shards) / 1e9
     print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {gigabytes:.3f} GB")
     print(f"classes             {manifest.num_classes}")
@@ -53,12 +54,14 @@ def stats(folder: Path) -> None:
     print(f"encoder             {encoder.name}")
     print(f"scale, shift        {encoder.scaling_factor:.6g} {encoder.shift_factor:.6g}")
 
+    # Whether the normalisation fits, and how much fp16 and the clamp of the logvars have cut off.
     for name in ("raw_mean", "raw_std", "normalised_mean", "normalised_std"):
         print(f"{name:<20}{_per_channel(numbers.get(name))}")
     print(f"saturated           {_share(numbers.get('saturated_mean_share'))} of means at the limit of fp16, ", end="")
     print(f"{_share(numbers.get('clamped_logvar_share'))} of logvars at their clamp")
     print(f"posterior_sharpness {_sharpness(numbers.get('posterior_sharpness'), encoder.deterministic)}")
 
+    # How it was made.
     made = manifest.preprocessing
     print(f"preprocessing       {made.get('decoder', 'unknown')}, resize {made.get('resize', 'unknown')}")
     print(f"failures            {failures['count']}" + (f", listed in {failures['file']}" if failures["file"] else ""))

@@ -105,6 +105,7 @@ def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) 
         entry = ImageEntry(file.name, tar.size, len(tar.rows), 0, tar.xxh3_128, tar.sha256, table, digest, "tar")
         return tar.rows, entry
 
+    # Several tars at once. `map` keeps their order.
     bar = progress(len(found.files), "tar", "index")
     pool = DaemonPool(_TARS_AT_ONCE, "index-tar")
     with bar, pool, transfer.stopped_by_errors():

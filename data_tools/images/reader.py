@@ -72,6 +72,7 @@ def open_images(source: str, rule: LabelRule, *, flat: bool = False) -> Iterator
     if labelled and (flat or rule != LabelRule("cls")):
         raise ConfigError(f"{redact(source)} has its labels already; leave out --label, --classes and --flat")
 
+    # A source that is not indexed yet gets an index in a temporary folder.
     if built_in is not None:
         yield built_in()
     elif labelled:

@@ -187,6 +187,7 @@ def _one_class(tree: _Tree, text: str) -> ClassFolders:
 
 def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
     """Raises DataError with all problems of a tree, so that one repair is enough."""
+    # Images that are too large, and class names that the manifest cannot hold.
     problems = list(tree.problems)
     for name, files in classes.items():
         large = (file for file in files if file.size > MAX_IMAGE_BYTES)
@@ -199,6 +200,7 @@ def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
     if not problems:
         return
 
+    # One problem as it is, several as a numbered list.
     shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_SHOWN], 1))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     if len(problems) == 1:

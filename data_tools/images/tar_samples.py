@@ -199,6 +199,7 @@ def _add(sample: _Sample, member: TarMember, extension: str, stream: HashedStrea
 def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]) -> ImageRow:
     """The row of a sample. `rest` of the tar is searched only to explain why the sample is incomplete."""
     if sample.image is None or (sample.label is None and rule.kind != "none"):
+        # The other members may come later in the tar, or the label may be a caption. Each has its own fix.
         needed = f"one image ({', '.join(IMAGE_EXTENSIONS)})" + ("" if rule.kind == "none" else f" and {rule.kind}")
         apart = next((member.name for member in rest if split_name(member.name)[0] == sample.key), None)
         if apart:
@@ -234,6 +235,8 @@ def _chunks(path: str, size: int, transfer: Transfer) -> Iterator[bytes]:
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); check the path") from None
         return
+
+    # A queue of downloads in the order of the file, at most _AHEAD long.
     with DaemonPool(_AHEAD, "tar-chunk") as pool:
         waiting: deque[Future[bytes]] = deque()
         for start in range(0, size, _CHUNK):
