@@ -43,7 +43,8 @@ def is_test(path, name):
 
 
 def test_what_the_rows_name_exists():
-    assert {row: wrong(proof) for row, *_, proof in rows(PAGE) if wrong(proof)} == {}
+    missing = [f"{row}: {name}" for row, *_, proof in rows(PAGE) for name in wrong(proof)]
+    assert not missing, "\n".join(missing)
 
 
 def test_every_row_has_a_fault_and_what_happens_or_why_not():

@@ -1,4 +1,4 @@
-"""An image folder in which some files are no whole images any more, as shards."""
+"""Image shards in which some images are truncated."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -6,7 +6,7 @@ from unittest.mock import patch
 from data_tools.images.shard import shard
 from tests.data_tools.image_folders import CLASSES, PER_CLASS, write_image_folder
 
-BAD = (2, 11, 13)  # in the order of the source: a JPEG, and two PNGs
+BAD = (2, 11, 13)  # indices in the source: a JPEG and two PNGs
 
 
 def write_bad_image_shards(root: Path, bad: tuple[int, ...] = BAD) -> Path:

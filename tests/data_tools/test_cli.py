@@ -42,10 +42,10 @@ def test_every_option_has_a_help_with_its_default():
             takes_a_value = action.option_strings and action.nargs != 0
             if not shown or (takes_a_value and not re.search(r"\((default: (?!None)|required\))", shown)):
                 wrong.append(f"{name} {'/'.join(action.option_strings) or action.dest}: {shown!r}")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
-def test_every_command_of_the_help_runs_a_function_of_that_name():
+def test_every_command_has_a_function_of_its_name():
     assert subcommands(_parser()).keys() == COMMANDS.keys()
     assert [function.__name__ for function in COMMANDS.values()] == [f"_{name.replace('-', '_')}" for name in COMMANDS]
 

@@ -23,7 +23,7 @@ def encoded(tmp_path):
     return tmp_path / "out"
 
 
-def test_the_manifest_says_all(encoded):
+def test_content_of_the_manifest(encoded):
     finalize(encoded)
     manifest = load_manifest(encoded)
     assert (manifest.count, manifest.num_classes, manifest.moments_shape) == (24, 3, (12, 2, 2))
@@ -73,7 +73,7 @@ def test_a_shard_in_the_place_of_another_is_made_again(encoded):
     assert content(encoded) == before
 
 
-def test_the_command_for_what_is_missing_keeps_the_bound(encoded):
+def test_the_command_for_missing_shards_keeps_max_bad(encoded):
     (encoded / "000001.json").unlink()
     with pytest.raises(DataError, match=r"make them with: ecar-data encode .* --tasks 1 --max-bad 0\.2$"):
         finalize(encoded, max_bad=0.2)
@@ -85,7 +85,7 @@ def changed(marker, **changes):
     return dataclasses.replace(marker, entry=dataclasses.replace(marker.entry, **changes))
 
 
-def test_shards_and_failures_must_be_the_plan(encoded):
+def test_shards_and_failures_must_cover_the_plan(encoded):
     """Rows 5..9 are shard 1's."""
     plan, markers = read_plan(encoded), [read_marker(encoded, index) for index in range(5)]
     prove_coverage(encoded, plan, markers)
@@ -105,7 +105,7 @@ def test_shards_and_failures_must_be_the_plan(encoded):
         assert name
 
 
-def test_finalize_proves_coverage_by_itself(encoded, monkeypatch):
+def test_finalize_checks_coverage_itself(encoded, monkeypatch):
     """Markers that agree with tars that agree with each other, and yet a row is lost."""
     marker = json.loads((encoded / "000001.json").read_text())
     marker["entry"] = {**marker["entry"], "count": 4, "missing": [7]}

@@ -98,7 +98,7 @@ def test_stats_prints_the_manifest(sets, capsys):
 
 
 @pytest.mark.parametrize(("sharpness", "said"), [(0.0009, "0.00090, below 0.001: "), (0.0011, "0.00110\n")])
-def test_stats_says_when_the_posterior_is_a_point(sets, capsys, sharpness, said):
+def test_stats_warns_if_the_posterior_is_a_point(sets, capsys, sharpness, said):
     manifest = load_manifest(sets[1])
     numbers = {**manifest.statistics, "posterior_sharpness": sharpness}
     encoder = {**manifest.encoder, "deterministic": False, "latent_channels": 6}
@@ -157,7 +157,7 @@ def test_preview_refuses_another_autoencoder(sets, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a device"])
-def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
+def test_verify_does_not_read_pipes_or_devices(sets, kind):
     for folder in sets:
         path = sorted(folder.glob("*.tar"))[0]
         path.unlink()
@@ -169,6 +169,6 @@ def test_verify_waits_for_no_pipe_and_reads_no_device(sets, kind):
             verify(folder)
 
 
-def test_preview_is_told_an_extension(sets, tmp_path, capsys):
+def test_preview_proposes_an_extension(sets, tmp_path, capsys):
     assert main(["preview", str(tmp_path), "--out", str(tmp_path / "1.5")]) == 1
     assert "1.5.png" in capsys.readouterr().err

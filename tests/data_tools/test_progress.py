@@ -31,7 +31,7 @@ def test_a_log_gets_whole_lines(monkeypatch):
     assert text.endswith("\n")
 
 
-def test_what_was_done_before_is_no_part_of_the_rate(monkeypatch):
+def test_earlier_work_does_not_count_for_the_rate(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress(1500, "step", "train-vae", initial=121) as bar:

@@ -59,7 +59,7 @@ def test_what_was_pushed_streams_back(folder, url, object_store, capsys):
     assert sent == {path.name for path in folder.iterdir()} - {"not-of-the-set.txt"}
 
 
-def test_a_push_cut_short_leaves_no_manifest_and_goes_on(folder, url, object_store):
+def test_a_failed_push_leaves_no_manifest_and_resumes(folder, url, object_store):
     object_store.break_on({"kind": "status", "status": 403, "match": "000001.tar", "method": "PUT", "times": None})
     with pytest.raises(DataError, match=r"writing s3://.*/000001\.tar failed at once: HTTP 403"):
         send(folder, url)
@@ -86,7 +86,7 @@ def test_a_killed_push_leaves_no_manifest(folder, url, object_store):
     assert load_manifest(url) == load_manifest(folder)
 
 
-def test_the_same_size_is_no_proof(folder, url, object_store):
+def test_a_changed_file_of_the_same_size_is_sent_again(folder, url, object_store):
     send(folder, url)
     other = bytearray((folder / "000001.tar").read_bytes())
     other[600] ^= 1
@@ -141,7 +141,7 @@ def test_parts_are_proven_by_their_md5s(folder, url, object_store, monkeypatch, 
     assert push_module._same_bytes(tmp_path / "large", version) is None
 
 
-def test_an_index_of_what_lies_elsewhere_is_not_sent(digits, url, tmp_path):
+def test_an_index_of_images_elsewhere_is_not_sent(digits, url, tmp_path):
     manifest = load_image_manifest(digits / "images/heldout")
     write_manifest(tmp_path, dataclasses.replace(manifest, location="s3://elsewhere/images"))
     with pytest.raises(DataError, match=r"is an index of s3://elsewhere/images, .*ecar-data shard"):

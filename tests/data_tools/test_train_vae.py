@@ -61,7 +61,6 @@ def command(images, out, *more):
 
 
 def test_bad_images_are_left_out_and_listed_under_their_files_names(bad_images, tmp_path, capsys):
-    """One 16-bit PNG ended it, and no flag helped."""
     out = tmp_path / "vae"
     assert main(command(bad_images, out)) == 1
     assert len(errors_of(out)) >= 1
@@ -141,7 +140,7 @@ def test_an_occupied_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_width_that_the_norms_cannot_take_is_one_line(capsys, tmp_path):
+def test_a_width_that_the_norms_cannot_take_is_refused(capsys, tmp_path):
     assert main(["train-vae", str(tmp_path), str(tmp_path / "out"), "--channels", "4"]) == 1
     said = capsys.readouterr().err
     assert "--channels 4" in said

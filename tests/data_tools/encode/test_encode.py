@@ -108,7 +108,7 @@ def as_an_earlier_version_left_it(out):
     return old
 
 
-def test_a_folder_of_an_earlier_version_goes_on_with_transparency_dropped(tmp_path, capsys):
+def test_a_folder_of_an_earlier_version_continues_to_drop_transparency(tmp_path, capsys):
     red = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     (tmp_path / "in/a").mkdir(parents=True)
     for place in range(4):
@@ -199,7 +199,7 @@ def test_settings_that_do_not_fit(images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plan_is_settled_and_printed_without_an_image(images, whole, tmp_path, capsys):
+def test_a_plan_is_written_and_printed_without_reading_images(images, whole, tmp_path, capsys):
     settings = {"vae": "dct-f8", "image_size": 16, "samples_per_shard": 5, "decoder": "pil", "device": "cpu"}
     plan(images, tmp_path / "out", tasks=3, **settings)
     printed = capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_the_plan_is_settled_and_printed_without_an_image(images, whole, tmp_pat
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_a_plan_for_gpus_needs_none(images, tmp_path, capsys):
+def test_a_plan_for_gpus_does_not_need_a_gpu(images, tmp_path, capsys):
     plan(images, tmp_path / "out", vae="dct-f8", image_size=16, device="cuda")
     assert read_plan(tmp_path / "out").decoder == "dali-mixed"
     printed = capsys.readouterr().out

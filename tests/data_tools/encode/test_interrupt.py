@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command at once, whatever its threads wait for: a store that refuses, or one that says nothing."""
+"""Ctrl-C ends a command quickly, even if its threads wait for a store that refuses connections or stalls."""
 
 import dataclasses
 import os
@@ -74,7 +74,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_interrupt_is_obeyed_at_once(tmp_path, listener, name):
+def test_an_interrupt_ends_a_command_quickly(tmp_path, listener, name):
     arguments, prepare, stalls = COMMANDS[name]
     if prepare:
         prepare(tmp_path)

@@ -69,7 +69,7 @@ def test_the_index_is_the_same_each_time_and_everywhere(tmp_path):
     assert len({load_image_manifest(tmp_path / name).dataset_id for name in "abc"}) == 1
 
 
-def test_class_folders_need_no_reading(tmp_path, monkeypatch):
+def test_images_in_class_folders_are_not_read(tmp_path, monkeypatch):
     root = write_image_folder(tmp_path / "in")
     true_open = open
 
@@ -197,7 +197,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_tars_whose_samples_are_not_exact_are_refused(tmp_path, name):
+def test_damaged_or_ambiguous_tars_are_refused(tmp_path, name):
     members, options, message = REFUSED[name]
     write_tar(tmp_path / "0.tar", members)
     with pytest.raises(DataError, match=message) as caught:

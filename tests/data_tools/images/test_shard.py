@@ -83,7 +83,7 @@ def test_bad_files_within_the_bound_are_left_out_and_listed(tmp_path):
         shard(str(root), tmp_path / "other", max_bad=0.05)
 
 
-def test_a_shard_of_bad_files_alone_is_no_shard(tmp_path):
+def test_a_shard_with_only_bad_files_is_not_written(tmp_path):
     root = with_bad_files(write_image_folder(tmp_path / "in"), "bird/2.jpeg", "bird/3.png", "dog/6.jpeg", "dog/7.png")
     shard(str(root), tmp_path / "out", samples_per_shard=2, max_bad=0.5)
     shards = ImageShards(tmp_path / "out")
@@ -102,8 +102,8 @@ def test_formats_are_known_by_their_bytes(tmp_path):
         assert "000000000009.png" in tar.getnames()
 
 
-def test_images_are_decoded_not_only_looked_at(tmp_path):
-    """`--max-bad` copied truncated images without a word: their first bytes are right."""
+def test_images_are_decoded(tmp_path):
+    """The first bytes of a truncated image are right."""
     root = write_image_folder(tmp_path / "in")
     for name in ("cat/2.jpeg", "cat/3.png"):
         (root / name).write_bytes((root / name).read_bytes()[:-300])
@@ -183,7 +183,7 @@ def test_every_format_is_copied_as_it_is(tmp_path):
     assert ImageShards(tmp_path / "index").read(1).name == "only/b.tiff"
 
 
-def test_what_is_left_out_is_said(tmp_path, capsys):
+def test_files_that_are_left_out_are_printed(tmp_path, capsys):
     root = write_image_folder(tmp_path / "in")
     for name in ("bird/a.svg", "cat/b.svg", "cat/deep/c.SVG", "notes.txt", "README"):
         (root / name).parent.mkdir(exist_ok=True)

@@ -127,7 +127,7 @@ def test_all_images_as_one_class(tmp_path, bucket):
         find_source(f"{tmp_path}/*.tar", flat=True)
 
 
-def test_all_problems_come_at_once(tmp_path):
+def test_one_error_lists_all_problems(tmp_path):
     touch(tmp_path, "a/x.png", "loose.png", "looser.jpg")
     (tmp_path / "a/new\nline.png").write_bytes(b"x")
     (tmp_path / "a/broken.png").symlink_to(tmp_path / "nowhere")
@@ -214,7 +214,7 @@ def test_compressed_tars_are_refused(tmp_path, bucket, pattern):
             find_source(source)
 
 
-def test_a_source_that_is_not_there(tmp_path, bucket):
+def test_a_missing_source(tmp_path, bucket):
     with pytest.raises(DataError, match=r"s3:/bucket/x is not a folder; did you mean s3://bucket/x\?"):
         find_source("s3:/bucket/x")
     with pytest.raises(DataError, match=r"none is not a folder; .*`digits`"):
