@@ -1,8 +1,9 @@
 """How much noise on the fed-back states is enough: docs/ecar.md, section 5, where tau is small but not zero.
 
-With little noise the start of a stage is almost known, given the contexts, and the velocity has to spread it out within
-the first part of the stage: the solver needs steps in proportion to 1 / tau. This follows the mean of a Gaussian field,
-which suffers most, through the sampler. Free of torch, so that `ecar-dist check` can state it.
+With little noise the contexts almost determine the start of a stage, and the velocity has to create the spread of its
+end within the first part of the stage. The solver needs a number of steps in proportion to 1 / tau. This module
+follows the mean of a Gaussian field, which suffers most, through the sampler. It needs no torch, so that
+`ecar-dist check` can report the result.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from ecar_dist.flow.schedule import StageSchedule
 
 Array = npt.NDArray[np.float64]
 
-SMALLEST_TAU = 0.1  # keeps 99 % of the variance at the default 8 midpoint steps (test); .03 keeps 76 %
-MOST_STEPS = 4096  # that are tried
+SMALLEST_TAU = 0.1  # keeps 99 % of the variance at the default 8 midpoint steps (test); 0.03 keeps 76 %
+MOST_STEPS = 4096  # that `steps_to_keep` tries
 
 
 def kept_variance(schedule: StageSchedule, tau: float, steps: int, *, variance: float) -> float:
-    """Share of the variance of the field's mean that `steps` midpoint steps a stage leave, with optimal velocities.
+    """Share of the variance of the field's mean that is left after sampling with optimal velocities.
 
-    variance: of the mean of the latents, in units of the noise on a pixel of the coarsest stage; for latents of unit
-    variance at most the number of that stage's pixels.
+    Everything is linear in independent unit normals, so a quantity is a row of coefficients: over (latent, noises,
+    context noises) in training, and over (start, jump noises, context noises) in sampling. Nothing is drawn.
 
-    All is linear, so each quantity is a row of coefficients: of (latent, noise, context noises) in training, and of
-    (start, jump noises, context noises) in sampling. Nothing is drawn.
+    Arguments:
+        steps: midpoint steps in each stage.
+        variance: of the mean of the latents, in units of the noise on a pixel of the coarsest stage. For latents of
+            unit variance it is at most the number of that stage's pixels.
     """
     K = schedule.num_stages
     trained = _Rows(schedule, tau, variance)
     sources = np.eye(2 * K)
-    x, contexts = sources[0], np.empty((0, 2 * K))
 
+    # As flow/multistage.py: begin with noise, feed back, jump, integrate.
+    x, contexts = sources[0], np.empty((0, 2 * K))
     for stage in range(K):
         if stage > 0:
             contexts = np.vstack([contexts, x + tau * trained.pixel_noise(stage - 1) * sources[K + stage - 1]])
@@ -42,40 +46,51 @@ def kept_variance(schedule: StageSchedule, tau: float, steps: int, *, variance: 
 
 
 def steps_to_keep(schedule: StageSchedule, tau: float, share: float, *, variance: float) -> int | None:
-    """The fewest midpoint steps a stage after which `share` is left; None where MOST_STEPS do not suffice."""
+    """The fewest midpoint steps in each stage that keep `share` of the variance; None if MOST_STEPS do not suffice."""
 
     def enough(steps: int) -> bool:
         return kept_variance(schedule, tau, steps, variance=variance) >= share
 
+    # Double until it is enough.
     above = 1
     while not enough(above):
         if above >= MOST_STEPS:
             return None
         above *= 2
+
+    # Bisect: `below` is not enough, `above` is.
     below = above // 2
     while above - below > 1:
         middle = (above + below) // 2
-        below, above = (below, middle) if enough(middle) else (middle, above)
+        if enough(middle):
+            above = middle
+        else:
+            below = middle
     return above
 
 
 class _Rows:
-    """What training makes of the mean of the field, as rows over (latent, noises, context noises): float64 [2 K].
+    """The mean of the field in training, as rows over (latent, noises, context noises): float64 [2 K].
 
-    The mean of the latents is the same at every stage. The std of that of the noise falls by the factor from one stage
-    to the next, by eq. (14); at the extreme gamma the stage's own share of it is zero.
+    The mean of the latents is the same at every stage. By eq. (14), the std of the mean of the noise falls by the
+    factor from one stage to the next; at the extreme gamma the stage's own share of it is zero.
     """
 
     def __init__(self, schedule: StageSchedule, tau: float, variance: float) -> None:
-        self._schedule, K = schedule, schedule.num_stages
-        sources = np.eye(2 * K)
+        self._schedule = schedule
+        K = schedule.num_stages
         # 0: the latent; 1 .. K: what each stage adds to the noise; K + 1 .. 2 K - 1: the noise on the contexts
+        sources = np.eye(2 * K)
         self._latent = np.sqrt(variance) * sources[0]
+
+        # n_0 .. n_{K-1}, eq. (14)
         self._noises = [sources[1]]
         for stage in range(1, K):
             inherited = np.sqrt(-schedule.gamma / (1.0 - schedule.gamma)) * self._noises[-1]
             own = self.block_noise(stage) / np.sqrt(1.0 - schedule.gamma) * sources[1 + stage]
             self._noises.append(inherited + own)
+
+        # C_k = X^e_k + tau xi_k
         ends = [self._end(stage) for stage in range(K - 1)]
         self.contexts = np.array(
             [end + tau * self.pixel_noise(k) * sources[1 + K + k] for k, end in enumerate(ends)]
@@ -86,7 +101,7 @@ class _Rows:
         return float(self._schedule.factor**-stage)
 
     def block_noise(self, stage: int) -> float:
-        """The same of the jump noise n' of eq. (15): only its part that is common to a block is left."""
+        """Std of the mean of the jump noise n' of eq. (15): only the part that is common to a block contributes."""
         schedule = self._schedule
         common = max(0.0, 1.0 + (schedule.block - 1) * schedule.gamma)
         return float(np.sqrt(common)) * self.pixel_noise(stage)
@@ -104,17 +119,20 @@ class _Rows:
 
 def _through(trained: _Rows, stage: int, x: Array, contexts: Array, steps: int) -> Array:
     """The sampled state after one stage of midpoint steps with v = E[d | x_u, contexts]."""
+    # Regress both ends of the path on the contexts. The residuals move along the line between the two ends.
     start, end = trained.path(stage)
     seen = trained.contexts[:stage]
-    # what the contexts tell of both ends; what they leave open moves along the line between the two
-    told = np.linalg.lstsq(seen @ seen.T, seen @ np.stack([start, end], axis=1), rcond=None)[0]  # [contexts, 2]
-    open_start, open_end = start - told[:, 0] @ seen, end - told[:, 1] @ seen
+    weights = np.linalg.lstsq(seen @ seen.T, seen @ np.stack([start, end], axis=1), rcond=None)[0]  # [contexts, 2]
+    residual_start = start - weights[:, 0] @ seen
+    residual_end = end - weights[:, 1] @ seen
 
+    # The optimal velocity of the residual is slope(u) x: the regression of d on x_u.
     def slope(u: float) -> float:
-        state = (1.0 - u) * open_start + u * open_end
-        return float((open_end - open_start) @ state / (state @ state))
+        state = (1.0 - u) * residual_start + u * residual_end
+        return float((residual_end - residual_start) @ state / (state @ state))
 
+    # So every midpoint step multiplies the residual by a number.
     factor, h = 1.0, 1.0 / steps
     for i in range(steps):
         factor *= 1.0 + h * slope((i + 0.5) * h) * (1.0 + 0.5 * h * slope(i * h))
-    return told[:, 1] @ contexts + factor * (x - told[:, 0] @ contexts)
+    return weights[:, 1] @ contexts + factor * (x - weights[:, 0] @ contexts)

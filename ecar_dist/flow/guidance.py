@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """v = v_null + w (v_cond - v_null). Exactly v_cond at w = 1 and v_null at w = 0."""
+    # The formula would reach the two ends only up to rounding.
     if guidance_scale == 1.0:
         return conditional
     if guidance_scale == 0.0:
@@ -23,7 +24,8 @@ def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) 
 def stage_guidance_scales(guidance_scale: float, num_stages: int, ramp: str) -> tuple[float, ...]:
     """w_k of every stage. `linear`: w_k = 1 + (w - 1) k / (K - 1), so stage 0 needs no null pass; `constant`: w.
 
-    w = 0 is the unconditional model, under either ramp: 0 in every stage. Below 1 the ramp would begin conditionally.
+    w = 0 is the unconditional model. It gives 0 in every stage, because the linear ramp would begin with the
+    conditional model.
     """
     if ramp == "constant" or num_stages == 1 or guidance_scale == 0.0:
         return (guidance_scale,) * num_stages

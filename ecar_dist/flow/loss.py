@@ -1,4 +1,4 @@
-"""The flow-matching loss of all stages, eq. (5)."""
+"""The flow-matching losses: of all stages, eq. (5), and of masked tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 
 def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean squared error per sample and stage, float32 [B, K]; inputs are K of [B, C, h_k, w_k]."""
+    # Mean over the elements of a stage, eq. (5): stages of all resolutions weigh the same.
     errors = [(v.float() - d).square().flatten(1).mean(1) for v, d in zip(velocities, targets, strict=True)]
     return torch.stack(errors, dim=1)
 
 
 def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> torch.Tensor:
     """sum_k w_k L_k, averaged over the batch, from `stage_losses` [B, K]."""
-    weights = torch.as_tensor(stage_weights, dtype=per_stage.dtype, device=per_stage.device)
+    weights = torch.as_tensor(stage_weights, dtype=per_stage.dtype, device=per_stage.device)  # [K]
     return (per_stage.mean(0) * weights).sum()
 
 
 def masked_loss(velocities: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean squared error over draws, channels and masked tokens, float32 [B]; inputs [B, R, T, c], mask bool [B, T]."""
     errors = (velocities.float() - targets).square().mean(dim=(1, 3))  # [B, T]
+    # Each sample divides by its own number of masked tokens, so that all samples weigh the same.
     return (errors * mask).sum(1) / mask.sum(1)

@@ -15,8 +15,8 @@ from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.flow.solvers import Solver, VelocityFn
 from ecar_dist.rng import Purpose
 
-BeginStage = Callable[[int, torch.Tensor | None], VelocityFn]
-Draw = Callable[[Purpose, int], torch.Tensor]
+BeginStage = Callable[[int, torch.Tensor | None], VelocityFn]  # (stage, context) -> velocity_fn(x, u)
+Draw = Callable[[Purpose, int], torch.Tensor]  # (purpose, stage) -> N(0, I) noise of the stage's shape
 
 
 def sample_stages(
@@ -30,18 +30,23 @@ def sample_stages(
 ) -> list[torch.Tensor]:
     """Draw a batch; returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
 
-    begin_stage(k, context) is called once per stage, in order, with C_{k-1} = X^e_{k-1} + tau xi (None at stage 0, and
-    everywhere where tau is None), and returns that stage's velocity_fn(x, u). draw(purpose, k) returns N(0, I) noise of
-    stage k's shape.
+    `begin_stage` is called once per stage, in order, with the context C_{k-1} = X^e_{k-1} + tau xi. The context is None
+    in stage 0, and in every stage of a model that is fed no states (tau is None).
     """
+    # Start from pure noise at the coarsest resolution, eq. (3).
     x = draw(Purpose.GENERATE_START, 0)
     ends: list[torch.Tensor] = []
+
     for stage in range(schedule.num_stages):
         context = None
         if stage > 0:
+            # Feed back the end of the last stage with fresh noise, before it is upsampled (section 5).
             if tau is not None:
                 context = x + tau * draw(Purpose.GENERATE_CONTEXT, stage - 1) if tau else x
+            # Jump to the next resolution: upsample, rescale and renoise, eq. (6).
             x = stage_jump(x, draw(Purpose.GENERATE_JUMP, stage), stage, schedule)
+
+        # Integrate dx/du = v from X^s_k at u = 0 to X^e_k at u = 1.
         x = solver(begin_stage(stage, context), x, steps_per_stage[stage])
         ends.append(x)
     return ends

@@ -14,10 +14,10 @@ from ecar_dist.flow.schedule import StageSchedule
 class TrainingPoints:
     """One training example per stage and sample; lists run from the coarsest stage to the finest."""
 
-    contexts: list[torch.Tensor]  # K-1 of [B, C, h_k, w_k]: C_k, what is fed back of stage k; or none
-    states: list[torch.Tensor]  # K of [B, C, h_k, w_k]: x_u, the point on the path
-    times: list[torch.Tensor]  # K of [B]: model time
-    targets: list[torch.Tensor]  # K of [B, C, h_k, w_k]: d_k, the velocity
+    contexts: list[torch.Tensor]  # C_k, the states that are fed back: K-1 of [B, C, h_k, w_k], or empty
+    states: list[torch.Tensor]  # x_u, the points on the paths: K of [B, C, h_k, w_k]
+    times: list[torch.Tensor]  # model times: K of [B]
+    targets: list[torch.Tensor]  # d_k, the velocities: K of [B, C, h_k, w_k]
 
 
 def stage_endpoints(
@@ -26,7 +26,9 @@ def stage_endpoints(
     """(X^s_k, X^e_k) of every stage, eq. (1)-(3), from the pyramids of latents and noise (K of [B, C, h_k, w_k])."""
     endpoints = []
     for k, (start, end) in enumerate(zip(schedule.starts, schedule.ends, strict=True)):
+        # Eq. (1): the stage ends at its own latent, noisy but for the last stage.
         state_end = end * latents[k] + (1.0 - end) * noises[k]
+        # Eq. (2)-(3): it starts at the coarser latent, upsampled, with the same noise; the first stage at noise alone.
         if k == 0:
             state_start = noises[0]
         else:
@@ -43,6 +45,7 @@ def interpolate(start: torch.Tensor, end: torch.Tensor, u: torch.Tensor) -> torc
 
 def model_time(schedule: StageSchedule, stage: int, u: torch.Tensor) -> torch.Tensor:
     """mt_k(u) in [0, 1], distinct between stages; float32, same shape as u."""
+    # Time in float32 even under autocast: bf16 would merge neighbouring times.
     low, high = schedule.model_windows[stage]
     return low + u.float() * (high - low)
 
@@ -57,12 +60,19 @@ def training_points(
 ) -> TrainingPoints:
     """Build the K training examples of a batch.
 
-    latents: [B, C, H, W], normalised. noise_draws: K of N(0, I) at each stage's size. times: K of u in [0, 1], [B].
-    context_draws: K-1 of N(0, I), independent of everything else, for C_k = X^e_k + tau xi_k (section 5: the trap).
-    tau: None for a model that is fed no states: no contexts are made, and no draws are needed.
+    Arguments:
+        latents: z, normalised, [B, C, H, W].
+        noise_draws: N(0, I) at each stage's size, K of [B, C, h_k, w_k].
+        times: u in [0, 1], the time within each stage, K of [B].
+        context_draws: xi of C_k = X^e_k + tau xi_k, N(0, I) and independent of everything else (section 5: the trap),
+            K-1 of [B, C, h_k, w_k]; empty if tau is None.
+        tau: std of the noise on the contexts; None for a model that is fed no states, which gets no contexts.
     """
+    # Both pyramids, and the two ends of every stage's path.
     pyramid = latent_pyramid(latents, schedule.num_stages, schedule.factor)
     endpoints = stage_endpoints(schedule, pyramid, noise_pyramid(noise_draws, schedule))
+
+    # The finest stage is not fed back: nothing comes after it.
     fed_back = [] if tau is None else endpoints[:-1]
     return TrainingPoints(
         contexts=[end + (tau or 0.0) * xi for (_, end), xi in zip(fed_back, context_draws, strict=True)],

@@ -1,4 +1,4 @@
-"""Down, up, and the noise that joins two resolutions. All tensors are [B, C, H, W]."""
+"""Down, up, and the noise that joins two resolutions (docs/ecar.md, 4.2-4.5). All tensors are [B, C, H, W]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ecar_dist.flow.schedule import StageSchedule
 
 
 def downsample(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
-    """D: the factor x factor mean. Pool twice by 2 for a quarter; one bilinear call by 4 is not the mean."""
+    """D: the factor x factor mean. For a quarter, pool by 2 twice: one bilinear call by 4 is not the mean."""
     return F.avg_pool2d(x, factor)
 
 
@@ -22,6 +22,7 @@ def upsample(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
 
 def latent_pyramid(latents: torch.Tensor, num_stages: int, factor: int = 2) -> list[torch.Tensor]:
     """z_0 .. z_{K-1}, coarse to fine; the last is `latents` itself."""
+    # Pool one stage at a time: the mean of means is the mean over the larger block.
     pyramid = [latents]
     for _ in range(num_stages - 1):
         pyramid.insert(0, downsample(pyramid[0], factor))
@@ -33,8 +34,9 @@ def block_noise(white: torch.Tensor, gamma: float, factor: int = 2) -> torch.Ten
 
     No Cholesky: at the extreme gamma the covariance is singular, and this form is exact there.
     """
+    # Split white noise into its block means and the rest, which have the two eigenvalues of the block covariance.
     mean = upsample(downsample(white, factor), factor)
-    common = max(0.0, 1.0 + (factor**2 - 1) * gamma)
+    common = max(0.0, 1.0 + (factor**2 - 1) * gamma)  # 0 at the extreme gamma; rounding may give -1e-17
     return math.sqrt(1.0 - gamma) * (white - mean) + math.sqrt(common) * mean
 
 
@@ -47,12 +49,17 @@ def noise_pyramid(white: list[torch.Tensor], schedule: StageSchedule) -> list[to
     gamma, factor = schedule.gamma, schedule.factor
     noises = [white[0]]
     for draw in white[1:]:
+        # Eq. (14): what the coarser noise leaves behind when it is upsampled, plus the stage's own block noise.
         inherited = math.sqrt(-gamma / (1.0 - gamma)) * upsample(noises[-1], factor)
         noises.append(inherited + block_noise(draw, gamma, factor) / math.sqrt(1.0 - gamma))
     return noises
 
 
 def stage_jump(x: torch.Tensor, white: torch.Tensor, stage: int, schedule: StageSchedule) -> torch.Tensor:
-    """From the end of stage - 1 to the start of `stage`, eq. (6): upsample, rescale, renoise with `white` ~ N(0, I)."""
+    """X^s_k = a U(X^e_{k-1}) + alpha n', eq. (6): from the end x of stage k - 1 to the start of stage k = `stage`.
+
+    white: N(0, I) noise of the shape of stage k, from which n' is made.
+    """
+    # The jump keeps the blocks of x; n' takes away the correlation within them that upsampling brings.
     scale, alpha = schedule.jump(stage)
     return scale * upsample(x, schedule.factor) + alpha * block_noise(white, schedule.gamma, schedule.factor)

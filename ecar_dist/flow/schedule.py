@@ -69,17 +69,20 @@ class StageSchedule:
     def jump(self, stage: int) -> tuple[float, float]:
         """(a, alpha) of eq. (6)-(7): X^s_k = a U(X^e_{k-1}) + alpha n', for the jump into `stage` >= 1."""
         start = self.starts[stage]
+        # a matches the mean of the two laws; alpha tops the variance up to (1 - s)^2.
         return start / self.ends[stage - 1], (1.0 - start) / math.sqrt(1.0 - self.gamma)
 
     @cached_property
     def model_windows(self) -> tuple[tuple[float, float], ...]:
         """[lo_k, hi_k]: [0, 1] split in proportion to e_k - s_k, so that no two stages share a model time."""
         lengths = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
+        # The last edge is exactly 1, whatever the rounding of the sums.
         edges = [sum(lengths[:k]) / sum(lengths) for k in range(self.num_stages)] + [1.0]
         return tuple(itertools.pairwise(edges))
 
     def context_scales(self, tau: float) -> tuple[float, ...]:
         """1 / std of C_k = X^e_k + tau xi for unit-variance latents, for every stage that is fed back (k < K-1)."""
+        # Var C_k = e^2 + (1 - e)^2 + tau^2: latent, path noise and context noise are independent.
         return tuple(1.0 / math.sqrt(end**2 + (1.0 - end) ** 2 + tau**2) for end in self.ends[:-1])
 
 

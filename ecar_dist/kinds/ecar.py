@@ -57,7 +57,9 @@ class EcarKind(StagedKind):
         preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
         passes, calls = self.stage_passes(config), velocity_calls(config)
 
+        # AR transformer: with a KV cache, each stage's tokens are queries once
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
+        # velocity network: W_m M_k once a stage, then the solver's calls
         flow = sum(
             branches * (calls * velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens))
             for tokens, branches in zip(stage_tokens, passes, strict=True)
@@ -98,10 +100,12 @@ def ar_macs(
     Attention counts the blocks that the mask leaves visible: stage k sees the tokens of stages 0 .. k.
     """
     width, depth = preset.ar_width, preset.ar_depth
+    # keys: the tokens of the stage and of all before it
     blocks = (
         block_macs(tokens, width, depth, keys=keys, linears_only=linears_only)
         for tokens, keys in zip(stage_tokens, accumulate(stage_tokens), strict=True)
     )
+    # adaLN is once a pass; W_in of eq. (16) is on every stage but the first
     inputs = sum(stage_tokens[1:]) * token_channels * width if feeds_state else 0
     return sum(blocks) + passes * adaln_macs(width, depth, "shared") + inputs
 

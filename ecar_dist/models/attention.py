@@ -1,8 +1,9 @@
-"""Self-attention, and the rules of who may look at whom.
+"""Self-attention, and the rules of which token may attend to which.
 
-All models of the family obey one rule on group ids, `allow(query, key) = group[query] >= group[key]`: ECAR's groups
-are its stages, causal AR has one group a token, masked AR has one group. `Attention` leaves the rule to an `attend`
-function, so the mask-free training form, the masked reference and the cached sampling form share every weight.
+All models of the family follow one rule on group ids, `allow(query, key) = group[query] >= group[key]`: the groups of
+ECAR are its stages (docs/ecar.md, section 6), causal AR has one group per token, masked AR has one group. `Attention`
+leaves the rule to an `attend` function, so the mask-free form for training, the masked reference and the cached form
+for sampling use the same weights.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ def group_mask(groups: torch.Tensor) -> torch.Tensor:
 
 
 def block_causal_mask(stage_tokens: Sequence[int]) -> torch.Tensor:
-    """Own stage and coarser ones are visible: bool [T, T], T = sum(stage_tokens)."""
+    """A token sees its own stage and the coarser ones: bool [T, T], T = sum(stage_tokens)."""
     return group_mask(torch.arange(len(stage_tokens)).repeat_interleave(torch.tensor(stage_tokens)))
 
 
 def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Everything sees everything."""
+    """Every token sees every token."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -49,29 +50,33 @@ def block_causal_attention(stage_tokens: Sequence[int]) -> Attend:
 
 
 def _block_causal(stage_tokens: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    outputs, end = [], 0
+    outputs = []
+    end = 0
     for count in stage_tokens:
+        # The queries of stage k against the keys of stages 0 .. k, which lie side by side at the front.
         start, end = end, end + count
         outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
     return torch.cat(outputs, dim=2)
 
 
 class KVCache:
-    """Keys and values of all stages made so far, one pair of [B, heads, T, D / heads] a layer. For one batch."""
+    """Keys and values of all stages so far, for one batch: a pair of [B, heads, T, D / heads] in each layer."""
 
     def __init__(self, num_layers: int) -> None:
         self.num_stages = 0
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
     def attends(self) -> list[Attend]:
-        """One function a layer: remembers the new stage's keys and values, and attends to them and all before."""
+        """One function per layer: it appends the new stage's keys and values, and attends to all of them."""
         return [functools.partial(self._attend, layer) for layer in range(len(self._layers))]
 
     def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        held = self._layers[layer]
-        if held is not None:
-            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
+        cached = self._layers[layer]
+        if cached is not None:
+            k = torch.cat((cached[0], k), dim=2)
+            v = torch.cat((cached[1], v), dim=2)
         self._layers[layer] = (k, v)
+        # No mask: the new stage may see itself and all stages before it.
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -88,6 +93,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
+        # One projection, split into queries, keys and values of every head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+        # Normalised queries and keys keep the logits bounded in bf16.
         heads_out = attend(self.query_norm(q), self.key_norm(k), v)
         return self.out(heads_out.transpose(1, 2).flatten(2))  # [B, T, D]

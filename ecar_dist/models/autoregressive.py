@@ -22,9 +22,10 @@ from ecar_dist.models.transformer import Transformer
 
 
 class TokenMapTransformer(nn.Module):
-    """Block k of the sequence is stage k: made of C_{k-1} upsampled to its grid, attending to blocks 0 .. k.
+    """M_0 .. M_{K-1} from a sequence of K blocks, one per stage; section 6 of docs/ecar.md.
 
-    Block 0, and every block when `feeds_state` is false, is the class embedding plus learned positions.
+    The input of block k is C_{k-1} upsampled to the grid of stage k, eq. (16); it attends to blocks 0 .. k. The input
+    of block 0, and of every block if `feeds_state` is False, is the class embedding plus learned positions.
     """
 
     def __init__(
@@ -41,24 +42,37 @@ class TokenMapTransformer(nn.Module):
     ) -> None:
         super().__init__()
         width, num_stages = preset.ar_width, len(grid_sides)
-        self.grid_sides, self.width, self.patch_size = tuple(grid_sides), width, patch_size
+        self.width = width
+        self.patch_size = patch_size
+        self.context_scales = tuple(context_scales)
+        self.feeds_state = feeds_state
+
+        # Where the tokens of each stage lie in the sequence.
+        self.grid_sides = tuple(grid_sides)
         self.stage_tokens = tuple(side**2 for side in grid_sides)
         self.stage_starts = (0, *accumulate(self.stage_tokens))
-        self.context_scales, self.feeds_state = tuple(context_scales), feeds_state
+
+        # Inputs: class, stage, learned positions of the blocks without a context, and W_in of eq. (16).
         self.class_embedding = Embedding(num_classes + 1, width)
         self.stage_embedding = Embedding(num_stages, width)
         self.start_positions = Embedding(self.stage_tokens[0] if feeds_state else sum(self.stage_tokens), width)
         if feeds_state and num_stages > 1:
             self.context_projection = Linear(token_channels, width)
+        # Trunk, and the positions that tell the tokens of a map apart.
         self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared", recompute=recompute)
         self.output_positions = Embedding(sum(self.stage_tokens), width)
 
     def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> list[torch.Tensor]:
-        """All stages in one pass. `masked` takes the reference attention instead of the mask-free one."""
+        """Training: M_0 .. M_{K-1}, [B, T_k, D], in one pass.
+
+        contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]. `masked` takes the reference attention instead of the mask-free one.
+        """
         if masked:
             attend = masked_attention(block_causal_mask(self.stage_tokens))
         else:
             attend = block_causal_attention(self.stage_tokens)
+
+        # The blocks side by side: [B, T_0 + .. + T_{K-1}, D].
         classes = self.class_embedding(labels)  # [B, D]
         sources = [None, *contexts] if self.feeds_state else [None] * len(self.grid_sides)
         inputs = [self._stage_input(stage, source, classes) for stage, source in enumerate(sources)]
@@ -68,7 +82,10 @@ class TokenMapTransformer(nn.Module):
     def next_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
-        """The token map of `stage` alone; `cache` holds, and after the call includes, the keys and values before it."""
+        """Sampling: M_k of one stage, [B, T_k, D], from C_{k-1} and the keys and values of the stages before.
+
+        The call appends those of this stage to the cache.
+        """
         assert cache.num_stages == stage, f"the cache holds {cache.num_stages} stages, stage {stage} needs {stage}"
         cache.num_stages += 1
         classes = self.class_embedding(labels)  # [B, D]
@@ -82,6 +99,8 @@ class TokenMapTransformer(nn.Module):
     def _stage_input(self, stage: int, context: torch.Tensor | None, classes: torch.Tensor) -> torch.Tensor:
         """inp_k of eq. (16) with positions and stage, [B, T_k, D]."""
         device = classes.device
+
+        # Content: the class, or the last stage's state at unit variance on this stage's grid.
         if stage == 0 or not self.feeds_state:
             start = self.stage_starts[stage]
             tokens = classes[:, None] + self.start_positions(_range(start, self.stage_tokens[stage], device))
@@ -89,7 +108,9 @@ class TokenMapTransformer(nn.Module):
             assert context is not None, f"stage {stage} needs the state of stage {stage - 1}"
             scaled = self.context_scales[stage - 1] * context
             tokens = self.context_projection(patchify(upsample(scaled), self.patch_size))
-        position = position_table(self.grid_sides[stage], self.width, device)
+
+        # Place within the stage, and the stage itself.
+        position = position_table(self.grid_sides[stage], self.width, device)  # [T_k, D]
         return tokens + position + self.stage_embedding(_range(stage, 1, device))
 
     def _run(self, tokens: torch.Tensor, classes: torch.Tensor, attends: Sequence[Attend], start: int) -> torch.Tensor:

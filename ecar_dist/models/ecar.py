@@ -40,8 +40,11 @@ class ECAR(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        # A token is a patch of p x p latent pixels with C channels.
         sides = [size // patch_size for size in stage_sizes]
         channels = latent_channels * patch_size**2
+
+        # Token maps M_k, once a stage.
         self.ar = TokenMapTransformer(
             preset,
             grid_sides=sides,
@@ -52,6 +55,8 @@ class ECAR(nn.Module):
             feeds_state=feeds_state,
             recompute=recompute,
         )
+
+        # Velocities under these maps, at each solver call.
         self.flow = VelocityNetwork(
             preset,
             grid_sides=sides,
@@ -77,6 +82,7 @@ class ECAR(nn.Module):
             times: model time of every stage in [0, 1], float32 [B].
             labels: int64 [B]; num_classes is the null label.
         """
+        # One AR pass for all stages, then the velocity network on each stage under its map. Gradients reach both.
         token_maps = self.token_maps(contexts, labels)
         return [
             self.velocity(state, time, stage, self.condition(token_map), labels)

@@ -22,9 +22,9 @@ POSITION_RATIO = 100.0  # highest over lowest frequency
 
 
 class Linear(nn.Linear):
-    """A projection with N(0, 0.02) weights and zero bias; casts its input down to the type of its weights.
+    """A projection with N(0, 0.02^2) weights and zero bias. It casts its input down to the type of its weights.
 
-    Weights may be bf16 without autocast (DeepSpeed's bf16), while norms and latents are float32.
+    DeepSpeed's bf16 has bf16 weights without autocast, while norms and latents are float32.
     """
 
     def reset_parameters(self) -> None:
@@ -32,6 +32,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Float32 weights, as under autocast, take every input as it is.
         if self.weight.dtype.itemsize < x.dtype.itemsize:
             x = x.to(self.weight.dtype)
         return super().forward(x)
@@ -46,7 +47,7 @@ class ZeroLinear(Linear):
 
 
 class Embedding(nn.Embedding):
-    """A learned table with N(0, 0.02) rows."""
+    """A learned table with N(0, 0.02^2) entries."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
@@ -110,6 +111,7 @@ class TimeEmbedding(nn.Module):
 def sinusoid(x: torch.Tensor, num_frequencies: int, ratio: float) -> torch.Tensor:
     """cos and sin of x at geometric frequencies 1 .. 1/ratio: float32 [N] -> [N, 2 * num_frequencies]."""
     exponents = torch.arange(num_frequencies, dtype=torch.float32, device=x.device) / num_frequencies
+    # [N, 1] x [F]: every x at every frequency.
     angles = x[:, None] * torch.exp(-math.log(ratio) * exponents)
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
 
@@ -127,14 +129,17 @@ def position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
 @functools.lru_cache(maxsize=64)
 def _position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # a table first met while sampling must serve training too
+        # One axis: cos and sin of the token's centre, at frequencies that fall geometrically.
         centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
         axis = sinusoid(centres * POSITION_SPAN, width // 4, POSITION_RATIO)  # [side, D / 2]
+        # Two axes: the table of a token is that of its row beside that of its column.
         rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
         return torch.cat((rows, columns), dim=-1).reshape(side * side, width)  # [T, D]
 
 
 def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(decay, no_decay): the matrices of linear maps, and all else (embeddings, biases, norms, offsets)."""
+    # By identity, since parameters compare elementwise.
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decay = [parameter for parameter in model.parameters() if id(parameter) in matrices]
     no_decay = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
@@ -144,6 +149,7 @@ def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """[B, C, H, W] -> [B, T, C * p * p], tokens in row-major order."""
     batch, channels, height, width = x.shape
+    # Split both axes into (token, pixel within the token), then bring the two token axes to the front.
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)  # [B, T, C * p * p]
@@ -153,5 +159,6 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
     """The inverse of `patchify` on a square grid: [B, T, C * p * p] -> [B, C, H, W]."""
     batch, count, size = tokens.shape
     side, channels = math.isqrt(count), size // patch_size**2
+    # The steps of `patchify` in reverse.
     x = tokens.reshape(batch, side, side, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(batch, channels, side * patch_size, side * patch_size)  # [B, C, H, W]

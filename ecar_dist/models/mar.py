@@ -1,10 +1,10 @@
 """`mar`: masked autoregression over continuous tokens (MAR: Li et al., arXiv 2406.11838) with a flow head.
 
-The method is the paper's: a bidirectional transformer sees the tokens that are there, and a small network draws each
-masked one from the transformer's output at its place. Ours, where it differs: the head predicts a flow's velocity
-instead of a diffusion's noise, so that objective and solvers are those of the other kinds; one trunk over all tokens,
-with a learned vector in the place of masked ones, instead of an encoder of the visible ones and a decoder; the class
-modulates the trunk (adaLN, one matrix for all blocks) instead of standing before the tokens in 64 places.
+The method is the paper's: a bidirectional transformer sees the tokens that are not masked, and a small network draws
+each masked token from the transformer's output at its place. Three things differ. The head predicts the velocity of a
+flow instead of the noise of a diffusion, so that the objective and the solvers are those of the other kinds. One trunk
+sees all tokens, with a learned vector in place of the masked ones, instead of an encoder of the visible tokens and a
+decoder. The class modulates the trunk (adaLN, one matrix for all blocks) instead of being 64 tokens at the front.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ class FlowHead(nn.Module):
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [..., c], time [...] and condition [..., D], which are broadcast -> float32 [..., c]."""
-        conditioning = self.time_embedding(time.flatten()).unflatten(0, time.shape) + condition
-        x = self.state_projection(x)
+        # What modulates the blocks: the token's own time, and what the trunk says of its place.
+        conditioning = self.time_embedding(time.flatten()).unflatten(0, time.shape) + condition  # [..., D]
+
+        # Residual blocks, token by token: without attention, tokens of one step are independent given the trunk.
+        x = self.state_projection(x)  # [..., D]
         for block in self.blocks:
             x = block(x, conditioning)
         shift, scale = self.head_modulation(conditioning).chunk(2, dim=-1)
@@ -65,7 +68,7 @@ class FlowHead(nn.Module):
 
 
 class MaskedTransformer(nn.Module):
-    """What the tokens that are there, and the class, say about every place."""
+    """A vector for every place, from the tokens that are not masked and the class."""
 
     def __init__(self, size: MaskedSize, *, num_tokens: int, token_channels: int, num_classes: int, recompute: bool):
         super().__init__()
@@ -78,10 +81,14 @@ class MaskedTransformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """tokens [B, T, c], mask bool [B, T], labels [B] -> float32 [B, T, D]; masked tokens are not looked at."""
+        # Masked tokens are replaced by one learned vector.
         places = torch.arange(tokens.shape[1], device=tokens.device)
         unknown = self.mask_vector(torch.zeros_like(places))  # [T, D]
         x = torch.where(mask[..., None], unknown, self.state_projection(tokens))  # [B, T, D]
+
+        # Fixed and learned positions, so that places with the same vector differ.
         x = x + position_table(math.isqrt(tokens.shape[1]), x.shape[-1], x.device) + self.positions(places)
+
         attends = [full_attention] * len(self.transformer.blocks)
         return self.transformer(x, self.class_embedding(labels), attends) + self.output_positions(places)
 
@@ -109,7 +116,10 @@ class MAR(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.patch_size, channels = patch_size, latent_channels * patch_size**2
+        self.patch_size = patch_size
+        channels = latent_channels * patch_size**2
+
+        # Once a step over all tokens, and at each solver call on those that are drawn.
         self.trunk = MaskedTransformer(
             size,
             num_tokens=(latent_size // patch_size) ** 2,
@@ -136,10 +146,11 @@ class MAR(nn.Module):
             times: model time in [0, 1], float32 [B, R, T].
             labels: int64 [B]; num_classes is the null label.
         """
+        # The trunk's output is the same for all R draws: [B, 1, T, D] is broadcast.
         return self.velocity(states, times, self.conditions(tokens, mask, labels)[:, None])
 
     def conditions(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What the trunk tells the head about every place, [B, T, D]. Once a step, not once a solver call."""
+        """The head's condition at every place, [B, T, D]. Made once a step, not at each solver call."""
         return self.head.condition_projection(self.trunk(tokens, mask, labels))
 
     def velocity(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

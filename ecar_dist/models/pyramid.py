@@ -1,6 +1,11 @@
-"""`pyramid`: the multistage flow of ECAR without its AR transformer, after Pyramid Flow (Jin et al., arXiv 2410.05954).
+"""`pyramid` and `dit`: the multistage flow of ECAR without its AR transformer.
 
-Same windows, jumps and losses; a stage knows of the coarser ones only what its own start state says.
+After Pyramid Flow (Jin et al., arXiv 2410.05954): the same windows, jumps and losses, but a stage knows of the coarser
+ones only what its own start state holds.
+
+With one stage it is `dit`, a class-conditional diffusion transformer (Peebles and Xie, arXiv 2212.09748) trained by
+flow matching as SiT is (Ma et al., arXiv 2401.08740, linear path, velocity prediction). Unlike DiT it normalises
+queries and keys, learns no variance, has the positions of models/layers.py, and adds a stage embedding of one row.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ class Pyramid(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        # ECAR's velocity network, weight for weight, without the projection of token maps.
         self.flow = VelocityNetwork(
             preset,
             grid_sides=[size // patch_size for size in stage_sizes],
@@ -46,16 +52,17 @@ class Pyramid(nn.Module):
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are not looked at."""
+        # One call per stage, since stages differ in size.
         return [
             self.velocity(state, time, stage, None, labels)
             for stage, (state, time) in enumerate(zip(states, times, strict=True))
         ]
 
     def start_cache(self) -> None:
-        """Nothing is remembered between stages."""
+        """There is nothing to remember between stages."""
 
     def begin_stage(self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: None) -> None:
-        """No condition."""
+        """There is no condition."""
 
     def velocity(
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor

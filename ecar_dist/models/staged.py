@@ -1,4 +1,4 @@
-"""The seam between a stage-wise flow model and what trains and samples it: ECAR, the pyramid and DiT all fit it."""
+"""What training and sampling ask of a network that has a velocity in each stage; ECAR and Pyramid provide it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class StagedModel(Protocol):
     """Velocities of all stages at once for training, and of one stage after the other for sampling.
 
-    What a stage's velocity is conditioned on, beside its time and class, is the model's own affair: `begin_stage` makes
-    it once a stage from the state that is fed back and the cache, and `velocity` is handed it at each solver call.
+    A model decides for itself what else conditions a stage's velocity, beside its time and class. `begin_stage` makes
+    that condition once a stage, from the fed-back state and the cache, and each solver call passes it to `velocity`.
     """
 
     def __call__(
@@ -22,15 +22,15 @@ class StagedModel(Protocol):
         times: Sequence[torch.Tensor],
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """K of [B, C, h_k, w_k], float32; a model that is fed no states ignores the contexts."""
+        """Training: K of [B, C, h_k, w_k], float32. A model that is fed no states ignores the contexts."""
 
     def start_cache(self) -> Any:
-        """What `begin_stage` remembers between stages; one for each batch that is sampled."""
+        """Sampling: what `begin_stage` remembers between stages; a new one for each batch."""
 
     def begin_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: Any
     ) -> torch.Tensor | None:
-        """The condition of `stage`, [B, ...], or None for a model that has none; stages must come in order."""
+        """Sampling: the condition of `stage`, [B, ...], or None for a model without one. Stages come in order."""
 
     def velocity(
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor

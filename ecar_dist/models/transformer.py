@@ -14,9 +14,9 @@ from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, modulated_norm
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated norm and a gate; gates start at zero, so the block starts as identity.
+    """Attention and MLP, each after a modulated norm and before a gate. Gates start at zero: the block is the identity.
 
-    `modulation` maps what the transformer hands to its blocks onto six vectors, [B, 6 D].
+    modulation: from the transformer's conditioning to the block's six vectors, [B, 6 D].
     """
 
     def __init__(self, width: int, heads: int, modulation: nn.Module) -> None:
@@ -27,8 +27,11 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]."""
+        # adaLN-Zero: shift, scale and gate of both branches.
         parts = self.modulation(conditioning)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = parts
+
+        # Residual branches.
         x = x + gate_attention * self.attention(modulated_norm(x, shift_attention, scale_attention), attend)
         return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
 
@@ -36,13 +39,15 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`depth` blocks, then a modulated norm. adaLN is a matrix per block, or one for all blocks plus offsets.
 
-    With `recompute` the backward pass computes each block anew from its input, and nothing else of it is kept till then
-    (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174): the same numbers, bit for bit.
+    recompute: keep only the input of each block, and recompute the rest in the backward pass (Chen et al., "Training
+        deep nets with sublinear memory cost", arXiv 1604.06174). The numbers are the same, bit for bit.
     """
 
     def __init__(self, depth: int, width: int, heads: int, adaln: AdaLNKind, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
+
+        # Modulation: each block has its own matrix, or all share one and each has an offset.
         shared = adaln == "shared"
         self.shared_modulation: nn.Module = AdaLN(width, 6) if shared else nn.Identity()
         modulations = (AdaLNOffset(6 * width) if shared else AdaLN(width, 6) for _ in range(depth))
@@ -51,12 +56,15 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attends: Sequence[Attend]) -> torch.Tensor:
         """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D]."""
+        # Blocks. The shared matrix, if there is one, is applied once.
         for_blocks = self.shared_modulation(conditioning)
         for block, attend in zip(self.blocks, attends, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                # Nothing in a block is random, so there is no generator to put back.
+                # Nothing in a block is random, so no generator state has to be restored.
                 x = checkpoint(block, x, for_blocks, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, for_blocks, attend)
+
+        # Head norm.
         shift, scale = self.head_modulation(conditioning)[:, None].chunk(2, dim=-1)  # each [B, 1, D]
         return modulated_norm(x, shift, scale)

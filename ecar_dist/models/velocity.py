@@ -1,4 +1,4 @@
-"""The velocity network: one DiT trunk for all stages, told its stage, time and class, and maybe guided by tokens."""
+"""The velocity network: one DiT trunk for all stages, conditioned on stage, time and class, and maybe a token map."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ecar_dist.models.transformer import Transformer
 
 
 class VelocityNetwork(nn.Module):
-    """dx/du of a stage from its state, its model time and its token map. Exactly zero before training.
+    """v(x_u, mt_k(u), k, M_k) of eq. (5). Exactly zero before training.
 
-    condition_width: channels of the token maps; None for a network that is given none.
+    condition_width: channels of the token maps M_k; None for a network without token maps.
     """
 
     def __init__(
@@ -32,13 +32,20 @@ class VelocityNetwork(nn.Module):
     ) -> None:
         super().__init__()
         width = preset.flow_width
-        self.grid_sides, self.width, self.patch_size = tuple(grid_sides), width, patch_size
+        self.grid_sides = tuple(grid_sides)
+        self.width = width
+        self.patch_size = patch_size
+
+        # Tokens: the state, and W_m for the token map.
         self.state_projection = Linear(token_channels, width)
         if condition_width is not None:
             self.condition_projection = Linear(condition_width, width)
+
+        # What modulates all blocks: time, stage and class; the last row of the classes is the null label.
         self.time_embedding = TimeEmbedding(width)
         self.stage_embedding = Embedding(len(grid_sides), width)
         self.class_embedding = Embedding(num_classes + 1, width)
+
         self.transformer = Transformer(
             preset.flow_depth, width, preset.flow_heads, preset.flow_adaln, recompute=recompute
         )
@@ -48,11 +55,16 @@ class VelocityNetwork(nn.Module):
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B] -> float32 [B, C, h, w]."""
+        # Tokens: the patches of the state, with positions of the stage's own grid, plus the condition of the same grid.
         position = position_table(self.grid_sides[stage], self.width, x.device)
         tokens = self.state_projection(patchify(x, self.patch_size)) + position  # [B, T, D]
         if condition is not None:
             tokens = tokens + condition
+
+        # The vector that modulates all blocks.
         stage_index = torch.full((1,), stage, device=x.device)
         conditioning = self.time_embedding(time) + self.stage_embedding(stage_index) + self.class_embedding(labels)
+
+        # Attention stays within the stage. The velocity is float32, as the ODE's state.
         tokens = self.transformer(tokens, conditioning, [full_attention] * len(self.transformer.blocks))
         return unpatchify(self.output(tokens).float(), self.patch_size)

@@ -1,4 +1,4 @@
-"""The sampler of `mar`: tokens in random order, several a step, each by a flow under what the trunk says of its place.
+"""The sampler of `mar`: tokens in random order, several in each step, each by a flow under the trunk's condition.
 
 Orders, counts and guidance are those of MAR (Li et al., arXiv 2406.11838, and LTH14/mar, models/mar.py).
 """
@@ -9,7 +9,6 @@ import itertools
 
 import torch
 
-from ecar_dist.flow.guidance import guide
 from ecar_dist.flow.masking import mask_ratio, random_mask, random_order
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn
@@ -17,6 +16,7 @@ from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
 from ecar_dist.models.layers import patchify, unpatchify
 from ecar_dist.models.mar import MAR
 from ecar_dist.rng import Purpose, normal, uniform
+from ecar_dist.sample.guided import guided_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
 
@@ -27,15 +27,24 @@ def draw_masked(
 
     A token's noise and its place in the order are keyed by the sample's index, whatever the step that draws it.
     """
+    # What is drawn in which step, and with which guidance.
     noise = patchify(normal(seed, indices, Purpose.GENERATE_START, plan.shape(0)), model.patch_size)  # [B, T, c]
     order = random_order(uniform(seed, indices, Purpose.GENERATE_ORDER, (noise.shape[1],)))  # [B, T]
     counts = masked_counts(noise.shape[1], plan.ar_steps)
     scales = masked_guidance_scales(plan.guidance_scale, counts, plan.guidance_ramp)
-    tokens, mask = torch.zeros_like(noise), torch.ones_like(order, dtype=torch.bool)
+
+    # All tokens are masked at first.
+    tokens = torch.zeros_like(noise)
+    mask = torch.ones_like(order, dtype=torch.bool)
     for (before, after), scale in zip(itertools.pairwise(counts), scales, strict=True):
-        chosen = order[:, after:before]  # [B, n]: the last of the order come first
+        # The tokens of this step: the order is used up from its end.
+        chosen = order[:, after:before]  # [B, n]
+
+        # Flow them from noise, under the trunk's condition on the tokens drawn so far.
         velocity_fn = _velocity_fn(model, plan, tokens, mask, chosen, labels, scale)
         drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), plan.steps_per_stage)  # [B, n, c]
+
+        # Put them in their places.
         tokens = tokens.scatter(1, _places(chosen, tokens), drawn)
         mask = mask.scatter(1, chosen, False)
     return [unpatchify(tokens, model.patch_size)]
@@ -51,22 +60,21 @@ def _velocity_fn(
     scale: float,
 ) -> VelocityFn:
     """The guided velocity of the chosen tokens [B, n, c]; without a null pass where the scale is 1."""
-    if guided := scale != 1.0:
+    if scale != 1.0:
         tokens, mask, chosen = (torch.cat((x, x)) for x in (tokens, mask, chosen))
-        labels = torch.cat((labels, torch.full_like(labels, plan.null_label)))
+        labels = with_null(labels, plan.null_label)
+
+    # The trunk, once a step.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = _take(model.conditions(tokens, mask, labels), chosen)  # [B or 2 B, n, D]
 
+    # The head, at each solver call.
     def network(x: torch.Tensor, u: float) -> torch.Tensor:
         time = model_time(plan.schedule, 0, torch.full((1, 1), u, device=x.device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
             return model.velocity(x, time, condition)
 
-    def both(x: torch.Tensor, u: float) -> torch.Tensor:
-        velocity, null_velocity = network(torch.cat((x, x)), u).chunk(2)
-        return guide(velocity, null_velocity, scale)
-
-    return both if guided else network
+    return guided_velocity(network, scale)
 
 
 def _places(chosen: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -83,13 +91,15 @@ def token_velocities(
     model: MAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The velocity of every token at keyed tokens, mask, states and times: one of [B, C, h, w]."""
+    # Noise stands for clean tokens and for states.
     tokens, states = (
-        patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)
+        patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, T, c]
         for purpose in (Purpose.CONTEXT, Purpose.NOISE)
     )
     shape = (tokens.shape[1],)
     ratio = mask_ratio(uniform(seed, indices, Purpose.MASK_RATIO))
-    mask = random_mask(uniform(seed, indices, Purpose.MASK_ORDER, shape), ratio)
+    mask = random_mask(uniform(seed, indices, Purpose.MASK_ORDER, shape), ratio)  # [B, T]
     times = model_time(plan.schedule, 0, uniform(seed, indices, Purpose.TIME, shape))  # [B, T]
+
     velocity = model(tokens, mask, states[:, None], times[:, None], labels)[:, 0]  # [B, T, c]
     return [unpatchify(velocity, model.patch_size)]

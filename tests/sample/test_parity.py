@@ -88,7 +88,7 @@ def test_every_kind_is_exported_and_opens_like_its_run(tmp_path, kind, num_stage
     rms = json.loads((exported.path / "parity.json").read_text())["rms"]
     assert min(rms["velocity"] + rms["samples"]) > 0.1
     ours, theirs = open_trained(run, CPU), open_trained(exported.path, CPU)
-    assert type(theirs.model).__name__.lower() == kind
+    assert theirs.config.model.kind == kind
     expected = ours.model.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in theirs.model.state_dict().items())
     card = (exported.path / "README.md").read_text()
