@@ -1,11 +1,12 @@
-"""Averages of the weights over training: what each forgets in a step, and others made afterwards from those kept.
+"""The mathematics of EMA: decay rules, and post-hoc EMA.
 
-An average moves to beta * average + (1 - beta) * weights after every step, so at any time it is a weighted sum of the
-weights of all steps so far: its `profile`. A sum of kept averages has the sum of their profiles, and the sum whose
-profile comes nearest to that of an average nobody kept stands in for it. That is post-hoc EMA (Karras et al.,
-"Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3 and appendix C), with
-two changes: the profiles are those of the discrete updates, not of their continuous limit, and the coefficients sum to
-one, so that a weight which stood still comes out exactly.
+After every step an EMA becomes beta * EMA + (1 - beta) * weights. So it is a weighted sum of the weights of all steps
+so far; the coefficients are its `profile`. A linear combination of stored EMAs has the same combination of their
+profiles. Post-hoc EMA approximates an EMA that was not stored by the combination with the nearest profile (Karras et
+al., "Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3 and appendix C).
+
+Two things differ from the paper. Profiles are those of the discrete updates, not of their continuous limit. The
+coefficients sum to one, so that a weight that never changed is reproduced exactly.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-Decay = Callable[[npt.ArrayLike, float], Array]  # (samples_seen, batch) -> weight of the old average
-Snapshot = tuple[int, str]  # (step, name of the average)
+Decay = Callable[[npt.ArrayLike, float], Array]  # (samples_seen, batch) -> beta, the weight of the old EMA
+Snapshot = tuple[int, str]  # (step, name of the EMA)
 
-CHUNK_STEPS = 1 << 12  # steps whose profiles are held at once
-# Directions in which the snapshots differ by less than this share are noise of their fp32 storage, amplified.
+CHUNK_STEPS = 1 << 12  # steps of the profiles that are in memory together
+# Directions in which the snapshots differ by a smaller share are amplified noise of their fp32 storage.
 SMALLEST_DIRECTION = 1e-3
 
 
 def half_life_decay(half_life_samples: float, rampup: float, samples_seen: npt.ArrayLike, batch: float) -> Array:
-    """Weight of the old average after a step of `batch` samples that ended at `samples_seen`; number or array.
+    """beta of a step of `batch` samples that ended at `samples_seen` (a number or an array).
 
-    beta = 0.5^(batch / h), where the half-life h is at most `rampup` x samples_seen, so that the average forgets the
-    random start (EDM, Karras et al., arXiv 2206.00364, app. F.2). A function of samples seen, not of steps. While the
-    ramp-up holds, h grows with the samples seen, and the average is `power_decay`'s with gamma + 1 = ln 2 / rampup.
+    beta = 0.5^(batch / h), with a half-life h of at most `rampup` x samples_seen, so that the EMA forgets the random
+    initialisation (EDM, Karras et al., arXiv 2206.00364, app. F.2). During the ramp-up it is the EMA of `power_decay`
+    with gamma + 1 = ln 2 / rampup.
     """
     half_life = np.minimum(float(half_life_samples), rampup * np.asarray(samples_seen, dtype=np.float64))
     return 0.5 ** (batch / half_life)
 
 
 def power_decay(gamma: float, samples_seen: npt.ArrayLike, batch: float) -> Array:
-    """The same for EDM2's power function: a profile that grows like samples_seen^gamma (section 3.1).
+    """beta of EDM2's power function, with a profile that grows like samples_seen^gamma (section 3.1).
 
-    beta = (1 - batch / samples_seen)^(gamma + 1): zero at the first step, so the random start has no share at all.
+    beta = (1 - batch / samples_seen)^(gamma + 1). It is zero at the first step, so the random initialisation has no
+    share at all.
     """
     return (1.0 - batch / np.asarray(samples_seen, dtype=np.float64)) ** (gamma + 1.0)
 
@@ -59,7 +61,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 
 def profile(decay: Decay, steps: int, batch: float) -> Array:
-    """Weight of every step's weights in an average after `steps` steps of `batch` samples: float64 [steps + 1].
+    """Coefficient of every step's weights in an EMA after `steps` steps of `batch` samples: float64 [steps + 1].
 
     Entry 0 belongs to the initial weights. The entries sum to one.
     """
@@ -67,12 +69,13 @@ def profile(decay: Decay, steps: int, batch: float) -> Array:
 
 
 class _History:
-    """One average through a run. What step i added is, after step n, still there by the product of beta_(i+1 .. n)."""
+    """One EMA through a run: entry i of the profile after step n is (1 - beta_i) x beta_(i+1) x .. x beta_n."""
 
     def __init__(self, decay: Decay, steps: int, batch: float) -> None:
+        # Products as differences of sums of logarithms.
         beta = decay(batch * np.arange(1.0, steps + 1.0), batch)
         self._added = np.concatenate(([1.0], 1.0 - beta))
-        kept = np.maximum(beta, np.finfo(np.float64).tiny)  # the logarithm of 0 would make the differences below NaN
+        kept = np.maximum(beta, np.finfo(np.float64).tiny)  # log 0 would make differences NaN
         self._log_kept = np.concatenate(([0.0], np.cumsum(np.log(kept))))
 
     def profile(self, step: int, start: int, stop: int) -> Array:
@@ -86,9 +89,10 @@ class _History:
 
 @dataclass(frozen=True)
 class PosthocFit:
-    """The sum of snapshots that stands in for an average: its coefficients, which sum to one, and its error.
+    """The combination of snapshots that approximates an EMA.
 
-    `residual` is the L2 distance of the two profiles over the L2 norm of the one that was asked for.
+    coefficients: of the snapshots; they sum to one.
+    residual: L2 distance of the two profiles, divided by the L2 norm of the target's.
     """
 
     coefficients: dict[Snapshot, float]
@@ -98,26 +102,29 @@ class PosthocFit:
 def fit(
     snapshots: Sequence[Snapshot], decays: Mapping[str, Decay], target: Decay, step: int, batch: float
 ) -> PosthocFit:
-    """Least squares: the sum of `snapshots` nearest to what an average by `target` would be after `step`.
+    """The combination of `snapshots` with the profile nearest to that of an EMA by `target` after `step`.
 
     Arguments:
-        snapshots: what was kept, each once; at least one.
-        decays: of the averages they are snapshots of, by name.
-        target: of the average that was not kept.
+        snapshots: the stored ones, each once; at least one.
+        decays: of the EMAs they are snapshots of, by name.
+        target: decay of the EMA that was not stored.
         batch: samples per step.
 
     Time grows with steps x snapshots^2 (a second or two for 1e6 x 40), memory with steps alone.
     """
     last = max(step, *(at for at, _ in snapshots))
     histories = {name: _History(decays[name], last, batch) for name in {name for _, name in snapshots}}
-    wanted = _History(target, last, batch)
+    target_history = _History(target, last, batch)
+
+    # Least squares by QR, a chunk of steps at a time: the triangular factor of all rows so far has the same inner
+    # products as the rows.
     triangle = np.empty((0, len(snapshots) + 1))
     for start in range(0, last + 1, CHUNK_STEPS):
         stop = min(start + CHUNK_STEPS, last + 1)
         columns = [histories[name].profile(at, start, stop) for at, name in snapshots]
-        rows = np.stack([*columns, wanted.profile(step, start, stop)], axis=1)  # [steps, snapshots + 1]
-        # The triangular factor of all rows so far: the same inner products in few rows.
+        rows = np.stack([*columns, target_history.profile(step, start, stop)], axis=1)  # [steps, snapshots + 1]
         triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"))
+
     coefficients = _sum_to_one_least_squares(triangle[:, :-1], triangle[:, -1])
     distance = np.linalg.norm(triangle[:, :-1] @ coefficients - triangle[:, -1])
     named = dict(zip(snapshots, coefficients.tolist(), strict=True))
@@ -125,9 +132,12 @@ def fit(
 
 
 def _sum_to_one_least_squares(columns: Array, target: Array) -> Array:
-    """Coefficients that sum to one: those of the differences to the nearest column are free."""
+    """Least squares under the constraint that the coefficients sum to one."""
+    # Substitute: 1 - sum of the others for the nearest column, free coefficients for the differences to it.
     nearest = int(np.argmin(np.linalg.norm(columns - target[:, None], axis=0)))
     differences = np.delete(columns, nearest, axis=1) - columns[:, [nearest]]
+
+    # Unit columns, so that SMALLEST_DIRECTION is a share.
     lengths = np.maximum(np.linalg.norm(differences, axis=0), np.finfo(np.float64).tiny)
     free, *_ = np.linalg.lstsq(differences / lengths, target - columns[:, nearest], rcond=SMALLEST_DIRECTION)
     free = free / lengths

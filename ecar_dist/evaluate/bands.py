@@ -1,4 +1,4 @@
-"""Variance by spatial frequency: the alarm for samples that lose their low frequencies (docs/ecar.md, the trap)."""
+"""Variance by spatial frequency: detects samples that lose their low frequencies (docs/ecar.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch.nn.functional as F
 def band_variances(images: torch.Tensor) -> dict[str, float]:
     """Variance over the set of each octave of images [N, C, H, W], by block side.
 
-    `8px` is the mean over 8x8 blocks less the mean over 16x16 blocks, and so on; the coarsest band is what no longer
-    halves (the mean of the whole image for a power of two). They add up to the total variance.
+    `8px` is the mean over 8x8 blocks minus the mean over 16x16 blocks, and so on. The coarsest band is the mean over
+    the largest blocks (the whole image for a power of two). The bands add up to the total variance.
     """
     bands: dict[str, float] = {}
     current, side = images.double(), 1
     while current.shape[-1] > 1 and current.shape[-1] % 2 == 0:
+        # What the next octave cannot hold belongs to this one.
         coarser = F.avg_pool2d(current, 2)
         detail = current - F.interpolate(coarser, scale_factor=2, mode="nearest")
         bands[f"{side}px"] = _variance(detail)
@@ -24,5 +25,5 @@ def band_variances(images: torch.Tensor) -> dict[str, float]:
 
 
 def _variance(field: torch.Tensor) -> float:
-    """Over samples, averaged over places and channels."""
+    """Variance over samples, averaged over positions and channels."""
     return float(field.var(dim=0).mean())

@@ -1,6 +1,6 @@
-"""The scoring classifier: a small convolutional network trained on the user's own real images, and never on samples.
+"""The scoring classifier: a small convolutional network, trained on the user's real images and never on samples.
 
-Its penultimate layer is the feature space of the Frechet distance. The name is part of every score it gives.
+Its penultimate layer is the feature space of the Frechet distance. Its name is stored with every score.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScoringClassifier(nn.Module):
 
 
 def at_input_side(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float [B, 3, 32, 32]: what the scores see of an image."""
+    """uint8 [B, H, W, 3] -> float [B, 3, 32, 32]: the size at which all scores are computed."""
     x = from_pixels(pixels)
     if x.shape[-1] != INPUT_SIDE:
         x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True)
@@ -53,16 +53,19 @@ def train_classifier(
 ) -> ScoringClassifier:
     """Train on real images uint8 [N, H, W, 3] with labels [N]; small shifts are the only augmentation.
 
-    In TRAINING_THREADS threads, whatever the machine has: the number of threads sets the order of sums, and training
-    makes more of a difference in the last bit, up to 4 % of a Frechet distance.
+    It always uses TRAINING_THREADS threads. The number of threads sets the order of sums, and training amplifies a
+    difference in the last bit to up to 4 % of a Frechet distance.
     """
     with torch.random.fork_rng(devices=[]), _threads(TRAINING_THREADS):
         torch.manual_seed(seed)
         model = ScoringClassifier(num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+
+        # One cycle of the learning rate over all steps.
         steps = epochs * -(-len(images) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
         pixels, targets = torch.from_numpy(images), torch.from_numpy(labels).long()
+
         for _ in range(epochs):
             for rows in torch.randperm(len(pixels)).split(batch_size):
                 loss = F.cross_entropy(model(_shift(pixels[rows])), targets[rows])
@@ -84,7 +87,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _shift(pixels: torch.Tensor) -> torch.Tensor:
-    """Roll the whole batch by a few pixels; borders of the images are background or continue smoothly."""
+    """Roll the whole batch by a few pixels. The borders of the images are background, or continue smoothly."""
     reach = max(1, pixels.shape[1] // 16)
     down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
     return pixels.roll((down, right), dims=(1, 2))

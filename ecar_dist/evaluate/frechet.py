@@ -8,12 +8,14 @@ import numpy as np
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of features [N, d] and [M, d].
 
-    Biased upwards for small N and M: compare only values that were computed with the same counts.
+    Biased upwards for small N and M: compare only values of the same counts.
     """
     first, second = first.astype(np.float64), second.astype(np.float64)
+    # C1^1/2 C2 C1^1/2 is symmetric, so the trace of its root is the sum of the roots of its eigenvalues.
     root = _symmetric_sqrt(np.cov(first, rowvar=False))
     covariance = np.cov(second, rowvar=False)
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance @ root), 0.0, None)).sum()
+
     mean_gap = np.square(first.mean(0) - second.mean(0)).sum()
     return float(mean_gap + np.trace(root @ root) + np.trace(covariance) - 2.0 * cross)
 

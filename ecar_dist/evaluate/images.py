@@ -1,4 +1,4 @@
-"""Real images for scoring: brought to the size of the samples, and what the autoencoder makes of them."""
+"""Real images for scoring: at the size of the samples, and reconstructed by the autoencoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecar_dist.rng import Purpose, normal
 from ecar_dist.vae.codec import LatentCodec, normalise
 from ecar_dist.vae.pixels import from_pixels, to_pixels
 
-KNOWN_SETS = ("digits",)  # whose source is a name, not a place
+KNOWN_SETS = ("digits",)  # sets named by what they are, not by where they lie
 ID_DIGITS = 8
 
 
@@ -25,7 +25,7 @@ def read_images(
 ) -> tuple[LabelledImages, str]:
     """All images of a folder of image shards at image_size, and a short name of the set. Raises DataError.
 
-    Transparency is composited on `background`, which must be that of the images that the model was trained on.
+    background: behind transparent pixels; it must be that of the training images.
     """
     shards = ImageShards(folder)
     records = [shards.read(index) for index in range(len(shards))]
@@ -37,15 +37,16 @@ def read_images(
 
 
 def short_name(manifest: ImageManifest) -> str:
-    """For names of metrics: the same on every machine, wherever the images were taken from."""
+    """For names of metrics: the same on every machine, wherever the images lie."""
     return manifest.source if manifest.source in KNOWN_SETS else manifest.dataset_id[:ID_DIGITS]
 
 
 def background_of(data: DataSection) -> Background:
-    """The background of the images that a run was trained on: what its latents' manifest says, as far as it is there.
+    """The background of the images that a run was trained on, by the manifest of its latents if there is one.
 
-    None where an earlier version encoded them, which dropped transparency.
+    None for latents of an earlier version, which dropped transparency.
     """
+    # Latents: their manifest says what was behind transparent pixels when they were encoded.
     if data.images is None:
         try:
             preprocessing = load_manifest(data.latent_sources[0].latents).preprocessing
@@ -53,11 +54,13 @@ def background_of(data: DataSection) -> Background:
             return parse_background(data.background)
         name = preprocessing.get("background")
         return None if name is None else parse_background(str(name))
+
+    # Images: the config says it.
     return parse_background(data.background)
 
 
 def reconstruct(codec: LatentCodec, images: LabelledImages, device: torch.device) -> LabelledImages:
-    """The images after the autoencoder alone: encoded, the posterior sampled, decoded."""
+    """Encode, sample the posterior, decode: the images after the autoencoder alone."""
     chunks = torch.arange(len(images.pixels)).split(256)
     return LabelledImages(
         np.concatenate([_through(codec, images.pixels, rows, device) for rows in chunks]), images.labels

@@ -21,7 +21,7 @@ from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
 from ecar_dist.vae.pixels import from_pixels
 
-LEAST_IMAGES = 2  # that have a covariance
+MIN_IMAGES = 2  # for a covariance
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LabelledImages:
 class Scorer:
     """Scores sample sets against the same real images, in the features of one classifier trained on `train` alone.
 
-    `reconstructions` are the train images after the autoencoder: what the generator could reach at best. Every
-    distance is to the held-out images, and its name carries the data set (FD-digits): it is no FID and not comparable
-    with one. Raises DataError where a set is too small.
+    `reconstructions` are the training images after the autoencoder, the best that the generator can reach. Every
+    distance is to the held-out images. It is named after the data set (FD-digits), because it is not an FID and cannot
+    be compared with one. Raises DataError if a set is too small.
     """
 
     def __init__(
@@ -45,10 +45,14 @@ class Scorer:
     ) -> None:
         for name, images in {"reconstructions": reconstructions, "train": train, "heldout": heldout}.items():
             _check_count(name, images)
+
+        # The feature space, and the real images in it.
         self._classifier = train_classifier(train.pixels, train.labels, _num_classes(train, heldout))
         self._heldout = self._features(heldout)
         self._train_seen, self._heldout_seen = _as_seen(train), _as_seen(heldout)
         self._heldout_bands = band_variances(from_pixels(heldout.pixels))
+
+        # Scores of the real images, which every score of samples is printed beside.
         self._name = f"FD-{source}"
         self._floor = frechet_distance(self._features(train), self._heldout)
         self._of_real = {
@@ -64,11 +68,12 @@ class Scorer:
 
     def score(self, samples: LabelledImages) -> dict[str, Any]:
         _check_count("samples", samples)
-        distance, count = frechet_distance(self._features(samples), self._heldout), len(samples.labels)
+        count = len(samples.labels)
+        distance = frechet_distance(self._features(samples), self._heldout)
         bands = band_variances(from_pixels(samples.pixels))
         return {
             self._name: distance,
-            # A Frechet distance depends on the number of samples: no ratio where they differ.
+            # A Frechet distance depends on the number of images, so there is no ratio of different numbers.
             "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
             "class accuracy": self._accuracy(samples),
             "band variance ratio": {band: value / self._heldout_bands[band] for band, value in bands.items()},
@@ -93,8 +98,8 @@ def _num_classes(*sets: LabelledImages) -> int:
 
 
 def _check_count(name: str, images: LabelledImages) -> None:
-    if len(images.labels) < LEAST_IMAGES:
+    if len(images.labels) < MIN_IMAGES:
         raise DataError(
-            f"{name}: {counted(len(images.labels), 'image')}, and a Frechet distance needs {LEAST_IMAGES} at least "
-            f"(and thousands to mean much); {'give a larger --count' if name == 'samples' else 'give more of them'}"
+            f"{name}: {counted(len(images.labels), 'image')}, a Frechet distance needs at least {MIN_IMAGES} "
+            f"(and thousands to be meaningful); {'give a larger --count' if name == 'samples' else 'give more of them'}"
         )

@@ -49,7 +49,7 @@ def masked_size_of(config: RunConfig) -> MaskedSize:
 
 
 class MarKind(Kind):
-    """Not compilable: every step draws another number of tokens."""
+    """Not compilable: each step draws another number of tokens."""
 
     title = "masked autoregression with a flow head"
     parts = ("trunk", "head")

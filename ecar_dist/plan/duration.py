@@ -1,4 +1,4 @@
-"""Training time on a named device, from its peak and an assumed share of it."""
+"""Training time on a named device, from its peak and an assumed utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ASSUMED_MFU = 0.40
 
 
 def training_seconds(macs_per_image: int, num_images: int, world_size: int, device: str) -> float:
-    """Wall time at ASSUMED_MFU of the peak of `world_size` devices. Raises ConfigError for a device without a peak."""
+    """Wall time on `world_size` devices at ASSUMED_MFU. Raises ConfigError for a device without a known peak."""
     peak = peak_bf16_flops(device)
     if peak is None:
         known = ", ".join(PEAK_BF16_FLOPS)

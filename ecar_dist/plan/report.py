@@ -1,4 +1,4 @@
-"""What `ecar-dist plan` prints: size, compute, memory and time of a run, before it costs anything."""
+"""What `ecar-dist plan` prints: size, compute, memory and time of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[str]:
-    """One fact a line. `device` is a name of PEAK_BF16_FLOPS, or None for no time estimate.
+    """One fact per line. `device` is a key of PEAK_BF16_FLOPS, or None for no time estimate.
 
     Raises ConfigError for a device without a known peak, or batch numbers that do not multiply out.
     """
@@ -87,7 +87,7 @@ def _time_line(config: RunConfig, world_size: int, device: str) -> str:
 
 
 def _compute(macs: int) -> str:
-    """MACs, and the FLOPs of data sheets, two a MAC."""
+    """MACs, and the FLOPs of data sheets, two per MAC."""
     return f"{macs / 1e9:.4g} GMAC ({macs * FLOPS_PER_MAC / 1e9:.4g} GFLOP)"
 
 

@@ -1,4 +1,4 @@
-"""Drawing made faster: bf16 weights that are cast once, and a model that is compiled once."""
+"""Faster sampling: weights cast to bf16 once, and a model compiled once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 @contextlib.contextmanager
 def private_cache() -> Iterator[None]:
-    """What is compiled in the block lies in a folder of its own, which is removed at the end.
+    """Compile in a temporary folder, unless the user has chosen one.
 
-    The compiler's default folder is one for all processes of a user, and a process that is killed while it compiles
-    leaves torn libraries there, which fail all later ones. A folder that the user has chosen is used, and kept.
+    All processes of a user share the compiler's default folder. A process that is killed while it compiles leaves
+    truncated libraries there, which make later ones fail.
     """
     before = os.environ.get(CACHE_VARIABLE)
-    if before not in (None, default_cache_dir()):  # torch, when it is imported, sets it to the default
+    # torch sets the variable to the default when it is imported.
+    if before not in (None, default_cache_dir()):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="ecar-compiled-", ignore_cleanup_errors=True) as folder:
@@ -40,14 +41,16 @@ def private_cache() -> Iterator[None]:
 
 
 def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compiled: bool) -> Any:
-    """What `generate` is to be given to draw many batches: `model`, whose matrices may be rounded in place, or its
-    compiled form. Raises ConfigError where it cannot be compiled."""
+    """The model that `generate` should use to draw many batches: `model` itself, or its compiled form.
+
+    Under bf16 the matrices of `model` are rounded in place. Raises ConfigError if it cannot be compiled.
+    """
     if plan.bf16:
         round_matrices(model)
     if not compiled:
         return model
     if not KINDS[plan.kind].compilable:
-        raise ConfigError(f"model.kind={plan.kind} draws another number of tokens each step; leave --compile out")
+        raise ConfigError(f"model.kind={plan.kind} cannot be compiled, its steps differ in size; leave --compile out")
     if fault := compiler_fault(device):
         cache = os.environ.get(CACHE_VARIABLE)
         hint = f", or empty {cache}" if cache and cache in fault else ""
@@ -56,10 +59,10 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
 
 
 def round_matrices(model: nn.Module) -> None:
-    """Hold the linear maps in bf16, in place.
+    """Cast the linear maps to bf16, in place.
 
-    Under bf16 autocast no sample changes by a bit: autocast rounds the same weights in the same way, but anew in each
-    call of the network.
+    Under bf16 autocast no sample changes by a bit: autocast rounds the same weights in the same way, but in every call
+    of the network.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -67,31 +70,31 @@ def round_matrices(model: nn.Module) -> None:
 
 
 class CompiledModel:
-    """A model of stages as compiled code, for `draw_stages`: one graph for each stage and each shape of batch.
+    """A compiled `StagedModel`: one graph for each stage and each batch size.
 
-    The code lives as long as this object does, so give every batch the same size: another one compiles anew, minutes
-    for a large model. On a GPU the velocity is a CUDA graph, one launch a call. Equal to the model but for rounding.
+    Give every batch the same size, because each new size is compiled, which takes minutes for a large model. On a GPU
+    the velocity is a CUDA graph, one launch per call. Results equal the model's up to rounding.
     """
 
     def __init__(self, model: StagedModel, device: torch.device) -> None:
         self.start_cache = model.start_cache
-        # Not a CUDA graph: the next replay would take the memory of the keys and values that the cache holds.
+        # Not a CUDA graph: the next replay would overwrite the keys and values that the cache holds.
         self.begin_stage = _compile(model.begin_stage)
         self._velocity = _compile(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def velocity(
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
-        """As the model's."""
-        # A copy, because the next replay writes where this one did, and a solver may still hold the first result.
+        """See `StagedModel`."""
+        # A copy, because the next replay writes to the same memory, and a solver may still use this result.
         return self._velocity(x, time, stage, condition, labels).clone()
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, in a line, e.g. for want of a C++ compiler; None where it works."""
+    """One line on why torch.compile does not work here, e.g. without a C++ compiler; None if it works."""
     try:
         _compile(torch.sin)(torch.zeros(4, device=device))
-    except (RuntimeError, OSError, ImportError) as error:  # the last two: a library there that cannot be loaded
+    except (RuntimeError, OSError, ImportError) as error:  # OSError, ImportError: a library that cannot be loaded
         return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     return None
 

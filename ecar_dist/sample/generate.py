@@ -17,7 +17,7 @@ def generate(
 ) -> list[torch.Tensor]:
     """Draw one sample per label; returns X^e_k of every stage, [B, C, h_k, w_k], the last one the normalised latent.
 
-    labels int64 [B]; indices int64 [B] name the samples: sample i of a seed is the same whatever the batch around it.
+    labels int64 [B]; indices int64 [B], the numbers of the samples. Sample i of a seed does not depend on its batch.
     """
     return KINDS[plan.kind].draw(model, plan, labels, indices, seed)
 
@@ -26,7 +26,7 @@ def generate(
 def velocities(
     model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """The model's velocities at states, times and whatever else it is given, all keyed by index and seed."""
+    """The model's velocities at inputs that are all keyed by index and seed: K of [B, C, h_k, w_k]."""
     return KINDS[plan.kind].velocities(model, plan, labels, indices, seed)
 
 
@@ -35,11 +35,11 @@ def generate_in_batches(
 ) -> Iterator[list[torch.Tensor]]:
     """`generate` for sample 0, 1, 2, ... of a seed, `batch_size` at a time.
 
-    `fill` draws the last batch at the size of the others, for a model that is compiled for that size, and leaves out
-    what is too much.
+    fill: draw the last batch at the size of the others, for a model compiled for that size, and drop the excess.
     """
     indices = torch.arange(labels.shape[0], device=labels.device)
     for chunk in indices.split(batch_size):
+        # Fill up with the first samples, which are dropped again.
         missing = min(batch_size, len(indices)) - len(chunk) if fill else 0
         drawn = torch.cat((chunk, indices[:missing]))
         yield [stage[: len(chunk)] for stage in generate(model, plan, labels[drawn], drawn, seed)]

@@ -1,4 +1,4 @@
-"""Open a trained model for sampling: the EMA weights of a run's newest whole checkpoint, or an export."""
+"""Open a trained model for sampling: the EMA weights of a run's newest intact checkpoint, or an export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ecar_dist.vae.codec import LatentCodec
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready to sample, and the autoencoder whose latents it draws."""
+    """A model ready to sample, and the autoencoder that decodes its latents."""
 
     config: RunConfig
     model: nn.Module
@@ -36,15 +36,23 @@ class TrainedModel:
 
 
 def open_trained(path: Path, device: torch.device) -> TrainedModel:
-    """`path` is a run directory or an export. Raises CheckpointError or ConfigError where it is not, or not whole."""
+    """Open a run directory or an export. Raises CheckpointError or ConfigError if it is neither, or incomplete."""
+    # The config, the weights, and what their files say of them.
     weights: Mapping[str, torch.Tensor]
     facts: ExportFacts | Manifest
     if is_export(path):
-        config, source, weights = load_config(path / CONFIG), path, (reader := ExportReader(path))
+        config = load_config(path / CONFIG)
+        source = path
+        weights = reader = ExportReader(path)
         facts = reader.facts
     else:
-        config, weights = RunDirectory(path).load_config(), (ema := open_ema_weights(path))
-        source, facts = ema.checkpoint, read_manifest(ema.checkpoint)
+        config = RunDirectory(path).load_config()
+        weights = ema = open_ema_weights(path)
+        source = ema.checkpoint
+        facts = read_manifest(source)
+    progress = Progress(facts.progress.samples_seen, facts.progress.step)
+
+    # They must be weights of the config's model, trained on latents of the config's autoencoder.
     identity = flat_identity(facts.identity)
     check_identity(source, {key: identity.get(key) for key in config.model_identity}, config.model_identity)
     codec = open_codec(config.vae, device)
@@ -57,7 +65,7 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
 
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
-    """A model in eval mode that holds `weights`, fp32. Raises CheckpointError where they are of another model."""
+    """The config's model with `weights`, fp32, in eval mode. Raises CheckpointError if they are of another model."""
     model = kind_of(config).build_model(config)
     copy_weights(model, weights)
     return model.to(device).eval()
@@ -65,17 +73,21 @@ def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device:
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy `weights` into the model one by one, so that no second model lies in memory."""
-    held = model.state_dict()
-    odd = sorted(held.keys() ^ weights.keys())
-    if odd:
-        where = "in the model alone" if odd[0] in held else "in the weights alone"
-        raise CheckpointError(f"parameter {odd[0]} is {where}; the weights are of another model than the config")
-    for name, parameter in held.items():
+    """Copy `weights` into the model one by one, so that memory holds one model and one parameter."""
+    parameters = model.state_dict()
+
+    # The same names on both sides.
+    unmatched = sorted(parameters.keys() ^ weights.keys())
+    if unmatched:
+        where = "only in the model" if unmatched[0] in parameters else "only in the weights"
+        raise CheckpointError(f"parameter {unmatched[0]} is {where}; the weights are of another model than the config")
+
+    # The same shapes.
+    for name, parameter in parameters.items():
         value = weights[name]
         if value.shape != parameter.shape:
             raise CheckpointError(
                 f"parameter {name} is {list(value.shape)} in the weights and {list(parameter.shape)} in the model; "
-                f"the weights are of another model than the config"
+                "the weights are of another model than the config"
             )
         parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""The proof of an export: opened as a loader would, it computes what the run's own weights compute."""
+"""Verify an export: loaded like any other, it must compute what the run's own weights compute."""
 
 from __future__ import annotations
 
@@ -28,40 +28,47 @@ Outputs = dict[str, list[torch.Tensor]]  # "velocity" and "samples": K of [INPUT
 
 
 def parity_report(exported: Exported, device: torch.device | None = None) -> str:
-    """Compare an export with the weights it was made from; writes parity.json into it and returns one line.
+    """Compare an export with the weights it was made from. Writes parity.json into it and returns one line.
 
-    The inputs are keyed: noise as states and contexts and a time in each stage, the first classes and the null label
-    for the velocities; then one sample of each of the first classes. An fp32 export must agree to the last bit: where
-    it does not, it is removed and CheckpointError raised. bf16 has rounded the weights: what that changes is stated.
-    `device` is the CPU by default. One model is in memory at a time.
+    Compared are the weights, the velocities of a few inputs (the first classes and the null label) and one sample of
+    each of the first classes. An fp32 export must be equal to the last bit; if not, it is removed and CheckpointError
+    is raised. A bf16 export has rounded weights, and the report states the differences.
+
+    device: where to compute; the CPU by default. One model is in memory at a time.
     """
+    # The run's own weights, then those of the export.
     device = device or torch.device("cpu")
     reader, config = ExportReader(exported.path), RunDirectory(exported.run).load_config()
     ours = _outputs(config, exported.weights, device)
     theirs = _outputs(load_config(exported.path / CONFIG), reader, device)
+
+    # The largest difference in weights, velocities and samples, stage by stage.
     differences = {"weights": [_weight_difference(exported.weights, reader)]} | {
         name: [_max_difference(a, b) for a, b in zip(values, theirs[name], strict=True)]
         for name, values in ours.items()
     }
     sizes = {name: [float(value.square().mean().sqrt()) for value in values] for name, values in ours.items()}
     worst = {name: _worst(values) for name, values in differences.items()}
+
+    # Equal, or the export goes.
     dtype = reader.facts.dtype
     if dtype == "fp32" and set(worst.values()) != {0.0}:
         shutil.rmtree(exported.path)
         raise CheckpointError(
-            f"{exported.path} is removed: {_said(worst)} from the run, and an fp32 export must be equal; "
+            f"{exported.path} is removed: {_shown(worst)} from the run, and an fp32 export must be equal; "
             f"check the disk, then export again"
         )
+
     about = {"dtype": dtype, "inputs": INPUTS, "seed": SEED, "device": device.type, "torch": torch.__version__}
     write_json(exported.path / REPORT, {**about, "max_abs_difference": differences, "rms": sizes})
     if dtype == "fp32":
         stages = counted(len(ours["velocity"]), "stage")
         return f"parity: weights, velocities of {stages} and {INPUTS} samples equal the run's"
-    return f"parity: {_said(worst)} from the run; {sizes['samples'][-1]:.3g} is the rms of a sample"
+    return f"parity: {_shown(worst)} from the run; {sizes['samples'][-1]:.3g} is the rms of a sample"
 
 
 def _outputs(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> Outputs:
-    """Velocities with the null label as the last one, then one sample of each of the first classes; all in fp32."""
+    """Velocities, the last of them with the null label, and one sample of each of the first classes; all in fp32."""
     model = load_weights(config, weights, device)
     plan = dataclasses.replace(SamplingPlan.from_config(config, device), bf16=False)
     indices = torch.arange(INPUTS, device=device)
@@ -82,11 +89,11 @@ def _max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _worst(differences: Iterable[float]) -> float:
-    """The largest; not a number where any is none, which Python's max would pass over."""
+    """The largest; NaN if any is NaN, which Python's max would pass over."""
     return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
-def _said(worst: dict[str, Any]) -> str:
+def _shown(worst: dict[str, Any]) -> str:
     return (
         f"weights differ by {worst['weights']:.3g}, velocities by {worst['velocity']:.3g}, "
         f"samples by {worst['samples']:.3g}"

@@ -1,4 +1,4 @@
-"""The image strip that training shows in TensorBoard: every stage, coarse to fine, a few classes."""
+"""The image strip that training writes to samples/ and TensorBoard: every stage, coarse to fine, a few classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST_SIDE = 64  # pixels; smaller pictures are enlarged
 def make_preview(
     config: RunConfig, codec: LatentCodec, device: torch.device
 ) -> Callable[[dict[str, torch.Tensor]], np.ndarray]:
-    """A function from full weights to the strip: one row per stage, one column per sample; always the same noise."""
+    """A function from full weights to the strip: one row per stage, one column per sample, the same noise each time."""
     plan = SamplingPlan.from_config(config, device)
     indices = torch.arange(PREVIEW_SAMPLES, device=device)
 

@@ -1,4 +1,4 @@
-"""What fixes a sample, beside the weights, its label and its index."""
+"""The settings that, with the weights, a label, an index and a seed, determine a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ecar_dist.flow.schedule import StageSchedule
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The settings of the sampler. tau is None for a model that is fed no states; ar_steps matters to `mar` alone."""
+    """The settings of the sampler. tau is None for a model that is fed no states; only `mar` uses ar_steps."""
 
     kind: str
     schedule: StageSchedule

@@ -1,7 +1,7 @@
-"""What an autoencoder is to this project: its identity, its two directions, and the one home of scale and shift.
+"""What an autoencoder is to this project: its identity, its two directions, and the normalisation of latents.
 
-Stored data are *moments*: raw, unscaled. The model sees *latents*: (sample of the posterior - shift) x scale. Changing
-the normalisation therefore never rewrites a data set.
+Stored data are *moments*: raw and unscaled. The model sees *latents*: (sample of the posterior - shift) x scale. So a
+change of the normalisation does not rewrite a data set.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ LOGVAR_RANGE = (-30.0, 20.0)  # the clamp that latent-diffusion autoencoders put
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """All that decides which numbers an encoder produces, and how they are normalised.
+    """Everything that decides which numbers an encoder produces, and how they are normalised.
 
     Two encoders are the same when every field but `name` agrees: a hub name and a local copy are one encoder.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    kind: str  # "kl", "dc" or "dct"
-    name: str  # hub name or folder; for people
+    kind: str  # key of vae/table.py
+    name: str  # hub name or folder, for messages
     weights_sha256: str  # of the sorted state dict, see `hash_state_dict`
     config_sha256: str  # of the canonical JSON of the architecture
     latent_channels: Annotated[int, Field(ge=1)]  # C
@@ -47,15 +47,15 @@ class EncoderIdentity:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> EncoderIdentity:
-        """Raises DataError where a field is missing, unknown, of another type or out of range."""
+        """Raises DataError if a field is missing, unknown, of another type or out of range."""
         try:
-            # as JSON: there strict mode takes an array for a tuple
+            # As JSON, because only then strict mode accepts an array for a tuple.
             return TypeAdapter(EncoderIdentity).validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             reason = first_violation(error)
         except (TypeError, ValueError) as error:
             reason = str(error)
-        raise DataError(f"encoder identity is damaged ({reason}); encode the latents again")
+        raise DataError(f"encoder identity is corrupted ({reason}); encode the latents again")
 
     @property
     def moments_channels(self) -> int:
@@ -107,7 +107,7 @@ def check_same_encoder(expected: EncoderIdentity, found: EncoderIdentity, where:
 
 
 def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over (name, dtype, shape, bytes) of the tensors, sorted by name, wherever they were loaded from."""
+    """sha256 over (name, dtype, shape, bytes) of the tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()

@@ -1,8 +1,8 @@
 """A weight-free codec: the low frequencies of an orthonormal block DCT.
 
-It is NOT a learned autoencoder: it keeps k x k of f x f cosine coefficients of every colour channel and drops the rest,
-so its reconstructions are blurred. It needs no download and no training, and its latents are a linear map of the image,
-which makes it a sound instrument for tests, dry runs and throughput measurements.
+It is not a learned autoencoder: it keeps k x k of f x f cosine coefficients of every colour channel and drops the rest,
+so its reconstructions are blurred. It needs neither download nor training, and its latents are a linear map of the
+image. Use it for tests, dry runs and throughput measurements.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class DctCodec:
 
     def __init__(self, downsample: int, device: torch.device) -> None:
         self._block = downsample
+
+        # One f x f filter for each kept pair of frequencies, the same for the three colours.
         kept = KEPT_SIDE[downsample]
         rows = _dct_rows(downsample, kept)  # [k, f]
         basis = torch.einsum("ai,bj->abij", rows, rows).reshape(kept * kept, 1, downsample, downsample)
@@ -33,7 +35,7 @@ class DctCodec:
             config_sha256=hash_config({"kind": "dct", "block": downsample, "kept": kept}),
             latent_channels=3 * kept * kept,
             downsample=downsample,
-            # DC is f x the block's mean, and means of blocks of photographs in [-1, 1] have a std near 1/2
+            # The DC coefficient is f x the mean of the block, and such means have a std near 1/2 in photographs.
             scaling_factor=2.0 / downsample,
             shift_factor=0.0,
             deterministic=True,
@@ -46,7 +48,7 @@ class DctCodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, 3 k^2, h, w] -> [B, 3, h f, w f]; the transpose of `encode`, which inverts it on the kept frequencies."""
+        """[B, 3 k^2, h, w] -> [B, 3, h f, w f]; the transpose of `encode`, its inverse on the kept frequencies."""
         raw = denormalise(self.identity, latents)
         return functional.conv_transpose2d(raw, self._filters, stride=self._block, groups=3).clamp(-1.0, 1.0)
 
@@ -54,7 +56,8 @@ class DctCodec:
 def _dct_rows(block: int, kept: int) -> torch.Tensor:
     """The first `kept` rows of the orthonormal DCT-II matrix of size `block`: float64 [kept, block]."""
     frequency = torch.arange(kept, dtype=torch.float64)[:, None]
-    place = torch.arange(block, dtype=torch.float64)[None, :] + 0.5
-    rows = torch.cos(math.pi / block * frequency * place) * math.sqrt(2.0 / block)
+    position = torch.arange(block, dtype=torch.float64)[None, :] + 0.5
+    rows = torch.cos(math.pi / block * frequency * position) * math.sqrt(2.0 / block)
+    # The constant row needs another factor to have unit norm.
     rows[0] *= math.sqrt(0.5)
     return rows

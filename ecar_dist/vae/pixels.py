@@ -1,4 +1,4 @@
-"""Bytes of a picture and the autoencoder's number range, in both directions."""
+"""Between the bytes of an image and the range of the autoencoder, [-1, 1]."""
 
 from __future__ import annotations
 

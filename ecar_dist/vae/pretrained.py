@@ -1,4 +1,4 @@
-"""Autoencoders of latent diffusion, by diffusers, from a hub name or a local folder: AutoencoderKL and AutoencoderDC.
+"""Autoencoders of latent diffusion by diffusers, AutoencoderKL and AutoencoderDC, from a hub name or a local folder.
 
 diffusers takes seconds to import, so it is imported where it is used.
 """
@@ -24,14 +24,14 @@ from ecar_dist.storage.untrusted import (
 )
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, denormalise, hash_config, hash_state_dict
 
-NORM_GROUPS = 8  # of the autoencoders made here: widths are multiples of it
+NORM_GROUPS = 8  # of `new_autoencoder`: its widths must be multiples of it
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
 _MAX_CONFIG_BYTES = 1 << 20
 _MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
 
 
 class _PretrainedCodec(ABC):
-    """What both kinds share: computes in `dtype`, returns float32."""
+    """Common to both kinds: computes in `dtype`, returns float32."""
 
     def __init__(self, model: Any, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> None:
         if dtype == torch.float16:
@@ -79,16 +79,17 @@ _CODECS: dict[str, type[KlCodec | DcCodec]] = {"kl": KlCodec, "dc": DcCodec}
 
 
 def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: str | None = None) -> LatentCodec:
-    """Load from a local folder or a hub name; its config names its class, which `kind` may insist on.
+    """Load from a local folder or a hub name. Its config names its class; `kind` requires a certain one.
 
-    Raises ConfigError, one line, where there is no such autoencoder.
+    Raises ConfigError, one line, if there is no such autoencoder.
     """
+    # Refuse what does not fit, or could escape from its folder, before diffusers opens it.
     found = _kind_of(path)
     _check_weight_files(Path(path))
     if kind is not None and found != kind:
         raise ConfigError(f"{path} holds {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
     try:
-        # A pickle can run code: weights that are not in safetensors are not loaded.
+        # A pickle can run code, so only safetensors are loaded.
         model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False, use_safetensors=True)
         return _CODECS[found](model, path, device, dtype)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -96,7 +97,7 @@ def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: s
 
 
 def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_block: int) -> Any:
-    """An untrained AutoencoderKL for RGB; it shrinks by 2^(len(channels) - 1). `channels` run from fine to coarse."""
+    """An untrained AutoencoderKL for RGB, downsampling by 2^(len(channels) - 1); `channels` go from fine to coarse."""
     depth = len(channels)
     return _autoencoder_class("AutoencoderKL")(
         down_block_types=("DownEncoderBlock2D",) * depth,
@@ -112,7 +113,7 @@ def new_autoencoder(channels: Sequence[int], latent_channels: int, layers_per_bl
 
 
 def save_autoencoder(model: Any, folder: Path, scaling_factor: float, shift_factor: float) -> None:
-    """Write what `open_pretrained` reads; the normalisation becomes part of the autoencoder's own config."""
+    """Write a folder for `open_pretrained`. The normalisation becomes part of the autoencoder's own config."""
     model.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
     model.save_pretrained(folder)
 
@@ -121,14 +122,14 @@ def _autoencoder_class(name: str) -> Any:
     import diffusers
     from huggingface_hub.utils import logging as hub_logging
 
-    diffusers.utils.logging.set_verbosity_error()  # its advice on loading is about pipelines
-    hub_logging.set_verbosity_error()  # a line for each attempt; the last one's error is ours to tell
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", module="huggingface_hub")  # diffusers' habit
+    diffusers.utils.logging.set_verbosity_error()  # its advice is about pipelines
+    hub_logging.set_verbosity_error()  # one line per attempt; we report the last
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", module="huggingface_hub")
     return getattr(diffusers, name)
 
 
 def _kind_of(path: str) -> str:
-    """The kind whose class the autoencoder's config names."""
+    """The kind of the class that the autoencoder's config names."""
     name = _class_name(path)
     for kind, class_name in CLASSES.items():
         if name == class_name:
@@ -139,7 +140,8 @@ def _kind_of(path: str) -> str:
 def _class_name(path: str) -> str | None:
     folder = Path(path)
     if not folder.exists():
-        if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # a hub name is `owner/name`
+        # A hub name is `owner/name`; anything else is a folder.
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
             raise ConfigError(f"autoencoder folder {path} does not exist; give a local folder, or {_MAKE_ONE}")
         try:
             return _autoencoder_class("AutoencoderKL").load_config(path).get("_class_name")
@@ -153,7 +155,7 @@ def _class_name(path: str) -> str | None:
 
 
 def _check_weight_files(folder: Path) -> None:
-    """The index of weights in several files names these; diffusers opens whatever stands there."""
+    """An index names the files of sharded weights, and diffusers opens any path in it: allow plain names only."""
     for index in folder.glob("*.index.json"):
         try:
             for name in set(parse_json(read_plain_file(index, MAX_JSON_BYTES))["weight_map"].values()):
@@ -168,12 +170,13 @@ def _not_loaded(path: str, error: Exception) -> ConfigError:
         return ConfigError(f"cannot load autoencoder {path!r} ({reason}); give a local folder, or {_MAKE_ONE}")
     chain = _chain(error)
     if any(type(link).__name__ == "LocalEntryNotFoundError" for link in chain):
-        reason = f"cannot reach the hub ({str(chain[-1]).strip()})"  # diffusers says that a file is missing there
+        # diffusers says that a file is missing there, which is not the cause
+        reason = f"cannot reach the hub ({str(chain[-1]).strip()})"
     return ConfigError(f"no local folder {path!r}, and as a hub name: {reason}; give a local folder, or {_MAKE_ONE}")
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what led to it, the root last."""
+    """The error and its causes, the root last."""
     before = error.__cause__ or error.__context__
     return [error] if before is None else [error, *_chain(before)]
 

@@ -96,7 +96,7 @@ def test_one_image_has_no_covariance_and_two_have(name):
 
     assert np.isfinite(scores()["FD-noise"])
     sizes[name] = 1
-    with pytest.raises(DataError, match=f"^{name}: 1 image, and a Frechet distance needs 2 at least"):
+    with pytest.raises(DataError, match=f"^{name}: 1 image, .* 2 "):
         scores()
 
 
@@ -128,7 +128,7 @@ def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     assert 0.7 < noisy["neighbour ratio real heldout"] < 0.95
 
 
-def test_the_neighbour_ratio_tells_copies_from_draws_of_the_same_law():
+def test_the_neighbour_ratio_separates_copies_from_new_draws():
     generator = torch.Generator().manual_seed(0)
     train, heldout, fresh = (torch.randn(count, 1, 2, 2, generator=generator) for count in (400, 100, 300))
     real = heldout_ratio(train, heldout)

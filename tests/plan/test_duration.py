@@ -11,6 +11,6 @@ def test_time_is_work_over_rate():
 
 
 def test_unknown_device_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'TPU' has no known peak; use one of A100, H100, H200") as error:
+    with pytest.raises(ConfigError, match=r"'TPU' .*A100, H100, H200") as error:
         training_seconds(1, 1, 1, "TPU")
     assert "\n" not in str(error.value)

@@ -66,7 +66,7 @@ def test_ratio_needs_the_same_latent(make_config):
 
 def test_no_device_no_time(make_config):
     assert not any(text.startswith("time") for text in plan_lines(make_config(), 1, None))
-    with pytest.raises(ConfigError, match="no known peak"):
+    with pytest.raises(ConfigError, match=r"'abacus' .*H100"):
         plan_lines(make_config(), 1, "abacus")
 
 

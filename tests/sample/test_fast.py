@@ -114,7 +114,7 @@ def test_in_fp32_nothing_is_rounded():
 
 def test_what_cannot_be_compiled_says_so(monkeypatch):
     model, plan = small("mar", 1)
-    with pytest.raises(ConfigError, match=r"model\.kind=mar draws another number of tokens each step; leave --compile"):
+    with pytest.raises(ConfigError, match=r"model\.kind=mar .*--compile"):
         prepare(model, plan, CPU, compiled=True)
     model, plan = small("ecar", 2)
 

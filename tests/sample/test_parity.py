@@ -119,14 +119,14 @@ def test_an_export_that_differs_is_removed(run, tmp_path, monkeypatch, value):
     monkeypatch.setattr(
         ExportReader, "__getitem__", lambda self, name: read(self, name) + (value if name.endswith("weight") else 0)
     )
-    with pytest.raises(CheckpointError, match=r"out is removed: weights differ by (0.001|nan), .*check the disk"):
+    with pytest.raises(CheckpointError, match=r"out is removed: weights .* (0.001|nan), "):
         parity_report(exported)
     assert not exported.path.exists()
 
 
 def test_the_weights_of_another_average_are_seen(run, tmp_path):
     first, second = export_run(run, tmp_path / "a"), export_run(run, tmp_path / "b", wanted=WantedEma(half_life=2000))
-    with pytest.raises(CheckpointError, match="is removed: weights differ by 0"):
+    with pytest.raises(CheckpointError, match=r"is removed: weights .* 0"):
         parity_report(dataclasses.replace(first, weights=second.weights))
     assert not first.path.exists()
 
@@ -146,11 +146,11 @@ def test_weights_of_another_model_are_refused_in_one_line(run):
     weights = random_weights(config, 0)
     name = next(iter(weights))
     for change, said in [
-        ({name: torch.zeros(3)}, r"is \[3\] in the weights and"),
-        ({"new": torch.zeros(3)}, "parameter new is in the weights alone"),
+        ({name: torch.zeros(3)}, rf"parameter {name} is \[3\] .* \[[\d, ]+\]"),
+        ({"new": torch.zeros(3)}, "parameter new .* weights"),
     ]:
         with pytest.raises(CheckpointError, match=said):
             load_weights(config, {**weights, **change}, CPU)
     del weights[name]
-    with pytest.raises(CheckpointError, match="is in the model alone"):
+    with pytest.raises(CheckpointError, match=f"parameter {name} .* model"):
         load_weights(config, weights, CPU)

@@ -13,7 +13,7 @@ def test_identity_survives_json():
     assert EncoderIdentity.from_dict(KL.to_dict()) == KL
     tree = KL.to_dict()
     del tree["downsample"]
-    with pytest.raises(DataError, match="encoder identity is damaged"):
+    with pytest.raises(DataError, match="encoder identity"):
         EncoderIdentity.from_dict(tree)
 
 
@@ -38,13 +38,11 @@ def test_a_deterministic_encoder_ignores_the_noise():
 def test_another_encoder_is_refused_by_field(field):
     value = "x" if isinstance(getattr(KL, field), str) else 7
     other = dataclasses.replace(KL, name="there", **{field: value})
-    with pytest.raises(
-        DataError, match=rf"latents: autoencoder there has {field}={value}, here has .*encode them again"
-    ):
+    with pytest.raises(DataError, match=rf"latents: .*there has {field}={value}, here has "):
         check_same_encoder(KL, other, "latents")
 
 
-def test_the_name_is_no_identity():
+def test_the_name_is_not_compared():
     check_same_encoder(KL, dataclasses.replace(KL, name="owner/hub-name"), "latents")
 
 

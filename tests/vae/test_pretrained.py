@@ -89,9 +89,9 @@ def test_dc_is_deterministic_and_equals_diffusers(dc_folder):
 
 def test_the_config_names_its_kind(folder, dc_folder):
     assert open_codec(VaeSection(kind="dc", path=str(dc_folder), downsample=4)).identity.kind == "dc"
-    with pytest.raises(ConfigError, match=r"holds AutoencoderDC, vae.kind=kl needs AutoencoderKL; set vae.kind=dc"):
+    with pytest.raises(ConfigError, match=r"AutoencoderDC.* vae.kind=kl .*AutoencoderKL; set vae.kind=dc"):
         open_codec(VaeSection(kind="kl", path=str(dc_folder), downsample=4))
-    with pytest.raises(ConfigError, match=r"holds AutoencoderKL, vae.kind=dc needs AutoencoderDC; set vae.kind=kl"):
+    with pytest.raises(ConfigError, match=r"AutoencoderKL.* vae.kind=dc .*AutoencoderDC; set vae.kind=kl"):
         open_codec(VaeSection(kind="dc", path=str(folder), downsample=4))
 
 
@@ -134,7 +134,7 @@ def test_bf16_is_close_and_fp16_is_refused(kind, request):
     assert not torch.equal(rough, exact)
     # the median: random weights bring single divisors of DC's linear attention near zero
     assert (rough - exact).abs().median() < 0.05 * exact.abs().median()  # measured 0.01
-    with pytest.raises(ConfigError, match="fp16 overflows"):
+    with pytest.raises(ConfigError, match="fp16"):
         open_codec_by_spec(path, dtype=torch.float16)
 
 
@@ -149,13 +149,13 @@ def test_logvar_is_clamped(folder):
 def test_the_section_of_the_config(folder):
     assert open_codec(VaeSection(kind="kl", path=str(folder), downsample=4)).identity.kind == "kl"
     assert open_codec(VaeSection(kind="dct", downsample=8)).identity.name == "dct-f8"
-    with pytest.raises(ConfigError, match=r"vae.downsample=8, but .* shrinks by 4; set vae.downsample=4"):
+    with pytest.raises(ConfigError, match=r"vae.downsample=8.* 4; set vae.downsample=4"):
         open_codec(VaeSection(kind="kl", path=str(folder), downsample=8))
     with pytest.raises(ConfigError, match=r"vae.downsample in \[8, 32\], got 4"):
         open_codec(VaeSection(kind="dct", downsample=4))
 
 
-def test_what_is_no_autoencoder_is_one_line_with_the_fix(folder, tmp_path, monkeypatch):
+def test_another_folder_gives_one_line_with_the_fix(folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -176,14 +176,12 @@ def test_a_hub_name_that_gives_nothing_is_one_line(monkeypatch):
             raise OSError(f"{name} does not appear to have a file named config.json.\nmore text")
 
     monkeypatch.setattr(pretrained, "_autoencoder_class", lambda _: Offline)
-    with pytest.raises(
-        ConfigError, match=r"no local folder 'owner/model', and as a hub name: .*config.json;"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"'owner/model'.*config.json;") as caught:
         open_codec_by_spec("owner/model")
     assert "\n" not in str(caught.value)
 
 
-def test_no_way_to_the_hub_is_the_reason_and_not_a_missing_file(monkeypatch):
+def test_an_unreachable_hub_is_the_reason_and_not_a_missing_file(monkeypatch):
     """diffusers says that the repository has no such file; nothing else is printed, in a process of its own."""
 
     class LocalEntryNotFoundError(OSError):
@@ -198,11 +196,11 @@ def test_no_way_to_the_hub_is_the_reason_and_not_a_missing_file(monkeypatch):
                 raise OSError(f"{name} does not appear to have a file named config.json.")  # noqa: B904
 
     monkeypatch.setattr(pretrained, "_autoencoder_class", lambda _: Offline)
-    with pytest.raises(ConfigError, match=r"hub name: cannot reach the hub \(Name or service not known\); give"):
+    with pytest.raises(ConfigError, match=r"\(Name or service not known\)"):
         open_codec_by_spec("runs/vae")
 
 
-def test_the_hubs_own_noise_is_not_printed():
+def test_messages_of_the_hub_are_not_printed():
     code = (
         "from ecar_dist.errors import ConfigError\nfrom ecar_dist.vae.build import open_codec_by_spec\n"
         "try: open_codec_by_spec('owner/model')\nexcept ConfigError as error: print(error)\n"
@@ -240,6 +238,6 @@ def test_weights_in_several_files_lie_in_the_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("spec", ["dct-f16", "dct", "DCT-f8", "dct8"])
-def test_a_mistyped_dct_is_told_the_two_there_are(spec):
-    with pytest.raises(ConfigError, match=rf"--vae {spec} is not known; give dct-f8, dct-f32"):
+def test_a_mistyped_dct_names_the_two_that_exist(spec):
+    with pytest.raises(ConfigError, match=rf"--vae {spec} .*dct-f8, dct-f32"):
         open_codec_by_spec(spec)
