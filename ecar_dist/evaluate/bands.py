@@ -13,13 +13,15 @@ def band_variances(images: torch.Tensor) -> dict[str, float]:
     the largest blocks (the whole image for a power of two). The bands add up to the total variance.
     """
     bands: dict[str, float] = {}
-    current, side = images.double(), 1
+    current = images.double()
+    side = 1
     while current.shape[-1] > 1 and current.shape[-1] % 2 == 0:
         # What the next octave cannot hold belongs to this one.
         coarser = F.avg_pool2d(current, 2)
         detail = current - F.interpolate(coarser, scale_factor=2, mode="nearest")
         bands[f"{side}px"] = _variance(detail)
-        current, side = coarser, side * 2
+        current = coarser
+        side = side * 2
     bands[f"{side}px"] = _variance(current)
     return bands
 

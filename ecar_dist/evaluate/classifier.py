@@ -16,7 +16,8 @@ from torch import nn
 from ecar_dist.vae.pixels import from_pixels
 
 CLASSIFIER_NAME = "convnet64-v1"
-INPUT_SIDE, FEATURES = 32, 64
+INPUT_SIDE = 32
+FEATURES = 64
 TRAINING_THREADS = 2
 
 

@@ -35,7 +35,8 @@ def kept_variance(schedule: StageSchedule, tau: float, steps: int, *, variance: 
     sources = np.eye(2 * K)
 
     # As flow/multistage.py: begin with noise, feed back, jump, integrate.
-    x, contexts = sources[0], np.empty((0, 2 * K))
+    x = sources[0]
+    contexts = np.empty((0, 2 * K))
     for stage in range(K):
         if stage > 0:
             contexts = np.vstack([contexts, x + tau * trained.pixel_noise(stage - 1) * sources[K + stage - 1]])
@@ -132,7 +133,8 @@ def _through(trained: _Rows, stage: int, x: Array, contexts: Array, steps: int) 
         return float((residual_end - residual_start) @ state / (state @ state))
 
     # So every midpoint step multiplies the residual by a number.
-    factor, h = 1.0, 1.0 / steps
+    factor = 1.0
+    h = 1.0 / steps
     for i in range(steps):
         factor *= 1.0 + h * slope((i + 0.5) * h) * (1.0 + 0.5 * h * slope(i * h))
     return weights[:, 1] @ contexts + factor * (x - weights[:, 0] @ contexts)

@@ -28,11 +28,15 @@ class EcarKind(StagedKind):
         config.flow.check_context()
 
     def parameters(self, config: RunConfig) -> ParameterCount:
-        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
-        num_classes, num_stages = config.data.num_classes, len(stage_tokens)
+        preset = preset_of(config)
+        channels = config.token_channels
+        stage_tokens = config.stage_tokens
+        num_classes = config.data.num_classes
+        num_stages = len(stage_tokens)
 
         # AR transformer: blocks, one row per class and stage, start and output positions, input projection
-        width, fed = preset.ar_width, _feeds_state(config)
+        width = preset.ar_width
+        fed = _feeds_state(config)
         start_positions = stage_tokens[0] if fed else sum(stage_tokens)
         ar = transformer_parameters(preset.ar_depth, width, "shared", width // preset.ar_heads)
         ar += (num_classes + 1 + num_stages + start_positions + sum(stage_tokens)) * width
@@ -44,7 +48,9 @@ class EcarKind(StagedKind):
 
     def training_macs(self, config: RunConfig) -> int:
         """One AR pass and one velocity call in each stage, forward and backward."""
-        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
+        preset = preset_of(config)
+        channels = config.token_channels
+        stage_tokens = config.stage_tokens
         flow = sum(velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens) for tokens in stage_tokens)
         return TRAINING_PASSES * (ar_macs(preset, stage_tokens, channels, feeds_state=_feeds_state(config)) + flow)
 
@@ -54,8 +60,11 @@ class EcarKind(StagedKind):
         A stage with a guidance scale that is neither 0 nor 1 needs the conditional and the null velocity. If any does,
         the AR transformer runs twice in every stage, because later null blocks attend to the earlier ones.
         """
-        preset, channels, stage_tokens = preset_of(config), config.token_channels, config.stage_tokens
-        passes, calls = self.stage_passes(config), velocity_calls(config)
+        preset = preset_of(config)
+        channels = config.token_channels
+        stage_tokens = config.stage_tokens
+        passes = self.stage_passes(config)
+        calls = velocity_calls(config)
 
         # AR transformer: with a KV cache, each stage's tokens are queries once
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))

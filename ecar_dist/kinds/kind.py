@@ -40,7 +40,8 @@ class Kind(ABC):
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError where the configuration does not suit this kind."""
-        name, num_stages = config.model.kind, config.flow.num_stages
+        name = config.model.kind
+        num_stages = config.flow.num_stages
         if self.one_stage and num_stages != 1:
             raise ValueError(f"model.kind={name} has one stage, got flow.num_stages={num_stages}; set it to 1")
 

@@ -42,7 +42,8 @@ def masked_size_of(config: RunConfig) -> MaskedSize:
     At B this is MAR-B as its authors evaluate it, 24 x 768 with a head of 6 blocks (README of LTH14/mar); MAR-L has
     32 x 1024 and 8, MAR-H 40 x 1280 and 12. Their heads are 1024, 1280 and 1536 wide.
     """
-    row, model = PRESETS[config.model.preset], config.model
+    row = PRESETS[config.model.preset]
+    model = config.model
     depth = row.ar_depth + row.flow_depth
     head_depth = model.flow_depth or max(3, depth // 4)
     return MaskedSize(model.ar_depth or depth, row.flow_width, row.flow_heads, head_depth)
@@ -56,7 +57,9 @@ class MarKind(Kind):
     one_stage = True
 
     def parameters(self, config: RunConfig) -> ParameterCount:
-        size, channels, tokens = masked_size_of(config), config.token_channels, config.stage_tokens[-1]
+        size = masked_size_of(config)
+        channels = config.token_channels
+        tokens = config.stage_tokens[-1]
         width = size.width
 
         # trunk: blocks, input projection, the mask vector, one row per class, input and output positions
@@ -74,7 +77,9 @@ class MarKind(Kind):
 
         The head's outputs at tokens that are not masked are dropped, as in MAR, so that shapes do not depend on data.
         """
-        size, channels, tokens = masked_size_of(config), config.token_channels, config.stage_tokens[-1]
+        size = masked_size_of(config)
+        channels = config.token_channels
+        tokens = config.stage_tokens[-1]
         velocity = mar_head_macs(size, channels) + time_macs(size.width)
         forward = mar_trunk_macs(size, tokens, channels) + config.flow.token_draws * tokens * velocity
         return TRAINING_PASSES * forward
@@ -84,11 +89,15 @@ class MarKind(Kind):
 
         The time is embedded once a call for all tokens.
         """
-        size, channels, sample = masked_size_of(config), config.token_channels, config.sample
-        counts, calls = _counts(config), velocity_calls(config)
+        size = masked_size_of(config)
+        channels = config.token_channels
+        sample = config.sample
+        counts = _counts(config)
+        calls = velocity_calls(config)
         scales = masked_guidance_scales(sample.guidance_scale, counts, sample.guidance_ramp)
 
-        trunk, head = mar_trunk_macs(size, counts[0], channels), mar_head_macs(size, channels)
+        trunk = mar_trunk_macs(size, counts[0], channels)
+        head = mar_head_macs(size, channels)
         return sum(
             guidance_passes(scale) * (trunk + calls * (before - after) * head) + calls * time_macs(size.width)
             for (before, after), scale in zip(pairwise(counts), scales, strict=True)

@@ -25,17 +25,21 @@ class PyramidKind(StagedKind):
         self.one_stage = one_stage
 
     def parameters(self, config: RunConfig) -> ParameterCount:
-        num_stages, num_classes = config.flow.num_stages, config.data.num_classes
+        num_stages = config.flow.num_stages
+        num_classes = config.data.num_classes
         return ParameterCount(0, velocity_parameters(preset_of(config), num_stages, config.token_channels, num_classes))
 
     def training_macs(self, config: RunConfig) -> int:
         """One velocity call in each stage, forward and backward."""
-        preset, channels = preset_of(config), config.token_channels
+        preset = preset_of(config)
+        channels = config.token_channels
         return TRAINING_PASSES * sum(velocity_macs(preset, tokens, channels) for tokens in config.stage_tokens)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """Eq. (19) without its AR terms."""
-        preset, channels, calls = preset_of(config), config.token_channels, velocity_calls(config)
+        preset = preset_of(config)
+        channels = config.token_channels
+        calls = velocity_calls(config)
         return sum(
             branches * calls * velocity_macs(preset, tokens, channels)
             for tokens, branches in zip(config.stage_tokens, self.stage_passes(config), strict=True)

@@ -41,7 +41,8 @@ class TokenMapTransformer(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
-        width, num_stages = preset.ar_width, len(grid_sides)
+        width = preset.ar_width
+        num_stages = len(grid_sides)
         self.width = width
         self.patch_size = patch_size
         self.context_scales = tuple(context_scales)

@@ -21,7 +21,8 @@ def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[s
     """
     kind = kind_of(config)
     parameters = kind.parameters(config)
-    tokens, checkpoint = config.stage_tokens, checkpoint_bytes(parameters.total)
+    tokens = config.stage_tokens
+    checkpoint = checkpoint_bytes(parameters.total)
     named = zip((parameters.ar, parameters.flow), kind.parts, strict=True)
     sizes = " + ".join(f"{_count(number)} {part}" for number, part in named if part)
     lines = [
@@ -52,7 +53,8 @@ def _training_line(config: RunConfig) -> str:
 
 
 def _sampling_lines(config: RunConfig) -> list[str]:
-    sample, kind = config.sample, kind_of(config)
+    sample = config.sample
+    kind = kind_of(config)
     macs = kind.sampling_macs(config)
     how = f"({sample.solver}), guidance {sample.guidance_scale:g} ({sample.guidance_ramp})"
     lines = [f"sampling: {_compute(macs)} per image; {kind.describe_calls(config)} {how}"]

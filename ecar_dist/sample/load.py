@@ -50,7 +50,6 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
         weights = ema = open_ema_weights(path)
         source = ema.checkpoint
         facts = read_manifest(source)
-    progress = Progress(facts.progress.samples_seen, facts.progress.step)
 
     # They must be weights of the config's model, trained on latents of the config's autoencoder.
     identity = flat_identity(facts.identity)

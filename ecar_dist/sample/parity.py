@@ -22,7 +22,8 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.storage.atomic import write_json
 
 REPORT = "parity.json"
-INPUTS, SEED = 4, 0
+INPUTS = 4
+SEED = 0
 
 Outputs = dict[str, list[torch.Tensor]]  # "velocity" and "samples": K of [INPUTS, C, h_k, w_k]
 
@@ -38,7 +39,8 @@ def parity_report(exported: Exported, device: torch.device | None = None) -> str
     """
     # The run's own weights, then those of the export.
     device = device or torch.device("cpu")
-    reader, config = ExportReader(exported.path), RunDirectory(exported.run).load_config()
+    reader = ExportReader(exported.path)
+    config = RunDirectory(exported.run).load_config()
     ours = _outputs(config, exported.weights, device)
     theirs = _outputs(load_config(exported.path / CONFIG), reader, device)
 

@@ -18,7 +18,8 @@ def draw_stages(
     model: StagedModel, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """X^e_k of every stage, [B, C, h_k, w_k]; section 8 of docs/ecar.md. Labels and indices int64 [B]."""
-    batch, schedule = labels.shape[0], plan.schedule
+    batch = labels.shape[0]
+    schedule = plan.schedule
     scales = stage_guidance_scales(plan.guidance_scale, schedule.num_stages, plan.guidance_ramp)
     guided = any(scale != 1.0 for scale in scales)
     all_labels = with_null(labels, plan.null_label) if guided else labels  # [B or 2 B]
