@@ -58,6 +58,7 @@ def train_classifier(
     difference in the last bit to up to 4 % of a Frechet distance.
     """
     with torch.random.fork_rng(devices=[]), _threads(TRAINING_THREADS):
+        # The seed decides on the weights, the order and the shifts; the caller's generator is not touched.
         torch.manual_seed(seed)
         model = ScoringClassifier(num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

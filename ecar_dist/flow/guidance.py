@@ -29,4 +29,5 @@ def stage_guidance_scales(guidance_scale: float, num_stages: int, ramp: str) -> 
     """
     if ramp == "constant" or num_stages == 1 or guidance_scale == 0.0:
         return (guidance_scale,) * num_stages
+    # The formula of FlowAR (arXiv 2412.15205).
     return tuple(1.0 + (guidance_scale - 1.0) * k / (num_stages - 1) for k in range(num_stages))

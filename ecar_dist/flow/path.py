@@ -39,6 +39,7 @@ def stage_endpoints(
 
 def interpolate(start: torch.Tensor, end: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """x_u = (1 - u) X^s + u X^e, eq. (4), for u [B] and states [B, C, H, W]."""
+    # One time per sample, the same at all of its pixels.
     weight = u.view(-1, 1, 1, 1)
     return (1.0 - weight) * start + weight * end
 

@@ -64,6 +64,7 @@ class StageSchedule:
     @cached_property
     def starts(self) -> tuple[float, ...]:
         """s_k for every stage: s_0 = 0, then eq. (8) from the end of the stage before."""
+        # Stage 0 starts at pure noise. Each later start follows from the end of the stage before it.
         return (0.0, *(start_after(end, self.gamma) for end in self.ends[:-1]))
 
     def jump(self, stage: int) -> tuple[float, float]:
@@ -88,6 +89,7 @@ class StageSchedule:
 
 def start_after(end: float, gamma: float) -> float:
     """s_k from e_{k-1}, eq. (8)."""
+    # The ratio of signal to noise falls in the jump by sqrt(-gamma) / sqrt(1 - gamma), whatever e is.
     keep = math.sqrt(-gamma) * end
     return keep / (math.sqrt(1.0 - gamma) * (1.0 - end) + keep)
 

@@ -30,6 +30,7 @@ class Solver:
 
     def __call__(self, velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:
         h = 1.0 / num_steps
+        # A step computes its times from i, since a running sum of h would collect rounding errors.
         for i in range(num_steps):
             x = self.step(velocity_fn, x, i, h)
         return x
@@ -42,12 +43,14 @@ def euler(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
 
 def midpoint(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
     """Second order: the slope at the middle of the step."""
+    # Half an Euler step finds the middle, and the slope there moves x the whole way.
     middle = x + 0.5 * h * v(x, i * h)
     return x + h * v(middle, (i + 0.5) * h)
 
 
 def heun(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
     """Second order (explicit trapezoid): the mean of the slopes at both ends of the step."""
+    # An Euler step predicts the end, and the slope there corrects it.
     first = v(x, i * h)
     second = v(x + h * first, (i + 1) * h)
     return x + 0.5 * h * (first + second)

@@ -11,6 +11,7 @@ def masked_counts(num_tokens: int, ar_steps: int) -> tuple[int, ...]:
     After step i of n it is floor(T cos(pi/2 i/n)), the cosine schedule of MaskGIT (Chang et al., arXiv 2202.04200)
     that MAR uses. There are never more steps than tokens.
     """
+    # A step without a token would be a pass of the trunk for nothing.
     steps = min(ar_steps, num_tokens)
     counts = [num_tokens]
     for done in range(1, steps):

@@ -27,6 +27,7 @@ def group_mask(groups: torch.Tensor) -> torch.Tensor:
 
 def block_causal_mask(stage_tokens: Sequence[int]) -> torch.Tensor:
     """A token sees its own stage and the coarser ones: bool [T, T], T = sum(stage_tokens)."""
+    # The group of a token is the number of its stage.
     return group_mask(torch.arange(len(stage_tokens)).repeat_interleave(torch.tensor(stage_tokens)))
 
 
@@ -87,6 +88,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
+        # One gain per channel of a head, shared by all heads.
         self.query_norm = RMSNorm(width // heads)
         self.key_norm = RMSNorm(width // heads)
         self.out = Linear(width, width)

@@ -77,6 +77,8 @@ class TokenMapTransformer(nn.Module):
         classes = self.class_embedding(labels)  # [B, D]
         sources = [None, *contexts] if self.feeds_state else [None] * len(self.grid_sides)
         inputs = [self._stage_input(stage, source, classes) for stage, source in enumerate(sources)]
+
+        # One pass under the block-causal rule, cut into token maps again.
         outputs = self._run(torch.cat(inputs, dim=1), classes, [attend] * self.depth, start=0)
         return list(outputs.split(self.stage_tokens, dim=1))
 
@@ -89,6 +91,8 @@ class TokenMapTransformer(nn.Module):
         """
         assert cache.num_stages == stage, f"the cache holds {cache.num_stages} stages, stage {stage} needs {stage}"
         cache.num_stages += 1
+
+        # The same input as in `forward`; the rule of who sees whom is in the order of the calls.
         classes = self.class_embedding(labels)  # [B, D]
         tokens = self._stage_input(stage, context, classes)
         return self._run(tokens, classes, cache.attends(), start=self.stage_starts[stage])

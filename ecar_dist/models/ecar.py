@@ -103,6 +103,7 @@ class ECAR(nn.Module):
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
         """The condition of `stage`, [B, T_k, d_f]; arguments as those of `next_token_map`."""
+        # Projected once a stage; the solver's calls add it to their tokens.
         return self.condition(self.next_token_map(stage, context, labels, cache))
 
     def next_token_map(

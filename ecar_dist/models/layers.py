@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Initialisation and norms.
 INIT_STD = 0.02
 NORM_EPS = 1e-6
+
+# Embeddings of time and position.
 TIME_FREQUENCIES = 128  # of each of cos and sin
 TIME_SCALE = 1000.0  # model time in [0, 1] becomes DiT's range before the sinusoid
 POSITION_SPAN = 32.0  # radians across the image at the highest frequency: one radian a token on a 32 x 32 grid
@@ -60,6 +63,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The weights may be bf16 too, under DeepSpeed's bf16.
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -94,6 +98,7 @@ class AdaLNOffset(nn.Module):
 
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Layer norm without weights, then (1 + scale) and shift. x [B, T, D], shift and scale [B, 1, D]; float32 out."""
+    # 1 + scale: a zero modulation is the plain norm.
     return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1.0 + scale) + shift
 
 
@@ -105,6 +110,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
+        # Scaled in float32: between 512 and 1024 the spacing of bf16 is 4.
         return self.mlp(sinusoid(time.float() * TIME_SCALE, TIME_FREQUENCIES, ratio=10_000.0))
 
 

@@ -38,6 +38,7 @@ class HeadBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         """Both [..., D]."""
+        # adaLN-Zero: the gate starts at zero, so the block starts as the identity.
         shift, scale, gate = self.modulation(conditioning).chunk(3, dim=-1)
         return x + gate * self.mlp(modulated_norm(x, shift, scale))
 
@@ -63,6 +64,8 @@ class FlowHead(nn.Module):
         x = self.state_projection(x)  # [..., D]
         for block in self.blocks:
             x = block(x, conditioning)
+
+        # Head norm and velocity.
         shift, scale = self.head_modulation(conditioning).chunk(2, dim=-1)
         return self.output(modulated_norm(x, shift, scale)).float()
 

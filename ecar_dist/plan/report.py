@@ -19,12 +19,15 @@ def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[s
 
     Raises ConfigError for a device without a known peak, or batch numbers that do not multiply out.
     """
+    # The sizes of the parts that this kind has.
     kind = kind_of(config)
     parameters = kind.parameters(config)
     tokens = config.stage_tokens
     checkpoint = checkpoint_bytes(parameters.total)
     named = zip((parameters.ar, parameters.flow), kind.parts, strict=True)
     sizes = " + ".join(f"{_count(number)} {part}" for number, part in named if part)
+
+    # From what the model is to what a run of it costs.
     lines = [
         f"model {config.model.kind} {config.model.preset}: {_count(parameters.total)} parameters = {sizes}",
         f"tokens per stage: {' + '.join(map(str, tokens))} = {sum(tokens)}",
