@@ -30,7 +30,7 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     inspecting.add_argument("--step", type=int, help="default: the newest whole one")
     inspecting.add_argument("--json", action="store_true", help="its manifest as it is")
     add("diff", checkpoint_diff, "how two checkpoints differ: each a run (its newest one) or a checkpoint", "A", "B")
-    exporting = add("export", checkpoint_export, "an average of the newest checkpoint's weights as safetensors")
+    exporting = add("export", checkpoint_export, "an EMA of the newest checkpoint as safetensors")
     exporting.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
     wanted = exporting.add_mutually_exclusive_group()
     wanted.add_argument("--half-life", type=positive, help="in samples; one that was not tracked is fitted post hoc")

@@ -193,7 +193,11 @@ class BucketStorage:
             content = self._small_object(name, file, limit)
             with atomic_write(folder / file) as out:
                 out.write(content)
-        return proven_manifest(folder, name)
+        try:
+            return proven_manifest(folder, name)
+        except DamagedError as damage:
+            # The user knows the URL, not the local folder.
+            raise type(damage)(f"{self.where}/{name}", damage.problem) from None
 
     def _small_object(self, name: str, file: str, limit: int) -> bytes:
         """The content of an object of at most `limit` bytes; a larger one is not read. Raises DamagedError."""

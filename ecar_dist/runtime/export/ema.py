@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ecar_dist.averaging import Decay, PosthocFit, Snapshot, fit, half_life_decay, power_decay, sigma_rel_to_gamma
-from ecar_dist.config.run import EmaSection, RunConfig
+from ecar_dist.config.knobs_training import EmaSection
+from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.checkpoint.files import DamagedError, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest

@@ -46,7 +46,7 @@ def holds(loaded, seed):
     )
 
 
-def test_a_bucket_is_a_place_like_any_other(bucket, config, tmp_path):
+def test_save_and_restore_in_a_bucket(bucket, config, tmp_path):
     assert load(config)[0][0] is None
     for step in (4, 8, 12):
         save(config, 2, seed=step, step=step)
@@ -67,7 +67,7 @@ def test_a_bucket_is_a_place_like_any_other(bucket, config, tmp_path):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]  # nothing stays on the node
 
 
-def test_each_node_fetches_what_its_ranks_need_once(bucket, config):
+def test_each_node_downloads_the_files_of_its_ranks_once(bucket, config):
     save(config, 4, seed=1)
     bucket.break_on()
     assert holds(load(config, 4, ranks=Ranks(4, per_node=4)), 1)
@@ -84,7 +84,7 @@ def test_each_node_fetches_what_its_ranks_need_once(bucket, config):
     assert torch.equal(FragmentReader(folder).read("master", "a", 0, 5), State(0, 1, 1).full["master"][:5])
 
 
-def test_a_burst_of_503_is_waited_out(bucket, config):
+def test_a_burst_of_503_is_retried(bucket, config):
     bucket.break_on(
         {"kind": "status", "status": 503, "method": "PUT", "match": ".safetensors", "times": 2},
         {"kind": "status", "status": 503, "method": "PUT", "match": "COMMITTED", "times": 1},
@@ -94,7 +94,7 @@ def test_a_burst_of_503_is_waited_out(bucket, config):
     assert holds(load(config, 2), 1)
 
 
-def test_a_store_that_refuses_is_a_failed_save_in_one_line(bucket, config, capsys):
+def test_a_rejected_upload_is_a_failed_save_in_one_line(bucket, config, capsys):
     save(config, seed=1)
     bucket.break_on({"kind": "status", "status": 403, "method": "PUT", "match": ".safetensors", "times": None})
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_store_that_refuses_is_a_failed_save_in_one_line(bucket, config, capsy
     assert "verysecret" not in capsys.readouterr().err
 
 
-def test_a_store_that_is_away_is_never_taken_for_a_damaged_checkpoint(bucket, config):
+def test_an_unreachable_store_is_not_a_damaged_checkpoint(bucket, config):
     save(config, seed=1)
     save(config, seed=2, step=8)
     bucket.break_on({"kind": "status", "status": 403, "match": "checkpoint.json", "times": None})
@@ -132,7 +132,7 @@ def gone(bucket, name):
 
 @pytest.mark.parametrize("damage", [flip, cut, gone])
 @pytest.mark.parametrize("file", ["state-00001-of-00002.safetensors", "checkpoint.json"])
-def test_a_damaged_object_is_named_and_the_one_before_is_used(bucket, config, capsys, damage, file):
+def test_a_damaged_object_is_named_and_the_older_checkpoint_is_used(bucket, config, capsys, damage, file):
     save(config, 2, seed=1, step=4)
     save(config, 2, seed=2, step=8)
     newest, before = open_storage(config).committed()
@@ -148,14 +148,14 @@ def test_a_damaged_object_is_named_and_the_one_before_is_used(bucket, config, ca
     assert steps(config) == [6, 4]  # the damaged one is gone
 
 
-def test_a_body_spoilt_on_the_way_is_fetched_again(bucket, config):
+def test_a_body_corrupted_in_transit_is_downloaded_again(bucket, config):
     save(config, seed=1)
     bucket.break_on({"kind": "corrupt", "match": ".safetensors", "at": 700})
     assert holds(load(config), 1)
     assert len(bucket.log("GET", ".safetensors")) == 2
 
 
-def test_for_readers_outside_of_training(bucket, config):
+def test_readers_outside_of_training(bucket, config):
     save(config, 2, seed=1)
     place = open_storage(config)
     folder = newest_whole(place)
@@ -196,7 +196,7 @@ def test_a_kill_in_an_upload_leaves_nothing_that_a_reader_sees(bucket, config, t
     assert not list(Path(tmp_path / "cache").rglob("*.tmp"))  # what it had on the node
 
 
-def test_ema_snapshots_lie_beside(bucket, config):
+def test_ema_snapshots_in_a_bucket(bucket, config):
     def run(world):
         state = State(world.rank, world.size, 1)
         ema = ShardedEma(state.partitions, config.ema)

@@ -44,7 +44,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("name", ["../../../../canary", "../canary.safetensors", "{}/canary", "a/canary.safetensors"])
-def test_a_name_that_leads_elsewhere_writes_nothing_anywhere(bucket, config, tmp_path, capsys, name):
+def test_a_name_that_leaves_the_folder_writes_nothing(bucket, config, tmp_path, capsys, name):
     save(config, seed=1)
     content, (checkpoint,) = b"owned", open_storage(config).committed()
     name = name.format(tmp_path)
@@ -68,7 +68,7 @@ def test_a_name_that_leads_elsewhere_writes_nothing_anywhere(bucket, config, tmp
 
 
 @pytest.mark.parametrize("file", [MANIFEST, MARKER])
-def test_an_object_beyond_its_bound_is_not_read_and_hides_no_older_one(bucket, config, monkeypatch, file):
+def test_a_too_large_object_is_not_read_and_the_older_checkpoint_is_used(bucket, config, monkeypatch, file):
     for step in (4, 8):
         save(config, seed=step, step=step)
     monkeypatch.setattr(checkpoint_bucket, "MAX_MANIFEST_BYTES", 1 << 16)
@@ -79,7 +79,7 @@ def test_an_object_beyond_its_bound_is_not_read_and_hides_no_older_one(bucket, c
     assert not [entry for entry in bucket.log("GET", file) if "step-00000008" in entry["path"]]
 
 
-def test_what_another_version_may_read_is_passed_over_and_stays(bucket, config, capsys):
+def test_a_checkpoint_of_another_version_is_passed_over_and_not_removed(bucket, config, capsys):
     for step in (4, 8):
         save(config, seed=step, step=step)
     edit(bucket, open_storage(config).committed()[0], lambda tree: tree.update(schema="ecar-checkpoint-v9"))
@@ -90,7 +90,7 @@ def test_what_another_version_may_read_is_passed_over_and_stays(bucket, config, 
     assert steps(config) == [12, 10, 8]
 
 
-def test_a_name_that_is_not_its_contents_is_damage(bucket, config):
+def test_a_name_with_another_step_than_the_manifest_is_damage(bucket, config):
     for step in (4, 8):
         save(config, seed=step, step=step)
     newest = open_storage(config).committed()[0]
@@ -101,7 +101,7 @@ def test_a_name_that_is_not_its_contents_is_damage(bucket, config):
     assert load(config)[0][0].progress.step == 8
 
 
-def test_prefixes_of_other_names_are_neither_read_nor_removed(bucket, config):
+def test_prefixes_with_other_names_are_neither_read_nor_removed(bucket, config):
     save(config, seed=4)
     (original,) = open_storage(config).committed()
     others = ["step-00000012-milestone", f"{original}.bak", "step-00000020"]

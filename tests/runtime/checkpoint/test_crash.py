@@ -61,7 +61,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_one(tmp_path, failpoint, 
     assert checkpoints(tmp_path) == [f"step-{step:08d}", "step-00000012"]
 
 
-def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_one(tmp_path):
+def test_a_kill_while_a_step_is_saved_again_leaves_a_complete_one(tmp_path):
     """Steps 4 and 8; 8 is damaged, so that it is made again: killed before its new form has its name."""
     for step in (4, 8):
         save(make_config(tmp_path), seed=step, step=step)
@@ -134,7 +134,7 @@ def remove(path, _):
 MUTATIONS = [flip, flip, flip, cut, extend, zero, swap, stale, remove]
 
 
-def test_two_hundred_random_damages_are_all_found(tmp_path, capsys):
+def test_two_hundred_random_faults_are_all_found(tmp_path, capsys):
     config, folder, chance = make_config(tmp_path), tmp_path / "tiny/checkpoints", random.Random(1)
     for step in (4, 8):
         save(config, 3, seed=step, step=step)
@@ -180,7 +180,7 @@ def one_rank(folder):
         print(json.dumps([world.rank, step, store.failures, store.last_committed]), flush=True)
 
 
-def test_real_ranks_agree_on_what_stands(tmp_path):
+def test_real_ranks_agree_on_a_failed_save(tmp_path):
     command = [sys.executable, "-c", RANK, str(tmp_path)]
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -62,7 +62,7 @@ def test_a_difference_is_measured_by_module_and_the_largest_are_named(tmp_path):
     assert largest[1].split()[:3] == ["flow.blocks.1.bias", "master", "0.5"]
 
 
-def test_what_is_in_one_alone_or_of_another_shape_or_identity_is_said(tmp_path):
+def test_kinds_parameters_shapes_and_identities_that_differ_are_listed(tmp_path):
     ours, theirs = state(kinds=("ema", "ema1")), state(kinds=("ema", "master"))
     for tensors in theirs.values():
         tensors["flow.new"] = torch.zeros(2)

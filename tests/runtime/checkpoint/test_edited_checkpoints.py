@@ -44,14 +44,14 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*"))
 
 
-def test_the_checkpoint_that_is_edited_is_whole(run, capsys):
+def test_the_checkpoint_is_valid_before_the_edits(run, capsys):
     for words in (["list", run], ["verify", run], ["inspect", run / "checkpoints" / NEW]):
         assert asked(capsys, *words)[0] == 0
     assert load(make_config(run.parent))[0][0].progress.step == 8
 
 
 @pytest.mark.parametrize("edit", EDITED.values(), ids=EDITED)
-def test_each_verb_says_one_line_and_the_older_one_is_used(run, capsys, edit):
+def test_each_verb_prints_one_line_and_the_older_checkpoint_is_used(run, capsys, edit):
     folder, config = run / "checkpoints", make_config(run.parent)
     edit(folder / NEW)
     before = files_of(run.parent)
@@ -80,7 +80,7 @@ def test_each_verb_says_one_line_and_the_older_one_is_used(run, capsys, edit):
 
 @pytest.mark.parametrize("edit", ODD_VALUES.values(), ids=ODD_VALUES)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_values_that_no_run_can_go_on_from_are_refused_when_they_are_loaded(run, capsys, edit, ranks):
+def test_values_that_no_run_can_resume_from_are_rejected(run, capsys, edit, ranks):
     config = make_config(run.parent)
     edit(run / "checkpoints" / NEW)
     for words in (["list", run], ["verify", run], ["inspect", run], ["diff", run, run / "checkpoints" / OLD]):
@@ -106,7 +106,7 @@ def test_such_values_are_not_exported(run, capsys, name):
     assert files_of(run.parent) == before
 
 
-def test_what_a_later_version_adds_does_not_hide_a_checkpoint(run, capsys):
+def test_unknown_keys_of_a_later_version_are_ignored(run, capsys):
     def add(tree):
         tree["hardware"] = {"gpus": 8}
         tree["progress"]["tokens"] = 3

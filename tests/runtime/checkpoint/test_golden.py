@@ -35,18 +35,18 @@ def run(tmp_path):
         ("inspect", "step 4, 64 samples, written by 2 ranks with ZeRO-2; 2 files"),
     ],
 )
-def test_it_is_listed_proven_and_looked_into(run, capsys, verb, said):
+def test_list_verify_and_inspect(run, capsys, verb, said):
     assert main(["checkpoint", verb, str(run)]) == 0
     assert said in capsys.readouterr().out
 
 
-def test_it_is_compared(run, capsys):
+def test_diff(run, capsys):
     assert main(["checkpoint", "diff", str(run), str(run / "checkpoints" / NAME)]) == 0
     assert "equal: 3 tensors of ema, ema1, exp_avg, exp_avg_sq, master, every value" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_run_goes_on_from_it(run, ranks):
+def test_a_run_resumes_from_it(run, ranks):
     manifest = read_manifest(run / "checkpoints" / NAME)
     config = load_config(run / "config.yaml", [f"run.dir={run.parent}"])
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_it(run, ranks):
             assert torch.equal(fragment.of(ema.by_kind["ema1"]), fragment.of(expected.partitions) * 2)
 
 
-def test_its_weights_are_drawn_from(run):
+def test_its_ema_weights_are_read(run):
     average = open_ema_weights(run)
     reader = FragmentReader(run / "checkpoints" / NAME)
     assert average.facts == {"kind": "ema", "half_life_samples": 1000, "rampup": 0.1}

@@ -11,7 +11,7 @@ from ecar_dist.storage.untrusted import UntrustedError
 GOLDEN = Path(__file__).parent / "golden/run/checkpoints/step-00000004/checkpoint.json"
 
 
-def test_the_golden_one():
+def test_the_golden_manifest():
     manifest = parse_manifest(GOLDEN.read_bytes())
     assert (manifest.progress.samples_seen, manifest.progress.step, manifest.world_size) == (64, 4, 2)
     assert manifest.shapes == {"ar.weight": (4, 6), "ar.bias": (10,), "flow.scale": ()}
@@ -20,7 +20,7 @@ def test_the_golden_one():
 
 
 @pytest.mark.parametrize("size", [10_000, 40 << 30, 2**62])
-def test_a_file_is_not_larger_than_its_fragments_can_take(size):
+def test_a_file_larger_than_its_fragments_is_rejected(size):
     """Nothing is downloaded, or hashed, for a size that the shapes do not account for."""
     tree = json.loads(GOLDEN.read_text())
     tree["files"][0]["bytes"] = size
@@ -28,7 +28,7 @@ def test_a_file_is_not_larger_than_its_fragments_can_take(size):
         parse_manifest(json.dumps(tree).encode())
 
 
-def test_what_is_written_is_under_the_bound_of_its_header():
+def test_written_headers_are_within_their_limit():
     """For names of any length and every kind of state that the writer has."""
     manifest = parse_manifest(GOLDEN.read_bytes())
     for file in manifest.files:

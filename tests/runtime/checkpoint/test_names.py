@@ -52,7 +52,7 @@ def test_names(name, local, bucket):
 STRANGERS = ["step-00000012-milestone", "step-00000020.bak", "step-4", "tmp-mine", "tmp-step-00000004", "step-best"]
 
 
-def test_folders_of_other_names_are_neither_read_nor_removed(config, folder):
+def test_folders_with_other_names_are_neither_read_nor_removed(config, folder):
     save(config, seed=4, step=4)
     for name in STRANGERS:
         shutil.copytree(folder / OLD, folder / name)
@@ -74,7 +74,7 @@ def test_a_linked_checkpoint_is_read_and_neither_it_nor_its_target_is_removed(co
     assert (tmp_path / "archive/COMMITTED").exists()
 
 
-def test_a_run_whose_only_checkpoints_have_other_names_does_not_begin_again(config, folder):
+def test_a_run_with_renamed_checkpoints_alone_does_not_start_again(config, folder):
     save(config)
     (folder / OLD).rename(folder / f"{OLD}.bak")
     with pytest.raises(CheckpointError, match=rf"{OLD}\.bak"):
@@ -92,7 +92,7 @@ def test_steps_are_sorted_as_numbers(config, folder):
     assert checkpoints(folder.parents[1]) == ["step-100000000", "step-100000001"]
 
 
-def test_a_name_that_is_not_its_contents_is_damage(config, folder, capsys):
+def test_a_name_with_another_step_than_the_manifest_is_damage(config, folder, capsys):
     for step in (4, 8):
         save(config, seed=step, step=step)
     (folder / NEW).rename(folder / "step-00000099")
@@ -113,7 +113,7 @@ LATER = {
 
 
 @pytest.mark.parametrize("edit", LATER.values(), ids=LATER)
-def test_what_another_version_may_read_hides_no_older_one_and_is_never_removed(config, folder, capsys, edit):
+def test_a_checkpoint_of_another_version_hides_no_older_one_and_is_never_removed(config, folder, capsys, edit):
     for step in (4, 8, 12):
         save(config, seed=step, step=step)
     edit(folder / "step-00000012")
@@ -129,7 +129,7 @@ def test_what_another_version_may_read_hides_no_older_one_and_is_never_removed(c
 
 
 @pytest.mark.parametrize("edit", LATER.values(), ids=LATER)
-def test_where_there_is_nothing_else_a_run_does_not_begin_again(config, folder, edit):
+def test_a_checkpoint_of_another_version_alone_does_not_start_the_run_again(config, folder, edit):
     save(config)
     edit(folder / OLD)
     with pytest.raises(CheckpointError, match=r"all 1 checkpoints .* damaged"):
@@ -137,7 +137,7 @@ def test_where_there_is_nothing_else_a_run_does_not_begin_again(config, folder, 
     assert checkpoints(folder.parents[1]) == [OLD]
 
 
-def test_a_manifest_that_no_reader_takes_is_not_committed(config, folder, monkeypatch, capsys):
+def test_a_manifest_that_readers_reject_is_not_committed(config, folder, monkeypatch, capsys):
     """As of a ZeRO-3 run on thousands of ranks: the save fails by name and number, and the older one stays."""
     save(config, seed=4, step=4)
     size = (folder / OLD / MANIFEST).stat().st_size
@@ -152,7 +152,7 @@ def test_a_manifest_that_no_reader_takes_is_not_committed(config, folder, monkey
     assert load(config)[0][0].progress.step == 4
 
 
-def test_intervals_that_no_reader_takes_are_not_committed(config, folder, monkeypatch):
+def test_overlapping_intervals_are_not_committed(config, folder, monkeypatch):
     """Two ranks that think that they own the same."""
     save(config, seed=4, step=4)
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_intervals_that_no_reader_takes_are_not_committed(config, folder, monkey
 
 
 @pytest.mark.parametrize("part", ["COMMITTED", "checkpoint.json", "weights"])
-def test_what_a_drive_does_not_give_for_a_moment_is_not_removed(config, folder, monkeypatch, part):
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_removed(config, folder, monkeypatch, part):
     """EIO or ESTALE of a network drive: the checkpoint may be whole, and the next sweep leaves it alone."""
     for step in (4, 8):
         save(config, seed=step, step=step)

@@ -69,7 +69,7 @@ def settled(store, world):
             store.settle()
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_own_step(config, gate, tmp_path):
+def test_training_goes_on_during_a_save_and_does_not_change_it(config, gate, tmp_path):
     notes = {"seconds": [1.5]}
 
     def run(world):
@@ -130,7 +130,7 @@ def test_without_overlap_a_save_is_over_when_begin_returns(tmp_path):
     Ranks(2)(run)
 
 
-def test_a_failure_on_one_rank_is_one_for_all_said_once_and_training_goes_on(config, monkeypatch, tmp_path, capsys):
+def test_a_failure_on_one_rank_is_a_failure_on_all_with_one_warning(config, monkeypatch, tmp_path, capsys):
     gate = Gate(monkeypatch, opened=True)
 
     def run(world):
@@ -160,7 +160,7 @@ def test_a_failure_on_one_rank_is_one_for_all_said_once_and_training_goes_on(con
     assert checkpoints(tmp_path) == [OLD, "step-00000012"]
 
 
-def test_the_run_ends_after_so_many_failures_in_a_row(tmp_path, monkeypatch, capsys):
+def test_the_run_ends_after_max_failures_in_a_row(tmp_path, monkeypatch, capsys):
     config, gate = make_config(tmp_path, max_failures=2), Gate(monkeypatch, opened=True)
 
     def run(world):
@@ -195,7 +195,7 @@ def test_a_commit_that_fails_is_a_failure_and_leaves_nothing(config, monkeypatch
     verify(tmp_path / "tiny/checkpoints" / OLD)
 
 
-def test_files_that_another_node_keeps_to_itself_are_never_committed(config, monkeypatch, tmp_path):
+def test_files_that_rank_0_does_not_see_are_never_committed(config, monkeypatch, tmp_path):
     save(config)
     write = checkpoint_save.write_tensor_file
 
@@ -212,7 +212,7 @@ def test_files_that_another_node_keeps_to_itself_are_never_committed(config, mon
     assert checkpoints(tmp_path) == [OLD]
 
 
-def test_a_commit_that_its_place_does_not_list_yet_stands_and_drops_nothing(config, monkeypatch, tmp_path):
+def test_a_commit_that_its_storage_does_not_list_yet_removes_nothing(config, monkeypatch, tmp_path):
     for step in (1, 2, 3):
         save(config, step=step)
     monkeypatch.setattr("ecar_dist.runtime.checkpoint.folder.LocalStorage.complete", lambda _: [("step-00000003", 48)])
@@ -247,7 +247,7 @@ def test_an_attempt_that_was_taken_over_does_not_commit(config, tmp_path):
     assert [path.name for path in committed(tmp_path / "tiny/checkpoints")] == [OLD]
 
 
-def test_the_lock_is_asked_after_all_is_written_and_before_the_name_is_given(config, tmp_path):
+def test_ownership_is_checked_between_the_last_write_and_the_commit(config, tmp_path):
     seen = []
 
     def still_ours():
@@ -272,7 +272,7 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_undo_a_commit(config, tmp
     assert load(config)[0][0].progress.step == 4
 
 
-def test_a_roll_back_first_finishes_the_save_on_its_way(config, gate):
+def test_a_roll_back_first_finishes_the_save_under_way(config, gate):
     def run(world):
         state, ema = make_state(world, config)
         with store_of(config, world) as store:
@@ -286,7 +286,7 @@ def test_a_roll_back_first_finishes_the_save_on_its_way(config, gate):
     Ranks(2)(run)
 
 
-def test_closing_gives_up_what_is_on_its_way(config, gate, tmp_path):
+def test_closing_gives_up_the_save_under_way(config, gate, tmp_path):
     def run(world):
         state, ema = make_state(world, config)
         with store_of(config, world) as store:
@@ -301,7 +301,7 @@ def test_closing_gives_up_what_is_on_its_way(config, gate, tmp_path):
     assert "checkpoint-writer" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_buffers_are_made_once(config):
+def test_buffers_are_allocated_once(config):
     def run(world):
         state, ema = make_state(world, config)
         with store_of(config, world) as store:

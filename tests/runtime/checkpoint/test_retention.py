@@ -20,7 +20,7 @@ def test_the_newest_stay():
     assert history(range(10, 100, 10), keep=2, every=0) == [90, 80]
 
 
-def test_the_first_at_or_after_each_multiple_stays_for_good():
+def test_the_first_at_or_after_each_multiple_is_kept():
     assert history([30, 60, 90, 100, 130, 190, 220, 260], keep=2, every=100) == [260, 220, 100]
     assert history([30, 60, 95, 105, 300, 310, 320, 330], keep=2, every=100) == [330, 320, 300, 105]
 
@@ -30,7 +30,7 @@ def test_a_step_over_several_multiples_is_kept_once():
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(2, 4), st.integers(0, 120))
-def test_pruning_on_the_way_keeps_what_one_look_at_all_would_keep(gaps, keep, every):
+def test_removal_after_each_save_keeps_the_same_as_one_removal_at_the_end(gaps, keep, every):
     steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]
     everything = [(f"step-{samples:08d}", samples) for samples in reversed(steps)]
     expected = names_to_keep(everything, keep, every)

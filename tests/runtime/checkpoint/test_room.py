@@ -66,7 +66,7 @@ def test_a_full_disk(small_disk, tmp_path, capsys):
     assert torch.equal(state.partitions[0], State(0, 1, 1, shapes=SHAPES).partitions[0] + 1 + 1 + 1)
 
 
-def test_room_enough_is_not_talked_about(tmp_path):
+def test_no_warning_with_enough_space(tmp_path):
     config = make_config(tmp_path)
 
     def run(world):

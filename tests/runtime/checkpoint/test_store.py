@@ -70,12 +70,12 @@ def test_replicated_state_is_written_once_and_read_into_any_layout(config, folde
         assert restored.conversion == said
 
 
-def test_nothing_is_said_where_nothing_was_converted(config):
+def test_no_line_without_a_conversion(config):
     save(config, 2)
     assert [restored.conversion for restored, *_ in load(config, 2)] == [None, None]
 
 
-def test_a_whole_parameter_reads_in_its_own_shape(config, folder):
+def test_a_whole_parameter_has_its_shape(config, folder):
     save(config, 3, seed=1)
     reader = FragmentReader(newest(folder))
     full = State(0, 1, seed=1).full["master"]
@@ -139,7 +139,7 @@ DAMAGES = [damage_flip, damage_cut, damage_gone, damage_swapped, damage_stale, d
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_damaged_newest_is_named_and_the_one_before_is_used(config, folder, capsys, damage, ranks):
+def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(config, folder, capsys, damage, ranks):
     save(config, 2, seed=1, step=4)
     save(config, 2, seed=2, step=8)
     damage(folder / NEW)
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_model_is_refused(config, more):
         load(config, identity=identity_with(model=more))
 
 
-def test_another_data_order_needs_a_word(config):
+def test_another_data_order_needs_a_flag(config):
     save(config)
     other = identity_with(data={"run.seed": 5})
     with pytest.raises(CheckpointError, match=r"run\.seed=0, this run has run\.seed=5.*add --new-data-order"):
@@ -201,14 +201,14 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoints(tmp_path) == ["step-00000004", "step-00000005"]
 
 
-def test_some_are_kept_for_good(tmp_path):
+def test_keep_every_samples(tmp_path):
     config = make_config(tmp_path, keep=2, keep_every_samples=48)  # three steps
     for step in (1, 2, 4, 5, 6, 7, 8):
         save(config, seed=step, step=step)
     assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in (4, 6, 7, 8)]
 
 
-def test_a_cut_one_does_not_push_a_whole_one_out(tmp_path, folder):
+def test_a_truncated_checkpoint_does_not_count_as_kept(tmp_path, folder):
     config = make_config(tmp_path, keep=2)
     for step in (1, 2):
         save(config, seed=step, step=step)
@@ -217,7 +217,7 @@ def test_a_cut_one_does_not_push_a_whole_one_out(tmp_path, folder):
     assert checkpoints(tmp_path) == ["step-00000001", "step-00000003"]
 
 
-def test_one_found_damaged_at_the_start_does_not_push_a_whole_one_out(tmp_path, folder):
+def test_a_checkpoint_found_damaged_at_the_start_does_not_count_as_kept(tmp_path, folder):
     config = make_config(tmp_path, keep=2)
     for step in (1, 2):
         save(config, seed=step, step=step)
@@ -226,7 +226,7 @@ def test_one_found_damaged_at_the_start_does_not_push_a_whole_one_out(tmp_path, 
     assert checkpoints(tmp_path) == ["step-00000001", "step-00000003"]
 
 
-def test_a_new_checkpoint_is_never_dropped_for_damaged_ones_ahead_of_it(tmp_path, folder):
+def test_a_new_checkpoint_is_never_removed_for_damaged_newer_ones(tmp_path, folder):
     config = make_config(tmp_path, keep=2)
     for step in (4, 8, 12):
         save(config, seed=step, step=step)
@@ -251,7 +251,7 @@ def test_nothing_in_a_checkpoint_is_pickled(config, folder):
     assert set(load_file(folder / OLD / names[2])) >= {"master:a:0", "exp_avg:a:0", "ema:a:0"}
 
 
-def test_all_is_on_disk_before_the_name_is_given(config, folder, monkeypatch):
+def test_everything_is_on_disk_before_the_rename(config, folder, monkeypatch):
     order, fsync, rename = [], os.fsync, os.rename
 
     def noted(handle):
@@ -266,7 +266,7 @@ def test_all_is_on_disk_before_the_name_is_given(config, folder, monkeypatch):
     assert order[4:] == ["rename", "checkpoints"]
 
 
-def test_what_a_kill_left_behind_is_removed_by_the_next_save(config, folder):
+def test_the_next_save_removes_the_remains_of_a_kill(config, folder):
     (folder / "tmp-step-00000004-dead").mkdir(parents=True)
     (folder / "step-00000002").mkdir()  # its marker was gone before its files were
     (folder.parent / "ema/tmp-step-00000002-dead").mkdir(parents=True)
@@ -293,7 +293,7 @@ def test_a_gap_in_a_parameter_is_an_error(config, folder):
         FragmentReader(newest(folder)).read("ema", "a", 0, 25)
 
 
-def test_a_rank_opens_the_files_that_it_needs_alone(config, monkeypatch):
+def test_a_rank_opens_only_the_files_that_it_needs(config, monkeypatch):
     save(config, 4)
     opened = []
     monkeypatch.setattr(
@@ -305,7 +305,7 @@ def test_a_rank_opens_the_files_that_it_needs_alone(config, monkeypatch):
     assert sorted(opened) == [f"state-{rank:05d}-of-00004.safetensors" for rank in (0, 1, 1, 2, 3)]
 
 
-def test_the_names_in_a_manifest_may_not_lead_out_of_it(config, folder):
+def test_a_file_name_in_a_manifest_cannot_leave_the_folder(config, folder):
     save(config)
     manifest = json.loads((folder / OLD / MANIFEST).read_text())
     manifest["files"][0]["name"] = "../../secret"
@@ -316,7 +316,7 @@ def test_the_names_in_a_manifest_may_not_lead_out_of_it(config, folder):
         load(config)
 
 
-def test_emas_find_their_own_when_the_config_moves_them(tmp_path):
+def test_emas_are_matched_by_description_when_the_config_moves_them(tmp_path):
     before = make_config(tmp_path, ema={"half_life_samples": [100, 200], "sigma_rel": [0.1]})
     after = make_config(tmp_path, ema={"half_life_samples": [100, 300, 400], "sigma_rel": [0.1]})
 
@@ -346,7 +346,7 @@ def test_emas_find_their_own_when_the_config_moves_them(tmp_path):
     assert re.search("sigma_rel 0.1 .*dropped", fewer.conversion)
 
 
-def test_a_checkpoint_of_another_run_is_taken_only_with_the_word(tmp_path):
+def test_a_checkpoint_of_another_run_needs_a_flag(tmp_path):
     config = make_config(tmp_path)
     save(config, run_id="one")
     with pytest.raises(CheckpointError, match=r"another run \(one,.* two\); .*--adopt"):
@@ -363,7 +363,7 @@ def test_precision_is_named_where_it_changes(tmp_path):
     assert load(bf16)[0][0].conversion == said
 
 
-def test_a_start_killed_while_it_claims_the_directory_can_be_made_again(tmp_path, monkeypatch):
+def test_a_start_killed_while_it_claims_the_directory_can_be_repeated(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path / "run")
     monkeypatch.setattr("pathlib.Path.mkdir", dying_after_two(monkeypatch))
     with pytest.raises(KeyboardInterrupt):

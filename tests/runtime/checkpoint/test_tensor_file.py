@@ -41,7 +41,7 @@ def test_the_library_reads_it_back(tmp_path_factory, items):
     assert int.from_bytes(content[:8], "little") % 8 == 0
 
 
-def test_it_is_the_librarys_own_file_bit_for_bit(tmp_path):
+def test_the_file_equals_that_of_the_library(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "z": torch.randn(2).bfloat16()}
     write_tensor_file(tmp_path / "ours", entries_of(tensors), {"format": "pt"})
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
@@ -70,7 +70,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
     assert alive == [0] * 5
 
 
-def test_a_promise_that_is_broken_is_an_error(tmp_path):
+def test_a_tensor_of_another_shape_than_its_entry_is_an_error(tmp_path):
     entry = TensorEntry("t", torch.float32, (3,), lambda: torch.zeros(4))
     with pytest.raises(ValueError, match=r"^t .*\(3,\).*\(4,\)"):
         write_tensor_file(tmp_path / "x", [entry])

@@ -58,7 +58,7 @@ def test_one_file_where_it_fits(run, tmp_path):
     )
 
 
-def test_shards_and_their_index_are_the_hubs(run, tmp_path):
+def test_shards_and_index_have_the_names_of_the_hub(run, tmp_path):
     out = export_run(run, tmp_path / "out", max_shard_gib=12_290 / GIB).path
     index = json.loads((out / INDEX).read_text())
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -86,7 +86,7 @@ def test_bf16_is_rounded_once(run, tmp_path):
 
 
 @pytest.mark.parametrize("wanted", [WantedEma(sigma_rel=0.1), WantedEma(half_life=1000)])
-def test_an_average_that_was_kept_is_taken_as_it_is(run, tmp_path, wanted):
+def test_a_kept_ema_is_exported_unchanged(run, tmp_path, wanted):
     out = export_run(run, tmp_path / "out", wanted=wanted).path
     kind = "ema1" if wanted.sigma_rel else "ema"
     weights = load_file(out / WEIGHTS)
@@ -102,12 +102,12 @@ def test_an_average_that_was_kept_is_taken_as_it_is(run, tmp_path, wanted):
         ({"sigma_rel": 0.3}, r"must lie in \(0, 0.28\)"),
     ],
 )
-def test_an_average_that_is_none(wanted, said):
+def test_an_invalid_choice_of_ema(wanted, said):
     with pytest.raises(ConfigError, match=said):
         WantedEma(**wanted)
 
 
-def test_the_papers_say_what_is_known_and_no_more(run, tmp_path):
+def test_facts_and_model_card(run, tmp_path):
     out = export_run(run, tmp_path / "out").path
     facts = json.loads((out / "config.json").read_text())
     assert facts["model"] == {
@@ -139,14 +139,14 @@ def test_the_papers_say_what_is_known_and_no_more(run, tmp_path):
     assert "not exactly these weights" in card
 
 
-def test_no_credentials_are_passed_on(run, tmp_path):
+def test_an_export_has_no_credentials(run, tmp_path):
     out = export_run(run, tmp_path / "out").path
     assert "hunter2" in (run / "config.yaml").read_text()
     assert not [path for path in out.iterdir() if b"hunter2" in path.read_bytes()]
     assert load_config(out / "config.yaml").data.latents == "s3://bucket/latents"
 
 
-def test_nothing_is_written_over_and_nothing_half_written_stays(run, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_no_partial_export_stays(run, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         export_run(run, tmp_path / "there")
@@ -182,7 +182,7 @@ def keep_emas(run, config, steps, kinds=("ema", "ema1"), snapshot_every=25, sinc
 
 
 @pytest.mark.parametrize("wanted", [WantedEma(half_life=800), WantedEma(sigma_rel=0.15)])
-def test_an_average_that_was_not_kept_is_rebuilt_from_those_that_were(tmp_path, wanted, monkeypatch):
+def test_an_ema_that_was_not_kept_is_rebuilt(tmp_path, wanted, monkeypatch):
     monkeypatch.setattr(export_ema, "BLOCK", 2)
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     path = keep_emas(run, config, 400, snapshot_every=10)
@@ -197,7 +197,7 @@ def test_an_average_that_was_not_kept_is_rebuilt_from_those_that_were(tmp_path, 
     assert "from 80 EMA snapshots" in (exported.path / "README.md").read_text()
 
 
-def test_too_few_kept_averages_are_refused_with_the_fix(tmp_path):
+def test_too_few_kept_emas_are_rejected_with_the_fix(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=400)
     with pytest.raises(CheckpointError, match=r"half_life_samples=32 .* 2 .* 3%; .*ema\.snapshot_every_samples"):
@@ -232,7 +232,7 @@ def test_a_damaged_snapshot_is_left_out_and_a_changed_batch_refused(tmp_path, ca
 FOUND = {"tracked": {"half_life": 400}, "power": {"sigma_rel": 0.1}, "rebuilt": {"half_life": 800}}
 
 
-def test_averages_are_known_by_what_they_are_and_not_by_their_number(tmp_path):
+def test_emas_are_found_by_description_not_by_number(tmp_path):
     """The config has another half-life before the old ones since; the newest checkpoint is from before."""
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=10)
@@ -245,7 +245,7 @@ def test_averages_are_known_by_what_they_are_and_not_by_their_number(tmp_path):
     assert not torch.equal(after["tracked"]["w"], after["power"]["w"])
 
 
-def test_an_export_says_what_the_checkpoint_holds_and_not_what_the_config_wants_since(tmp_path):
+def test_an_export_describes_the_ema_of_the_checkpoint_not_of_a_later_config(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [50]})
     make_checkpoint(run / "checkpoints", 100, state(), ema=config.ema)
     new = config.model_copy(update={"ema": EmaSection(half_life_samples=(100_000,))})
@@ -255,7 +255,7 @@ def test_an_export_says_what_the_checkpoint_holds_and_not_what_the_config_wants_
     assert "an EMA of the weights (half-life 50, ramp-up 0.1)" in (exported.path / "README.md").read_text()
 
 
-def test_an_average_that_began_later_is_no_part_of_a_fit(tmp_path):
+def test_an_ema_that_started_later_is_not_part_of_a_fit(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=10, since={"ema1": 40})
     assert open_ema_weights(run, WantedEma(half_life=300)).facts["snapshots"] == 40  # of the other one alone
@@ -305,7 +305,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(out, tmp_path
     refused(out, "is not a regular file")
 
 
-def test_every_damage_of_a_shard_is_seen_before_it_is_opened(out):
+def test_a_damaged_shard_is_rejected_before_it_is_read(out):
     shard = out / "model-00002-of-00003.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
@@ -316,7 +316,7 @@ def test_every_damage_of_a_shard_is_seen_before_it_is_opened(out):
     refused(out, "No such file")
 
 
-def test_an_index_that_says_otherwise_is_refused(out):
+def test_an_index_that_differs_from_the_files_is_refused(out):
     rewrite(out / INDEX, lambda tree: tree["weight_map"].update({"a.bias": "../../secret"}))
     refused(out, "does not match the files beside it")
 
@@ -334,7 +334,7 @@ def test_an_index_that_says_otherwise_is_refused(out):
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_json_that_is_not_ours(out, content, said):
+def test_invalid_json(out, content, said):
     (out / "config.json").write_bytes(content)
     refused(out, said)
 
@@ -383,7 +383,7 @@ def test_facts_that_are_missing_or_odd_are_refused(out, change):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors"])
 @pytest.mark.parametrize("make", [pipe, folder, device, loop, link_out, sparse])
-def test_what_is_not_a_file_of_the_export_is_refused_without_waiting(out, name, make):
+def test_pipes_folders_and_links_are_refused_without_waiting(out, name, make):
     content = (out / name).read_bytes()
     (out / name).unlink()
     make(out / name, content)
@@ -439,7 +439,7 @@ print(peak)
 """
 
 
-def test_memory_is_a_few_of_the_largest_tensors_and_not_the_model(tmp_path):
+def test_memory_does_not_grow_with_the_model(tmp_path):
     """32 tensors of 4 MiB, 128 in all. glibc is told to give freed blocks back, so that what lives is what is seen."""
     run, _ = make_run(tmp_path)
     value = torch.zeros(1 << 20)
