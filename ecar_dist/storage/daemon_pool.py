@@ -1,7 +1,7 @@
-"""A pool of daemon threads: the program's end does not wait for what they still have to do.
+"""A pool of daemon threads: the end of the program does not wait for what they still have to do.
 
-concurrent.futures' own pool finishes its whole queue before the interpreter may exit, here minutes of downloads that
-nobody will read.
+concurrent.futures' own pool finishes its whole queue before the interpreter may exit: minutes of downloads that nobody
+will read, in a script or a notebook that does not end by `cli.entry`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
-PATIENCE = 2.0  # seconds: most of what runs is done by then, and leaves no file half-made
+PATIENCE = 2.0  # seconds: most of what runs is done by then, and leaves no file half-written
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,10 +24,10 @@ _END = object()
 
 
 class DaemonPool:
-    """Runs what is submitted, first come first served."""
+    """Runs what is submitted, first come, first served."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._queue: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of _ended
         self._ended = False
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
@@ -35,16 +35,16 @@ class DaemonPool:
             thread.start()
 
     def submit(self, run: Callable[P, T], *args: P.args, **options: P.kwargs) -> Future[T]:
-        """After the end, a future that is cancelled."""
+        """After the end of the pool, a future that is cancelled."""
         future: Future[T] = Future()
         with self._lock:
             if self._ended:
                 future.cancel()
-            self._queue.put(_Task(future, lambda: run(*args, **options)))
+            self._queue.put((future, lambda: run(*args, **options)))
         return future
 
     def map(self, run: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
-        """The results in the order of the items, all of which are submitted now."""
+        """The results in the order of the items, which are all submitted now."""
         futures = [self.submit(run, item) for item in items]
         return (future.result() for future in futures)
 
@@ -56,15 +56,16 @@ class DaemonPool:
             yield cast(Item, item)
 
     def end(self, patience: float = 0.0) -> None:
-        """Cancel what waits; what runs gets so many seconds, and then nobody waits for it any longer."""
+        """Cancel what waits, and wait `patience` seconds for what runs."""
         with self._lock:
             self._ended = True
             while not self._queue.empty():
                 with contextlib.suppress(queue.Empty):  # a thread was faster
                     if (task := self._queue.get_nowait()) is not None:
-                        task.future.cancel()
+                        task[0].cancel()
             for _ in self._threads:
                 self._queue.put(None)
+
         deadline = time.monotonic() + patience
         for thread in self._threads if patience else ():
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -79,19 +80,15 @@ class DaemonPool:
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
-            task.run()
+            _run(*task)
 
 
-class _Task(Generic[T]):
-    def __init__(self, future: Future[T], call: Callable[[], T]) -> None:
-        self.future, self._call = future, call
-
-    def run(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            result = self._call()
-        except BaseException as error:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
+def _run(future: Future[T], call: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,12 +1,13 @@
 """Locks and temporary files that the kernel frees when their owner dies, however it dies.
 
-Both rest on flock: no name in shared memory, no process id that another container cannot see, nothing to clean up by
+All rest on flock: no name in shared memory, no process id that another container cannot see, nothing to clean up by
 hand. Keep them on a disk of the node: some shared file systems have no flock, or one that other nodes do not see.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -15,59 +16,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ecar_dist.errors import DataError
+import filelock
+
+from ecar_dist.errors import DataError, reason_of
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, temporary_beside
 
 _POLL_SECONDS = 0.05
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def node_lock(path: Path, stopping: threading.Event) -> Iterator[None]:
-    """Hold the lock file `path` alone, among all threads and processes of the node; it is gone afterwards.
+    """Hold the lock file `path` alone, among all threads and processes of the node; it is removed afterwards.
 
-    Raises DataError when `stopping` is set while waiting, or where the file system has no flock.
+    Raises DataError if `stopping` is set while waiting, or if the file system has no flock, and OSError if the file
+    cannot be made.
     """
-    handle = _acquire(path, stopping)
+    lock = filelock.UnixFileLock(path, mode=0o600, poll_interval=_POLL_SECONDS, fallback_to_soft=False)
+    try:
+        lock.acquire(cancel_check=stopping.is_set)
+    except filelock.Timeout:
+        raise DataError(f"waiting for {path} was stopped; run the same command again to continue") from None
+    except OSError as error:
+        raise _explained(error, path) from None
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is no longer the lock
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may share the handle and keep it open
-        os.close(handle)
+        # while the lock is held: who waits for it sees that the file is gone, and makes a new one
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _acquire(path: Path, stopping: threading.Event) -> int:
-    # polled: nothing could end the wait of a blocking flock
-    while not stopping.is_set():
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        held = False
-        try:
-            held = _try_flock(handle, path) and _is_still(path, handle)
-        finally:
-            if not held:
-                os.close(handle)
-        if held:
-            return handle
-        stopping.wait(_POLL_SECONDS)
-    raise DataError(f"waiting for {path} was stopped; start again to go on")
-
-
-def _try_flock(handle: int, path: Path) -> bool:
+def try_lock(file: BinaryIO) -> bool:
+    """Lock an open file until it is closed; False if somebody else has locked it. Raises OSError without flock."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        raise DataError(f"cannot lock {path} ({error.strerror}); put the cache on a disk of the node") from None
     return True
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    """The file was not removed by its last holder between our open and our lock."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 @contextlib.contextmanager
@@ -77,7 +63,7 @@ def owned_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         temporary = temporary_beside(path)
         with open(temporary, "xb+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(temporary, file.fileno()):  # swept between its making and its lock
+            if os.fstat(file.fileno()).st_nlink == 0:  # swept between its creation and its lock
                 continue
             try:
                 yield temporary, file
@@ -90,5 +76,16 @@ def sweep_temporaries(folder: Path) -> None:
     """Remove what dead processes of this host have left in `folder`."""
     for path in folder.glob(f".*.{socket.gethostname()}.*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if _try_flock(file.fileno(), path):
+            try:
+                abandoned = try_lock(file)
+            except OSError as error:
+                raise _explained(error, path) from None
+            if abandoned:
                 path.unlink()
+
+
+def _explained(error: OSError, path: Path) -> Exception:
+    """With a fix, if the error says that the file system has no flock."""
+    if error.errno in _NO_FLOCK:
+        return DataError(f"cannot lock {path} ({reason_of(error)}); put the cache on a disk of the node")
+    return error

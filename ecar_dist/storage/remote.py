@@ -1,7 +1,7 @@
-"""Objects behind fsspec URLs, by the rule of `retries.py`. The only home of fsspec.
+"""Objects behind fsspec URLs, with the retries of `retries.py`. The only module that imports fsspec.
 
-fsspec's file systems each retry in their own way, some not at all, and none bounds a body that drips: their retries are
-off here. They are made on first use in each process, since their event loops do not survive a fork.
+fsspec's file systems each retry in their own way, some not at all, and none limits the time of a slow body: their
+retries are off here. They are made on first use in each process, because their event loops do not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from urllib.parse import unquote
 import fsspec
 import fsspec.asyn
 
-from ecar_dist.errors import DataError
+from ecar_dist.errors import DataError, reason_of
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact, scrub
-from ecar_dist.storage.retries import ObjectMissing, Transfer, insist, status_of
+from ecar_dist.storage.retries import ObjectMissing, Transfer, status_of, with_retries
 from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, printable, relative_name
 
 T = TypeVar("T")
@@ -30,13 +30,13 @@ _LISTING_THREADS = 16
 
 @dataclass(frozen=True)
 class ObjectVersion:
-    """What tells an object from the one that replaces it, as far as its store says."""
+    """What distinguishes an object from the one that replaces it, as far as its store says."""
 
     size: int | None
     tag: str | None  # ETag, generation or time of change
 
 
-# what object stores call it, the surest first
+# the names that object stores have for it, the surest first
 _VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "Last-Modified")
 
 
@@ -47,7 +47,7 @@ def is_remote(folder: str | Path) -> bool:
 
 
 def meant_url(path: str | Path) -> str | None:
-    """The URL behind a path like s3:/bucket/set: typed so, or taken for a path on the way. None for other paths."""
+    """The URL that a path like s3:/bucket/set was meant to be, e.g. because `Path` removed a slash; else None."""
     scheme, mark, rest = str(path).partition(":/")
     lost = mark and not rest.startswith("/") and re.fullmatch(r"[a-z][a-z0-9+.\-]+", scheme)
     return f"{scheme}://{rest}" if lost else None
@@ -59,10 +59,10 @@ def local_path(folder: str | Path) -> Path:
 
 
 def join(folder: str | Path, name: str) -> str:
-    """Where `name` lies in a folder or URL; a query string (a signature) stays behind the path.
+    """The path or URL of `name` in a folder or URL; a query string (a signature) stays behind the path.
 
-    Every path made from a name that stands in a manifest, a table or a listing is made here. Raises DataError for a
-    name that leads out of the folder, or that would be something else than a path in a URL.
+    Every path made from a name in a manifest, a table or a listing is made here. Raises DataError for a name that leads
+    out of the folder, or that would not be a path in a URL.
     """
     try:
         relative_name(name)
@@ -81,7 +81,7 @@ def file_in(folder: str | Path, name: str) -> Path:
 
 
 def _check_in_url(url: str, name: str) -> None:
-    """Raises UntrustedError for a name that is not the same path once it stands in this URL."""
+    """Raises UntrustedError for a name that is another path when it is a part of this URL."""
     if "?" in name:
         raise UntrustedError(f"{printable(repr(name))} has a ?, which begins the query of a URL")
     if url.startswith(("http://", "https://")):  # where a name is also an address: %2e%2e is .. there
@@ -91,9 +91,9 @@ def _check_in_url(url: str, name: str) -> None:
 
 
 def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int | None = None) -> bytes:
-    """A small object or local file, whole. Raises ObjectMissing where there is none, DataError for other failures.
+    """A small object or local file, whole. Raises ObjectMissing if there is none, DataError for other failures.
 
-    One of more than `limit` bytes is a failure, as far as its size is known before it is read.
+    More than `limit` bytes are a failure, if the size is known before the object is read.
     """
     if not is_remote(url):
         return _read_file(local_path(url), limit)
@@ -101,7 +101,7 @@ def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int 
     if size is not None:
         _check_size(redact(url), size, limit)
         return read_range(str(url), 0, size, transfer) if size else b""
-    return _insist("reading", str(url), transfer, lambda place, timeout: place.call("cat_file", timeout))
+    return _request("reading", str(url), transfer, lambda path, timeout: path.call("cat_file", timeout))
 
 
 def _read_file(path: Path, limit: int | None) -> bytes:
@@ -113,19 +113,19 @@ def _read_file(path: Path, limit: int | None) -> bytes:
     except FileNotFoundError:
         raise ObjectMissing(f"{path} does not exist; check the path") from None
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from None
+        raise DataError(f"cannot read {path} ({reason_of(error)}); check the path and its permissions") from None
 
 
 def _check_size(where: str, size: int, limit: int | None) -> None:
     if limit is not None and size > limit:
-        raise DataError(f"{where} has {size:,} bytes, expected at most {limit:,}; it is not what it should be")
+        raise DataError(f"{where} has {size:,} bytes, expected at most {limit:,}; restore it")
 
 
 def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None) -> bytes:
-    """Bytes [start, stop) of an object, exactly. Raises DataError, one line, when the policy's deadline is over."""
+    """Bytes [start, stop) of an object, exactly. Raises DataError, one line, at the deadline of the policy."""
 
-    def attempt(place: _Place, timeout: float) -> bytes:
-        body: bytes = place.call("cat_file", timeout, start=start, end=stop)
+    def attempt(path: _RemotePath, timeout: float) -> bytes:
+        body: bytes = path.call("cat_file", timeout, start=start, end=stop)
         if len(body) > stop - start:
             raise DataError(f"{redact(url)}: the server ignores byte ranges; copy the data to a store that has them")
         if len(body) < stop - start:
@@ -133,43 +133,43 @@ def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None
         return body
 
     transfer = transfer or Transfer()
-    body = _insist(f"reading bytes {start}..{stop - 1} of", url, transfer, attempt, stop - start)
+    body = _request(f"reading bytes {start}..{stop - 1} of", url, transfer, attempt, stop - start)
     transfer.stats.add(bytes=len(body))
     return body
 
 
 def read_object(url: str, size: int, transfer: Transfer | None = None) -> bytes:
-    """An object that must have `size` bytes, whole, by one request. Raises as `stat` does, and for another size."""
+    """An object that must have `size` bytes, whole, in one request. Raises as `stat` does, and for another size."""
     transfer = transfer or Transfer()
 
-    def attempt(place: _Place, timeout: float) -> bytes:
-        body = _up_to(place, size + 1, timeout)  # one byte more shows that it has grown
+    def attempt(path: _RemotePath, timeout: float) -> bytes:
+        body = _up_to(path, size + 1, timeout)  # one byte more shows that it has grown
         if len(body) == size:
             return body
-        found = place.call("info", timeout).get("size")  # whose fault is it, the object's or the connection's?
+        found = path.call("info", timeout).get("size")  # is it the object or the connection?
         if found != size:
             raise DataError(f"{redact(url)} has {found} bytes, {size} were expected; restore it, or index it again")
         raise EOFError(f"a body of {len(body)} bytes where {size} were asked for")
 
-    body = _insist("reading", url, transfer, attempt, size)
+    body = _request("reading", url, transfer, attempt, size)
     transfer.stats.add(bytes=len(body))
     return body
 
 
-def _up_to(place: _Place, stop: int, timeout: float) -> bytes:
+def _up_to(path: _RemotePath, stop: int, timeout: float) -> bytes:
     """Bytes [0, stop) of an object, or what there is of them."""
     try:
-        body: bytes = place.call("cat_file", timeout, start=0, end=stop)
+        body: bytes = path.call("cat_file", timeout, start=0, end=stop)
     except Exception as error:
         if status_of(error) != 416:
             raise
-        return b""  # nothing has no first byte
+        return b""  # an empty object has no first byte
     return body
 
 
 def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
-    """Size and version. Raises ObjectMissing where there is none, DataError for other failures."""
-    info = _insist("looking up", url, transfer, lambda place, timeout: place.call("info", timeout))
+    """Size and version. Raises ObjectMissing if there is no such object, DataError for other failures."""
+    info = _request("looking up", url, transfer, lambda path, timeout: path.call("info", timeout))
     tags = (info.get(name) for name in _VERSION_FIELDS)
     return ObjectVersion(info.get("size"), next((str(tag) for tag in tags if tag), None))
 
@@ -177,12 +177,12 @@ def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
 def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, int]]:
     """(name relative to `url`, bytes) of every object under it, sorted by name.
 
-    Folder by folder, so that a failed page repeats one folder and not the whole listing. Raises as `stat` does, and
+    Folder by folder, so that a failed page repeats one folder instead of the whole listing. Raises as `stat` does, and
     then ends the transfer.
     """
     transfer = transfer or Transfer()
     found: list[tuple[str, int]] = []
-    root = _Place(url).path.rstrip("/")
+    root = _RemotePath(url).path.rstrip("/")
     folders = [root]
     with DaemonPool(_LISTING_THREADS, "list-files") as pool, transfer.stopped_by_errors():
         while folders:
@@ -195,26 +195,27 @@ def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, in
 
 
 def _list_folder(url: str, folder: str, transfer: Transfer) -> list[dict[str, Any]]:
-    def attempt(place: _Place, _: float) -> list[dict[str, Any]]:
-        # a folder may have any number of pages: its time is the deadline's
-        entries = place.call("ls", transfer.policy.deadline, path=folder, detail=True)
+    def attempt(path: _RemotePath, _: float) -> list[dict[str, Any]]:
+        # a folder may have any number of pages, so its timeout is the deadline
+        entries = path.call("ls", transfer.policy.deadline, path=folder, detail=True)
         return [entry for entry in entries if entry["name"].rstrip("/") != folder]  # stores list a folder's own marker
 
-    return _insist("listing", url, transfer, attempt)
+    return _request("listing", url, transfer, attempt)
 
 
-def upload(path: Path, url: str, transfer: Transfer | None = None) -> None:
+def upload(file: Path, url: str, transfer: Transfer | None = None) -> None:
     """Send a file. It appears whole on stores that replace objects atomically, as S3 does. Raises as `stat` does."""
-    transfer, size = transfer or Transfer(), path.stat().st_size
+    transfer = transfer or Transfer()
+    size = file.stat().st_size
 
-    def attempt(place: _Place, timeout: float) -> None:
-        place.call("put_file", timeout, before=(str(path),))
+    def attempt(path: _RemotePath, timeout: float) -> None:
+        path.call("put_file", timeout, before=(str(file),))
 
-    _insist("writing", url, transfer, attempt, size)
+    _request("writing", url, transfer, attempt, size)
     transfer.stats.add(bytes=size)
 
 
-class _Place:
+class _RemotePath:
     """A file system and a path in it."""
 
     def __init__(self, url: str) -> None:
@@ -231,7 +232,7 @@ class _Place:
         self._filesystem = _filesystem(protocol, kind, kind._get_kwargs_from_urls(url))
 
     def call(self, name: str, timeout: float, *, before: tuple[Any, ...] = (), **options: Any) -> Any:
-        """The file system's method on this path; bounded in time wherever the file system is asynchronous."""
+        """Call a method of the file system on this path; it has a timeout if the file system is asynchronous."""
         path = options.pop("path", self.path)
         if not self._filesystem.async_impl:
             return getattr(self._filesystem, name)(*before, path, **options)
@@ -240,29 +241,29 @@ class _Place:
 
 
 def remove(url: str, transfer: Transfer | None = None) -> None:
-    """One object; that it is gone already is no error. Raises DataError, one line, where the store does not do it."""
+    """Remove one object, if it is there. Raises DataError, one line, if the store refuses."""
     try:
-        _insist("removing", url, transfer, lambda place, timeout: place.call("rm_file", timeout))
+        _request("removing", url, transfer, lambda path, timeout: path.call("rm_file", timeout))
     except ObjectMissing:
         pass
 
 
 def abort_uploads(url: str, transfer: Transfer | None = None) -> int:
-    """End the multipart uploads under `url` that a killed or timed-out writer left; their number.
+    """End the multipart uploads under `url` that a killed or timed-out writer left; returns their number.
 
-    Where the store is S3's; others end them by themselves. Call it only where nobody is writing. Raises as `remove`.
+    On S3 only; other stores end them by themselves. Call it only while nobody is writing. Raises as `remove`.
     """
-    return _insist("ending unfinished uploads under", url, transfer, _abort_each)
+    return _request("ending unfinished uploads under", url, transfer, _abort_each)
 
 
-def _abort_each(place: _Place, timeout: float) -> int:
-    if not hasattr(place._filesystem, "_call_s3"):
+def _abort_each(path: _RemotePath, timeout: float) -> int:
+    if not hasattr(path._filesystem, "_call_s3"):
         return 0
-    bucket, _, prefix = place.path.partition("/")
+    bucket, _, prefix = path.path.partition("/")
 
     def ask(method: str, **what: str) -> dict[str, Any]:
-        # after the method's name comes a dict of further arguments, where other calls have the path
-        return place.call("call_s3", timeout, before=(method,), path={}, Bucket=bucket, **what)
+        # `call_s3` takes a dict of further arguments in the position where other methods take the path
+        return path.call("call_s3", timeout, before=(method,), path={}, Bucket=bucket, **what)
 
     uploads = ask("list_multipart_uploads", Prefix=f"{prefix.rstrip('/')}/").get("Uploads", [])
     for upload in uploads:  # a page of a thousand; the next call ends the rest
@@ -270,15 +271,15 @@ def _abort_each(place: _Place, timeout: float) -> int:
     return len(uploads)
 
 
-def _insist(what: str, url: str, transfer: Transfer | None, attempt: Callable[[_Place, float], T], size: int = 0) -> T:
-    return insist(
-        what,
-        url,
-        transfer or Transfer(),
-        lambda timeout: attempt(_Place(url), timeout),
-        size=size,
-        renew=_forget_filesystems,
-    )
+def _request(
+    what: str, url: str, transfer: Transfer | None, attempt: Callable[[_RemotePath, float], T], size: int = 0
+) -> T:
+    """`with_retries` of `attempt(path, timeout)`."""
+
+    def on_path(timeout: float) -> T:
+        return attempt(_RemotePath(url), timeout)
+
+    return with_retries(what, url, transfer or Transfer(), on_path, size=size, renew=_forget_filesystems)
 
 
 _S3_OPTIONS: dict[str, Any] = {
@@ -295,7 +296,7 @@ _filesystems_lock = threading.Lock()
 
 
 def _filesystem(protocol: str, kind: Any, options: dict[str, Any]) -> Any:
-    """This process's own instance: never one that another library made with its own retries."""
+    """The instance of this process: never one that another library made, with its own retries."""
     key = (os.getpid(), protocol, repr(sorted(options.items())))
     with _filesystems_lock:
         if key not in _filesystems:
@@ -308,6 +309,6 @@ def _filesystem(protocol: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _forget_filesystems() -> None:
-    """The next request makes them again and so reads the credentials again."""
+    """The next request makes new ones, and so reads the credentials again."""
     with _filesystems_lock:
         _filesystems.clear()

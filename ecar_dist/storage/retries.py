@@ -1,7 +1,7 @@
-"""One rule of retrying for all object stores: what is tried again, how often, and what the user is told in the end.
+"""One rule for retries on all object stores: what is retried, how often, and what the user is told in the end.
 
-Transport errors, time-outs, short bodies and the statuses 408, 429 and 5xx are tried again with growing pauses until a
-deadline. Every other status is final at once, and so is a server that cannot be trusted or does not speak TLS.
+Transport errors, timeouts, short bodies and the statuses 408, 429 and 5xx are retried with growing pauses until a
+deadline. Every other status is final, and so is a server that cannot be trusted or does not speak TLS.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ObjectMissing(DataError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long one operation insists. A request is given up after `request_seconds` plus its size at `slowest`."""
+    """How long one operation is retried. A request times out after `request_seconds` plus its size at `slowest`."""
 
     deadline: float = 600.0  # seconds for one operation with all its attempts
     request_seconds: float = 30.0
-    slowest: int = 1 << 18  # bytes a second; a body that drips below this is asked for again
+    slowest: int = 1 << 18  # bytes per second; a body that arrives more slowly is requested again
     first_delay: float = 0.2  # seconds; doubles with each attempt
     longest_delay: float = 20.0
 
@@ -79,7 +79,7 @@ class Transfer:
 
     @contextlib.contextmanager
     def stopped_by_errors(self) -> Iterator[None]:
-        """What ends the block early, Ctrl-C too, ends the requests of other threads: they insist for minutes."""
+        """An error that ends the block, Ctrl-C too, ends the requests of other threads, which retry for minutes."""
         try:
             yield
         except BaseException:
@@ -88,36 +88,42 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _Failure:
     """What one failed attempt says."""
 
     reason: str
-    status: int | None
-    final: bool
+    status: int | None  # of HTTP
+    final: bool  # another attempt would not help
     missing: bool
-    expired: bool
+    expired: bool  # credentials
     timed_out: bool
-    tls: bool  # no trust, or no common language; not a connection that broke
+    tls: bool  # no trust, or no common protocol; not a connection that broke
 
     @staticmethod
-    def of(error: BaseException) -> _Verdict:
-        status, code, tls = status_of(error), _code(error), _tls_fault(error)
-        # http's file system turns any failure into FileNotFoundError and keeps the true one as its cause
+    def of(error: BaseException) -> _Failure:
+        status = status_of(error)
+        code = _s3_code(error)
+        tls = _tls_fault(error)
+        # fsspec's HTTP file system turns any failure into FileNotFoundError and keeps the true one as its cause
         root = tls or list(_chain(error))[-1]
+
+        # what follows from it
         if status is None:
             final = tls is not None or isinstance(root, _FINAL_TYPES) or type(root).__name__ in _FINAL_NAMES
         else:
             final = 400 <= status < 500 and status not in (408, 429)
         missing = status == 404 or (final and status is None and isinstance(root, FileNotFoundError))
-        name = code if code and not code.isdigit() else type(root).__name__
-        words = scrub(" ".join(str(tls or error).split()))[:160]
-        reason = (f"HTTP {status} {name}" if status else name) + (f" ({words})" if words else "")
         timed_out = status is None and isinstance(error, TimeoutError)
+
+        # how to say it
+        name = code if code and not code.isdigit() else type(root).__name__
+        words = scrub(" ".join(str(tls or error).split()))[:_MAX_WORDS]
+        reason = (f"HTTP {status} {name}" if status else name) + (f" ({words})" if words else "")
         if missing and status is None:
             reason = "no such object"
         elif timed_out:
-            reason = "no whole answer in time"
-        return _Verdict(reason, status, final, missing, code in _EXPIRED, timed_out, tls is not None)
+            reason = "no complete answer in time"
+        return _Failure(reason, status, final, missing, code in _EXPIRED, timed_out, tls is not None)
 
     @property
     def fix(self) -> str:
@@ -131,8 +137,14 @@ class _Verdict:
             return "check the URL and the settings of the store"
         return "check the network and the store, then start again"
 
+    def as_error(self, what: str, attempts: int, elapsed: float) -> DataError:
+        """`what` was tried, e.g. "reading s3://bucket/key"."""
+        tried = "at once" if attempts == 1 else f"after {attempts} attempts in {elapsed:.0f} s"
+        kind = ObjectMissing if self.missing else DataError
+        return kind(f"{what} failed {tried}: {self.reason}; {self.fix}")
 
-def insist(
+
+def with_retries(
     what: str,
     url: str,
     transfer: Transfer,
@@ -141,50 +153,62 @@ def insist(
     size: int = 0,
     renew: Callable[[], None] = lambda: None,
 ) -> T:
-    """Run `attempt(timeout)` until it succeeds, fails for good, or the deadline is over.
+    """Call `attempt(timeout)` until it succeeds, fails for good, or the deadline is over.
 
-    `renew` is called once where credentials have expired, before one more attempt. Raises ObjectMissing for 404 and
-    DataError, one line, for every other end. A DataError of the attempt is final.
+    what: the action, for messages, e.g. "reading". size: bytes that a request moves, for its timeout. renew: called
+    once when credentials have expired, before one more attempt.
+
+    Raises ObjectMissing for 404 and DataError, one line, for every other end. A DataError of the attempt is final.
     """
-    policy, stats = transfer.policy, transfer.stats
-    began, attempts, renewed = time.monotonic(), 0, False
-    verdict: _Verdict | None = None
+    what = f"{what} {redact(url)}"
+    policy = transfer.policy
+    began = time.monotonic()
+    attempts = 0
+    renewed = False
+    failure: _Failure | None = None
+
     while not transfer.stopping.is_set():
+        # one attempt, within what is left of the time
         attempts += 1
-        left = policy.deadline - (time.monotonic() - began)
         asked = time.monotonic()
+        left = policy.deadline - (asked - began)
         try:
             return attempt(max(0.001, min(policy.request_timeout(size), left)))
         except DataError:
             raise
         except Exception as error:
-            now = _Verdict.of(error)
-            # the attempt that our deadline cut short says nothing: the one before does
-            if verdict is None or not now.timed_out or left > policy.request_timeout(size):
-                verdict = now
+            latest = _Failure.of(error)
+            # an attempt that our deadline cut short says nothing; the one before it does
+            if failure is None or not latest.timed_out or left > policy.request_timeout(size):
+                failure = latest
         finally:
-            stats.add(requests=1, seconds=time.monotonic() - asked)
-        # what follows is outside the handler: the library's exception may hold secrets and is not chained to ours
-        pause, elapsed = policy.delay(attempts), time.monotonic() - began
-        again = not verdict.final or (verdict.expired and not renewed)
+            transfer.stats.add(requests=1, seconds=time.monotonic() - asked)
+
+        # Give up? Outside the handler: the library's exception may hold secrets and is not chained to ours.
+        pause = policy.delay(attempts)
+        elapsed = time.monotonic() - began
+        again = not failure.final or (failure.expired and not renewed)
         if not again or elapsed + pause > policy.deadline:
-            raise _failure(f"{what} {redact(url)}", verdict, attempts, elapsed)
-        if verdict.expired:
+            raise failure.as_error(what, attempts, elapsed)
+
+        # the next attempt
+        if failure.expired:
             renewed = True
             renew()
-        stats.add(retries=1)
-        _NOTICES.say(f"{what} {redact(url)}: {verdict.reason}", attempts, elapsed, policy.deadline)
+        transfer.stats.add(retries=1)
+        _NOTICES.say(f"{what}: {failure.reason}", attempts, elapsed, policy.deadline)
         transfer.stopping.wait(pause)
-    raise DataError(f"{what} {redact(url)} was stopped; start again to go on")
+    raise DataError(f"{what} was stopped; run the same command again to continue")
 
 
 class _Notices:
-    """Now and then a line on stderr, from the first long trouble on: a silent wait of minutes looks like a hang."""
+    """A line on stderr now and then, once the trouble lasts: a silent wait of minutes looks like a hang."""
 
     EVERY = 15.0  # seconds, for the whole process
 
     def __init__(self) -> None:
-        self._lock, self._last = threading.Lock(), -math.inf
+        self._lock = threading.Lock()
+        self._last = -math.inf
 
     def say(self, trouble: str, attempts: int, elapsed: float, deadline: float) -> None:
         with self._lock:
@@ -199,12 +223,7 @@ _NOTICES = _Notices()
 _log = logging.getLogger(__name__)
 
 
-def _failure(what: str, verdict: _Verdict, attempts: int, elapsed: float) -> DataError:
-    tried = "at once" if attempts == 1 else f"after {attempts} attempts in {elapsed:.0f} s"
-    kind = ObjectMissing if verdict.missing else DataError
-    return kind(f"{what} failed {tried}: {verdict.reason}; {verdict.fix}")
-
-
+_MAX_WORDS = 160  # characters of another library's message
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _FINAL_TYPES = (
     FileNotFoundError,
@@ -239,7 +258,7 @@ def status_of(error: BaseException) -> int | None:
     """The HTTP status anywhere in the chain: botocore, aiohttp, gcsfs and azure each keep it elsewhere."""
     for link in _chain(error):
         if any(kind.__name__ == "HttpProcessingError" for kind in type(link).__mro__):
-            continue  # aiohttp's word for a broken body: its code 400 is nobody's answer
+            continue  # aiohttp's name for a broken body: its code 400 is not the server's
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -250,7 +269,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _tls_fault(error: BaseException) -> ssl.SSLError | None:
-    """Why no TLS connection can be had from this server, wherever the libraries above keep it."""
+    """Why no TLS connection to this server is possible, wherever the libraries keep that error; else None."""
     link: BaseException | None = error
     root: ssl.SSLError | None = None  # the innermost one: aiohttp's own kind wraps any other
     while link is not None:
@@ -264,7 +283,7 @@ _BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # 
 _BROKEN_RECORDS = {"DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "UNEXPECTED_EOF_WHILE_READING"}
 
 
-def _code(error: BaseException) -> str | None:
-    """S3's own name of the error."""
+def _s3_code(error: BaseException) -> str | None:
+    """S3's own name for the error."""
     responses = (getattr(link, "response", None) for link in _chain(error))
     return next((answer.get("Error", {}).get("Code") for answer in responses if isinstance(answer, dict)), None)

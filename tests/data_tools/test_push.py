@@ -130,8 +130,8 @@ def test_parts_are_proven_by_their_md5s(folder, url, object_store, monkeypatch, 
     from ecar_dist.storage import remote
 
     (tmp_path / "large").write_bytes(os.urandom(5 << 20) * 2 + b"rest")
-    place = remote._Place(f"{url}/large")
-    place.call("put_file", 60, before=(str(tmp_path / "large"),), chunksize=5 << 20)
+    path = remote._RemotePath(f"{url}/large")
+    path.call("put_file", 60, before=(str(tmp_path / "large"),), chunksize=5 << 20)
     version = stat(f"{url}/large")
     assert version.tag.strip('"').endswith("-3")
     assert push_module._same_bytes(tmp_path / "large", version) is True

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -67,11 +68,31 @@ def test_a_lock_file_removed_before_it_was_locked_is_not_the_lock(tmp_path, monk
 
 
 def test_waiting_ends_when_told(tmp_path):
-    stopping = threading.Event()
-    with node_lock(tmp_path / "lock", threading.Event()):
-        threading.Timer(0.1, stopping.set).start()
-        with pytest.raises(DataError, match="was stopped"), node_lock(tmp_path / "lock", stopping):
-            pass
+    stopping, held = threading.Event(), FORK.Event()
+    holder = FORK.Process(target=hold, args=(tmp_path / "lock", held), daemon=True)
+    holder.start()
+    assert held.wait(10)
+    threading.Timer(0.1, stopping.set).start()
+    with pytest.raises(DataError, match=str(tmp_path / "lock")), node_lock(tmp_path / "lock", stopping):
+        pass
+    holder.kill()
+
+
+def test_a_file_system_without_locks_is_refused_with_a_fix(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    temporary_beside(tmp_path / "a.tar").touch()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DataError, match=str(tmp_path / "lock")), node_lock(tmp_path / "lock", threading.Event()):
+        pass
+    with pytest.raises(DataError, match=str(tmp_path)):
+        sweep_temporaries(tmp_path)
+
+
+def test_a_lock_file_that_cannot_be_made_is_the_disks_error(tmp_path):
+    with pytest.raises(FileNotFoundError), node_lock(tmp_path / "absent/lock", threading.Event()):
+        pass
 
 
 def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from ecar_dist.errors import DataError
 from ecar_dist.storage import retries
-from ecar_dist.storage.retries import RetryPolicy, Transfer, TransferStats, insist
+from ecar_dist.storage.retries import RetryPolicy, Transfer, TransferStats, with_retries
 
 
 def test_pauses_double_to_their_longest_with_jitter():
@@ -31,7 +31,7 @@ def test_the_last_attempt_ends_with_the_deadline():
 
     policy = RetryPolicy(deadline=0.5, request_seconds=0.4, first_delay=0.05, longest_delay=0.05)
     with pytest.raises(DataError, match=r"^reading s3://b/k failed after \d attempts in \d s: ConnectionResetError"):
-        insist("reading", "s3://b/k", Transfer(policy), attempt)
+        with_retries("reading", "s3://b/k", Transfer(policy), attempt)
     assert given[0] == pytest.approx(0.4, abs=0.01)
     assert given[-1] < 0.3
 
@@ -41,10 +41,10 @@ def test_the_reason_is_not_that_of_the_attempt_our_deadline_cut():
         given.append(timeout)
         raise ConnectionResetError("reset") if len(given) == 1 else TimeoutError
 
-    for errors, reason in [(0, "ConnectionResetError"), (1, "no whole answer in time")]:
+    for errors, reason in [(0, "ConnectionResetError"), (1, "no complete answer in time")]:
         given = [0.0] * errors
         with pytest.raises(DataError, match=reason):
-            insist("reading", "s3://b/k", Transfer(RetryPolicy(deadline=0.2, first_delay=0.05)), attempt)
+            with_retries("reading", "s3://b/k", Transfer(RetryPolicy(deadline=0.2, first_delay=0.05)), attempt)
 
 
 def test_stopping_ends_a_pause_at_once():
@@ -56,7 +56,7 @@ def test_stopping_ends_a_pause_at_once():
         raise TimeoutError
 
     with pytest.raises(DataError, match="was stopped"):
-        insist("reading", "s3://b/k", transfer, attempt)
+        with_retries("reading", "s3://b/k", transfer, attempt)
     assert time.monotonic() - began < 5
 
 
@@ -68,7 +68,7 @@ def test_mistakes_are_not_tried_again(error):
         raise error
 
     with pytest.raises(DataError, match="at once"):
-        insist("reading", "s3://b/k", transfer, attempt)
+        with_retries("reading", "s3://b/k", transfer, attempt)
     assert transfer.stats.snapshot()["requests"] == 1
 
 
@@ -81,7 +81,7 @@ def test_the_cause_decides_over_what_wraps_it():
             raise error from ConnectionResetError("reset")
         return "read"
 
-    assert insist("reading", "http://h/k", Transfer(RetryPolicy(first_delay=0.01)), attempt) == "read"
+    assert with_retries("reading", "http://h/k", Transfer(RetryPolicy(first_delay=0.01)), attempt) == "read"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_no_trust_is_final_and_a_broken_connection_is_not(error, final):
 
     transfer = Transfer(RetryPolicy(deadline=0.1, first_delay=0.01))
     with pytest.raises(DataError) as caught:
-        insist("reading", "s3://b/k", transfer, attempt)
+        with_retries("reading", "s3://b/k", transfer, attempt)
     assert ("failed at once" in str(caught.value)) == final
     assert ("and its certificate" in str(caught.value)) == final
     assert (str(error) in str(caught.value)) == final
@@ -143,7 +143,7 @@ def test_long_trouble_is_said_now_and_then_and_without_secrets(monkeypatch, capl
 
     policy = RetryPolicy(deadline=0.7, first_delay=0.01, longest_delay=0.01)
     with pytest.raises(DataError):
-        insist("reading", "https://u:secret@b/k?sig=hidden", Transfer(policy), attempt)
+        with_retries("reading", "https://u:secret@b/k?sig=hidden", Transfer(policy), attempt)
     lines = [record.getMessage() for record in caplog.records]
     assert 2 <= len(lines) <= 4
     assert all(line.startswith("reading https://b/k: ConnectionResetError") for line in lines)

@@ -1,12 +1,11 @@
 """The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl; tb/, logs/, checkpoints/, jobs/ ...
 
-Free of torch, so that what only reads a run answers at once.
+Knows one process only: rank 0 calls it. Does not import torch, so that a command that only reads a run starts fast.
 """
 
 from __future__ import annotations
 
 import datetime
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -21,21 +20,22 @@ from typing import Any, BinaryIO
 from ecar_dist import __version__
 from ecar_dist.config.read import config_to_yaml, load_config
 from ecar_dist.config.run import RunConfig
-from ecar_dist.errors import ConfigError, FruitlessError, NodeError
+from ecar_dist.errors import ConfigError, FruitlessError, NodeError, reason_of
 from ecar_dist.runtime.run.lineage import MAX_REASON, LineageFile
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, naming, set_aside
+from ecar_dist.storage.node_lock import try_lock
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 LOCK_NAME = ".lock"
-BEFORE_THE_START = ("jobs", "logs")  # a job script writes there while the run has not begun
+BEFORE_THE_START = ("jobs", "logs")  # a job script writes there before the run begins
 _WITH_KEY = re.compile(r"://\S*[?@]")  # a signature, or a user's name and password
 GOOD_ENDS = ("done", "signal")
 MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
-# For an earlier attempt of the same job: its node was lost and it does not know yet, or the file system does not know
-# yet that it is dead (NFS gives a client that fell silent 90 s by default).
+# The wait for an earlier attempt of the same job: its node was lost and it does not know yet, or the file system
+# does not know yet that it is dead (NFS gives a silent client 90 s by default).
 LOCK_SECONDS = 120.0
 _LOCK_POLL = 0.5
-_MOST_OWNER = 1024  # bytes of the note on who holds the lock
+_MAX_OWNER_BYTES = 1024  # the line in the lock file that says who holds it
 
 
 class RunDirectory:
@@ -43,10 +43,15 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.config, self.lineage = self.path / "config.yaml", self.path / "lineage.json"
-        self.metrics, self.tensorboard = self.path / "metrics.jsonl", self.path / "tb"
-        self.samples, self.logs, self.checkpoints = (self.path / name for name in ("samples", "logs", "checkpoints"))
+        self.config = self.path / "config.yaml"
+        self.lineage = self.path / "lineage.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tb"
+        self.samples = self.path / "samples"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
         self.ema_snapshots = self.path / "ema"
+
         self.record_lost = False  # on opening, lineage.json and its copy were both damaged
         self._record = LineageFile(self.lineage)
         self._lock: BinaryIO | None = None
@@ -55,12 +60,13 @@ class RunDirectory:
         self._written_inode = 0  # and the file that this made
 
     def open_for_training(self) -> None:
-        """Make the directory, or take up the one an earlier attempt of this run left. Call on rank 0 only.
+        """Make the directory, or take over the one that an earlier attempt left. Call on rank 0 only.
 
-        It is this process's until its end, however that comes. A damaged lineage.json is put aside and replaced by its
-        copy; where that is damaged too, `record_lost` is set. Raises ConfigError where the directory holds something
-        that is not a run, or another process trains there.
+        It belongs to this process until the process ends. A damaged lineage.json is set aside and replaced by its copy;
+        if the copy is damaged too, `record_lost` is set. Raises ConfigError if the directory holds something that is
+        not a run, or if another process trains there.
         """
+        # refuse what is not ours, before anything is written
         ours = (TEMPORARY_SUFFIX, LOCK_NAME)
         found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
         if not self._record.exists() and any(not path.name.endswith(ours) for path in found):
@@ -70,8 +76,10 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(self.path)
         self._hold()
+
+        # lineage.json first: if the start is interrupted after it, the next start finds a run here
         self.record_lost = not self._record.repair()
-        self._write(self._record.read())  # first: a start that is cut short here may be made again
+        self._write(self._record.read())
         for folder in (self.samples, self.logs, self.checkpoints):
             try:
                 folder.mkdir(exist_ok=True)
@@ -79,34 +87,34 @@ class RunDirectory:
                 raise ConfigError(f"{folder} is not a folder; move it away, the run keeps its files there") from None
 
     def _hold(self) -> None:
-        """An flock: the kernel drops it with its owner. The file says who that is, for the message."""
+        """Lock the directory. The kernel drops the lock when its owner ends; the file says who that is."""
         if self._lock is not None:
             return
         file = _open_lock(self.path / LOCK_NAME)
         try:
             _lock(file, self.path)
         except OSError as error:
-            print(f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains there")
+            print(f"{self.path} cannot be locked ({reason_of(error)}): make sure that no second job trains there")
         with naming(self.path / LOCK_NAME):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}{_slurm_job()}\n".encode())
         self._lock = file
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Oldest first. Of a damaged lineage.json, what its copy has, or what this process wrote; else none."""
+        """Oldest first. If lineage.json is damaged, those of its copy, or those that this process wrote."""
         return self._record.known() or list(self._written)
 
     @property
     def run_id(self) -> str:
-        """The name of the first attempt; it stays with a run directory that is moved or copied."""
+        """The name of the first attempt; a run directory that is moved or copied keeps it."""
         first = self.attempts()[0]
         return str(first.get("run") or first["attempt"])
 
     def begin_attempt(self, **facts: Any) -> str:
         """Append this start to lineage.json, with the versions and `facts`; returns its name. Call on rank 0 only.
 
-        A fact `run` is the name of the run, for a record that has lost it.
-        Raises FruitlessError where the job was restarted MAX_FRUITLESS times and `facts["newest_step"]` never rose.
+        The fact `run` is the name of the run, for a record that has lost it.
+        Raises FruitlessError if the job was restarted MAX_FRUITLESS times and `facts["newest_step"]` never rose.
         """
         self._attempt = uuid.uuid4().hex[:8]
         attempt = {
@@ -114,7 +122,7 @@ class RunDirectory:
             "started": _now(),
             "host": socket.gethostname(),
             "job": os.environ.get("SLURM_JOB_ID"),
-            "chain": os.environ.get("SLURM_ARRAY_JOB_ID"),  # whose links are jobs of their own
+            "chain": os.environ.get("SLURM_ARRAY_JOB_ID"),  # an array whose tasks run one after another
             "ecar_dist": __version__,
             "torch": importlib.metadata.version("torch"),
             "python": platform.python_version(),
@@ -126,7 +134,7 @@ class RunDirectory:
         return self._attempt
 
     def note_attempt(self, **facts: Any) -> None:
-        """Add to this attempt's entry in lineage.json. Who began none, as ranks other than 0, changes nothing."""
+        """Add to the entry of this attempt in lineage.json. Does nothing in a process that began none."""
         if self._attempt is None:
             return
         try:
@@ -142,14 +150,14 @@ class RunDirectory:
         self._write(attempts)
 
     def end_attempt(self, reason: str) -> None:
-        """Note how this attempt ended: one of GOOD_ENDS, or the error. One without a note was killed."""
+        """Record how this attempt ended: one of GOOD_ENDS, or the error. An attempt without a reason was killed."""
         self.note_attempt(ended=_now(), reason=reason[:MAX_REASON])
 
     def is_ours(self) -> bool:
-        """Whether no later attempt has begun here: a process that slept through its own end must not write on.
+        """Whether no later attempt has begun here: a process that was suspended and replaced must not write any more.
 
-        A later attempt always writes a whole new file. So a damaged lineage.json that is still the file we wrote is
-        ours; a damaged one that somebody else made is not. Where there is none, the lock that we hold decides.
+        A later attempt always writes a new file. So a damaged lineage.json is ours if it is still the file that we
+        wrote. If there is no file, the lock that we hold decides.
         """
         if not self._attempt:
             return False
@@ -162,7 +170,7 @@ class RunDirectory:
             return _inode(self.lineage) == self._written_inode
 
     def _holds_the_lock(self) -> bool:
-        """Whether the lock file that others must take is the one that this process has locked."""
+        """Whether the lock file is still the one that this process has locked."""
         if self._lock is None or self._lock.closed:
             return False
         return os.fstat(self._lock.fileno()).st_ino == _inode(self.path / LOCK_NAME)
@@ -172,7 +180,7 @@ class RunDirectory:
         self._written, self._written_inode = attempts, _inode(self.lineage)
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the resolved config of the run; for its owner's eyes where a URL holds a key. Call on rank 0 only."""
+        """Write the resolved config of the run; only its owner may read it if a URL has a key. Call on rank 0 only."""
         text = config_to_yaml(config)
         if self.config.is_dir():  # a rename does not replace it, as it does whatever else stands there
             set_aside(self.config)
@@ -182,14 +190,14 @@ class RunDirectory:
             file.write(text.encode())
 
     def load_config(self) -> RunConfig:
-        """The resolved config of the run. Raises ConfigError where this is not a run directory."""
+        """The resolved config of the run. Raises ConfigError if this is not a run directory."""
         if not self.config.exists():
             raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
 
 
 def _inode(path: Path) -> int:
-    """Of what stands there, 0 where nothing does."""
+    """The inode at `path`, 0 if there is nothing."""
     try:
         return path.lstat().st_ino
     except OSError:
@@ -197,13 +205,13 @@ def _inode(path: Path) -> int:
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """The file whose lock is the run's. Raises ConfigError for what is not a regular file, links among them."""
+    """The lock file of a run. Raises ConfigError for what is not a regular file, and for a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fix = "make sure that nobody trains there, and remove it"
     try:
         handle = os.open(path, flags, 0o644)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be opened ({error.strerror}); {fix}") from None
+        raise ConfigError(f"{path} cannot be opened ({reason_of(error)}); {fix}") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ConfigError(f"{path} is not a regular file; {fix}")
@@ -211,7 +219,7 @@ def _open_lock(path: Path) -> BinaryIO:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Raises ConfigError where others could plant a link here for us to write through."""
+    """Raises ConfigError if others could place a link here for us to write through."""
     found, parent = path.stat(), path.absolute().parent.stat()
     by_all = bool(found.st_mode & stat.S_IWOTH)
     strange = found.st_uid != os.getuid() and bool(parent.st_mode & stat.S_IWOTH)
@@ -221,32 +229,29 @@ def _refuse_strangers(path: Path) -> None:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Take the lock; one that an earlier attempt of the same Slurm job holds is waited for, LOCK_SECONDS at most.
+    """Take the lock; wait at most LOCK_SECONDS for an earlier attempt of the same Slurm job.
 
-    Raises ConfigError where it is another's, NodeError where that time is over, OSError where there are no locks.
+    Raises ConfigError if another job has it, NodeError if that time is over, OSError if there are no locks.
     """
     until = None
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = printable(file.read(_MOST_OWNER).decode(errors="replace").strip()) or "another process"
-        ours = bool(_slurm_job()) and owner.endswith(_slurm_job())
-        if not ours:
+    while not try_lock(file):
+        file.seek(0)
+        owner = printable(file.read(_MAX_OWNER_BYTES).decode(errors="replace").strip()) or "another process"
+        if not _slurm_job() or not owner.endswith(_slurm_job()):
             raise ConfigError(f"{owner} trains in {path}; wait for its end, or choose another run.name")
-        if until is not None and time.monotonic() > until:
-            raise NodeError(f"{owner}, an earlier attempt, does not let go of {path}; run the same command again")
+
         if until is None:
             until = time.monotonic() + LOCK_SECONDS
             print(f"{owner}, an earlier attempt, still holds {path}; waiting {LOCK_SECONDS:g} s at most", flush=True)
+        elif time.monotonic() > until:
+            raise NodeError(f"{owner}, an earlier attempt, does not release {path}; run the same command again")
         time.sleep(_LOCK_POLL)
 
 
 def _slurm_job() -> str:
-    """How the note on a lock's owner ends, the same for all attempts of one job; empty outside Slurm.
+    """How the line in the lock file ends, the same for all attempts of one job; empty outside Slurm.
 
-    The links of a chain by array have numbers of their own, and are one job here.
+    The tasks of an array that run one after another have their own job numbers, and count as one job.
     """
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return f", Slurm job {job}" if job else ""
@@ -257,12 +262,14 @@ def _now() -> str:
 
 
 def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
-    """Raises FruitlessError where this Slurm job was started before from the newest checkpoint of now, and cut short.
+    """Raises FruitlessError if the last attempts of this Slurm job all ended early at the same newest checkpoint.
 
-    Only of one job, or one chain of jobs: a person who starts again by hand may have fixed the cause.
+    Counts one job, or one chain of jobs: a person who starts again by hand may have fixed the cause.
     """
-    now, earlier = attempts[-1], attempts[-1 - MAX_FRUITLESS : -1]
-    job, step = _submitted_as(now), now.get("newest_step")
+    now = attempts[-1]
+    earlier = attempts[-1 - MAX_FRUITLESS : -1]
+    job = _submitted_as(now)
+    step = now.get("newest_step")
     fruitless = [
         one
         for one in earlier

@@ -1,7 +1,9 @@
-"""TensorBoard event files that training never waits for.
+"""TensorBoard event files that training never waits for. Knows one process only.
 
-torch's SummaryWriter blocks its caller when its queue is full, and raises in it when the disk is. Here what does not
-get through is dropped and counted: the same numbers stand in metrics.jsonl.
+torch's SummaryWriter blocks its caller when its queue is full, and raises there when the disk is. Even in a thread of
+our own it would open, append to and close the file for every event, and its thread would die with a traceback on
+stderr, with an unknown number of events. Here what does not get through is dropped and counted; metrics.jsonl has the
+same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 QUEUED = 10_000  # events that may wait to be written, some MiB
-RETRY_SECONDS = 60.0  # between two attempts to begin a new file where writing failed
+RETRY_SECONDS = 60.0  # from a failed write to the next new file
 PATIENCE = 10.0  # seconds that `close` waits for what is queued
 
 _numbers = itertools.count()
@@ -31,20 +33,22 @@ Make = Callable[[], Any]  # -> a Summary protocol buffer
 class EventFile:
     """Writes summaries to a folder from a thread of its own.
 
-    After an error it goes on in a new file: a torn record ends a file for its readers, and they go on to the next.
+    After an error it continues in a new file: readers stop at a torn record, and continue with the next file.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None, dropped: int = 0) -> None:
-        """Readers hide all older events of the folder from `purge_step` on. `dropped`: where the count begins."""
-        # Here, because two threads that import parts of one package at once may each find the other's half done.
+        """purge_step: readers hide all older events of the folder from here on. dropped: where the count begins."""
+        # Here, because two threads that import parts of one package at the same time may each see a half of it.
         import torch.utils.tensorboard.summary  # noqa: F401
 
         self.dropped = dropped
-        self._folder, self._purge_step = folder, purge_step
-        self._queue: queue.Queue[tuple[int, float, Make] | None] = queue.Queue(QUEUED)
-        self._file: BinaryIO | None = None
-        self._failed_at, self._said = -RETRY_SECONDS, False
+        self._said = False
         self._lock = threading.Lock()  # of dropped and _said
+        self._folder = folder
+        self._purge_step = purge_step
+        self._file: BinaryIO | None = None
+        self._failed_at = -RETRY_SECONDS
+        self._queue: queue.Queue[tuple[int, float, Make] | None] = queue.Queue(QUEUED)
         self._thread = threading.Thread(target=self._work, name="event-file", daemon=True)
         self._thread.start()
 
@@ -56,7 +60,7 @@ class EventFile:
             self._drop(1, f"{self._folder} is too slow")
 
     def close(self, patience: float = PATIENCE) -> None:
-        """Write what is queued, as far as `patience` seconds allow. Safe to call twice."""
+        """Write what is queued, for at most `patience` seconds. Safe to call twice."""
         deadline = time.monotonic() + patience
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=patience)
@@ -67,7 +71,7 @@ class EventFile:
     def _work(self) -> None:
         ended = False
         if self._purge_step is not None:
-            self._write([])  # what is hidden stays hidden, should the process die before the first event
+            self._write([])  # what is hidden stays hidden, even if the process dies before the first event
         while not ended:
             batch = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
@@ -79,7 +83,7 @@ class EventFile:
             self._file.close()
 
     def _write(self, batch: list[tuple[int, float, Make]]) -> None:
-        """One write for all of them: on a network drive each costs a round trip."""
+        """One write for the whole batch: on a network drive each write costs a round trip."""
         if time.monotonic() - self._failed_at < RETRY_SECONDS:
             self._drop(len(batch))
             return
@@ -93,7 +97,7 @@ class EventFile:
             self._drop(len(batch), str(error))
 
     def _begin(self) -> BinaryIO:
-        """A new file, in the order of time by name, with its head."""
+        """A new file with its head. Its name sorts after those of older files, because readers go by the name."""
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06d}"
         head = _record(file_version="brain.Event:2", wall_time=time.time())
@@ -105,14 +109,15 @@ class EventFile:
             )
         file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115 - held until the end, or an error
         _write_all(file, head)
-        self._purge_step = None  # once: a later file goes on where this one ended
+        self._purge_step = None  # once: a later file continues where this one ended
         return file
 
     def _drop(self, count: int, why: str = "") -> None:
         with self._lock:
             self.dropped += count
-            first, self._said = bool(why) and not self._said, self._said or bool(why)
-        if first:
+            is_first = bool(why) and not self._said
+            self._said = self._said or bool(why)
+        if is_first:
             print(
                 f"ecar-dist: TensorBoard events are dropped ({why}); training goes on, metrics.jsonl has the numbers",
                 file=sys.stderr,
@@ -121,7 +126,7 @@ class EventFile:
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Unbuffered: what an error leaves behind is a torn end, and nothing that is written later."""
+    """Unbuffered: after an error the file has a torn end, and nothing is written behind it later."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

@@ -1,10 +1,12 @@
-"""lineage.json: the attempts at a run, oldest first. State and log in one, so it is kept twice.
+"""lineage.json: the attempts at a run, oldest first. It is both state and log, so it is kept twice.
 
-It is state: its first entry names the run, its last one says whose the run directory is. So it is read strictly, and a
-file that breaks the rules, or does not go on from its copy (.lineage.json.copy, written after it, with a hash), is put
-aside as lineage.json.damaged-N, and the copy takes its place: it is never written over. Where both are damaged the run
-goes on with a new record, and with the name that its checkpoints know (`train/record.py`). It is a log as well: whoever
-only reads a run goes on with the copy, or with nothing.
+As state: its first entry names the run, its last entry says which attempt owns the run directory. So it is read
+strictly. A file that breaks the rules, or is not a continuation of its copy (.lineage.json.copy, written after it, with
+a hash), is set aside as lineage.json.damaged-N and never overwritten, and the copy takes its place. If both are damaged
+the run continues with a new record, and with the name that its checkpoints know (`train/record.py`). As a log: a
+command that only reads a run takes the copy, or nothing.
+
+Knows one process only: rank 0 calls it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Attempts = list[dict[str, Any]]
 
 
 def _moment(text: str) -> str:
-    """Raises ValueError for what is not a date and time of ISO 8601 with its zone."""
+    """Raises ValueError for what is not an ISO 8601 date and time with a time zone."""
     if datetime.datetime.fromisoformat(text).tzinfo is None:
         raise ValueError("it has no time zone")
     return text
@@ -42,12 +44,12 @@ Step = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 class AttemptEntry(BaseModel):
-    """What is known of an entry. Another version may have put more into it."""
+    """The known fields of an entry. Another version may have added more."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
     attempt: Annotated[str, AfterValidator(plain_name)] | None = None
-    run: Annotated[str, AfterValidator(plain_name)] | None = None  # where the first attempts are no longer on record
+    run: Annotated[str, AfterValidator(plain_name)] | None = None  # if the first attempts are no longer on record
     started: Moment | None = None
     ended: Moment | None = None
     reason: str | None = None
@@ -71,14 +73,18 @@ class LineageFile:
     """lineage.json at `path`, and its copy beside it."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.copy = path, path.with_name(f".{path.name}.copy")
+        self.path = path
+        self.copy = path.with_name(f".{path.name}.copy")
 
     def read(self) -> Attempts:
-        """All attempts; none where there is no file. Raises UntrustedError and OSError."""
-        return _read(self.path)
+        """All attempts; none if there is no file. Raises UntrustedError and OSError."""
+        try:
+            return _checked(parse_json(read_plain_file(self.path, MAX_LINEAGE_BYTES)))
+        except FileNotFoundError:
+            return []
 
     def known(self) -> Attempts:
-        """All attempts, of the copy where the file is damaged, none where that is damaged too."""
+        """All attempts; those of the copy if the file is damaged, none if both are."""
         for read in (self.read, self._read_copy):
             try:
                 return read()
@@ -87,50 +93,52 @@ class LineageFile:
         return []
 
     def write(self, attempts: Attempts) -> None:
-        """The file, then its copy: of the two, one is whole at any moment."""
+        """Write the file, then its copy: one of the two is whole at any moment."""
         if len(attempts) > MAX_ATTEMPTS:
             attempts = [attempts[0], *attempts[1 - MAX_ATTEMPTS :]]
         write_json(self.path, attempts)
-        if self.copy.is_dir():  # a rename does not replace it, as it does whatever else is in the copy's place
+        if self.copy.is_dir():  # the one thing that a rename does not replace
             set_aside(self.copy)
         write_json(self.copy, {"attempts": attempts, "sha256": _digest(attempts)})
 
     def exists(self) -> bool:
-        """Whether anything is in the place of the file or of its copy."""
+        """Whether there is anything at the path of the file or of its copy."""
         return os.path.lexists(self.path) or os.path.lexists(self.copy)
 
     def repair(self) -> bool:
-        """Put a damaged file aside and its copy in its place, or in that of one that is gone, and say so. For the run's
-        owner only.
+        """Replace a damaged or missing file by its copy, and say so. For the owner of the run only.
 
-        False where the copy is no better: then nothing is known of the run any more, and the file holds no attempt.
+        False if the copy is damaged too: then nothing is known of the run any more, and the file holds no attempt.
         """
         try:
             attempts = self.read()
         except (UntrustedError, OSError) as error:
-            return self._put_aside(reason_of(error))
+            return self._replace(reason_of(error))
         try:
-            goes_on = _goes_on(attempts, self._read_copy())
+            continues = _continues(attempts, self._read_copy())
         except (UntrustedError, OSError):
             return bool(attempts)
-        return goes_on or self._put_aside("it is not what was written")
+        return continues or self._replace("it is not what was written")
 
-    def _put_aside(self, reason: str | None) -> bool:
+    def _replace(self, reason: str | None) -> bool:
+        # what is wrong with the file
         what = f"{self.path} is gone"
         if os.path.lexists(self.path):
             what = f"{self.path} is damaged ({reason}): it is now {set_aside(self.path).name}"
+
+        # what takes its place
         try:
             attempts = self._read_copy()
         except (UntrustedError, OSError):
             set_aside(self.copy)
             attempts = []
         self.write(attempts)
-        then = "its copy has taken its place" if attempts else "there is no whole copy, so the record begins anew"
-        print(f"warning: {what}; {then}", file=sys.stderr)
+        outcome = "its copy has taken its place" if attempts else "there is no whole copy, so a new record begins"
+        print(f"warning: {what}; {outcome}", file=sys.stderr)
         return bool(attempts)
 
     def _read_copy(self) -> Attempts:
-        """None where there is no copy. Raises UntrustedError and OSError."""
+        """No attempts if there is no copy. Raises UntrustedError and OSError."""
         try:
             tree = parse_json(read_plain_file(self.copy, MAX_LINEAGE_BYTES))
         except FileNotFoundError:
@@ -140,8 +148,8 @@ class LineageFile:
         return _checked(tree["attempts"])
 
 
-def _goes_on(attempts: Attempts, earlier: Attempts) -> bool:
-    """Whether the attempts are earlier ones and what came after: facts of the last one of them, and more attempts."""
+def _continues(attempts: Attempts, earlier: Attempts) -> bool:
+    """Whether `attempts` is `earlier` with more facts in its last entry, or more entries."""
     if not earlier:
         return True
     *closed, last = earlier
@@ -153,13 +161,6 @@ def _goes_on(attempts: Attempts, earlier: Attempts) -> bool:
 
 def _digest(attempts: Any) -> str:
     return hashlib.sha256(json.dumps(attempts, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> Attempts:
-    try:
-        return _checked(parse_json(read_plain_file(path, MAX_LINEAGE_BYTES)))
-    except FileNotFoundError:
-        return []
 
 
 def _checked(attempts: Any) -> Attempts:

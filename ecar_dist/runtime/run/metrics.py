@@ -1,4 +1,7 @@
-"""metrics.jsonl and TensorBoard: the same tags in both, and one curve across restarts."""
+"""metrics.jsonl and TensorBoard: the same tags in both, and one curve across restarts.
+
+Knows one process only: rank 0 has the writer.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from ecar_dist.runtime.run.event_file import EventFile
 from ecar_dist.storage.atomic import atomic_write, set_aside
 from ecar_dist.storage.untrusted import JsonLines, UntrustedError, parse_object
 
-HELD_BYTES = 1 << 22  # of lines that wait for a disk that takes no more
+HELD_BYTES = 1 << 22  # of lines that wait for a full disk
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
 
 class MetricsWriter:
-    """Writes what is measured at a step; held by rank 0 alone.
+    """Writes what is measured at a step.
 
-    On resume everything after `start_step` belongs to steps that will be made again: it is dropped from both files.
-    No error of a disk ends training: lines of metrics.jsonl wait in memory until it takes them, events are dropped.
+    On resume everything after `start_step` belongs to steps that will be repeated: it is dropped from both files. A
+    disk error never ends training: lines of metrics.jsonl wait in memory for the disk, TensorBoard events are dropped.
     """
 
     def __init__(self, directory: RunDirectory, start_step: int, tensorboard: bool) -> None:
@@ -44,7 +47,7 @@ class MetricsWriter:
                 self.text("config", _verbatim(shown_yaml(directory.config.read_text())), start_step)
 
     def log(self, step: int, samples_seen: int, values: Mapping[str, float]) -> None:
-        """A value that is not finite stands in metrics.jsonl as null."""
+        """Write one line, and one event per value. A value that is not finite is null in metrics.jsonl."""
         if self._board and self._board.dropped:
             values = {**values, "log/dropped_events": float(self._board.dropped)}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
@@ -56,7 +59,7 @@ class MetricsWriter:
                 self._board.add(step, partial(summary.scalar, tag, value))
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """picture: uint8 [H, W, 3]; for TensorBoard, and as samples/step-NNNNNNNN.png in the run directory."""
+        """Write a picture, uint8 [H, W, 3], to TensorBoard and to samples/step-NNNNNNNN.png in the run directory."""
         try:
             Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
         except OSError as error:
@@ -68,18 +71,18 @@ class MetricsWriter:
             self._board.add(step, partial(summary.image, tag, picture, dataformats="HWC"))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Markdown, for TensorBoard alone."""
+        """Write Markdown, to TensorBoard only."""
         if self._board:
             from torch.utils.tensorboard import summary
 
             self._board.add(step, partial(summary.text, tag, text))
 
     def rewind(self, step: int) -> None:
-        """The run was rolled back to `step`: what came after it is dropped, as on a resume."""
+        """The run was rolled back to `step`: drop what came after it, as on a resume."""
         self._lines.close()
         try:
             self._drop_after(step)
-        except OSError as error:  # the old lines stay: the later of two lines with one step is the one that counts
+        except OSError as error:  # the old lines stay; of two lines of one step, the later one counts
             self._lines.say(error)
         self._lines = _LineFile(self._directory.metrics)
         if self._board:
@@ -92,7 +95,7 @@ class MetricsWriter:
             self._board.close()
 
     def _drop_after(self, step: int) -> None:
-        """Whatever the file holds, training goes on: one that cannot be read is put aside."""
+        """Whatever the file holds, training continues: a file that cannot be read is set aside."""
         path = self._directory.metrics
         try:
             damaged = _keep_up_to(path, step)
@@ -110,10 +113,12 @@ class MetricsWriter:
 
 
 class _LineFile:
-    """Appends lines. What the disk does not take waits for the next line, up to HELD_BYTES; an error is said once."""
+    """Appends lines. What the disk does not take waits, up to HELD_BYTES; an error is printed once."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._held, self._said = path, b"", False
+        self._path = path
+        self._held = b""
+        self._said = False
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
@@ -136,7 +141,7 @@ class _LineFile:
         if not self._said:
             self._said = True
             print(
-                f"ecar-dist: {self._path} takes no more lines ({error.strerror}); training goes on, the lines wait",
+                f"ecar-dist: {self._path} takes no more lines ({reason_of(error)}); training goes on, the lines wait",
                 file=sys.stderr,
                 flush=True,
             )
@@ -150,7 +155,7 @@ def lineage_table(attempts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) -> None:
-    """Put the numbers of an evaluation beside the run's curves, as `eval/...`."""
+    """Write the numbers of an evaluation to the run's TensorBoard folder, as `eval/...`."""
     from torch.utils.tensorboard import summary
 
     board = EventFile(directory.tensorboard)
@@ -161,7 +166,7 @@ def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) ->
 
 
 def _verbatim(text: str) -> str:
-    """A Markdown block that is shown as it is."""
+    """A Markdown block of literal text."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 

@@ -27,7 +27,7 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
     run = tmp_path / "run"
     owner = subprocess.Popen([sys.executable, "-c", OWNER, run], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=rf"process {owner.pid} on \S+ trains in .*run; wait for its end, or choose"):
+    with pytest.raises(ConfigError, match=rf"process {owner.pid} on \S+ .*{run}"):
         RunDirectory(run).open_for_training()
     owner.kill()
     owner.wait()
@@ -66,7 +66,7 @@ def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_al
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     owner = RunDirectory(tmp_path / "run")
     owner.open_for_training()
-    with pytest.raises(NodeError, match="Slurm job 77, an earlier attempt, does not let go of"):  # status 75
+    with pytest.raises(NodeError, match=f"Slurm job 77, .*{tmp_path}"):  # status 75
         RunDirectory(tmp_path / "run").open_for_training()
     assert "waiting 1 s at most" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -116,9 +116,7 @@ def test_a_job_that_never_gets_further_is_refused(tmp_path, monkeypatch, chain):
     for link in range(3):
         monkeypatch.setenv("SLURM_JOB_ID", str(77 + 10 * link * chain))
         start(tmp_path / "run", step=40)
-    with pytest.raises(
-        FruitlessError, match=r"job 77 was cut short 3 times in a row without .* after step 40; see logs"
-    ):
+    with pytest.raises(FruitlessError, match=r"job 77 .* 3 .* step 40"):
         start(tmp_path / "run", step=40)
     monkeypatch.setenv("SLURM_JOB_ID", "78")  # submitted again by hand
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)

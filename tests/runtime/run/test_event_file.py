@@ -107,17 +107,16 @@ def test_after_an_error_events_are_dropped_counted_and_said_once_and_then_a_new_
     board.close()
     assert [step for step, _ in points(tmp_path)] == [1, 4]
     assert board.dropped == 2
-    assert capfd.readouterr().err == (
-        "ecar-dist: TensorBoard events are dropped ([Errno 28] No space left on device); training goes on, "
-        "metrics.jsonl has the numbers\n"
-    )
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert os.strerror(errno.ENOSPC) in said
 
 
 def test_a_folder_that_cannot_be_made_costs_the_events_alone(tmp_path, capfd):
     (tmp_path / "tb").write_text("a file")
     board = write(tmp_path / "tb", range(5))
     assert board.dropped == 5
-    assert capfd.readouterr().err.count("TensorBoard events are dropped") == 1
+    assert capfd.readouterr().err.count("TensorBoard") == 1
 
 
 def test_a_slow_folder_holds_nobody_up(tmp_path, monkeypatch, capfd):
@@ -134,7 +133,7 @@ def test_a_slow_folder_holds_nobody_up(tmp_path, monkeypatch, capfd):
         began = time.perf_counter()
         board.close(patience=0.1)
         assert time.perf_counter() - began < 1.0
-        assert capfd.readouterr().err.count("too slow") == 1
+        assert capfd.readouterr().err.count(str(tmp_path)) == 1
     finally:
         go_on.set()
         board.close()

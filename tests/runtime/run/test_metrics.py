@@ -23,7 +23,7 @@ def directory(tmp_path):
 
 
 def start(directory):
-    """What train/start.py does before it opens the writer."""
+    """What train/start.py does before it makes the writer."""
     directory.open_for_training()
     directory.begin_attempt(world_size=2, zero_stage=1, device="cpu", newest_step=None)
     directory.write_config(make_config(num_stages=2))
@@ -92,7 +92,9 @@ def test_a_damaged_line_costs_no_other_and_is_said(directory, capsys):
     directory.metrics.write_bytes(b"".join([whole[0], *damaged, *whole[3:]]))
     write(directory, range(6, 8), start_step=5, tensorboard=False)
     assert [line["step"] for line in lines(directory)] == [1, 4, 5, 6, 7]
-    assert f"{directory.metrics} had {len(damaged)} damaged lines" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(directory.metrics) in said
+    assert f"{len(damaged)} damaged lines" in said
 
 
 def test_what_is_no_log_is_put_aside_and_a_new_one_begins(directory, capsys):
@@ -185,7 +187,7 @@ def test_lines_wait_for_a_disk_that_is_full_and_none_is_torn(directory, capfd):
     said = capfd.readouterr().err
     assert directory.metrics.stat().st_size == 100
     assert said.count("\n") == 1
-    assert "No space left on device" in said
+    assert os.strerror(errno.ENOSPC) in said
     disk.room = 10**6
     writer.log(11, 176, {"train/loss": 1.0})
     assert [line["step"] for line in lines(directory)] == list(range(1, 12))
@@ -208,13 +210,13 @@ def test_scores_stand_beside_the_curves(directory):
 @pytest.fixture
 def small_disk(tmp_path):
     """A real disk of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(place)], capture_output=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("cannot mount a small disk here: " + mounted.stderr.decode().strip())
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_real_disk_that_fills_up_and_is_cleared_again(small_disk, monkeypatch, capfd):
@@ -233,8 +235,8 @@ def test_a_real_disk_that_fills_up_and_is_cleared_again(small_disk, monkeypatch,
         ballast.unlink()
         writer.log(101, 1616, {"train/loss": 2.0})
     said = capfd.readouterr().err.splitlines()
-    assert len([line for line in said if "metrics.jsonl takes no more lines" in line]) == 1
-    assert len([line for line in said if "TensorBoard events are dropped" in line]) == 1
+    assert len([line for line in said if str(directory.metrics) in line]) == 1
+    assert len([line for line in said if "TensorBoard" in line]) == 1
     assert [line["step"] for line in lines(directory)] == list(range(1, 102))
     assert lines(directory)[-1]["log/dropped_events"] > 0
     assert [p.step for p in board(directory).Scalars("train/loss")] == [1, 101]
