@@ -26,7 +26,7 @@ class FruitlessError(EcarError):
 
 
 class NodeError(EcarError):
-    """Some nodes are unfit, the others are fine: exit status 75, since the same command may run without them."""
+    """Some nodes are unfit, the others are fine: exit status 75, because the same command may run without them."""
 
 
 def reason_of(error: Exception) -> str:

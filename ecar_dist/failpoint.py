@@ -1,13 +1,13 @@
-"""Places in the code where a drill or a test may make a fault strike. In a normal run they do nothing.
+"""Failpoints: sites in the code where a drill or a test injects a fault. In a normal run they do nothing.
 
-ECAR_FAILPOINT holds one or several points with commas between: `SITE[:rank=R][:step=S][:nth=N]:ACTION`, for example
+ECAR_FAILPOINT has one or more points, separated by commas: `SITE[:rank=R][:step=S][:nth=N]:ACTION`, for example
 `checkpoint.write:rank=1:nth=2:kill`. ACTION is one of
 
     kill       SIGKILL to this process          raise      RuntimeError
     stop       SIGSTOP to this process          enospc     OSError, no space left on device
     hang       sleep for ever                   eio        OSError, input/output error
     gil        the same, holding Python's lock  delay=SEC  sleep
-    nan        nothing here: the caller makes its numbers NaN
+    nan        nothing here: the caller sets its numbers to NaN
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _reached: Counter[str] = Counter()
 
 
 def faults_on_purpose() -> str | None:
-    """A line for the log of a run in which faults are to strike; None in a normal one.
+    """A warning for the log of a run with failpoints; None in a normal run.
 
-    Raises ConfigError for what is no list of points: it would strike nowhere, or end the run elsewhere.
+    Raises ConfigError if ECAR_FAILPOINT is not a list of points.
     """
     points = os.environ.get("ECAR_FAILPOINT")
     if not points:
@@ -46,7 +46,7 @@ def faults_on_purpose() -> str | None:
 
 
 def failpoint(site: str, step: int | None = None) -> bool:
-    """Do what ECAR_FAILPOINT asks for at `site`; True where its action is `nan`, which is the caller's to do."""
+    """Do what ECAR_FAILPOINT says for `site`. True if its action is `nan`, which the caller does."""
     points = os.environ.get("ECAR_FAILPOINT")
     if not points:
         return False
@@ -54,6 +54,8 @@ def failpoint(site: str, step: int | None = None) -> bool:
     here = {"rank": os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), "nth": str(_reached[site])}
     if step is not None:
         here["step"] = str(step)
+
+    # the first point for this site, rank, step and call
     for name, *conditions, action in (point.split(":") for point in points.split(",")):
         if name == site and all(here.get(key) == value for key, value in (c.split("=") for c in conditions)):
             return _strike(action, site)

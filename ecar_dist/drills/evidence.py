@@ -11,7 +11,7 @@ from typing import Any
 from ecar_dist.drills.processes import Ended, last_words
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint.files import verify
-from ecar_dist.storage.untrusted import parse_objects, read_tail
+from ecar_dist.storage.untrusted import JsonLines, parse_object
 
 _MOST_BYTES = 1 << 26
 
@@ -26,9 +26,10 @@ class Finding:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or of another log. What a kill has cut, the run itself drops, and so do we."""
+    """The lines of a metrics.jsonl, or of another log, without a line that a kill has cut; empty if it is not there."""
     try:
-        return parse_objects(read_tail(path, _MOST_BYTES).splitlines())
+        with JsonLines(path, parse_object, tail=_MOST_BYTES) as lines:
+            return list(lines)
     except FileNotFoundError:
         return []
 

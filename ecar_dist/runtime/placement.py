@@ -1,4 +1,4 @@
-"""Where the launcher put this process, from the variables of torchrun, deepspeed, srun, and the job script."""
+"""Where the launcher put this process, by the variables of torchrun, deepspeed, srun and the job script."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ecar_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the launcher put this process."""
+    """Where the launcher put this process; by default a world of one process."""
 
     rank: int = 0
-    size: int = 1
+    size: int = 1  # ranks of the world
     local_rank: int = 0
-    local_size: int = 1
+    local_size: int = 1  # ranks of this node
     master_address: str = "127.0.0.1"
     master_port: int = 29500
 
@@ -50,7 +50,10 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Of Slurm's compressed list `8(x2),4`, which begins with the first node; its last number for nodes beyond it."""
+    """Tasks of node number `node`, from Slurm's compressed list: in `8(x2),4` the first two nodes have 8 tasks each.
+
+    A node beyond the list has its last number.
+    """
     counts = []
     for part in tasks_per_node.split(","):
         tasks, _, times = part.partition("(x")
@@ -59,9 +62,9 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def port_of_job(environment: Mapping[str, str]) -> int:
-    """The port where the ranks of a Slurm step meet: the same on all nodes, another one in each attempt and step.
+    """The rendezvous port of a Slurm step: the same on all nodes, another one in each attempt and step.
 
-    In 20000..31999: below the ports that Linux gives to outgoing connections (from 32768).
+    In 20000..31999, below the ports that Linux gives to outgoing connections (from 32768).
     """
     job, restarts, step = (int(environment.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return 20000 + (job + 7919 * restarts + 5003 * step) % 12000
@@ -76,17 +79,17 @@ def first_host(node_list: str) -> str:
 
 
 def node_name() -> str:
-    """Slurm's name of this node, which its exclude list wants, else the host's."""
+    """Slurm's name for this node, which its exclude list needs; else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_nodes(size: int) -> tuple[str, ...]:
-    """The node of each rank, by the job script's list of nodes with equally many ranks; empty where there is none."""
+    """The node of each rank, if the job script lists the nodes, which have the same number of ranks; else empty."""
     nodes = os.environ.get("ECAR_JOB_NODES", "").split(",")
     return tuple(nodes[rank * len(nodes) // size] for rank in range(size)) if all(nodes) else ()
 
 
 def job_logs() -> Path | None:
-    """The folder that a job script gives its ranks for notes to it; None outside of one."""
+    """The folder where ranks leave files for their job script; None without a job script."""
     folder = os.environ.get("ECAR_JOB_LOGS")
     return Path(folder) if folder else None

@@ -24,7 +24,7 @@ def temporary_beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block has a file name, for the message: a write to an open file that fails has none."""
+    """Give an OSError of the block the file name `path`, if it has none: a failed write to an open file has none."""
     try:
         yield
     except OSError as error:
@@ -35,7 +35,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write under a temporary name; on success fsync and rename, on any exception leave nothing."""
+    """Write under a temporary name; on success fsync and rename, on any exception remove it."""
     temporary = temporary_beside(path)
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -50,10 +50,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def claim_name(temporary: Path, path: Path) -> bool:
-    """Give a finished, synced file its name, unless the name is taken: the first of several writers wins, whole.
+    """Give a finished, synced file its name, unless the name is taken: the first of several writers wins.
 
-    A hard link fails on an existing name in one step. File systems without hard links get a look and a rename; two
-    writers that finish between these two then replace one whole file by another.
+    A hard link fails on an existing name in one step. On file systems without hard links this checks and then renames;
+    two writers that finish between these two steps then replace one whole file by another.
     """
     try:
         os.link(temporary, path)
@@ -84,9 +84,9 @@ def sync_to_disk(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a damaged file (or whatever stands in its place) the first free name of NAME.damaged-1, -2, ...
+    """Rename a damaged file (or whatever is at its path) to the first free name of NAME.damaged-1, -2, ...
 
-    What is not there needs no name. Returns the new name.
+    Returns the new path, also if there was nothing to rename.
     """
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):

@@ -1,7 +1,7 @@
-"""YAML from outside within bounds: plain data only, and nothing that grows when it is read.
+"""YAML from outside, within bounds: plain data only, and nothing that grows when it is read.
 
-PyYAML's safe loader makes no objects, but a few hundred bytes of it can stand for gigabytes (aliases of aliases),
-exhaust the stack (nesting) or end in errors that are none of YAML's (`2024-13-45`, `!!int abc`, 5,000 digits).
+PyYAML's safe loader makes no objects, but a few hundred bytes can expand to gigabytes (aliases of aliases), exhaust the
+stack (nesting) or raise errors that are not YAML errors (`2024-13-45`, `!!int abc`, 5,000 digits).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import yaml
 from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, UntrustedError, printable
 
-MAX_NODES = 20_000  # values and keys, each alias counted as often as it is used; a config has about 150
-LONG_TEXT = 64  # characters of a text that count as one value more
+MAX_NODES = 20_000  # values and keys, where each use of an alias counts; a config has about 150
+LONG_TEXT = 64  # characters of a text that count as one more value
 MAX_DEPTH = 32
 INTEGER_LIMIT = 1 << 63
-LONGEST_NUMBER = 100  # characters; base 60 (`1:59:59`) takes the square of its length
+LONGEST_NUMBER = 100  # characters; base 60 (`1:59:59`) takes quadratic time
 _TAG = "tag:yaml.org,2002:"
 _CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -37,10 +37,12 @@ class _StrictLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}  # nodes below one, and itself
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """PyYAML's, with the bounds: what an alias stands for counts again wherever it is used."""
+        """As in PyYAML, with the bounds: the value of an alias counts again wherever it is used."""
         mark = self.peek_event().start_mark
         is_alias = self.check_event(yaml.AliasEvent)
         before = self._nodes
+
+        # depth, before PyYAML recurses
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise _Refused(None, None, f"it is nested deeper than {MAX_DEPTH}", mark)
@@ -50,8 +52,9 @@ class _StrictLoader(yaml.SafeLoader):
         if node is None:
             return None
         if is_alias and node not in self._sizes:
-            raise _Refused(None, None, "an alias stands for what it is part of", mark)
+            raise _Refused(None, None, "an alias refers to a value that contains it", mark)
 
+        # size, after it
         letters = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
         self._nodes += self._sizes[node] if is_alias else 1 + letters // LONG_TEXT
         if self._nodes > MAX_NODES:
@@ -84,7 +87,7 @@ def _shown(value: Any) -> str:
 
 
 def _scalar(kind: str) -> Any:
-    """PyYAML's constructor of a scalar type, whose errors are those of YAML."""
+    """PyYAML's constructor of a scalar type, with all errors as YAML errors."""
     construct = yaml.SafeLoader.yaml_constructors[_TAG + kind]
 
     def constructor(loader: _StrictLoader, node: yaml.Node) -> Any:
@@ -106,7 +109,7 @@ def _scalar(kind: str) -> Any:
     return constructor
 
 
-# of their own: PyYAML's belong to every loader of the process
+# copies: PyYAML's own tables belong to every loader of the process
 _StrictLoader.yaml_constructors = {
     **{_TAG + kind: _scalar(kind) for kind in ("null", "bool", "int", "float", "str")},
     _TAG + "seq": yaml.SafeLoader.yaml_constructors[_TAG + "seq"],
@@ -123,7 +126,7 @@ _StrictLoader.add_implicit_resolver(_TAG + "float", re.compile(r"^[-+]?\d+(\.\d*
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document: dicts with text keys, lists, text, finite or infinite numbers, booleans and None.
 
-    Raises UntrustedError, which names the line where it can.
+    Raises UntrustedError, which names the line if it is known.
     """
     try:
         loader = _StrictLoader(text)
@@ -139,4 +142,4 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise UntrustedError(f"it is nested deeper than {MAX_DEPTH}") from None
     except (OverflowError, ValueError) as error:  # PyYAML's own, of an escape like \UFFFFFFFF
-        raise error if isinstance(error, UntrustedError) else UntrustedError("an escape is not a letter") from None
+        raise error if isinstance(error, UntrustedError) else UntrustedError("an escape is not a character") from None

@@ -1,9 +1,9 @@
 """Text without secrets: for whatever is printed, logged or written where others may read it.
 
-    redact        one URL: without user, password, query string and what else may sign it
-    redact_text   our own words, e.g. a message or a printed command: the URLs in them, and secrets of the environment
-    redact_tree   a resolved config or other JSON, value by value: exact, where `redact_text` guesses where a URL ends
-    scrub         another library's words: also what is assigned to a name like `token`
+    redact        one URL: without user, password, query string and other signatures
+    redact_text   our own text, e.g. a message or a printed command: the URLs in it, and secrets of the environment
+    redact_tree   a resolved config or other JSON, value by value: exact, while `redact_text` guesses where a URL ends
+    scrub         text of another library: also what is assigned to a name like `token`
 
 Our own keys (`flow.token_draws`) are never taken for secrets.
 """
@@ -18,18 +18,18 @@ from typing import Any
 
 _HIDDEN = "***"
 _WORD = r"[A-Za-z][A-Za-z0-9+.\-]{0,30}"  # bounded, as all below: a pattern must not take quadratic time
-# with one slash: a URL that was given where a path is expected
+# with one slash: a URL that was given as a path
 _SCHEME = re.compile(
     rf"{_WORD}(?:::{_WORD}){{0,4}}://|\b(?i:s3a?|gs|gcs|https?|az|abfss?|s?ftp|hf):/(?=[^/\s])"
-    # of other schemes only with a user: "a:/b" is a path as well
+    # other schemes only with a user, because "a:/b" may be a path
     rf"|\b{_WORD}:/(?=[^/\s]\S{{0,300}}@)"
 )
-# where a URL ends in a text is a guess: a password may hold quotes, brackets and blanks
+# the end of a URL in a text is a guess: a password may have quotes, brackets and blanks
 _USER = r"(?:[^\s/@:]*:[^\n/@]*@|[^\s]*@)"
 _URL = re.compile(rf"(?:{_SCHEME.pattern}){_USER}?[^\s'\"<>\]]+")
 _PORT = re.compile(r"\d*")
 _AT = re.compile(r"@|%40", re.IGNORECASE)
-# a query string whose marks are percent-encoded; "%3F" alone may belong to a file's name
+# a query string with percent-encoded marks; "%3F" alone may be a part of a file name
 _ENCODED_QUERY = re.compile(r"%3f[^/]{0,500}(?:=|%3d)", re.IGNORECASE)
 _NAME = r"signature|token|secret|passw(?:or)?d|credential|access_?key|api_?key|\bsig\b"
 _SIGNED_PART = re.compile(rf"[;#&](?:[^/=]{{0,100}}(?:{_NAME})[^/=]{{0,100}})=.*", re.IGNORECASE)
@@ -47,7 +47,7 @@ def redact(url: str | Path) -> str:
     if not schemes:
         return text
     parts = [text[: schemes[0].start()]]
-    # several URLs in one text: each by itself
+    # each URL of the text by itself
     for match, following in itertools.zip_longest(schemes, schemes[1:]):
         rest = text[match.end() : following.start() if following else len(text)].partition("?")[0]
         if (encoded := _ENCODED_QUERY.search(rest)) is not None:
@@ -59,9 +59,9 @@ def redact(url: str | Path) -> str:
 def _without_user(rest: str) -> str:
     """What follows `scheme://`, without user and password."""
     authority = rest.partition("/")[0]
-    # of an IPv6 address the colons within its brackets are none of a port's
+    # the colons within the brackets of an IPv6 address do not begin a port
     port = authority.rpartition("]")[2].partition(":")[2]
-    # a secret key may hold an unquoted slash: then what looks like the port is not a number
+    # a secret key may have an unquoted slash: then what looks like the port is not a number
     odd_port = not _PORT.fullmatch(port)
     if _AT.search(authority) or (odd_port and _AT.search(rest)):
         return _AT.split(rest)[-1]
@@ -76,7 +76,7 @@ def redact_text(text: str) -> str:
 
 
 def redact_tree(tree: Any, *, variables: bool = True) -> Any:
-    """JSON without secrets in any text. A key with a secret's name (`api_key`, in a foreign section) hides its text.
+    """JSON without secrets in any text. The value of a key with a secret's name (`api_key`) is hidden.
 
     variables: also without the values of secret variables of the environment.
     """
@@ -95,12 +95,12 @@ def redact_tree(tree: Any, *, variables: bool = True) -> Any:
 
 
 def scrub(text: str) -> str:
-    """Another library's words without secrets in URLs, assigned secrets and values of secret environment variables."""
+    """Another library's text without secrets in URLs, assigned secrets and values of secret environment variables."""
     return _BEARER.sub(rf"\1 {_HIDDEN}", _ASSIGNED.sub(rf"\1={_HIDDEN}", redact_text(text)))
 
 
 def _without_variables(text: str) -> str:
-    """Without the values of variables with a secret's name; a path that exists says where a secret is, and is none."""
+    """Without the values of variables with a secret's name. A path that exists only says where one is."""
     values = (value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name))
     secrets = {value for value in values if len(value) >= _SHORTEST_SECRET and value in text}
     for secret in sorted(secrets, key=len, reverse=True):

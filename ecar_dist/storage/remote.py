@@ -84,7 +84,7 @@ def _check_in_url(url: str, name: str) -> None:
     """Raises UntrustedError for a name that is another path when it is a part of this URL."""
     if "?" in name:
         raise UntrustedError(f"{printable(repr(name))} has a ?, which begins the query of a URL")
-    if url.startswith(("http://", "https://")):  # where a name is also an address: %2e%2e is .. there
+    if url.startswith(("http://", "https://")):  # servers decode a name: %2e%2e is .. there
         relative_name(unquote(name))
         if "#" in name:
             raise UntrustedError(f"{printable(repr(name))} has a #, which begins the fragment of a URL")
@@ -129,7 +129,7 @@ def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None
         if len(body) > stop - start:
             raise DataError(f"{redact(url)}: the server ignores byte ranges; copy the data to a store that has them")
         if len(body) < stop - start:
-            raise EOFError(f"a body of {len(body)} bytes where {stop - start} were asked for")
+            raise EOFError(f"a body of {len(body)} bytes instead of {stop - start}")
         return body
 
     transfer = transfer or Transfer()
@@ -149,7 +149,7 @@ def read_object(url: str, size: int, transfer: Transfer | None = None) -> bytes:
         found = path.call("info", timeout).get("size")  # is it the object or the connection?
         if found != size:
             raise DataError(f"{redact(url)} has {found} bytes, {size} were expected; restore it, or index it again")
-        raise EOFError(f"a body of {len(body)} bytes where {size} were asked for")
+        raise EOFError(f"a body of {len(body)} bytes instead of {size}")
 
     body = _request("reading", url, transfer, attempt, size)
     transfer.stats.add(bytes=len(body))

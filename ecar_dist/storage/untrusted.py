@@ -1,24 +1,23 @@
 """Reading what others may have written or damaged: plain files, JSON and names, each within bounds.
 
-One door for every file whose content decides what happens next. Three kinds of reader stand on it:
+Every file with content that decides what happens next is read here. There are three kinds of readers:
 
     state    `read_record`: strict. Anything but a record of the given schema is an error.
     logs     `JsonLines`: tolerant. A damaged line is skipped and counted; a log never stops a run.
     names    `relative_name`, `plain_name`, `path_inside`: a name in a file never leads out of its folder.
 
-Errors of the content are `UntrustedError`, a short phrase without place or fix: only the caller knows what the file is
+Errors of the content are `UntrustedError`, a short phrase without path or fix: only the caller knows what the file is
 for. Errors of the system stay OSError. Nothing here blocks on a pipe, and nothing is read before its size is known.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, TypeVar, cast
@@ -32,19 +31,19 @@ MAX_JSON_DEPTH = 32
 MAX_NAME_BYTES = 1024  # S3's own bound for a key
 MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
 MAX_LINE_BYTES = 1 << 24  # bad_steps.jsonl: the samples of a global batch of a million
-# what a terminal obeys, what ends a line, and lone surrogates, which are not UTF-8
+# terminal control characters, ends of lines, and lone surrogates, which are not UTF-8
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-# what `isprintable` refuses and file names have: spaces of all widths (macOS writes them), joiners and tags of emoji,
-# and bytes that are not UTF-8, which arrive as lone surrogates
+# what `isprintable` refuses but file names have: spaces of all widths (macOS writes them), joiners and tags of emoji,
+# and bytes that are not UTF-8, which become lone surrogates
 _HARMLESS = re.compile("[\ud800-\udfff\xa0\u1680\u2000-\u200a\u200c\u200d\u202f\u205f\u3000\U000e0020-\U000e007f]")
 
 
 class UntrustedError(ValueError):
     """What is wrong with a file's content, or with a name, as a short phrase: "it is not a regular file".
 
-    The phrase may repeat a key or a name of the file, so it is kept without the secrets of URLs.
+    The phrase may repeat a key or a name in the file, so secrets in URLs are removed.
     """
 
     def __init__(self, phrase: str) -> None:
@@ -68,7 +67,7 @@ def read_plain_file(path: Path, limit: int) -> bytes:
     """A regular file of at most `limit` bytes, whole.
 
     Raises UntrustedError for anything that is not a regular file (a pipe is not waited for) and for a larger file,
-    OSError where it cannot be read.
+    OSError if it cannot be read.
     """
     with open_plain_file(path, limit) as file:
         content = file.read(limit + 1)
@@ -77,17 +76,10 @@ def read_plain_file(path: Path, limit: int) -> bytes:
     return content
 
 
-def read_tail(path: Path, limit: int) -> bytes:
-    """The last `limit` bytes of a regular file. Raises as `read_plain_file`, but for its size."""
-    with open_plain_file(path) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
-        return file.read(limit)
-
-
 def open_plain_file(path: Path, limit: int | None = None) -> BinaryIO:
     """A regular file of at most `limit` bytes, open for reading.
 
-    Raises UntrustedError for anything else (a pipe is not waited for), OSError where it cannot be opened.
+    Raises UntrustedError for anything else (a pipe is not waited for), OSError if it cannot be opened.
     """
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
     found = os.fstat(file.fileno())
@@ -108,7 +100,7 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
     """The value of a JSON document. Raises UntrustedError.
 
     Stricter than `json.loads`: no NaN or Infinity, no key given twice, no lone surrogates (which cannot be printed),
-    nested MAX_JSON_DEPTH deep at most. Of `foreign` documents, which other programs write, only the last is asked.
+    nested at most MAX_JSON_DEPTH deep. For `foreign` documents, which other programs write, only the depth is checked.
     """
     try:
         document = text.decode("utf-8")
@@ -132,7 +124,7 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """The JSON object in a document, whatever is in it. Raises UntrustedError."""
+    """The JSON object in a document, with any content. Raises UntrustedError."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
@@ -171,24 +163,15 @@ def validate_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
 def first_violation(error: ValidationError) -> str:
     """The first broken rule on one line: which field, and the rule."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
+    key = ".".join(map(str, first["loc"]))
     message = first["msg"][:1].lower() + first["msg"][1:]
     message = message.removeprefix("value error, ")  # a validator's own words
-    return printable(f"{place}: {message}" if place else message)
+    return printable(f"{key}: {message}" if key else message)
 
 
 def read_record(path: Path, model: type[AnyRecord], limit: int = MAX_JSON_BYTES) -> AnyRecord:
-    """The record in a JSON file. Raises UntrustedError, and OSError where the file cannot be read."""
+    """The record in a JSON file. Raises UntrustedError, and OSError if the file cannot be read."""
     return parse_record(read_plain_file(path, limit), model)
-
-
-def parse_objects(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The JSON objects among lines, whatever is in them, oldest first; other lines are skipped."""
-    found = []
-    for line in lines:
-        with contextlib.suppress(UntrustedError):
-            found.append(parse_object(line))
-    return found
 
 
 class JsonLines(Generic[T]):
@@ -207,7 +190,7 @@ class JsonLines(Generic[T]):
     memory as a whole.
 
     Opening raises FileNotFoundError, UntrustedError for what is not a regular file or is too large (a pipe is not
-    waited for), and OSError where the file cannot be read.
+    waited for), and OSError if the file cannot be read.
     """
 
     def __init__(
@@ -225,7 +208,7 @@ class JsonLines(Generic[T]):
         self._file = open_plain_file(path, None if tail is not None else max_bytes)
         self._end = os.fstat(self._file.fileno()).st_size  # what is appended from now on is not read
 
-        # The line that the tail cuts: its last byte before the tail tells a cut line from one that just ended.
+        # The line that the tail cuts: starting one byte earlier, a line that just ended is skipped instead.
         if tail is not None and self._end > tail:
             self._file.seek(self._end - tail - 1)
             self._next_line()
@@ -264,7 +247,7 @@ class JsonLines(Generic[T]):
 
 
 def plain_name(name: object) -> str:
-    """A file name of our own making: letters, digits, `_`, `.` and `-`, none of the last two first.
+    """A file name as we make them: letters, digits, `_`, `.` and `-`, not beginning with one of the last two.
 
     Raises UntrustedError for anything else.
     """
@@ -281,7 +264,7 @@ def relative_name(name: object) -> str:
     """
     if not isinstance(name, str) or not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         raise UntrustedError(f"{printable(repr(name))} is not a name of 1 to {MAX_NAME_BYTES} bytes")
-    if _PLAIN_NAME.fullmatch(name):  # most names, at a tenth of the time
+    if _PLAIN_NAME.fullmatch(name):  # a shortcut for most names, ten times faster
         return name
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise UntrustedError(f"{printable(repr(name))} leads out of its folder")
@@ -291,14 +274,14 @@ def relative_name(name: object) -> str:
 
 
 def is_one_line(text: str) -> bool:
-    """Whether nothing in the text ends a line, ends a string or speaks to a terminal."""
+    """Whether nothing in the text ends a line, ends a string or controls a terminal."""
     return text.isprintable() or _HARMLESS.sub("", text).isprintable()
 
 
 def path_inside(folder: Path, name: object) -> Path:
     """The file `name` of `folder`, which need not exist. Raises UntrustedError.
 
-    Refused are names that lead elsewhere, and a link whose target is not in `folder`.
+    Names that lead elsewhere are refused, and a link with a target outside `folder`.
     """
     path = folder / relative_name(name)
     try:
@@ -311,7 +294,7 @@ def path_inside(folder: Path, name: object) -> Path:
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """On one line, and without what a terminal would obey."""
+    """The text on one line, without control characters."""
     line = "".join(letter if letter.isprintable() else " " for letter in text[: limit + 1])
     return line if len(line) <= limit else f"{line[:limit]}..."
 

@@ -185,7 +185,7 @@ def test_a_server_that_ignores_ranges_is_refused(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/file"
         assert read_bytes(url) == BODY
-        with pytest.raises(DataError, match="ignores byte ranges"):
+        with pytest.raises(DataError, match="byte ranges"):
             read_range(url, 0, 10)
         server.shutdown()
 
@@ -212,7 +212,7 @@ def test_objects_of_a_known_size(tmp_path):
     upload(tmp_path / "file", "memory://known/a")
     assert read_object("memory://known/a", len(BODY)) == BODY
     for size in (0, len(BODY) - 1, len(BODY) + 1):
-        with pytest.raises(DataError, match=rf"known/a has {len(BODY)} bytes, {size} were expected"):
+        with pytest.raises(DataError, match=rf"known/a .* {len(BODY)} .* {size} "):
             read_object("memory://known/a", size)
 
 

@@ -10,7 +10,6 @@ from ecar_dist.storage.untrusted import (
     UntrustedError,
     parse_json,
     parse_object,
-    parse_objects,
     parse_record,
     path_inside,
     plain_name,
@@ -117,10 +116,6 @@ def test_of_a_foreign_document_little_is_asked():
     for junk in (b"[" * 100_000, b"\xff", b"{"):
         with pytest.raises(UntrustedError):
             parse_json(junk, foreign=True)
-
-
-def test_the_objects_among_lines():
-    assert parse_objects([b'{"a": 1}', b"3", b"\xff", b"[" * 10**5, b"", b'{"b"', b"{}"]) == [{"a": 1}, {}]
 
 
 def test_what_a_file_repeats_of_a_url_is_without_its_secrets():

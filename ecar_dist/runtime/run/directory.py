@@ -177,7 +177,8 @@ class RunDirectory:
 
     def _write(self, attempts: list[dict[str, Any]]) -> None:
         self._record.write(attempts)
-        self._written, self._written_inode = attempts, _inode(self.lineage)
+        self._written = attempts
+        self._written_inode = _inode(self.lineage)
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config of the run; only its owner may read it if a URL has a key. Call on rank 0 only."""
@@ -220,7 +221,8 @@ def _open_lock(path: Path) -> BinaryIO:
 
 def _refuse_strangers(path: Path) -> None:
     """Raises ConfigError if others could place a link here for us to write through."""
-    found, parent = path.stat(), path.absolute().parent.stat()
+    found = path.stat()
+    parent = path.absolute().parent.stat()
     by_all = bool(found.st_mode & stat.S_IWOTH)
     strange = found.st_uid != os.getuid() and bool(parent.st_mode & stat.S_IWOTH)
     if by_all or strange:

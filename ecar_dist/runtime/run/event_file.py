@@ -93,7 +93,8 @@ class EventFile:
                 self._file = self._begin()
             _write_all(self._file, records)
         except Exception as error:  # whatever it is, it is not worth a run
-            self._failed_at, self._file = time.monotonic(), None
+            self._failed_at = time.monotonic()
+            self._file = None
             self._drop(len(batch), str(error))
 
     def _begin(self) -> BinaryIO:
@@ -107,7 +108,7 @@ class EventFile:
             head += _record(
                 session_log=SessionLog(status=SessionLog.START), step=self._purge_step, wall_time=time.time()
             )
-        file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115 - held until the end, or an error
+        file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115 - open until the end, or an error
         _write_all(file, head)
         self._purge_step = None  # once: a later file continues where this one ended
         return file

@@ -112,7 +112,8 @@ def try_device(device: torch.device) -> str:
     """
     failpoint("preflight.device")
     numbers = torch.arange(_SIDE * _SIDE, dtype=torch.float64).view(_SIDE, _SIDE)
-    left, right = numbers % 7, numbers % 5
+    left = numbers % 7
+    right = numbers % 5
     product = (left.to(device, torch.float32) @ right.to(device, torch.float32)).cpu().double()
     if not torch.equal(product, left @ right):
         raise NodeError(f"{device} gives a wrong product of whole numbers")

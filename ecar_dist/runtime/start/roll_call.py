@@ -39,7 +39,7 @@ class Answer:
 class Decision:
     """Rank 0's decision for all ranks."""
 
-    nodes: tuple[str, ...] = ()  # of every rank, empty where it did not answer
+    nodes: tuple[str, ...] = ()  # of every rank, empty if it did not answer
     bad_nodes: tuple[str, ...] = ()
     problem: str = ""  # what rank 0 prints for all; empty: continue, unless there is a culprit
     again: bool = False  # the same command may run again, without the bad nodes
@@ -75,7 +75,7 @@ def decide(
         if node and (answer is None or answer.problem):
             problems.setdefault(node, answer.problem if answer else f"no answer within {seconds:g} s")
 
-    # ranks that are missing, nobody knows where
+    # ranks that are missing, on unknown nodes
     if missing and not nodes_by_rank:
         return Decision(nodes, tuple(problems), _who_is_missing(missing, nodes, seconds), again=True)
 
@@ -151,7 +151,7 @@ def rank_list(ranks: Sequence[int]) -> str:
 
 
 def ranks_on_nodes(ranks: Sequence[int], nodes: Sequence[str]) -> str:
-    """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, empty where a rank's is not known."""
+    """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, empty if a rank's is not known."""
     parts = [
         f"rank{'s' if len(mine) > 1 else ''} {rank_list(mine)}{f' on {node}' if node else ''}"
         for node, mine in _by_node(ranks, nodes).items()

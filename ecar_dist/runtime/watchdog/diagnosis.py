@@ -66,7 +66,7 @@ def diagnose(reports: Sequence[RankReport], size: int, folder: str) -> str | Non
     if any(report.kind == FAILED for report in reports):
         return None
 
-    # a rank that stands still, or whose connection broke
+    # a rank that is stopped, or one with a broken connection
     if stopped := [report for report in reports if report.stopped]:
         return f"{_staying(stopped, 'stopped by a signal or a debugger', reports)}; {_stacks(stopped)}; {AGAIN}"
     if not any(report.kind == HUNG for report in reports):
@@ -88,7 +88,7 @@ def diagnose(reports: Sequence[RankReport], size: int, folder: str) -> str | Non
 def suspects(reports: Sequence[RankReport]) -> list[RankReport]:
     """The ranks that the others wait for.
 
-    Those furthest behind; among them, those outside a collective; if all or none are in one, those whose main thread is
+    Those furthest behind; among them, those outside a collective; if all or none are in one, those with a main thread
     on another line than most.
     """
     first = min((report.step, report.beat) for report in reports)

@@ -70,7 +70,7 @@ def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_al
         RunDirectory(tmp_path / "run").open_for_training()
     assert "waiting 1 s at most" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(ConfigError, match="Slurm job 77 trains in"):
+    with pytest.raises(ConfigError, match=r"Slurm job 77 "):
         RunDirectory(tmp_path / "run").open_for_training()
     assert capsys.readouterr().out == ""
 
@@ -83,7 +83,7 @@ def test_what_a_job_script_writes_before_the_start_is_no_other_run(tmp_path):
     for name in ("lineage.json", ".lineage.json.copy"):
         (tmp_path / name).unlink()
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} .*lineage\.json"):
         RunDirectory(tmp_path).open_for_training()
 
 
@@ -287,7 +287,7 @@ def test_a_lock_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
         run = tmp_path / str(number)
         run.mkdir()
         make(run / ".lock")
-        with pytest.raises(ConfigError, match=r"\.lock .*; make sure that nobody trains there, and remove it"):
+        with pytest.raises(ConfigError, match=rf"{run}/\.lock "):
             RunDirectory(run).open_for_training()
 
 
@@ -295,7 +295,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     start(tmp_path / "run")
     (tmp_path / "run/samples").rmdir()
     (tmp_path / "run/samples").touch()
-    with pytest.raises(ConfigError, match=r"run/samples is not a folder; move it away"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run/samples "):
         start(tmp_path / "run")
 
 
@@ -303,14 +303,14 @@ def test_a_directory_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     run.chmod(0o777)
-    with pytest.raises(ConfigError, match=r"is not safe to write to: everybody may write there; `chmod o-w` it"):
+    with pytest.raises(ConfigError, match=f"{run} .*chmod o-w"):
         RunDirectory(run).open_for_training()
     run.chmod(0o755)
     tmp_path.chmod(0o1777)
     owner = RunDirectory(run)
     owner.open_for_training()  # our own, in a folder like /tmp
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    with pytest.raises(ConfigError, match="somebody else made it, where everybody may write"):
+    with pytest.raises(ConfigError, match=f"{run} "):
         RunDirectory(run).open_for_training()
     tmp_path.chmod(0o775)  # a group's folder: a colleague goes on with the run
     owner._lock.close()
