@@ -200,7 +200,8 @@ def _report(result: dict[str, Any]) -> None:
             f"{name:24} stall training {stall:.3f} s a save = {result['stall_over_copy'][name]:.2f} x the copy; the "
             f"steps around it take {result['time_of_steps_with_a_save_over_without'][name]:.3f} x the time of others"
         )
-    share, stall_over_copy = result["stall_share_at_default_interval"], result["stall_over_copy"][OVERLAP]
+    share = result["stall_share_at_default_interval"]
+    stall_over_copy = result["stall_over_copy"][OVERLAP]
     for what, found, bound in (
         ("stall of a save beside training over the bare copy", stall_over_copy, 1.5),
         ("its share of training at the default interval", share, 0.01),

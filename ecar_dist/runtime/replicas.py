@@ -47,8 +47,8 @@ def check_replicas(world: World, engine: Engine, ema: ShardedEma, step: int) -> 
     """
     if world.size == 1:
         return
-    averages = [flat for flats in ema.by_kind.values() for flat in flats] if engine.replicated else []
-    rows = world.of_each(fingerprint([*engine.replicas(), *averages], world.device).view(1))
+    emas = [flat for flats in ema.by_kind.values() for flat in flats] if engine.replicated else []
+    rows = world.of_each(fingerprint([*engine.replicas(), *emas], world.device).view(1))
     enforce(world, judge_replicas([row[0] for row in rows], world.nodes, step))
 
 

@@ -41,7 +41,8 @@ def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
 
 
 def _what(facts: dict[str, Any]) -> str:
-    config, model = facts["config"], facts["model"]
+    config = facts["config"]
+    model = facts["model"]
     sides = " -> ".join(f"{side}x{side}" for side in model["stage_sizes"])
     pixels = config["data"]["latent_size"] * config["vae"]["downsample"]
     return (
@@ -59,6 +60,7 @@ def _autoencoder(facts: dict[str, Any]) -> str:
 
 
 def _ema(average: dict[str, Any]) -> str:
+    # Which EMA: one described by the checkpoint alone, or one by its settings.
     if "meaning" in average:
         form = f"an EMA of the weights ({average['meaning']})"
     elif "sigma_rel" in average:
@@ -66,6 +68,8 @@ def _ema(average: dict[str, Any]) -> str:
     else:
         form = f"an EMA with a half-life of {average['half_life_samples']:,} samples"
         form += f", capped at {average['rampup']:g} of the samples seen"
+
+    # Only a rebuilt EMA has a residual.
     if "relative_residual" not in average:
         return f"{form}, kept during training"
     return (
@@ -75,7 +79,9 @@ def _ema(average: dict[str, Any]) -> str:
 
 
 def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    config, source, progress = facts["config"], facts["source"], facts["progress"]
+    config = facts["config"]
+    source = facts["source"]
+    progress = facts["progress"]
     return [
         ("samples seen", f"{progress['samples_seen']:,} of {config['train']['total_samples']:,} planned"),
         ("optimizer steps", f"{progress['step']:,}"),
@@ -96,8 +102,7 @@ def _sampling(config: dict[str, Any]) -> str:
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
         f"By default {sample['steps_per_stage']} {sample['solver']} steps a stage and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
-        "autoencoder is; point it to your copy. `parity.json` compares these "
-        "files with the run."
+        "autoencoder is; point it to your copy. `parity.json` compares these files with the run."
     )
 
 
@@ -105,15 +110,15 @@ def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
     numbers = {name: value for name, value in (scores or {}).items() if _is_number(value) and name not in _SETTINGS}
     if not scores or not numbers:
         return "Nothing: the run has no scores.json (see `ecar-dist evaluate`)."
+
+    # Scores belong to the exported weights only at the same progress, for the first EMA, in fp32.
     seen = scores.get("samples_seen")
     same = seen == facts["progress"]["samples_seen"] and facts["average"]["kind"] == "ema" and facts["dtype"] == "fp32"
-    whose = "these weights" if same else "the run's first EMA, not exactly these weights"
-    about = f"Of {whose}, at {printable(str(seen))} samples seen, with " + ", ".join(
-        printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores
-    )
-    return f"{about} (`ecar-dist evaluate`):\n\n" + _table(
-        [(printable(name), f"{value:.6g}") for name, value in numbers.items()]
-    )
+    weights = "these weights" if same else "the run's first EMA, not exactly these weights"
+    settings = ", ".join(printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores)
+    about = f"Of {weights}, at {printable(str(seen))} samples seen, with {settings} (`ecar-dist evaluate`)"
+    rows = [(printable(name), f"{value:.6g}") for name, value in numbers.items()]
+    return f"{about}:\n\n{_table(rows)}"
 
 
 def _is_number(value: Any) -> bool:
