@@ -31,7 +31,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection cl
         (ConnectionResetError(104, "Connection reset by peer"), None),
     ],
 )
-def test_what_the_transports_say_of_a_lost_peer(error, words):
+def test_messages_of_the_transports_about_a_lost_peer(error, words):
     assert lost_peer(error) == words
 
 

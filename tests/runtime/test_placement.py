@@ -40,7 +40,7 @@ def test_nodes_may_have_different_numbers_of_ranks(node, size):
     assert placement_from_environment(placed).local_size == size
 
 
-def test_each_attempt_and_step_of_a_job_meets_at_a_port_of_its_own():
+def test_each_attempt_and_step_of_a_job_has_its_own_port():
     def port(restarts, step):
         count = {"SLURM_RESTART_COUNT": str(restarts), "SLURM_STEP_ID": str(step)}
         return placement_from_environment(UNDER_SRUN | count).master_port

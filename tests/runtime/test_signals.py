@@ -32,7 +32,7 @@ def test_before_training_a_signal_ends_the_process_at_once(stop, number):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_in_training_a_signal_only_raises_the_flag(stop, number):
+def test_in_training_a_signal_only_sets_the_flag(stop, number):
     stop.defer()
     assert not stop
     os.kill(os.getpid(), number)
@@ -49,7 +49,7 @@ def test_after_the_last_step_a_signal_stops_nothing(stop):
     assert not stop
 
 
-def test_only_a_second_interrupt_means_it(stop):
+def test_only_a_second_interrupt_ends_the_run_at_once(stop):
     stop.defer()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)

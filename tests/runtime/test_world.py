@@ -28,7 +28,7 @@ def test_the_first_failing_rank_says_why_and_the_others_say_nothing():
     PretendWorld(0, [None, None]).agree(None)
 
 
-def test_an_error_without_words_is_an_error():
+def test_an_error_without_a_message_is_an_error():
     with pytest.raises(RemoteError):
         PretendWorld(0, [None, ValueError()]).agree(None)
 
@@ -72,7 +72,7 @@ def test_a_roll_call_gives_all_ranks_what_the_first_decides_on_all_texts():
     assert decisions == ["I am 0 | I am 1 | I am 2"] * 3
 
 
-def test_a_roll_call_does_not_wait_for_ever(monkeypatch):
+def test_a_roll_call_has_a_time_limit(monkeypatch):
     monkeypatch.setattr("ecar_dist.runtime.world._DECISION_SECONDS", 0.2)
     first, second, _ = worlds(3)
     said = in_threads(*(lambda w=w: w.roll_call("names", f"I am {w.rank}", 0.2, repr) for w in (first, second)))

@@ -80,7 +80,7 @@ def test_plain_yaml_is_read(text, value):
     assert parse_yaml(text) == value or value is None
 
 
-def test_the_loader_of_others_is_left_as_it_was():
+def test_the_loader_of_pyyaml_is_not_changed():
     import datetime
 
     import yaml

@@ -34,7 +34,7 @@ def test_a_map_keeps_the_order():
             next(results)
 
 
-def test_the_block_gives_what_runs_a_moment():
+def test_the_end_of_a_block_waits_a_moment_for_what_runs():
     done = []
     with DaemonPool(1, "test") as pool:
         pool.submit(lambda: time.sleep(0.2) or done.append(1))
@@ -48,7 +48,7 @@ def test_the_block_gives_what_runs_a_moment():
     stuck.set()
 
 
-def test_the_end_cancels_what_waits_and_lets_go_of_what_runs():
+def test_the_end_cancels_what_waits_and_does_not_wait_for_what_runs():
     pool, running, go = DaemonPool(1, "test"), threading.Event(), threading.Event()
 
     def work():

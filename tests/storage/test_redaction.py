@@ -34,14 +34,14 @@ def test_a_url_is_shown_without_its_secrets(url, shown):
         "the key envsecretvalue is unknown",
     ],
 )
-def test_other_libraries_words_lose_their_secrets(monkeypatch, words):
+def test_text_of_other_libraries_loses_its_secrets(monkeypatch, words):
     monkeypatch.setenv("SOME_SECRET", "envsecretvalue")
     shown = scrub(words)
     assert "secret0123" not in shown
     assert "envsecretvalue" not in shown
 
 
-def test_plain_words_stay():
+def test_plain_text_is_not_changed():
     assert scrub("NoSuchKey: The specified key does not exist.") == "NoSuchKey: The specified key does not exist."
 
 

@@ -81,7 +81,7 @@ TRANSIENT = {
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_passing_fault_costs_a_retry(object_store, url, fault):
+def test_a_temporary_fault_costs_a_retry(object_store, url, fault):
     transfer = Transfer(IMPATIENT if fault in ("stall", "drip") else QUICK)
     object_store.break_on(TRANSIENT[fault])
     assert read_range(url, 0, 4096, transfer) == BODY[:4096]
@@ -91,7 +91,7 @@ def test_a_passing_fault_costs_a_retry(object_store, url, fault):
 
 
 @pytest.mark.parametrize("kind", ["status", "stall", "drip", "short", "reset"])
-def test_an_endless_fault_ends_with_one_line(object_store, url, kind):
+def test_a_permanent_fault_ends_with_one_line(object_store, url, kind):
     object_store.break_on({"kind": kind, "status": 503, "at": 5, "delay": 0.05, "times": None})
     seconds = 0.3 if kind in ("stall", "drip") else 2.0
     transfer = Transfer(RetryPolicy(deadline=1.5, request_seconds=seconds, first_delay=0.05, longest_delay=0.1))
@@ -122,7 +122,7 @@ def test_a_refusal_is_final_after_one_request(object_store, url, transfer, statu
     assert isinstance(caught.value, ObjectMissing) == (status == 404)
 
 
-def test_what_is_not_there_is_missing(object_store, transfer):
+def test_a_missing_object_is_missing(object_store, transfer):
     for read in (stat, read_bytes, list_files):
         with pytest.raises(ObjectMissing, match=r"no such object; check the URL"):
             read(f"{object_store.url}/nothing", transfer)
@@ -161,7 +161,7 @@ def test_a_failed_page_repeats_one_folder(object_store, transfer):
     assert [len(object_store.log(match=f"set%2F{name}%2F")) for name in "abc"] == [1, 3, 1]
 
 
-def test_upload_insists_too(object_store, tmp_path, transfer):
+def test_upload_is_retried_too(object_store, tmp_path, transfer):
     (tmp_path / "file").write_bytes(BODY)
     object_store.break_on({"kind": "status", "status": 503, "method": "PUT", "times": 2})
     upload(tmp_path / "file", f"{object_store.url}/up", transfer)
@@ -190,7 +190,7 @@ def test_a_server_that_ignores_ranges_is_refused(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_another_scheme_than_the_servers_is_no_passing_trouble(monkeypatch, tmp_path):
+def test_the_wrong_scheme_is_not_retried(monkeypatch, tmp_path):
     """https asked of an http port: S3's and http's libraries each wrap it in their own way."""
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:

@@ -9,7 +9,7 @@ from ecar_dist.storage.retries import Transfer
 from tests.data.object_store import QUICK
 
 
-def test_an_object_is_removed_and_one_that_is_gone_is_no_error(object_store):
+def test_an_object_is_removed_and_one_that_is_gone_is_not_an_error(object_store):
     object_store.put("runs/a", b"1")
     object_store.put("runs/b", b"2")
     object_store.break_on({"kind": "status", "status": 503, "method": "DELETE", "times": 2})

@@ -17,7 +17,7 @@ def test_pauses_double_to_their_longest_with_jitter():
         assert len(set(pauses)) > 40
 
 
-def test_a_request_may_take_its_size_at_the_slowest_rate():
+def test_the_timeout_of_a_request_grows_with_its_size():
     assert RetryPolicy(request_seconds=5.0, slowest=1000).request_timeout(20_000) == 25.0
 
 
@@ -36,7 +36,7 @@ def test_the_last_attempt_ends_with_the_deadline():
     assert given[-1] < 0.3
 
 
-def test_the_reason_is_not_that_of_the_attempt_our_deadline_cut():
+def test_an_attempt_that_our_deadline_cut_is_not_the_reason():
     def attempt(timeout):
         given.append(timeout)
         raise ConnectionResetError("reset") if len(given) == 1 else TimeoutError
@@ -61,7 +61,7 @@ def test_stopping_ends_a_pause_at_once():
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), ImportError("x"), PermissionError("x"), KeyError("x")])
-def test_mistakes_are_not_tried_again(error):
+def test_mistakes_are_not_retried(error):
     transfer = Transfer()
 
     def attempt(timeout):
@@ -72,7 +72,7 @@ def test_mistakes_are_not_tried_again(error):
     assert transfer.stats.snapshot()["requests"] == 1
 
 
-def test_the_cause_decides_over_what_wraps_it():
+def test_the_cause_counts_and_not_its_wrapper():
     """fsspec's http turns a broken connection into FileNotFoundError."""
     outcomes = iter([FileNotFoundError("gone"), None])
 
@@ -93,7 +93,7 @@ def test_the_cause_decides_over_what_wraps_it():
         (ssl.SSLZeroReturnError(6, "TLS/SSL connection has been closed"), False),
     ],
 )
-def test_no_trust_is_final_and_a_broken_connection_is_not(error, final):
+def test_a_failed_certificate_is_final_and_a_broken_connection_is_not(error, final):
     def attempt(timeout):
         try:
             raise error
@@ -133,7 +133,7 @@ def test_counters_add_up_over_threads():
     assert (stats.snapshot()["bytes"], stats.snapshot()["requests"]) == (32_000, 16_000)
 
 
-def test_long_trouble_is_said_now_and_then_and_without_secrets(monkeypatch, caplog):
+def test_lasting_trouble_is_reported_now_and_then_without_secrets(monkeypatch, caplog):
     notices = retries._Notices()
     notices.EVERY = 0.2
     monkeypatch.setattr(retries, "_NOTICES", notices)

@@ -61,7 +61,7 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path, monkeypatch,
     assert f"process {os.getpid()} on {socket.gethostname()}, Slurm job {number}\n" == (run / ".lock").read_text()
 
 
-def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_all(tmp_path, monkeypatch, capsys):
+def test_the_wait_for_an_earlier_attempt_has_a_limit_and_another_job_is_not_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ecar_dist.runtime.run.directory.LOCK_SECONDS", 1.0)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     owner = RunDirectory(tmp_path / "run")
@@ -75,7 +75,7 @@ def test_an_earlier_attempt_is_not_waited_for_for_ever_and_another_job_not_at_al
     assert capsys.readouterr().out == ""
 
 
-def test_what_a_job_script_writes_before_the_start_is_no_other_run(tmp_path):
+def test_what_a_job_script_writes_before_the_start_is_not_another_run(tmp_path):
     (tmp_path / "jobs/001").mkdir(parents=True)
     (tmp_path / "logs/job-77").mkdir(parents=True)
     RunDirectory(tmp_path).open_for_training()
@@ -87,13 +87,13 @@ def test_what_a_job_script_writes_before_the_start_is_no_other_run(tmp_path):
         RunDirectory(tmp_path).open_for_training()
 
 
-def test_to_look_into_a_run_takes_no_torch():
+def test_reading_a_run_does_not_import_torch():
     modules = "ecar_dist.runtime.run.directory, ecar_dist.runtime.checkpoint.files"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_a_start_that_was_cut_short_may_be_made_again(tmp_path):
+def test_an_interrupted_start_can_be_repeated(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on gone\n")
     RunDirectory(tmp_path).open_for_training()
     assert (tmp_path / "lineage.json").exists()
@@ -124,7 +124,7 @@ def test_a_job_that_never_gets_further_is_refused(tmp_path, monkeypatch, chain):
 
 
 @pytest.mark.parametrize("difference", ["progress", "signal", "no job"])
-def test_a_job_that_gets_further_or_was_preempted_or_is_a_persons_goes_on(tmp_path, monkeypatch, difference):
+def test_a_job_that_gets_further_or_was_preempted_or_is_started_by_hand_continues(tmp_path, monkeypatch, difference):
     if difference == "no job":
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     else:
@@ -161,7 +161,7 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_lineage_is_put_aside_and_its_copy_takes_its_place(tmp_path, capsys):
+def test_a_damaged_lineage_is_set_aside_and_replaced_by_its_copy(tmp_path, capsys):
     for number, (case, damage) in enumerate(DAMAGE.items()):
         run = tmp_path / str(number)
         first = start(run, step=3)
@@ -236,7 +236,7 @@ def test_a_lineage_that_is_gone_and_a_damaged_copy_are_a_lost_record(tmp_path):
     assert again.record_lost
 
 
-def test_a_folder_in_the_place_of_the_copy_stops_no_start(tmp_path):
+def test_a_folder_with_the_name_of_the_copy_does_not_stop_a_start(tmp_path):
     first = start(tmp_path)
     first._record.copy.unlink()
     first._record.copy.mkdir()
@@ -263,7 +263,7 @@ def test_damage_while_it_runs_neither_ends_an_attempt_nor_hides_a_later_one(tmp_
         assert [one.get("reason") for one in second.attempts()] == [None, "done"], case
 
 
-def test_a_lineage_that_is_gone_is_the_owners_of_the_lock(tmp_path):
+def test_without_a_lineage_the_owner_of_the_lock_owns_the_run(tmp_path):
     first = RunDirectory(tmp_path)
     first.open_for_training()
     first.begin_attempt(newest_step=None)
@@ -282,7 +282,7 @@ def test_a_record_of_many_attempts_stays_small_and_keeps_the_runs_name(tmp_path,
     assert len(RunDirectory(tmp_path).attempts()) == 3
 
 
-def test_a_lock_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_a_lock_that_is_not_a_file_is_refused_and_not_waited_for(tmp_path):
     for number, make in enumerate((os.mkfifo, os.mkdir)):
         run = tmp_path / str(number)
         run.mkdir()
@@ -291,7 +291,7 @@ def test_a_lock_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
             RunDirectory(run).open_for_training()
 
 
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+def test_a_file_with_the_name_of_a_folder_is_named(tmp_path):
     start(tmp_path / "run")
     (tmp_path / "run/samples").rmdir()
     (tmp_path / "run/samples").touch()
@@ -342,14 +342,14 @@ def test_a_run_keeps_its_name(tmp_path):
     ("latents", "mode"),
     [("s3://bucket/latents", 0o644), ("https://host/set?X-Amz-Signature=key", 0o600), ("s3://u:pw@b/x", 0o600)],
 )
-def test_a_config_with_a_key_in_a_url_is_for_its_owner(tmp_path, latents, mode):
+def test_only_the_owner_can_read_a_config_with_a_key_in_a_url(tmp_path, latents, mode):
     config = make_config(num_stages=2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"latents": latents})})
     RunDirectory(tmp_path).write_config(config)
     assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == mode
 
 
-def test_a_disk_that_takes_not_even_the_owners_name_is_named(tmp_path):
+def test_a_disk_too_full_for_the_lock_file_is_named(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     directory = RunDirectory(tmp_path / "run")
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))

@@ -56,7 +56,7 @@ def test_what_is_added_is_read_back(tmp_path):
     board.close()
 
 
-def test_a_resume_hides_the_steps_that_are_made_again(tmp_path):
+def test_a_resume_hides_the_steps_that_are_repeated(tmp_path):
     write(tmp_path, range(1, 9))
     write(tmp_path, range(5, 7), purge_step=5)
     assert [step for step, _ in points(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -80,9 +80,7 @@ def test_a_torn_file_of_an_earlier_attempt_does_not_hide_the_next(tmp_path):
     assert [step for step, _ in points(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_after_an_error_events_are_dropped_counted_and_said_once_and_then_a_new_file_goes_on(
-    tmp_path, monkeypatch, capfd
-):
+def test_after_an_error_events_are_dropped_and_counted_until_a_new_file_begins(tmp_path, monkeypatch, capfd):
     whole, faults = module._write_all, []
 
     def write_all(file, data):
@@ -112,14 +110,14 @@ def test_after_an_error_events_are_dropped_counted_and_said_once_and_then_a_new_
     assert os.strerror(errno.ENOSPC) in said
 
 
-def test_a_folder_that_cannot_be_made_costs_the_events_alone(tmp_path, capfd):
+def test_a_folder_that_cannot_be_made_costs_only_the_events(tmp_path, capfd):
     (tmp_path / "tb").write_text("a file")
     board = write(tmp_path / "tb", range(5))
     assert board.dropped == 5
     assert capfd.readouterr().err.count("TensorBoard") == 1
 
 
-def test_a_slow_folder_holds_nobody_up(tmp_path, monkeypatch, capfd):
+def test_a_slow_folder_does_not_block_training(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(module, "QUEUED", 10)
     go_on, board = threading.Event(), EventFile(tmp_path)
     try:

@@ -50,7 +50,7 @@ def write(directory, steps, start_step=0, tensorboard=True):
             writer.log(step, 16 * step, {"train/loss": 1.0 / step})
 
 
-def test_the_same_tags_and_values_stand_in_both_files(directory):
+def test_both_files_have_the_same_tags_and_values(directory):
     write(directory, range(1, 5))
     events = board(directory)
     assert lines(directory) == [{"step": n, "samples_seen": 16 * n, "train/loss": 1.0 / n} for n in range(1, 5)]
@@ -71,7 +71,7 @@ def test_nothing_is_lost_to_imports_in_a_fresh_process(directory):
     assert [p.step for p in board(directory).Scalars("train/loss")] == [1]
 
 
-def test_a_resume_drops_what_is_made_again_from_the_lines(directory):
+def test_a_resume_drops_the_lines_of_steps_that_are_repeated(directory):
     write(directory, range(1, 9), tensorboard=False)
     with directory.metrics.open("a") as file:
         file.write('{"step": 9, "samp')  # cut by a kill
@@ -79,7 +79,7 @@ def test_a_resume_drops_what_is_made_again_from_the_lines(directory):
     assert [line["step"] for line in lines(directory)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_damaged_line_costs_no_other_and_is_said(directory, capsys):
+def test_a_damaged_line_is_reported_and_costs_no_other(directory, capsys):
     write(directory, range(1, 9), tensorboard=False)
     whole = directory.metrics.read_bytes().splitlines(keepends=True)
     damaged = (
@@ -97,7 +97,7 @@ def test_a_damaged_line_costs_no_other_and_is_said(directory, capsys):
     assert f"{len(damaged)} damaged lines" in said
 
 
-def test_what_is_no_log_is_put_aside_and_a_new_one_begins(directory, capsys):
+def test_what_is_not_a_log_is_set_aside_and_a_new_one_begins(directory, capsys):
     path = directory.metrics
     makers = [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name)]
     makers.append(lambda path: (path.touch(), os.truncate(path, 40 << 30)))
@@ -179,7 +179,7 @@ class FullDisk:
         self.file.close()
 
 
-def test_lines_wait_for_a_disk_that_is_full_and_none_is_torn(directory, capfd):
+def test_lines_wait_for_a_full_disk_and_none_is_torn(directory, capfd):
     writer = MetricsWriter(directory, 0, tensorboard=False)
     disk = writer._lines._file = FullDisk(writer._lines._file, room=100)
     for step in range(1, 11):
@@ -200,7 +200,7 @@ def test_lines_wait_for_a_disk_that_is_full_and_none_is_torn(directory, capfd):
     assert [line["step"] for line in lines(directory)] == list(range(1, 14))
 
 
-def test_scores_stand_beside_the_curves(directory):
+def test_scores_are_written_next_to_the_curves(directory):
     write(directory, [1, 2])
     log_scores(directory, 2, {"FD": 3.5, "samples": 128, "name": "x"})
     assert [(p.step, p.value) for p in board(directory).Scalars("eval/FD")] == [(2, 3.5)]

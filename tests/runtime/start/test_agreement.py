@@ -63,14 +63,14 @@ def test_the_same_data_may_lie_elsewhere_and_a_mixture_has_its_weights():
     assert {key for key in ours if ours[key] != other[key]} == {"data.mixture"}
 
 
-def test_the_order_of_keys_in_a_raw_section_is_no_difference(tree):
+def test_the_order_of_keys_in_a_raw_section_is_not_a_difference(tree):
     shared = []
     for raw in ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}):
         shared.append(shared_settings(config_from_dict({**tree, "deepspeed": {"raw": raw}})))
     assert shared[0] == shared[1]
 
 
-def test_no_value_that_is_sent_holds_a_credential():
+def test_no_value_that_is_sent_has_a_credential():
     secret = config(checkpoint={"dir": "s3://user:hunter2@bucket/a?X-Amz-Signature=hunter2"})
     assert "hunter2" not in "".join(shared_settings(secret).values())
 
@@ -95,7 +95,7 @@ def test_a_difference_names_ranks_nodes_and_values(values, said):
     assert differences([{"a": value} for value in values], NODES) == said
 
 
-def test_a_line_has_an_end():
+def test_a_line_about_many_differences_is_short():
     facts = [{f"k{number}": f"{rank}" * 1000 for number in range(50)} for rank in range(2)]
     said = differences(facts, NODES)
     assert said.endswith("; and 42 more")
@@ -111,7 +111,7 @@ def answer(rank, problem="", **facts):
     return Answer(rank, NODES[rank], problem, facts)
 
 
-def test_a_silent_rank_is_its_nodes_fault_and_a_rank_without_a_config_a_persons():
+def test_a_silent_rank_is_the_fault_of_its_node_and_a_rank_without_a_config_is_not():
     given = {"seconds": 9, "nodes": NODES[:3], "fix": "fix it"}
     silent = decide_on_facts([answer(0, a="1"), answer(1, a="1"), None], **given)
     assert (silent.again, silent.bad_nodes) == (True, ("n2",))
@@ -121,7 +121,7 @@ def test_a_silent_rank_is_its_nodes_fault_and_a_rank_without_a_config_a_persons(
     assert decide_on_facts([answer(0, a="1"), answer(1, a="1")], **given).problem == ""
 
 
-def test_all_ranks_end_and_the_first_alone_says_why():
+def test_all_ranks_end_and_only_the_first_says_why():
     def agree(world, value):
         agree_on(world, "facts", {"a": value}, "make them alike")
 
@@ -143,7 +143,7 @@ def test_the_source_is_known_by_its_content(tmp_path, monkeypatch):
     assert found[2] == found[3]
 
 
-def test_what_an_editor_leaves_is_not_source(tmp_path, monkeypatch):
+def test_files_of_an_editor_are_not_source(tmp_path, monkeypatch):
     monkeypatch.setattr(agreement.ecar_dist, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "loop.py").write_text("1")
     before = source_version()

@@ -31,7 +31,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         local_device(Placement(rank=12, size=16, local_rank=4))
 
 
-def test_a_node_without_a_gpu_is_unfit_where_others_have_one():
+def test_a_node_without_a_gpu_is_unfit_if_others_have_one():
     def decision(*kinds):
         answers = [Answer(rank, f"n{rank}", "", {"device": kind}) for rank, kind in enumerate(kinds)]
         return decide_on_devices(answers, seconds=9)
@@ -76,7 +76,7 @@ os._exit(0)  # the teardown of gloo's threads may abort
 """
 
 
-def test_ranks_under_srun_meet_by_themselves_and_say_what_keeps_them_from_it(tmp_path):
+def test_ranks_under_srun_meet_or_say_why_they_cannot(tmp_path):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -104,7 +104,7 @@ def test_ranks_under_srun_meet_by_themselves_and_say_what_keeps_them_from_it(tmp
     assert not (tmp_path / "bad-nodes").exists()  # those that came are fine, and the others have no name
 
 
-def test_two_jobs_at_one_port_do_not_take_each_other_for_one():
+def test_two_jobs_at_one_port_do_not_mix():
     port = free_port()
     job = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
     first = open_store(Placement(0, 2, master_port=port), job)
@@ -114,7 +114,7 @@ def test_two_jobs_at_one_port_do_not_take_each_other_for_one():
         assert not open_store(Placement(1, 2, master_port=port), job | other).check(["name"])
 
 
-def test_where_torchruns_agent_holds_the_port_the_first_rank_is_a_guest():
+def test_under_torchrun_the_first_rank_uses_the_store_of_the_agent():
     port = free_port()
     agent = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     open_store(Placement(0, 2, master_port=port), {"TORCHELASTIC_USE_AGENT_STORE": "True"}).set("name", "guest")

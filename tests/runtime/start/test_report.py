@@ -19,7 +19,7 @@ def answer(rank, node, *, problem="", clock=100.0, free=50, seconds=0.01, device
     return Answer(rank, node, problem, facts)
 
 
-def test_the_story_of_two_nodes():
+def test_the_lines_of_two_nodes():
     found = report(
         [answer(0, "n1"), answer(1, "n1"), answer(2, "n2", free=7, clock=101.5), answer(3, "n2", seconds=0.5)],
         12.5e9,
@@ -50,7 +50,7 @@ def test_alone_there_is_no_all_reduce_and_no_node_to_name():
     assert "(n1)" not in lines[1]
 
 
-def test_what_differs_and_does_no_harm_is_a_warning():
+def test_a_harmless_difference_is_a_warning():
     different = [answer(0, "n1"), answer(1, "n2", device="NVIDIA H100", python="3.12"), answer(2, "n3", clock=131)]
     assert warnings(different) == [
         "different device: NVIDIA H200 on n1, n3, NVIDIA H100 on n2",

@@ -77,7 +77,7 @@ def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
     assert decision.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
 
 
-def test_what_fails_on_most_nodes_is_no_nodes_fault():
+def test_what_fails_on_most_nodes_is_not_the_fault_of_a_node():
     nodes = tuple(f"n{number}" for number in range(20))
     decision = decide(answers("", *["no data"] * 19, nodes=nodes), seconds=9)
     assert decision == Decision(nodes, problem="node n1: no data", culprit=1)
@@ -106,7 +106,7 @@ def held(world, problem="", error=None, decision=None):
     return hold_roll_call(world, "test", answer, rule, seconds=30, error=error)
 
 
-def test_an_unfit_node_ends_all_ranks_and_is_said_by_the_first_alone(tmp_path, monkeypatch):
+def test_an_unfit_node_ends_all_ranks_and_only_the_first_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
     first, second = worlds(2)
     raised = in_threads(lambda: held(first), lambda: held(second, "no disk", OSError("no disk")))
@@ -116,7 +116,7 @@ def test_an_unfit_node_ends_all_ranks_and_is_said_by_the_first_alone(tmp_path, m
     assert (tmp_path / "bad-nodes").read_text() == "n2\n"
 
 
-def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatch):
+def test_what_fails_everywhere_is_raised_by_the_first_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("ECAR_JOB_LOGS", str(tmp_path))
     first, second = worlds(2)
     mine, theirs = DataError("no manifest"), DataError("no manifest")
@@ -129,7 +129,7 @@ def test_what_fails_everywhere_is_the_first_ranks_own_error(tmp_path, monkeypatc
         held(alone, "no manifest", mine)
 
 
-def test_what_only_the_others_answers_show_is_said_too():
+def test_what_only_the_answers_of_others_show_is_raised_too():
     answers = [Answer(rank, "n1", facts={"device": kind}) for rank, kind in enumerate(("cuda", "cpu"))]
     rule = partial(decide_on_devices, seconds=30)
     raised = in_threads(
@@ -145,7 +145,7 @@ def test_all_is_well():
     ] * 3
 
 
-def test_what_a_person_must_mend_is_no_reason_to_run_again():
+def test_what_a_person_must_fix_is_not_a_reason_to_run_again():
     first, second = worlds(2)
     decision = Decision(NODES, problem="different torch")
     raised = in_threads(*(lambda w=w: held(w, decision=decision) for w in (first, second)))
@@ -163,7 +163,7 @@ def test_ranks_and_errors_in_a_sentence():
 
 
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"rank": 1, "node": "n", "problem": "", "facts": {"a": NaN}}'])
-def test_an_answer_of_another_version_is_said_and_ends_all_ranks(text):
+def test_an_answer_of_another_version_ends_all_ranks(text):
     first, second = worlds(2)
     raised = in_threads(lambda: held(first), lambda: second.roll_call("test", text, 30, str))
     assert isinstance(raised[0], ConfigError)
@@ -173,7 +173,7 @@ def test_an_answer_of_another_version_is_said_and_ends_all_ranks(text):
     assert isinstance(raised[1], ConfigError)
 
 
-def test_a_file_name_that_is_not_utf_8_is_no_unreadable_answer():
+def test_a_file_name_that_is_not_utf_8_is_a_readable_answer():
     first, second = worlds(2)
     raised = in_threads(lambda: held(first), lambda: held(second, "no \udcff.tar"))
     assert str(raised[0]).startswith("node n2 failed the preflight: no ?.tar")

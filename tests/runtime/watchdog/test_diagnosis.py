@@ -32,7 +32,7 @@ def test_within_a_step_the_beats_count_and_not_the_names_of_the_phases():
     assert ranks_of(suspects(reports)) == [1]
 
 
-def test_of_those_in_one_place_the_one_outside_a_collective_is_the_odd_one():
+def test_among_ranks_in_one_phase_the_one_outside_a_collective_is_the_odd_one():
     reports = [report(0), report(1, innermost='File "loader.py", line 4 in take')]
     assert ranks_of(suspects(reports)) == [1]
     assert 'rank 1 (host gpu07, process 4001) has been in phase "backward" of step 9' in diagnose(reports, 2, "/logs")
@@ -45,14 +45,14 @@ def test_else_the_one_on_another_line_than_most():
     assert ranks_of(suspects([on_a_device[0], apart])) == [0, 3]  # no majority
 
 
-def test_where_none_is_behind_all_are_named():
+def test_if_no_rank_is_behind_all_are_named():
     assert diagnose([report(0), report(1)], 2, "/logs") == (
         f'ranks 0 and 1 have all been in phase "backward" of step 9 for 600 s, none is behind: their stacks are in '
         f"/logs; {AGAIN}"
     )
 
 
-def test_a_rank_without_a_report_is_the_odd_one_where_the_others_are_alike():
+def test_a_rank_without_a_report_is_the_odd_one_if_the_others_are_alike():
     line = diagnose([report(0), report(2)], 4, "/logs")
     assert line.startswith('ranks 1 and 3 gave no sign of life while the others waited in phase "backward" of step 9;')
     behind = [report(0), report(2, step=8)]
@@ -76,7 +76,7 @@ def test_a_rank_that_is_gone_comes_first():
     )
 
 
-def test_a_rank_that_failed_says_it_itself():
+def test_a_rank_that_failed_prints_its_own_error():
     assert (
         diagnose([report(0, kind=CALLED), report(1, kind=FAILED), report(2, kind=LOST, words="closed")], 3, "/") is None
     )
@@ -89,6 +89,6 @@ def test_a_lost_connection_without_a_cause():
     )
 
 
-def test_many_ranks_are_named_in_few_words():
+def test_a_line_about_many_ranks_is_short():
     gone = [report(rank, kind=GONE) for rank in range(20)]
     assert "process 4000), as ranks 1, 2, 3, 4, 5, 6, 7 and 12 more, is gone" in diagnose(gone, 20, "/logs")

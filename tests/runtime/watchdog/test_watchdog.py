@@ -115,7 +115,7 @@ def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
     assert reports(tmp_path)[0]["stacks"] == ""
 
 
-def test_an_error_of_one_rank_ends_the_others_and_is_said_by_it_alone(tmp_path):
+def test_an_error_of_one_rank_ends_the_others_and_only_that_rank_prints_it(tmp_path):
     statuses, lines = end(start(tmp_path, 2, 600, "backward:rank=1:step=2:raise", gather_seconds=1), 1 + SLACK)
     assert statuses == [-signal.SIGKILL, 1]
     assert lines[0].startswith("Traceback")
@@ -123,14 +123,14 @@ def test_an_error_of_one_rank_ends_the_others_and_is_said_by_it_alone(tmp_path):
     assert not [line for line in lines if line.startswith("ecar-dist")]
 
 
-def test_a_lost_connection_is_said_once_where_no_rank_is_known_to_be_gone(tmp_path):
+def test_a_lost_connection_is_printed_once_if_no_rank_is_known_to_be_gone(tmp_path):
     statuses, lines = end(start(tmp_path, 2, 600, "gloo closed by peer:rank=1:raise"), Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL, 3]
     assert len(lines) == 1
     assert 'rank 1 lost contact with another rank in phase "checkpoint" of step 4 (failpoint gloo closed' in lines[0]
 
 
-def test_alone_a_hang_is_ended_too_even_where_nothing_can_be_written(tmp_path):
+def test_a_hang_of_one_rank_is_ended_even_if_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     statuses, lines = end(start(tmp_path / "file", 1, 1), 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL]
@@ -147,7 +147,7 @@ def test_a_file_system_that_hangs_does_not_keep_the_rank_alive(tmp_path):
     assert statuses == [-signal.SIGKILL]
 
 
-def test_a_slow_first_step_and_a_slow_save_are_no_hang(tmp_path):
+def test_a_slow_first_step_and_a_slow_save_are_not_a_hang(tmp_path):
     slow = "data:step=1:delay=1.5,checkpoint:step=4:delay=1.5"
     statuses, lines = end(start(tmp_path, 1, 1, slow, waiting=0), 4 + SLACK)
     assert (statuses, lines) == ([0], [])
@@ -272,7 +272,7 @@ def test_slow_phases_and_the_first_steps_get_more_time(phase, step, first_step, 
     assert Heartbeat(step, 0, phase, first_step).limit(10) == seconds
 
 
-def test_collectives_are_more_patient_than_the_watchdog():
+def test_collectives_wait_longer_than_the_watchdog():
     ten_minutes = datetime.timedelta(minutes=10)
     assert longest_wait(0, ten_minutes) == ten_minutes
     slowest = max(Heartbeat(0, 0, phase, 0).limit(600) for phase in PHASES)
@@ -284,7 +284,7 @@ def test_phases_fit_the_memory():
         assert read_heartbeat(LAYOUT.pack(3, 2, index, 1)) == Heartbeat(3, 2, phase, 1)
 
 
-def test_the_innermost_line_is_the_main_threads():
+def test_the_innermost_line_is_that_of_the_main_thread():
     stacks = (
         'Thread 0x00007f01 (most recent call first):\n  File "a.py", line 3 in wait\n  File "a.py", line 1 in run\n\n'
         'Current thread 0x00007f02 (most recent call first):\n  File "b.py", line 9 in all_reduce\n  File "c.py"\n'
@@ -293,7 +293,7 @@ def test_the_innermost_line_is_the_main_threads():
     assert innermost_line("") == ""
 
 
-def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
+def test_a_killed_monitor_is_replaced_and_the_rank_continues(tmp_path):
     (rank,) = start(tmp_path, 1, 600)
     assert rank.stdout.readline() == "waiting\n"
     killed = monitor_of(rank)
@@ -308,7 +308,7 @@ def test_a_killed_monitor_is_said_and_replaced_and_the_rank_goes_on(tmp_path):
     assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
 
 
-def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
+def test_a_replaced_monitor_ends_a_hang(tmp_path):
     (rank,) = start(tmp_path, 1, 1.5)
     assert rank.stdout.readline() == "waiting\n"
     os.kill(monitor_of(rank), signal.SIGKILL)
@@ -318,7 +318,7 @@ def test_the_monitor_that_takes_anothers_place_ends_a_hang(tmp_path):
     assert 'has been in phase "backward" of step 5' in lines[1]
 
 
-def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path):
+def test_monitors_that_die_one_after_another_are_replaced_a_few_times(tmp_path):
     (rank,) = start(tmp_path, 1, 600)
     assert rank.stdout.readline() == "waiting\n"
     for _ in range(MAX_MONITORS):
@@ -332,7 +332,7 @@ def test_monitors_that_die_one_after_another_are_not_replaced_for_ever(tmp_path)
     assert lines[-1].endswith("nobody watches this rank any more")
 
 
-def test_a_report_that_is_none_is_not_read(tmp_path):
+def test_a_file_that_is_not_a_report_is_not_read(tmp_path):
     report = RankReport(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
     path = tmp_path / "rank-00001.json"
     path.write_text(json.dumps(dataclasses.asdict(report)))
