@@ -1,4 +1,4 @@
-"""The preflight of a training run: what it has to look at follows from the config."""
+"""The preflight of a training run. The config says what it has to look at."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.storage.retries import RetryPolicy
 from ecar_dist.train.sources import TrainingData, cache_options, check_data, try_data
 
-LOCAL_SECONDS = 120.0  # for a rank's look; a file system that takes longer is one that hangs
-REMOTE_SECONDS = RetryPolicy().deadline + 60.0  # object stores are insisted on
+LOCAL_SECONDS = 120.0  # for each rank's checks; a file system that takes longer hangs
+REMOTE_SECONDS = RetryPolicy().deadline + 60.0  # reads from object stores are retried
 
 
 def check_nodes(config: RunConfig, world: World) -> TrainingData:
-    """Every node is fit and sees the same data, which are given back; rank 0 says so. Collective.
+    """Check that every node is fit and sees the same data; rank 0 reports. Returns the data. Collective.
 
-    The manifests are read by every rank, the beginning of the shards by one rank of each node: a thousand ranks that
-    read the same bytes past their node's cache would be a load of their own.
+    Every rank reads the manifests, and one rank of each node the beginning of the shards: a thousand ranks that read
+    the same bytes past their nodes' caches would be a load of their own.
 
-    Raises on all ranks: NodeError where some nodes are unfit, DataError where no node can read the data, ConfigError
-    where they are not the same data.
+    Raises on all ranks: NodeError if some nodes are unfit, DataError if no node can read the data, ConfigError if the
+    nodes see different data.
     """
+    first_of_node = world.nodes.index(world.nodes[world.rank]) == world.rank
 
     def read() -> tuple[TrainingData, dict[str, Any]]:
         data = check_data(config)
-        probe = try_data(data) if speaks_for_its_node else NO_PROBE
+        probe = try_data(data) if first_of_node else NO_PROBE
         return data, {"where": probe.where, "bytes": probe.nbytes, "seconds": probe.seconds}
 
-    speaks_for_its_node = world.nodes.index(world.nodes[world.rank]) == world.rank
-
+    # Each node for itself.
     seconds = REMOTE_SECONDS if _reads_remotely(config) else LOCAL_SECONDS
     data, lines = preflight(world, folders(config), read, seconds=seconds)
     for line in lines:
         say(line)
-    agree_on(world, "data", data_facts(config, data), "give every node the same data set, wherever it lies there")
+
+    # All nodes against each other.
+    agree_on(world, "data", data_facts(config, data), "give every node the same data set; its path may differ")
     return data
 
 
 def data_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
-    """The id of each data set, by the config's key of its place, which may be another on each node."""
+    """The id of each data set, by the config key of its path."""
     if config.data.mixture:
         keys = [f"data.mixture[{index}].latents" for index in range(len(data.dataset_ids))]
     else:
@@ -54,7 +56,7 @@ def data_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
 
 
 def folders(config: RunConfig) -> dict[str, Path]:
-    """What needs free space on every node, by what it is for."""
+    """The folders that need free space on every node, by what they are for."""
     found = {"for the run": config.run_directory, "in /dev/shm": Path("/dev/shm")}
     if config.checkpoint.dir is not None and not is_remote(config.checkpoint.dir):
         found["for checkpoints"] = local_path(config.checkpoint.dir)

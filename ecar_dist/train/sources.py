@@ -1,4 +1,4 @@
-"""The data of a run: proven to fit the config before anything is allocated, then opened as one loader."""
+"""The data of a run: checked against the config before anything is allocated, then opened as one loader."""
 
 from __future__ import annotations
 
@@ -49,17 +49,23 @@ class TrainingData:
 
 
 def check_data(config: RunConfig) -> TrainingData:
-    """Read the manifests. Raises DataError where a set does not fit the config, or a local shard is not there."""
+    """Read the manifests. Raises DataError if a set does not fit the config, or a local shard is missing."""
     data = config.data
+
+    # One set of images.
     if data.images is not None:
         images = load_image_manifest(data.images)
         check_fits(config, [(data.images, images)])
         return TrainingData((data.images,), (images,), None)
+
+    # Sets of latents: all of one encoder.
     places = tuple(source.latents for source in data.latent_sources)
     manifests = tuple(load_manifest(place) for place in places)
     encoders = [EncoderIdentity.from_dict(manifest.encoder) for manifest in manifests]
     for place, encoder in zip(places, encoders, strict=True):
         check_same_encoder(encoders[0], encoder, place)
+
+    # They fit the config, and their shards exist.
     check_fits(config, list(zip(places, manifests, strict=True)))
     for place, manifest in zip(places, manifests, strict=True):
         check_presence(place, manifest.shards)
@@ -67,7 +73,7 @@ def check_data(config: RunConfig) -> TrainingData:
 
 
 def try_data(data: TrainingData) -> Probe:
-    """A read at the beginning of each set: the slowest. Raises DataError where that cannot be."""
+    """Read the beginning of each set; the result is the slowest read. Raises DataError where one fails."""
     if data.encoder is None:
         return probe_images(data.places[0])
     latents = zip(data.places, cast(tuple[Manifest, ...], data.manifests), strict=True)
@@ -76,7 +82,7 @@ def try_data(data: TrainingData) -> Probe:
 
 
 def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> None:
-    """Raises DataError where the config's autoencoder did not make the latents, ConfigError where it fits no images."""
+    """Raises DataError if the config's autoencoder did not make the latents, ConfigError if it does not fit images."""
     if data.encoder is not None:
         check_same_encoder(codec.identity, data.encoder, data.places[0])
     elif codec.identity.latent_channels != config.data.latent_channels:
@@ -88,7 +94,7 @@ def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> No
 
 
 def open_stream(config: RunConfig, data: TrainingData) -> SampleStream:
-    """The order of the run's samples. Raises ConfigError where the lanes do not fit the shards."""
+    """The order of the run's samples. Raises ConfigError if the lanes do not fit the shards."""
     return SampleStream(
         [[entry.count for entry in manifest.shards] for manifest in data.manifests],
         seed=config.run.seed,
@@ -117,7 +123,7 @@ def open_loader(config: RunConfig, world: World, stream: SampleStream, start: in
 
 
 def normaliser(data: TrainingData, codec: LatentCodec | None) -> Normalise:
-    """What turns a batch as read into latents: scale and shift of the moments; for images, `codec` before that."""
+    """What turns a batch of the loader into latents: scale and shift of the moments; images are encoded first."""
     if data.encoder is not None:
         return partial(normalise, data.encoder)
     assert codec is not None
@@ -130,13 +136,18 @@ def _encode(codec: LatentCodec, pixels: torch.Tensor, noise: torch.Tensor) -> to
 
 
 def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
-    data, cache = config.data, cache_options(config.data)
+    data = config.data
+    cache = cache_options(data)
+
+    # Images, decoded on the GPU where DALI can.
     if data.images is not None:
         kind = "dali" if data.backend == "dali" else "pil"
         mixed = kind == "dali" and device.type == "cuda"
         decoder = open_decoder(kind, "mixed" if mixed else "cpu", data.resize, parse_background(data.background))
         size = data.latent_size * config.vae.downsample
         return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
+
+    # Latents, one source for each set of a mixture.
     sources = [LatentSource(source.latents, cache) for source in data.latent_sources]
     if data.backend == "dali":
         return [DaliLatentSource(source, config.batch.micro_batch_size, device) for source in sources]
@@ -144,9 +155,9 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
 
 
 def _allow_many_files() -> None:
-    """A mapped shard holds a file descriptor, and many systems give a process 1,024 until it asks for more."""
+    """Raise the limit of open files: a mapped shard takes one, and many systems allow 1,024 by default."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # refused: then it is as before
+    with contextlib.suppress(ValueError, OSError):  # if it is refused, the limit stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
