@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -9,13 +10,15 @@ import torch
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.config.read import config_from_dict
+from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.shards.manifest import load_manifest, write_manifest
 from ecar_dist.data.sources import DaliLatentSource, LatentSource
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.train import sources
 from ecar_dist.train.sources import check_codec, check_data, open_stream
 from ecar_dist.vae.build import open_codec
-from tests.conftest import losses, start_ranks, train_on_ranks
+from tests.conftest import free_port, losses, train_on_ranks
+from tests.fork_server import run_forked, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +43,10 @@ def images(tree, digits, **data):
 
 def test_data_has_one_source(tree, digits):
     tree["data"]["images"] = str(digits / "images/train")
-    with pytest.raises(ConfigError, match="data has latents and images; give one of latents, mixture and images"):
+    with pytest.raises(ConfigError, match="latents and images"):
         config_from_dict(tree)
     del tree["data"]["latents"], tree["data"]["images"]
-    with pytest.raises(ConfigError, match="data has no source"):
+    with pytest.raises(ConfigError, match=r"data\b.*latents"):
         config_from_dict(tree)
 
 
@@ -228,10 +231,12 @@ def test_the_dali_backend_gives_the_same_losses(write_config):
 def test_another_order_is_refused_on_resume_by_name(write_config):
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")
-    process = start_ranks(1, config, "data.window_shards=1")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "made with data_order.window_shards=4, this run has data_order.window_shards=1: the order" in error
+    done = run_forked("train", str(config), "data.window_shards=1")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ecar-dist:")]
+    assert line.index("data_order.window_shards=4") < line.index(
+        "data_order.window_shards=1"
+    )  # as made, then this run's
 
 
 def test_images_lie_on_the_background_that_the_config_says(tree, digits):
@@ -249,29 +254,25 @@ def test_images_are_resized_as_the_config_says(tree, digits, resize):
     source.close()
 
 
-def broken_reader(folder):
-    """A sitecustomize that makes rank 1's third step fail where it reads."""
-    (folder / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from ecar_dist.data.loader import SampleLoader\n"
-        "    from ecar_dist.errors import DataError\n"
-        "    take, calls = SampleLoader.take, []\n"
-        "    def broken(self, *values):\n"
-        "        calls.append(1)\n"
-        "        if len(calls) == 3:\n"
-        "            raise DataError('shard x is damaged; restore it')\n"
-        "        return take(self, *values)\n"
-        "    SampleLoader.take = broken\n"
-    )
-    return folder
+def break_reader():
+    """Make rank 1's third step fail where it reads."""
+    take, calls = SampleLoader.take, []
+
+    def broken(self, *values):
+        calls.append(1)
+        if len(calls) == 3:
+            raise DataError("shard x is damaged; restore it")
+        return take(self, *values)
+
+    if os.environ["RANK"] == "1":
+        SampleLoader.take = broken
 
 
-def test_data_that_fails_on_one_rank_ends_all_of_them_in_one_line(tree, write_config, digits, tmp_path):
+def test_data_that_fails_on_one_rank_ends_all_of_them_in_one_line(write_config):
     """Rank 1's reader alone fails: nobody waits for it, nobody sees a torn connection."""
-    process = start_ranks(2, write_config(), PYTHONPATH=str(broken_reader(tmp_path)))
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 1
+    ended = run_ranks(2, free_port(), "train", str(write_config()), before=break_reader)
+    assert [one.returncode for one in ended] == [1, 1]
+    out, error = ("".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
     lines = [line for line in error.splitlines() if line.startswith("ecar-dist:")]
     assert lines == ["ecar-dist: shard x is damaged; restore it"], error
     assert "step 2/6" in out
