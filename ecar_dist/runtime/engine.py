@@ -138,6 +138,7 @@ class Engine:
         self._engine.step()
         status = self._status or self._read_status(torch.tensor(math.inf, dtype=torch.float64))
 
+        # Adam corrects the bias of its moments by the number of steps, which is that of the run.
         if not status.applied:
             for partition in self.partitions:
                 self._adam_state(partition)["step"] += 1
@@ -155,10 +156,13 @@ class Engine:
 
         A norm above LARGEST_NORM counts as inf: its square overflows fp32, in which all stages but ZeRO-3 sum squares.
         """
+        # On the device.
         sums = self._sums.double()
         norm = norm.to(sums.device)
         norm = torch.where(norm > LARGEST_NORM, math.inf, norm)
         good = self._is_good(sums.sum(), norm)
+
+        # On the host: one transfer, for which it waits.
         row = torch.cat([sums, torch.stack([norm, good.double()])])  # [n + 2]
         *values, grad_norm, applied = row.tolist()
         return StepStatus(tuple(values), grad_norm, bool(applied))
@@ -192,6 +196,7 @@ class Engine:
         return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
 
     def _is_whole(self, parameter: Any) -> bool:
+        # ZeRO-3 keeps small parameters whole, from its first step on.
         if self.zero_stage < 3:
             return True
         return parameter.ds_persist and parameter.numel() == parameter.ds_numel
@@ -205,6 +210,7 @@ class Engine:
             self._adam_state(partition)["step"].fill_(step)
 
     def _adam_state(self, partition: torch.Tensor) -> dict[str, torch.Tensor]:
+        # Adam makes its state in the first step; a checkpoint may be loaded, or a step refused, before that.
         state = self._adam.state[partition]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -213,6 +219,7 @@ class Engine:
 
     def gather(self, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter in full, one at a time, fp32 on this rank's device, from `partitions`. Collective."""
+        # What this rank has of each parameter.
         own: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
         for fragment in self.fragments:
             own[fragment.name].append(fragment)
@@ -241,6 +248,7 @@ class Engine:
                 parameter.data.copy_(full)
 
     def _master_partitions(self) -> list[torch.Tensor]:
+        # Each of DeepSpeed's optimizers has its own name for them; without ZeRO, in fp32, they are the parameters.
         optimizer = self._optimizer
         for attribute in (
             "single_partition_of_fp32_groups",  # ZeRO 1 and 2
@@ -260,6 +268,7 @@ class Engine:
 
     def _replicated_fragments(self) -> list[Fragment]:
         """ZeRO 0: one partition for each parameter, in the optimizer's order; in bf16 it is an fp32 copy."""
+        # DeepSpeed's bf16 optimizer lists the parameters beside their copies; in fp32 they are the partitions.
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         trained = getattr(self._optimizer, "fp16_groups", None) or [self.partitions]
         in_order = [parameter for group in trained for parameter in group]
@@ -274,6 +283,7 @@ class Engine:
         return Fragment(name, source.start, target.numel, mapping.param_group_index, target.start)
 
     def _zero3_fragment(self, name: str, parameter: Any) -> Fragment | None:
+        # Every rank has an equal part of each parameter; the last one is padded.
         optimizer: Any = self._optimizer
         partition, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = padded * self.world.rank

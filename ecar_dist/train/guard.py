@@ -71,11 +71,17 @@ class BadSteps:
         """`state`: as `state_dict` returned it to the restored checkpoint. `windows`: all that the file has."""
         known = state or {}
         self._section = section
+
+        # The norms of the last good steps, which set the limit.
         self._good_norms: deque[float] = deque(known.get("good_norms", ()), maxlen=section.window)
-        self.in_a_row: int = known.get("in_a_row", 0)  # bad steps up to now
-        self.skipped: int = known.get("skipped", 0)  # steps, refused or passed over, since the run began
+
+        # Bad steps up to now; and all steps, refused or passed over, since the run began.
+        self.in_a_row: int = known.get("in_a_row", 0)
+        self.skipped: int = known.get("skipped", 0)
+
+        # What is passed over; and the window of the roll-back that `judge` asked for.
         self.windows = sorted({*windows, *((first, last) for first, last in known.get("windows", ()))})
-        self.window_to_pass: Window | None = None  # of the roll-back that `judge` asked for
+        self.window_to_pass: Window | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as JSON values."""
@@ -89,6 +95,7 @@ class BadSteps:
     @property
     def grad_norm_limit(self) -> float:
         """The largest gradient norm of a good step; infinite until half a window of good steps is known."""
+        # Without a spike factor, and while little is known, only a norm that is not finite is bad.
         factor = self._section.spike_factor
         if factor == 0 or len(self._good_norms) < self._section.window // 2:
             return math.inf
@@ -105,21 +112,24 @@ class BadSteps:
             self.in_a_row = 0
             return Action.GO_ON
 
-        # A few bad steps in a row are left out and forgotten.
+        # A few bad steps in a row are skipped: their gradients are dropped, and training goes on.
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row < self._section.roll_back_after:
             return Action.SKIP
 
-        # More of them mean that the weights are bad already, or the data: go back, and around these samples.
+        # More of them mean that the weights are bad already: go back, unless that has not helped before.
         if len(self.windows) >= self._section.stop_after:
             return Action.STOP
+
+        # The next attempt passes over the bad steps, and over as many before them.
         first_bad = step - self.in_a_row + 1
         self.window_to_pass = (max(1, first_bad - self._section.roll_back_after), step)
         return Action.ROLL_BACK
 
     def reason(self, loss: float, grad_norm: float) -> str:
         """Why a step with these numbers was refused, for the log."""
+        # In the order of `is_good`.
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
@@ -157,6 +167,7 @@ class StepGuard:
 
     def is_good(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """The engine's question, with the limit as it is now. Nothing here waits for the device."""
+        # the history is on the host, so the limit is a number by now
         good: torch.Tensor = is_good(loss, grad_norm, self.history.grad_norm_limit)
         return good
 
@@ -166,15 +177,17 @@ class StepGuard:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint, or from the start (None), and from the windows in bad_steps.jsonl. Collective."""
+        # The file may know roll-backs that came after the checkpoint.
         self.history = BadSteps(self._section, state, self._file.windows())
 
     def settle(self, step: int, samples_seen: int, batches: Sequence[MicroBatch], result: StepResult) -> Action:
         """What follows step number `step`, which began at `samples_seen`; a bad one is written down. Collective."""
+        # All ranks have the same numbers, so all decide alike.
         action = self.history.judge(step, result.grad_norm, result.applied)
         if action is Action.GO_ON:
             return action
 
-        # Which samples, and why: the user may have to look at them.
+        # Write down why, and on which samples: the user may have to look at them.
         reason = self.history.reason(result.loss, result.grad_norm)
         sample_ids = [sample_id for micro in batches for sample_id in micro.sample_ids.tolist()]
         self._file.note_step(step, samples_seen, result.loss, result.grad_norm, reason, sample_ids)
@@ -192,11 +205,14 @@ class StepGuard:
 
     def roll_back(self, step: int, restored_step: int, state: Mapping[str, Any] | None) -> None:
         """The run goes back from `step` to the checkpoint of `restored_step`, which has this state. Collective."""
+        # On disk first: a crash right after this must not forget the window.
         window = self.history.window_to_pass
         assert window is not None
         self._file.note_roll_back(step, window)
         if self._world.is_first:
             say(f"rolled back to step {restored_step}; steps {window[0]} to {window[1]} will be passed over")
+
+        # The checkpoint's state does not know this roll-back; the file does.
         self.load_state_dict(state)
 
 
@@ -223,6 +239,7 @@ class BadStepFile:
 
         A disk that does not take the line does not end the run.
         """
+        # Every rank read other samples, and rank 0 writes.
         ids = self._world.gather(list(own_samples))
         line = bad_step_record(step, samples_seen, loss, grad_norm, reason, ids)
         self._world.on_first_rank(lambda: _append_or_warn(self._path, line))
@@ -243,6 +260,7 @@ def bad_step_record(
 
     JSON has no NaN: a number that is not finite is written as text.
     """
+    # The number that is not finite is often the reason.
     numbers = {"loss": loss, "grad_norm": grad_norm}
     record = {
         "step": step,
@@ -273,6 +291,7 @@ class RollBack(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RollBack:
+        # A damaged line must never choose other steps, so it is refused as a whole.
         first, last = self.pass_over
         if not 1 <= first <= last <= self.step:
             raise ValueError(f"steps {first} to {last} are not a window up to step {self.step}")
@@ -286,7 +305,7 @@ def parse_window(line: bytes) -> Window | None:
     tree = parse_json(line)
     if not isinstance(tree, dict) or "step" not in tree:
         raise UntrustedError("the line does not name a step")
-    # the line of a bad step does not change what the run does: it may hold anything
+    # The line of a bad step does not change what the run does: it may hold anything.
     return None if "reason" in tree else parse_record(line, RollBack).pass_over
 
 
@@ -295,6 +314,7 @@ def _checksum(step: int, window: Window) -> int:
 
 
 def _read_windows(path: Path) -> list[Window]:
+    # A file that cannot be read is kept for the user, and the run goes on with an empty one.
     try:
         with JsonLines(path, parse_window) as lines:
             windows = [window for window in lines if window is not None]
@@ -304,6 +324,8 @@ def _read_windows(path: Path) -> list[Window]:
         aside = set_aside(path)
         print(f"warning: {path} cannot be read ({reason_of(error)}): it is now {aside.name}; {_COST}", file=sys.stderr)
         return []
+
+    # A damaged line costs no other.
     if lines.damaged:
         print(f"warning: {path} has {counted(lines.damaged, 'damaged line')}; {_COST}", file=sys.stderr)
     return windows
@@ -318,13 +340,13 @@ def _append_or_warn(path: Path, line: str) -> None:
 
 def _append_synced(path: Path, line: str) -> None:
     with open(path, "ab+") as file:
-        # a killed process may have left a torn last line: start a new one
+        # A killed process may have left a torn last line: start a new one.
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
         torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + line.encode())
 
-        # on disk before anyone acts on it
+        # On disk before anyone acts on it.
         file.flush()
         os.fsync(file.fileno())
     sync_to_disk(path.parent)

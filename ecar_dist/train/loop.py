@@ -30,8 +30,11 @@ from ecar_dist.train.time_budget import Goodput, Phases
 class RunState:
     """All that a checkpoint restores, besides the progress."""
 
+    # tensors: model and optimizer, and the EMA of the weights
     engine: Engine
     ema: ShardedEma
+
+    # client state
     guard: StepGuard
     goodput: Goodput
 
@@ -44,10 +47,15 @@ class RunState:
 class Parts:
     """What `train` works with: each part has one job. start.py builds them."""
 
+    # given
     config: RunConfig
     world: World
     stop: StopRequest
+
+    # what changes while a run trains
     state: RunState
+
+    # samples in; numbers, pictures and checkpoints out
     reader: StepReader
     telemetry: Telemetry
     recorder: Recorder
@@ -57,14 +65,15 @@ class Parts:
 def train(parts: Parts, progress: Progress) -> Progress:
     """Train from `progress` to the end of the run, to a stop signal, or to data that cannot be read. Collective.
 
-    The last step is committed in each case. Returns the progress; raises EcarError on all ranks where the data failed,
-    where bad steps leave no way on, or where the last checkpoint cannot be saved.
+    The last step is committed in each case. Returns the progress; raises EcarError on all ranks if data cannot be read,
+    if bad steps do not end, or if the last checkpoint cannot be saved.
     """
     config, state = parts.config, parts.state
     total = config.train.total_samples
     batch = config.batch.global_batch_size
-    parts.stop.defer()
 
+    # From here on a signal ends the run between two steps.
+    parts.stop.defer()
     while progress.samples_seen < total:
         # Read. The ranks agree that all of them have their samples, and that nobody was asked to stop.
         batches, all_ready = parts.reader.read(progress, parts.saver.is_ready)
@@ -85,12 +94,14 @@ def train(parts: Parts, progress: Progress) -> Progress:
                 batches, begun, config=config, world=parts.world, engine=state.engine, telemetry=parts.telemetry
             )
             parts.recorder.note_replaced(batches, result.replaced_samples)
-            restored = settle(parts, batches, begun, result)
-            if restored:
-                progress = restored
+
+            # A bad step has moved nothing; after several in a row the run goes back to its last checkpoint.
+            earlier = settle_step(parts, batches, begun, result)
+            if earlier is not None:
+                progress = earlier
                 continue
 
-        # EMA, also after a step that moved nothing: its decay is a function of the samples seen.
+        # EMA, also after a step that moved nothing: it is a function of the samples seen.
         state.ema.update(progress.samples_seen, batch)
 
         # Log and draw.
@@ -99,24 +110,26 @@ def train(parts: Parts, progress: Progress) -> Progress:
         if config.log.tensorboard and crossed(config.sample.every_samples, progress.samples_seen, batch):
             parts.recorder.draw_preview(progress, state.engine, state.ema)
 
-        # Save what is due.
+        # Save, if that is due. Training goes on meanwhile.
         parts.saver.save_due(progress)
 
-    # After the last step a signal has nothing to stop.
+    # Save the last step. After the end of the run a signal has nothing to stop.
     if progress.samples_seen >= total:
         parts.stop.mark_complete()
     parts.saver.finish(progress)
+
+    # What was learnt is safe: now report data that cannot be read, or how it went.
     parts.reader.raise_error()
     parts.recorder.close(progress)
     return progress
 
 
-def settle(parts: Parts, batches: Sequence[MicroBatch], begun: Progress, result: StepResult) -> Progress | None:
-    """What follows the step that began at `begun`: None, or the progress that the run was taken back to. Collective.
+def settle_step(parts: Parts, batches: Sequence[MicroBatch], begun: Progress, result: StepResult) -> Progress | None:
+    """Act on the step that began at `begun`. Returns where the run went back to, None if it goes on. Collective.
 
-    A bad step has moved nothing. After several in a row the run goes back to its last checkpoint, again and again up to
-    a limit. Raises FruitlessError on rank 0, RemoteError on the others, where that is no use.
+    Raises FruitlessError on rank 0, RemoteError on the others, if the run was rolled back too often, or cannot be.
     """
+    # What all ranks do next, from numbers that they have in common. A bad step is written down.
     step = begun.step + 1
     action = parts.state.guard.settle(step, begun.samples_seen, batches, result)
     if action is Action.STOP:
@@ -124,6 +137,7 @@ def settle(parts: Parts, batches: Sequence[MicroBatch], begun: Progress, result:
     if action is not Action.ROLL_BACK:
         return None
 
+    # Back to the checkpoint: the state, then the data, then the metrics.
     progress = parts.saver.roll_back(step)
     parts.reader.seek(progress.samples_seen)
     parts.recorder.rewind(progress.step)
@@ -133,7 +147,7 @@ def settle(parts: Parts, batches: Sequence[MicroBatch], begun: Progress, result:
 class Saver:
     """Saves a run when that is due, and takes it back to its last checkpoint. Every method is collective.
 
-    At most one save is under way, and training goes on beside it.
+    At most one save is under way at a time, and training goes on meanwhile.
     """
 
     def __init__(
@@ -148,13 +162,19 @@ class Saver:
         self._is_due = False
 
     def load(self) -> Restored | None:
-        """Go on from the newest checkpoint; None where there is none yet, and the state is that of the start."""
+        """Load the newest checkpoint; None if there is none yet, and the state stays as it was built.
+
+        Raises NodeError, or RemoteError, on all ranks if they do not hold the same weights now.
+        """
+        # Tensors, compared between ranks.
         self._phases.enter("load", 0)
         restored = self._store.restore(self._state.engine, self._state.ema)
         client_state = restored.client_state if restored else {}
         self._saved = restored.progress if restored else Progress(0, 0)
         check_replicas(self._world, self._state.engine, self._state.ema, self._saved.step)
         self._phases.enter("start", self._saved.step)
+
+        # Client state, also where there is none: it starts empty.
         self._state.guard.load_state_dict(client_state.get("bad_steps"))
         self._state.goodput.load_state_dict(client_state.get("goodput"))
         return restored
@@ -165,11 +185,11 @@ class Saver:
         return self._store.ready
 
     def settle(self) -> None:
-        """Take the save under way one stage further, once all ranks are ready."""
+        """Take the save under way one stage further. For all ranks in the same step, once all are ready."""
         self._store.settle()
 
     def save_due(self, progress: Progress) -> None:
-        """Begin a checkpoint, an EMA snapshot, or both, where the last step made them due."""
+        """Begin a checkpoint, an EMA snapshot, or both, if the last step made them due."""
         batch = self._config.batch.global_batch_size
         if crossed(self._config.checkpoint.every_samples, progress.samples_seen, batch):
             self._is_due = True
@@ -184,7 +204,7 @@ class Saver:
             self._is_due = False
 
     def finish(self, progress: Progress) -> None:
-        """Save the last step unless it is saved, and wait until the checkpoint is committed."""
+        """Save the last step unless it is saved already, and wait until the checkpoint is committed."""
         if self._saved != progress:
             self._begin(progress, checkpoint=True, ema_snapshot=False)
         self._phases.enter("checkpoint", progress.step)
@@ -193,7 +213,7 @@ class Saver:
     def roll_back(self, step: int) -> Progress:
         """Restore the last checkpoint; the steps around the bad ones, up to `step`, will be passed over.
 
-        Ends the run where there is no checkpoint yet, as `give_up`.
+        Ends the run like `give_up` if there is no checkpoint yet.
         """
         self._phases.enter("load", step)
         restored = self._store.restore(self._state.engine, self._state.ema)
@@ -204,6 +224,8 @@ class Saver:
                     f"bad_steps.jsonl for the samples, or lower optim.learning_rate"
                 )
             )
+
+        # The file of bad steps learns of it before the client state is replaced, which does not know this roll-back.
         self._saved = restored.progress
         self._state.guard.roll_back(step, restored.progress.step, restored.client_state.get("bad_steps"))
         self._state.goodput.load_state_dict(restored.client_state.get("goodput"))
@@ -219,18 +241,22 @@ class Saver:
         raise error
 
     def _begin(self, progress: Progress, *, checkpoint: bool, ema_snapshot: bool) -> None:
-        """Begin to write; training goes on meanwhile.
+        """Begin to write.
 
-        Raises NodeError, or RemoteError, on all ranks where their copies of the weights have drifted apart. Then
-        nothing of this step is written, and the earlier save that is under way is committed.
+        Raises NodeError, or RemoteError, on all ranks if their copies of the weights have drifted apart. Then nothing
+        of this step is written, and the earlier save that is under way is committed.
         """
         engine, ema = self._state.engine, self._state.ema
+
+        # Weights that differ between ranks must not become a checkpoint.
         self._phases.enter("checkpoint", progress.step)
         try:
             check_replicas(self._world, engine, ema, progress.step)
         except (NodeError, RemoteError):
             self._drain()
             raise
+
+        # The state is copied to host memory, and written from there by a thread.
         client_state = self._state.client_state()
         self._store.begin(progress, engine, ema, client_state, checkpoint=checkpoint, ema_snapshot=ema_snapshot)
 

@@ -45,6 +45,7 @@ class Objective(nn.Module):
         return self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0))
 
     def _noise(self, positions: torch.Tensor, purpose: Purpose, size: int, stream: int) -> torch.Tensor:
+        # one sample's shape; the positions say how many
         shape = (self._config.data.latent_channels, size, size)
         return normal(self._seed, positions, purpose, shape, stream=stream)
 
@@ -112,5 +113,6 @@ class MaskedObjective(Objective):
         return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.full_like(per_stage, math.nan)
 
     def _mask(self, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        # the share of tokens that are masked, and which: by a random order
         ratio = mask_ratio(uniform(self._seed, positions, Purpose.MASK_RATIO))
         return random_mask(uniform(self._seed, positions, Purpose.MASK_ORDER, (num_tokens,)), ratio)

@@ -76,7 +76,7 @@ def start_training(
     stop = StopRequest()
 
     # What the run reads, checked on all ranks. Nothing has been written yet.
-    world.together(lambda: config.grad_accum_steps(world.size))
+    world.together(lambda: config.grad_accum_steps(world.size))  # the cheapest check comes first
     inputs = open_inputs(config, world, adopt)
 
     # From here on the run directory is this attempt's.
@@ -128,8 +128,11 @@ def begin_attempt(
 
     Returns the run directory, the id of the run, and the clock of its phases.
     """
+    # Rank 0 opens the directory; the others need its names for the attempt and the run.
     directory = RunDirectory(config.run_directory)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
+
+    # In this order the watchdog still watches while the end is put on record.
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
     return directory, run_id, Phases(watchdog.beat)
@@ -147,9 +150,12 @@ class Inputs(NamedTuple):
 
 def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDirectory) -> RunState:
     """The state of a run at its start: the engine, which asks the guard before it moves a weight, and the EMA."""
+    # The guard first: the engine asks it before each step.
     world.together(lambda: check_accumulation(config, world, inputs.precision))
     guard = StepGuard(config.train.bad_steps, BadStepFile(directory.path / "bad_steps.jsonl", world), world)
     engine = build_engine(config, normaliser(inputs.data, inputs.codec), world, inputs.precision, guard.is_good)
+
+    # Goodput counts from the run's first attempt, and rank 0 alone reports it.
     goodput = Goodput(world.on_first_rank(lambda: run_began(directory.attempts())))
     return RunState(engine=engine, ema=ShardedEma(engine.partitions, config.ema), guard=guard, goodput=goodput)
 
@@ -164,6 +170,7 @@ def open_record(
     restored: Restored | None,
 ) -> MetricsWriter:
     """Rank 0: put the start of this attempt on record, and say how the run goes on. Returns the writer of metrics."""
+    # The arithmetic of the run.
     progress = restored.progress if restored else Progress(0, 0)
     lines = opening_lines(
         config,
@@ -193,6 +200,7 @@ def open_record(
     directory.write_config(config)
     writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
 
+    # On the screen.
     say("\n".join(lines))
     if warning := store.space_warning(state.engine):
         print(warning, file=sys.stderr)
@@ -203,6 +211,8 @@ def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
     """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
     # The nodes are fit, and see the same data.
     data = check_nodes(config, world)
+
+    # The order of the samples; and a checkpoint of another run, if one is to be adopted.
     stream = world.together(lambda: open_stream(config, data))
     if adopt:
         world.on_first_rank(lambda: check_adoption(config))
@@ -217,6 +227,7 @@ def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
 
 def check_adoption(config: RunConfig) -> None:
     """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
+    # There is one: nothing to say.
     with contextlib.closing(open_storage(config)) as storage:
         if storage.committed():
             return
@@ -228,6 +239,8 @@ def check_adoption(config: RunConfig) -> None:
         above = local_path(where).parent
         folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
         near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
+
+    # The user has to know where this run looks, and where else there is something.
     seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
     wrong = "checkpoint.dir, run.dir or run.name"
     raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
@@ -324,6 +337,7 @@ def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
 ) -> dict[str, dict[str, Any]]:
     """What must not change between attempts: what the weights mean, and the order of the data."""
+    # "model" is compared on every resume; "data" can be overruled with --new-data-order.
     encoder = encoder_of(data, codec)
     return {
         "model": {
@@ -349,6 +363,7 @@ def _background_of_images(config: RunConfig) -> dict[str, str]:
 
 def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
     """What all ranks must have in common: the run's identity, and the autoencoder's without its name (a path)."""
+    # As text, so that any two values can be compared and printed.
     facts = {key: value for part in identity.values() for key, value in part.items()}
     if encoder is not None:
         facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}

@@ -117,15 +117,15 @@ FLIPPED_AT = {0: 3, 2: 4, 3: 4}  # by ZeRO stage; above 0 the next step makes al
 
 def flip_a_bit():
     """In the last rank, right after a step: a high bit of the mantissa of one weight that the forward pass reads."""
-    settle = loop.settle
+    settle_step = loop.settle_step
 
     def flipping(parts, batches, begun, result):
         engine, world = parts.state.engine, parts.world
         if begun.step + 1 == FLIPPED_AT[engine.zero_stage] and world.rank == world.size - 1:
             engine.replicas()[5].view(torch.int32).view(-1)[7] ^= 1 << 20
-        return settle(parts, batches, begun, result)
+        return settle_step(parts, batches, begun, result)
 
-    loop.settle = flipping
+    loop.settle_step = flipping
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
