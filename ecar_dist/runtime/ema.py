@@ -16,6 +16,7 @@ def tracked_decays(section: EmaSection) -> dict[str, Decay]:
 
     Samples are drawn from `ema`, the first one, and an export contains it by default.
     """
+    # The order is that of the config's lists, and the names count along it.
     decays: list[Decay] = [functools.partial(half_life_decay, h, section.rampup) for h in section.half_life_samples]
     decays += [functools.partial(power_decay, sigma_rel_to_gamma(sigma_rel)) for sigma_rel in section.sigma_rel]
     return {f"ema{index or ''}": decay for index, decay in enumerate(decays)}
@@ -37,18 +38,21 @@ class ShardedEma:
     def __init__(self, masters: Sequence[torch.Tensor], section: EmaSection) -> None:
         self._masters = list(masters)
         self._decays = tracked_decays(section)
+
+        # An EMA starts at the initial weights; its ramp-up makes it forget them.
         self.by_kind: dict[str, list[torch.Tensor]] = {
             name: [master.detach().float().clone() for master in masters] for name in self._decays
         }
 
     @property
     def partitions(self) -> list[torch.Tensor]:
-        """The first EMA."""
+        """The first EMA, which samples are drawn from."""
         return self.by_kind["ema"]
 
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int) -> None:
         """Move towards the current master weights. Call it once after every step, also after a refused one."""
+        # e <- decay * e + (1 - decay) * w, for all partitions in one call.
         for name, average in self.by_kind.items():
             decay = float(self._decays[name](samples_seen, batch))
             torch._foreach_lerp_(average, self._masters, 1.0 - decay)

@@ -67,6 +67,8 @@ class Recorder:
         `replaced_samples`: how many all ranks have replaced in it.
         """
         self._replaced_samples += replaced_samples
+
+        # Each rank has its own file: nobody waits for another.
         substitutions = [one for micro in batches for one in micro.substitutions]
         if substitutions:
             with open(self._logs / f"substituted.rank-{self._world.rank:05d}.jsonl", "a") as file:
@@ -89,12 +91,9 @@ class Recorder:
             self._writer.text("verdict", report.news, progress.step)
 
         # The line on the screen.
-        total = self._config.train.total_samples
-        say(
-            progress_line(
-                progress.step, last_step(self._config, progress), progress.samples_seen, total, result, report
-            )
-        )
+        total_samples = self._config.train.total_samples
+        total_steps = last_step(self._config, progress)
+        say(progress_line(progress.step, total_steps, progress.samples_seen, total_samples, result, report))
 
     def draw_preview(self, progress: Progress, engine: Engine, ema: ShardedEma) -> None:
         """Draw a strip of all stages with the EMA weights: rank 0 does, the others help to gather them. Collective."""
@@ -112,7 +111,7 @@ class Recorder:
             self._writer.rewind(step)
 
     def close(self, progress: Progress) -> None:
-        """Say how the attempt went, where it took long enough to say anything."""
+        """Say how the attempt went, if it was long enough."""
         if self._writer and (line := self._telemetry.closing_line()):
             self._writer.text("verdict", line, progress.step)
             say(line)
@@ -125,22 +124,32 @@ def last_step(config: RunConfig, progress: Progress) -> int:
 
 
 def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
-    """Rank 0: the run directory is this process's, and what it starts is on record. Names of the attempt, the run."""
+    """Rank 0: take the run directory, and put this attempt on record. Returns the names of the attempt and the run.
+
+    Raises CheckpointError if the checkpoints of the run so far are newer than those in the config's folder, or if there
+    are none in it: the run would start anew without a warning.
+    """
     directory.open_for_training()
+
+    # Where this attempt's checkpoints are, and where the last attempt's were.
     storage = open_storage(config)
     found, attempts = storage.committed(), directory.attempts()
     where = storage.where if is_remote(storage.where) else str(Path(storage.where).absolute())
     before = (attempts[-1].get("checkpoints") or where) if attempts else where
+
+    # A run that has trained does not lose its checkpoints because its config names another folder.
     if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
-        newest, left = (step_of(found[0]) if found else None), newest_step_at(config, before)
+        newest = step_of(found[0]) if found else None
+        left = newest_step_at(config, before)
         if newest is None or (left is not None and left > newest):
-            held = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
-            theirs = "its own" if left is None else f"its own up to step {left}"
+            ours = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
+            theirs = "" if left is None else f", up to step {left},"
             raise CheckpointError(
-                f"{where} holds {held}, and the last attempt kept {theirs} in {before}; set checkpoint.dir back, bring "
-                f"them over, or choose another run.name to train anew"
+                f"{where} has {ours}, but those of the last attempt{theirs} are in {before}; set checkpoint.dir back, "
+                f"copy them, or choose another run.name to start anew"
             )
-    # its own folder alone: to take checkpoints from elsewhere for one's own, there is --adopt
+
+    # A lost record gets its run id back from its own checkpoints. Those of another folder need --adopt.
     lost = directory.record_lost and where == str(directory.checkpoints.absolute())
     lost_name = {"run": name} if lost and (name := run_of(storage, found)) else {}
     attempt = directory.begin_attempt(
@@ -155,7 +164,7 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
 
 
 def run_of(storage: CheckpointStorage, found: Sequence[str]) -> str | None:
-    """The run whose checkpoints these are, by the newest that can be read; None where none can."""
+    """The id of the run that wrote these checkpoints, from the newest that can be read; None if none can."""
     for name in found:
         with contextlib.suppress(OSError, EcarError):
             return storage.manifest(name).run
@@ -178,7 +187,8 @@ def end_attempt(
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> None:
-    """How the attempt ended goes on record, where it lives to tell. Without effect on the ranks that began none."""
+    """Put on record how the attempt ended. Does nothing on the ranks that have none on record."""
+    # The loss of a peer while a stop was asked for is part of the stop.
     lost = error is not None and lost_peer(error) is not None
     if isinstance(error, StoppedEarlyError) or (stop and (error is None or lost)):
         reason = "signal"
@@ -187,12 +197,14 @@ def end_attempt(
     else:
         verb = "gave up" if isinstance(error, FruitlessError) else "failed"
         reason = redact_text(f"{verb}: {error}") if error else "done"
+
+    # A full disk must not hide the error that ended the attempt.
     with contextlib.suppress(OSError):
         directory.end_attempt(reason)
 
 
 def changes_on_resume(config: RunConfig, directory: RunDirectory, data: TrainingData, restored: Restored) -> list[str]:
-    """What is not as it was when the checkpoint was made: the layout, the order of the data, the config."""
+    """A line for each change since the checkpoint was made: the layout, the order of the data, the config."""
     attempts = [one for one in directory.attempts() if "dataset_ids" in one]
     same_data = bool(attempts) and attempts[-1]["dataset_ids"] == data.dataset_ids
     lines = [f"resuming {restored.path}: {restored.conversion}"] if restored.conversion else []
@@ -201,7 +213,7 @@ def changes_on_resume(config: RunConfig, directory: RunDirectory, data: Training
 
 
 def unreachable_half_lives(config: RunConfig) -> list[str]:
-    """A line where an average's half-life is one that the run is too short for: its ramp-up caps it to the end."""
+    """A line if the run is too short for an EMA's half-life: then the ramp-up caps it to the end."""
     cap = config.ema.rampup * config.train.total_samples
     above = [half_life for half_life in config.ema.half_life_samples if half_life > cap]
     if not above:
@@ -224,6 +236,7 @@ def opening_lines(
     progress: Progress,
 ) -> list[str]:
     """The arithmetic of the run. `batch_spread`: about how many shards a global batch comes from."""
+    # What it is made of.
     batch = config.batch
     ranks = counted(world.size, "rank")
     shards = counted(sum(len(manifest.shards) for manifest in data.manifests), "shard")

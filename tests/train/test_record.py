@@ -68,7 +68,7 @@ def test_a_run_does_not_go_back_to_older_checkpoints_in_another_place(write_conf
         (folder / f"step-{step:08d}").mkdir(parents=True)
         (folder / f"step-{step:08d}/COMMITTED").write_text("")
     opened(config, there)
-    with pytest.raises(CheckpointError, match=r"step 5\b.* step 9 in .*/there/tiny"):
+    with pytest.raises(CheckpointError, match=r"step 5\b.* step 9\b.*/there/tiny"):
         opened(config)
 
 
