@@ -38,6 +38,8 @@ CORE = {
     "ecar_dist/rng.py": ["tests/test_rng.py", "tests/flow"],
     "ecar_dist/models/[aelstv]*.py": ["tests/models", "tests/train/test_objective.py", "tests/sample"],
     "ecar_dist/sample/staged.py": ["tests/sample"],
+    "ecar_dist/sample/guided.py": ["tests/sample"],
+    "ecar_dist/kinds/*.py": ["tests/kinds", "tests/plan"],
     "ecar_dist/train/objective.py": ["tests/train/test_objective.py", "tests/train/test_kinds.py"],
     "ecar_dist/learning_rate.py": ["tests/test_learning_rate.py"],
     "ecar_dist/train/loop.py": ["tests/train/test_loop.py", "tests/train/test_roll_back.py"],
