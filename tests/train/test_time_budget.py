@@ -11,26 +11,25 @@ COMPUTE = {"forward": 4.0, "backward": 4.0, "optimizer": 1.0, "data": 0.5, "chec
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "kind", "number"),
     [
-        ({}, "compute-bound"),
-        ({"data_wait": 4.1}, "data-bound: 41% of the time waits for data"),
-        ({"data_wait": 0.99}, "compute-bound"),
-        ({"data_wait": 25.0}, "data-bound: 100% of the time waits for data"),
-        ({"phases": {**COMPUTE, "checkpoint": 1.2}}, "checkpoint-bound: 12% of the time waits for checkpoints"),
-        ({"phases": {**COMPUTE, "checkpoint": 0.4}}, "compute-bound"),
-        ({"phases": {**COMPUTE, "checkpoint": 1.2}, "data_wait": 2.0}, "data-bound: 20% of the time waits for data"),
-        ({"phases": {**COMPUTE, "preview": 3.0}}, "preview-bound: 30% of the time goes into preview"),
-        ({"phases": {**COMPUTE, "log": 2.0}}, "log-bound: 20% of the time goes into log"),
-        (
-            {"slow": SlowRank(3, 1.42, "forward"), "data_wait": 5.0},
-            "rank 3 is 1.4x slower than the median rank (forward)",
-        ),
+        ({}, "compute-bound", ""),
+        ({"data_wait": 4.1}, "data-bound", " 41%"),
+        ({"data_wait": 0.99}, "compute-bound", ""),
+        ({"data_wait": 25.0}, "data-bound", " 100%"),
+        ({"phases": {**COMPUTE, "checkpoint": 1.2}}, "checkpoint-bound", " 12%"),
+        ({"phases": {**COMPUTE, "checkpoint": 0.4}}, "compute-bound", ""),
+        ({"phases": {**COMPUTE, "checkpoint": 1.2}, "data_wait": 2.0}, "data-bound", " 20%"),
+        ({"phases": {**COMPUTE, "preview": 3.0}}, "preview-bound", " 30%"),
+        ({"phases": {**COMPUTE, "log": 2.0}}, "log-bound", " 20%"),
+        ({"slow": SlowRank(3, 1.42, "forward"), "data_wait": 5.0}, "rank 3", " 1.4x"),
     ],
 )
-def test_the_bottleneck_is_what_to_improve_first(changes, said):
+def test_the_bottleneck_is_what_to_improve_first(changes, kind, number):
     budget = TimeBudget(**{"elapsed": 10.0, "phases": COMPUTE, **changes})
-    assert budget.bottleneck() == said
+    assert budget.kind() == kind
+    assert budget.bottleneck().startswith(kind)
+    assert number in budget.bottleneck()
 
 
 def test_shares_are_of_the_interval():
