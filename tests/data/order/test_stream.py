@@ -19,9 +19,9 @@ def test_places_agree_with_sample_ids_and_with_every_cut(by_step):
     for source, shard, row, sample in found:
         assert stream.locate_sample(source, sample - firsts[source]) == (shard, row, sample)
         assert 0 <= row < COUNTS[source][shard]
-    for cut in (1, 7, 100):
-        parts = [stream.locate(np.arange(640)[at : at + cut]) for at in range(0, 640, cut)]
-        assert np.concatenate([part.sample_ids for part in parts]).tolist() == places.sample_ids.tolist()
+    for cut, stop in ((1, 60), (7, 640), (100, 640)):
+        parts = [stream.locate(np.arange(stop)[at : at + cut]) for at in range(0, stop, cut)]
+        assert np.concatenate([part.sample_ids for part in parts]).tolist() == places.sample_ids[:stop].tolist()
 
 
 @pytest.mark.parametrize("by_step", [False, True])
