@@ -20,13 +20,13 @@ import contenders
 import numpy as np
 import rounds
 
-_HEADER_BYTES = 4096  # any size does: the files are sparse
+_SAMPLE_BYTES = 1024  # the least that a manifest accepts; the files are sparse
 
 
 def start_up(work: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds and peak memory from the manifest to the first 4096 places of a run resumed half-way through an epoch.
+    """Seconds and peak memory from the manifest to the first 4096 locations of a run that resumes in mid-epoch.
 
-    By size of the set. The sets have real manifests and empty files: every step but reading contents is the loader's.
+    By size of the set. The sets have real manifests and sparse files, so all steps but reading the content are real.
     """
     measured = {}
     for size in sizes:
@@ -39,7 +39,7 @@ def start_up(work: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def held_while_reading(work: Path) -> float:
-    """Bytes per sample that the loader holds once every shard has been touched: a whole set against half of it."""
+    """Bytes per sample that the loader holds after it has opened every shard: a whole set minus half of it."""
     from ecar_dist.data.shards.manifest import load_manifest
 
     whole, half = work / "ours", work / "ours_half"
@@ -50,6 +50,7 @@ def held_while_reading(work: Path) -> float:
 
 
 def write_hollow_set(folder: Path, size: int) -> None:
+    """A set of `size` samples with a real manifest and sparse files of zeros in the place of the shards."""
     from ecar_dist.data.shards.manifest import LatentEntry, Manifest, write_manifest
 
     folder.mkdir()
@@ -57,9 +58,10 @@ def write_hollow_set(folder: Path, size: int) -> None:
     for index, first in enumerate(range(0, size, contenders.SHARD_SAMPLES)):
         count = min(contenders.SHARD_SAMPLES, size - first)
         name = f"{index:06d}.tar"
+        size_in_bytes = count * _SAMPLE_BYTES
         (folder / name).touch()
-        os.truncate(folder / name, _HEADER_BYTES)
-        entries.append(LatentEntry(name, _HEADER_BYTES, count, first, f"{index:032x}", f"{index:064x}", first))
+        os.truncate(folder / name, size_in_bytes)
+        entries.append(LatentEntry(name, size_in_bytes, count, first, f"{index:032x}", f"{index:064x}", first))
     write_manifest(folder, Manifest(size, 1, ["0"], contenders.SHAPE, False, {}, {}, {}, entries))
 
 
@@ -84,8 +86,8 @@ def _in_fresh_process(what: str, folder: Path) -> dict[str, float]:
 
 
 def _measure_plan(folder: Path) -> dict[str, float]:
-    """Everything up to the first places of a run resumed half-way: manifest, presence, order, the shards to come."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: importing had its own
+    """All steps to the first locations of a run that resumes in mid-epoch: manifest, presence, order, next shards."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which importing has raised
     before, began = _memory("VmRSS"), time.perf_counter()
     source, stream = contenders.ours_at_rest(folder)
     resumed = stream.count // 2
