@@ -6,11 +6,9 @@ import argparse
 import os
 import sys
 
-from ecar_dist.config.knobs_model import GAMMA_SAFE_MARGIN
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.flow.schedule import GAMMA_EXTREME
 
 KEPT_SHARE = 0.95
 UNIT_VARIANCE = 1.0  # of a direction of the latents at the coarsest stage; its noise has the same
@@ -38,7 +36,7 @@ def small_tau(config: RunConfig) -> str | None:
     if tau is None or flow.num_stages == 1 or flow.context.mode != "noisy_state":
         return None
     # away from the extreme gamma the jump noise gives the start of a stage a spread of its own
-    if flow.gamma > GAMMA_EXTREME + GAMMA_SAFE_MARGIN or flow.context.allow_small_tau or flow.context.allow_unsafe:
+    if flow.gamma_is_relaxed or flow.context.allow_small_tau or flow.context.allow_unsafe:
         return None
 
     from ecar_dist.flow.context_noise import MOST_STEPS, SMALLEST_TAU, kept_variance, steps_to_keep

@@ -24,8 +24,8 @@ class OnResume(enum.Enum):
     SAFE = "safe"
     OPTIMISATION = "changes optimisation"
     DATA_ORDER = "changes data order: needs --new-data-order"
-    LATENTS = "other latents: its checkpoints are refused"
-    MODEL = "another model: its checkpoints are refused"
+    LATENTS = "different latents: checkpoints are refused"
+    MODEL = "different model: checkpoints are refused"
 
 
 def knob(

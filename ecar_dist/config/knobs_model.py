@@ -14,7 +14,9 @@ from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.kinds.table import KINDS
 from ecar_dist.vae.table import CODECS
 
-GAMMA_SAFE_MARGIN = 0.03  # exact states may be fed back only this far above the extreme (docs/ecar.md, "the trap")
+# Exact states may be fed back only with a larger gamma, where the jump noise itself spreads the start of a stage
+# (docs/ecar.md, "the trap").
+RELAXED_GAMMA = GAMMA_EXTREME + 0.03
 
 
 class ModelSection(Section):
@@ -129,6 +131,10 @@ class FlowSection(Section):
         """Windows and jumps of the stages. Raises ConfigError where ends or gamma leave their range."""
         return StageSchedule(self.resolved_ends, self.gamma)
 
+    @property
+    def gamma_is_relaxed(self) -> bool:
+        return self.gamma > RELAXED_GAMMA
+
     @model_validator(mode="after")
     def _check(self) -> FlowSection:
         K = self.num_stages
@@ -148,15 +154,14 @@ class FlowSection(Section):
         if self.num_stages == 1 or self.context.allow_unsafe:
             return
         mode, tau = self.context.mode, self.context.tau
-        smallest_gamma = GAMMA_EXTREME + GAMMA_SAFE_MARGIN
         if mode == "noisy_state" and tau == 0:
             raise ValueError(
                 "flow.context.mode=noisy_state with flow.context.tau=0 feeds exact states back, and samples lose "
                 "low-frequency variance; set flow.context.tau=0.3 (flow.context.allow_unsafe=true for a control run)"
             )
-        if mode == "gamma_relaxed" and (tau != 0 or self.gamma <= smallest_gamma):
+        if mode == "gamma_relaxed" and (tau != 0 or not self.gamma_is_relaxed):
             raise ValueError(
-                f"flow.context.mode=gamma_relaxed needs flow.context.tau=0 and flow.gamma > {smallest_gamma:.4f}, got "
+                f"flow.context.mode=gamma_relaxed needs flow.context.tau=0 and flow.gamma > {RELAXED_GAMMA:.4f}, got "
                 f"tau={tau} and gamma={self.gamma:.4f}; set flow.context.tau=0 and flow.gamma=-0.2"
             )
 

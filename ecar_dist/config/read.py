@@ -1,6 +1,7 @@
-"""Read a configuration: defaults < YAML file < `a.b=c` overrides, and whatever is wrong is said in one line.
+"""Reads a configuration: defaults < YAML file < `a.b=c` overrides. Whatever is wrong is one line.
 
-An unknown key is an error that names its nearest neighbour. No message holds a secret, or more of a value than fits.
+An unknown key is an error that names the nearest known one. Messages contain no secrets, and only the first characters
+of a long value.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -24,12 +25,14 @@ from ecar_dist.storage.untrusted import UntrustedError, printable, read_plain_fi
 MAX_CONFIG_BYTES = 1 << 20
 SHOWN_VALUE = 80  # characters of a value that a message repeats
 SHOWN_MESSAGE = 600
-MOST_SEARCHED = 1 << 15  # characters of a text that are searched for secrets before its first ones are shown
+SEARCHED = 1 << 15  # characters of a text that are searched for secrets before its first ones are shown
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=c` overrides. Raises ConfigError, one line, for whatever is wrong."""
-    shown = _words(os.fspath(path))
+    shown = _shorten(os.fspath(path))
+
+    # the file: regular, small, UTF-8, and YAML within bounds
     try:
         tree = parse_yaml(read_plain_file(Path(path), MAX_CONFIG_BYTES).decode("utf-8"))
     except OSError as error:
@@ -37,17 +40,22 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     except UnicodeDecodeError:
         raise ConfigError(f"{shown} is not a text file in UTF-8; give the path of a YAML file") from None
     except UntrustedError as error:
-        raise ConfigError(_not_a_config(shown, str(error))) from None
+        raise ConfigError(_not_yaml(shown, str(error))) from None
+
+    # its sections
     if tree is None:
         raise ConfigError(f"{shown} is empty; write the sections run:, vae:, data: and train:, or copy one of configs/")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{shown} must hold sections (run:, data:, train:, ...), got {type(tree).__name__}")
+        raise ConfigError(
+            f"{shown} holds a {type(tree).__name__}, not sections; write run:, vae:, data: and train:, or copy one of "
+            "configs/"
+        )
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree)
 
 
-def _not_a_config(shown: str, problem: str) -> str:
+def _not_yaml(shown: str, problem: str) -> str:
     if problem.startswith("line "):
         where, _, problem = problem.partition(": ")
         return f"{shown} {where} is not valid YAML: {redact_text(problem)}; fix that line"
@@ -59,70 +67,78 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_words(_explain(error), SHOWN_MESSAGE)) from None
+        raise ConfigError(_shorten(_explain(error), SHOWN_MESSAGE)) from None
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The resolved config as a file that `load_config` reads back. URLs keep their keys: not to be printed."""
+    """The resolved config as a file that `load_config` reads back. It contains the secrets of URLs: do not print it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def shown_config(config: RunConfig) -> str:
-    """The resolved config as it may be printed, or written where others read it: without secrets."""
-    return _shown(config.model_dump(mode="json"))
+    """The resolved config without secrets, to be printed, or written where others read it."""
+    return _dump_without_secrets(config.model_dump(mode="json"))
 
 
 def shown_yaml(text: str) -> str:
-    """What `config_to_yaml` gave, without secrets. Raises UntrustedError where it is not YAML within bounds."""
-    return _shown(parse_yaml(text))
+    """The output of `config_to_yaml` without secrets. Raises UntrustedError where it is not YAML within bounds."""
+    return _dump_without_secrets(parse_yaml(text))
 
 
-def _shown(tree: Any) -> str:
+def _dump_without_secrets(tree: Any) -> str:
     return yaml.safe_dump(redact_tree(tree), sort_keys=False)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    # section.field = text
     dotted, equals, text = override.partition("=")
-    shown = _words(repr(override))
+    shown = _shorten(repr(override))
     if not equals or not dotted:
         raise ConfigError(f"override {shown} must look like section.field=value, e.g. train.total_samples=4096")
     *parents, leaf = dotted.split(".")
     if len(parents) >= MAX_DEPTH:
         raise ConfigError(f"override {shown} is nested deeper than {MAX_DEPTH}; check the dotted name")
+
+    # the section, which the file need not have
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {shown}: {_words(parent)} is a value, not a section; check the dotted name")
+            raise ConfigError(f"override {shown}: {_shorten(parent)} is a value, not a section; check the dotted name")
+
     try:
         node[leaf] = _override_value(dotted, text)
     except UntrustedError as error:
-        raise ConfigError(f"override {shown} is not a YAML value ({_words(str(error))}); quote it") from None
+        raise ConfigError(f"override {shown} is not a YAML value ({_shorten(str(error))}); quote it") from None
 
 
 def _override_value(dotted: str, text: str) -> Any:
-    """The YAML value of `text`; where the field holds text, the word as it stands: `run.name=off`, `run.name=1`."""
-    kinds = _kinds_of(dotted)
-    if str not in kinds:
-        return parse_yaml(text)
-    if text[:1] in ("'", '"') or (type(None) in kinds and text in ("", "~", "null")):
-        return parse_yaml(text)
-    return text
+    """The YAML value of `text`. Where the field holds text, the word as it is: `run.name=off`, `run.name=1`."""
+    types = _types_of(dotted)
+    quoted = text[:1] in ("'", '"')
+    null = NoneType in types and text in ("", "~", "null")
+    if str in types and not quoted and not null:
+        return text
+    return parse_yaml(text)
 
 
-def _kinds_of(dotted: str) -> set[Any]:
-    """The plain types that a field takes: {str, NoneType} of `str | None`. Empty for a section or an unknown key."""
-    section: Any = RunConfig
+def _types_of(dotted: str) -> set[Any]:
+    """The plain types of a field, e.g. {str, NoneType} of `str | None`. Empty for a section or an unknown key."""
+    annotation: Any = RunConfig
     for part in dotted.split("."):
-        if not (isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields):
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if not is_section or part not in annotation.model_fields:
             return set()
-        section = section.model_fields[part].annotation
-    one_of = get_args(section) if get_origin(section) in (Union, UnionType, Literal) else (section,)
-    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in one_of]
-    return {type(kind) if isinstance(kind, str) else kind for kind in plain}
+        annotation = annotation.model_fields[part].annotation
+
+    # a union or the values of a Literal, without what Annotated adds
+    one_of = get_args(annotation) if get_origin(annotation) in (Union, UnionType, Literal) else (annotation,)
+    plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in one_of]
+    return {type(part) if isinstance(part, str) else part for part in plain}
 
 
 def _explain(error: ValidationError) -> str:
+    """pydantic's first error in our words, with the dotted key."""
     errors = error.errors(include_url=False)
     first = errors[0]
     dotted, kind = _dotted(first["loc"]), first["type"]
@@ -130,9 +146,12 @@ def _explain(error: ValidationError) -> str:
         return f"unknown config key {dotted}{_nearest(first['loc'])}"
     if kind == "missing":
         return _explain_missing(first, errors)
+
+    # rules of our own are whole messages
     message = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message
+
     if kind == "string_pattern_mismatch" and dotted == "run.name":
         message = "letters, digits, '.', '_' and '-' only, and a letter or digit first"
     if kind == "string_type":
@@ -141,23 +160,24 @@ def _explain(error: ValidationError) -> str:
 
 
 def _explain_missing(missing: ErrorDetails, errors: list[ErrorDetails]) -> str:
-    """A required key that is not there, and beside it one that may have been meant."""
+    """A required key that is missing, and an unknown key of the same section that may have been meant."""
     location, dotted = missing["loc"], _dotted(missing["loc"])
-    beside = [
+    unknown = [
         str(error["loc"][-1])
         for error in errors
         if error["type"] == "extra_forbidden" and error["loc"][:-1] == location[:-1]
     ]
-    if close := difflib.get_close_matches(str(location[-1]), beside, n=1, cutoff=0.5):
+    if close := difflib.get_close_matches(str(location[-1]), unknown, n=1, cutoff=0.5):
         found = _dotted((*location[:-1], close[0]))
-        return f"config key {dotted} is required, and I found {found}, which is not a config key; rename it"
+        return f"config key {dotted} is required; {found} is not a config key: rename it to {location[-1]}"
     return f"config key {dotted} is required and has no default; set it in the YAML or as {dotted}=..."
 
 
 def _nearest(location: tuple[str | int, ...]) -> str:
+    """The known key nearest to an unknown one, or all known ones, as the end of a message."""
     section: Any = RunConfig
     for part in location[:-1]:
-        # a number is the place in a list of sections
+        # a number is an index into a list of sections
         section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1])[:SHOWN_VALUE], known, n=1, cutoff=0.5)
@@ -167,13 +187,13 @@ def _nearest(location: tuple[str | int, ...]) -> str:
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:
-    return ".".join(_words(str(part), SHOWN_VALUE) for part in location)
+    return ".".join(_shorten(str(part), SHOWN_VALUE) for part in location)
 
 
 def _value(value: Any) -> str:
     return printable(repr(redact_tree(value)), SHOWN_VALUE)
 
 
-def _words(text: str, limit: int = 3 * SHOWN_VALUE) -> str:
-    # what lies far behind the words that are shown need not be looked through
-    return printable(redact_text(text[:MOST_SEARCHED]), limit)
+def _shorten(text: str, limit: int = 3 * SHOWN_VALUE) -> str:
+    """Printable, without secrets, and at most `limit` characters; text far behind those is not even searched."""
+    return printable(redact_text(text[:SEARCHED]), limit)

@@ -1,28 +1,14 @@
+"""Reading a config: defaults < YAML < overrides, and one line for whatever is wrong."""
+
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from ecar_dist.cli import main
 from ecar_dist.config.read import config_from_dict, config_to_yaml, load_config
 from ecar_dist.errors import ConfigError
-from ecar_dist.kinds.presets import PRESETS
-
-SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "run: {name: a}\nvae: {kind: dct}\ndata: {latents: x, num_classes: 10}\ntrain: {total_samples: 1e4}\n"
-        "optim: {learning_rate: 1e-4}\n"
-    )
-    return path
 
 
 def test_numbers_in_exponent_notation_are_numbers(path):
@@ -77,37 +63,17 @@ def test_the_resolved_config_reads_back_equal(path, tmp_path):
         ("no-equals", "must look like section.field=value"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(path, override, said):
+def test_an_error_is_one_line_with_key_and_values(path, override, said):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_unsafe_context_needs_an_explicit_word(path):
-    config = load_config(path, ["flow.context.tau=0", "flow.context.allow_unsafe=true"])
-    assert config.flow.context.tau == 0
-    assert load_config(path, ["flow.context.tau=0", "flow.context.mode=gamma_relaxed", "flow.gamma=-0.2"])
-    assert load_config(path, ["flow.context.tau=0", "flow.num_stages=1"])  # one stage feeds nothing back
-
-
-def test_a_model_that_is_fed_no_states_meets_no_trap(path):
-    config = load_config(path, ["model.kind=pyramid", "flow.context.tau=0"])
-    assert config.context_tau is None
-    assert load_config(path, ["flow.context.tau=0.4"]).context_tau == 0.4
-
-
-def test_batch_arithmetic_over_ranks(path):
-    config = load_config(path)
-    assert [config.grad_accum_steps(world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(ConfigError, match=r"32 x 3 = 96; set batch.global_batch_size=192 or 288"):
-        config.grad_accum_steps(3)
-
-
 @pytest.mark.parametrize(
     "text", ["run: [", "run: {name: a}\nrun: {name: b}", "- a", "run: !!python/object:os.system {}"]
 )
-def test_files_that_are_no_config(tmp_path, text):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError):
         load_config(tmp_path / "bad.yaml")
@@ -120,50 +86,8 @@ def test_a_missing_file_and_a_missing_key(tmp_path):
         config_from_dict({"run": {"name": "a"}, "train": {"total_samples": 1}})
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_config_is_valid_and_says_how_to_run_it(path):
-    assert load_config(path).model.preset in PRESETS
-    header = path.read_text().split("\nrun:")[0]
-    for word in ("Command", "Runtime", "Result"):
-        assert f"# {word}:" in header
-
-
-def test_there_are_shipped_configs():
-    assert len(SHIPPED) >= 2
-
-
-def test_check_and_plan_import_neither_torch_nor_deepspeed(path):
-    script = (
-        "import sys; from ecar_dist.cli import main\n"
-        f"codes = [main(['check', {str(path)!r}]), main(['plan', {str(path)!r}])]\n"
-        "assert codes == [0, 0], codes\n"
-        "heavy = {'torch', 'deepspeed', 'diffusers', 'nvidia'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "# stage 2: 32x32 latent, 256 tokens" in done.stdout
-
-
 def test_yaml_is_loaded_safely(path):
     assert yaml.safe_load(config_to_yaml(load_config(path)))["run"]["name"] == "a"
-
-
-RELAXED = "flow.context.mode=gamma_relaxed"
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [RELAXED, "flow.gamma=-0.2"],  # tau is still 0.3
-        [RELAXED, "flow.context.tau=0"],  # gamma is still -1/3
-        ["flow.stage_weights=[1, -1, 1]"],
-        ["deepspeed.offload_params=true"],
-    ],
-)
-def test_what_goes_only_together(path, overrides):
-    with pytest.raises(ConfigError):
-        load_config(path, overrides)
 
 
 def test_the_last_override_wins(path):
@@ -176,66 +100,12 @@ def test_a_key_given_twice_is_named(path):
         load_config(path)
 
 
-def test_the_last_batch_counts_as_a_step(path):
-    assert load_config(path, ["train.total_samples=257"]).total_steps == 2
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model.kind=pyramid",
-        "model.preset=S",
-        "model.ar_depth=5",
-        "model.flow_depth=5",
-        "model.patch_size=1",
-        "data.num_classes=11",
-        "data.latent_channels=5",
-        "data.latent_size=64",
-        "flow.num_stages=2",
-        "flow.ends=[0.2, 0.5, 1.0]",
-        "flow.gamma=-0.2",
-        "flow.context.mode=class_only",
-        "flow.context.tau=0.4",
-    ],
-)
-def test_what_the_weights_mean_is_in_the_identity(path, override):
-    key = override.partition("=")[0]
-    assert load_config(path).model_identity[key] != load_config(path, [override]).model_identity[key]
-
-
 @pytest.mark.parametrize("content", [b"run: {name: a\x07}\n", b"\xff\xfe\x00bad", b"run: {[1, 2]: 3}\n"])
-def test_bytes_that_are_no_config(tmp_path, content):
+def test_bytes_that_are_not_text_are_refused_in_one_line(tmp_path, content):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "bad.yaml")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("verb", ["list", "verify", "inspect"])
-def test_what_is_no_run_has_no_checkpoints_to_praise(tmp_path, capsys, verb):
-    assert main(["checkpoint", verb, str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("ecar-dist: ")
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "flow.ends=[]",
-        "flow.stage_weights=[]",
-        "flow.stage_weights=[.nan, 1, 1]",
-        "flow.stage_weights=[0, 0, 0]",
-        "flow.context.tau=.inf",
-        "optim.betas=[2, 3]",
-        "vae.downsample=0",
-        "optim.schedule=cooldown",
-        "optim.cooldown_samples=100",
-        "deepspeed.raw={zero_optimization: {stage: 3}}",
-        "deepspeed.raw={bf16: {enabled: true}}",
-    ],
-)
-def test_values_that_would_be_ignored_or_make_no_sense(path, override):
-    with pytest.raises(ConfigError):
-        load_config(path, [override])
 
 
 def refusal(path, *overrides):
@@ -305,7 +175,7 @@ def test_only_plain_files_of_a_few_bytes_are_read(tmp_path, kind):
     assert str(place) in refusal(place)
 
 
-def test_an_empty_file_is_called_empty(tmp_path):
+def test_an_empty_file_is_refused_as_empty(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert "empty.yaml is empty" in refusal(tmp_path / "empty.yaml")
 
@@ -322,27 +192,27 @@ def test_a_typo_in_a_required_key_is_found(path, before, after, key, found):
     path.write_text(path.read_text().replace(before, after))
     said = refusal(path)
     assert f"config key {key} is required" in said
-    assert f"found {found}," in said
+    assert f"{found} is not a config key" in said
 
 
-def test_a_required_key_that_nothing_resembles_is_only_missing(path):
+def test_a_missing_key_without_a_similar_one(path):
     path.write_text(path.read_text().replace("num_classes: 10", "lanes: 1, zzz: 2"))
     assert "data.num_classes is required and has no default" in refusal(path)
 
 
-def test_the_rule_for_a_name_is_said_in_words(path):
+def test_the_rule_for_run_name_is_in_words_not_a_pattern(path):
     said = refusal(path, "run.name=my run")
     assert "run.name='my run': letters, digits" in said
     assert "[" not in said
 
 
 @pytest.mark.parametrize("word", ["off", "1", "1e3", "2024-01-02", "yes", "null", "012"])
-def test_a_word_is_text_where_the_field_holds_text(path, word):
+def test_an_override_of_a_text_knob_is_text(path, word):
     assert load_config(path, [f"run.name={word}"]).run.name == word
     assert load_config(path, [f"run.name='{word}'"]).run.name == word
 
 
-def test_a_field_that_may_be_empty_can_be_emptied(path):
+def test_an_override_can_set_a_text_knob_to_null(path):
     for word in ("null", "~", ""):
         assert load_config(path, ["vae.path=x", f"vae.path={word}"]).vae.path is None
     assert load_config(path, ["vae.path='null'"]).vae.path == "null"
@@ -371,7 +241,7 @@ def test_overrides_are_read_by_the_same_rules(path, override):
     refusal(path, override)
 
 
-def test_a_name_in_the_file_that_is_read_as_a_number_says_what_helps(path):
+def test_a_number_for_a_text_knob_in_the_file_asks_for_quotes(path):
     path.write_text(path.read_text().replace("name: a", "name: 1"))
     assert "put it in quotes" in refusal(path)
 
