@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-import ecar_dist.sample.masked as module
+import ecar_dist.sample.guided as module
 from ecar_dist.flow.unmasking import masked_counts
 from ecar_dist.models.layers import patchify
 from ecar_dist.rng import Purpose, normal, uniform
