@@ -109,14 +109,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-class _Help(argparse.HelpFormatter):
-    """Adds the default to the help of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
-
-
 Subparsers = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
 
@@ -137,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Subparsers, name: str, help_text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help_text, description=help_text, formatter_class=_Help)
+    return commands.add_parser(name, help=help_text, description=help_text)
 
 
 def _local(text: str) -> Path:

@@ -84,8 +84,19 @@ def columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
     return lines
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds the default to the help text of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, "", [])
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser that repeats no secret of a URL when it refuses a word; its subcommands have parsers of this kind."""
+    """A parser that repeats no secret of a URL when it refuses a word. Its subcommands have parsers of this class."""
+
+    def __init__(self, *, formatter_class: Any = _Help, **settings: Any) -> None:
+        super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))

@@ -106,6 +106,11 @@ def test_the_composition_root_imports_neither_torch_nor_numpy_at_its_top():
     assert done.stdout.strip() == "{'pydantic'}"
 
 
+def test_drills_are_imported_by_their_command_alone():
+    users = {str(path) for path in FILES if any(room_of(name) == "drills" for name in imports(path))}
+    assert {user for user in users if not user.startswith("ecar_dist/drills/")} == {"ecar_dist/commands/drilling.py"}
+
+
 @pytest.mark.parametrize("library", HOMES)
 def test_a_foreign_library_is_imported_in_one_place(library):
     users = {str(path) for path in FILES if any(f"{name}.".startswith(f"{library}.") for name in imports(path))}

@@ -21,22 +21,33 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
         added = verbs.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         for place in places or ("RUN",):
-            added.add_argument("run_directory" if place == "RUN" else place.lower(), type=Path, metavar=place)
+            meaning = "run directory" if place == "RUN" else "run directory, or folder of a checkpoint"
+            added.add_argument(
+                "run_directory" if place == "RUN" else place.lower(), type=Path, metavar=place, help=meaning
+            )
         return added
 
-    add("list", checkpoint_list, "committed checkpoints, newest first")
+    add("list", checkpoint_list, "list the committed checkpoints, newest first")
     add("verify", checkpoint_verify, "check every file of every checkpoint against its hash")
-    inspecting = add("inspect", checkpoint_inspect, "what a checkpoint holds")
-    inspecting.add_argument("--step", type=int, help="default: the newest whole one")
-    inspecting.add_argument("--json", action="store_true", help="its manifest as it is")
-    add("diff", checkpoint_diff, "how two checkpoints differ: each a run (its newest one) or a checkpoint", "A", "B")
-    exporting = add("export", checkpoint_export, "an EMA of the newest checkpoint as safetensors")
-    exporting.add_argument("--out", type=Path, help="folder to make (default: export in the run directory)")
+    inspecting = add("inspect", checkpoint_inspect, "print what a checkpoint holds")
+    inspecting.add_argument(
+        "--step", type=int, help="optimizer step of the checkpoint (default: the newest complete one)"
+    )
+    inspecting.add_argument("--json", action="store_true", help="print the manifest of the checkpoint as JSON")
+    add("diff", checkpoint_diff, "compare two checkpoints; a run stands for its newest one", "A", "B")
+    exporting = add("export", checkpoint_export, "write EMA weights of the newest checkpoint as safetensors")
+    exporting.add_argument("--out", type=Path, help="folder to create (default: export in the run directory)")
     wanted = exporting.add_mutually_exclusive_group()
-    wanted.add_argument("--half-life", type=positive, help="in samples; one that was not tracked is fitted post hoc")
-    wanted.add_argument("--sigma-rel", type=float, help="the same, by relative width (EDM2)")
-    exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="of one file of weights (default 5)")
+    wanted.add_argument(
+        "--half-life",
+        type=positive,
+        help="half-life of the EMA in samples, post hoc if not tracked (default: the first of the config)",
+    )
+    wanted.add_argument(
+        "--sigma-rel", type=float, help="relative width of a power-function EMA, as in EDM2 (default: use a half-life)"
+    )
+    exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="data type of the weights")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="largest size of one weight file, in GiB")
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`ecar-dist drill`: faults on purpose."""
+"""`ecar-dist drill`: inject faults into a small copy of a run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import argparse
 from pathlib import Path
 
 from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.commands.run_config import add_config
 
 
 def add_commands(add: AddCommand) -> None:
-    help = "let a fault strike a small copy of a run, and see whether it survives as promised"
-    drilling = add("drill", drill, help)
-    drilling.add_argument("names", metavar="NAME", help="all, one drill, or several with commas")
-    drilling.add_argument("config", type=Path, help="YAML file of the run")
-    drilling.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values")
-    drilling.add_argument("--ranks", type=positive, default=2, help="processes to start (default 2)")
-    drilling.add_argument("--keep", type=Path, help="folder for the runs and their logs (default: removed at the end)")
-    drilling.add_argument("--skip", default="", help="drills to leave out, with commas")
-    drilling.add_argument("--json", type=Path, help="file for the table as JSON")
-    drilling.add_argument("--markdown", type=Path, help="file for the table as Markdown")
+    drilling = add("drill", drill, "inject faults into a small copy of a run, and check that it survives them")
+    drilling.add_argument("names", metavar="NAME", help="all, or the name of a drill, or several with commas")
+    add_config(drilling)
+    drilling.add_argument("--ranks", type=positive, default=2, help="number of processes to start")
+    drilling.add_argument(
+        "--keep", type=Path, help="new folder for the runs and their logs (default: a temporary one, then removed)"
+    )
+    drilling.add_argument("--skip", default="", help="drills to leave out, with commas (default: none)")
+    drilling.add_argument("--json", type=Path, help="also write the results to this file, as JSON (default: no file)")
+    drilling.add_argument(
+        "--markdown", type=Path, help="also write the results to this file, as Markdown (default: no file)"
+    )
 
 
 def drill(parsed: argparse.Namespace) -> int:
@@ -26,7 +29,7 @@ def drill(parsed: argparse.Namespace) -> int:
 
     return run_drills(
         parsed.names.split(","),
-        parsed.config,
+        Path(parsed.config),
         parsed.overrides,
         ranks=parsed.ranks,
         keep=parsed.keep,

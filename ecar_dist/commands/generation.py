@@ -1,4 +1,4 @@
-"""sample and evaluate: what draws images with trained weights. Each imports what it needs when it runs."""
+"""sample and evaluate: draw images with trained weights. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -21,23 +21,34 @@ Command = Callable[[argparse.Namespace], int]
 
 def add_commands(add: AddCommand) -> None:
     drawing = add("sample", sample, "draw images with the EMA weights of a run or an export")
-    drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all)")
-    drawing.add_argument("--count", type=positive, help="images in all, over the labels in turn (default: 8 of each)")
+    drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all classes)")
+    drawing.add_argument(
+        "--count", type=positive, help="number of images, over the labels in turn (default: 8 per label)"
+    )
     drawing.add_argument("--out", required=True, type=Path, help="folder for grid.png, stages.png and images/")
     scoring = add("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
-    scoring.add_argument("--train-images", help="image shards that train the classifier (default: data.train_images)")
+    scoring.add_argument("--train-images", help="image shards to train the classifier on (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
-    scoring.add_argument("--count", type=positive, help="samples to draw (default: as many as there are train images)")
+    scoring.add_argument("--count", type=positive, help="number of samples to draw (default: as many as train images)")
     scoring.add_argument(
-        "--background", help="behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)"
+        "--background",
+        help="color behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)",
     )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
     for command in (drawing, scoring):
-        command.add_argument("run_or_export", type=Path, metavar="RUN|EXPORT")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--guidance-scale", type=not_negative, help="default: sample.guidance_scale of the run")
-        command.add_argument("--batch-size", type=positive, default=64)
-        command.add_argument("--compile", action="store_true", help="torch.compile first: minutes, then faster batches")
+        command.add_argument(
+            "run_or_export", type=Path, metavar="RUN|EXPORT", help="run directory, or folder of an export"
+        )
+        command.add_argument("--seed", type=int, default=0, help="seed of the noise")
+        command.add_argument(
+            "--guidance-scale",
+            type=not_negative,
+            help="weight of classifier-free guidance (default: sample.guidance_scale of the run)",
+        )
+        command.add_argument("--batch-size", type=positive, default=64, help="images drawn at once")
+        command.add_argument(
+            "--compile", action="store_true", help="compile the model first: takes minutes, then batches are faster"
+        )
 
 
 def _with_private_cache(command: Command) -> Command:

@@ -1,4 +1,4 @@
-"""The config of a run that a command is about to plan, submit or train: `load_config`, and one rule more."""
+"""The config argument of commands, and how a run that is about to be planned, submitted or trained reads it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ KEPT_SHARE = 0.95
 UNIT_VARIANCE = 1.0  # of a direction of the latents at the coarsest stage; its noise has the same
 
 
+def add_config(command: argparse.ArgumentParser) -> None:
+    """The arguments of every command that takes a config: see `load_run_config`."""
+    command.add_argument("config", help="YAML file of the run")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="other values for single keys of the config"
+    )
+
+
 def load_run_config(parsed: argparse.Namespace) -> RunConfig:
     """The config of the command line. Raises ConfigError, also for a small `flow.context.tau` that is not allowed.
 
-    A run that has begun goes on with the tau it was begun with: then it is a warning. Exports and run directories are
-    read by `load_config` alone, which knows no such rule.
+    In a run that has already begun it is only a warning. Exports and run directories are read by `load_config` alone,
+    which does not check it.
     """
     config = load_config(parsed.config, parsed.overrides)
     if (said := small_tau(config)) is None:
@@ -26,12 +34,12 @@ def load_run_config(parsed: argparse.Namespace) -> RunConfig:
     if not (config.run_directory / "lineage.json").exists():
         raise ConfigError(f"{said}; set flow.context.tau=0.3, or allow it by flow.context.allow_small_tau=true")
     if is_first():
-        print(f"warning: {said}; the run was begun with it, and goes on", file=sys.stderr, flush=True)
+        print(f"warning: {said}; the run was started with it, and continues", file=sys.stderr, flush=True)
     return config
 
 
 def small_tau(config: RunConfig) -> str | None:
-    """What is wrong with a tau so small that the sampler loses variance; None where it is fine, or allowed."""
+    """What is wrong with a tau that is so small that the sampler loses variance; None where it is fine, or allowed."""
     flow, tau = config.flow, config.context_tau
     if tau is None or flow.num_stages == 1 or flow.context.mode != "noisy_state":
         return None
@@ -55,5 +63,5 @@ def small_tau(config: RunConfig) -> str | None:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, of whatever launcher: known before torch is there."""
+    """Whether this is rank 0, under any launcher. It needs no torch."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

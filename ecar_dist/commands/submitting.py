@@ -1,4 +1,4 @@
-"""submit and tensorboard: what starts jobs on a Slurm cluster. Each imports what it needs when it runs."""
+"""submit and tensorboard: start jobs on a Slurm cluster. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecar_dist.command_line import AddCommand, positive
-from ecar_dist.commands.run_config import load_run_config
+from ecar_dist.commands.run_config import add_config, load_run_config
 from ecar_dist.config.read import shown_config
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.redaction import redact_text
@@ -18,66 +18,114 @@ if TYPE_CHECKING:
     from ecar_dist.cluster.submission import Submission
     from ecar_dist.config.run import RunConfig
 
-START_SECONDS = 300  # to wait for TensorBoard's job
+START_SECONDS = 300  # to wait for the start of TensorBoard's job
 
 
 def add_commands(add: AddCommand) -> None:
     submitting = add("submit", submit, "check a config, plan memory, and submit its training to Slurm (no torch)")
-    submitting.add_argument("config", help="YAML file of the run")
-    submitting.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values"
-    )
+    add_config(submitting)
     _add_resources(submitting)
-    _add_going_on(submitting)
+    _add_scheduling(submitting)
     _add_pipeline(submitting)
-    showing = add("tensorboard", tensorboard, "TensorBoard of many runs, here or as a job, and the ssh line to it")
+    showing = add(
+        "tensorboard",
+        tensorboard,
+        "run TensorBoard for several runs, here or as a job, and print the ssh command that reaches it",
+    )
     showing.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
-    showing.add_argument("--port", type=positive, help="default: a free one")
-    showing.add_argument("--login", metavar="HOST", help="the name by which you log in (default: this machine's)")
-    showing.add_argument("--submit", action="store_true", help="as a job; waits until it runs")
+    showing.add_argument("--port", type=positive, help="port to listen on (default: any free port)")
+    showing.add_argument(
+        "--login", metavar="HOST", help="host name to log in to from your own machine (default: this host)"
+    )
+    showing.add_argument(
+        "--submit", action="store_true", help=f"run it as a job, and wait up to {START_SECONDS} s for its start"
+    )
     showing.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)  # as slurm/tensorboard.sbatch says
     for command in (submitting, showing):
         command.add_argument(
-            "--sbatch", action="append", default=[], metavar="--ARG", help="e.g. --sbatch=--partition=gpu"
+            "--sbatch",
+            action="append",
+            default=[],
+            metavar="--ARG",
+            help="further option of sbatch, e.g. --sbatch=--partition=gpu; may be repeated",
         )
-        command.add_argument("--scripts", type=Path, metavar="DIR", help="job scripts (default: slurm/)")
+        command.add_argument("--scripts", type=Path, metavar="DIR", help="folder of the job scripts (default: slurm/)")
 
 
 def _add_resources(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--nodes", type=positive, required=True)
-    command.add_argument("--min-nodes", type=positive, help="start on as few as this where no more are free")
-    command.add_argument("--gpus-per-node", type=_count, default=8, help="default 8; 0: on CPU")
-    command.add_argument("--ranks-per-node", type=positive, help="default: one a GPU")
-    command.add_argument("--cpus-per-rank", type=positive)
-    command.add_argument("--time", help="limit of one job, e.g. 12:00:00; training goes on in the next one")
-    command.add_argument("--device", help="A100, H100 or H200: memory is checked, and time estimated")
-
-
-def _add_going_on(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--launcher", choices=("srun", "torchrun"), help="a task a GPU, or torchrun on each node")
-    command.add_argument("--after", metavar="JOB", type=_job, help="begin when this job has ended, however it did")
-    command.add_argument("--chain", type=positive, metavar="L", help="L jobs in a row, where requeueing is not allowed")
-    command.add_argument("--max-requeues", type=_count, help="default 50")
+    command.add_argument("--nodes", type=positive, required=True, help="number of nodes")
     command.add_argument(
-        "--dry-run", action="store_true", help="print plan, job script and resolved config; do nothing"
+        "--min-nodes", type=positive, help="start on this many nodes if --nodes are not free (default: --nodes)"
+    )
+    command.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs of each node; 0: train on CPU")
+    command.add_argument("--ranks-per-node", type=positive, help="processes per node (default: one per GPU)")
+    command.add_argument("--cpus-per-rank", type=positive, help="CPU cores per process (default: as in train.sbatch)")
+    command.add_argument(
+        "--time",
+        help="time limit of one job as HH:MM:SS, e.g. 12:00:00; a requeued job continues (default: as in train.sbatch)",
+    )
+    command.add_argument(
+        "--device", help="GPU model (A100, H100, H200) to check memory and estimate the time for (default: neither)"
+    )
+
+
+def _add_scheduling(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--launcher",
+        choices=("srun", "torchrun"),
+        help="srun: one task per rank; torchrun: one per node (default: as in train.sbatch)",
+    )
+    command.add_argument(
+        "--after",
+        metavar="JOB",
+        type=_job,
+        help="id of a job to wait for, whether it succeeds or fails (default: start at once)",
+    )
+    command.add_argument(
+        "--chain",
+        type=positive,
+        metavar="L",
+        help="L jobs in a row, for sites that do not allow requeueing (default: one job that is requeued)",
+    )
+    command.add_argument(
+        "--max-requeues", type=_count, help="most restarts of the job (default: 50, as in train.sbatch)"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the plan, the job scripts and the resolved config; submit nothing"
     )
 
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
-    pipeline = command.add_argument_group("from images to scores, as jobs that wait for each other")
-    pipeline.add_argument("--pipeline", metavar="SOURCE", help="folder with a directory per class, or tars")
-    pipeline.add_argument("--holdout", type=float, default=0.05, help="share of images to score against (default 0.05)")
-    pipeline.add_argument("--label", help="tars: member that holds the label: cls, json:FIELD or none")
-    pipeline.add_argument("--classes", type=Path, metavar="FILE", help="text file with a class name a line")
+    pipeline = command.add_argument_group("from images to scores, in jobs that wait for each other")
     pipeline.add_argument(
-        "--shards", type=Path, metavar="DIR", help="image shards (default: where data.train_images is)"
-    )
-    pipeline.add_argument("--vae", help="autoencoder (default: the config's)")
-    pipeline.add_argument(
-        "--encode-tasks", type=positive, default=32, help="jobs that encode side by side (default 32)"
+        "--pipeline", metavar="SOURCE", help="folder with a directory per class, or tars (default: train only)"
     )
     pipeline.add_argument(
-        "--encode-option", action="append", default=[], metavar="--ARG", help="e.g. --encode-option=--flip=store"
+        "--holdout", type=float, default=0.05, help="fraction of the images to score against, in (0, 1)"
+    )
+    pipeline.add_argument(
+        "--label", help="where the label of a sample in tars is: cls, json:FIELD or none (default: cls)"
+    )
+    pipeline.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file with one class name per line (default: the names of the directories)",
+    )
+    pipeline.add_argument(
+        "--shards",
+        type=Path,
+        metavar="DIR",
+        help="folder for the image shards (default: the parent of data.train_images)",
+    )
+    pipeline.add_argument("--vae", help="folder or hub name of the autoencoder (default: that of the config)")
+    pipeline.add_argument("--encode-tasks", type=positive, default=32, help="number of jobs that encode in parallel")
+    pipeline.add_argument(
+        "--encode-option",
+        action="append",
+        default=[],
+        metavar="--ARG",
+        help="further option of `ecar-data encode`, e.g. --encode-option=--flip=store; may be repeated",
     )
 
 
@@ -87,7 +135,7 @@ def _count(text: str) -> int:
 
 def _job(text: str) -> str:
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is no job id; give its number")
+        raise argparse.ArgumentTypeError(f"{text} is not a job id; give its number")
     return text
 
 
@@ -139,7 +187,7 @@ def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resour
         data_stand = data_steps[-1].stands
         steps = [*data_steps, *steps, evaluation_step(folder.parents[1], resources)]
     elif parsed.after:
-        print(f"data: not looked at, since job {parsed.after} may make them")
+        print(f"data: not checked, because job {parsed.after} may create it")
         data_stand = False
     if data_stand:
         check_fits(config, local_sets(config))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
-from ecar_dist.commands.run_config import is_first, load_run_config
+from ecar_dist.commands.run_config import add_config, is_first, load_run_config
 from ecar_dist.config.batch import divides
 from ecar_dist.config.read import shown_config
 from ecar_dist.errors import ConfigError
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
 def add_commands(add: AddCommand) -> None:
     checking = add("check", check, "validate a config and print its arithmetic (no torch)")
     planning = add("plan", plan, "parameters, FLOPs, memory per rank, time and checkpoint size (no torch)")
-    training = add("train", train, "train, or go on training: alone, or under torchrun, deepspeed or srun")
-    flying = add("preflight", preflight, "see whether all nodes are fit to train a config: launched as `train` is")
+    training = add("train", train, "train, or resume training: in one process, or under torchrun, deepspeed or srun")
+    flying = add("preflight", preflight, "check all nodes before training; launch it as you launch `train`")
     for command in (checking, planning, training, flying):
-        command.add_argument("config", help="YAML file of the run")
-        command.add_argument(
-            "overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single config values"
-        )
+        add_config(command)
     checking.add_argument(
         "--job",
         nargs=2,
         type=positive,
         metavar=("NODES", "RANKS_PER_NODE"),
-        help="for job scripts: print the run directory, and the most nodes of these that the batch divides on",
+        help="for job scripts: print the run directory and how many of these nodes the batch divides on (default: not)",
     )
-    planning.add_argument("--world-size", type=positive, help="ranks (default: 8, or as many as the batch allows)")
-    planning.add_argument("--device", help="A100, H100 or H200: adds a time estimate")
+    planning.add_argument(
+        "--world-size", type=positive, help="number of ranks (default: 8, or as many as the batch divides on)"
+    )
+    planning.add_argument(
+        "--device", help="GPU model (A100, H100, H200) to estimate the time on (default: no estimate)"
+    )
     training.add_argument(
-        "--new-data-order", action="store_true", help="go on although the data, or their order, have changed"
+        "--new-data-order", action="store_true", help="resume although the data or its order has changed"
     )
-    training.add_argument("--adopt", action="store_true", help="go on from checkpoints that another run saved")
+    training.add_argument("--adopt", action="store_true", help="start from checkpoints that another run saved")
 
 
 def check(parsed: argparse.Namespace) -> int:

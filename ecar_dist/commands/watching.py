@@ -1,4 +1,4 @@
-"""status: what is known of runs, from their files alone."""
+"""status: print the status of runs, from their files alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ _CLEAR = "\033[H\033[2J"
 def add_commands(add: AddCommand) -> None:
     looking = add("status", status, "state, progress, last checkpoint and last problem of runs (no torch, no Slurm)")
     looking.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder of some; several make a table"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory, or folder of run directories; several make a table",
     )
-    looking.add_argument("--json", action="store_true", help="a line of JSON for each run; times are in seconds")
-    looking.add_argument("--watch", type=positive, metavar="SECONDS", help="look again and again, until Ctrl-C")
+    looking.add_argument("--json", action="store_true", help="print one line of JSON per run, with times in seconds")
+    looking.add_argument(
+        "--watch", type=positive, metavar="SECONDS", help="repeat every SECONDS seconds until Ctrl-C (default: once)"
+    )
 
 
 def status(parsed: argparse.Namespace) -> int:
-    """Exit status 1 where one of RUN is no run directory."""
+    """Exit status 1 where one of RUN is not a run directory."""
     try:
         while True:
             found = _look(parsed.runs)
@@ -46,7 +52,7 @@ def status(parsed: argparse.Namespace) -> int:
 
 
 def _look(runs: list[Path]) -> list[RunStatus | str]:
-    """Of each run its status, or why there is none. Raises ConfigError for one run alone."""
+    """The status of each run, or an error message. For a single run the error is raised."""
     from ecar_dist.cluster.status import run_status
 
     found: list[RunStatus | str] = []
@@ -64,7 +70,7 @@ def _look(runs: list[Path]) -> list[RunStatus | str]:
 
 
 def _runs_in(folder: Path) -> list[RunStatus | str]:
-    """The status of each run that lies in a folder of runs, as `ecar-dist tensorboard` takes one."""
+    """The status of each run in a folder of runs."""
     from ecar_dist.cluster.status import run_status
 
     found: list[RunStatus | str] = []

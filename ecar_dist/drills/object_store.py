@@ -1,4 +1,4 @@
-"""A real S3 protocol server (moto) in its own process, behind the proxy of fault_proxy.py in another."""
+"""An S3 server (moto) in its own process, behind the proxy of fault_proxy.py in another process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,21 @@ from ecar_dist.drills.fault_proxy import CONTROL
 from ecar_dist.drills.processes import free_port
 
 START_SECONDS = 30.0
-# the server wants to be asked by somebody, and takes any signature
+# The server wants a signature, and accepts any.
 SIGNED = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
 HEADERS = {"Content-Type": "application/octet-stream", "Authorization": SIGNED}
 
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """An empty bucket. `url` is s3://bucket; `endpoint` the proxy; `server` the S3 server itself."""
+    """A bucket. `url` is s3://bucket, `endpoint` the URL of the proxy, `server` that of the S3 server itself."""
 
     url: str
     endpoint: str
     server: str
 
     def break_on(self, *faults: dict[str, Any]) -> None:
-        """Set the faults and empty the log."""
+        """Set the faults of the proxy and empty its log."""
         call("POST", self.endpoint + CONTROL, json.dumps(faults).encode())
 
     def log(self, method: str = "GET", match: str = "") -> list[dict[str, Any]]:
@@ -39,27 +40,30 @@ class ObjectStore:
         return [entry for entry in entries if entry["method"] == method and match in entry["path"]]
 
     def put(self, name: str, body: bytes) -> None:
-        """Around the proxy."""
+        """Write an object, not through the proxy."""
         call("PUT", f"{self.server}/{self.url.removeprefix('s3://')}/{name}", body)
 
     def put_folder(self, folder: Path, prefix: str = "") -> str:
-        """Every file of a folder; the folder's URL."""
+        """Write every file of a folder; returns the folder's URL."""
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             self.put(f"{prefix}{path.relative_to(folder).as_posix()}", path.read_bytes())
         return f"{self.url}/{prefix}".rstrip("/")
 
 
 class StoreServers:
-    """The two processes; `server` and `endpoint` are their URLs. As a context manager it ends them."""
+    """The two processes; `server` and `endpoint` are their URLs. As a context manager it ends them.
 
-    def __init__(self) -> None:
+    proxy: words of Python's command line that start the proxy.
+    """
+
+    def __init__(self, proxy: Sequence[str] = ("-m", "ecar_dist.drills.fault_proxy")) -> None:
         port = free_port()
-        self._processes = [_start(subprocess.DEVNULL, "moto.server", "-H", "127.0.0.1", "-p", str(port))]
+        self._processes = [_start(subprocess.DEVNULL, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))]
         try:
-            proxy = _start(subprocess.PIPE, "ecar_dist.drills.fault_proxy", str(port))
-            self._processes.append(proxy)
-            assert proxy.stdout is not None
-            self.server, self.endpoint = (f"http://127.0.0.1:{at}" for at in (port, int(proxy.stdout.readline())))
+            started = _start(subprocess.PIPE, *proxy, str(port))
+            self._processes.append(started)
+            assert started.stdout is not None
+            self.server, self.endpoint = (f"http://127.0.0.1:{at}" for at in (port, int(started.stdout.readline())))
             _wait_for(f"{self.server}/moto-api/")
         except BaseException:
             self.close()
@@ -88,9 +92,9 @@ def call(method: str, url: str, body: bytes | None = None) -> bytes:
         return bytes(answer.read())
 
 
-def _start(stdout: int, module: str, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", module, *words]
-    # a session of its own: Ctrl-C is for the drill, which ends these two
+def _start(stdout: int, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *words]
+    # A session of its own: Ctrl-C reaches only the drill, which ends these two.
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
 
 

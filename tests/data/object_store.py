@@ -6,6 +6,7 @@
 import atexit
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def s3_server():
 
 @functools.cache  # one pair for a whole test process: connections are made once, and know one endpoint
 def start_servers() -> StoreServers:
-    servers = StoreServers()
+    servers = StoreServers(proxy=[str(Path(__file__).with_name("fault_proxy.py"))])
     atexit.register(servers.close)
     return servers
 

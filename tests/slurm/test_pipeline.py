@@ -257,7 +257,7 @@ def test_a_script_may_be_submitted_again_by_hand(site, mended, tmp_path):
     assert site.ended(job) == {"COMPLETED"}
     (fields,) = site.tasks(job)
     assert fields["JobName"] == "tiny-shard"
-    assert "stands already: " in (folder / f"runs/tiny/logs/shard-{job}.log").read_text()
+    assert "nothing to do" in (folder / f"runs/tiny/logs/shard-{job}.log").read_text()
 
 
 def time_of(fields, name):
