@@ -1,4 +1,4 @@
-"""What a drill expects beside what it saw, and the comparisons that all drills share."""
+"""What a drill expected and what it saw, and the comparisons that all drills share."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The loss by step; of a step that is there twice, the later. One that is not finite stands there as null."""
+    """The loss by step, the later one for a step that is logged twice. A loss that is not finite is logged as null."""
     return {entry["step"]: math.nan if (loss := entry["train/loss"]) is None else loss for entry in metrics}
 
 
 def same_losses(
     found: Mapping[int, float], quiet: Mapping[int, float], tolerance: float, whose: str = "the quiet run's"
 ) -> Finding:
-    """Every loss of the quiet run is there, and equal; what else is there is not looked at."""
+    """Every loss of the quiet run is found, and equal. Other steps are ignored."""
     if not quiet:
         return Finding(f"the losses equal {whose}", "there is none to compare with", False)
     expected = f"the losses of steps {min(quiet)} to {max(quiet)} equal {whose}, to {tolerance:g} relative"
@@ -79,7 +79,7 @@ def ended_well(ended: Ended) -> Finding:
 
 
 def ended_within(ended: Ended, seconds: float) -> Finding:
-    """After a fault the whole job ends, and soon."""
+    """The whole job ends soon after a fault."""
     ok = ended.status not in (None, 0) and ended.seconds <= seconds
     return Finding(f"the job ends within {seconds:.0f} s", f"{_status(ended)} after {ended.seconds:.1f} s", ok)
 
@@ -90,7 +90,7 @@ def no_orphans(ended: Ended) -> Finding:
 
 
 def rank_statuses(ended: Ended, expected: int, *allowed: int) -> Finding:
-    """Of ranks that failed: one has the expected exit status, and none another that is not allowed."""
+    """One failed rank has the expected exit status, and none has a status that is not allowed."""
     found = ended.rank_statuses
     seen = ", ".join(f"rank {rank}: {status}" for rank, status in sorted(found.items())) or "no rank reported one"
     ok = expected in found.values() and set(found.values()) <= {expected, *allowed}
@@ -106,7 +106,7 @@ def one_line_with(ended: Ended, expected: str, *parts: str, beginning: str = "ec
 
 
 def whole_checkpoints(folder: Path, found: Sequence[Path]) -> Finding:
-    """Every checkpoint that a reader can see is whole, and no unfinished one is in the way."""
+    """Every committed checkpoint is complete, and there is no unfinished one."""
     try:
         for path in found:
             verify(path)

@@ -1,4 +1,4 @@
-"""Where drills happen: a small copy of the user's run in a folder of its own, and the quiet run to compare with."""
+"""The ground of a set of drills: a small copy of the user's run in its own folder, and a quiet run to compare with."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ecar_dist.runtime.run.directory import RunDirectory
 
 STEPS, SAVE_EVERY, STRIKE_AT = 30, 10, 15
 TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}  # relative, of a loss
-SHORTEST_STEP = 0.05  # seconds; faster steps are slowed down where a fault must strike at a given one
-FIRST_PATIENCE = 600.0  # seconds for the quiet run, of which nothing is known yet
+SHORTEST_STEP = 0.05  # seconds; faster steps are slowed down where a fault must strike at a chosen step
+FIRST_PATIENCE = 600.0  # seconds for the quiet run, when the speed of the run is not known yet
 
 
 class CannotRunError(Exception):
-    """The drill needs something that is not here: the message says what."""
+    """The drill needs something that is missing here; the message names it."""
 
 
 @dataclass(frozen=True)
 class Quiet:
-    """What an undisturbed run gave."""
+    """Results of an undisturbed run."""
 
     losses: dict[int, float]
     seconds: float  # from launch to end
@@ -50,8 +50,10 @@ class Ground:
     def __init__(self, config: RunConfig, folder: Path, ranks: int) -> None:
         config.grad_accum_steps(ranks)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.ranks, self.config = folder, ranks, scaled_down(config, folder)
-        self.device = "cuda" if torch.cuda.device_count() >= ranks else "cpu"  # NCCL takes one rank a GPU
+        self.folder = folder
+        self.ranks = ranks
+        self.config = scaled_down(config, folder)
+        self.device = "cuda" if torch.cuda.device_count() >= ranks else "cpu"  # NCCL allows one rank per GPU
         self.precision = self.config.precision_on(self.device)
         self.tolerance = TOLERANCE[self.precision]
         self.config_file = folder / "config.yaml"
@@ -59,11 +61,12 @@ class Ground:
 
     @functools.cached_property
     def quiet(self) -> Quiet:
-        """The undisturbed run, made when it is first asked for. Raises TrainingError where it fails."""
+        """The undisturbed run, made when it is first needed. Raises TrainingError if it fails."""
+        # Train to the end.
         trial = Trial(self, "quiet")
         began = time.monotonic()
         with trial.start() as job:
-            with contextlib.suppress(UnexpectedError):  # its end says why
+            with contextlib.suppress(UnexpectedError):  # its exit status tells why
                 job.reach(1)
             startup = time.monotonic() - began
             ended = job.end()
@@ -72,18 +75,21 @@ class Ground:
                 f"the quiet run of the drills ended with status {ended.status}: {last_words(ended.text)}; fix that "
                 f"first (log: {self.folder / 'logs/quiet-1.txt'})"
             )
-        metrics, newest = trial.metrics(), committed(trial.checkpoints)[0]
+
+        # Its losses, speed and checkpoint size.
+        metrics = trial.metrics()
+        newest = committed(trial.checkpoints)[0]
         rates = [entry["perf/samples_per_second"] for entry in metrics if "perf/samples_per_second" in entry]
         step = self.config.batch.global_batch_size / statistics.median(rates)
         size = sum(path.stat().st_size for path in newest.iterdir())
         return Quiet(losses(metrics), time.monotonic() - began, startup, step, size)
 
     def prepare(self) -> None:
-        """Make the quiet run, if it is not made."""
+        """Make the quiet run if it does not exist yet."""
         _ = self.quiet
 
     def clear(self, name: str) -> None:
-        """Drop the runs of a drill, whose names begin with its own: checkpoints may be large."""
+        """Remove the runs of a drill, whose names begin with its name: checkpoints may be large."""
         for path in (self.folder / "runs").glob(f"{name}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -95,7 +101,7 @@ class Ground:
 
 
 class Trial:
-    """One run directory. It may be trained by several launches of the same command, as a user would."""
+    """One run directory, trained by one or more launches of the same command."""
 
     def __init__(
         self,
@@ -105,13 +111,16 @@ class Trial:
         environment: Mapping[str, str] | None = None,
         checkpoints: Path | None = None,
     ) -> None:
-        self._ground, self._name, self._launches = ground, name, 0
-        self._overrides, self._environment = (f"run.name={name}", *overrides), environment or {}
+        self._ground = ground
+        self._name = name
+        self._launches = 0
+        self._overrides = (f"run.name={name}", *overrides)
+        self._environment = environment or {}
         self.path = ground.folder / "runs" / name
         self.checkpoints = checkpoints or RunDirectory(self.path).checkpoints
 
     def start(self, *overrides: str, failpoint: str = "", ranks: int | None = None, prefix: Sequence[str] = ()) -> Job:
-        """Launch it. `prefix`: a command that runs the launcher's."""
+        """Launch it. `prefix`: words before the command of the launcher."""
         self._launches += 1
         ground = self._ground
         log = ground.folder / "logs" / f"{self._name}-{self._launches}.txt"
@@ -126,11 +135,11 @@ class Trial:
         return Job([*prefix, *command], environment, log, ground.patience)
 
     def slow_steps(self) -> str:
-        """The failpoint with which a signal can hit a chosen step, also where steps take next to no time."""
+        """A failpoint that makes steps long enough for a signal to hit a chosen one."""
         return f"train.step:delay={SHORTEST_STEP}" if self._ground.quiet.step_seconds < SHORTEST_STEP else ""
 
     def reach(self, job: Job, step: int) -> None:
-        """Wait for this step, and until the checkpoint before it stands: it is written while training goes on."""
+        """Wait for this step and for the checkpoint before it, which is written while training continues."""
         job.reach(step)
         due = (step - 1) // SAVE_EVERY * SAVE_EVERY
         job.wait_for(lambda: self.newest_step() >= due, f"checkpoint of step {due}")
@@ -148,14 +157,15 @@ class Trial:
         return max((step_of(path.name) for path in committed(self.checkpoints)), default=0)
 
     def resumed_from(self) -> int | None:
-        """The step from which the last attempt went on, 0 for the start; None where it did not get so far."""
+        """The step that the last attempt resumed from, 0 for the start; None if it did not come so far."""
         last = ([{}, *RunDirectory(self.path).attempts()])[-1]
         return (last["resumed_from_step"] or 0) if "resumed_from_step" in last else None
 
 
 def scaled_down(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run in a few steps: same model, data, order and batch; its own folder; nothing drawn on the way."""
-    tree, batch = config.model_dump(mode="json"), config.batch.global_batch_size
+    """The same run in a few steps: same model, data, order and batch, in its own folder, without previews."""
+    tree = config.model_dump(mode="json")
+    batch = config.batch.global_batch_size
     total = STEPS * batch
     tree["run"] |= {"name": "quiet", "dir": str(folder / "runs")}
     tree["train"]["total_samples"] = total

@@ -1,4 +1,4 @@
-"""Real ranks under torchrun, watched and struck from outside. Processes are found in /proc, so this is for Linux."""
+"""Real ranks under torchrun, which drills observe and send signals to. Processes are found in /proc: Linux only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from types import TracebackType
 
 MARK = "ECAR_DRILL"
 POLL_SECONDS = 0.02
-TIDY_SECONDS = 5.0  # what the launcher leaves behind may take so long to go
+TIDY_SECONDS = 5.0  # for processes that outlive the launcher to end
 _STEP = re.compile(r"^step (\d+)/", re.MULTILINE)
 _RANK_STATUS = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")  # of torchrun's report
 
@@ -29,7 +29,7 @@ class UnexpectedError(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended. `status` is the launcher's, None where it had to be killed; `text` what all ranks said."""
+    """How a launch ended. `status` is that of the launcher, None if it had to be killed; `text` is its whole log."""
 
     status: int | None
     text: str
@@ -46,7 +46,7 @@ class Ended:
 
 
 class Job:
-    """One launch. All it starts inherits a mark in its environment, so nothing of it can get out of sight."""
+    """One launch. Every process that it starts inherits a mark in its environment, by which it is found."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, patience: float) -> None:
         self._mark, self._log, self._patience = uuid.uuid4().hex, log, patience
@@ -58,7 +58,7 @@ class Job:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**environment, MARK: self._mark},
-                start_new_session=True,  # Ctrl-C is for the drill alone, which then ends everything
+                start_new_session=True,  # Ctrl-C reaches only the drill, which then ends everything
             )
 
     def __enter__(self) -> Job:
@@ -82,7 +82,7 @@ class Job:
         self.wait_for(lambda: any(int(found) >= step for found in _STEP.findall(self.text)), f"step {step}")
 
     def wait_for(self, happened: Callable[[], bool], what: str) -> None:
-        """Raises UnexpectedError where the job ends before it, or its patience does."""
+        """Raises UnexpectedError if the job ends before, or takes too long."""
         while not happened():
             if self._launcher.poll() is not None:
                 raise UnexpectedError(f"the job ended before {what}: {last_words(self.text)}")
@@ -91,7 +91,7 @@ class Job:
             time.sleep(POLL_SECONDS)
 
     def strike(self, number: signal.Signals, *ranks: int) -> None:
-        """Send a signal to these ranks; the clock of `end` starts here."""
+        """Send a signal to these ranks. The seconds of `end` count from here."""
         processes = self.rank_processes()
         self._struck = time.monotonic()
         for rank in ranks:
@@ -100,7 +100,7 @@ class Job:
             _send(processes[rank], number)
 
     def hobble(self, rank: int, stopped: float, running: float) -> None:
-        """Until the job ends this rank is stopped for `stopped` seconds and then runs for `running`, in turn."""
+        """Until the job ends, stop this rank for `stopped` seconds and let it run for `running` seconds, in turn."""
         process = self.rank_processes()[rank]
         while self._launcher.poll() is None and time.monotonic() - self._began < self._patience:
             _send(process, signal.SIGSTOP)
@@ -109,7 +109,7 @@ class Job:
             time.sleep(running)
 
     def end(self) -> Ended:
-        """Wait until the launcher has ended, then for what it left behind. What remains is named, and killed."""
+        """Wait for the launcher, then for processes that outlive it. Those that remain are reported and killed."""
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._launcher.wait(max(1.0, self._patience - (time.monotonic() - self._began)))
@@ -125,7 +125,7 @@ class Job:
         return Ended(status, self.text, seconds, orphans)
 
     def kill(self) -> None:
-        """SIGKILL to all that carries the mark, until none is left."""
+        """Send SIGKILL to all processes with the mark until none is left."""
         while alive := marked(self._mark):
             for pid in alive:
                 _send(pid, signal.SIGKILL)
@@ -134,7 +134,7 @@ class Job:
         self._launcher.wait()
 
     def rank_processes(self) -> dict[int, int]:
-        """Process id by rank: the launcher's own children that were given a rank."""
+        """Process id by rank: children of the launcher with a rank in their environment."""
         found = {}
         for pid in marked(self._mark):
             rank = re.search(rb"\0RANK=(\d+)\0", _environment(pid))
@@ -144,7 +144,7 @@ class Job:
 
 
 def torchrun(ranks: int, config: Path, overrides: Sequence[str]) -> list[str]:
-    """The command that trains on so many real ranks of this machine."""
+    """The command that trains on this number of ranks on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     return [*launcher, *address, "-m", "ecar_dist", "train", str(config), *overrides]
@@ -157,7 +157,7 @@ def free_port() -> int:
 
 
 def last_words(text: str) -> str:
-    """What a job said that best tells why it ended: our own last error, else a traceback's last line, else the end."""
+    """The line that best explains why a job ended: our last error, else an exception, else the last line."""
     ours = re.findall(r"^ecar-dist: .*", text, re.MULTILINE)
     raised = re.findall(r"^(?:\[rank\d+\]: )?(\w*(?:Error|Exception): .*)", text, re.MULTILINE)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -165,7 +165,7 @@ def last_words(text: str) -> str:
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes whose environment holds the mark; one that has ended and was not waited for has none."""
+    """Living processes whose environment holds the mark. A zombie has no environment."""
     wanted = f"{MARK}={mark}".encode()
     return [
         int(entry.name)

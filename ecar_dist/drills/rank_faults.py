@@ -1,4 +1,4 @@
-"""Drills of processes and numbers: a rank is killed, stopped, slowed, asked to end, or computes a NaN."""
+"""Drills of rank faults: a rank is killed, stopped, slowed, asked to end, or computes a NaN."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from ecar_dist.runtime.checkpoint.files import committed
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.train.guard import roll_back_record
 
-DEATH_SECONDS = 15.0  # in which a job is over once a rank is gone
-GRACE_SECONDS = 25.0  # in which a job that was asked to end is over; Slurm gives 30 by default
+DEATH_SECONDS = 15.0  # a job must end within this time after a rank has died
+GRACE_SECONDS = 25.0  # a job that is asked to end must end within this time; Slurm allows 30 by default
 SHORTEST_HANG = 5.0
-HANG_MARGIN = 15.0  # seconds for the watchdog's reports, the kill, and the launcher's own end
-STOPPED, RUNNING = 0.02, 0.01  # seconds: a rank that gets a third of its time
+HANG_MARGIN = 15.0  # seconds for the reports of the watchdog, the kill, and the end of the launcher
+# Seconds in turn: the rank runs for a third of the time.
+STOPPED = 0.02
+RUNNING = 0.01
 
 
 def kill_rank(ground: Ground) -> Iterator[Finding]:
@@ -90,18 +92,24 @@ def preempt(ground: Ground) -> Iterator[Finding]:
 
 
 def resize(ground: Ground) -> Iterator[Finding]:
-    """Begun on all ranks, gone on with on another number of them in another ZeRO stage, then again as at first."""
-    trial, was = Trial(ground, "resize"), ground.config.deepspeed.zero_stage
-    ranks, stage = (1, 2)[ground.ranks == 1], 3 if was != 3 else 1
+    """Started on all ranks, resumed on another number of ranks in another ZeRO stage, then again as at first."""
+    trial = Trial(ground, "resize")
+    was = ground.config.deepspeed.zero_stage
+    stage = 3 if was != 3 else 1
+    ranks = 2 if ground.ranks == 1 else 1
     changed = [f"deepspeed.zero_stage={stage}", "deepspeed.offload_params=false"]
     if ranks > 1:
         changed.append("batch.micro_batch_size=1")
+
+    # Kill it on each number of ranks.
     for step, number, overrides in ((STRIKE_AT, ground.ranks, []), (2 * STEPS // 3 + 2, ranks, changed)):
         with trial.start(*overrides, ranks=number, failpoint=trial.slow_steps()) as job:
             trial.reach(job, step)
             job.strike(SIGKILL, number - 1)
             ended = job.end()
         yield no_orphans(ended)
+
+    # Train to the end. Both resumed launches name the two ways of sharding.
     ways = [(ground.ranks, was, ranks, stage), (ranks, stage, ground.ranks, was)]
     saved = trial.newest_step()
     last = trial.train()
@@ -133,10 +141,10 @@ def nan(ground: Ground) -> Iterator[Finding]:
 
 
 def learnt_nothing(ground: Ground, found: dict[int, float], step: int) -> Iterator[Finding]:
-    """A run that passes over a step, as after a roll-back, sees its samples and moves no weight: it is the measure."""
+    """Compare with a run that skips the step, as after a roll-back: it reads the samples and changes no weight."""
     trial = Trial(ground, "nan-passed-over")
     trial.path.mkdir(parents=True)
-    write_json(trial.path / "lineage.json", [])  # a run directory, of which no attempt has begun
+    write_json(trial.path / "lineage.json", [])  # a run directory without an attempt
     (trial.path / "bad_steps.jsonl").write_text(roll_back_record(step, (step, step)))
     whose = f"those of a run that passes over step {step}"
     ended = trial.train()
@@ -148,7 +156,7 @@ def names_rank(ended: Ended, rank: int) -> Finding:
 
 
 def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -> Iterator[Finding]:
-    """The same command again goes on from what was saved, and the whole is as if nothing had been."""
+    """The same command resumes from the newest checkpoint, and the whole run is as without the fault."""
     saved = trial.newest_step()
     ended = trial.train(prefix=prefix)
     yield ended_well(ended)
@@ -158,7 +166,7 @@ def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -
 
 def from_step(trial: Trial, saved: int) -> Finding:
     found = trial.resumed_from()
-    seen = "it did not get so far" if found is None else f"step {found}"
+    seen = "it did not come so far" if found is None else f"step {found}"
     return Finding(f"the same command goes on from the newest checkpoint, step {saved}", seen, found == saved)
 
 

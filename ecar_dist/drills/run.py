@@ -1,4 +1,4 @@
-"""Run drills one after another, and say what was expected and what was seen."""
+"""Run drills one after another, and report what was expected and what was seen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ecar_dist.storage.atomic import atomic_write, write_json
 
 @dataclass(frozen=True)
 class Drill:
-    """A fault in words, and what makes it strike and looks at what follows."""
+    """A fault in words, and the function that injects it and checks what follows."""
 
     fault: str
     run: Callable[[Ground], Iterator[Finding]]
@@ -60,21 +60,31 @@ def run_drills(
     json_file: Path | None = None,
     markdown_file: Path | None = None,
 ) -> int:
-    """Run the drills of these names (`all`: every one) on small copies of the config's run; 0 where all is as expected.
+    """Run drills on small copies of the run of a config.
 
-    `keep`: an empty folder for runs and logs; None: a temporary one. A drill in `skip` is left out and does not count.
-    Raises ConfigError for a name, a config or a number of ranks that cannot be.
+    Args:
+        names: names of drills, or `all`.
+        keep: an empty folder for runs and logs; None: a temporary one.
+        skip: drills to leave out; they do not count.
+
+    Returns the exit status: 0 if everything is as expected.
+    Raises ConfigError for an unknown drill, and for a config or a number of ranks that it does not allow.
     """
+    # Check everything before anything starts.
     chosen = _chosen(names)
     _chosen(skip)
     config = load_config(config_path, list(overrides))
     if not Path("/proc/self/environ").exists():
-        raise ConfigError("drills find their processes in /proc, which this system does not have; run them on Linux")
+        raise ConfigError("drills find their processes in /proc, which this system lacks; run them on Linux")
+
+    # Run the drills.
     folder = _empty_folder(keep) if keep else Path(tempfile.mkdtemp(prefix="ecar-drill-"))
     with ended_by_signals(), _dropped_on_interrupt(None if keep else folder):
         ground = Ground(config, folder, ranks)
         print(f"{counted(ranks, 'rank')} on {ground.device}, {ground.precision}; runs and logs in {folder}", flush=True)
         rows = [_row(name, ground, name in skip, keep is not None) for name in chosen]
+
+    # Report. Logs of drills that went wrong are kept.
     command = shlex.join(["ecar-dist", "drill", *names, str(config_path), *overrides])
     facts = circumstances(command, f"{ranks} on {ground.device}, {ground.precision}")
     print("\n".join(["", *text_lines(rows), summary(rows)]), flush=True)
@@ -100,7 +110,7 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _row(name: str, ground: Ground, skipped: bool, keep: bool) -> Row:
-    """One drill; the quiet run, where it is not there yet, comes first and is no part of its time."""
+    """Run one drill. The quiet run comes first if it does not exist yet, and does not count for the drill's time."""
     fault = DRILLS[name].fault
     if skipped:
         return Row(name, fault, (), 0.0, "skipped", "left out by --skip")
@@ -116,14 +126,14 @@ def _row(name: str, ground: Ground, skipped: bool, keep: bool) -> Row:
     except UnexpectedError as surprise:
         findings.append(Finding("the job goes on until the fault strikes", str(surprise), False))
     row = Row.of(name, fault, [_anonymous(one, ground) for one in findings], time.monotonic() - began)
-    print(f"{name}: {row.verdict} after {row.seconds:.0f} s", flush=True)
+    print(f"{name}: {row.outcome} after {row.seconds:.0f} s", flush=True)
     if not keep:
         ground.clear(name)
     return row
 
 
 def _anonymous(finding: Finding, ground: Ground) -> Finding:
-    """Without this machine's name and folder: a result may be published."""
+    """Without the name and folder of this machine, because a result may be published."""
     seen = finding.seen.replace(f"{ground.folder}/", "").replace(f"host {socket.gethostname()}", "host HOST")
     return replace(finding, seen=seen)
 
@@ -146,7 +156,7 @@ def _dropped_on_interrupt(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does: what it started is ended on the way out."""
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it ends the processes it started."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

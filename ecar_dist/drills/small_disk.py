@@ -1,4 +1,4 @@
-"""A disk of a chosen size: a tmpfs in a mount namespace of its own. It needs no root, and ends with its one process."""
+"""A disk of a chosen size: a tmpfs in its own mount namespace. It needs no root where user namespaces are allowed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 import subprocess
 from pathlib import Path
 
-WAYS = (("--mount",), ("--mount", "--map-root-user"))  # as root; as a user, where the kernel lets users
+# Options of unshare: as root; as a user, where the kernel allows user namespaces.
+WAYS = (("--mount",), ("--mount", "--map-root-user"))
 
 
 class NoSmallDiskError(Exception):
-    """This machine lets nobody mount one."""
+    """A tmpfs cannot be mounted on this machine."""
 
 
 class SmallDisk:
-    """Mounted at `folder` for processes that are started behind `prefix`. As a context manager it ends itself."""
+    """A tmpfs at `folder`, seen only by commands that start with `prefix`. As a context manager it unmounts itself."""
 
     def __init__(self, folder: Path, size: int) -> None:
         folder.mkdir(parents=True)
@@ -27,20 +28,20 @@ class SmallDisk:
                 self._enter = ["nsenter", "--target", str(self._holder.pid), *user, "--mount"]
                 return
             self.close()
-        raise NoSmallDiskError("neither root nor a user namespace may mount a tmpfs here")
+        raise NoSmallDiskError("a tmpfs cannot be mounted here, neither as root nor in a user namespace")
 
     @property
     def prefix(self) -> list[str]:
-        """Runs the command that follows it where the disk is mounted, in this working directory."""
+        """Words before a command that run it where the disk is mounted, in this working directory."""
         return [*self._enter, "sh", "-c", 'cd "$0" && exec "$@"', os.getcwd()]
 
     @property
     def seen_from_outside(self) -> Path:
-        """The mounted folder, for a process that was not started behind `prefix`."""
+        """The mounted folder, for a process that was not started with `prefix`."""
         return Path(f"/proc/{self._holder.pid}/root{self.folder}")
 
     def resize(self, size: int) -> None:
-        # with a source named, mount leaves out the options it finds in place: a user id that may mean nothing in there
+        # With the source given, mount leaves out the current options, whose user id may not exist in the namespace.
         command = ["mount", "-o", f"remount,size={size}", "tmpfs", str(self.folder)]
         subprocess.run([*self._enter, *command], check=True, capture_output=True)
 
@@ -56,7 +57,7 @@ class SmallDisk:
 
 
 def _hold(folder: Path, size: int, way: tuple[str, ...]) -> subprocess.Popen[str]:
-    """Mount it and stay: what `unshare` runs keeps its process id, so killing it ends the namespace."""
+    """Mount the tmpfs and keep the namespace open: unshare keeps its process id, so killing it ends the namespace."""
     script = f'mount -t tmpfs -o size={size} tmpfs "$0" && echo mounted && exec sleep infinity'
     try:
         return subprocess.Popen(
@@ -67,4 +68,4 @@ def _hold(folder: Path, size: int, way: tuple[str, ...]) -> subprocess.Popen[str
             start_new_session=True,
         )
     except FileNotFoundError:
-        raise NoSmallDiskError("there is no `unshare` here, which mounts a tmpfs") from None
+        raise NoSmallDiskError("unshare is not installed; it is needed to mount a tmpfs") from None

@@ -1,4 +1,4 @@
-"""Drills of what lies on disks and in buckets: torn and cut checkpoints, a flipped byte, 503s, a full disk."""
+"""Drills of storage faults: torn and cut checkpoints, a flipped byte, 503s of an object store, a full disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ecar_dist.train.sources import check_data, open_stream
 
 ENDED_BY_LAUNCHER = -SIGTERM  # torchrun ends the others once one has failed
 LARGEST_BUCKET = 1 << 30  # bytes: the S3 server keeps them in memory
-BURSTS = {MANIFEST_NAME: 2, ".tar": 6}  # 503s in a row by what is asked for
+BURSTS = {MANIFEST_NAME: 2, ".tar": 6}  # part of the path -> number of consecutive 503s
 ACCOUNT = {
     "AWS_ACCESS_KEY_ID": "drill",
     "AWS_SECRET_ACCESS_KEY": "drill",
@@ -50,19 +50,27 @@ ACCOUNT = {
 
 
 def torn_checkpoint(ground: Ground) -> Iterator[Finding]:
-    """A rank dies half-way through its second save; later the newest checkpoint is cut."""
-    trial, victim = Trial(ground, "torn-checkpoint"), ground.ranks - 1
+    """A rank dies during its second save. Later the newest checkpoint is truncated."""
+    trial = Trial(ground, "torn-checkpoint")
+    victim = ground.ranks - 1
+
+    # The victim dies in the save, and the job ends.
     ended = trial.train(failpoint=f"checkpoint.write:rank={victim}:nth=2:kill")
-    due, last = 2 * SAVE_EVERY, max((entry["step"] for entry in trial.metrics()), default=0)
+    due = 2 * SAVE_EVERY
+    last = max((entry["step"] for entry in trial.metrics()), default=0)
     status = ended.rank_statuses.get(victim)
     seen = f"exit status {status} after step {last}"
     yield Finding(f"rank {victim} dies in the save of step {due}", seen, status == -SIGKILL and last >= due)
     yield ended_within(ended, ground.quiet.seconds + DEATH_SECONDS)
     yield names_rank(ended, victim)
     yield no_orphans(ended)
+
+    # The save is as if it had never begun.
     saved = trial.newest_step()
     yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
     yield from resumed_as_quiet(ground, trial)
+
+    # Truncate a file of the newest checkpoint: the one before it is used.
     if len(found := committed(trial.checkpoints)) < 2:
         raise UnexpectedError(f"{len(found)} checkpoints are there, and two are needed to cut the newer one")
     newest, before = found[:2]
@@ -77,24 +85,28 @@ def torn_checkpoint(ground: Ground) -> Iterator[Finding]:
 
 
 def corrupt_shard(ground: Ground) -> Iterator[Finding]:
-    spoilt = spoil(ground.config, ground.folder / "spoilt")
-    trial = Trial(ground, "corrupt-shard", (f"data.latents={spoilt.path.parent}",))
+    """A byte of a latent shard is flipped, and later restored."""
+    # The job ends, and one line names the shard and the byte.
+    damaged = damage(ground.config, ground.folder / "damaged")
+    trial = Trial(ground, "corrupt-shard", (f"data.latents={damaged.path.parent}",))
     ended = trial.train()
     yield ended_within(ended, ground.quiet.seconds + DEATH_SECONDS)
     yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)
     yield no_orphans(ended)
-    said = one_line_with(ended, f"one line names {spoilt.path.name}", str(spoilt.path))
+    said = one_line_with(ended, f"one line names {damaged.path.name}", str(damaged.path))
     yield said
     found = re.search(r"byte (\d+)", said.seen)
-    near = found is not None and spoilt.sample_begins <= int(found[1]) <= spoilt.flipped
-    place = f"its sample, {spoilt.sample_begins} to {spoilt.flipped}"
+    near = found is not None and damaged.sample_begins <= int(found[1]) <= damaged.flipped
+    place = f"its sample, {damaged.sample_begins} to {damaged.flipped}"
     yield Finding(f"it gives the byte: in {place}", f"byte {found[1]}" if found else "no byte", near)
-    flip(spoilt.path, spoilt.flipped)
+
+    # With the byte restored the same command trains as the quiet run did.
+    flip(damaged.path, damaged.flipped)
     yield from resumed_as_quiet(ground, trial)
 
 
 @dataclass(frozen=True)
-class Spoilt:
+class DamagedShard:
     """A shard with one byte flipped, beside links to all other files of its set."""
 
     path: Path
@@ -102,26 +114,34 @@ class Spoilt:
     flipped: int
 
 
-def spoil(config: RunConfig, folder: Path) -> Spoilt:
-    """A set in which the sample that stands in the middle of the run is damaged."""
+def damage(config: RunConfig, folder: Path) -> DamagedShard:
+    """Make a copy of the set in which the sample in the middle of the run is damaged."""
+    # Find the sample.
     home = local_latents(config)
     stream = open_stream(config, check_data(config))
     place = stream.locate(np.array([STRIKE_AT * config.batch.global_batch_size]))
     manifest = load_manifest(home)
-    entry, row = manifest.shards[int(place.shards[0])], int(place.rows[0])
+    entry = manifest.shards[int(place.shards[0])]
+    row = int(place.rows[0])
+
+    # Copy its shard, and link the others.
     folder.mkdir()
     for name in (MANIFEST_NAME, *(shard.name for shard in manifest.shards if shard != entry)):
         file_in(folder, name).symlink_to(file_in(home, name))
     shutil.copyfile(file_in(home, entry.name), file_in(folder, entry.name))
+
+    # Flip a byte in the middle of its latents.
     layout = ShardLayout.of(entry.count, manifest.moments_shape, manifest.has_flip)
-    begins, member = layout.first_offset + row * layout.stride, layout.members[0]
+    begins = layout.first_offset + row * layout.stride
+    member = layout.members[0]
     flipped = begins + member.rel_offset + (member.nbytes or 0) // 2
-    flip(path := file_in(folder, entry.name), flipped)
-    return Spoilt(path, begins, flipped)
+    path = file_in(folder, entry.name)
+    flip(path, flipped)
+    return DamagedShard(path, begins, flipped)
 
 
 def flip(path: Path, offset: int) -> None:
-    """All bits of one byte; done twice, the file is as before."""
+    """Flip all bits of one byte. Twice restores the file."""
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -130,19 +150,23 @@ def flip(path: Path, offset: int) -> None:
 
 
 def local_latents(config: RunConfig) -> Path:
-    """The folder of a run that reads one local set of latents. Raises CannotRunError for any other run."""
+    """The folder of the latents. Raises CannotRunError for a run that does not read one local set."""
     if config.data.latents is None or is_remote(config.data.latents):
-        raise CannotRunError("it needs data.latents to be a local folder; give a config that has one")
+        raise CannotRunError("data.latents must be a local folder; give a config that has one")
     return local_path(config.data.latents).absolute()
 
 
 def s3_503(ground: Ground) -> Iterator[Finding]:
+    """The latents are read from an S3 server that answers bursts of requests with 503."""
+    # It needs the server, and latents that are small enough for it.
     if not all(importlib.util.find_spec(name) for name in ("moto", "flask")):
         raise CannotRunError("pip install 'ecar_dist[dev]' for its S3 server")
     home = local_latents(ground.config)
     shards = load_manifest(home).shards
     if (size := sum(shard.bytes for shard in shards)) > LARGEST_BUCKET:
         raise CannotRunError(f"the set has {size / 2**30:.1f} GiB, the S3 server takes 1; give a smaller data.latents")
+
+    # Upload the latents, then train from the bucket.
     with StoreServers() as servers:
         bucket = servers.new_bucket()
         for name in (MANIFEST_NAME, *(shard.name for shard in shards)):
@@ -158,22 +182,24 @@ def s3_503(ground: Ground) -> Iterator[Finding]:
 
 
 def requests(bucket: ObjectStore) -> Iterator[Finding]:
-    """What the proxy saw: every 503 was met, and nothing was fetched twice because of it.
+    """What the proxy logged: every 503 was repeated, and nothing was downloaded twice because of it.
 
-    The preflight looks at the beginning of the first shard, once a node and past the node's cache: it comes first.
+    The first request for a shard is that of the preflight, which reads its beginning without the cache of the node.
     """
-    entries, burst = bucket.log(), sum(BURSTS.values())
+    entries = bucket.log()
+    burst = sum(BURSTS.values())
     met = sum(entry["fault"] == "status" for entry in entries)
     yield Finding(f"{burst} requests are answered with 503 and made again", f"{met} were", met == burst)
     fetched = [(entry["path"], entry["range"]) for entry in bucket.log(match=".tar") if entry["fault"] is None]
-    looks, reads = fetched[:1], fetched[1:]
+    looks = fetched[:1]
+    reads = fetched[1:]
     seen = f"{counted(len(looks), 'look')}, then {len(reads)} requests for {len(set(reads))} ranges of shards"
     expected = "one look of the preflight at a shard; then no part of a shard is fetched twice"
     yield Finding(expected, seen, bool(reads) and len(reads) == len(set(reads)))
 
 
 def says_room(ended: Ended, size: int) -> Finding:
-    """The last word gives what a checkpoint takes, to a tenth, and what is free."""
+    """The last error gives the size of a checkpoint, to a tenth, and the free space."""
     said = re.findall(r"^ecar-dist: (.* needs (\S+) ([MG])iB, and .* free.*)$", ended.text, re.MULTILINE)
     line, number, unit = said[-1] if said else ("not a word", "0", "M")
     ok = abs(float(number) * 2 ** {"M": 20, "G": 30}[unit] - size) < 0.1 * size
@@ -181,9 +207,11 @@ def says_room(ended: Ended, size: int) -> Finding:
 
 
 def disk_full(ground: Ground) -> Iterator[Finding]:
-    """Room for one checkpoint and a half; then room for all, and the same command again."""
-    folder, size = ground.folder / "disk", ground.quiet.checkpoint_bytes
+    """A disk with space for one and a half checkpoints; then with enough space, and the same command again."""
+    folder = ground.folder / "disk"
+    size = ground.quiet.checkpoint_bytes
     with contextlib.ExitStack() as stack:
+        # A real small disk, or a failpoint where it cannot be mounted.
         try:
             disk = stack.enter_context(SmallDisk(folder, size + size // 2))
             checkpoints, prefix, failpoint = disk.seen_from_outside / "disk-full", disk.prefix, ""
@@ -191,10 +219,12 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
             disk, checkpoints, prefix = None, folder / "disk-full", []
             failpoint = ",".join(f"checkpoint.write:nth={save}:enospc" for save in range(2, STEPS // SAVE_EVERY + 1))
             yield Finding("a disk that is full", f"{reason}: the error comes from a failpoint", True)
+
+        # Training continues without the second checkpoint and ends with an error, because the last is not saved.
         trial = Trial(ground, "disk-full", (f"checkpoint.dir={folder}",), checkpoints=checkpoints)
         ended = trial.train(failpoint=failpoint, prefix=prefix)
         yield every_step_once(trial.metrics(), STEPS)
-        yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)  # the last step is not saved
+        yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)
         yield no_orphans(ended)
         unsaved = f"step {2 * SAVE_EVERY} was not saved"
         yield one_line_with(ended, f"{unsaved}; training goes on", unsaved, "goes on", beginning="warning: ")
@@ -202,6 +232,8 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
         yield whole_checkpoints(checkpoints, committed(checkpoints))
         saved = trial.newest_step()
         yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
+
+        # With enough space the same command trains to the end.
         if disk is not None:
             disk.resize(8 * size)
         yield from resumed_as_quiet(ground, trial, prefix)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from ecar_dist.command_line import columns
 from ecar_dist.drills.evidence import Finding
 
-Verdict = Literal["as expected", "NOT AS EXPECTED", "not run", "skipped"]
-HEADINGS = ("drill", "fault", "expected", "seen", "s", "verdict")
+Outcome = Literal["as expected", "NOT AS EXPECTED", "not run", "skipped"]
+HEADINGS = ("drill", "fault", "expected", "seen", "s", "outcome")
 WIDTHS = (16, 24, 46, 46, 4, 15)
 FAILED = "!! "
-LONGEST = 240  # characters of one finding; JSON has all of it
+LONGEST = 240  # characters of a finding in a table; the JSON file has all of them
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Row:
     fault: str
     findings: tuple[Finding, ...]
     seconds: float
-    verdict: Verdict
+    outcome: Outcome
     reason: str = ""
 
     @staticmethod
     def of(name: str, fault: str, findings: Sequence[Finding], seconds: float) -> Row:
-        """The row of a drill that ran: as expected where it looked at something, and all of it was."""
+        """The row of a drill that ran: as expected if it has findings and all of them are."""
         ok = bool(findings) and all(finding.ok for finding in findings)
         return Row(name, fault, tuple(findings), seconds, "as expected" if ok else "NOT AS EXPECTED")
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Expected and seen, a finding each, no longer than a table can hold."""
+        """Expected and seen of each finding, shortened for a table."""
         marked = [(finding.expected, ("" if finding.ok else FAILED) + finding.seen) for finding in self.findings]
         return [(expected, textwrap.shorten(seen, LONGEST)) for expected, seen in marked or [("", self.reason)]]
 
@@ -53,7 +53,7 @@ def text_lines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for number, (expected, seen) in enumerate(row.pairs):
             first = (row.name, row.fault) if number == 0 else ("", "")
-            last = (f"{row.seconds:.0f}", row.verdict) if number == 0 else ("", "")
+            last = (f"{row.seconds:.0f}", row.outcome) if number == 0 else ("", "")
             cells = [
                 textwrap.wrap(text, width) for text, width in zip((*first, expected, seen, *last), WIDTHS, strict=True)
             ]
@@ -63,12 +63,12 @@ def text_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in Verdict.__args__}  # type: ignore[attr-defined]
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in Outcome.__args__}  # type: ignore[attr-defined]
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
 def passed(rows: Sequence[Row]) -> bool:
-    return all(row.verdict in ("as expected", "skipped") for row in rows)
+    return all(row.outcome in ("as expected", "skipped") for row in rows)
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
@@ -77,12 +77,12 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
     for row in rows:
         for number, (expected, seen) in enumerate(row.pairs):
             first = (row.name, row.fault) if number == 0 else ("", "")
-            last = (f"{row.seconds:.0f}", row.verdict) if number == 0 else ("", "")
+            last = (f"{row.seconds:.0f}", row.outcome) if number == 0 else ("", "")
             table.append(f"| {' | '.join((*first, _escaped(expected), _escaped(seen), *last))} |")
     head = [f"- {name}: {value}" for name, value in facts.items()]
     how = (
-        "Each drill trains a small copy of a run on real ranks, lets a real fault strike, and compares with a quiet "
-        "run. All that stands here was measured by the command below, which wrote this file."
+        "Each drill trains a small copy of a run on real ranks, injects a fault, and compares with a quiet run. "
+        "Everything here was measured by the command below, which wrote this file."
     )
     return "\n".join(["# Fault drills", "", how, "", *head, f"- result: {summary(rows)}", "", *table, ""])
 

@@ -39,30 +39,30 @@ def ground(make_tree, tmp_path_factory):
 
 
 def rows_of(page):
-    """Drill -> (what it expects, in order); each drill's verdict; the page's count of those as expected."""
-    expected, verdicts, name = {}, {}, ""
+    """Drill -> (what it expects, in order); each drill's outcome; the page's count of those as expected."""
+    expected, outcomes, name = {}, {}, ""
     for line in page.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if len(cells) == 6 and cells[0] not in ("drill", "---"):
             name = cells[0] or name
             expected.setdefault(name, []).append(cells[2])
-            verdicts[name] = verdicts.get(name) or cells[5]
-    return expected, verdicts
+            outcomes[name] = outcomes.get(name) or cells[5]
+    return expected, outcomes
 
 
 @pytest.mark.parametrize("name", DRILLS)
 def test_a_drill_survives_and_looks_at_what_its_page_shows(name, ground):
     row = _row(name, ground, False, False)
-    if name in HURT_BY_OTHERS and row.verdict != "as expected":
+    if name in HURT_BY_OTHERS and row.outcome != "as expected":
         row = _row(name, ground, False, False)
-    assert row.verdict == "as expected", [finding for finding in row.findings if not finding.ok] or row.reason
+    assert row.outcome == "as expected", [finding for finding in row.findings if not finding.ok] or row.reason
     looked_at = [finding.expected for finding in row.findings if "failpoint" not in finding.seen]
     shown = rows_of(PAGE)[0][name]
     assert [NUMBER.sub("N", one) for one in looked_at] == [NUMBER.sub("N", one) for one in shown]
 
 
 def test_the_page_shows_every_drill_and_each_as_expected():
-    expected, verdicts = rows_of(PAGE)
+    expected, outcomes = rows_of(PAGE)
     assert list(expected) == list(DRILLS)
-    assert set(verdicts.values()) == {"as expected"}
+    assert set(outcomes.values()) == {"as expected"}
     assert re.search(rf"^- result: {len(DRILLS)} as expected\b", PAGE, re.MULTILINE)

@@ -10,7 +10,7 @@ from ecar_dist.data.sources import LatentSource
 from ecar_dist.drills.ground import SAVE_EVERY, STEPS, CannotRunError, Ground, Trial, scaled_down
 from ecar_dist.drills.processes import Ended
 from ecar_dist.drills.rank_faults import from_step
-from ecar_dist.drills.storage_faults import flip, local_latents, says_room, spoil
+from ecar_dist.drills.storage_faults import damage, flip, local_latents, says_room
 from ecar_dist.errors import ConfigError, DataError
 
 
@@ -128,18 +128,20 @@ def test_what_a_full_disk_needs_is_compared_with_a_checkpoint(text, ok):
     assert says_room(Ended(1, text, 1.0), 30 << 20).ok is ok
 
 
-def test_a_spoilt_set_has_one_wrong_byte_and_leaves_the_users_alone(tree, tmp_path, digits):
+def test_a_damaged_set_has_one_wrong_byte_and_leaves_the_users_alone(tree, tmp_path, digits):
     config = config_from_dict(tree)
     own = {path: path.read_bytes() for path in (digits / "latents").glob("*.tar")}
-    spoilt = spoil(config, tmp_path / "spoilt")
-    entries = load_manifest(spoilt.path.parent).shards
-    shard = next(place for place, entry in enumerate(entries) if entry.name == spoilt.path.name)
-    with pytest.raises(DataError, match=f"{spoilt.path.name} has xxh3_128 .* at or after byte {spoilt.sample_begins};"):
-        LatentSource(str(spoilt.path.parent)).store.open(shard)
-    assert spoilt.sample_begins < spoilt.flipped
+    damaged = damage(config, tmp_path / "damaged")
+    entries = load_manifest(damaged.path.parent).shards
+    shard = next(place for place, entry in enumerate(entries) if entry.name == damaged.path.name)
+    with pytest.raises(
+        DataError, match=f"{damaged.path.name} has xxh3_128 .* at or after byte {damaged.sample_begins};"
+    ):
+        LatentSource(str(damaged.path.parent)).store.open(shard)
+    assert damaged.sample_begins < damaged.flipped
     assert {path: path.read_bytes() for path in own} == own
-    flip(spoilt.path, spoilt.flipped)
-    LatentSource(str(spoilt.path.parent)).store.open(shard)
+    flip(damaged.path, damaged.flipped)
+    LatentSource(str(damaged.path.parent)).store.open(shard)
 
 
 @pytest.mark.parametrize("data", [{"latents": "s3://bucket/latents"}, {"latents": None, "images": "images"}])

@@ -43,7 +43,7 @@ def killed(make_tree, tmp_path_factory):
 def test_a_killed_rank_is_survived_as_expected(killed):
     _, status, folder, result = killed
     (row,) = result["drills"]
-    assert row["verdict"] == "as expected", [finding for finding in row["findings"] if not finding["ok"]]
+    assert row["outcome"] == "as expected", [finding for finding in row["findings"] if not finding["ok"]]
     assert (status, result["passed"]) == (0, True)
     assert len(row["findings"]) == 8
     attempts = json.loads((folder / "runs/kill-rank/lineage.json").read_text())

@@ -12,18 +12,18 @@ BAD = Finding("the losses equal the quiet run's, to 1e-06 relative", "largest di
 
 
 def test_a_row_is_as_expected_where_all_findings_are_and_there_is_one():
-    assert Row.of("nan", "", [GOOD, GOOD], 1.0).verdict == "as expected"
-    assert Row.of("nan", "", [GOOD, BAD], 1.0).verdict == "NOT AS EXPECTED"
-    assert Row.of("nan", "", [], 1.0).verdict == "NOT AS EXPECTED", "a drill that looked at nothing"
+    assert Row.of("nan", "", [GOOD, GOOD], 1.0).outcome == "as expected"
+    assert Row.of("nan", "", [GOOD, BAD], 1.0).outcome == "NOT AS EXPECTED"
+    assert Row.of("nan", "", [], 1.0).outcome == "NOT AS EXPECTED", "a drill that looked at nothing"
 
 
 @pytest.mark.parametrize(
-    ("verdict", "ok"), [("as expected", True), ("skipped", True), ("not run", False), ("NOT AS EXPECTED", False)]
+    ("outcome", "ok"), [("as expected", True), ("skipped", True), ("not run", False), ("NOT AS EXPECTED", False)]
 )
-def test_a_drill_that_did_not_run_is_no_success(verdict, ok):
-    rows = [Row.of("kill-rank", "", [GOOD], 1.0), Row("nan", "", (), 0.0, verdict, "because")]
+def test_a_drill_that_did_not_run_is_not_a_success(outcome, ok):
+    rows = [Row.of("kill-rank", "", [GOOD], 1.0), Row("nan", "", (), 0.0, outcome, "because")]
     assert passed(rows) is ok
-    assert f"1 {verdict}" in summary(rows) or verdict == "as expected"
+    assert f"1 {outcome}" in summary(rows) or outcome == "as expected"
 
 
 def test_the_table_has_columns_and_marks_what_was_not_expected():
