@@ -1,7 +1,7 @@
-"""`ecar-dist`: parse, build, call. Every command imports what it needs when it runs, so --help and check are instant.
+"""`ecar-dist`: parse, build, call. Every command imports what it needs when it runs, so --help and check are fast.
 
-Exit status: 0 done; 1 an error the user can fix, one line on stderr; 75 stopped early, nothing lost (EX_TEMPFAIL: run
-the same command again); 93 fails again and again without progress; the others are in command_line.py.
+Exit status: 0 done; 1 an error that the user can fix, one line on stderr; 75 (EX_TEMPFAIL) stopped early with nothing
+lost, run the same command again; 93 failed repeatedly without progress. The others are in command_line.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def entry() -> NoReturn:
-    """The console script: `main`, then out at once.
+    """The console script: run `main`, then exit without the teardown of the interpreter.
 
-    When a rank's work is done and on disk, the interpreter's teardown of communication threads can still abort the
-    process (SIGABRT, about once in 15 CPU runs), and the launcher would take the whole job for failed.
+    When the work of a rank is done and on disk, the teardown of communication threads can still abort the process
+    (SIGABRT, about once in 15 CPU runs), and the launcher would report that the whole job failed.
     """
     status = main()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody can read it: the work is done all the same
+        with contextlib.suppress(OSError):  # nobody reads it any more; the work is done
             stream.flush()
     os._exit(status)
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all(_OVERRIDE.match(word) for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides after a flag
+    if rest:  # overrides after an option
         parsed.overrides += rest
     return run_command("ecar-dist", lambda: parsed.run(parsed))
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="ecar-dist", description="Train, sample and score ECAR image generators.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # The deepspeed launcher passes this to whatever it starts; the rank is read from LOCAL_RANK, under every launcher.
+    # The deepspeed launcher passes this to every process. It is not used: the rank is read from LOCAL_RANK.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     training.add_commands(add)
     generation.add_commands(add)
-    checkpoints.add_verbs(commands.add_parser("checkpoint", help="look into a run's checkpoints, or export one"))
+    checkpoints.add_verbs(commands.add_parser("checkpoint", help="inspect the checkpoints of a run, or export one"))
     submitting.add_commands(add)
     drilling.add_commands(add)
     watching.add_commands(add)

@@ -1,4 +1,4 @@
-"""How every command ends: what it could not do is one line on stderr, and its exit status says who can fix it."""
+"""What all commands share: arguments, tables, and how a command ends: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.untrusted import printable
 
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
-EX_FRUITLESS = 93  # fails again and again without progress: do not requeue
+EX_FRUITLESS = 93  # failed repeatedly without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-LARGEST_COUNT = 2**31 - 1  # of a number on the command line: every library can count so far
-LONGEST_LINE = 4_000  # characters of an error: a command to repeat may hold several paths
-EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have done its work
+LARGEST_COUNT = 2**31 - 1  # of a number on the command line: it fits the integers of every library
+LONGEST_LINE = 4_000  # characters of an error message: a command to repeat may hold several paths
+EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have finished
 
 _STATUSES: dict[type[BaseException], int] = {
     FruitlessError: EX_FRUITLESS,
@@ -103,35 +103,36 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def say(text: str) -> None:
-    """A line of a long job's log. That nobody can read it any more (a pipe's end, a full disk) does not end the job."""
+    """Print a line to the log of a long job. A closed pipe or a full disk does not end the job."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
 def prepare_process() -> None:
-    """What the console scripts do first. All files are read as UTF-8, and all three standard streams are open.
+    """Called first by the console scripts: makes UTF-8 the encoding of all files, and opens all standard streams.
 
-    Libraries read their own files in the locale's encoding, and `LC_ALL=C` with PYTHONUTF8=0 makes that ASCII: then the
-    same command is started anew in Python's UTF-8 mode, in this process. A stream that the shell has closed (`>&-`)
-    becomes /dev/null: else the next file that is opened takes its number, and what is printed ends in that file.
+    Libraries read their files in the encoding of the locale, which is ASCII under `LC_ALL=C` with PYTHONUTF8=0. In that
+    case the process replaces itself by the same command in Python's UTF-8 mode. A standard stream that the shell has
+    closed (`>&-`) becomes /dev/null. Otherwise the next file that is opened would get its number, and receive what is
+    printed.
     """
     other_locale = not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8")
-    if other_locale and os.environ.get("PYTHONUTF8") != "1":  # where it is, Python was told to pass it over (-I, -E)
+    if other_locale and os.environ.get("PYTHONUTF8") != "1":  # if it is set, Python was told to ignore it (-I, -E)
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            handle = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             setattr(sys, name, os.fdopen(handle, "w" if number else "r"))
 
 
 def run_command(program: str, action: Callable[[], int]) -> int:
-    """The action's exit status, or 1 for an error that a user can fix. ECAR_TRACEBACK=1 shows where it came from."""
-    os.umask(os.umask(0o077) | 0o002)  # whatever the shell allows, nobody else may write what we write
+    """Run a command; returns its exit status. An error that a user can fix is one line; ECAR_TRACEBACK=1 shows more."""
+    os.umask(os.umask(0o077) | 0o002)  # whatever the shell allows, files are not writable by others
     try:
         return action()
     except BrokenPipeError as closed:
-        # The reader (head, less) has gone: what is still buffered must not be flushed into the closed pipe.
+        # The reader (head, less) has ended. What is still buffered must not be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status_of(closed)
     except (EcarError, OSError) as error:
@@ -140,29 +141,29 @@ def run_command(program: str, action: Callable[[], int]) -> int:
         print(f"{program}: {error_line(error)}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as interrupt:
-        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr)
         return status_of(interrupt)
 
 
 def error_line(error: EcarError | OSError) -> str:
-    """What is printed of an error."""
+    """The line that is printed for an error."""
     return one_line(str(error) if isinstance(error, EcarError) else _sentence(error))
 
 
 def one_line(said: str) -> str:
-    """A message on one line of bounded length, without secrets: a path may be a URL with a password."""
+    """A message on one line of limited length, without secrets: a path may be a URL with a password."""
     line = printable(redact_text(said), len(said))
-    # cut in the middle: the fix stands at the end
+    # cut in the middle, because the fix is at the end
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} ... {line[-480:]}"
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a command that this error ends; 1 for all that is not told apart, as of Python itself."""
+    """The exit status of a command that ends with this error; 1 unless it has its own, as in Python itself."""
     return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 1)
 
 
 def _sentence(error: OSError) -> str:
-    """What the system refused, and the fix for what it refuses most."""
+    """The error of the system, and the fix for the most frequent ones."""
     fix = {
         errno.ENOSPC: "free space there, or give another folder",
         errno.EDQUOT: "free space there, or give another folder",

@@ -49,7 +49,7 @@ def ending(error, capsys):
             "ecar-x: /data/x: No space left on device; free space there, or give another folder\n",
         ),
         (OSError("strange"), 1, "ecar-x: strange; ECAR_TRACEBACK=1 shows where it happened\n"),
-        (KeyboardInterrupt(), 130, "ecar-x: interrupted; run the same command again to go on\n"),
+        (KeyboardInterrupt(), 130, "ecar-x: interrupted; run the same command again to continue\n"),
     ],
 )
 def test_what_went_wrong_is_one_line(error, status, line, capsys):

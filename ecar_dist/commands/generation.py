@@ -52,7 +52,7 @@ def add_commands(add: AddCommand) -> None:
 
 
 def _with_private_cache(command: Command) -> Command:
-    """The command, with a folder of its own for what `--compile` compiles."""
+    """Give a command a compiler cache of its own for `--compile`."""
 
     @functools.wraps(command)
     def run(parsed: argparse.Namespace) -> int:
@@ -71,15 +71,19 @@ def sample(parsed: argparse.Namespace) -> int:
     from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
 
+    # The model and the labels to draw.
     if parsed.out.exists() and any(parsed.out.iterdir()):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
     trained = _open(parsed)
     classes = _labels(parsed.labels, trained.config.data.num_classes)
     count = parsed.count or 8 * len(classes)
     labels = [classes[i % len(classes)] for i in range(count)]
+
+    # Draw batch after batch. Every image is a file; the first of each class are also columns of the grid.
     columns: dict[int, list[Any]] = {label: [] for label in classes[:GRID_COLUMNS]}
     first_stages: list[Any] = []
-    batches, done = _draw(trained, parsed, labels), 0
+    batches = _draw(trained, parsed, labels)
+    done = 0
     (parsed.out / "images").mkdir(parents=True)
     for stages in batches:
         pictures = decode_stages(trained.codec, stages[-1:] if first_stages else stages)
@@ -90,8 +94,10 @@ def sample(parsed: argparse.Namespace) -> int:
             if column is not None and len(column) < GRID_ROWS:
                 column.append(picture)
             done += 1
+
+    # The grid, and the stages of its first row.
     scale = max(1, SMALLEST_SIDE // first_stages[-1].shape[1])
-    drawn = [label for label, column in columns.items() if column]  # fewer images than classes leave some out
+    drawn = [label for label, column in columns.items() if column]  # with fewer images than classes some are missing
     grid = labelled_grid([columns[label] for label in drawn], [str(label) for label in drawn], scale)
     save_picture(parsed.out / "grid.png", grid)
     save_picture(parsed.out / "stages.png", stage_strip(first_stages))
@@ -108,6 +114,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.run.metrics import log_scores
     from ecar_dist.storage.atomic import write_json
 
+    # Find the real images.
     trained = _open(parsed)
     config = trained.config
     folders = {
@@ -117,6 +124,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
     for flag, folder in folders.items():
         if folder is None:
             raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+
+    # Read them at the size of the samples.
     size = config.data.latent_size * trained.codec.identity.downsample
     background = parse_background(parsed.background) if parsed.background else background_of(config.data)
     (real, source), (heldout, _) = (
@@ -127,6 +136,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
             f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
             f"{config.data.num_classes - 1}; give images of its classes"
         )
+
+    # Draw samples of the same classes and score them.
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
     samples = _drawn_images(trained, parsed, labels)
     scores = Scorer(reconstruct(trained.codec, real, trained.device), real, heldout, source).score(samples)
@@ -134,6 +145,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
     scores.update(
         guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen
     )
+
+    # Report: on the screen, in a file, and in TensorBoard if it is a run.
     out = parsed.out or parsed.run_or_export / "scores.json"
     print(json.dumps(scores, indent=1))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +179,7 @@ def _labels(text: str | None, num_classes: int) -> list[int]:
 
 
 def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> Iterator[Any]:
-    """Stages of batch after batch, with a progress bar. What is wrong is raised at once, not with the first batch."""
+    """The stages of each batch, with a progress bar. Errors are raised by the call, not with the first batch."""
     import torch
 
     from ecar_dist.sample.fast import prepare

@@ -1,4 +1,4 @@
-"""check, plan, preflight and train: what takes a config. Each imports what it needs when it runs."""
+"""check, plan, preflight and train. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -53,10 +53,13 @@ def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.resources import usable_nodes
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
 
+    # For a job script.
     config = load_run_config(parsed)
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
+
+    # Compare the config with its data, then print it with what follows from it.
     check_fits(config, local_sets(config, absent_ok=True))
     schedule = config.flow.schedule
     print(shown_config(config))
@@ -67,6 +70,8 @@ def check(parsed: argparse.Namespace) -> int:
     print(f"# not the defaults: {', '.join(_leaves(given))}")
     for place in absent_sets(config):
         print(f"# {redact(place)} has no manifest.json yet: the config was not compared with it")
+
+    # The batch arithmetic.
     batch = config.batch
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):
@@ -79,7 +84,7 @@ def check(parsed: argparse.Namespace) -> int:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """`a.b=c` of each value."""
+    """Every value as `a.b=c`."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
@@ -140,31 +145,36 @@ def preflight(parsed: argparse.Namespace) -> int:
 
 
 def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
-    """The exit status of an action of all ranks, once they agree on the config; what they met together is said by one.
+    """Run an action on all ranks after they have agreed on the config; returns its exit status.
 
-    A config that rank 0 cannot load is said at once. One that only another rank cannot is said when all have met.
+    An error that all ranks meet is reported by one of them.
     """
-    config, problem = None, ""
+    # An error that rank 0 finds in the config ends it at once. One that only another rank finds is reported to all.
+    config = None
+    problem = ""
     try:
         config = load_run_config(parsed)
     except ConfigError as error:
         if is_first():
             raise
         problem = str(error)
+
+    # Only now torch is imported.
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.signals import StoppedEarlyError, die_with_parent
     from ecar_dist.runtime.start.agreement import agree_on_settings
     from ecar_dist.runtime.start.rendezvous import COLLECTIVE_TIMEOUT, start_world, stop_world
     from ecar_dist.runtime.watchdog.watchdog import longest_wait
 
+    # Prepare this process, meet the other ranks, and act.
     if _is_launched():
         die_with_parent()
-    faulthandler.enable()  # a crash leaves the stacks of its threads on stderr
+    faulthandler.enable()  # a crash prints the stacks of its threads to stderr
     try:
         hang_seconds = config.train.hang_seconds if config else 0.0
         world = start_world(collective_timeout=longest_wait(hang_seconds, COLLECTIVE_TIMEOUT))
         agree_on_settings(world, config, problem)
-        assert config is not None  # else all ranks have ended
+        assert config is not None  # otherwise all ranks have ended
         if (line := faults_on_purpose()) and world.is_first:
             print(line, file=sys.stderr, flush=True)
         status = action(config, world)
@@ -184,16 +194,17 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
 
 
 def on_record(action: Callable[[], int]) -> int:
-    """The action's exit status. Rank 0 of a job script's job leaves it in $ECAR_JOB_LOGS/exit-status as well.
+    """Run an action; returns its exit status. For a job script rank 0 also writes it to $ECAR_JOB_LOGS/exit-status.
 
-    There it is the truth where the launcher has one of its own: torchrun turns all into 1, and srun reports the signal
-    by which it ended a slower rank. The file is empty from the start on, and stays so if this process is killed.
+    Launchers do not report it: torchrun turns every status into 1, and srun reports the signal by which it ended a
+    slower rank. The file is empty while the action runs, and stays empty if this process is killed.
     """
     from ecar_dist.runtime.placement import job_logs
 
     if (folder := job_logs()) is None or not is_first():
         return action()
-    file, status = folder / "exit-status", 1
+    file = folder / "exit-status"
+    status = 1
     file.write_text("")
     try:
         status = action()
@@ -201,7 +212,7 @@ def on_record(action: Callable[[], int]) -> int:
         status = status_of(error)
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk: then the file says "killed", and the job is tried again
+        with contextlib.suppress(OSError):  # a full disk: the file stays empty, so the job is retried
             file.write_text(f"{status}\n")
     return status
 
