@@ -18,8 +18,9 @@ from ecar_dist.storage.atomic import write_json
 
 
 @pytest.fixture
-def no_file_over_4_kib():
+def no_file_over_4_kib(monkeypatch):
     """What a full disk does to a write through an open file: it fails, and the error names no file."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # bytecode would be cut to 4 KiB, and kept
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     yield

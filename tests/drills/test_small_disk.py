@@ -33,5 +33,5 @@ def test_a_machine_that_mounts_nothing_says_so(tmp_path, monkeypatch):
     with pytest.raises(NoSmallDiskError):
         SmallDisk(tmp_path / "disk", 1 << 20)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(NoSmallDiskError, match="no `unshare`"):
+    with pytest.raises(NoSmallDiskError, match="unshare is not"):
         SmallDisk(tmp_path / "other", 1 << 20)
