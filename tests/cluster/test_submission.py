@@ -145,7 +145,7 @@ def test_a_model_that_no_device_holds_is_refused(submit):
 def test_after_a_job_the_data_may_come_from_it(submit, slurm):
     status, out, _ = submit("data.latents=nowhere", "--after", "7")
     assert status == 0
-    assert "data: not looked at, since job 7 may make them" in out
+    assert "data: not checked, because job 7" in out
 
 
 def test_a_folder_that_is_no_run(submit, slurm, tmp_path):
