@@ -55,13 +55,14 @@ class OneStep:
 
 
 class Second(World):
-    """Rank 1 of two; rank 0's gradients have the norm 7."""
+    """Rank 1 of two; rank 0's gradients have the given norm."""
 
-    def __init__(self):
+    def __init__(self, norm):
         super().__init__(Placement(1, 2), torch.device("cpu"))
+        self.norm = norm
 
     def sum(self, values):
-        return values + 7.0
+        return values + self.norm
 
 
 LOSSES = torch.tensor([0.25, 0.5], dtype=torch.float64)
@@ -105,14 +106,21 @@ def test_before_the_last_micro_batch_nothing_is_decided(parameter):
 
 
 def test_all_ranks_judge_by_the_norm_that_rank_0_has(parameter):
-    status = make_engine(parameter, Second(), [6.9]).step(LOSSES)
+    status = make_engine(parameter, Second(7.0), [6.9]).step(LOSSES)
     assert (status.applied, status.grad_norm) == (False, 7.0)
 
 
-def test_a_norm_whose_square_overflows_fp32_is_infinite(parameter):
-    parameter.grad = torch.tensor([2 * LARGEST_NORM, 0.0])
-    status = make_engine(parameter, ALONE, [math.inf]).step(LOSSES)
-    assert (status.applied, status.grad_norm) == (False, math.inf)
+@pytest.mark.parametrize(("factor", "applied"), [(0.99, True), (1.01, False)])
+def test_a_norm_whose_square_overflows_fp32_is_infinite(parameter, factor, applied):
+    status = make_engine(parameter, Second(factor * LARGEST_NORM), [math.inf]).step(LOSSES)
+    assert status.applied is applied
+    assert math.isfinite(status.grad_norm) is applied
+
+
+def test_every_loss_is_judged(parameter):
+    engine = make_engine(parameter, ALONE, [math.inf])
+    bad = [LOSSES.clone().index_fill_(0, torch.tensor([index]), math.nan) for index in range(len(LOSSES))]
+    assert [engine.step(losses).applied for losses in (LOSSES, *bad)] == [True, False, False]
 
 
 def test_a_step_is_judged_once_however_often_the_optimizer_asks(parameter):
