@@ -175,6 +175,12 @@ def test_only_plain_files_of_a_few_bytes_are_read(tmp_path, kind):
     assert str(place) in refusal(place)
 
 
+@pytest.mark.parametrize("key", ["run.dir", "data.latents", "deepspeed.raw.a"])
+def test_text_that_turns_a_line_around_is_refused(path, key):
+    said = refusal(path, f"{key}=a\u202eb")
+    assert f"{key} has the character U+202E" in said
+
+
 def test_an_empty_file_is_refused_as_empty(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert "empty.yaml is empty" in refusal(tmp_path / "empty.yaml")
