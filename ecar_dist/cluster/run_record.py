@@ -1,54 +1,92 @@
-"""What the files of a run say: read within bounds, without torch, also while others write them.
+"""Everything that the files of a run say. Reading them needs no torch, and does not disturb a run that writes them.
 
-A run directory may be a stranger's, cut short, or just begun. So nothing here raises for the content of a file: what
-cannot be read is listed in `RunRecord.unread`, and of a long file only the end is read.
+A run directory may come from a stranger, be damaged, or have just been created. So nothing here raises for the content
+of a file: files that cannot be read are listed in `RunRecord.unread`. Of a long file only the end is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import EcarError
-from ecar_dist.runtime.run.directory import LOCK_NAME, RunDirectory
-from ecar_dist.runtime.run.lineage import MAX_LINEAGE_BYTES
-from ecar_dist.storage.untrusted import (
-    JsonLines,
-    UntrustedError,
-    parse_json,
-    parse_object,
-    printable,
-    read_plain_file,
-)
+from ecar_dist.runtime.run.directory import GOOD_ENDS, LOCK_NAME, RunDirectory
+from ecar_dist.runtime.run.lineage import AttemptEntry, LineageFile
+from ecar_dist.storage.untrusted import AnyRecord, JsonLines, parse_record, printable, read_plain_file
 
-TAIL_BYTES = 1 << 18  # read of a file of lines: at least the last 30 lines of metrics.jsonl
-MAX_WORD_BYTES = 1 << 12  # of a short file: a job id, an exit status, names of nodes, a diagnosis
+TAIL_BYTES = 1 << 18  # read from the end of a JSONL file: at least the last 30 lines of metrics.jsonl
+MAX_SHORT_BYTES = 1 << 12  # a job id, an exit status, names of nodes, a diagnosis
+MAX_PROBLEMS = 10  # files that are read to find the newest problem
 FIRST_RANK_LOG = "rank-00000.log"
 _OWNER = re.compile(r"process ([1-9]\d{0,8}) on ([^\s,]{1,255})")
 _JOB = re.compile(r"\d{1,12}(_\d{1,8})?")
 _JOB_LOGS = re.compile(r"job-(\d{1,12})")
 
+# The bounds keep sums and quotients of these numbers finite.
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Quantity = Annotated[float, Field(ge=0, le=1e15)]
+Rate = Annotated[float, Field(ge=1e-9, le=1e15)]
 
-@dataclass(frozen=True)
-class Attempt:
-    """One entry of lineage.json; times in seconds since the epoch."""
 
-    started: float | None
-    ended: float | None
+class _Line(BaseModel):
+    """Base of the lines of a JSONL file. Keys that are not shown are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class MetricsLine(_Line):
+    """A line of metrics.jsonl. Values that were not finite are None."""
+
+    step: Count
+    samples_seen: Count
+    loss: float | None = Field(None, alias="train/loss")
+    samples_per_second: Rate | None = Field(None, alias="perf/samples_per_second")  # not in an attempt's first line
+    data_wait: Quantity | None = Field(None, alias="perf/data_wait_fraction")
+    failed_saves: Quantity | None = Field(None, alias="checkpoint/failures")
+
+
+class BadStepLine(_Line):
+    """A line of bad_steps.jsonl: a skipped step, or a rollback with the first and last step that it skips."""
+
+    step: Count
+    reason: str = ""
+    pass_over: tuple[Count, Count] | None = None
+
+
+class SubstitutionLine(_Line):
+    """A line of logs/substituted.rank-NNNNN.jsonl."""
+
+    sample_id: int
     reason: str
-    host: str
-    job: str | None
-    checkpoints: str
-    newest_step: int | None
-    resumed_from_step: int | None  # 0: from the start; None: the attempt has not yet come so far
+
+
+class Attempt(AttemptEntry):
+    """An entry of lineage.json: one start of training."""
+
+    @property
+    def started_at(self) -> float:
+        """Seconds since the epoch; 0 if it is not recorded."""
+        return datetime.datetime.fromisoformat(self.started).timestamp() if self.started else 0.0
+
+    @property
+    def ended_at(self) -> float | None:
+        """Seconds since the epoch; None while it runs, and if it was killed."""
+        return datetime.datetime.fromisoformat(self.ended).timestamp() if self.ended else None
+
+    @property
+    def start_step(self) -> int | None:
+        """The step after which it continues; None until its checkpoint is loaded."""
+        return (self.resumed_from_step or 0) if "resumed_from_step" in self.model_fields_set else None
 
 
 @dataclass(frozen=True)
@@ -62,13 +100,13 @@ class Owner:
 
 @dataclass(frozen=True)
 class JobLogs:
-    """The folder logs/job-ID that slurm/train.sbatch makes."""
+    """The folder logs/job-ID that slurm/train.sbatch creates."""
 
     job: str
     folder: Path
-    status: int | None  # what rank 0 wrote at its end
-    status_at: float  # last change of exit-status, which is empty while rank 0 runs; of the folder where there is none
-    log_at: float | None  # last change of the log of rank 0
+    exit_status: int | None  # None while rank 0 runs, and if it was killed
+    changed_at: float  # last change of the file exit-status, or of the folder if there is no such file
+    log_at: float  # last change of the log of rank 0; 0 if there is none
 
     @property
     def first_rank(self) -> Path:
@@ -85,17 +123,17 @@ class Note:
 
 @dataclass
 class RunRecord:
-    """Everything that the files of one run directory say, except its checkpoints."""
+    """Everything that the files of a run directory say, except its checkpoints. Times in seconds since the epoch."""
 
     directory: RunDirectory
     config: RunConfig | None = None
     attempts: list[Attempt] = field(default_factory=list)
-    lines: list[dict[str, Any]] = field(default_factory=list)  # the last of metrics.jsonl, each step once, rising
-    lines_at: float | None = None
+    lines: list[MetricsLine] = field(default_factory=list)  # the last lines, each step once, in order
+    lines_at: float = 0.0
     owner: Owner | None = None
-    submitted: Note | None = None  # id of the newest job that `ecar-dist submit` started
+    submitted: Note | None = None  # the id of the newest job that `ecar-dist submit` submitted
     logs: JobLogs | None = None  # of the newest job
-    problems: list[Note] = field(default_factory=list)
+    problem: Note | None = None  # the newest thing that went wrong, whatever followed it
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -104,14 +142,14 @@ class RunRecord:
 
     @contextlib.contextmanager
     def reading(self, path: Path) -> Iterator[None]:
-        """Collect in `unread` why a file could not be read. A file that does not exist is no problem."""
+        """Add to `unread` why a file could not be read. A file that does not exist is fine."""
         try:
             yield
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, RecursionError, EcarError) as error:
-            said = error.strerror if isinstance(error, OSError) else None
-            self.unread.append(f"{path}: {said or printable(str(error), 150) or 'it cannot be read'}")
+        except (OSError, ValueError, EcarError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            self.unread.append(f"{path}: {reason or printable(str(error), 150) or 'it cannot be read'}")
 
 
 def read_run_record(path: Path) -> RunRecord:
@@ -119,7 +157,7 @@ def read_run_record(path: Path) -> RunRecord:
     record = RunRecord(RunDirectory(path))
     directory = record.directory
 
-    # The config. A run that was only submitted has it in the folder of its job.
+    # The config. A run that was only submitted has it in its job folder.
     config = directory.config
     if not config.exists():
         config = max(path.glob("jobs/*/config.yaml"), default=config, key=_job_folder_number)
@@ -127,158 +165,127 @@ def read_run_record(path: Path) -> RunRecord:
         with record.reading(config):
             record.config = load_config(config)
 
-    # The attempts: one each time training was started.
+    # The attempts. If lineage.json is damaged, those of its copy.
     with record.reading(directory.lineage):
-        entries = parse_json(read_plain_file(directory.lineage, MAX_LINEAGE_BYTES))
-        if not isinstance(entries, list):
-            raise UntrustedError(f"it holds a JSON {type(entries).__name__}, not a list of attempts")
-        record.attempts = [_attempt(entry) for entry in entries if isinstance(entry, dict)]
+        LineageFile(directory.lineage).read()
+    record.attempts = [Attempt.model_validate(entry) for entry in directory.attempts()]
 
-    # The metrics. A step that is logged twice counts as the later line.
+    # The metrics. If a step was logged twice, the later line counts.
     with record.reading(directory.metrics):
-        by_step = {number(line, "step"): line for line in objects_at_end(directory.metrics)}
-        record.lines = [by_step[step] for step in sorted(step for step in by_step if step is not None)]
-        record.lines_at = directory.metrics.stat().st_mtime
+        by_step = {line.step: line for line in _last_lines(directory.metrics, MetricsLine)}
+        record.lines = [by_step[step] for step in sorted(by_step)]
+        record.lines_at = _changed_at(directory.metrics)
         if not record.lines and directory.metrics.stat().st_size:
-            raise ValueError("its end holds no line of a step")
+            raise ValueError("no line of a step at its end")
 
     # The process that holds the run directory.
     lock = path / LOCK_NAME
     with record.reading(lock):
-        if owner := _OWNER.match(short_text(lock)):
-            record.owner = Owner(int(owner[1]), owner[2], lock.stat().st_mtime)
+        if owner := _OWNER.match(_short_text(lock)):
+            record.owner = Owner(int(owner[1]), owner[2], _changed_at(lock))
 
-    _read_jobs(record)
-    _read_problems(record)
+    # The newest job that was submitted.
+    if job_file := max(path.glob("jobs/*/job"), default=None, key=_job_folder_number):
+        with record.reading(job_file):
+            if not (job := _JOB.match(_short_text(job_file))):
+                raise ValueError("no job id in it")
+            record.submitted = Note(_changed_at(job_file), job[0])
+
+    record.logs = _newest_logs(record)
+    record.problem = _newest_problem(record)
     return record
 
 
-def _read_jobs(record: RunRecord) -> None:
-    # The newest job that was submitted.
-    if path := max(record.directory.path.glob("jobs/*/job"), default=None, key=_job_folder_number):
-        with record.reading(path):
-            if not (job := _JOB.match(short_text(path))):
-                raise ValueError("it holds no job id")
-            record.submitted = Note(path.stat().st_mtime, job[0])
-
-    # The logs of the job that started last.
+def _newest_logs(record: RunRecord) -> JobLogs | None:
+    """The logs of the job that started last."""
     found = []
     for folder in record.directory.logs.glob("job-*"):
-        if folder.is_dir() and (name := _JOB_LOGS.fullmatch(folder.name)):
-            with record.reading(folder / "exit-status"):
-                found.append(_job_logs(name[1], folder))
-    record.logs = max(found, default=None, key=lambda logs: logs.status_at)
+        name = _JOB_LOGS.fullmatch(folder.name)
+        if name is None or not folder.is_dir():
+            continue
+
+        # The file is empty while rank 0 runs. The job script removes it before a start.
+        status = folder / "exit-status"
+        with record.reading(status):
+            text = _short_text(status) if status.exists() else ""
+            exit_status = int(text) if text.isdecimal() else None
+            changed_at = _changed_at(status) or _changed_at(folder)
+            found.append(JobLogs(name[1], folder, exit_status, changed_at, _changed_at(folder / FIRST_RANK_LOG)))
+    return max(found, default=None, key=lambda logs: logs.changed_at)
 
 
-def _job_logs(job: str, folder: Path) -> JobLogs:
-    status = folder / "exit-status"
-    text = short_text(status) if status.exists() else ""
-    return JobLogs(
-        job=job,
-        folder=folder,
-        status=int(text) if text.isdecimal() else None,
-        status_at=_changed(status) or folder.stat().st_mtime,
-        log_at=_changed(folder / FIRST_RANK_LOG),
-    )
+def _newest_problem(record: RunRecord) -> Note | None:
+    # An attempt that failed. Its time is rounded down to a second, and must not be before that of its cause.
+    newest = None
+    for attempt in record.attempts:
+        if attempt.ended_at is not None and attempt.reason and attempt.reason not in GOOD_ENDS:
+            newest = Note(attempt.ended_at + 1.0, printable(attempt.reason))
+
+    # Problems in other files.
+    found = []
+    for pattern, describe in _PROBLEMS.items():
+        for path in record.directory.path.glob(pattern):
+            with contextlib.suppress(OSError):
+                if path.stat().st_size:
+                    found.append((_changed_at(path), path, describe))
+    found.sort(key=lambda one: one[0], reverse=True)
+    for when, path, describe in found[:MAX_PROBLEMS]:
+        if newest and newest.when > when:
+            break
+        with record.reading(path):
+            if text := describe(path):
+                return Note(when, printable(text))
+    return newest
 
 
-def _read_problems(record: RunRecord) -> None:
-    """Problems that are written outside lineage.json: of each kind the newest."""
-    logs = record.directory.logs
-    kinds: list[tuple[Path | None, Callable[[Path], str]]] = [
-        (_newest(logs.glob("watchdog/*/verdict.txt")), lambda path: short_text(path).partition("\n")[0]),
-        (_newest(logs.glob("job-*/bad-nodes")), _unfit_nodes),
-        (_newest(logs.glob("substituted.rank-*.jsonl")), _replaced_sample),
-        (record.directory.path / "bad_steps.jsonl", _bad_step),
-    ]
-    for path, describe in kinds:
-        if path is not None:
-            with record.reading(path):
-                if text := describe(path):
-                    record.problems.append(Note(path.stat().st_mtime, printable(text)))
+def _watchdog_verdict(path: Path) -> str:
+    return _short_text(path).partition("\n")[0]
 
 
 def _unfit_nodes(path: Path) -> str:
-    names = ", ".join(short_text(path).split())
+    names = ", ".join(_short_text(path).split())
     return f"the preflight found unfit nodes: {names} ({path.parent.name})" if names else ""
 
 
 def _replaced_sample(path: Path) -> str:
-    entries = objects_at_end(path)
-    return f"sample {entries[-1].get('sample_id')} was replaced: {_text(entries[-1].get('reason'))}" if entries else ""
+    lines = _last_lines(path, SubstitutionLine)
+    return f"sample {lines[-1].sample_id} was replaced: {lines[-1].reason}" if lines else ""
 
 
 def _bad_step(path: Path) -> str:
-    if not (entries := objects_at_end(path)):
+    lines = _last_lines(path, BadStepLine)
+    if not lines:
         return ""
-    step = number(entries[-1], "step") or 0
-    skipped = entries[-1].get("pass_over")
-    if isinstance(skipped, list) and len(skipped) == 2:
-        return f"step {step:,.0f}: rolled back; steps {skipped[0]} to {skipped[1]} are skipped"
-    return f"step {step:,.0f} was skipped: {_text(entries[-1].get('reason'))}"
+    last = lines[-1]
+    if last.pass_over:
+        return f"step {last.step:,}: rolled back; steps {last.pass_over[0]} to {last.pass_over[1]} are skipped"
+    return f"step {last.step:,} was skipped: {last.reason}"
 
 
-def _attempt(entry: dict[str, Any]) -> Attempt:
-    newest = number(entry, "newest_step")
-    resumed_from = int(number(entry, "resumed_from_step") or 0)
-    return Attempt(
-        started=_moment(entry.get("started")),
-        ended=_moment(entry.get("ended")),
-        reason=_text(entry.get("reason")),
-        host=_text(entry.get("host")),
-        job=_text(entry.get("job")) or None,
-        checkpoints=_text(entry.get("checkpoints")),
-        newest_step=None if newest is None else int(newest),
-        resumed_from_step=resumed_from if "resumed_from_step" in entry else None,
-    )
+_PROBLEMS: dict[str, Callable[[Path], str]] = {  # pattern of files in the run directory -> how they are described
+    "logs/watchdog/*/verdict.txt": _watchdog_verdict,
+    "logs/job-*/bad-nodes": _unfit_nodes,
+    "logs/substituted.rank-*.jsonl": _replaced_sample,
+    "bad_steps.jsonl": _bad_step,
+}
 
 
-def objects_at_end(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the last lines of a file, oldest first. Raises UntrustedError and OSError."""
-    with JsonLines(path, parse_object, tail=TAIL_BYTES) as lines:
+def _last_lines(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
+    """The last lines of a JSONL file, oldest first, without damaged ones. Raises UntrustedError and OSError."""
+    with JsonLines(path, partial(parse_record, model=kind), tail=TAIL_BYTES) as lines:
         return list(lines)
 
 
-def short_text(path: Path) -> str:
-    """The text of a short file. Raises UntrustedError and OSError."""
-    return read_plain_file(path, MAX_WORD_BYTES).decode(errors="replace").strip()
+def _short_text(path: Path) -> str:
+    """Raises UntrustedError and OSError."""
+    return read_plain_file(path, MAX_SHORT_BYTES).decode(errors="replace").strip()
 
 
-def number(tree: dict[str, Any], name: str) -> float | None:
-    """A finite number of a JSON object; None for any other value."""
-    value = tree.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    with contextlib.suppress(OverflowError):
-        return float(value) if math.isfinite(value) else None
-    return None
-
-
-def _moment(text: Any) -> float | None:
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return datetime.datetime.fromisoformat(text).timestamp()
-    return None
-
-
-def _text(value: Any) -> str:
-    return printable(value) if isinstance(value, str) else ""
-
-
-def _changed(path: Path) -> float | None:
+def _changed_at(path: Path) -> float:
+    """Seconds since the epoch; 0 if there is nothing at the path."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
-    return None
-
-
-def _newest(paths: Iterator[Path]) -> Path | None:
-    """The newest file that is not empty."""
-    times = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found = path.stat()
-            if found.st_size:
-                times[path] = found.st_mtime
-    return max(times, key=times.__getitem__) if times else None
+    return 0.0
 
 
 def _job_folder_number(path: Path) -> int:

@@ -1,24 +1,28 @@
-"""How a run is: its state, progress, checkpoints and last problem, from its files alone."""
+"""`ecar-dist status`: state, progress, checkpoint and last problem of a run, from its files alone, and their text."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ecar_dist.cluster.run_record import Note, RunRecord, number, read_run_record
-from ecar_dist.cluster.run_state import SUBMITTED, ending, started_again, state_of
+from ecar_dist.cluster.run_record import RunRecord, read_run_record
+from ecar_dist.cluster.run_state import DONE, SUBMITTED, state_of
+from ecar_dist.command_line import columns, counted, duration
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.checkpoint.files import MARKER, committed, step_of
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, join, local_path
+from ecar_dist.storage.untrusted import printable
 
 AVERAGED = 5  # lines over which the rate and the data wait are averaged
-_SECOND = 1.0  # times in lineage.json are rounded down to a second
+_LABEL = 12  # columns
+_HEAD = ("run", "state", "step", "%", "samples/s", "left", "loss", "checkpoint", "last problem")
+_LEFT_ALIGNED = (0, 1, 8)
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,14 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """A bucket is not asked: then `step` is what the last attempt found there at its start."""
+    """The newest committed checkpoint. A bucket is not contacted: a login node may lack the keys, or it may be slow."""
 
-    place: str
-    asked: bool
-    kept: int = 0
-    step: int | None = None
+    storage: str
+    contacted: bool  # False: `step` is what the last attempt found at its start
+    step: int | None
+    failed_saves: int  # in the last attempt
     age: float | None = None  # seconds
-    steps_since: int | None = None
-    failed_saves: int = 0  # in the last attempt
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `ecar-dist status` knows of one run."""
-
     run: str
     state: str  # a word of run_state.py
     sentence: str
     job: str | None
-    host: str | None
     progress: RunProgress
     checkpoints: CheckpointSummary
-    attempts: dict[str, int]  # how they ended -> how many
     problem: Problem | None
-    log: str | None
-    tensorboard: str
+    log: str | None  # to be read first
     unread: tuple[str, ...]
 
 
@@ -80,7 +78,7 @@ def run_status(run: Path, now: float | None = None, here: str | None = None) -> 
         now: seconds since the epoch; default: the current time.
         here: name of this host; default: its own.
 
-    Raises ConfigError where `run` is not a run directory.
+    Raises ConfigError if `run` is not a run directory.
     """
     now = now or time.time()
     here = here or socket.gethostname()
@@ -91,102 +89,157 @@ def run_status(run: Path, now: float | None = None, here: str | None = None) -> 
         raise ConfigError(f"{run} is not a run directory; give one: <run.dir>/<run.name> of its config")
     last = record.last
     logs = record.logs
-
-    # Judge them.
     state, sentence = state_of(record, now, here)
-    progress = run_progress(record)
+
+    # The job that the state is about.
     job = logs.job if logs else last.job if last else None
     if record.submitted and state == SUBMITTED:
         job = record.submitted.text
 
-    # The log to read first: that of rank 0, or what the job script printed.
+    # The log of rank 0, or else what the job script printed.
     candidates = (logs.first_rank, logs.folder.with_suffix(".log")) if logs else ()
-    log = next((str(path) for path in candidates if path.exists()), None)
     return RunStatus(
         run=str(run),
         state=state,
         sentence=sentence,
         job=job,
-        host=last.host if last else None,
-        progress=progress,
-        checkpoints=checkpoint_summary(record, progress.step, now),
-        attempts=_endings(record, state),
-        problem=last_problem(record, now),
-        log=log,
-        tensorboard=str(record.directory.tensorboard),
+        progress=run_progress(record),
+        checkpoints=checkpoint_summary(record, now),
+        problem=Problem(max(0.0, now - record.problem.when), record.problem.text) if record.problem else None,
+        log=next((str(path) for path in candidates if path.exists()), None),
         unread=tuple(record.unread),
     )
 
 
 def run_progress(record: RunRecord) -> RunProgress:
     """Step, rate and time left, from the last lines of metrics.jsonl."""
-    line: dict[str, Any] = record.lines[-1] if record.lines else {}
-    step = int(number(line, "step") or 0)
-    seen = int(number(line, "samples_seen") or 0)
+    newest = record.lines[-1] if record.lines else None
+    step = newest.step if newest else 0
+    samples_seen = newest.samples_seen if newest else 0
 
     # The first line of an attempt has no rate.
-    recent = [one for one in record.lines if number(one, "perf/samples_per_second")][-AVERAGED:]
-    rate = _mean(recent, "perf/samples_per_second")
+    recent = [line for line in record.lines if line.samples_per_second][-AVERAGED:]
+    rate = _mean([line.samples_per_second for line in recent])
 
     # The config says where the run ends.
     total, samples_left, last_step = None, None, None
     if config := record.config:
         total = config.train.total_samples
-        samples_left = max(0, total - seen)
+        samples_left = max(0, total - samples_seen)
         last_step = step + math.ceil(samples_left / config.batch.global_batch_size)
     return RunProgress(
         step=step,
         last_step=last_step,
-        samples_seen=seen,
+        samples_seen=samples_seen,
         total_samples=total,
         samples_per_second=rate,
         seconds_left=samples_left / rate if rate and samples_left is not None else None,
-        loss=number(line, "train/loss"),
-        data_wait=_mean(recent, "perf/data_wait_fraction"),
+        loss=newest.loss if newest else None,
+        data_wait=_mean([line.data_wait for line in recent]),
     )
 
 
-def checkpoint_summary(record: RunRecord, step: int, now: float) -> CheckpointSummary:
-    """The newest committed checkpoint. A bucket is not asked: a login node may lack the keys, and it may be slow."""
+def checkpoint_summary(record: RunRecord, now: float) -> CheckpointSummary:
     config = record.config
     last = record.last
-    failed = int(number(record.lines[-1], "checkpoint/failures") or 0) if record.lines else 0
-    where = str(record.directory.checkpoints)  # not the recorded one: the run directory may have been moved
+    failed_saves = int(record.lines[-1].failed_saves or 0) if record.lines else 0
+
+    # In the run directory, which may have been moved, or where the last attempt found checkpoint.dir.
+    storage = str(record.directory.checkpoints)
     if config and config.checkpoint.dir:
-        where = (last.checkpoints if last else "") or join(config.checkpoint.dir, config.run.name)
-    if is_remote(where):
-        known = last.newest_step if last else None
-        return CheckpointSummary(redact(where), asked=False, step=known, failed_saves=failed)
+        recorded = last.checkpoints if last else None
+        storage = recorded or join(config.checkpoint.dir, config.run.name)
+    if is_remote(storage):
+        step = last.newest_step if last else None
+        return CheckpointSummary(redact(storage), contacted=False, step=step, failed_saves=failed_saves)
 
-    found = committed(local_path(where))
-    if not found:
-        return CheckpointSummary(where, asked=True, failed_saves=failed)
-    newest = step_of(found[0].name)
-    try:
+    # A checkpoint may be removed in the meantime.
+    found = committed(local_path(storage))
+    step = step_of(found[0].name) if found else None
+    age = None
+    with contextlib.suppress(OSError, IndexError):
         age = now - (found[0] / MARKER).stat().st_mtime
-    except OSError:  # removed in the meantime
-        age = None
-    return CheckpointSummary(where, True, len(found), newest, age, max(0, step - newest), failed)
+    return CheckpointSummary(storage, True, step, failed_saves, age, len(found))
 
 
-def last_problem(record: RunRecord, now: float) -> Problem | None:
-    """The newest thing that went wrong, whatever followed it."""
-    notes = list(record.problems)
-    for attempt in record.attempts:
-        if attempt.ended is not None and attempt.reason not in ("", "done", "signal"):
-            notes.append(Note(attempt.ended + _SECOND, attempt.reason))  # after its cause, despite the rounding
-    newest = max(notes, key=lambda note: note.when, default=None)
-    return Problem(max(0.0, now - newest.when), newest.text) if newest else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _endings(record: RunRecord, state: str) -> dict[str, int]:
-    """How many attempts ended how. The last one, if it has not ended, counts as the state of the run."""
-    found = [ending(attempt)[0] for attempt in record.attempts]
-    if record.last and record.last.ended is None and state != SUBMITTED and not started_again(record):
-        found[-1] = state
-    return dict(Counter(found))
+def status_block(status: RunStatus) -> list[str]:
+    """One run: a line for each fact."""
+    problem = status.problem
+    rows = [
+        ("state", f"{status.state}: {status.sentence}"),
+        ("progress", _progress_text(status)),
+        ("checkpoint", _checkpoint_text(status)),
+        ("problem", f"{duration(problem.age)} ago: {problem.text}" if problem else "none on record"),
+        ("log", status.log or ""),
+        *(("not read", reason) for reason in status.unread),
+    ]
+    return [printable(status.run), *(f"  {label:{_LABEL}}{printable(text, 500)}" for label, text in rows if text)]
 
 
-def _mean(lines: list[dict[str, Any]], tag: str) -> float | None:
-    values = [value for line in lines if (value := number(line, tag)) is not None]
-    return sum(values) / len(values) if values else None
+def status_table(found: Sequence[RunStatus | str]) -> list[str]:
+    """Several runs: a row for each. A string is the error message of a folder that is not a run."""
+    rows = [_HEAD]
+    for status in found:
+        if isinstance(status, str):
+            continue
+        progress = status.progress
+        problem = status.problem
+        rows.append(
+            (
+                printable(status.run),
+                status.state,
+                f"{progress.step:,}",
+                _percent(progress) if progress.total_samples else "",
+                _rate(progress.samples_per_second) if progress.samples_per_second else "",
+                duration(progress.seconds_left) if progress.seconds_left and status.state != DONE else "",
+                f"{progress.loss:.4f}" if progress.loss is not None else "",
+                f"{status.checkpoints.step:,}" if status.checkpoints.step is not None else "",
+                f"{duration(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
+            )
+        )
+    return columns(rows, left=_LEFT_ALIGNED) + [status for status in found if isinstance(status, str)]
+
+
+def _progress_text(status: RunStatus) -> str:
+    progress = status.progress
+    end = f"/{progress.last_step:,}" if progress.last_step is not None else ""
+    facts = [f"step {progress.step:,}{end}"]
+    if progress.total_samples:
+        facts.append(f"{progress.samples_seen:,} of {progress.total_samples:,} samples ({_percent(progress)}%)")
+    if progress.samples_per_second:
+        facts.append(f"{_rate(progress.samples_per_second)} samples/s")
+    if progress.data_wait is not None:
+        facts.append(f"data wait {progress.data_wait:.0%}")
+    if progress.seconds_left and status.state != DONE:
+        facts.append(f"{duration(progress.seconds_left)} left")
+    if progress.step:
+        facts.append(f"loss {progress.loss:.4f}" if progress.loss is not None else "loss not finite")
+    return ", ".join(facts)
+
+
+def _checkpoint_text(status: RunStatus) -> str:
+    found = status.checkpoints
+    failed = f"; {counted(found.failed_saves, 'save')} failed in this attempt" if found.failed_saves else ""
+    if not found.contacted:
+        step = f"step {found.step:,} at the start of the last attempt" if found.step is not None else "none on record"
+        return f"{step}; {found.storage} was not contacted: `ecar-dist checkpoint list {status.run}`{failed}"
+    if found.step is None:
+        return f"none yet in {found.storage}{failed}"
+    age = f", {duration(found.age)} ago" if found.age is not None else ""
+    behind = max(0, status.progress.step - found.step)
+    since = f"; {counted(behind, 'step')} since" if behind else ""
+    return f"step {found.step:,}{age}{since}; {found.kept} kept in {found.storage}{failed}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _percent(progress: RunProgress) -> str:
+    """Rounded down: only the end is 100."""
+    return f"{int(1000 * progress.samples_seen / (progress.total_samples or 1)) / 10:.1f}"

@@ -81,8 +81,10 @@ def _runs_in(folder: Path) -> list[RunStatus | str]:
 
 
 def _lines(found: list[RunStatus | str], *, as_json: bool) -> list[str]:
-    from ecar_dist.cluster.status_lines import block, table
+    from ecar_dist.cluster.status import status_block, status_table
 
     if as_json:
         return [json.dumps({"error": one} if isinstance(one, str) else asdict(one)) for one in found]
-    return block(found[0]) if len(found) == 1 and not isinstance(found[0], str) else table(found)
+    if len(found) == 1 and not isinstance(found[0], str):
+        return status_block(found[0])
+    return status_table(found)
