@@ -149,13 +149,14 @@ def test_of_a_long_file_the_end_is_read(made):
 DEEP, LONG, HUGE = "[" * 100_000, "x" * (TAIL_BYTES + 9), f"[{'9' * 9999}]"
 WRONG = json.dumps([{"started": 7, "ended": [], "reason": {}, "host": None, "job": 1, "newest_step": "x"}, 3, None])
 LINE = json.dumps({"step": "3", "samples_seen": None, "train/loss": {}, "perf/step_seconds": True})
-TINY = '{"step": 1, "samples_seen": 1, "perf/samples_per_second": 5e-324, "perf/data_wait_fraction": 1e308}\n' * 9
+SLOW = '{"step": 1, "samples_seen": 1, "perf/samples_per_second": 1e-310}'
+LARGE = "".join(SLOW.replace("1,", f"{step},", 1).replace("1e-310", "1e308") + "\n" for step in range(9))
 EVIL = json.dumps({"step": 1e400, "samples_seen": 10**400, "reason": "\x1b[2J\n\nfake", "pass_over": ["\x1b", {}]})
 FILES = ("lineage.json", "metrics.jsonl", "config.yaml", ".lock", "bad_steps.jsonl", "jobs/001/job")
 FILES += ("logs/job-12/exit-status", "logs/job-12/bad-nodes", "logs/watchdog/a/verdict.txt")
 
 
-JUNK = ("", "\0\xff", "{", "[]", "null", DEEP, LONG, HUGE, WRONG, LINE, TINY, EVIL, "\x1b[31m 12")
+JUNK = ("", "\0\xff", "{", "[]", "null", DEEP, LONG, HUGE, WRONG, LINE, SLOW, LARGE, EVIL, "\x1b[31m 12")
 
 
 @pytest.mark.parametrize("name", FILES)
