@@ -1,4 +1,4 @@
-"""A job script from its template: other #SBATCH lines, some exported variables, and the body as it is."""
+"""Job scripts from templates: other #SBATCH lines, exported variables, then the unchanged body of the template."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ecar_dist.errors import ConfigError
 from ecar_dist.storage.untrusted import printable
 
 SITE_FILE = "env.sh"
+EXPORTS_TITLE = "# set by `ecar-dist submit`"  # the line above the exported variables
 _DIRECTIVE = "#SBATCH "
 _LONG_OPTION = re.compile(r"--([a-z][a-z-]*)(?:=(.*))?")
 
-Options = Mapping[str, str | None]  # of sbatch, by long name; "" is a flag, None takes the template's away
+# Long options of sbatch by name, without "--". The value "" is a flag; None removes the option from the template.
+Options = Mapping[str, str | None]
 
 
 def find_scripts(given: Path | None) -> Path:
-    """The folder of the job scripts: the given one, else slurm/ here, else slurm/ beside the package.
+    """The folder of the job scripts: the given one, or else slurm/ here, or else slurm/ beside the package.
 
-    Raises ConfigError where it holds no train.sbatch and env.sh.
+    Raises ConfigError if it does not contain train.sbatch and env.sh.
     """
-    places = [given] if given else [Path("slurm"), Path(__file__).parents[2] / "slurm"]
-    for place in places:
-        if all((place / name).is_file() for name in ("train.sbatch", SITE_FILE)):
-            return place
-    where = " or ".join(map(str, places))
-    raise ConfigError(
-        f"no train.sbatch and {SITE_FILE} in {where}; give the folder of the job scripts as --scripts DIR"
-    )
+    candidates = [given] if given else [Path("slurm"), Path(__file__).parents[2] / "slurm"]
+    for folder in candidates:
+        if all((folder / name).is_file() for name in ("train.sbatch", SITE_FILE)):
+            return folder
+    where = " or ".join(map(str, candidates))
+    raise ConfigError(f"no train.sbatch and {SITE_FILE} in {where}; give their folder with --scripts DIR")
 
 
 def parse_option(text: str) -> tuple[str, str]:
-    """Name and value of one long option of sbatch. Raises ConfigError for anything else."""
+    """Name and value of a long option of sbatch. Raises ConfigError for anything else."""
     match = _LONG_OPTION.fullmatch(text)
     if match is None or not text.isprintable():
         raise ConfigError(f"--sbatch={printable(text)} is not a long option; give one such as --sbatch=--partition=gpu")
@@ -42,10 +42,10 @@ def parse_option(text: str) -> tuple[str, str]:
 
 
 def require_printable(what: str, values: Iterable[str]) -> None:
-    """Raises ConfigError, saying `what` they are, for a value that no script and no command of Slurm may be given.
+    """Raises ConfigError for a value that must not be in a job script or in a command of Slurm. `what` names it.
 
-    Quoting holds against a shell, but a newline ends the comment in which sbatch looks for its options, whatever stands
-    around it; and NUL cannot be written at all.
+    Quoting is enough for a shell. But a newline ends the comment in which sbatch looks for its options, even if it is
+    quoted, and NUL cannot be written at all.
     """
     for value in values:
         if not value.isprintable():
@@ -53,52 +53,55 @@ def require_printable(what: str, values: Iterable[str]) -> None:
 
 
 def option_words(options: Options) -> list[str]:
-    """The options as words of a command line; those taken away are none. Raises ConfigError as `require_printable`."""
+    """The options as words of a command line, without those that are None. Raises as `require_printable`."""
     for name, value in options.items():
         require_printable(f"option --{name} of sbatch", [value or ""])
     return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items() if value is not None]
 
 
 def render(template: str, options: Options, exports: Mapping[str, str], arguments: Sequence[str]) -> str:
-    """The template with `options` in place of its own or after them, then `exports` and `arguments`, then its body.
+    """The template with `options`, `exports` and `arguments`.
 
-    Arguments that the script is submitted with come after these. Raises ConfigError as `require_printable`.
+    Args:
+        template: text of the job script.
+        options: replace those of the template; others are added after them.
+        exports: environment variables, set before the body.
+        arguments: come before those that the script is submitted with.
+
+    Raises ConfigError as `require_printable`.
     """
     require_printable("argument of a job script", arguments)
     for name, value in exports.items():
         require_printable(f"variable {name} of a job script", [value])
-    head, body = _split(template)
-    left = dict(options)
+
+    # sbatch reads its options up to the first command, so what comes before the body ends with the last of them.
+    template_lines = template.splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#") or not line, template_lines)
+    last = max((number for number, line in enumerate(comments) if line.startswith(_DIRECTIVE)), default=0)
+
+    # The options.
+    remaining = dict(options)
     lines: list[str] = []
-    for line in head:
-        lines += [_directive(word) for word in _merged(line, left)] if line.startswith(_DIRECTIVE) else [line]
-    lines += [_directive(word) for word in option_words(left)]
+    for line in template_lines[: last + 1]:
+        lines += _replaced(line, remaining) if line.startswith(_DIRECTIVE) else [line]
+    lines += [_directive(word) for word in option_words(remaining)]
+
+    # The variables and arguments, then the body.
     exported = " ".join(f"{name}={shlex.quote(value)}" for name, value in exports.items())
-    lines += [
-        "",
-        "# what `ecar-dist submit` was told",
-        f"export {exported}",
-        f'set -- {shlex.join(arguments)} "$@"',
-        "",
-    ]
-    return "\n".join([*lines, *body]) + "\n"
+    lines += ["", EXPORTS_TITLE, f"export {exported}", f'set -- {shlex.join(arguments)} "$@"', ""]
+    return "\n".join([*lines, *template_lines[last + 1 :]]) + "\n"
 
 
-def _split(template: str) -> tuple[list[str], list[str]]:
-    """The lines up to the last #SBATCH line that sbatch heeds, which is before the first command, and the others."""
-    lines = template.splitlines()
-    heeded = itertools.takewhile(lambda numbered: numbered[1].startswith("#") or not numbered[1], enumerate(lines))
-    last = max((number for number, line in heeded if line.startswith(_DIRECTIVE)), default=0)
-    return lines[: last + 1], lines[last + 1 :]
-
-
-def _merged(line: str, left: dict[str, str | None]) -> list[str]:
-    """The options of one #SBATCH line; those in `left` are taken from there."""
+def _replaced(line: str, remaining: dict[str, str | None]) -> list[str]:
+    """A #SBATCH line as one line for each option. Options in `remaining` are taken from there instead."""
     words: list[str] = []
     for word in shlex.split(line.removeprefix(_DIRECTIVE), comments=True):
         name = word.removeprefix("--").partition("=")[0]
-        words += option_words({name: left.pop(name)}) if name in left else [word]
-    return words
+        if name in remaining:
+            words += option_words({name: remaining.pop(name)})
+        else:
+            words.append(word)
+    return [_directive(word) for word in words]
 
 
 def _directive(word: str) -> str:

@@ -1,4 +1,4 @@
-"""shard -> encode -> finalize -> train -> evaluate: the steps from a folder of images to scores, as jobs."""
+"""shard -> encode -> finalize -> train -> evaluate: the jobs of a pipeline from a folder of images to scores."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ecar_dist.data.shards.manifest import MANIFEST_NAME
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.remote import is_remote, local_path
 
-_PATTERN = frozenset("{*?")
+_GLOB_CHARACTERS = frozenset("{*?")
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a config says about the making of its data, and what it does not."""
+    """How the data of a config are created."""
 
     source: str  # folder with a directory per class, tars, an index, or `digits`
-    shards: Path  # the folder of train/ and heldout/
+    shards: Path  # the parent of train/ and heldout/
     latents: Path
-    vae: str
-    image_size: int
-    holdout: float
+    vae: str  # as in `ecar-data encode --vae`
+    image_size: int  # pixels
+    holdout: float  # fraction of the images
     encode_tasks: int
     label: str | None = None
     classes: Path | None = None
@@ -35,41 +35,19 @@ class Pipeline:
 
     @property
     def images(self) -> dict[str, str]:
-        """Where the images will lie, by field of the config."""
+        """The folders of the image shards, by field of the config."""
         return {"train_images": str(self.shards / "train"), "heldout_images": str(self.shards / "heldout")}
 
     def data_steps(self, resources: Resources) -> list[Step]:
-        """shard, encode and finalize; one stands where its manifest is there."""
-        without_gpu: Options = {} if resources.gpus_per_node else {"gpus": None}
-        latents_stand = (self.latents / MANIFEST_NAME).is_file()
-        encode, finalize = self._encode(), ["ecar-data", "finalize", str(self.latents)]
-        return [
-            self._shard(resources),
-            Step(
-                "encode",
-                "encode.sbatch",
-                shlex.join(["ecar-data", "encode", *encode, "--tasks", str(self.encode_tasks)]),
-                arguments=encode,
-                options={**without_gpu, **resources.further, "array": f"0-{self.encode_tasks - 1}"},
-                exports={"TASKS": str(self.encode_tasks)},
-                log="encode-%A_%a.log",
-                stands=latents_stand,
-            ),
-            Step(
-                "finalize",
-                "finalize.sbatch",
-                shlex.join(finalize),
-                arguments=finalize[2:],
-                options=resources.further,
-                log="finalize-%j.log",
-                stands=latents_stand,
-            ),
-        ]
+        """shard, encode and finalize. A step is done if its manifest exists."""
+        return [self._shard(resources), self._encode(resources), self._finalize(resources)]
 
     def _shard(self, resources: Resources) -> Step:
         words = ["ecar-data", "shard", self.source, str(self.shards), "--holdout", f"{self.holdout:g}"]
-        words += ["--label", self.label] if self.label else []
-        words += ["--classes", str(self.classes)] if self.classes else []
+        if self.label:
+            words += ["--label", self.label]
+        if self.classes:
+            words += ["--classes", str(self.classes)]
         manifests = [self.shards / part / MANIFEST_NAME for part in ("train", "heldout")]
         return Step(
             "shard",
@@ -79,20 +57,51 @@ class Pipeline:
             options=resources.further,
             exports={"DONE": str(manifests[-1])},
             log="shard-%j.log",
-            stands=all(path.is_file() for path in manifests),
+            done=all(path.is_file() for path in manifests),
         )
 
-    def _encode(self) -> list[str]:
-        """Arguments of `ecar-data encode`."""
-        size = ["--vae", self.vae, "--image-size", str(self.image_size)]
-        return [self.images["train_images"], str(self.latents), *size, *self.encode_options]
+    def _encode(self, resources: Resources) -> Step:
+        """An array of jobs."""
+        words = [self.images["train_images"], str(self.latents)]
+        words += ["--vae", self.vae, "--image-size", str(self.image_size), *self.encode_options]
+        without_gpu: Options = {} if resources.gpus_per_node else {"gpus": None}
+        return Step(
+            "encode",
+            "encode.sbatch",
+            shlex.join(["ecar-data", "encode", *words, "--tasks", str(self.encode_tasks)]),
+            arguments=words,
+            options={**without_gpu, **resources.further, "array": f"0-{self.encode_tasks - 1}"},
+            exports={"TASKS": str(self.encode_tasks)},
+            log="encode-%A_%a.log",
+            done=self._has_latents,
+        )
+
+    def _finalize(self, resources: Resources) -> Step:
+        return Step(
+            "finalize",
+            "finalize.sbatch",
+            shlex.join(["ecar-data", "finalize", str(self.latents)]),
+            arguments=[str(self.latents)],
+            options=resources.further,
+            log="finalize-%j.log",
+            done=self._has_latents,
+        )
+
+    @property
+    def _has_latents(self) -> bool:
+        return (self.latents / MANIFEST_NAME).is_file()
 
 
 def evaluation_step(run_directory: Path, resources: Resources) -> Step:
     words = ["ecar-dist", "evaluate", str(run_directory)]
-    options = {**({"gpus": "1"} if resources.gpus_per_node else {}), **resources.further}
+    gpu: Options = {"gpus": "1"} if resources.gpus_per_node else {}
     return Step(
-        "evaluate", "command.sbatch", shlex.join(words), arguments=words, options=options, log="evaluate-%j.log"
+        "evaluate",
+        "command.sbatch",
+        shlex.join(words),
+        arguments=words,
+        options={**gpu, **resources.further},
+        log="evaluate-%j.log",
     )
 
 
@@ -108,20 +117,27 @@ def plan_pipeline(
     classes: Path | None = None,
     encode_options: Sequence[str] = (),
 ) -> Pipeline:
-    """Raises ConfigError for whatever the config contradicts, DataError where the source is not there."""
+    """The pipeline that creates the data of `config`.
+
+    Raises ConfigError if an argument contradicts the config, DataError if the source does not exist.
+    """
+    # Check what can be checked before a job runs.
     if not 0.0 < holdout < 1.0:
-        raise ConfigError(f"--holdout {holdout:g} is outside (0, 1); give the share of images to score against")
+        raise ConfigError(f"--holdout {holdout:g} is outside (0, 1); give the fraction of images to score against")
     if config.data.latents is None or is_remote(config.data.latents):
         raise ConfigError(
-            f"--pipeline makes one local set of latents, data.latents is {config.data.latents}; set it to a folder, "
-            "and send it to a bucket with `ecar-data push` later"
+            f"--pipeline writes to a local folder, but data.latents is {config.data.latents}; set it to a folder, and "
+            "copy that to a bucket with `ecar-data push` later"
         )
-    _check_source(source)
+    is_folder = source != "digits" and not is_remote(source) and not _GLOB_CHARACTERS & set(source)
+    if is_folder and not local_path(source).exists():
+        raise DataError(f"--pipeline {source} does not exist; give a folder of class directories, or tars")
     if classes is not None and not classes.is_file():
-        raise DataError(f"--classes {classes} is no file; give a text file with a class name a line")
+        raise DataError(f"--classes {classes} is not a file; give a text file with one class name per line")
+
     return Pipeline(
         source=source,
-        shards=_shards(config, shards),
+        shards=_shards_folder(config, shards),
         latents=local_path(config.data.latents),
         vae=_vae(config, vae),
         image_size=config.data.latent_size * config.vae.downsample,
@@ -134,34 +150,30 @@ def plan_pipeline(
 
 
 def with_images(config: RunConfig, pipeline: Pipeline) -> RunConfig:
-    """The config with the images that the pipeline makes, so that `evaluate` finds them."""
+    """The config with the images that the pipeline creates, so that `evaluate` finds them."""
     return config.model_copy(update={"data": config.data.model_copy(update=pipeline.images)})
 
 
-def _check_source(source: str) -> None:
-    known = source == "digits" or is_remote(source) or _PATTERN & set(source)
-    if not known and not local_path(source).exists():
-        raise DataError(f"--pipeline {source} does not exist; give a folder of class directories, or tars")
-
-
-def _shards(config: RunConfig, given: Path | None) -> Path:
-    """The folder that `ecar-data shard` fills. Raises ConfigError where the config has the images elsewhere."""
-    configured = {name: getattr(config.data, name) for name in ("train_images", "heldout_images")}
-    if given is None and configured["train_images"] is None:
+def _shards_folder(config: RunConfig, given: Path | None) -> Path:
+    """The output folder of `ecar-data shard`. Raises ConfigError if the config expects the images elsewhere."""
+    configured = {"train": config.data.train_images, "heldout": config.data.heldout_images}
+    if given is None and configured["train"] is None:
         raise ConfigError("--pipeline needs a folder for image shards; give --shards DIR, or set data.train_images")
-    folder = given or local_path(configured["train_images"]).parent
-    for name, place in configured.items():
-        made = folder / name.removesuffix("_images")
-        if place is not None and (is_remote(place) or local_path(place).absolute() != made.absolute()):
-            raise ConfigError(f"data.{name}={place}, but the pipeline makes {made}; set data.{name}={made}")
+    folder = given or local_path(str(configured["train"])).parent
+
+    for part, images in configured.items():
+        created = folder / part
+        if images is not None and (is_remote(images) or local_path(images).absolute() != created.absolute()):
+            key = f"data.{part}_images"
+            raise ConfigError(f"{key}={images}, but the pipeline creates {created}; set {key}={created}")
     return folder
 
 
 def _vae(config: RunConfig, given: str | None) -> str:
-    """How `ecar-data encode` is told the config's autoencoder."""
+    """The config's autoencoder as `ecar-data encode --vae` expects it."""
     if config.vae.kind != "dct":
         return given or str(config.vae.path)
     name = f"dct-f{config.vae.downsample}"
     if given not in (None, name):
-        raise ConfigError(f"--vae {given}, but the config has {name}; leave --vae out, or change vae.kind")
+        raise ConfigError(f"--vae {given}, but the config has {name}; omit --vae, or change vae.kind")
     return name

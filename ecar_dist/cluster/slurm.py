@@ -1,4 +1,4 @@
-"""Slurm's commands, called one at a time without a shell. What they refuse is one line."""
+"""The commands of Slurm, called without a shell. If one fails, its last line is the error message."""
 
 from __future__ import annotations
 
@@ -16,49 +16,43 @@ _JOB_ID = re.compile(r"[0-9]{1,20}")
 
 
 class SlurmError(EcarError):
-    """Slurm is not here, or did not do what it was asked for."""
+    """Slurm is not installed here, or a command of it failed."""
 
 
 def require_slurm() -> None:
-    """Raises SlurmError where jobs cannot be submitted from."""
+    """Raises SlurmError if jobs cannot be submitted from this machine."""
     if shutil.which("sbatch") is None:
-        raise SlurmError("sbatch is not on the PATH; run this on a login node of the cluster, or look with --dry-run")
+        raise SlurmError("sbatch is not on the PATH; run this on a login node of the cluster, or use --dry-run")
 
 
 def submit_script(
     script: Path, options: Sequence[str], arguments: Sequence[str] = (), variables: Mapping[str, str] | None = None
 ) -> str:
-    """Submit a job script; returns the job's id. `variables` are added to the environment that the job inherits.
+    """Submit a job script; returns the job id. `variables` are added to the environment of the job.
 
-    Raises SlurmError with sbatch's last line, or where it does not name a job.
+    Raises SlurmError if sbatch fails, or does not print a job id.
     """
-    said = _call("sbatch", "--parsable", *options, str(script), *arguments, variables=variables)
-    job = said.strip().partition(";")[0]  # ID;CLUSTER where there are several clusters
+    output = _call("sbatch", "--parsable", *options, str(script), *arguments, variables=variables)
+    job = output.strip().partition(";")[0]  # ID;CLUSTER on a site with several clusters
     if not _JOB_ID.fullmatch(job):
-        raise SlurmError(f"sbatch gave no job id but {printable(said)!r}; look with squeue whether it runs")
+        raise SlurmError(f"sbatch printed {printable(output)!r}, not a job id; check with squeue whether the job runs")
     return job
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:
-    """Raises SlurmError where Slurm cannot be asked; a job that has ended is none."""
+    """Cancel jobs. Those that have ended are ignored. Raises SlurmError if Slurm does not answer."""
     _call("scancel", *jobs)
 
 
 def live_jobs(jobs: Sequence[str]) -> dict[str, str]:
-    """Of these jobs those that have not ended, with their state: PENDING, RUNNING, ...
+    """Those of the jobs that have not ended, and their state: PENDING, RUNNING, ...
 
-    A job array is there under its own id as long as one of its tasks is. Raises SlurmError where Slurm cannot be asked.
+    A job array is live under its own id as long as one of its tasks is. Raises SlurmError if Slurm does not answer.
     """
     if not jobs:
         return {}
-    try:
-        lines = _call("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %T").splitlines()
-    except SlurmError as error:
-        if "Invalid job id" in str(error):  # said of one job alone that Slurm has forgotten
-            return {}
-        raise
     states: dict[str, str] = {}
-    for line in lines:
+    for line in _squeue(jobs, "%F %T"):
         job, _, state = line.strip().partition(" ")
         if states.get(job) != "RUNNING":
             states[job] = state
@@ -66,23 +60,33 @@ def live_jobs(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def job_state(job: str) -> tuple[str, str]:
-    """State of a job and why it waits, as squeue calls them; ("", "") for one that has ended."""
-    try:
-        said = _call("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split("\n")[0].strip()
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return "", ""
-        raise
-    state, _, reason = said.partition(" ")
+    """State of a job and the reason why it waits, as squeue prints them; ("", "") if it has ended."""
+    lines = _squeue([job], "%T %r")
+    state, _, reason = lines[0].strip().partition(" ") if lines else ("", "", "")
     return state, reason
 
 
-def _call(*command: str, variables: Mapping[str, str] | None = None) -> str:
-    """What the command printed."""
-    environment = {**os.environ, **(variables or {})}
-    nothing = subprocess.DEVNULL
+def _squeue(jobs: Sequence[str], columns: str) -> list[str]:
+    """A line for each of the jobs, and each task of an array, that has not ended."""
     try:
-        done = subprocess.run(command, stdin=nothing, capture_output=True, text=True, errors="replace", env=environment)
+        return _call("squeue", "--noheader", f"--jobs={','.join(jobs)}", f"--format={columns}").splitlines()
+    except SlurmError as error:
+        if "Invalid job id" in str(error):  # printed if a single job is given and Slurm has forgotten it
+            return []
+        raise
+
+
+def _call(*command: str, variables: Mapping[str, str] | None = None) -> str:
+    """Run a command; returns what it printed. Raises SlurmError."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(variables or {})},
+        )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on the PATH; run this on a login node of the cluster") from None
     if done.returncode != 0:

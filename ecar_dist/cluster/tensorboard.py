@@ -1,4 +1,4 @@
-"""`ecar-dist tensorboard`: many runs in one view, on the login node or as a job, and the ssh line to it."""
+"""`ecar-dist tensorboard`: several runs in one view, on the login node or as a job, and the ssh command to reach it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from ecar_dist.storage.untrusted import printable
 
 BROWSER_PORT = 6006  # on the user's own machine
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED")
-_MARK = "ssh -N -L"
+_SSH = "ssh -N -L"  # begins the first of the three `reach_lines`
 _POLL_SECONDS = 1.0
 
 
 def logdir_words(runs: Sequence[Path]) -> list[str]:
-    """TensorBoard's own arguments for these runs and folders of runs. Raises ConfigError for what it cannot show."""
+    """TensorBoard's own arguments for run directories and folders of them. Raises ConfigError if they do not fit."""
     for run in runs:
         if not run.is_dir():
-            raise ConfigError(f"{run} is no folder; give run directories, or folders that hold some")
+            raise ConfigError(f"{run} is not a folder; give run directories, or folders of run directories")
     if len(runs) == 1:
         return ["--logdir", str(runs[0].absolute())]
+
+    # Several runs need names.
     named = _named(runs)
     for path in named.values():
         if "," in path or ":" in path:
-            raise ConfigError(f"{path} has a comma or a colon, which TensorBoard takes for its own; give it alone")
+            raise ConfigError(f"{path} has a comma or a colon, which TensorBoard uses as separators; give it alone")
     return ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in named.items())]
 
 
 def _named(runs: Sequence[Path]) -> dict[str, str]:
-    """Absolute paths by the shortest ending that tells them apart."""
+    """Absolute paths by name: the shortest ending of the paths that differs for all of them."""
     paths = list(dict.fromkeys(Path(os.path.abspath(run)) for run in runs))
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
@@ -48,7 +50,7 @@ def _named(runs: Sequence[Path]) -> dict[str, str]:
 
 
 def serve(runs: Sequence[Path], *, port: int | None, login: str | None, in_job: bool) -> NoReturn:
-    """Print how to reach it, then become TensorBoard: in a job for the cluster, else for this machine alone."""
+    """Print how to reach TensorBoard, then become it. In a job it listens on all interfaces, otherwise on localhost."""
     words = logdir_words(runs)
     port = port or _free_port()
     for line in reach_lines(port, login, in_job=in_job):
@@ -58,14 +60,20 @@ def serve(runs: Sequence[Path], *, port: int | None, login: str | None, in_job: 
 
 
 def reach_lines(port: int, login: str | None, *, in_job: bool) -> list[str]:
-    """The ssh line for the user's own machine, where to look then, and who else can."""
+    """The ssh command for the user's own machine, the address to open then, and who else can open it."""
     here = socket.gethostname()
-    login = login or (os.environ.get("SLURM_SUBMIT_HOST") if in_job else None) or here
-    target, who = ("127.0.0.1", f"log in to {here}") if not in_job else (here, f"reach {here}, so the whole cluster")
+    if in_job:
+        login = login or os.environ.get("SLURM_SUBMIT_HOST") or here
+        target = here
+        who = f"everybody who can reach {here}, which is everybody on the cluster"
+    else:
+        login = login or here
+        target = "127.0.0.1"
+        who = f"everybody who can log in to {here}"
     return [
-        f"{_MARK} {BROWSER_PORT}:{target}:{port} {getpass.getuser()}@{login}",
+        f"{_SSH} {BROWSER_PORT}:{target}:{port} {getpass.getuser()}@{login}",
         f"on your own machine; then open http://localhost:{BROWSER_PORT}",
-        f"TensorBoard has no password: all who can {who}, can see these runs on port {port} while it runs",
+        f"TensorBoard has no password: {who} can see these runs on port {port} while it runs",
     ]
 
 
@@ -83,10 +91,13 @@ def submit_tensorboard(
     port: int | None = None,
     login: str | None = None,
 ) -> tuple[str, Path]:
-    """Submit tensorboard.sbatch for these runs; returns the job and its log, which will be in this folder."""
-    logdir_words(runs)
+    """Submit tensorboard.sbatch for these runs; returns the job id and the log, which Slurm creates in this folder."""
+    logdir_words(runs)  # raises if the job would fail
+
+    # The name of the log has the job id. Other percent signs are not marks of Slurm.
     options = {"output": os.path.abspath("ecar-tensorboard-%j.log").replace("%", "%%").replace("%%j", "%j")}
     options |= dict(parse_option(text) for text in sbatch)
+
     variables = {"VENV": sys.prefix, "ECAR_SLURM": str(scripts.absolute())}
     words = [*(["--port", str(port)] if port else []), *(["--login", login] if login else [])]
     arguments = [*words, *(str(run.absolute()) for run in runs)]
@@ -96,10 +107,16 @@ def submit_tensorboard(
 
 
 def await_start(job: str, log: Path, seconds: float, tell: Callable[[str], None] = say) -> list[str]:
-    """The lines of `reach_lines`, as the job printed them. Raises SlurmError where there are none after `seconds`."""
-    end, state, reason = time.monotonic() + seconds, "", ""
+    """Wait until the job has printed its `reach_lines`; returns them. Raises SlurmError after `seconds`.
+
+    tell: is called with the reason why the job waits, whenever it changes.
+    """
+    end = time.monotonic() + seconds
+    state = ""
+    reason = ""
     told = ""
     while time.monotonic() < end:
+        # The state first: a job that ends now has written its log.
         state, reason = job_state(job)
         if lines := _reach_lines_in(log):
             return lines
@@ -109,22 +126,22 @@ def await_start(job: str, log: Path, seconds: float, tell: Callable[[str], None]
             tell(f"job {job} waits: {reason}")
             told = reason
         time.sleep(_POLL_SECONDS)
+
     why = f"{state}, {reason}" if state in _WAITING else state
     raise SlurmError(
-        f"job {job} is {why} after {seconds:g} s; its ssh line will be in {log}, or take it back: scancel {job}"
+        f"job {job} is {why} after {seconds:g} s; it will print the ssh command in {log}; to cancel it: scancel {job}"
     )
 
 
 def _reach_lines_in(log: Path) -> list[str]:
-    """What the newest start of the job printed, if it is all there."""
+    """The three lines of the newest start of the job; empty until all of them are in the log."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    first = max((number for number, line in enumerate(lines) if line.startswith(_MARK)), default=None)
-    return (
-        [printable(line) for line in lines[first : first + 3]] if first is not None and len(lines) >= first + 3 else []
-    )
+    first = max((number for number, line in enumerate(lines) if line.startswith(_SSH)), default=len(lines))
+    found = [printable(line) for line in lines[first : first + 3]]
+    return found if len(found) == 3 else []
 
 
 def _last_line(log: Path) -> str:

@@ -184,7 +184,7 @@ def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resour
     if pipeline := _pipeline(parsed, config):
         config = with_images(config, pipeline)
         data_steps = pipeline.data_steps(resources)
-        data_stand = data_steps[-1].stands
+        data_stand = data_steps[-1].done
         steps = [*data_steps, *steps, evaluation_step(folder.parents[1], resources)]
     elif parsed.after:
         print(f"data: not checked, because job {parsed.after} may create it")

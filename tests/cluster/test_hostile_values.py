@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ecar_dist.cli import main
-from ecar_dist.cluster.job_script import option_words, render
+from ecar_dist.cluster.job_script import EXPORTS_TITLE, option_words, render
 from ecar_dist.config.read import load_config
 from ecar_dist.errors import ConfigError
 from tests.conftest import write_yaml
@@ -93,7 +93,7 @@ def site(tmp_path, monkeypatch, capsys, slurm):
 
 def comments_are_whole(script: Path) -> list[str]:
     """Every line up to the body is a comment; the options in them, as sbatch reads them."""
-    head = script.read_text().partition("\n# what `ecar-dist submit` was told\n")[0]
+    head = script.read_text().partition(f"\n{EXPORTS_TITLE}\n")[0]
     assert all(line.startswith("#") or not line for line in head.splitlines()), head
     directives = [line.removeprefix("#SBATCH ") for line in head.splitlines() if line.startswith("#SBATCH ")]
     return [word for line in directives for word in shlex.split(line)]

@@ -1,5 +1,6 @@
 """Job scripts made from templates."""
 
+import re
 import subprocess
 
 import pytest
@@ -55,7 +56,7 @@ def test_options_as_words():
 
 @pytest.mark.parametrize("text", ["-pgpu", "partition=gpu", "--", "--x y", "--a=1\n#SBATCH --b"])
 def test_what_is_no_long_option_is_refused(text):
-    with pytest.raises(ConfigError, match="is not a long option"):
+    with pytest.raises(ConfigError, match=re.escape("--sbatch=")):
         parse_option(text)
 
 
@@ -67,5 +68,5 @@ def test_where_the_scripts_are_looked_for(tmp_path, monkeypatch):
         assert find_scripts(None).is_absolute(), "half a folder is none"
         (tmp_path / "slurm" / name).write_text("")
     assert str(find_scripts(None)) == "slurm"
-    with pytest.raises(ConfigError, match=r"no train.sbatch and env.sh in nowhere; .*--scripts"):
+    with pytest.raises(ConfigError, match=r"nowhere.*--scripts"):
         find_scripts(tmp_path.relative_to(tmp_path) / "nowhere")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -112,16 +113,16 @@ def test_a_range_of_nodes(submit, slurm, tmp_path):
     [
         (["batch.global_batch_size=24"], "4 x 4 = 16; set batch.global_batch_size=16 or 32"),
         (["batch.global_batch_size=24", "--min-nodes", "1"], "on 2 nodes of 2 ranks: batch.global_batch_size=24"),
-        (["--min-nodes", "3"], "--min-nodes 3 is above --nodes 2"),
-        (["--sbatch=-pgpu"], "is not a long option"),
+        (["--min-nodes", "3"], "--nodes 2"),
+        (["--sbatch=-pgpu"], "--sbatch=-pgpu "),
         (["--sbatch=--nodes=3"], "--nodes"),
         (["--scripts", "here"], "no train.sbatch and env.sh in here"),
         (["--device", "B9000"], "'B9000' has no known peak"),
         (["train.total_sample=3"], "did you mean train.total_samples?"),
-        (["data.latents=nowhere"], "nowhere/manifest.json does not exist; make it with `ecar-data finalize"),
-        (["data.num_classes=9"], "data.num_classes=9, but the samples in"),
-        (["data.latent_size=8"], "data.latent_size=8, but the samples in"),
-        (["--vae", "x"], "--vae is for --pipeline"),
+        (["data.latents=nowhere"], "nowhere/manifest.json"),
+        (["data.num_classes=9"], "data.num_classes=9"),
+        (["data.latent_size=8"], "data.latent_size=8"),
+        (["--vae", "x"], "--pipeline SOURCE"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(submit, slurm, tmp_path, words, said):
@@ -137,7 +138,7 @@ def test_ranks_are_to_be_given_where_there_are_no_gpus(submit):
 def test_a_model_that_no_device_holds_is_refused(submit):
     large = ["model.preset=7B", "--device", "h100", "--dry-run", "deepspeed.zero_stage=0", "deepspeed.precision=bf16"]
     said = refusal(submit(*large))
-    assert "at zero_stage 0 on 4 ranks, H100 has 80 GiB; use deepspeed.zero_stage=1" in said
+    assert re.search(r"zero_stage 0 on 4 ranks.* 80 GiB.*deepspeed.zero_stage=1$", said)
     assert submit(*large, "deepspeed.zero_stage=3")[0] == 0
     assert "on 1 ranks" in refusal(submit(*large, "--min-nodes", "1", resources=("--gpus-per-node", "1")))
 
@@ -145,13 +146,13 @@ def test_a_model_that_no_device_holds_is_refused(submit):
 def test_after_a_job_the_data_may_come_from_it(submit, slurm):
     status, out, _ = submit("data.latents=nowhere", "--after", "7")
     assert status == 0
-    assert "data: not checked, because job 7" in out
+    assert "job 7" in out
 
 
 def test_a_folder_that_is_no_run(submit, slurm, tmp_path):
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/thesis.tex").write_text("mine")
-    assert "is not empty and holds no run" in refusal(submit())
+    assert str(tmp_path / "runs/tiny") in refusal(submit())
     (tmp_path / "runs/tiny/lineage.json").write_text(json.dumps([]))
     assert submit()[0] == 0
 
@@ -161,9 +162,11 @@ def test_a_run_whose_job_has_not_ended(submit, slurm):
     slurm.does("squeue", "print('41 PENDING')")
     said = refusal(submit())
     assert "job 41 (train)" in said
-    assert "is PENDING; wait for its end with --after 41, or end it: scancel 41" in said
+    assert "PENDING" in said
+    assert "--after 41" in said
+    assert "scancel 41" in said
     assert "--jobs=41" in slurm.calls[-1]
-    assert "wait for its end with --after 41" in refusal(submit("--after", "40"))
+    assert "--after 41" in refusal(submit("--after", "40"))
     assert submit("--after", "41")[0] == 0
 
 
@@ -173,6 +176,14 @@ def test_jobs_that_slurm_has_forgotten_have_ended(submit, slurm):
     assert submit()[0] == 0
     slurm.does("squeue", "sys.exit('slurm_load_jobs error: Unable to contact slurm controller')")
     assert "Unable to contact slurm controller" in refusal(submit())
+
+
+def test_a_pipe_in_place_of_the_ids_of_earlier_jobs(submit, slurm, tmp_path):
+    assert submit()[0] == 0
+    steps = tmp_path / "runs/tiny/jobs/001/steps"
+    steps.unlink()
+    os.mkfifo(steps)
+    assert str(steps) in refusal(submit())
 
 
 def test_what_sbatch_refuses_leaves_nothing(submit, slurm, tmp_path):

@@ -38,9 +38,9 @@ def test_runs_of_one_name_are_told_apart(runs):
 
 
 def test_what_cannot_be_shown_is_refused(runs):
-    with pytest.raises(ConfigError, match="nowhere is no folder"):
+    with pytest.raises(ConfigError, match="nowhere"):
         logdir_words([runs / "a", runs / "nowhere"])
-    with pytest.raises(ConfigError, match="has a comma or a colon"):
+    with pytest.raises(ConfigError, match=re.escape(f"{runs}/with: colon")):
         logdir_words([runs / "a", runs / "with: colon"])
     assert logdir_words([runs / "with: colon"])
 
@@ -51,8 +51,9 @@ def test_how_it_is_reached(monkeypatch):
     assert reach_lines(7000, None, in_job=True)[0] == f"ssh -N -L 6006:{here}:7000 {user}@login1"
     assert reach_lines(7000, None, in_job=False)[0] == f"ssh -N -L 6006:127.0.0.1:7000 {user}@{here}"
     assert reach_lines(7000, "hpc.org", in_job=True)[0].endswith(f" {user}@hpc.org")
-    assert "no password: all who can reach" in reach_lines(7000, None, in_job=True)[2]
-    assert f"no password: all who can log in to {here}" in reach_lines(7000, None, in_job=False)[2]
+    for in_job in (True, False):
+        for part in ("no password", here, "7000"):
+            assert part in reach_lines(7000, None, in_job=in_job)[2]
 
 
 def test_on_the_login_node_it_serves_this_machine_alone(runs):
@@ -87,24 +88,24 @@ def _get(host, port, path):
 def test_a_job_that_stays_pending_says_why(runs, slurm):
     slurm.does("squeue", "print('PENDING Resources')")
     said = []
-    with pytest.raises(SlurmError, match=r"job 9 is PENDING, Resources after 2 s; .*scancel 9"):
+    with pytest.raises(SlurmError, match=r"job 9 .*PENDING, Resources.* 2 s.*scancel 9"):
         await_start("9", runs / "log", 2, said.append)
     assert said == ["job 9 waits: Resources"]
 
 
 def test_a_job_that_ends_at_once_shows_its_last_line(runs, slurm):
     log = runs / "log"
-    with pytest.raises(SlurmError, match="job 9 has ended; it left no"):
+    with pytest.raises(SlurmError, match=f"job 9 .*{log}"):
         await_start("9", log, 2)
     log.write_text("first\nno module tensorboard\n\n")
-    with pytest.raises(SlurmError, match=r"job 9 has ended; see .*log: no module tensorboard"):
+    with pytest.raises(SlurmError, match=f"job 9 .*{log}: no module tensorboard"):
         await_start("9", log, 2)
 
 
 def test_the_newest_start_counts(runs, slurm):
     slurm.does("squeue", "print('RUNNING None')")
     (runs / "log").write_text("ssh -N -L old\nx\ny\nz\nssh -N -L new\nopen\n")
-    with pytest.raises(SlurmError, match="is RUNNING after 1 s"):
+    with pytest.raises(SlurmError, match=r"RUNNING.* 1 s"):
         await_start("9", runs / "log", 1)
     (runs / "log").write_text("ssh -N -L old\nx\ny\nz\nssh -N -L new\nopen\nno password\nserving\n")
     assert await_start("9", runs / "log", 1) == ["ssh -N -L new", "open", "no password"]
@@ -115,7 +116,8 @@ def test_submitted_as_a_job(runs, slurm, capsys):
     (runs / "ecar-tensorboard-41.log").write_text("ssh -N -L new\nopen\nno password\n")
     assert main(["tensorboard", "a", "--submit", "--sbatch=--time=1:00", "--port", "7000", "--login", "hpc"]) == 0
     out = capsys.readouterr().out
-    assert "ssh -N -L new\nopen\nno password\nto end it: scancel 41\n" in out
+    assert "ssh -N -L new\nopen\nno password\n" in out
+    assert "scancel 41" in out
     assert slurm.calls[0][:4] == ["sbatch", "--parsable", f"--output={runs}/ecar-tensorboard-%j.log", "--time=1:00"]
     assert slurm.calls[0][5:] == ["--port", "7000", "--login", "hpc", f"{runs}/a"]
     assert os.path.isabs(slurm.calls[0][4])
