@@ -1,4 +1,4 @@
-"""What a training asks Slurm for, and whether the config fits it: the batch, and the memory of the devices."""
+"""The nodes and GPUs of a training, and whether the config fits them: the batch, and the memory of the devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ecar_dist.plan.report import plan_lines
 from ecar_dist.runtime.devices import device_memory
 
 # Options of sbatch that the plan depends on -> the option of `submit` to use instead.
-_SAID_BY = {
+_INSTEAD_OF = {
     "nodes": "--nodes",
     "ntasks-per-node": "--ranks-per-node",
     "gpus-per-node": "--gpus-per-node",
@@ -29,26 +29,26 @@ _SAID_BY = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a training asks Slurm for. None leaves the job script's own line."""
+    """What a training requests from Slurm. None keeps the option of the job script."""
 
     nodes: int
     min_nodes: int | None = None
     gpus_per_node: int = 8
-    ranks_per_node: int | None = None  # None: one a GPU
+    ranks_per_node: int | None = None  # None: one per GPU
     cpus_per_rank: int | None = None
     time: str | None = None
     chain: int | None = None  # jobs in a row, for sites that allow no requeue
     sbatch: tuple[str, ...] = ()  # further options of sbatch, e.g. --partition=gpu
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where two of the options contradict each other."""
+        """Raises ConfigError if two of the options contradict each other."""
         if not self.gpus_per_node and self.ranks_per_node is None:
             raise ConfigError("--gpus-per-node 0 needs --ranks-per-node; give the number of processes on a node")
         if self.fewest > self.nodes:
-            raise ConfigError(f"--min-nodes {self.fewest} is above --nodes {self.nodes}; give at most that")
+            raise ConfigError(f"--min-nodes {self.fewest} is above --nodes {self.nodes}; give at most {self.nodes}")
         for name in self.further:
-            if name in _SAID_BY:
-                raise ConfigError(f"--sbatch=--{name} would contradict the plan; use {_SAID_BY[name]}")
+            if name in _INSTEAD_OF:
+                raise ConfigError(f"--sbatch=--{name} would contradict the plan; use {_INSTEAD_OF[name]}")
 
     @property
     def ranks(self) -> int:
@@ -57,6 +57,7 @@ class Resources:
 
     @property
     def fewest(self) -> int:
+        """The smallest number of nodes to start on."""
         return self.min_nodes or self.nodes
 
     @property
@@ -66,11 +67,14 @@ class Resources:
 
     def options(self) -> Options:
         """Options of sbatch for train.sbatch."""
+        # They decide the number of ranks, so they always replace those of the script.
         chosen: dict[str, str | None] = {
             "nodes": f"{self.nodes}" if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}",
             "ntasks-per-node": f"{self.ranks}",
             "gpus-per-node": f"{self.gpus_per_node}" if self.gpus_per_node else None,
         }
+
+        # Without these, the script's own apply.
         if self.cpus_per_rank:
             chosen["cpus-per-task"] = f"{self.cpus_per_rank}"
         if self.time:
@@ -83,15 +87,15 @@ class Resources:
 def usable_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
     """The largest number of nodes, at most `nodes`, that the global batch divides on.
 
-    Raises ConfigError where there is none: then it does not divide on the ranks of a single node either.
+    Raises ConfigError if there is none.
     """
     return usable_counts(config, 1, nodes, ranks_per_node)[-1]
 
 
 def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node: int) -> list[int]:
-    """All numbers of nodes from `at_least` to `at_most` that the global batch divides on, rising.
+    """All numbers of nodes from `at_least` to `at_most` that the global batch divides on, in increasing order.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     total = config.batch.global_batch_size
     micro = config.batch.micro_batch_size
@@ -107,19 +111,19 @@ def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node
 def fitness_lines(config: RunConfig, resources: Resources, device: str | None) -> list[str]:
     """The plan of the run on these nodes.
 
-    Raises ConfigError where the batch does not divide on them, or where the model's state does not fit the device.
+    Raises ConfigError if the batch does not divide on them, or if the model's state does not fit in device memory.
     """
-    # The batch must divide on the full number of nodes; of a range, the other numbers that it divides on are listed.
+    # The batch must divide on the full number of nodes. For a range, the other numbers that it divides on are listed.
     ranks = resources.ranks
     usable_counts(config, resources.nodes, resources.nodes, ranks)
     counts = usable_counts(config, resources.fewest, resources.nodes, ranks)
 
-    # Memory is shortest on the fewest nodes.
+    # ZeRO shards the state over all ranks, so each device needs the most memory on the fewest nodes.
     if device is not None:
         _check_memory(config, counts[0] * ranks, device)
     given = f"{resources.nodes}" if len(counts) == 1 else f"{resources.fewest} to {resources.nodes}"
     return [
-        f"nodes: of {given} it runs on {', '.join(map(str, counts))}, {ranks} ranks each",
+        f"nodes: {given} requested, runs on {', '.join(map(str, counts))} with {ranks} ranks each",
         *plan_lines(config, resources.nodes * ranks, device),
     ]
 
@@ -128,13 +132,16 @@ def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
     memory = device_memory(device)
     if memory is None:
         return  # plan_lines refuses an unknown device
+
+    # Higher ZeRO stages shard more of the state.
     chosen = config.deepspeed.zero_stage
     needed = {zero_stage: _device_bytes(config, world_size, zero_stage) for zero_stage in range(chosen, 4)}
     if needed[chosen] <= memory:
         return
 
+    # The lowest stage that fits costs the least communication.
     fitting = [f"deepspeed.zero_stage={zero_stage}" for zero_stage, state in needed.items() if state <= memory]
-    fix = (fitting or ["more nodes, or a smaller model.preset"])[0]
+    fix = fitting[0] if fitting else "more nodes, or a smaller model.preset"
     raise ConfigError(
         f"the model's state is {needed[chosen] / 2**30:.3g} GiB per rank at zero_stage {chosen} on {world_size} ranks, "
         f"{device.upper()} has {memory / 2**30:.3g} GiB; use {fix}"
@@ -142,7 +149,7 @@ def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
 
 
 def _device_bytes(config: RunConfig, world_size: int, zero_stage: int) -> int:
-    """Bytes of the model's state on each device, without what is offloaded."""
+    """Bytes of the model's state on each device, without what is offloaded to the host."""
     precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
     state: ModelState = model_state(kind_of(config).parameters(config).total, world_size, zero_stage, precision)
     offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer

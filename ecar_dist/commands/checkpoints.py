@@ -1,4 +1,4 @@
-"""`ecar-dist checkpoint`: look into checkpoints, or export one. Each verb imports what it needs when it runs."""
+"""`ecar-dist checkpoint`: inspect, verify or export checkpoints. Each verb imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     verbs = checkpoint.add_subparsers(required=True, metavar="VERB")
 
-    def add(name: str, run: Any, help: str, *places: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, help: str, *arguments: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
-        for place in places or ("RUN",):
-            meaning = "run directory" if place == "RUN" else "run directory, or folder of a checkpoint"
+        for argument in arguments:
             added.add_argument(
-                "run_directory" if place == "RUN" else place.lower(), type=Path, metavar=place, help=meaning
+                argument.lower(), type=Path, metavar=argument, help="run directory, or folder of a checkpoint"
             )
+        if not arguments:
+            added.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
         return added
 
+    # Verbs that read.
     add("list", checkpoint_list, "list the committed checkpoints, newest first")
     add("verify", checkpoint_verify, "check every file of every checkpoint against its hash")
     inspecting = add("inspect", checkpoint_inspect, "print what a checkpoint holds")
@@ -34,7 +36,9 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
         "--step", type=int, help="optimizer step of the checkpoint (default: the newest complete one)"
     )
     inspecting.add_argument("--json", action="store_true", help="print the manifest of the checkpoint as JSON")
-    add("diff", checkpoint_diff, "compare two checkpoints; a run stands for its newest one", "A", "B")
+    add("diff", checkpoint_diff, "compare two checkpoints; of a run, its newest one", "A", "B")
+
+    # Export.
     exporting = add("export", checkpoint_export, "write EMA weights of the newest checkpoint as safetensors")
     exporting.add_argument("--out", type=Path, help="folder to create (default: export in the run directory)")
     wanted = exporting.add_mutually_exclusive_group()
@@ -55,11 +59,13 @@ def checkpoint_list(parsed: argparse.Namespace) -> int:
 
     storage, names = _committed(parsed.run_directory)
     for name in names:
+        # A damaged checkpoint does not hide the others.
         try:
             manifest = storage.manifest(name)
         except DamagedError as damage:
             print(f"{storage.where}/{name}  damaged: {damage.problem}")
             continue
+
         size = sum(file.bytes for file in manifest.files) / 2**20
         samples = manifest.progress.samples_seen
         print(f"{storage.where}/{name}  {samples:,} samples  {size:.1f} MiB  {len(manifest.files)} files")
@@ -85,6 +91,7 @@ def checkpoint_diff(parsed: argparse.Namespace) -> int:
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import DamagedError
 
+    # All are verified, also after a damaged one. Those in a bucket are downloaded one at a time.
     damaged = 0
     storage, names = _committed(parsed.run_directory)
     for name in names:
@@ -96,20 +103,24 @@ def checkpoint_verify(parsed: argparse.Namespace) -> int:
             print(f"{storage.where}/{name}  damaged: {damage.problem}")
         finally:
             storage.release(name)
+
     if damaged:
         raise CheckpointError(f"{damaged} of {len(names)} checkpoints are damaged; use an older one, or a backup")
     return 0
 
 
 def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
-    """Where a run's checkpoints lie, and their names, newest first. Raises ConfigError or CheckpointError for none."""
+    """The checkpoint storage of a run, and the names of its checkpoints, newest first.
+
+    Raises ConfigError if it is not a run directory, CheckpointError if there is no checkpoint.
+    """
     from ecar_dist.runtime.checkpoint.storage import open_storage
     from ecar_dist.runtime.run.directory import RunDirectory
 
     storage = open_storage(RunDirectory(run).load_config(), run)
     names = storage.committed()
     if not names:
-        raise CheckpointError(f"{storage.where} holds no checkpoint; train first, or wait for the first save")
+        raise CheckpointError(f"{storage.where} contains no checkpoint; train first, or wait for the first save")
     return storage, names
 
 
@@ -125,6 +136,8 @@ def checkpoint_export(parsed: argparse.Namespace) -> int:
         dtype=parsed.dtype,
         max_shard_gib=parsed.max_shard_gib,
     )
+
+    # Compare the export with the checkpoint before anybody uses it.
     print(exported.summary)
     print(parity_report(exported))
     print(exported.path)

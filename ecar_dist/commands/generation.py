@@ -20,12 +20,15 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_commands(add: AddCommand) -> None:
+    # Options of sample.
     drawing = add("sample", sample, "draw images with the EMA weights of a run or an export")
     drawing.add_argument("--labels", help="class numbers, e.g. 0,1,2 (default: all classes)")
     drawing.add_argument(
         "--count", type=positive, help="number of images, over the labels in turn (default: 8 per label)"
     )
     drawing.add_argument("--out", required=True, type=Path, help="folder for grid.png, stages.png and images/")
+
+    # Options of evaluate.
     scoring = add("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
     scoring.add_argument("--train-images", help="image shards to train the classifier on (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
@@ -35,6 +38,8 @@ def add_commands(add: AddCommand) -> None:
         help="color behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)",
     )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run)")
+
+    # Options of both.
     for command in (drawing, scoring):
         command.add_argument(
             "run_or_export", type=Path, metavar="RUN|EXPORT", help="run directory, or folder of an export"
@@ -169,7 +174,7 @@ def _labels(text: str | None, num_classes: int) -> list[int]:
     try:
         classes = list(range(num_classes)) if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--labels {text!r} must be class numbers with commas, e.g. 0,1,2") from None
+        raise ConfigError(f"--labels {text!r} is not a list of class numbers, such as 0,1,2; give one") from None
     outside = [label for label in classes if not 0 <= label < num_classes]
     if outside:
         raise ConfigError(
@@ -186,6 +191,7 @@ def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) 
     from ecar_dist.sample.generate import generate_in_batches
     from ecar_dist.sample.sampling_plan import SamplingPlan
 
+    # Everything that can fail comes before the progress bar.
     settings = SamplingPlan.from_config(trained.config, trained.device, guidance_scale=parsed.guidance_scale)
     model = prepare(trained.model, settings, trained.device, compiled=parsed.compile)
     wanted = torch.tensor(labels, device=trained.device)

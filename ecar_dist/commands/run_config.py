@@ -1,4 +1,4 @@
-"""The config argument of commands, and how a run that is about to be planned, submitted or trained reads it."""
+"""The config argument of the commands that plan, submit or train a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 
 KEPT_SHARE = 0.95
-UNIT_VARIANCE = 1.0  # of a direction of the latents at the coarsest stage; its noise has the same
+UNIT_VARIANCE = 1.0  # of the latents along one direction at the coarsest stage; the noise has the same variance
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
@@ -23,27 +23,29 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 
 def load_run_config(parsed: argparse.Namespace) -> RunConfig:
-    """The config of the command line. Raises ConfigError, also for a small `flow.context.tau` that is not allowed.
+    """The config given on the command line. Raises ConfigError, also if `flow.context.tau` is too small.
 
-    In a run that has already begun it is only a warning. Exports and run directories are read by `load_config` alone,
-    which does not check it.
+    If the run has already started, a small tau is only a warning. The config of an export or of a run directory is read
+    with `load_config`, which does not check tau.
     """
     config = load_config(parsed.config, parsed.overrides)
-    if (said := small_tau(config)) is None:
+    if (problem := small_tau(config)) is None:
         return config
     if not (config.run_directory / "lineage.json").exists():
-        raise ConfigError(f"{said}; set flow.context.tau=0.3, or allow it by flow.context.allow_small_tau=true")
+        raise ConfigError(f"{problem}; set flow.context.tau=0.3, or allow it with flow.context.allow_small_tau=true")
     if is_first():
-        print(f"warning: {said}; the run was started with it, and continues", file=sys.stderr, flush=True)
+        print(f"warning: {problem}; the run was started with it, and continues", file=sys.stderr, flush=True)
     return config
 
 
 def small_tau(config: RunConfig) -> str | None:
-    """What is wrong with a tau that is so small that the sampler loses variance; None where it is fine, or allowed."""
-    flow, tau = config.flow, config.context_tau
+    """Why tau is too small: the sampler would lose variance. None if it is large enough, or allowed."""
+    # Without a noisy context there is no tau.
+    flow = config.flow
+    tau = config.context_tau
     if tau is None or flow.num_stages == 1 or flow.context.mode != "noisy_state":
         return None
-    # away from the extreme gamma the jump noise gives the start of a stage a spread of its own
+    # With a gamma that is not extreme, the jump noise adds variance at the start of a stage.
     if flow.gamma_is_relaxed or flow.context.allow_small_tau or flow.context.allow_unsafe:
         return None
 
@@ -51,17 +53,19 @@ def small_tau(config: RunConfig) -> str | None:
 
     if tau >= SMALLEST_TAU:
         return None
+
+    # How much variance the configured number of steps keeps, and how many steps would keep enough.
     schedule = flow.schedule
     steps = config.sample.steps_per_stage
     kept = kept_variance(schedule, tau, min(steps, MOST_STEPS), variance=UNIT_VARIANCE)
     needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE)
     enough = f"more than {MOST_STEPS:,}" if needed is None else f"{needed:,}"
     return (
-        f"flow.context.tau={tau:g} is below {SMALLEST_TAU:g}: {steps} midpoint steps a stage keep {kept:.0%} of the "
-        f"variance of the lowest frequencies, {KEPT_SHARE:.0%} take {enough} steps"
+        f"flow.context.tau={tau:g} is below {SMALLEST_TAU:g}: {steps} midpoint steps per stage keep {kept:.0%} of the "
+        f"variance of the lowest frequencies, and {KEPT_SHARE:.0%} would need {enough} steps"
     )
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, under any launcher. It needs no torch."""
+    """Whether this is rank 0, under any launcher. Does not need torch."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

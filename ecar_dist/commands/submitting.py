@@ -40,7 +40,7 @@ def add_commands(add: AddCommand) -> None:
     showing.add_argument(
         "--submit", action="store_true", help=f"run it as a job, and wait up to {START_SECONDS} s for its start"
     )
-    showing.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)  # as slurm/tensorboard.sbatch says
+    showing.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)  # given by slurm/tensorboard.sbatch
     for command in (submitting, showing):
         command.add_argument(
             "--sbatch",
@@ -144,12 +144,15 @@ def submit(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.slurm import require_slurm
     from ecar_dist.cluster.submission import dry_run_text, submitted_lines
 
-    config, resources = load_run_config(parsed), _resources(parsed)
+    # Whatever can be wrong is found before a job waits in the queue.
+    config = load_run_config(parsed)
+    resources = _resources(parsed)
     print("\n".join(fitness_lines(config, resources, parsed.device)))
     submission = _submission(parsed, config, resources)
     if parsed.dry_run:
         print(redact_text(dry_run_text(submission, shown_config(submission.config))))
         return 0
+
     require_slurm()
     jobs = submission.submit()
     print(redact_text("\n".join(submitted_lines(submission, jobs))))
@@ -172,24 +175,27 @@ def _resources(parsed: argparse.Namespace) -> Resources:
 
 
 def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resources) -> Submission:
-    """The training alone, or between the steps of the pipeline. Raises DataError where its data are not there."""
+    """The training alone, or with the other steps of the pipeline. Raises DataError if its data do not exist."""
     from ecar_dist.cluster.job_script import find_scripts
     from ecar_dist.cluster.pipeline import evaluation_step, with_images
     from ecar_dist.cluster.submission import Submission, new_job_folder, training_step
     from ecar_dist.data.fit import check_fits, local_sets
 
-    folder, scripts = new_job_folder(config), find_scripts(parsed.scripts)
+    folder = new_job_folder(config)
+    scripts = find_scripts(parsed.scripts)
     steps = [training_step(folder, resources, launcher=parsed.launcher, max_requeues=parsed.max_requeues)]
-    data_stand = True
+
+    # Data that an earlier job creates cannot be checked yet.
+    has_data = True
     if pipeline := _pipeline(parsed, config):
         config = with_images(config, pipeline)
         data_steps = pipeline.data_steps(resources)
-        data_stand = data_steps[-1].done
+        has_data = data_steps[-1].done
         steps = [*data_steps, *steps, evaluation_step(folder.parents[1], resources)]
     elif parsed.after:
         print(f"data: not checked, because job {parsed.after} may create it")
-        data_stand = False
-    if data_stand:
+        has_data = False
+    if has_data:
         check_fits(config, local_sets(config))
     return Submission(config, steps, scripts, folder, parsed.after)
 
@@ -197,11 +203,13 @@ def _submission(parsed: argparse.Namespace, config: RunConfig, resources: Resour
 def _pipeline(parsed: argparse.Namespace, config: RunConfig) -> Pipeline | None:
     from ecar_dist.cluster.pipeline import plan_pipeline
 
+    # Options of the pipeline have no effect without it.
     if parsed.pipeline is None:
         given = [name for name in ("label", "classes", "shards", "vae", "encode_option") if getattr(parsed, name)]
         if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for --pipeline SOURCE; give both, or neither")
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --pipeline SOURCE; give both, or neither")
         return None
+
     return plan_pipeline(
         config,
         parsed.pipeline,
@@ -222,10 +230,11 @@ def tensorboard(parsed: argparse.Namespace) -> int:
 
     if not parsed.submit:
         serve(parsed.runs, port=parsed.port, login=parsed.login, in_job=parsed.in_job)
+
     require_slurm()
     job, log = submit_tensorboard(
         find_scripts(parsed.scripts), parsed.runs, sbatch=parsed.sbatch, port=parsed.port, login=parsed.login
     )
     print(f"job {job}, log {log}", flush=True)
-    print("\n".join([*await_start(job, log, START_SECONDS), f"to end it: scancel {job}"]))
+    print("\n".join([*await_start(job, log, START_SECONDS), f"to cancel it: scancel {job}"]))
     return 0

@@ -35,7 +35,7 @@ def add_commands(add: AddCommand) -> None:
         nargs=2,
         type=positive,
         metavar=("NODES", "RANKS_PER_NODE"),
-        help="for job scripts: print the run directory and how many of these nodes the batch divides on (default: not)",
+        help="for job scripts: print the run directory and the number of nodes to use (default: check the config)",
     )
     planning.add_argument(
         "--world-size", type=positive, help="number of ranks (default: 8, or as many as the batch divides on)"
@@ -53,23 +53,26 @@ def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.resources import usable_nodes
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
 
-    # For a job script.
     config = load_run_config(parsed)
+
+    # For a job script: two lines, and nothing else.
     if parsed.job:
         print(f"{config.run_directory.absolute()}\n{usable_nodes(config, *parsed.job)}")
         return 0
 
-    # Compare the config with its data, then print it with what follows from it.
+    # Compare the config with its data, then print it and its stages.
     check_fits(config, local_sets(config, absent_ok=True))
     schedule = config.flow.schedule
     print(shown_config(config))
     for k, (size, tokens) in enumerate(zip(config.stage_sizes, config.stage_tokens, strict=True)):
         window = f"[{schedule.starts[k]:.4f}, {schedule.ends[k]:.4f}]"
         print(f"# stage {k}: {size}x{size} latent, {tokens} tokens, data coefficient {window}")
+
+    # What a reader of the config should know: the changed values, and data that could not be checked.
     given = redact_tree(config.model_dump(mode="json", exclude_defaults=True))
     print(f"# not the defaults: {', '.join(_leaves(given))}")
-    for place in absent_sets(config):
-        print(f"# {redact(place)} has no manifest.json yet: the config was not compared with it")
+    for folder in absent_sets(config):
+        print(f"# {redact(folder)} has no manifest.json yet: the config was not compared with it")
 
     # The batch arithmetic.
     batch = config.batch
@@ -147,7 +150,7 @@ def preflight(parsed: argparse.Namespace) -> int:
 def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World], int]) -> int:
     """Run an action on all ranks after they have agreed on the config; returns its exit status.
 
-    An error that all ranks meet is reported by one of them.
+    An error that occurs on all ranks is reported by one of them.
     """
     # An error that rank 0 finds in the config ends it at once. One that only another rank finds is reported to all.
     config = None
@@ -159,14 +162,14 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
             raise
         problem = str(error)
 
-    # Only now torch is imported.
+    # Imported late, because they import torch: a wrong config is reported without it.
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.signals import StoppedEarlyError, die_with_parent
     from ecar_dist.runtime.start.agreement import agree_on_settings
     from ecar_dist.runtime.start.rendezvous import COLLECTIVE_TIMEOUT, start_world, stop_world
     from ecar_dist.runtime.watchdog.watchdog import longest_wait
 
-    # Prepare this process, meet the other ranks, and act.
+    # Prepare this process, connect to the other ranks, and run the action.
     if _is_launched():
         die_with_parent()
     faulthandler.enable()  # a crash prints the stacks of its threads to stderr
@@ -174,7 +177,7 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         hang_seconds = config.train.hang_seconds if config else 0.0
         world = start_world(collective_timeout=longest_wait(hang_seconds, COLLECTIVE_TIMEOUT))
         agree_on_settings(world, config, problem)
-        assert config is not None  # otherwise all ranks have ended
+        assert config is not None  # otherwise agree_on_settings has raised
         if (line := faults_on_purpose()) and world.is_first:
             print(line, file=sys.stderr, flush=True)
         status = action(config, world)
@@ -184,25 +187,27 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
         print(f"ecar-dist: {stopped}; run the same command again", file=sys.stderr)
         return EX_TEMPFAIL
     except RuntimeError as error:
-        if (said := lost_peer(error)) is None:
+        if (reason := lost_peer(error)) is None:
             raise
         rank = os.environ["RANK"]
-        print(f"ecar-dist: rank {rank} lost another rank ({said}); run the same command again", file=sys.stderr)
+        print(f"ecar-dist: rank {rank} lost another rank ({reason}); run the same command again", file=sys.stderr)
         return EX_TEMPFAIL
     stop_world()
     return status
 
 
 def on_record(action: Callable[[], int]) -> int:
-    """Run an action; returns its exit status. For a job script rank 0 also writes it to $ECAR_JOB_LOGS/exit-status.
+    """Run an action; returns its exit status. In a job, rank 0 also writes it to $ECAR_JOB_LOGS/exit-status.
 
-    Launchers do not report it: torchrun turns every status into 1, and srun reports the signal by which it ended a
-    slower rank. The file is empty while the action runs, and stays empty if this process is killed.
+    Launchers do not report it: torchrun replaces every status by 1, and srun reports the signal that ended a slower
+    rank. The file is empty while the action runs, and stays empty if this process is killed.
     """
     from ecar_dist.runtime.placement import job_logs
 
     if (folder := job_logs()) is None or not is_first():
         return action()
+
+    # If writing the status fails on a full disk, the file stays empty, so the job is retried.
     file = folder / "exit-status"
     status = 1
     file.write_text("")
@@ -212,7 +217,7 @@ def on_record(action: Callable[[], int]) -> int:
         status = status_of(error)
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk: the file stays empty, so the job is retried
+        with contextlib.suppress(OSError):
             file.write_text(f"{status}\n")
     return status
 

@@ -36,7 +36,7 @@ def add_commands(add: AddCommand) -> None:
 
 
 def status(parsed: argparse.Namespace) -> int:
-    """Exit status 1 where one of RUN is not a run directory."""
+    """Exit status 1 if one of the paths is not a run directory."""
     try:
         while True:
             found = _look(parsed.runs)
@@ -60,6 +60,7 @@ def _look(runs: list[Path]) -> list[RunStatus | str]:
         try:
             found.append(run_status(run))
         except (EcarError, OSError) as error:
+            # Perhaps it is a folder of run directories.
             if within := _runs_in(run):
                 found += within
                 continue

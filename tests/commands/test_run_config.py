@@ -1,5 +1,6 @@
 """A tau that loses variance is refused where a run is planned or begun, and nowhere else."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,7 @@ def refusal(capsys, *words):
 def test_a_small_tau_is_refused_with_the_steps_it_needs(write_config, capsys, command):
     name, *options = command
     said = refusal(capsys, name, write_config(), SMALL, *options)
-    assert "flow.context.tau=0.01 is below 0.1: 8 midpoint steps" in said
-    assert "95% take 67 steps" in said
+    assert re.search(r"flow\.context\.tau=0\.01 .* 0\.1: 8 .* 95% .* 67 steps", said)
     assert ALLOWED in said
     assert main([name, str(write_config()), SMALL, ALLOWED, *options]) == 0
 
@@ -37,7 +37,7 @@ def test_a_small_tau_is_refused_with_the_steps_it_needs(write_config, capsys, co
 def test_training_refuses_it_before_it_makes_a_directory(write_config, tmp_path):
     done = run_forked("train", str(write_config()), SMALL)
     assert done.returncode == 1
-    assert "95% take 67 steps" in done.stderr
+    assert re.search("95% .* 67 steps", done.stderr)
     assert not (tmp_path / "runs").exists()
 
 
@@ -58,7 +58,8 @@ def test_what_loses_no_variance_or_is_asked_for_is_let_through(write_config, ove
 
 
 def test_so_small_a_tau_has_no_number_of_steps(write_config, capsys):
-    assert "95% take more than 4,096 steps" in refusal(capsys, "check", write_config(), "flow.context.tau=1e-9")
+    said = refusal(capsys, "check", write_config(), "flow.context.tau=1e-9")
+    assert re.search("95% .* more than 4,096 steps", said)
 
 
 def test_the_word_that_allows_it_is_no_part_of_the_model(write_config):
@@ -86,7 +87,7 @@ def test_a_run_from_before_the_rule_goes_on_and_can_be_read(make_tree, tmp_path,
     assert main(["sample", str(run), "--labels", "0", "--count", "1", "--out", str(tmp_path / "drawn")]) == 0
     assert main(["checkpoint", "export", str(run), "--out", str(tmp_path / "export")]) == 0
     shutil.rmtree(run)
-    assert "is below 0.1" in refusal(capsys, "check", config)
+    assert "flow.context.tau=0.01" in refusal(capsys, "check", config)
 
 
 def test_the_rule_needs_no_torch(write_config):

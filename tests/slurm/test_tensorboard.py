@@ -47,7 +47,7 @@ def test_it_is_submitted_and_shows_many_runs(cluster, runs):
     out = cluster.call(*command, "--login", "login.hpc.org", cwd=runs)
     node, port, _, login = SSH_LINE.search(out).groups()
     assert login == "login.hpc.org"
-    job = re.search(r"to end it: scancel (\d+)", out)[1]
+    job = re.search(r"scancel (\d+)", out)[1]
     tags = get(cluster, node, port, "/data/plugin/scalars/tags")
     assert set(tags) == {"wide/a/tb", "wide/b/tb", "deep/tb"}
     ((_, step, value),) = get(cluster, node, port, "/data/plugin/scalars/scalars?run=wide/b/tb&tag=train/loss")
