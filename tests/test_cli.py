@@ -350,7 +350,7 @@ def test_another_order_of_the_data_needs_the_word(write_config, tmp_path, capsys
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")
     said = fails(capsys, "train", config, "run.seed=1")
-    assert "run.seed=0, this run has run.seed=1: the order of the data would change" in said
+    assert re.search("run.seed=0.* run.seed=1.* --new-data-order", said)
     process = start_ranks(1, config, "run.seed=1", "optim.learning_rate=5e-4", "--new-data-order")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
@@ -376,7 +376,8 @@ def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path
     said = fails(
         capsys, "train", write_config(), "optim.learning_rate=1e30", "checkpoint.every_samples=1000", status=93
     )
-    assert "step 4 is bad like those before it, and no checkpoint was made yet" in said
+    assert "step 4 " in said
+    assert "bad_steps.jsonl" in said
     assert not committed(tmp_path / "runs/tiny/checkpoints")
     attempt = json.loads((tmp_path / "runs/tiny/lineage.json").read_text())[-1]
     assert attempt["reason"].startswith("gave up: step 4 is bad like those before it")
