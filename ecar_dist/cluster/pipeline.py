@@ -48,6 +48,8 @@ class Pipeline:
             words += ["--label", self.label]
         if self.classes:
             words += ["--classes", str(self.classes)]
+
+        # The job ends early if its last manifest exists.
         manifests = [self.shards / part / MANIFEST_NAME for part in ("train", "heldout")]
         return Step(
             "shard",

@@ -78,6 +78,7 @@ def _squeue(jobs: Sequence[str], columns: str) -> list[str]:
 
 def _call(*command: str, variables: Mapping[str, str] | None = None) -> str:
     """Run a command; returns what it printed. Raises SlurmError."""
+    # A command must not wait for the keyboard, and output that is not UTF-8 must not raise.
     try:
         done = subprocess.run(
             command,
@@ -89,6 +90,8 @@ def _call(*command: str, variables: Mapping[str, str] | None = None) -> str:
         )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on the PATH; run this on a login node of the cluster") from None
+
+    # Slurm prints warnings before the error.
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise SlurmError(printable(lines[-1]) if lines else f"{command[0]} ended with status {done.returncode}")

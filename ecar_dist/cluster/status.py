@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecar_dist.cluster.run_record import RunRecord, read_run_record
-from ecar_dist.cluster.run_state import DONE, SUBMITTED, state_of
+from ecar_dist.cluster.run_state import State, state_of
 from ecar_dist.command_line import columns, counted, duration
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.checkpoint.files import MARKER, committed, step_of
@@ -60,7 +60,7 @@ class Problem:
 @dataclass(frozen=True)
 class RunStatus:
     run: str
-    state: str  # a word of run_state.py
+    state: State
     sentence: str
     job: str | None
     progress: RunProgress
@@ -93,7 +93,7 @@ def run_status(run: Path, now: float | None = None, here: str | None = None) -> 
 
     # The job that the state is about.
     job = logs.job if logs else last.job if last else None
-    if record.submitted and state == SUBMITTED:
+    if record.submitted and state == State.SUBMITTED:
         job = record.submitted.text
 
     # The log of rank 0, or else what the job script printed.
@@ -121,8 +121,10 @@ def run_progress(record: RunRecord) -> RunProgress:
     recent = [line for line in record.lines if line.samples_per_second][-AVERAGED:]
     rate = _mean([line.samples_per_second for line in recent])
 
-    # The config says where the run ends.
-    total, samples_left, last_step = None, None, None
+    # The config says when the run ends.
+    total = None
+    samples_left = None
+    last_step = None
     if config := record.config:
         total = config.train.total_samples
         samples_left = max(0, total - samples_seen)
@@ -183,6 +185,7 @@ def status_block(status: RunStatus) -> list[str]:
 
 def status_table(found: Sequence[RunStatus | str]) -> list[str]:
     """Several runs: a row for each. A string is the error message of a folder that is not a run."""
+    # Facts that are not known are empty cells.
     rows = [_HEAD]
     for status in found:
         if isinstance(status, str):
@@ -196,12 +199,14 @@ def status_table(found: Sequence[RunStatus | str]) -> list[str]:
                 f"{progress.step:,}",
                 _percent(progress) if progress.total_samples else "",
                 _rate(progress.samples_per_second) if progress.samples_per_second else "",
-                duration(progress.seconds_left) if progress.seconds_left and status.state != DONE else "",
+                duration(progress.seconds_left) if progress.seconds_left and status.state != State.DONE else "",
                 f"{progress.loss:.4f}" if progress.loss is not None else "",
                 f"{status.checkpoints.step:,}" if status.checkpoints.step is not None else "",
                 f"{duration(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
             )
         )
+
+    # Error messages would make the columns too wide.
     return columns(rows, left=_LEFT_ALIGNED) + [status for status in found if isinstance(status, str)]
 
 
@@ -215,7 +220,7 @@ def _progress_text(status: RunStatus) -> str:
         facts.append(f"{_rate(progress.samples_per_second)} samples/s")
     if progress.data_wait is not None:
         facts.append(f"data wait {progress.data_wait:.0%}")
-    if progress.seconds_left and status.state != DONE:
+    if progress.seconds_left and status.state != State.DONE:
         facts.append(f"{duration(progress.seconds_left)} left")
     if progress.step:
         facts.append(f"loss {progress.loss:.4f}" if progress.loss is not None else "loss not finite")

@@ -22,11 +22,14 @@ START_SECONDS = 300  # to wait for the start of TensorBoard's job
 
 
 def add_commands(add: AddCommand) -> None:
+    # submit
     submitting = add("submit", submit, "check a config, plan memory, and submit its training to Slurm (no torch)")
     add_config(submitting)
     _add_resources(submitting)
     _add_scheduling(submitting)
     _add_pipeline(submitting)
+
+    # tensorboard
     showing = add(
         "tensorboard",
         tensorboard,
@@ -41,6 +44,8 @@ def add_commands(add: AddCommand) -> None:
         "--submit", action="store_true", help=f"run it as a job, and wait up to {START_SECONDS} s for its start"
     )
     showing.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)  # given by slurm/tensorboard.sbatch
+
+    # Both start jobs.
     for command in (submitting, showing):
         command.add_argument(
             "--sbatch",
@@ -70,6 +75,7 @@ def _add_resources(command: argparse.ArgumentParser) -> None:
 
 
 def _add_scheduling(command: argparse.ArgumentParser) -> None:
+    # How a job starts, and when.
     command.add_argument(
         "--launcher",
         choices=("srun", "torchrun"),
@@ -81,6 +87,8 @@ def _add_scheduling(command: argparse.ArgumentParser) -> None:
         type=_job,
         help="id of a job to wait for, whether it succeeds or fails (default: start at once)",
     )
+
+    # How training continues after the time limit of a job.
     command.add_argument(
         "--chain",
         type=positive,
@@ -90,6 +98,7 @@ def _add_scheduling(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-requeues", type=_count, help="most restarts of the job (default: 50, as in train.sbatch)"
     )
+
     command.add_argument(
         "--dry-run", action="store_true", help="print the plan, the job scripts and the resolved config; submit nothing"
     )
@@ -97,6 +106,8 @@ def _add_scheduling(command: argparse.ArgumentParser) -> None:
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
     pipeline = command.add_argument_group("from images to scores, in jobs that wait for each other")
+
+    # The images, and how they become shards.
     pipeline.add_argument(
         "--pipeline", metavar="SOURCE", help="folder with a directory per class, or tars (default: train only)"
     )
@@ -118,6 +129,8 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the image shards (default: the parent of data.train_images)",
     )
+
+    # How they are encoded.
     pipeline.add_argument("--vae", help="folder or hub name of the autoencoder (default: that of the config)")
     pipeline.add_argument("--encode-tasks", type=positive, default=32, help="number of jobs that encode in parallel")
     pipeline.add_argument(

@@ -30,6 +30,8 @@ def add_commands(add: AddCommand) -> None:
     flying = add("preflight", preflight, "check all nodes before training; launch it as you launch `train`")
     for command in (checking, planning, training, flying):
         add_config(command)
+
+    # Options of a single command.
     checking.add_argument(
         "--job",
         nargs=2,
@@ -131,6 +133,8 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
             adopt=adopt,
         )
         end = run_training(parts, progress)
+
+    # Training ends early if a signal stops it.
     finished = end.samples_seen >= config.train.total_samples
     if world.is_first:
         say(f"{'done' if finished else 'stopped on a signal'} at step {end.step:,}: {config.run_directory}")
