@@ -59,6 +59,7 @@ HEAVY = (
     "data_tools.train_vae",
     "ecar_dist.runtime.checkpoint.inspect",
     "ecar_dist.runtime.export.write",
+    "ecar_dist.sample.fast",
     "ecar_dist.sample.parity",
     "ecar_dist.sample.pictures",
     "ecar_dist.sample.preview",
