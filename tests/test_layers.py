@@ -1,8 +1,10 @@
 """The layer rule of the code base, proven on its imports."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,22 @@ def test_the_composition_root_imports_neither_torch_nor_numpy_at_its_top():
 def test_drills_are_imported_by_their_command_alone():
     users = {str(path) for path in FILES if any(room_of(name) == "drills" for name in imports(path))}
     assert {user for user in users if not user.startswith("ecar_dist/drills/")} == {"ecar_dist/commands/drilling.py"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {".".join(path.with_suffix("").parts) for path in FILES}
+    graph = {name: set() for name in names}
+    for path in FILES:
+        found = set(imports(path, deferred=False)) & names
+        graph[".".join(path.with_suffix("").parts)] |= found
+    assert sum(map(len, graph.values())) > 300
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_folder_has_more_than_twelve_modules():
+    folders = Counter(str(path.parent) for path in FILES if path.stem != "__init__")
+    assert len(folders) > 20
+    assert not {folder: count for folder, count in folders.items() if count > 12}
 
 
 @pytest.mark.parametrize("library", HOMES)
