@@ -54,7 +54,7 @@ def test_long_texts_take_no_quadratic_time(redacted, text):
     began = time.process_time()
     redacted(f"https://host/set?token=x {text}")
     redacted(f"s3://host/{text}")
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20  # a quadratic pattern takes minutes
 
 
 def test_each_of_many_urls_is_redacted():
