@@ -80,6 +80,7 @@ class _History:
 
     def profile(self, step: int, start: int, stop: int) -> Array:
         """Entries [start, stop) of the profile after `step`; zero for later steps."""
+        # Steps after `step` have no share yet.
         weights = np.zeros(stop - start)
         seen = slice(start, min(stop, step + 1))
         if seen.start < seen.stop:
@@ -112,6 +113,7 @@ def fit(
 
     Time grows with steps x snapshots^2 (a second or two for 1e6 x 40), memory with steps alone.
     """
+    # Every profile as a vector over steps; those of one EMA share their history.
     last = max(step, *(at for at, _ in snapshots))
     histories = {name: _History(decays[name], last, batch) for name in {name for _, name in snapshots}}
     target_history = _History(target, last, batch)
@@ -125,6 +127,7 @@ def fit(
         rows = np.stack([*columns, target_history.profile(step, start, stop)], axis=1)  # [steps, snapshots + 1]
         triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"))
 
+    # The last column is the target: what the others cannot reach of it is the residual.
     coefficients = _sum_to_one_least_squares(triangle[:, :-1], triangle[:, -1])
     distance = np.linalg.norm(triangle[:, :-1] @ coefficients - triangle[:, -1])
     named = dict(zip(snapshots, coefficients.tolist(), strict=True))

@@ -31,6 +31,7 @@ class OptimSettings(Protocol):
 
 def learning_rate(optim: OptimSettings, samples_seen: int, total_samples: int) -> float:
     """The rate of the optimizer step that ends at `samples_seen`: linear warm-up, then the schedule."""
+    # Warm-up is the same for every schedule: proportional to the samples seen, so it starts at zero.
     if samples_seen < optim.warmup_samples:
         return optim.learning_rate * samples_seen / optim.warmup_samples
     return SCHEDULES[optim.schedule](optim, samples_seen, total_samples)
@@ -43,6 +44,7 @@ def constant(optim: OptimSettings, samples_seen: int, total_samples: int) -> flo
 def cosine(optim: OptimSettings, samples_seen: int, total_samples: int) -> float:
     """Half a cosine from the peak at the end of the warm-up to the final rate."""
     peak, final = optim.learning_rate, optim.final_learning_rate
+    # 0 at the end of the warm-up, 1 at the end of the run, also for a run that was made shorter.
     done = (samples_seen - optim.warmup_samples) / max(1, total_samples - optim.warmup_samples)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
@@ -50,6 +52,7 @@ def cosine(optim: OptimSettings, samples_seen: int, total_samples: int) -> float
 def cooldown(optim: OptimSettings, samples_seen: int, total_samples: int) -> float:
     """Constant, then linear to the final rate over the last `cooldown_samples`."""
     peak, final = optim.learning_rate, optim.final_learning_rate
+    # 1 where the cooldown begins, 0 at the end of the run; more than 1 before it.
     left = max(0.0, (total_samples - samples_seen) / optim.cooldown_samples)
     return final + (peak - final) * min(1.0, left)
 

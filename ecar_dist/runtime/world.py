@@ -25,10 +25,13 @@ class World:
     """All ranks of the run. With one process every collective is the identity."""
 
     def __init__(self, placement: Placement, device: torch.device, store: dist.Store | None = None) -> None:
+        # Where this process is.
         self.rank = placement.rank
         self.size = placement.size
         self.local_rank = placement.local_rank
         self.device = device
+
+        # Where the others are: ranks of a node are consecutive.
         first = placement.rank - placement.local_rank
         self.node_ranks = tuple(range(first, min(first + placement.local_size, placement.size)))
         self.nodes = (node_name(),) * placement.size  # by rank; the rendezvous sets the true names
@@ -81,6 +84,8 @@ class World:
         if self.size == 1:
             return decide([text])
         assert self._store is not None, "this world has no store"
+
+        # Every rank answers; rank 0 reads the answers and decides, the others wait for its decision.
         try:
             self._store.set(f"{name}/answer/{self.rank}", text)
             return self._decide_for_all(name, seconds, decide) if self.is_first else self._hear_decision(name, seconds)
@@ -114,9 +119,11 @@ class World:
 
     def all_reduce_seconds(self, nbytes: int, repeats: int) -> float:
         """Mean seconds of one all-reduce of `nbytes`, after a first one that opens connections."""
+        # The first one opens connections.
         values = torch.zeros(nbytes // 4, device=self.device)
         self.sum(values)
         self._finish()
+
         began = time.perf_counter()
         for _ in range(repeats):
             self.sum(values)
@@ -129,6 +136,7 @@ class World:
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error: the first such rank its own, all others RemoteError."""
+        # One error is reported in full, by the rank that met it; the others only say where to look.
         failed = [rank for rank, message in enumerate(self.gather(error and str(error))) if message is not None]
         if failed and error is not None and failed[0] == self.rank:
             raise error

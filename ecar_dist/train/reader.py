@@ -67,6 +67,8 @@ class StepReader:
         """
         step = progress.step + 1
         self._phases.enter("data", step)
+
+        # This rank's samples. An error is kept, because the other ranks must learn of it before anybody raises.
         batches = None
         try:
             failpoint("data.take", step)
@@ -133,9 +135,13 @@ def check_shares(
     """
     if world.size == 1:
         return
+
+    # What the batch should be, and what each rank should read of it: every world.size-th position.
     positions = np.arange(start, start + global_batch_size)
     ids = loader.stream.locate(positions).sample_ids
     shares = [_sum(positions[rank :: world.size], ids[rank :: world.size]) for rank in range(world.size)]
+
+    # What each rank believes and has read, on all ranks.
     rows = world.of_each(torch.tensor([_sum(positions, ids), _read(batches)]))
     enforce(world, judge_shares(rows, shares, world.nodes, start))
 
@@ -144,10 +150,14 @@ def judge_shares(rows: Sequence[Sequence[int]], shares: Sequence[int], nodes: Se
     """Pure. `rows`: of every rank the hash of the whole batch in its order, and of what it read; `shares`: of what each
     rank should read."""
     batches, read = ([row[column] for row in rows] for column in range(2))
+
+    # Ranks with another order cannot be compared sample by sample.
     if len(set(batches)) > 1:
         who = ranks_on_nodes(odd_ranks(batches) or range(len(batches)), nodes)
         what = "another order of samples" if odd_ranks(batches) else "different orders of samples"
         return Decision(tuple(nodes), problem=f"{who}: {what} from position {start}; {_FIX}")
+
+    # The same order, but somebody read something else.
     wrong = [rank for rank, (found, share) in enumerate(zip(read, shares, strict=True)) if found != share]
     if wrong:
         who = ranks_on_nodes(wrong, nodes)
