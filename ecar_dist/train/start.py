@@ -121,6 +121,68 @@ def start_training(
     return parts, progress
 
 
+class Inputs(NamedTuple):
+    """What a run reads, the same on all ranks."""
+
+    data: TrainingData
+    stream: SampleStream
+    codec: LatentCodec | None
+    precision: str  # "fp32" or "bf16", on this device
+    identity: dict[str, dict[str, Any]]
+
+
+def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
+    """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
+    # The nodes are fit, and see the same data.
+    data = check_nodes(config, world)
+
+    # The order of the samples; and a checkpoint of another run, if one is to be adopted.
+    stream = world.together(lambda: open_stream(config, data))
+    if adopt:
+        world.on_first_rank(lambda: check_adoption(config))
+
+    # The autoencoder, and what must be the same on all ranks.
+    precision = config.precision_on(world.device.type)
+    codec = world.together(lambda: run_codec(config, data, world, precision))
+    identity = run_identity(config, data, stream, codec)
+    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
+    return Inputs(data, stream, codec, precision, identity)
+
+
+def check_adoption(config: RunConfig) -> None:
+    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
+    # There is one: nothing to say.
+    with contextlib.closing(open_storage(config)) as storage:
+        if storage.committed():
+            return
+        where = storage.where
+
+    # Look in the folder above and in those beside it: the usual mistakes.
+    near: list[str] = []
+    if not is_remote(where):
+        above = local_path(where).parent
+        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
+        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
+
+    # The user has to know where this run looks, and where else there is something.
+    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
+    wrong = "checkpoint.dir, run.dir or run.name"
+    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
+
+
+def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
+    """The config's autoencoder: on every rank's device if it encodes images, else on rank 0 alone, to be compared."""
+    if data.encoder is not None and not world.is_first:
+        return None
+
+    # Only the one that encodes during training has to be fast.
+    encodes = data.encoder is None
+    dtype = torch.bfloat16 if encodes and precision == "bf16" else torch.float32
+    codec = open_codec(config.vae, world.device if encodes else "cpu", dtype)
+    check_codec(config, data, codec)
+    return codec
+
+
 def begin_attempt(
     config: RunConfig, world: World, stop: StopRequest, ends: contextlib.ExitStack
 ) -> tuple[RunDirectory, str, Phases]:
@@ -138,16 +200,6 @@ def begin_attempt(
     return directory, run_id, Phases(watchdog.beat)
 
 
-class Inputs(NamedTuple):
-    """What a run reads, the same on all ranks."""
-
-    data: TrainingData
-    stream: SampleStream
-    codec: LatentCodec | None
-    precision: str  # "fp32" or "bf16", on this device
-    identity: dict[str, dict[str, Any]]
-
-
 def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDirectory) -> RunState:
     """The state of a run at its start: the engine, which asks the guard before it moves a weight, and the EMA."""
     # The guard first: the engine asks it before each step.
@@ -158,6 +210,75 @@ def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDire
     # Goodput counts from the run's first attempt, and rank 0 alone reports it.
     goodput = Goodput(world.on_first_rank(lambda: run_began(directory.attempts())))
     return RunState(engine=engine, ema=ShardedEma(engine.partitions, config.ema), guard=guard, goodput=goodput)
+
+
+def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
+    """Raises ConfigError if DeepSpeed would add up micro-batches in bf16."""
+    steps = config.grad_accum_steps(world.size)
+    if config.deepspeed.zero_stage == 0 and precision == "bf16" and steps > 1:
+        raise ConfigError(
+            f"deepspeed.zero_stage=0 with bf16 sums the gradients of {steps} micro-batches in bf16; set "
+            f"deepspeed.zero_stage=1, deepspeed.precision=fp32, or a batch.micro_batch_size {steps} times as large"
+        )
+
+
+def build_engine(
+    config: RunConfig,
+    normalise: Normalise,
+    world: World,
+    precision: str,
+    is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = is_good,
+) -> Engine:
+    """The model, initialised from the run's seed alone, the objective around it, and DeepSpeed around both.
+
+    `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite.
+    """
+    # The model and its loss.
+    kind = kind_of(config)
+    torch.manual_seed(config.run.seed)
+    model = kind.build_model(config)
+    objective = kind.objective(model, normalise, config, precision)
+
+    # Weight decay is for the matrices of linear layers alone.
+    decay, no_decay = weight_decay_groups(model)
+    groups = [
+        {"params": decay, "weight_decay": config.optim.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    return Engine(objective, model, groups, config, world, precision, is_good)
+
+
+def open_store(
+    config: RunConfig,
+    world: World,
+    inputs: Inputs,
+    directory: RunDirectory,
+    run_id: str,
+    *,
+    allow_new_data: bool,
+    adopt: bool,
+) -> CheckpointStore:
+    """The checkpoints of the run; none is committed any more once another attempt has taken the directory over."""
+    return CheckpointStore(
+        config,
+        world,
+        inputs.identity,
+        run_id=run_id,
+        still_ours=directory.is_ours,
+        allow_new_data=allow_new_data,
+        adopt=adopt,
+    )
+
+
+def open_reader(
+    config: RunConfig, world: World, stream: SampleStream, position: int, stop: StopRequest, phases: Phases
+) -> StepReader:
+    """The samples of the run from `position` on. Raises on all ranks where one cannot open them."""
+
+    def open_at(position: int) -> SampleLoader:
+        return world.together(lambda: open_loader(config, world, stream, position))
+
+    return StepReader(config=config, world=world, open_loader=open_at, position=position, stop=stop, phases=phases)
 
 
 def open_record(
@@ -207,125 +328,22 @@ def open_record(
     return writer
 
 
-def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
-    """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
-    # The nodes are fit, and see the same data.
-    data = check_nodes(config, world)
-
-    # The order of the samples; and a checkpoint of another run, if one is to be adopted.
-    stream = world.together(lambda: open_stream(config, data))
-    if adopt:
-        world.on_first_rank(lambda: check_adoption(config))
-
-    # The autoencoder, and what must be the same on all ranks.
-    precision = config.precision_on(world.device.type)
-    codec = world.together(lambda: run_codec(config, data, world, precision))
-    identity = run_identity(config, data, stream, codec)
-    agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
-    return Inputs(data, stream, codec, precision, identity)
-
-
-def check_adoption(config: RunConfig) -> None:
-    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
-    # There is one: nothing to say.
-    with contextlib.closing(open_storage(config)) as storage:
-        if storage.committed():
-            return
-        where = storage.where
-
-    # Looks in the folder above, and in the folders beside: the usual mistakes.
-    near: list[str] = []
-    if not is_remote(where):
-        above = local_path(where).parent
-        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
-        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
-
-    # The user has to know where this run looks, and where else there is something.
-    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
-    wrong = "checkpoint.dir, run.dir or run.name"
-    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
-
-
-def open_store(
-    config: RunConfig,
-    world: World,
-    inputs: Inputs,
-    directory: RunDirectory,
-    run_id: str,
-    *,
-    allow_new_data: bool,
-    adopt: bool,
-) -> CheckpointStore:
-    """The checkpoints of the run; none is committed any more once another attempt has taken the directory over."""
-    return CheckpointStore(
-        config,
-        world,
-        inputs.identity,
-        run_id=run_id,
-        still_ours=directory.is_ours,
-        allow_new_data=allow_new_data,
-        adopt=adopt,
-    )
-
-
-def open_reader(
-    config: RunConfig, world: World, stream: SampleStream, position: int, stop: StopRequest, phases: Phases
-) -> StepReader:
-    """The samples of the run from `position` on. Raises on all ranks where one cannot open them."""
-
-    def open_at(position: int) -> SampleLoader:
-        return world.together(lambda: open_loader(config, world, stream, position))
-
-    return StepReader(config=config, world=world, open_loader=open_at, position=position, stop=stop, phases=phases)
-
-
-def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
-    """The config's autoencoder: on every rank's device if it encodes images, else on rank 0 alone, to be compared."""
-    if data.encoder is not None and not world.is_first:
+def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
+    """Rank 0: what draws the previews, or None for a run without any."""
+    if config.sample.every_samples == 0 or not config.log.tensorboard:
         return None
-
-    # Only the one that encodes during training has to be fast.
-    encodes = data.encoder is None
-    dtype = torch.bfloat16 if encodes and precision == "bf16" else torch.float32
-    codec = open_codec(config.vae, world.device if encodes else "cpu", dtype)
-    check_codec(config, data, codec)
-    return codec
+    return factory(config, cast(LatentCodec, codec), world.device)
 
 
-def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
-    """Raises ConfigError if DeepSpeed would add up micro-batches in bf16."""
-    steps = config.grad_accum_steps(world.size)
-    if config.deepspeed.zero_stage == 0 and precision == "bf16" and steps > 1:
-        raise ConfigError(
-            f"deepspeed.zero_stage=0 with bf16 sums the gradients of {steps} micro-batches in bf16; set "
-            f"deepspeed.zero_stage=1, deepspeed.precision=fp32, or a batch.micro_batch_size {steps} times as large"
-        )
-
-
-def build_engine(
-    config: RunConfig,
-    normalise: Normalise,
-    world: World,
-    precision: str,
-    is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = is_good,
-) -> Engine:
-    """The model, initialised from the run's seed alone, the objective around it, and DeepSpeed around both.
-
-    `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite.
-    """
-    # The model and its loss.
-    kind = kind_of(config)
-    torch.manual_seed(config.run.seed)
-    model = kind.build_model(config)
-    objective = kind.objective(model, normalise, config, precision)
-
-    # Weight decay is for the matrices of linear layers alone.
-    decay, no_decay = weight_decay_groups(model)
-    groups = [
-        {"params": decay, "weight_decay": config.optim.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-    return Engine(objective, model, groups, config, world, precision, is_good)
+def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) -> Counters:
+    """What these parts have counted so far."""
+    return Counters(
+        data_wait_seconds=reader.wait_seconds,
+        stall_seconds=store.stall_seconds,
+        checkpoint_failures=store.failures,
+        skipped_steps=guard.history.skipped,
+        downloads=reader.traffic(),
+    )
 
 
 def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
@@ -368,21 +386,3 @@ def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderId
     if encoder is not None:
         facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
     return {key: json.dumps(value) for key, value in facts.items()}
-
-
-def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
-    """Rank 0: what draws the previews, or None for a run without any."""
-    if config.sample.every_samples == 0 or not config.log.tensorboard:
-        return None
-    return factory(config, cast(LatentCodec, codec), world.device)
-
-
-def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) -> Counters:
-    """What these parts have counted so far."""
-    return Counters(
-        data_wait_seconds=reader.wait_seconds,
-        stall_seconds=store.stall_seconds,
-        checkpoint_failures=store.failures,
-        skipped_steps=guard.history.skipped,
-        downloads=reader.traffic(),
-    )
