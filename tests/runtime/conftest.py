@@ -1,4 +1,6 @@
-"""A bucket on a real S3 server, with little patience."""
+"""A bucket on a real S3 server, with little patience; and a real disk that is soon full."""
+
+import subprocess
 
 import pytest
 
@@ -12,3 +14,17 @@ __all__ = ["object_store", "s3_server"]
 def bucket(object_store, monkeypatch):
     monkeypatch.setattr(checkpoint_bucket, "RetryPolicy", lambda: QUICK)
     return object_store
+
+
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A folder on a disk of its own. `request.param`: the size of the disk, as mount takes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"NOT RUN, no small disk can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    # lazily: a run may still have files open
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -17,18 +16,7 @@ from tests.runtime.checkpoint.worlds import BATCH, Ranks, State, load, make_conf
 SHAPES = {"a": (500, 1000)}  # 8 MB for four kinds
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """20 MiB: two checkpoints and no third."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"NOT RUN, no small disk can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["20m"], indirect=True)  # two checkpoints and no third
 def test_a_full_disk(small_disk, tmp_path, capsys):
     config = make_config(tmp_path, dir=str(small_disk), keep=3)
     folder = small_disk / "tiny"

@@ -207,18 +207,7 @@ def test_scores_are_written_next_to_the_curves(directory):
     assert "eval/samples" not in board(directory).Tags()["scalars"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real disk of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here: " + mounted.stderr.decode().strip())
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["256k"], indirect=True)
 def test_a_real_disk_that_fills_up_and_is_cleared_again(small_disk, monkeypatch, capfd):
     monkeypatch.setattr(event_file, "RETRY_SECONDS", 0.0)
     directory = start(RunDirectory(small_disk / "run"))
