@@ -8,6 +8,7 @@ import argparse
 import ast
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 420  # for the tests of one mutant; a mutant that hangs is a dead one
+HANGS = f"no end in {SECONDS} s"
 SWAPPED = {
     ast.Lt: "<=",
     ast.LtE: "<",
@@ -32,6 +34,8 @@ SWAPPED = {
     ast.And: "or",
     ast.Or: "and",
 }
+SHARD = ["tests/data/shards/test_read.py", "tests/data/shards/test_damage.py", "tests/data/test_corruptions.py"]
+CHECKPOINT = [f"tests/runtime/checkpoint/test_{part}.py" for part in ("store", "overlap", "names", "retention", "room")]
 # The core, by room, with the tests that are to notice a change in it.
 CORE = {
     "ecar_dist/flow/*.py": ["tests/flow", "tests/train/test_objective.py", "tests/sample"],
@@ -49,15 +53,15 @@ CORE = {
     "ecar_dist/train/guard.py": ["tests/train/test_guard.py", "tests/train/test_roll_back.py"],
     "ecar_dist/data/order/*.py": ["tests/data/order", "tests/data/test_loader.py"],
     "ecar_dist/data/loader.py": ["tests/data/test_loader.py", "tests/train/test_reader.py"],
-    "ecar_dist/data/shards/layout.py": ["tests/data/shards", "tests/data/test_golden.py"],
+    "ecar_dist/data/shards/layout.py": [*SHARD, "tests/data/test_golden.py"],
     "ecar_dist/data/shards/manifest.py": ["tests/data/shards/test_manifest.py", "tests/data/test_golden.py"],
-    "ecar_dist/data/shards/read.py": ["tests/data/shards", "tests/data/test_golden.py"],
+    "ecar_dist/data/shards/read.py": [*SHARD, "tests/data/test_golden.py"],
     "ecar_dist/data/shards/tar_index.py": ["tests/data/shards/test_tar_index.py", "tests/data/test_corruptions.py"],
     "ecar_dist/runtime/engine.py": ["tests/runtime/test_engine.py", "tests/train/test_zero_matrix.py"],
     "ecar_dist/runtime/ema.py": ["tests/runtime/test_ema.py"],
-    "ecar_dist/runtime/checkpoint/store.py": ["tests/runtime/checkpoint"],
-    "ecar_dist/runtime/checkpoint/save.py": ["tests/runtime/checkpoint"],
-    "ecar_dist/runtime/checkpoint/restore.py": ["tests/runtime/checkpoint"],
+    "ecar_dist/runtime/checkpoint/store.py": CHECKPOINT,
+    "ecar_dist/runtime/checkpoint/save.py": CHECKPOINT,
+    "ecar_dist/runtime/checkpoint/restore.py": CHECKPOINT,
 }
 
 
@@ -101,22 +105,37 @@ def all_sites():
     return [site for path in sorted(found) for site in found[path]]
 
 
-def killed(tree, path, line, begin, end, text, tests):
-    """Whether a test fails, or cannot end, in a copy of the tree with this one change."""
-    target = tree / path.relative_to(ROOT)
+def change(tree, path, line, begin, end, text):
+    """Write one file into the copy of the tree with this one change."""
     lines = path.read_text().splitlines(keepends=True)
     row = lines[line - 1].encode()
     lines[line - 1] = (row[:begin] + text.encode() + row[end:]).decode()
-    target.write_text("".join(lines))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slurm", *tests]
+    (tree / path.relative_to(ROOT)).write_text("".join(lines))
+
+
+def first_failure(tree, tests):
+    """The first test that fails in a copy of the tree, None if all pass, HANGS if they do not end."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "not slurm", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: it would stay open while a server of a test lives
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        try:
+            status = subprocess.run(command, cwd=tree, env=environment, timeout=SECONDS, **streams).returncode
+        except subprocess.TimeoutExpired:
+            return HANGS
+        output.seek(0)
+        named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output.read(), re.MULTILINE)
+    return None if status == 0 else named[1] if named else tests[0]
+
+
+def killer(tree, mutant):
+    """The test that notices a mutant; None if it survives."""
+    path, *site, tests = mutant
+    change(tree, path, *site)
     try:
-        return subprocess.run(command, cwd=tree, env=environment, timeout=SECONDS, **quiet).returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+        return first_failure(tree, tests)
     finally:
-        shutil.copy(path, target)
+        shutil.copy(path, tree / path.relative_to(ROOT))
 
 
 def main():
@@ -132,17 +151,24 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "demo"))
-        dead = 0
-        for path, line, begin, end, text, tests in chosen:
+        killers = []
+        for mutant in chosen:
+            path, line, begin, end, text, _ = mutant
             row = path.read_text().splitlines()[line - 1]
-            mutant = f"{path.relative_to(ROOT)}:{line}: {row.strip()}  [{row.encode()[begin:end].decode()} -> {text}]"
+            shown = f"{path.relative_to(ROOT)}:{line}: {row.strip()}  [{row.encode()[begin:end].decode()} -> {text}]"
             if options.list:
-                print(mutant)
+                print(shown)
                 continue
-            died = killed(tree, path, line, begin, end, text, tests)
-            dead += died
-            print("killed  " if died else "SURVIVED", mutant, flush=True)
-    print(f"{dead} of {len(chosen)} mutants killed, of {len(found)} places in {len({one[0] for one in found})} files")
+            failed = killer(tree, mutant)
+            killers += [failed] if failed else []
+            print(f"killed   {shown}  by {failed}" if failed else f"SURVIVED {shown}", flush=True)
+
+        # a test that also fails without a mutant has not noticed one
+        noticing = sorted({failed for failed in killers if failed != HANGS})
+        if noticing and (failed := first_failure(tree, noticing)):
+            raise SystemExit(f"{failed} fails without a mutant too: make it pass, then count again")
+    files = len({path for path, *_ in found})
+    print(f"{len(killers)} of {len(chosen)} mutants killed, of {len(found)} places in {files} files")
 
 
 if __name__ == "__main__":
