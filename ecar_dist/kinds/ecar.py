@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from ecar_dist.kinds.activations import (
+    Activations,
+    number_bytes,
+    transformer_activations,
+    velocity_activations,
+)
 from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_calls, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import ParameterCount, linear, transformer_parameters, velocity_parameters
@@ -53,6 +59,21 @@ class EcarKind(StagedKind):
         stage_tokens = config.stage_tokens
         flow = sum(velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens) for tokens in stage_tokens)
         return TRAINING_PASSES * (ar_macs(preset, stage_tokens, channels, feeds_state=_feeds_state(config)) + flow)
+
+    def activations(self, config: RunConfig, precision: str) -> Activations:
+        """The AR transformer on all stages at once, its token maps, and the velocity network at every stage."""
+        preset = preset_of(config)
+        channels = config.token_channels
+        stage_tokens = config.stage_tokens
+        tokens = sum(stage_tokens)
+        width = preset.ar_width
+        number = number_bytes(precision)
+
+        # AR transformer: its conditioning is the class; W_in has the contexts, W_m the token maps.
+        ar = transformer_activations(tokens, width, preset.ar_depth, preset.ar_heads, "shared", precision, causal=True)
+        contexts = sum(stage_tokens[1:]) * channels * number if _feeds_state(config) else 0
+        ends = Activations(rest=width * number + contexts + tokens * width * number)
+        return ar + ends + velocity_activations(preset, stage_tokens, channels, precision)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """Eq. (19): the token map of every stage, then the velocity calls under it.

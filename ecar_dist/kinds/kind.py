@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.flow.guidance import stage_guidance_scales
+from ecar_dist.kinds.activations import Activations
 from ecar_dist.kinds.flops import guidance_passes, velocity_calls
 from ecar_dist.kinds.parameters import ParameterCount
 
@@ -54,6 +55,10 @@ class Kind(ABC):
     @abstractmethod
     def training_macs(self, config: RunConfig) -> int:
         """Multiply-adds of forward and backward for one image."""
+
+    @abstractmethod
+    def activations(self, config: RunConfig, precision: str) -> Activations:
+        """What one image keeps for the backward pass; `precision` is "fp32" or "bf16"."""
 
     @abstractmethod
     def sampling_macs(self, config: RunConfig) -> int:

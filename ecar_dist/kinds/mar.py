@@ -7,6 +7,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
+from ecar_dist.kinds.activations import (
+    FP32,
+    NORM_ROW,
+    Activations,
+    number_bytes,
+    time_embedding_bytes,
+    transformer_activations,
+)
 from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, guidance_passes, time_macs, velocity_calls
 from ecar_dist.kinds.kind import Kind
 from ecar_dist.kinds.parameters import (
@@ -83,6 +91,27 @@ class MarKind(Kind):
         velocity = mar_head_macs(size, channels) + time_macs(size.width)
         forward = mar_trunk_macs(size, tokens, channels) + config.flow.token_draws * tokens * velocity
         return TRAINING_PASSES * forward
+
+    def activations(self, config: RunConfig, precision: str) -> Activations:
+        """The trunk on all tokens, and the head on every draw of every token."""
+        size = masked_size_of(config)
+        channels = config.token_channels
+        tokens = config.stage_tokens[-1]
+        width = size.width
+        number = number_bytes(precision)
+
+        # Trunk: its operands are the tokens, the mask, the class, and in W_c the output.
+        trunk = transformer_activations(tokens, width, size.depth, size.heads, "shared", precision)
+        ends = tokens * ((channels + width) * number + 1) + width * number
+
+        # Head, per draw: projections, the conditioning and its time, the last norm with its adaLN, and the errors.
+        draw = number * (channels + width) + FP32 * channels
+        draw += time_embedding_bytes(width, precision) + width * number
+        draw += 2 * FP32 * width + NORM_ROW + 2 * width * number
+        # A block: its norm, the operands of its two layers and of its adaLN, its output, gate and 1 + scale.
+        block = 2 * FP32 * width + NORM_ROW + (4 + 1 + 3 + 1) * width * number
+        head = config.flow.token_draws * tokens * (draw + size.head_depth * block)
+        return trunk + Activations(rest=ends + head)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """A trunk pass in each step, and the velocity calls of the tokens that the step draws.

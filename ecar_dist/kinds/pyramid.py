@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ecar_dist.kinds.activations import Activations, velocity_activations
 from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_calls, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import ParameterCount, velocity_parameters
@@ -34,6 +35,10 @@ class PyramidKind(StagedKind):
         preset = preset_of(config)
         channels = config.token_channels
         return TRAINING_PASSES * sum(velocity_macs(preset, tokens, channels) for tokens in config.stage_tokens)
+
+    def activations(self, config: RunConfig, precision: str) -> Activations:
+        """The velocity network at every stage."""
+        return velocity_activations(preset_of(config), config.stage_tokens, config.token_channels, precision)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """Eq. (19) without its AR terms."""

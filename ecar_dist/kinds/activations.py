@@ -1,0 +1,110 @@
+"""Bytes that the forward pass keeps for the backward pass, in closed form: the terms that several kinds share.
+
+Counted per image, as autograd saves them on a GPU with fused attention and fused RMS norm. Each tensor counts once,
+and parameters do not count. On a CPU the RMS norm is not fused, and keeps 8 bytes more per token and width. Residuals,
+layer norms and the loss are fp32. Inputs and outputs of matrix products have the precision of the run. In bf16 the
+weights are bf16 too, so autocast keeps no copies of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ecar_dist.kinds.parameters import SINUSOID_WIDTH
+from ecar_dist.kinds.presets import AdaLNKind, Preset
+
+FP32 = 4
+NORM_ROW = 2 * FP32  # mean and 1 / std of a token
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per image.
+
+    blocks: all transformer blocks.
+    block_inputs: what remains of them when blocks are recomputed.
+    largest_block: the block that keeps the most; a recomputed block is kept for its own backward pass.
+    rest: embeddings, projections, heads and loss.
+    """
+
+    blocks: int = 0
+    block_inputs: int = 0
+    largest_block: int = 0
+    rest: int = 0
+
+    def __add__(self, other: Activations) -> Activations:
+        return Activations(
+            self.blocks + other.blocks,
+            self.block_inputs + other.block_inputs,
+            max(self.largest_block, other.largest_block),
+            self.rest + other.rest,
+        )
+
+
+def number_bytes(precision: str) -> int:
+    """Bytes of an operand of a matrix product; `precision` is `bf16` or `fp32`."""
+    return 2 if precision == "bf16" else 4
+
+
+def block_bytes(tokens: int, width: int, heads: int, adaln: AdaLNKind, precision: str, *, causal: bool) -> int:
+    """One block of models/transformer.py; `causal` for the block-causal attention, which joins one call a stage."""
+    number = number_bytes(precision)
+
+    # Modulated norms: the residual, the normalised residual, and the operand that is made of it.
+    norms = 2 * (2 * FP32 + number)
+    # Attention: qkv, normalised q and k, what the heads return, the projection. In bf16 the q and k norms keep fp32.
+    attention = (3 + 2 + 1 + 1) * number + (2 * FP32 if number < FP32 else 0)
+    joined = number if causal else 0
+    # MLP: before and after the GELU, and the output.
+    mlp = (4 + 4 + 1) * number
+
+    # Per token: the statistics of the two norms; per head those of the q and k norms and of the softmax.
+    rows = 2 * NORM_ROW + 3 * heads * FP32
+    # Per image: the six modulation vectors, 1 + scale of both norms; the operand of the block's own adaLN matrix.
+    modulation = (6 + 2 + (1 if adaln == "per_block" else 0)) * number
+    return tokens * ((norms + attention + joined + mlp) * width + rows) + modulation * width
+
+
+def transformer_activations(
+    tokens: int,
+    width: int,
+    depth: int,
+    heads: int,
+    adaln: AdaLNKind,
+    precision: str,
+    *,
+    causal: bool = False,
+) -> Activations:
+    """The blocks, the modulated norm at the end and its adaLN. The conditioning itself is the caller's."""
+    number = number_bytes(precision)
+    block = block_bytes(tokens, width, heads, adaln, precision, causal=causal)
+
+    # Recomputation keeps the residual in front of each block, and the shared modulation.
+    inputs = depth * tokens * width * FP32 + (6 * width * number if adaln == "shared" else 0)
+    # The head's norm and adaLN, and the operand of the shared adaLN matrix.
+    vectors = 2 + (1 if adaln == "shared" else 0)
+    head = tokens * (2 * FP32 * width + NORM_ROW) + vectors * width * number
+    return Activations(depth * block, inputs, block, head)
+
+
+def time_embedding_bytes(width: int, precision: str) -> int:
+    """The sinusoid and the two operands behind it."""
+    return (SINUSOID_WIDTH + 2 * width) * number_bytes(precision)
+
+
+def velocity_activations(
+    preset: Preset, stage_tokens: Sequence[int], token_channels: int, precision: str
+) -> Activations:
+    """The velocity network at all stages, without a condition, and the loss."""
+    number = number_bytes(precision)
+    width = preset.flow_width
+    total = Activations()
+    for tokens in stage_tokens:
+        total += transformer_activations(
+            tokens, width, preset.flow_depth, preset.flow_heads, preset.flow_adaln, precision
+        )
+        # Operands of the projections in and out, the errors, and the conditioning vector.
+        ends = tokens * (token_channels * (number + FP32) + width * number)
+        total += Activations(rest=ends + width * number + time_embedding_bytes(width, precision))
+    return total
