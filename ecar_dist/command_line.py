@@ -54,6 +54,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{printable(redact_text(text), 30)} is not a finite number above 0")
+    return value
+
+
 def counted(number: int, thing: str) -> str:
     """`1 rank`, `1,200 ranks`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

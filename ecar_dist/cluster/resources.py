@@ -1,4 +1,4 @@
-"""The nodes and GPUs of a training, and whether the config fits them: the batch, and the memory of the devices."""
+"""The nodes and GPUs of a training, and the numbers of nodes that its batch divides on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from ecar_dist.cluster.job_script import Options, parse_option
 from ecar_dist.config.batch import divides, mismatch
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.kinds.table import kind_of
-from ecar_dist.plan.memory import ModelState, model_state
-from ecar_dist.plan.report import plan_lines
-from ecar_dist.runtime.devices import device_memory
 
 # Options of sbatch that the plan depends on -> the option of `submit` to use instead.
 _INSTEAD_OF = {
@@ -108,49 +104,10 @@ def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node
     raise ConfigError(f"on {given} nodes of {ranks_per_node} ranks: {problem}, or use another number of nodes or ranks")
 
 
-def fitness_lines(config: RunConfig, resources: Resources, device: str | None) -> list[str]:
-    """The plan of the run on these nodes.
+def startable_counts(config: RunConfig, resources: Resources) -> list[int]:
+    """Numbers of nodes that the run may start on, in increasing order.
 
-    Raises ConfigError if the batch does not divide on them, or if the model's state does not fit in device memory.
+    Raises ConfigError if the full number of nodes is not among them.
     """
-    # The batch must divide on the full number of nodes. For a range, the other numbers that it divides on are listed.
-    ranks = resources.ranks
-    usable_counts(config, resources.nodes, resources.nodes, ranks)
-    counts = usable_counts(config, resources.fewest, resources.nodes, ranks)
-
-    # ZeRO shards the state over all ranks, so each device needs the most memory on the fewest nodes.
-    if device is not None:
-        _check_memory(config, counts[0] * ranks, device)
-    given = f"{resources.nodes}" if len(counts) == 1 else f"{resources.fewest} to {resources.nodes}"
-    return [
-        f"nodes: {given} requested, runs on {', '.join(map(str, counts))} with {ranks} ranks each",
-        *plan_lines(config, resources.nodes * ranks, device),
-    ]
-
-
-def _check_memory(config: RunConfig, world_size: int, device: str) -> None:
-    memory = device_memory(device)
-    if memory is None:
-        return  # plan_lines refuses an unknown device
-
-    # Higher ZeRO stages shard more of the state.
-    chosen = config.deepspeed.zero_stage
-    needed = {zero_stage: _device_bytes(config, world_size, zero_stage) for zero_stage in range(chosen, 4)}
-    if needed[chosen] <= memory:
-        return
-
-    # The lowest stage that fits costs the least communication.
-    fitting = [f"deepspeed.zero_stage={zero_stage}" for zero_stage, state in needed.items() if state <= memory]
-    fix = fitting[0] if fitting else "more nodes, or a smaller model.preset"
-    raise ConfigError(
-        f"the model's state is {needed[chosen] / 2**30:.3g} GiB per rank at zero_stage {chosen} on {world_size} ranks, "
-        f"{device.upper()} has {memory / 2**30:.3g} GiB; use {fix}"
-    )
-
-
-def _device_bytes(config: RunConfig, world_size: int, zero_stage: int) -> int:
-    """Bytes of the model's state on each device, without what is offloaded to the host."""
-    precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
-    state: ModelState = model_state(kind_of(config).parameters(config).total, world_size, zero_stage, precision)
-    offloaded = (state.optimizer + state.ema) * config.deepspeed.offload_optimizer
-    return state.total - offloaded - state.weights * config.deepspeed.offload_params
+    usable_counts(config, resources.nodes, resources.nodes, resources.ranks)
+    return usable_counts(config, resources.fewest, resources.nodes, resources.ranks)

@@ -70,7 +70,7 @@ def _add_resources(command: argparse.ArgumentParser) -> None:
         help="time limit of one job as HH:MM:SS, e.g. 12:00:00; a requeued job continues (default: as in train.sbatch)",
     )
     command.add_argument(
-        "--device", help="GPU model (A100, H100, H200) to check memory and estimate the time for (default: neither)"
+        "--device", help="GPU model (A100, H100, H200) to check memory and forecast the time on (default: neither)"
     )
 
 
@@ -153,7 +153,7 @@ def _job(text: str) -> str:
 
 
 def submit(parsed: argparse.Namespace) -> int:
-    from ecar_dist.cluster.resources import fitness_lines
+    from ecar_dist.cluster.fitness import fitness_lines
     from ecar_dist.cluster.slurm import require_slurm
     from ecar_dist.cluster.submission import dry_run_text, submitted_lines
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, positive, say, status_of
+from ecar_dist.command_line import EX_TEMPFAIL, AddCommand, above_zero, positive, say, status_of
 from ecar_dist.commands.run_config import add_config, is_first, load_run_config
 from ecar_dist.config.batch import divides
 from ecar_dist.config.read import shown_config
@@ -43,7 +43,15 @@ def add_commands(add: AddCommand) -> None:
         "--world-size", type=positive, help="number of ranks (default: 8, or as many as the batch divides on)"
     )
     planning.add_argument(
-        "--device", help="GPU model (A100, H100, H200) to estimate the time on (default: no estimate)"
+        "--device", help="GPU model (A100, H100, H200) to check memory and forecast the time on (default: neither)"
+    )
+    planning.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs of each node (default: 8)")
+    planning.add_argument(
+        "--bandwidth",
+        type=above_zero,
+        default=50.0,
+        metavar="GB/S",
+        help="rate between nodes in GB/s per GPU (default: 50, one 400 Gb/s adapter for each)",
     )
     training.add_argument(
         "--new-data-order", action="store_true", help="resume although the data or its order has changed"
@@ -103,7 +111,8 @@ def plan(parsed: argparse.Namespace) -> int:
     config = load_run_config(parsed)
     shares = config.batch.global_batch_size // config.batch.micro_batch_size
     ranks = parsed.world_size or max(ranks for ranks in (1, 2, 4, 8) if shares % ranks == 0)
-    print("\n".join(plan_lines(config, ranks, parsed.device)))
+    lines = plan_lines(config, ranks, parsed.device, gpus_per_node=parsed.gpus_per_node, bandwidth=parsed.bandwidth)
+    print("\n".join(lines))
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Bytes of model state per rank, and of a checkpoint.
+"""Bytes on a device and in host memory, as DeepSpeed 0.19 lays them out with the settings of runtime/engine.py.
 
-ZeRO (Rajbhandari et al., arXiv 1910.02054): mixed-precision Adam holds 2 bytes of weights, 2 of gradients and 12 of
-optimizer state (fp32 master weights and two moments) per parameter; stage 1 divides the optimizer state over the ranks,
-stage 2 the gradients too, stage 3 the weights too. The fp32 EMA, 4 bytes, is divided like the optimizer state.
-Activations, communication buckets and the allocator's overhead are not estimated.
+ZeRO (Rajbhandari et al., arXiv 1910.02054) divides optimizer state (stage 1), gradients (2) and weights (3) over the
+ranks. Four things differ from the paper's 16 bytes per parameter. Gradients are added up in fp32. Stage 1 in bf16 keeps
+them in full on every rank, beside the bf16 gradients. The EMAs are divided like the optimizer state. And weights that
+several stages use keep a full gradient until the backward pass of the first stage is done.
 """
 
 from __future__ import annotations
@@ -11,14 +11,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MOMENT_BYTES = 8  # two fp32 Adam moments
-EMA_BYTES = 4
-CHECKPOINT_BYTES = 4 + MOMENT_BYTES + EMA_BYTES  # fp32 master weights, moments, EMA
+from ecar_dist.config.run import RunConfig
+from ecar_dist.kinds.table import kind_of
+from ecar_dist.plan.activations import activation_bytes
+from ecar_dist.runtime.devices import Device
+
+FP32 = 4
+MOMENTS = 2  # of AdamW
+
+# DeepSpeed's defaults, in parameters.
+BUCKET = 500_000_000  # reduce_bucket_size
+LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters
+PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
+UNSHARDED_BUCKET = 500_000_000  # of the all-reduce of stages 0 and 1
+
+# CUDA context, NCCL and libraries. For fragmentation there is no further term: a device of N GB reports about N GiB,
+# which is 7 % more than is counted here.
+RESERVE = 3 << 29
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes per rank."""
+    """Bytes per rank, between the last backward pass of a step and its optimizer step."""
 
     weights: int
     gradients: int
@@ -30,27 +44,149 @@ class ModelState:
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
-def model_state(num_parameters: int, world_size: int, zero_stage: int, precision: str) -> ModelState:
-    """State of one rank; `precision` is `bf16` or `fp32`.
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device. The backward pass and what comes after it do not overlap, so the larger one counts.
 
-    In fp32 at stage 0 the weights are their own master weights. From stage 1 on, DeepSpeed keeps a partitioned fp32
-    copy as well.
+    backward: gradients that are not reduced yet, buckets, gathered weights.
+    image: activations of one image.
+    after: copies in the optimizer step, or the preview's model.
     """
+
+    state: ModelState
+    backward: int
+    image: int
+    after: int
+
+    def total(self, micro_batch: int) -> int:
+        return self.state.total + max(self.backward + self.image * micro_batch, self.after)
+
+    def largest_micro_batch(self, capacity: int) -> int:
+        """The most images of a micro-batch that `capacity` bytes suffice for; 0 where nothing fits."""
+        if self.total(0) > capacity:
+            return 0
+        return (capacity - self.state.total - self.backward) // self.image
+
+
+def capacity(device: Device) -> int:
+    """Bytes of a device that a training can use."""
+    return device.memory - RESERVE
+
+
+def precision_of(config: RunConfig) -> str:
+    """The precision on a GPU: `bf16` or `fp32`."""
+    return config.precision_on("cuda")
+
+
+def zero_setting(config: RunConfig, name: str, default: int) -> int:
+    """A number of DeepSpeed's section zero_optimization, which `deepspeed.raw` may set."""
+    value = (config.deepspeed.raw.get("zero_optimization") or {}).get(name, default)
+    return int(value) if isinstance(value, int | float) else default
+
+
+def overlaps(config: RunConfig, zero_stage: int) -> bool:
+    """Whether communication runs beside compute: DeepSpeed's default is True for ZeRO-3 alone."""
+    return bool(zero_setting(config, "overlap_comm", zero_stage == 3))
+
+
+def num_emas(config: RunConfig) -> int:
+    return len(config.ema.half_life_samples) + len(config.ema.sigma_rel)
+
+
+def model_state(num_parameters: int, world_size: int, zero_stage: int, precision: str, emas: int = 1) -> ModelState:
+    """State of one rank; `precision` is `bf16` or `fp32`."""
 
     def share(bytes_each: int, *, divided_from: int) -> int:
         return bytes_each * math.ceil(num_parameters / (world_size if zero_stage >= divided_from else 1))
 
-    # Bytes of a weight or gradient, and of its fp32 master copy.
-    width = 2 if precision == "bf16" else 4
-    master = 0 if precision == "fp32" and zero_stage == 0 else 4
+    # Gradients: those of the backward pass, or the fp32 sums of micro-batches; ZeRO-1 in bf16 has both in full.
+    number = 2 if precision == "bf16" else 4
+    gradient = number if zero_stage == 0 else FP32
+    if zero_stage == 1 and precision == "bf16":
+        gradient += number
+
+    # Without ZeRO, in fp32, the weights are their own master weights.
+    master = 0 if precision == "fp32" and zero_stage == 0 else FP32
     return ModelState(
-        weights=share(width, divided_from=3),
-        gradients=share(width, divided_from=2),
-        optimizer=share(master + MOMENT_BYTES, divided_from=1),
-        ema=share(EMA_BYTES, divided_from=1),
+        weights=share(number, divided_from=3),
+        gradients=share(gradient, divided_from=2),
+        optimizer=share(master + MOMENTS * FP32, divided_from=1),
+        ema=share(emas * FP32, divided_from=1),
     )
 
 
-def checkpoint_bytes(num_parameters: int) -> int:
-    """A checkpoint of all ranks: 16 bytes per parameter at any ZeRO stage and precision."""
-    return CHECKPOINT_BYTES * num_parameters
+def device_memory(
+    config: RunConfig, world_size: int, *, zero_stage: int, compiled: bool, recompute: bool
+) -> DeviceMemory:
+    """What a training needs on each device, by the config but for the three settings that are given."""
+    precision = precision_of(config)
+    parameters = kind_of(config).parameters(config)
+    state = model_state(parameters.total, world_size, zero_stage, precision, num_emas(config))
+    return DeviceMemory(
+        _without_offload(config, state, zero_stage),
+        _backward_bytes(config, zero_stage, precision),
+        activation_bytes(config, precision, compiled=compiled, recompute=recompute),
+        _after_bytes(config, world_size, zero_stage, precision),
+    )
+
+
+def _without_offload(config: RunConfig, state: ModelState, zero_stage: int) -> ModelState:
+    """DeepSpeed offloads gradients that it has divided together with the optimizer state."""
+    to_host = config.deepspeed.offload_optimizer and zero_stage > 0
+    return ModelState(
+        weights=0 if config.deepspeed.offload_params and zero_stage == 3 else state.weights,
+        gradients=0 if to_host and zero_stage >= 2 else state.gradients,
+        optimizer=0 if to_host else state.optimizer,
+        ema=0 if to_host else state.ema,
+    )
+
+
+def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
+    """Beside the activations: full gradients, buckets and gathered weights."""
+    number = 2 if precision == "bf16" else 4
+    parameters = kind_of(config).parameters(config)
+
+    # Gradients of the velocity network are added up over the stages before a hook can reduce the first of them.
+    # Without ZeRO, and in bf16 without accumulation, they are the gradients that `model_state` counts.
+    several = config.flow.num_stages > 1
+    counted = zero_stage == 0 and precision == "bf16"
+    whole = number * parameters.flow if several and not counted else 0
+
+    # ZeRO-2 fills a bucket and flattens it into another, and fills a further one meanwhile if it overlaps.
+    bucket = zero_setting(config, "reduce_bucket_size", BUCKET)
+    if zero_stage == 2:
+        filled = 2 if overlaps(config, zero_stage) else 1
+        return whole + number * (filled * bucket + min(bucket, parameters.total))
+    # ZeRO-3 has one bucket, and the weights that it has gathered.
+    if zero_stage == 3:
+        live = zero_setting(config, "stage3_max_live_parameters", LIVE_PARAMETERS)
+        live += zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH)
+        return whole + number * (bucket + min(live, parameters.total))
+    return whole
+
+
+def _after_bytes(config: RunConfig, world_size: int, zero_stage: int, precision: str) -> int:
+    """The most that the optimizer step or a preview needs, when the activations are gone."""
+    total = kind_of(config).parameters(config).total
+    number = 2 if precision == "bf16" else 4
+    partition = math.ceil(total / (world_size if zero_stage else 1))
+
+    # AdamW takes the root of its second moment for all weights at once.
+    step = 0 if config.deepspeed.offload_optimizer and zero_stage else FP32 * partition
+    # Stages 0 and 1 flatten and cast the gradients before they reduce them; stage 0 in bf16 then makes fp32 ones.
+    if zero_stage <= 1:
+        step = max(step, (number + FP32 * zero_stage) * min(total, UNSHARDED_BUCKET))
+    if zero_stage == 0 and precision == "bf16":
+        step += FP32 * total
+    # Rank 0 draws previews with fp32 weights of its own.
+    return max(step, FP32 * total if config.sample.every_samples else 0)
+
+
+def host_bytes(num_parameters: int, world_size: int, emas: int = 1) -> tuple[int, int]:
+    """Bytes in host memory of one rank: the fp32 weights while the model is built, and the copy that a save takes."""
+    return FP32 * num_parameters, math.ceil(checkpoint_bytes(num_parameters, emas) / world_size)
+
+
+def checkpoint_bytes(num_parameters: int, emas: int = 1) -> int:
+    """A checkpoint of all ranks: fp32 weights, moments and EMAs, at any ZeRO stage and precision."""
+    return FP32 * (1 + MOMENTS + emas) * num_parameters

@@ -6,24 +6,46 @@ from ecar_dist.command_line import counted
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.plan.duration import ASSUMED_MFU, training_seconds
-from ecar_dist.plan.memory import checkpoint_bytes, model_state
+from ecar_dist.plan.activations import COMPILED_SHARE, activation_bytes, compiles
+from ecar_dist.plan.communication import GPUS_PER_NODE, NODE_BANDWIDTH, step_traffic
+from ecar_dist.plan.duration import StepTime, assumptions, known_device, model_flops_utilisation, step_time
+from ecar_dist.plan.memory import (
+    RESERVE,
+    DeviceMemory,
+    capacity,
+    checkpoint_bytes,
+    device_memory,
+    host_bytes,
+    model_state,
+    num_emas,
+    precision_of,
+)
+from ecar_dist.runtime.devices import ATTAINABLE_SHARE, Device
 
 DIT_XL = {"width": 1152, "depth": 28}
 DIT_TOKENS = 256  # DiT-XL/2 at 256 x 256 pixels
 ZERO_STAGES = (0, 1, 2, 3)
+MODES = ("eager", "compiled", "recomputed")  # of the transformer blocks
 
 
-def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[str]:
-    """One fact per line. `device` is a key of PEAK_BF16_FLOPS, or None for no time estimate.
+def plan_lines(
+    config: RunConfig,
+    world_size: int,
+    device: str | None,
+    *,
+    gpus_per_node: int = GPUS_PER_NODE,
+    bandwidth: float = NODE_BANDWIDTH,
+) -> list[str]:
+    """One fact per line. `device` is a key of DEVICES, or None for neither fit nor time.
 
-    Raises ConfigError for a device without a known peak, or batch numbers that do not multiply out.
+    `bandwidth` is in GB/s per GPU between nodes. Raises ConfigError for an unknown device, or batch numbers that do not
+    multiply out.
     """
     # The sizes of the parts that this kind has.
     kind = kind_of(config)
     parameters = kind.parameters(config)
     tokens = config.stage_tokens
-    checkpoint = checkpoint_bytes(parameters.total)
+    checkpoint = checkpoint_bytes(parameters.total, num_emas(config))
     named = zip((parameters.ar, parameters.flow), kind.parts, strict=True)
     sizes = " + ".join(f"{_count(number)} {part}" for number, part in named if part)
 
@@ -34,10 +56,20 @@ def plan_lines(config: RunConfig, world_size: int, device: str | None) -> list[s
         _batch_line(config, world_size),
         _training_line(config),
         *_sampling_lines(config),
+        *_state_lines(config, parameters.total, world_size),
         *_memory_lines(config, parameters.total, world_size),
-        f"checkpoint: {_gib(checkpoint)} (fp32 weights, two moments, EMA), {config.checkpoint.keep} are kept",
+        f"checkpoint: {gib(checkpoint)} (fp32 weights, two moments, EMA), {config.checkpoint.keep} are kept",
     ]
-    return lines if device is None else [*lines, _time_line(config, world_size, device)]
+
+    # What depends on the device.
+    if device is None:
+        return lines
+    known = known_device(device)
+    return [
+        *lines,
+        *_fit_lines(config, world_size, device, known),
+        *_time_lines(config, world_size, device, known, gpus_per_node, bandwidth),
+    ]
 
 
 def _batch_line(config: RunConfig, world_size: int) -> str:
@@ -69,26 +101,118 @@ def _sampling_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> list[str]:
-    precision = "fp32" if config.deepspeed.precision == "fp32" else "bf16"
-    lines = [f"model state per rank, {counted(world_size, 'rank')}, {precision}, without activations:"]
+def _state_lines(config: RunConfig, num_parameters: int, world_size: int) -> list[str]:
+    precision = precision_of(config)
+    lines = [f"model state per rank, {counted(world_size, 'rank')}, {precision}, without activations and buckets:"]
     for zero_stage in ZERO_STAGES:
-        state = model_state(num_parameters, world_size, zero_stage, precision)
+        state = model_state(num_parameters, world_size, zero_stage, precision, num_emas(config))
         chosen = "  <- this config" if zero_stage == config.deepspeed.zero_stage else ""
         lines.append(
-            f"  zero_stage {zero_stage}: {_gib(state.total)} = weights {_gib(state.weights)} + gradients "
-            f"{_gib(state.gradients)} + optimizer {_gib(state.optimizer)} + EMA {_gib(state.ema)}{chosen}"
+            f"  zero_stage {zero_stage}: {gib(state.total)} = weights {gib(state.weights)} + gradients "
+            f"{gib(state.gradients)} + optimizer {gib(state.optimizer)} + EMA {gib(state.ema)}{chosen}"
         )
     return lines
 
 
-def _time_line(config: RunConfig, world_size: int, device: str) -> str:
-    macs = kind_of(config).training_macs(config)
-    hours = training_seconds(macs, config.train.total_samples, world_size, device) / 3600
-    return (
-        f"time: {hours:.3g} h on {world_size} x {device.upper()}, assuming {ASSUMED_MFU:.0%} of the dense bf16 peak "
-        "(an assumption, not a measurement)"
+def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> list[str]:
+    """What the backward pass adds to the state, and what the host needs."""
+    precision = precision_of(config)
+    eager, compiled, recomputed = (_kept(config, precision, mode) for mode in MODES)
+    memory = _memory(config, world_size, config.train.activation_checkpointing)
+    building, saving = host_bytes(num_parameters, world_size, num_emas(config))
+    kept = f"{gib(eager)} eager, {gib(compiled)} compiled, {gib(recomputed)} recomputed"
+    return [
+        f"activations per image, {precision}: {kept} (of compiled blocks {COMPILED_SHARE:.0%}, as one was measured)",
+        f"in the backward pass besides: {gib(memory.backward)} of unreduced gradients, buckets and gathered weights",
+        f"host memory per rank: {gib(building)} while the model is built, {gib(saving)} for the copy of a save",
+    ]
+
+
+def _kept(config: RunConfig, precision: str, mode: str) -> int:
+    return activation_bytes(config, precision, compiled=mode == "compiled", recompute=mode == "recomputed")
+
+
+def _memory(config: RunConfig, world_size: int, recompute: bool, *, compiled: bool | None = None) -> DeviceMemory:
+    return device_memory(
+        config,
+        world_size,
+        zero_stage=config.deepspeed.zero_stage,
+        compiled=compiles(config) if compiled is None else compiled,
+        recompute=recompute,
     )
+
+
+def _fit_lines(config: RunConfig, world_size: int, name: str, device: Device) -> list[str]:
+    """Whether the config fits, and the largest micro-batches that do."""
+    micro = config.batch.micro_batch_size
+    usable = capacity(device)
+    needed = _memory(config, world_size, config.train.activation_checkpointing).total(micro)
+    verdict = "fits" if needed <= usable else "does not fit"
+    largest = [
+        f"{_memory(config, world_size, mode == 'recomputed', compiled=mode == 'compiled').largest_micro_batch(usable)}"
+        f" {mode}"
+        for mode in MODES
+    ]
+    limit = f"{device.memory / 1e9:g} GB less {gib(RESERVE)} for context and libraries"
+    return [
+        f"memory at micro-batch {micro}: {gib(needed)} of {gib(usable)} on an {name.upper()} ({limit}): {verdict}",
+        f"largest micro-batch: {', '.join(largest)} (computed, not measured)",
+    ]
+
+
+def _time_lines(
+    config: RunConfig, world_size: int, name: str, device: Device, gpus_per_node: int, bandwidth: float
+) -> list[str]:
+    """Communication against compute for each ZeRO stage, then step, MFU and the length of the run."""
+    if precision_of(config) == "fp32":
+        return ["time: no forecast in fp32, whose rate on GPUs is not known here"]
+    compiled = compiles(config)
+    times = {
+        zero_stage: step_time(
+            config,
+            world_size,
+            device,
+            zero_stage=zero_stage,
+            compiled=compiled,
+            gpus_per_node=gpus_per_node,
+            bandwidth=bandwidth,
+        )
+        for zero_stage in ZERO_STAGES
+    }
+    return [
+        f"communication per step, {gpus_per_node} GPUs per node, {bandwidth:g} GB/s per GPU between nodes:",
+        *(_communication_line(config, world_size, zero_stage, time) for zero_stage, time in times.items()),
+        *_step_lines(config, world_size, name, device, times[config.deepspeed.zero_stage]),
+        f"forecast, not a measurement; assumed: {'compiled' if compiled else 'eager'} blocks; {assumptions(compiled)}",
+    ]
+
+
+def _communication_line(config: RunConfig, world_size: int, zero_stage: int, time: StepTime) -> str:
+    gigabytes = step_traffic(config, world_size, zero_stage).total / 1e9
+    chosen = "  <- this config" if zero_stage == config.deepspeed.zero_stage else ""
+    return (
+        f"  zero_stage {zero_stage}: {gigabytes:.3g} GB, {_seconds(time.communication)} beside "
+        f"{_seconds(time.compute)} of compute, {_seconds(time.exposed)} not hidden{chosen}"
+    )
+
+
+def _step_lines(config: RunConfig, world_size: int, name: str, device: Device, step: StepTime) -> list[str]:
+    """One step, its MFU by both rates, and the whole run."""
+    parts = {"compute": step.compute, "optimizer": step.optimizer, "communication": step.exposed}
+    sheet = model_flops_utilisation(config, world_size, step.total, device.peak_flops)
+    by_sheet = f"{sheet:.0%} of the data sheet's {device.peak_flops / 1e12:.0f} TFLOP/s"
+    by_attainable = f"{sheet / ATTAINABLE_SHARE:.0%} of the attainable {device.attainable_flops / 1e12:.0f}"
+    hours = config.total_steps * step.total / 3600
+    lines = [
+        f"step: {_seconds(step.total)} = {' + '.join(f'{_seconds(each)} {part}' for part, each in parts.items())}",
+        f"MFU: {by_sheet}, as perf/mfu counts, and {by_attainable}",
+        f"time: {hours:.3g} h, {hours * world_size:.3g} GPU hours on {world_size} x {name.upper()}, training alone",
+    ]
+    return [f"{line} (forecast)" for line in lines]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _compute(macs: int) -> str:
@@ -100,5 +224,5 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.4g} M"
 
 
-def _gib(number: int) -> str:
+def gib(number: int) -> str:
     return f"{number / 2**30:.3g} GiB"

@@ -1,14 +1,48 @@
-"""Peak rates of known devices. An unknown device has no MFU and no time estimate, rather than a wrong one."""
+"""What is known of GPU models. An unknown one has no MFU and no time estimate, rather than a wrong one."""
 
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense, per second, NVIDIA data sheets (SXM)
-MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141}  # GB of the largest model by its data sheet; less is free
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Dense bf16 matrix products reach 790e12 FLOP/s of the 989e12 that the data sheet of an H200 states. That was measured
+# on large square matrices. For the other models the same share is assumed.
+ATTAINABLE_SHARE = 790 / 989
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU model, by NVIDIA's data sheet of its SXM form.
+
+    peak_flops: dense bf16 FLOP/s.
+    memory: bytes.
+    memory_bandwidth: bytes/s.
+    link_bandwidth: bytes/s to the other GPUs of a node, in each direction.
+    """
+
+    peak_flops: float
+    memory: int
+    memory_bandwidth: float
+    link_bandwidth: float
+
+    @property
+    def attainable_flops(self) -> float:
+        """FLOP/s that large matrix products reach; measured on an H200 alone."""
+        return self.peak_flops * ATTAINABLE_SHARE
+
+
+DEVICES = {
+    "A100": Device(312e12, 80_000_000_000, 2.04e12, 300e9),
+    "H100": Device(989e12, 80_000_000_000, 3.35e12, 450e9),
+    "H200": Device(989e12, 141_000_000_000, 4.8e12, 450e9),
+}
+
+
+def find_device(name: str) -> Device | None:
+    """The first known device that `name` contains, e.g. "NVIDIA H200"; else None."""
+    return next((device for model, device in DEVICES.items() if model in name.upper()), None)
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """FLOP/s of the first known device that `device_name` contains, e.g. "NVIDIA H200"; else None."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name.upper()), None)
-
-
-def device_memory(device_name: str) -> int | None:
-    """Bytes of the largest model of a known device; else None."""
-    return next((gib << 30 for name, gib in MEMORY_GIB.items() if name in device_name.upper()), None)
+    """Dense bf16 FLOP/s of the data sheet, of a known device; else None."""
+    device = find_device(device_name)
+    return None if device is None else device.peak_flops

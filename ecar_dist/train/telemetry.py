@@ -219,7 +219,7 @@ class Telemetry:
         rates = self._rates(self._first, now)
         parts = [f"{rates['perf/samples_per_second']:,.0f} samples/s"]
         if "perf/mfu" in rates:
-            parts.append(f"MFU {rates['perf/mfu']:.1%}")
+            parts.append(f"MFU {rates['perf/mfu']:.1%} of the data sheet's peak")
         parts.append(f"data wait {budget.share(budget.data_wait):.1%}")
         parts.append(f"checkpoint stall {budget.shares()['checkpoint']:.1%}")
         parts += [f"goodput {share:.1%}" for share in self.goodput.values().values()]

@@ -32,7 +32,7 @@ FILE_BYTES = 1 << 27  # where cases lie in memory, this is what one can fill of 
 LIGHT = (
     "ecar_dist.cli",
     "ecar_dist.cluster.status",
-    "ecar_dist.cluster.resources",
+    "ecar_dist.cluster.fitness",
     "ecar_dist.cluster.submission",
     "ecar_dist.cluster.pipeline",
     "ecar_dist.flow.schedule",

@@ -1,16 +1,89 @@
 import pytest
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.plan.duration import ASSUMED_MFU, training_seconds
+from ecar_dist.plan.communication import bus_bandwidth, step_traffic
+from ecar_dist.plan.duration import known_device, model_flops_utilisation, step_time
+from ecar_dist.runtime.devices import ATTAINABLE_SHARE, DEVICES, find_device
+
+H100 = DEVICES["H100"]
+BATCH = {"global_batch_size": 2048, "micro_batch_size": 32}
 
 
-def test_time_is_work_over_rate():
-    macs, images = 5e11, 1000
-    assert training_seconds(macs, images, 1, "H100") == pytest.approx(2 * 5e14 / (989e12 * ASSUMED_MFU))
-    assert training_seconds(macs, images, 8, "a100") == pytest.approx(2 * 5e14 / (8 * 312e12 * ASSUMED_MFU))
+def time_of(config, world_size=64, zero_stage=2, *, compiled=False, bandwidth=50.0):
+    return step_time(
+        config,
+        world_size,
+        H100,
+        zero_stage=zero_stage,
+        compiled=compiled,
+        gpus_per_node=8,
+        bandwidth=bandwidth,
+    )
 
 
-def test_unknown_device_names_the_known_ones():
+def test_devices_are_found_by_their_full_names():
+    assert find_device("NVIDIA H200") is DEVICES["H200"]
+    assert find_device("abacus") is None
+    assert DEVICES["H200"].attainable_flops == pytest.approx(790e12)
     with pytest.raises(ConfigError, match=r"'TPU' .*A100, H100, H200") as error:
-        training_seconds(1, 1, 1, "TPU")
+        known_device("TPU")
     assert "\n" not in str(error.value)
+
+
+def test_gradients_are_reduced_once_a_step_or_at_every_micro_batch(make_config):
+    """In units of the weights in bf16, as seen by one of many ranks."""
+    config = make_config("XL", batch=BATCH)
+    unit = 2 * 911_557_168 * 15 / 16
+    traffic = [step_traffic(config, 16, zero_stage) for zero_stage in range(4)]  # four micro-batches
+    assert [each.gradients / unit for each in traffic] == pytest.approx([2, 2, 8, 4], rel=1e-4)
+    assert [each.weights / unit for each in traffic] == pytest.approx([0, 0, 0, 8], rel=1e-4)
+    assert [each.update / unit for each in traffic] == pytest.approx([0, 1, 1, 0], rel=1e-4)
+
+
+def test_zero_3_gathers_a_large_velocity_network_in_each_of_the_stages(make_config):
+    config = make_config("3B", batch=BATCH)
+    traffic = step_traffic(config, 64, 3)
+    ar, flow = 1245e6, 1856e6
+    assert traffic.weights == pytest.approx(2 * 2 * (ar + 3 * flow) * 63 / 64, rel=2e-3)
+    live = {"zero_optimization": {"stage3_max_live_parameters": 4e9}}
+    once = step_traffic(make_config("3B", batch=BATCH, deepspeed={"raw": live}), 64, 3)
+    assert once.weights == pytest.approx(2 * 2 * (ar + flow) * 63 / 64, rel=2e-3)
+
+
+def test_links_inside_a_node_and_adapters_between_nodes():
+    assert bus_bandwidth(H100, 8, 8, 50.0) == 0.8 * 450e9
+    assert bus_bandwidth(H100, 16, 8, 50.0) == 0.8 * 400e9
+    assert bus_bandwidth(H100, 16, 8, 100.0) == 0.8 * 450e9
+    assert bus_bandwidth(H100, 16, 1, 50.0) == 0.8 * 50e9
+
+
+def test_a_step_is_compute_optimizer_and_the_communication_that_nothing_hides(make_config):
+    config = make_config("XL", batch=BATCH)
+    time = time_of(config)
+    assert time.exposed == time.communication  # DeepSpeed overlaps in ZeRO-3 alone, unless it is told to
+    assert time.total == time.compute + time.optimizer + time.exposed
+    assert time_of(config, bandwidth=25.0).communication == pytest.approx(2 * time.communication)
+    assert time_of(config, 1).communication == 0
+    third = time_of(config, zero_stage=3)
+    assert third.exposed == pytest.approx(0.3 * third.communication)
+
+    # A slow network is hidden for as long as the compute lasts.
+    slow = time_of(config, zero_stage=3, bandwidth=0.5)
+    assert slow.exposed == pytest.approx(slow.communication - slow.compute)
+
+
+def test_fusion_saves_traffic_and_recomputation_costs_a_forward_pass(make_config):
+    config = make_config("XL", batch=BATCH)
+    recomputed = make_config("XL", batch=BATCH, train={"total_samples": 10, "activation_checkpointing": True})
+    assert time_of(config, compiled=True).compute < 0.75 * time_of(config).compute
+    assert time_of(recomputed).compute == pytest.approx(4 / 3 * time_of(config).compute)
+
+
+def test_mfu_is_of_the_rate_that_is_given(make_config):
+    config = make_config("XL", batch=BATCH)
+    flops = 2 * 700.05e9 * 2048
+    assert model_flops_utilisation(config, 64, 0.2, 989e12) == pytest.approx(flops / (0.2 * 64 * 989e12), rel=1e-3)
+    sheet = model_flops_utilisation(config, 64, time_of(config).total, H100.peak_flops)
+    attainable = model_flops_utilisation(config, 64, time_of(config).total, H100.attainable_flops)
+    assert sheet / attainable == pytest.approx(ATTAINABLE_SHARE)
+    assert 0.15 < sheet < attainable < 0.75  # below the share of matrix products

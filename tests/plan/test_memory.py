@@ -1,37 +1,113 @@
+"""Memory in closed form. tests/train/test_zero_matrix.py compares the state with what DeepSpeed allocates."""
+
 import pytest
 import torch
 
-from ecar_dist.plan.memory import checkpoint_bytes, model_state
+from ecar_dist.plan.memory import (
+    RESERVE,
+    capacity,
+    checkpoint_bytes,
+    device_memory,
+    host_bytes,
+    model_state,
+)
+from ecar_dist.runtime.devices import DEVICES
+
+
+def memory_of(config, world_size=64, zero_stage=2, *, compiled=False, recompute=False):
+    return device_memory(config, world_size, zero_stage=zero_stage, compiled=compiled, recompute=recompute)
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "gib_per_7500m"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)], ids=["none", "os", "os+g", "os+g+p"]
+    ("precision", "zero_stage", "per_parameter"),
+    [
+        ("bf16", 0, 2 + 2 + 12),
+        ("bf16", 1, 2 + 6 + 12 / 64),
+        ("bf16", 2, 2 + 4 / 64 + 12 / 64),
+        ("bf16", 3, (2 + 4 + 12) / 64),
+        ("fp32", 0, 4 + 4 + 8),
+        ("fp32", 1, 4 + 4 + 12 / 64),
+        ("fp32", 2, 4 + 4 / 64 + 12 / 64),
+        ("fp32", 3, (4 + 4 + 12) / 64),
+    ],
 )
-def test_zero_paper_table(zero_stage, gib_per_7500m):
-    """Figure 1 of the ZeRO paper: 7.5 B parameters on 64 ranks, in units of 1e9 bytes, without an EMA."""
-    state = model_state(7_500_000_000, 64, zero_stage, "bf16")
-    assert (state.total - state.ema) / 1e9 == pytest.approx(gib_per_7500m, rel=0.02)
+def test_bytes_per_parameter_on_64_ranks(precision, zero_stage, per_parameter):
+    state = model_state(6_400_000, 64, zero_stage, precision)
+    assert state.total - state.ema == pytest.approx(6_400_000 * per_parameter)
 
 
-def test_ema_is_divided_like_the_optimizer():
+def test_emas_are_divided_like_the_optimizer():
     assert model_state(1000, 4, 0, "bf16").ema == 4000
-    assert model_state(1000, 4, 1, "bf16").ema == 1000
-
-
-def test_fp32_holds_no_second_master_copy_at_stage_0():
-    assert model_state(1000, 1, 0, "fp32").total == 1000 * (4 + 4 + 8 + 4)
-    assert model_state(1000, 2, 1, "fp32").optimizer == 500 * 12
+    assert model_state(1000, 4, 1, "bf16", emas=3).ema == 3000
 
 
 def test_shares_round_up():
     assert model_state(10, 4, 3, "bf16").weights == 6
 
 
-def test_checkpoint_holds_master_moments_and_ema():
+@pytest.mark.parametrize("emas", [1, 3])
+def test_checkpoint_holds_master_moments_and_emas(emas):
     parameter = torch.nn.Parameter(torch.ones(100))
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()
     optimizer.step()
     moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
-    held = [parameter, *moments, parameter.detach().clone()]
-    assert checkpoint_bytes(100) == sum(tensor.nbytes for tensor in held)
+    held = [parameter, *moments, *[parameter.detach().clone()] * emas]
+    assert checkpoint_bytes(100, emas) == sum(tensor.nbytes for tensor in held)
+    assert host_bytes(100, 8, emas) == (400, -(-checkpoint_bytes(100, emas) // 8))
+
+
+def test_the_backward_pass_adds_buckets_and_the_gradients_of_the_velocity_network(make_config):
+    flow = 676_169_104 * 2
+    bucket = 500_000_000 * 2
+    config = make_config("XL")
+    assert memory_of(config).backward == pytest.approx(flow + 2 * bucket, rel=1e-4)
+    overlapping = make_config("XL", deepspeed={"raw": {"zero_optimization": {"overlap_comm": True}}})
+    assert memory_of(overlapping).backward - memory_of(config).backward == bucket
+    small = make_config("XL", deepspeed={"raw": {"zero_optimization": {"reduce_bucket_size": 5e7}}})
+    assert memory_of(config).backward - memory_of(small).backward == 2 * (bucket - 10**8)
+
+    # ZeRO-3 has one bucket, and gathers all weights of a model of less than 1.05e9; one stage keeps no full gradient.
+    weights = 2 * 911_557_168
+    assert memory_of(config, zero_stage=3).backward == pytest.approx(flow + bucket + weights, rel=1e-4)
+    one_stage = make_config("XL", model={"kind": "dit", "preset": "XL"}, flow={"num_stages": 1})
+    assert memory_of(one_stage).backward == 2 * bucket
+
+
+def test_the_larger_of_backward_pass_and_what_follows_counts(make_config):
+    config = make_config("XL", sample={"every_samples": 1000})
+    memory = memory_of(config, recompute=True)
+    assert memory.after == pytest.approx(4 * 911.6e6, rel=1e-3)  # the preview's fp32 model
+    assert memory.total(1) == memory.state.total + memory.after
+    assert memory.total(32) == memory.state.total + memory.backward + 32 * memory.image
+
+
+def test_offload_moves_optimizer_state_and_divided_gradients_to_the_host(make_config):
+    config = make_config("XL", deepspeed={"zero_stage": 3, "offload_optimizer": True, "offload_params": True})
+    assert memory_of(config, zero_stage=3).state.total == 0
+    assert memory_of(make_config("XL", deepspeed={"offload_optimizer": True})).state.total == 2 * 911_557_168
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(make_config):
+    usable = capacity(DEVICES["H100"])
+    assert usable == 80_000_000_000 - RESERVE
+    memory = memory_of(make_config("7B"))
+    largest = memory.largest_micro_batch(usable)
+    assert largest == 13
+    assert memory.total(largest) <= usable < memory.total(largest + 1)
+    assert memory_of(make_config("7B"), zero_stage=0).largest_micro_batch(usable) == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "ranks", "zero_stage", "eager", "compiled"),
+    [("XL", 64, 2, 72, 105), ("XL", 1, 2, 54, 79), ("3B", 64, 2, 25, 37), ("7B", 64, 3, 16, 23)],
+)
+def test_modes_differ_by_what_they_keep(make_config, preset, ranks, zero_stage, eager, compiled):
+    usable = capacity(DEVICES["H100"])
+    config = make_config(preset)
+    found = [
+        memory_of(config, ranks, zero_stage, compiled=mode == "compiled", recompute=mode == "recomputed")
+        for mode in ("eager", "compiled", "recomputed")
+    ]
+    assert [memory.largest_micro_batch(usable) for memory in found[:2]] == [eager, compiled]
+    assert found[2].largest_micro_batch(usable) > 6 * eager

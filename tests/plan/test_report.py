@@ -21,10 +21,41 @@ def test_report_states_the_run(make_config):
     assert "700.1 GMAC (1400 GFLOP) per image, forward and backward" in line(lines, "training")
     assert "16 velocity calls in each of 3 stages (midpoint), guidance 2 (linear)" in line(lines, "sampling")
     assert line(lines, "checkpoint").startswith("checkpoint: 13.6 GiB")
-    assert "40% of the dense bf16 peak (an assumption" in line(lines, "time")
-    marked = [text for text in lines if "<- this config" in text]
-    assert len(marked) == 1
-    assert marked[0].startswith("  zero_stage 2: 3.61 GiB")
+    assert line(lines, "activations").startswith(
+        "activations per image, bf16: 0.939 GiB eager, 0.646 GiB compiled, 0.0"
+    )
+    assert line(lines, "host").startswith("host memory per rank: 3.4 GiB while the model is built, 1.7 GiB")
+    state, traffic = (text for text in lines if "<- this config" in text)
+    assert state.startswith("  zero_stage 2: 3.82 GiB")
+    assert traffic.startswith("  zero_stage 2: 4.79 GB, 13.3 ms beside 190 ms")
+
+
+def test_what_the_device_decides_is_a_forecast_that_names_both_rates(make_config):
+    lines = plan_lines(make_config(), world_size=8, device="H100")
+    assert line(lines, "memory at").endswith("fits")
+    assert "37 GiB of 73 GiB on an H100" in line(lines, "memory at")
+    assert line(lines, "largest micro-batch").startswith("largest micro-batch: 70 eager, 102 compiled, 6")
+    assert "of the data sheet's 989 TFLOP/s" in line(lines, "MFU")
+    assert "of the attainable 790" in line(lines, "MFU")
+    assert all("forecast" in line(lines, start) for start in ("step:", "MFU:", "time:", "forecast, not a measurement"))
+    too_large = plan_lines(make_config("7B"), world_size=8, device="H100")
+    assert line(too_large, "memory at").endswith("does not fit")
+
+
+def test_nodes_and_their_network_count(make_config):
+    config = make_config(batch={"global_batch_size": 512, "micro_batch_size": 32})
+    fast, slow = (
+        line(plan_lines(config, 16, "H100", gpus_per_node=gpus, bandwidth=bandwidth), "step:")
+        for gpus, bandwidth in ((16, 50.0), (8, 5.0))
+    )
+    assert "14.2 ms communication" in fast
+    assert " 160 ms communication" in slow
+
+
+def test_fp32_has_no_forecast(make_config):
+    lines = plan_lines(make_config(deepspeed={"precision": "fp32"}), 8, "H100")
+    assert "no forecast in fp32" in line(lines, "time")
+    assert line(lines, "memory at")
 
 
 def test_one_rank_is_one_rank(make_config):
@@ -55,7 +86,7 @@ def test_every_kind_has_a_plan(make_config, kind, num_stages, model, calls, rati
     assert model in line(lines, f"model {kind} XL")
     assert calls in line(lines, "sampling")
     assert f"{ratio} at 250 steps and " in line(lines, "DiT-XL/2 needs")
-    assert len([text for text in lines if text.startswith("  zero_stage")]) == 4
+    assert len([text for text in lines if text.startswith("  zero_stage")]) == 8
     assert line(lines, "time").startswith("time: ")
 
 

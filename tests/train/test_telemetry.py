@@ -197,6 +197,16 @@ def test_the_closing_line_sums_up_what_came_after_the_first_report():
     )
 
 
+def test_mfu_is_of_the_peak_of_the_data_sheet():
+    telemetry, phases = make_telemetry(clock=(clock := Clock()))
+    telemetry._peak, telemetry._flops_per_sample = 100.0, 50.0
+    for samples in (16, 40):
+        interval(telemetry, phases, clock, steps=3)
+        values = telemetry.report(RESULT, samples, Counters()).values
+    assert values["perf/mfu"] == pytest.approx(values["perf/samples_per_second"] / 2)
+    assert "of the data sheet's peak" in telemetry.closing_line()
+
+
 def test_the_progress_line_has_what_is_known_and_news_last():
     early = Report({"perf/data_wait_fraction": 0.5}, None)
     assert progress_line(3, 9, 24, 72, RESULT, early) == (
