@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ def test_what_went_in_comes_out(tmp_path, flip):
     rows = np.array([5, 0, 39, 5])
     assert np.array_equal(shard.moments[rows], moments[40 + rows])
     assert not shard.moments.flags.writeable
+    for side, values in ((False, shard.moments), (True, shard.mirrored)):
+        assert np.array_equal(np.load(io.BytesIO(shard.encoded(side)[7].tobytes())), values[7])
     shard.check_samples()
 
 
