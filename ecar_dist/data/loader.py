@@ -237,12 +237,16 @@ class SampleLoader:
                 locations = self._substitutes.replace(locations, error)
                 continue
 
-            # Pinned memory lets the copy to a GPU run beside the computation.
-            if self._pin_memory and values.device.type == "cpu":
-                values = values.pin_memory()
-            positions = torch.from_numpy(locations.positions)
+            # The sample ids stay on the host.
+            positions = self._pinned(torch.from_numpy(locations.positions))
             sample_ids = torch.from_numpy(locations.sample_ids)
-            return MicroBatch(values, labels, positions, sample_ids, self._substitutes.take())
+            made = self._substitutes.take()
+            return MicroBatch(self._pinned(values), self._pinned(labels), positions, sample_ids, made)
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in pinned memory, so that its copy to a GPU runs beside the computation."""
+        # A tensor that is pinned already is not copied.
+        return tensor.pin_memory() if self._pin_memory and tensor.device.type == "cpu" else tensor
 
     def _read_once(self, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [m, ...] and labels [m]: each source reads its samples, which go back to their own rows."""

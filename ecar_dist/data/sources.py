@@ -6,11 +6,10 @@ the rows of a batch are checked by `shards/watch.py` and copied again if a file 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from ecar_dist.data.images.decode import ImageDecoder
 from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.order.stream import Locations
 from ecar_dist.data.order.substitution import BadSamples
-from ecar_dist.data.shards.layout import MOMENTS_DTYPE
+from ecar_dist.data.shards.gather import gather_rows, gather_values
+from ecar_dist.data.shards.layout import MOMENTS_DTYPE, ShardLayout
 from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest
 from ecar_dist.data.shards.proof import ShardDamaged
 from ecar_dist.data.shards.read import LatentShard
@@ -34,25 +34,31 @@ _MAX_MAPPED = 256  # shards: each map holds a file descriptor, and many systems 
 _MAX_TRIES = 3  # per batch, while its files keep changing
 _MAX_FREE_BLOCKS = 16  # what the queue of a loader gives back at once
 
-_Copied = tuple[np.ndarray, np.ndarray]  # moments [n, ...] in their own memory, labels int64 [n]
+_LABELS = 2  # the column of LatentShard.addresses
+_LABEL_DTYPE = np.dtype(np.int64)
+
+_Copied = tuple[torch.Tensor, torch.Tensor]  # moments [n, ...] in their own memory, labels int64 [n]
 _Copy = Callable[[Mapping[int, LatentShard]], _Copied]  # copies rows out of the open shards
 
 
 class LatentSource:
     """A set of latent shards, local or behind a URL.
 
-    A shard is proven when it is first used, and again after its file has changed. Raises DataError if the set is not
-    complete.
+    A shard is proven when it is first used, and again after its file has changed. With `pin_memory` the moments are
+    copied into pinned memory at once. Raises DataError if the set is not complete.
     """
 
-    def __init__(self, folder: str | Path, cache: CacheOptions | None = None) -> None:
+    def __init__(self, folder: str | Path, cache: CacheOptions | None = None, *, pin_memory: bool = False) -> None:
         self.manifest = load_manifest(folder)
         self.store = open_store(folder, self.manifest.dataset_id, self.manifest.shards, cache or CacheOptions())
         self.shard_counts = [entry.count for entry in self.manifest.shards]
         self.can_flip = self.manifest.has_flip
         self.watch = ShardWatch(self.shard_counts, math.prod(self.manifest.moments_shape), self.can_flip)
+        self._stride = ShardLayout.of(1, self.manifest.moments_shape, self.can_flip).stride
         self._arrays = RecycledArrays(MOMENTS_DTYPE)
+        self._pin_memory = pin_memory
         self._open: dict[int, LatentShard] = {}  # by shard index
+        self._places = np.zeros((len(self.shard_counts), 3), dtype=np.int64)  # LatentShard.addresses; 0 if not open
         self._damaged: dict[int, str] = {}  # the reason; a damaged shard is not downloaded again for each sample
         self._proven: set[int] = set()  # shards that were whole at least once
 
@@ -61,8 +67,7 @@ class LatentSource:
 
         Raises BadSamples for the samples of damaged shards, DataError if a shard cannot be reached.
         """
-        moments, labels = self.watched(locations, flip, lambda shards: self._copy(shards, locations, flip))
-        return torch.from_numpy(moments), torch.from_numpy(labels)
+        return self.watched(locations, flip, lambda _: self._copy(locations, flip))
 
     def watched(self, locations: Locations, flip: np.ndarray | None, copy: _Copy) -> _Copied:
         """The result of `copy` on the open shards, free of bytes that changed after their proof.
@@ -80,8 +85,7 @@ class LatentSource:
             copied, changed = self._checked_copy(locations, flip, shards, copy)
             if copied is not None and not changed:
                 return copied
-            for shard_index in changed:
-                del self._open[shard_index]  # open_shards proves it again
+            self._close_shards(changed)
         raise DataError(
             f"shard {self.store.where(min(changed))} changed {_MAX_TRIES} times while it was read; "
             "stop the program that writes to it, and start again"
@@ -104,32 +108,36 @@ class LatentSource:
         # After the copy: whatever changes from now on is not in it.
         copy_ended = time.perf_counter()
         changed = changed_files(used, shards)
-        changed |= self.watch.changed_rows(locations.shards, locations.rows, flip, copied[0])
+        changed |= self.watch.changed_rows(locations.shards, locations.rows, flip, copied[0].numpy())
         self.watch.checked(time.perf_counter() - copy_ended + copy_began - began)
         return copied, changed
 
-    def _copy(self, shards: Mapping[int, LatentShard], locations: Locations, flip: np.ndarray | None) -> _Copied:
-        owners = locations.shards.tolist()
-        rows = locations.rows.tolist()
-        mirrored = itertools.repeat(False) if flip is None else flip.tolist()
-        moments = self._arrays.empty((len(locations), *self.manifest.moments_shape))  # [n, *shape]
+    def _copy(self, locations: Locations, flip: np.ndarray | None) -> _Copied:
+        # Where each row and each label lies in memory. [n]
+        sides = 0 if flip is None else flip.astype(np.int64)
+        rows = self._places[locations.shards, sides] + locations.rows * self._stride
+        labels = self._places[locations.shards, _LABELS] + locations.rows * _LABEL_DTYPE.itemsize
 
-        # One record per sample, all in one numpy call: the rows of a batch lie in many shards, so fancy indexing per
-        # shard would copy only a few rows at a time.
-        picked = zip(owners, rows, mirrored)  # noqa: B905 - `mirrored` may be endless
-        records = [shards[owner].records[side][row : row + 1] for owner, row, side in picked]
-        flat = moments.reshape(len(locations), -1).view(records[0].dtype).reshape(-1)  # [n] of one record each
-        np.concatenate(records, out=flat)
+        moments = self._empty_moments(len(locations))
+        gather_rows(rows, moments.view(len(locations), -1))
+        return moments, torch.from_numpy(gather_values(labels, _LABEL_DTYPE))
 
-        labels = [shards[owner].labels[row] for owner, row in zip(owners, rows, strict=True)]
-        return moments, np.array(labels, dtype=np.int64)
+    def _empty_moments(self, count: int) -> torch.Tensor:
+        """Memory for `count` samples: fp16 [count, *shape]. It is used again only when nothing reads it any more."""
+        # torch's allocator of pinned memory also waits for the copies to a GPU that were started from it.
+        shape = (count, *self.manifest.moments_shape)
+        if self._pin_memory:
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        return torch.from_numpy(self._arrays.empty(shape))
 
     def open_shards(self, locations: Locations) -> dict[int, LatentShard]:
         """Prove and map every shard of these locations. Returns all open shards by index. Raises as `read` does."""
-        for shard_index in set(locations.shards.tolist()) - self._open.keys():
+        closed = locations.shards[self._places[locations.shards, 0] == 0]
+        for shard_index in sorted(set(closed.tolist())):
             if shard_index not in self._damaged:
                 try:
                     self._open[shard_index] = self._prove(shard_index)
+                    self._places[shard_index] = self._open[shard_index].addresses
                 except ShardDamaged as error:
                     changed = "changed during the run, after it was checked: " if shard_index in self._proven else ""
                     self._damaged[shard_index] = f"{changed}{error}"
@@ -139,6 +147,12 @@ class LatentSource:
                 bad = np.flatnonzero(locations.shards == shard_index).tolist()
                 raise BadSamples(dict.fromkeys(bad, self._damaged[shard_index]), whole_shards=True)
         return self._open
+
+    def _close_shards(self, shard_indices: Collection[int]) -> None:
+        """Unmap these shards. `open_shards` proves them again."""
+        for shard_index in shard_indices:
+            del self._open[shard_index]
+            self._places[shard_index] = 0
 
     def _prove(self, shard_index: int) -> LatentShard:
         entry = self.manifest.shards[shard_index]
@@ -150,13 +164,12 @@ class LatentSource:
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
         """As Source.plan. Unmaps shards that changed, that the store may evict, or that are too many to keep."""
         # A changed shard is proven again in the background, before it is used.
-        for shard_index in changed_files(self._open, self._open):
-            del self._open[shard_index]
+        self._close_shards(changed_files(self._open, self._open))
 
         # A map keeps the disk space of an evicted file, and a file descriptor.
         if self.store.evicts or len(self._open) > _MAX_MAPPED:
             needed = _needed_soon(soon, future)
-            self._open = {index: shard for index, shard in self._open.items() if index in needed}
+            self._close_shards(self._open.keys() - needed)
 
         # Make room before requesting more.
         self.store.retire(future)
@@ -189,10 +202,10 @@ class DaliLatentSource:
             labels = [shards[owner].labels[row] for owner, row, _ in picked]
             # The watch compares moments, which are the end of each file, after the npy header.
             payload_bytes = shards[picked[0][0]].moments[0].nbytes
-            return copied[:, -payload_bytes:], np.array(labels, dtype=np.int64)
+            return torch.from_numpy(copied[:, -payload_bytes:]), torch.tensor(labels)
 
         _, labels = self._source.watched(locations, flip, copy)
-        return self._decoder.decode(files), torch.from_numpy(labels)
+        return self._decoder.decode(files), labels
 
     def plan(self, soon: Sequence[int], future: Mapping[int, int]) -> None:
         self._source.plan(soon, future)

@@ -148,7 +148,9 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
         return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
 
     # Latents, one source for each set of a mixture.
-    sources = [LatentSource(source.latents, cache) for source in data.latent_sources]
+    # Not for DALI and not for a mixture, because what they read from a source is copied once more.
+    pinned = device.type == "cuda" and data.backend != "dali" and len(data.latent_sources) == 1
+    sources = [LatentSource(source.latents, cache, pin_memory=pinned) for source in data.latent_sources]
     if data.backend == "dali":
         return [DaliLatentSource(source, config.batch.micro_batch_size, device) for source in sources]
     return sources

@@ -125,6 +125,21 @@ def test_a_mixture_keeps_its_proportions_and_its_samples(two_sets):
     assert read(two_sets, 8, start=192) == {position: seen[position] for position in range(192, 384)}
 
 
+def test_what_goes_to_a_gpu_is_pinned_and_nothing_else(latents, monkeypatch):
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with open_loader([latents[0]], pin_memory=True, prefetch=1) as loader:
+        batch = next(loader)
+    places = {tensor.data_ptr() for tensor in pinned}
+    assert places >= {tensor.data_ptr() for tensor in (batch.values, batch.labels, batch.positions)}
+    assert batch.sample_ids.data_ptr() not in places
+
+
 def test_by_step_every_batch_comes_from_one_set(two_sets):
     seen = read(two_sets, 12, world_size=3, by_step=True)
     kinds = [{seen[position][2] < 97 for position in range(step * BATCH, (step + 1) * BATCH)} for step in range(12)]

@@ -46,12 +46,15 @@ def permute(values: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits:
     passes.
     """
     # Every value has a key of its own, so each round has one key per value.
-    images = values.astype(np.uint64)
-    bounds = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), images.shape)
-    round_keys = _mix(keys + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN))  # [rounds, N]
+    bounds = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), values.shape)
+    round_keys = keys + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)  # [rounds, N]
+    scratch = np.empty_like(keys)
+    for key in round_keys:
+        _mix(key, scratch)
+    images = _feistel(values.astype(np.uint64), round_keys, bits)
 
     # Cycle walking: only the values that are still outside their range go through the network again.
-    outside = np.arange(images.size)
+    outside = np.flatnonzero(images >= bounds)
     while outside.size:
         moved = _feistel(images[outside], round_keys[:, outside], bits)
         images[outside] = moved
@@ -69,18 +72,34 @@ def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
     left = values >> np.uint64(right_bits)
     right = values & _mask(right_bits)
 
-    # A round is (left, right) -> (right, left ^ F(right)). It is a bijection for any F.
+    # A round is (left, right) -> (right, left ^ F(right)). It is a bijection for any F. All rounds use the same memory:
+    # with new arrays for each step, page faults took longer than the arithmetic.
+    image = np.empty_like(right)
+    scratch = np.empty_like(right)
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & _mask(left_bits))
+        np.add(right, key, out=image)
+        _mix(image, scratch)
+        image &= _mask(left_bits)
+        left ^= image
+        left, right = right, left
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
-    """The 64-bit finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection that mixes every bit."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+def _mix(words: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
+    """The 64-bit finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection that mixes every bit.
+
+    In place. `scratch` is memory of the same shape.
+    """
+    shifted = np.right_shift(words, np.uint64(30), out=scratch)
+    words ^= shifted
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(words, np.uint64(27), out=shifted)
+    words ^= shifted
+    words *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(words, np.uint64(31), out=shifted)
+    words ^= shifted
+    return words
 
 
 def _mask(bits: int) -> np.uint64:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import mmap
 import zlib
 from pathlib import Path
@@ -52,8 +51,8 @@ class LatentShard:
     Attributes, all but `labels` views of the map:
     `moments`   fp16 [count, *shape]
     `mirrored`  the same of the mirrored images; if the set does not store them, it is `moments`
-    `records`   (moments, mirrored) with each sample as one opaque value, [count] each: the fastest to copy
     `labels`    int64 [count]
+    `addresses` where moments, mirrored and labels begin in memory, for `gather`
 
     `mapped` holds the bytes that `entry` describes: size and hash were checked by a ShardStore or `open_latent_shard`.
     `where` is the path or URL for messages. Raises DataError that names shard and member if structure, keys or labels
@@ -79,8 +78,8 @@ class LatentShard:
         arrays = [member for member in self.layout.members if member.npy_header_len]
         self.moments = self._array_view(arrays[0])
         self.mirrored = self._array_view(arrays[-1])
-        self.records = self._record_view(arrays[0]), self._record_view(arrays[-1])
         self.labels = self._read_labels(manifest.num_classes)
+        self.addresses = tuple(view.ctypes.data for view in (self.moments, self.mirrored, self.labels))
 
     def has_changed(self) -> bool:
         """Whether the file changed since its proof began. Raises DataError if its attributes cannot be read."""
@@ -145,11 +144,6 @@ class LatentShard:
             raise self._wrong(f"has a {member.ext} that is not npy 1.0 fp16 {list(member.shape)}")
         shape = (self.layout.count, *member.shape)
         return _view(self._mapped, shape, MOMENTS_DTYPE, self.layout, member.rel_offset + member.npy_header_len)
-
-    def _record_view(self, member: Member) -> np.ndarray:
-        """The arrays of an npy member, each as one value of all its bytes: void [count]."""
-        record = np.dtype((np.void, math.prod(member.shape) * MOMENTS_DTYPE.itemsize))
-        return _view(self._mapped, (self.layout.count,), record, self.layout, member.rel_offset + member.npy_header_len)
 
     def _check_headers(self, member: Member, keys: np.ndarray) -> None:
         """Check the tar headers of one member of all samples at once: names, sizes, checksums, types."""
