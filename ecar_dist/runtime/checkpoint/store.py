@@ -238,7 +238,7 @@ class CheckpointStore:
         if free is None or free >= missing * size:
             return None
         return (
-            f"warning: {self.storage.where} has {readable(free)} free, but {readable(max(missing, 1) * size)} "
+            f"warning: {self.storage.where} has {readable(free)} free, but {readable(missing * size)} "
             f"more are needed: checkpoint.keep={self._section.keep} and one being written, {readable(size)} each; "
             f"free space, or set checkpoint.dir"
         )

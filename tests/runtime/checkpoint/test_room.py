@@ -54,13 +54,21 @@ def test_a_full_disk(small_disk, tmp_path, capsys):
     assert torch.equal(state.partitions[0], State(0, 1, 1, shapes=SHAPES).partitions[0] + 1 + 1 + 1)
 
 
-def test_no_warning_with_enough_space(tmp_path):
-    config = make_config(tmp_path)
+def test_a_warning_below_the_space_of_the_checkpoints_to_come(monkeypatch, tmp_path):
+    """Two are kept, and there is a third one while it is written. Each is 8 MiB here."""
 
     def run(world):
         state = State(0, 1, 1)
-        with store_of(config, world) as store:
+        warnings = []
+        with store_of(make_config(tmp_path, keep=2), world) as store:
             assert store.needed_bytes(state) == 37 * 4 * 4
-            return store.space_warning(state)
+            monkeypatch.setattr(store, "needed_bytes", lambda engine: 2**23)
+            for present, free in [(0, 24), (0, 23), (1, 16), (1, 15), (2, 8), (2, 7), (3, 0)]:
+                monkeypatch.setattr(store.storage, "committed", lambda present=present: ["step"] * present)
+                monkeypatch.setattr(store.storage, "free_bytes", lambda free=free: free * 2**20)
+                warnings.append(store.space_warning(state))
+        return warnings
 
-    assert Ranks(1)(run) == [None]
+    (warnings,) = Ranks(1)(run)
+    needed = [warning and re.findall(r"(\S+) MiB", warning) for warning in warnings]
+    assert needed == [None, ["23.0", "24.0", "8.0"], None, ["15.0", "16.0", "8.0"], None, ["7.0", "8.0", "8.0"], None]
