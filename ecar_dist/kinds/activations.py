@@ -20,18 +20,20 @@ NORM_ROW = 2 * FP32  # mean and 1 / std of a token
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per image.
+    """Bytes per image, and the calls that keep them.
 
     blocks: all transformer blocks.
     block_inputs: what remains of them when blocks are recomputed.
     largest_block: the block that keeps the most; a recomputed block is kept for its own backward pass.
     rest: embeddings, projections, heads and loss.
+    block_calls: how often the model calls a transformer block. This one is a count.
     """
 
     blocks: int = 0
     block_inputs: int = 0
     largest_block: int = 0
     rest: int = 0
+    block_calls: int = 0
 
     def __add__(self, other: Activations) -> Activations:
         return Activations(
@@ -39,6 +41,7 @@ class Activations:
             self.block_inputs + other.block_inputs,
             max(self.largest_block, other.largest_block),
             self.rest + other.rest,
+            self.block_calls + other.block_calls,
         )
 
 
@@ -85,7 +88,7 @@ def transformer_activations(
     # The head's norm and adaLN, and the operand of the shared adaLN matrix.
     vectors = 2 + (1 if adaln == "shared" else 0)
     head = tokens * (2 * FP32 * width + NORM_ROW) + vectors * width * number
-    return Activations(depth * block, inputs, block, head)
+    return Activations(depth * block, inputs, block, head, block_calls=depth)
 
 
 def time_embedding_bytes(width: int, precision: str) -> int:

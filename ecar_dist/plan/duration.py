@@ -1,8 +1,8 @@
 """A forecast of the time of an optimizer step, from a device's rates and assumptions that are printed with it.
 
 The compute of a micro-batch is its matrix products at a share of the attainable rate, after the memory traffic of all
-other kernels. The shares and bytes below are estimates by a roofline of preset XL, not measurements: launches of small
-kernels are not counted, so small models and micro-batches take longer.
+other kernels. Where that is shorter than the host needs to launch the kernels, the launches count. The shares, bytes
+and kernels below are estimates by a roofline of preset XL, not measurements.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ KEPT_BYTES = 60  # that an eager block keeps for the backward pass, per token an
 POINTWISE_BYTES = {False: 460, True: 156}  # that kernels besides matrix products move for them, by whether compiled
 MEMORY_SHARE = 0.85  # of the data sheet's memory bandwidth
 ROOFLINE_SHARE = 0.85  # what a roofline leaves out
+KERNELS = {False: 105, True: 35}  # of a block, forward and backward, by whether compiled
+OTHER_KERNELS = 500  # of a micro-batch
+LAUNCH_SECONDS = 4e-6
 RECOMPUTED_PASSES = 4 / 3  # one more forward pass
 OPTIMIZER_BYTES = 148  # memory traffic per parameter of a partition: AdamW by foreach, EMA, norm, clip, casts
 HIDDEN_SHARE = 0.7  # of the traffic that overlaps, as long as the compute lasts
@@ -75,7 +78,10 @@ def step_time(
     kept = kind.activations(config, "bf16")
     products = FLOPS_PER_MAC * kind.training_macs(config) / (GEMM_SHARE * device.attainable_flops)
     pointwise = POINTWISE_BYTES[compiled] / KEPT_BYTES * (kept.blocks + kept.rest) / memory_rate
-    compute = passes * images * (products + pointwise) / ROOFLINE_SHARE
+    on_device = images * (products + pointwise) / ROOFLINE_SHARE
+    kernels = KERNELS[compiled] * kept.block_calls + OTHER_KERNELS
+    launches = config.grad_accum_steps(world_size) * kernels * LAUNCH_SECONDS
+    compute = passes * max(on_device, launches)
 
     # The optimizer step of this rank's partition.
     partition = kind.parameters(config).total / (world_size if zero_stage else 1)
@@ -96,6 +102,6 @@ def assumptions(compiled: bool) -> str:
         f"sheet's (measured on an H200 alone); {POINTWISE_BYTES[compiled]} bytes of other traffic per token, block and "
         f"width at {MEMORY_SHARE:.0%} of the memory bandwidth; both at {ROOFLINE_SHARE:.0%} of that roofline; "
         f"{OPTIMIZER_BYTES} bytes of traffic per parameter in the optimizer step; collectives at {BUS_EFFICIENCY:.0%} "
-        f"of the links, {HIDDEN_SHARE:.0%} of their time hidden where DeepSpeed overlaps them; no wait for data or "
-        "kernel launches"
+        f"of the links, {HIDDEN_SHARE:.0%} of their time hidden where DeepSpeed overlaps; {KERNELS[compiled]} kernels "
+        f"a block and {LAUNCH_SECONDS * 1e6:g} us for each; no wait for data"
     )

@@ -180,7 +180,7 @@ def _time_lines(
         for zero_stage in ZERO_STAGES
     }
     return [
-        f"communication per step, {gpus_per_node} GPUs per node, {bandwidth:g} GB/s per GPU between nodes:",
+        f"communication per step, {counted(gpus_per_node, 'GPU')} per node, {bandwidth:g} GB/s per GPU between nodes:",
         *(_communication_line(config, world_size, zero_stage, time) for zero_stage, time in times.items()),
         *_step_lines(config, world_size, name, device, times[config.deepspeed.zero_stage]),
         f"forecast, not a measurement; assumed: {'compiled' if compiled else 'eager'} blocks; {assumptions(compiled)}",

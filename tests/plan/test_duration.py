@@ -79,6 +79,14 @@ def test_fusion_saves_traffic_and_recomputation_costs_a_forward_pass(make_config
     assert time_of(recomputed).compute == pytest.approx(4 / 3 * time_of(config).compute)
 
 
+def test_a_small_model_waits_for_launches_of_its_kernels(make_config):
+    """13 calls of blocks in preset T: 4 in the AR transformer, 3 in each of three stages."""
+    config = make_config("T", batch={"global_batch_size": 64, "micro_batch_size": 16})
+    launches = 4e-6 * (105 * 13 + 500)
+    assert time_of(config, 4).compute == pytest.approx(launches)
+    assert time_of(config, 1).compute == pytest.approx(4 * launches)  # four micro-batches
+
+
 def test_mfu_is_of_the_rate_that_is_given(make_config):
     config = make_config("XL", batch=BATCH)
     flops = 2 * 700.05e9 * 2048
