@@ -10,6 +10,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ecar_dist.data.shards.layout import MOMENTS_DTYPE, ShardLayout
 from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest
 from ecar_dist.data.shards.proof import ShardDamaged
 from ecar_dist.data.shards.read import LatentShard
-from ecar_dist.data.shards.store import CacheOptions, open_store
+from ecar_dist.data.shards.store import CacheOptions, ShardStore, open_store
 from ecar_dist.data.shards.watch import ShardWatch, changed_files
 from ecar_dist.errors import DataError
 from ecar_dist.storage.remote import is_remote
@@ -50,7 +51,11 @@ class LatentSource:
 
     def __init__(self, folder: str | Path, cache: CacheOptions | None = None, *, pin_memory: bool = False) -> None:
         self.manifest = load_manifest(folder)
-        self.store = open_store(folder, self.manifest.dataset_id, self.manifest.shards, cache or CacheOptions())
+        # The store checks the structure too, so that it happens in the background.
+        opened = partial(LatentShard, manifest=self.manifest)
+        self.store: ShardStore[LatentShard] = open_store(
+            folder, self.manifest.dataset_id, self.manifest.shards, cache or CacheOptions(), opened
+        )
         self.shard_counts = [entry.count for entry in self.manifest.shards]
         self.can_flip = self.manifest.has_flip
         self.watch = ShardWatch(self.shard_counts, math.prod(self.manifest.moments_shape), self.can_flip)
@@ -155,8 +160,7 @@ class LatentSource:
             self._places[shard_index] = 0
 
     def _prove(self, shard_index: int) -> LatentShard:
-        entry = self.manifest.shards[shard_index]
-        shard = LatentShard(self.store.open(shard_index), self.store.where(shard_index), entry, self.manifest)
+        shard = self.store.open(shard_index)
         self.watch.learn(shard_index, shard)
         self._proven.add(shard_index)
         return shard

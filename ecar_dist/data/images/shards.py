@@ -20,7 +20,7 @@ import xxhash
 from ecar_dist.data.images.names import read_names, readable
 from ecar_dist.data.images.table import MAX_IMAGE_BYTES, UNKNOWN_HASH, decode_table, key_of, largest_table
 from ecar_dist.data.shards.manifest import ImageEntry, load_image_manifest
-from ecar_dist.data.shards.proof import check_presence
+from ecar_dist.data.shards.proof import ProvenMap, check_presence
 from ecar_dist.data.shards.store import ShardStore
 from ecar_dist.errors import DataError
 from ecar_dist.storage import remote
@@ -68,7 +68,7 @@ class ImageShards:
     Raises DataError that names shard and key for an image that is missing, damaged or out of range.
     """
 
-    def __init__(self, folder: str | Path, store: ShardStore | None = None) -> None:
+    def __init__(self, folder: str | Path, store: ShardStore[ProvenMap] | None = None) -> None:
         self.manifest = load_image_manifest(folder)
         self._folder = folder
         self._home = self.manifest.home(folder)

@@ -10,11 +10,12 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ecar_dist.data.shards.manifest import ShardEntry
@@ -26,6 +27,8 @@ from ecar_dist.storage.node_lock import node_lock, sweep_temporaries
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import join
 from ecar_dist.storage.retries import RetryPolicy, Transfer
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,27 @@ class CacheOptions:
         return cache_folder(self.root)
 
 
+OpenedAs = Callable[[ProvenMap, str, ShardEntry], Opened]  # the second argument is a path or URL for messages
+
+
+def as_map(mapped: ProvenMap, where: str, entry: ShardEntry) -> ProvenMap:
+    """The `OpenedAs` that leaves the map as it is."""
+    return mapped
+
+
 class ShardCache:
     """A ShardStore for a URL. Create it after forking: its threads and connections belong to one process."""
 
-    def __init__(self, url: str, dataset_id: str, entries: Sequence[ShardEntry], options: CacheOptions) -> None:
+    def __init__(
+        self,
+        url: str,
+        dataset_id: str,
+        entries: Sequence[ShardEntry],
+        options: CacheOptions,
+        opened: OpenedAs[Any] = as_map,
+    ) -> None:
         self.entries = entries
+        self._opened = opened
         self.evicts = options.budget_bytes is not None
         self._options = options
         self._transfer = Transfer(policy=options.retry)
@@ -73,7 +92,7 @@ class ShardCache:
     def where(self, shard_index: int) -> str:
         return redact(self._urls[shard_index])
 
-    def open(self, shard_index: int) -> ProvenMap:
+    def open(self, shard_index: int) -> Any:
         path = self._paths[shard_index]
         damaged = None  # the state of a cached file that was damaged
         self._finish_prefetch(shard_index)
@@ -81,7 +100,8 @@ class ShardCache:
             try:
                 with open(path, "rb", buffering=0) as file:
                     found = os.fstat(file.fileno())
-                    return map_open_file(file, path, self.entries[shard_index])
+                    mapped = map_open_file(file, path, self.entries[shard_index])
+                return self._opened(mapped, self.where(shard_index), self.entries[shard_index])
             except FileNotFoundError:  # not downloaded yet, or evicted by another process
                 pass
             except OSError as error:

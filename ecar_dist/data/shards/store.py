@@ -5,28 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from ecar_dist.data.shards.cache import CacheOptions, ShardCache
+from ecar_dist.data.shards.cache import CacheOptions, OpenedAs, ShardCache, as_map
 from ecar_dist.data.shards.manifest import ShardEntry
-from ecar_dist.data.shards.proof import ProvenMap, check_presence, local_folder, map_verified
+from ecar_dist.data.shards.proof import check_presence, local_folder, map_verified
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.remote import file_in, is_remote
 from ecar_dist.storage.retries import TransferStats
 
+# While one thread waits for the disk, the other one hashes or checks what was read.
+_PROVING_THREADS = 2
 
-class ShardStore(Protocol):
-    """The shards of one data set, by their index in its manifest. Safe to use from several threads."""
+Opened = TypeVar("Opened", covariant=True)
+
+
+class ShardStore(Protocol[Opened]):
+    """The shards of one data set, by their index in its manifest. Safe to use from several threads.
+
+    A store makes an `Opened` of each proven map, see `open_store`.
+    """
 
     entries: Sequence[ShardEntry]
     stats: TransferStats
     evicts: bool  # whether `retire` may delete files; the disk space of a deleted file is freed with its last map
 
-    def open(self, shard_index: int) -> ProvenMap:
+    def open(self, shard_index: int) -> Opened:
         """The whole shard, mapped read-only, with size and xxh3_128 checked. Waits for a download.
 
         The map belongs to the caller. Raises ShardDamaged if the content is wrong, DataError if the shard cannot be
-        read. Both name the shard.
+        read. Both name the shard. Raises what `opened` raises.
         """
 
     def where(self, shard_index: int) -> str:
@@ -45,30 +53,43 @@ class ShardStore(Protocol):
         """Stop all background work. Safe to call twice."""
 
 
-def open_store(folder: str | Path, dataset_id: str, entries: Sequence[ShardEntry], cache: CacheOptions) -> ShardStore:
+def open_store(
+    folder: str | Path,
+    dataset_id: str,
+    entries: Sequence[ShardEntry],
+    cache: CacheOptions,
+    opened: OpenedAs[Any] = as_map,
+) -> ShardStore[Any]:
     """The store of a data set. Raises DataError if a local shard is missing or has another size.
 
-    Shards behind a URL are checked after their download.
+    `opened(mapped, where, entry)` makes what `ShardStore.open` returns of each proven map. For local shards it runs in
+    the background, with the proof. Shards behind a URL are checked after their download.
     """
     if is_remote(folder):
-        return ShardCache(str(folder), dataset_id, entries, cache)
-    return LocalShards(folder, entries)
+        return ShardCache(str(folder), dataset_id, entries, cache, opened)
+    return LocalShards(folder, entries, opened)
 
 
 class LocalShards:
-    """Shards on a local or mounted file system, mapped in place. One thread proves the shards that are needed next."""
+    """Shards on a local or mounted file system, mapped in place. Threads prove the shards that are needed next."""
 
     evicts = False
 
-    def __init__(self, folder: str | Path, entries: Sequence[ShardEntry]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        entries: Sequence[ShardEntry],
+        opened: OpenedAs[Any] = as_map,
+    ) -> None:
         self.entries = entries
+        self._opened = opened
         self.stats = TransferStats()
         self._folder = local_folder(folder)
-        self._pool = DaemonPool(1, "shard-prove")
-        self._prefetched: dict[int, Future[ProvenMap]] = {}  # by shard index
+        self._pool = DaemonPool(_PROVING_THREADS, "shard-prove")
+        self._prefetched: dict[int, Future[Any]] = {}  # by shard index
         check_presence(folder, entries)
 
-    def open(self, shard_index: int) -> ProvenMap:
+    def open(self, shard_index: int) -> Any:
         # A prefetch that has not started is cancelled, and the shard is proven here.
         prefetched = self._prefetched.pop(shard_index, None)
         if prefetched is not None and not prefetched.cancel():
@@ -92,8 +113,10 @@ class LocalShards:
     def close(self) -> None:
         self._pool.end()
 
-    def _prove(self, shard_index: int) -> ProvenMap:
-        return map_verified(self._path(shard_index), self.entries[shard_index])
+    def _prove(self, shard_index: int) -> Any:
+        path = self._path(shard_index)
+        entry = self.entries[shard_index]
+        return self._opened(map_verified(path, entry), str(path), entry)
 
     def _path(self, shard_index: int) -> Path:
         return file_in(self._folder, self.entries[shard_index].name)

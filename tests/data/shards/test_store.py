@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 
 from ecar_dist.data.shards import store as shard_store
@@ -43,11 +45,11 @@ def test_prefetched_shards_are_proven_once_and_errors_are_raised_by_open(tmp_pat
     store.prefetch([2, 1])
     store.prefetch([1, 2])
     wait_until(lambda: len(proven) == 2)
-    assert proven == ["000002.tar", "000001.tar"]
+    assert sorted(proven) == ["000001.tar", "000002.tar"]
     assert store.open(2)[:] == (tmp_path / "000002.tar").read_bytes()
     with pytest.raises(DataError, match=r"000001\.tar"):
         store.open(1)
-    assert proven == ["000002.tar", "000001.tar"]
+    assert sorted(proven) == ["000001.tar", "000002.tar"]
     store.close()
     store.prefetch([0])
     assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
@@ -61,4 +63,22 @@ def test_shards_that_are_no_longer_requested_are_closed(tmp_path):
     store.prefetch([1, 2])
     wait_until(lambda: open_files(tmp_path) == {"000001.tar", "000002.tar"})
     assert store.open(0)[:] == (tmp_path / "000000.tar").read_bytes()
+    store.close()
+
+
+def test_the_structure_of_a_local_shard_is_checked_in_the_background(tmp_path):
+    write_set(tmp_path)
+    manifest = load_manifest(tmp_path)
+    threads = []
+
+    def opened(mapped, where, entry):
+        assert where.endswith(entry.name)
+        threads.append((manifest.shards.index(entry), threading.current_thread().name))
+        return len(mapped)
+
+    store = open_store(tmp_path, manifest.dataset_id, manifest.shards, CacheOptions(), opened)
+    store.prefetch([1])
+    wait_until(lambda: len(threads) == 1)
+    assert [store.open(1), store.open(0)] == [manifest.shards[1].bytes, manifest.shards[0].bytes]
+    assert threads == [(1, "shard-prove"), (0, "MainThread")]
     store.close()
