@@ -18,6 +18,7 @@ MILLIONS = {  # AR, velocity network, total: docs/ecar.md section 10
     "3B": (1245, 1856, 3101),
     "7B": (3252, 3948, 7200),
 }
+HEAD_WIDTH = {"S": 64, "B": 64, "L": 64, "XL": 72, "XXL": 64, "3B": 128, "7B": 128}
 
 
 def config(preset: str = "T", mode: str = "noisy_state", num_stages: int = 3, **model: object) -> RunConfig:
@@ -47,6 +48,9 @@ def test_presets_have_the_stated_sizes(preset):
         model = build_model(config(preset))
     for built, stated in zip((count(model.ar), count(model.flow), count(model)), MILLIONS[preset], strict=True):
         assert built / 1e6 == pytest.approx(stated, rel=0.01)
+    for network in (model.ar, model.flow):  # heads change no size
+        attention = network.transformer.blocks[0].attention
+        assert attention.qkv.in_features / attention.heads == HEAD_WIDTH[preset]
 
 
 def test_class_only_reads_no_state():

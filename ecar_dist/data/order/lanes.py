@@ -88,7 +88,7 @@ class LaneOrder:
 
     name = "lanes-feistel-v1"
 
-    def __init__(self, counts: Sequence[int], seed: int, lanes: int, window_shards: int = 4) -> None:
+    def __init__(self, counts: Sequence[int], seed: int, lanes: int, window_shards: int) -> None:
         self.counts = np.asarray(counts, dtype=np.int64).reshape(-1)
         self.count = int(self.counts.sum())
         if self.count < 1 or self.counts.min() < 0:

@@ -100,7 +100,7 @@ class TestLaneOrder:
         assert [place[shard] for shard in upcoming] == sorted(place.values())
 
     def test_no_ranks_and_no_positions_need_no_shards(self):
-        order = LaneOrder([5, 5], seed=0, lanes=2)
+        order = LaneOrder([5, 5], seed=0, lanes=2, window_shards=4)
         assert order.upcoming(0, 10, [], 4) == order.upcoming(7, 7, [0], 1) == []
         assert order.locate(np.arange(0))[0].shape == (0,)
 
@@ -119,7 +119,7 @@ class TestLaneOrder:
             assert len(set(shards.tolist())) in (3, 4)
 
     def test_huge_sets_need_no_table(self):
-        order = LaneOrder([10**9 + 7] * 300, seed=1, lanes=64)
+        order = LaneOrder([10**9 + 7] * 300, seed=1, lanes=64, window_shards=4)
         last = order.count - 1
         shards, rows = order.locate(np.array([0, 1, last, order.count, 10**6 * order.count + 3]))
         assert rows.min() >= 0

@@ -56,7 +56,7 @@ class TestMixture:
 
     def test_sources_of_a_mixture_keep_their_epochs(self):
         """Over a run, every source's every epoch has each of its samples once."""
-        orders = [LaneOrder([4, 1, 8], seed=1, lanes=2), LaneOrder([3, 3], seed=1, lanes=1)]
+        orders = [LaneOrder([4, 1, 8], 1, lanes=2, window_shards=4), LaneOrder([3, 3], 1, lanes=1, window_shards=4)]
         mixture = Mixture([2, 1], seed=5)
         found = streams(mixture.split, np.arange(234))
         for source, order in enumerate(orders):

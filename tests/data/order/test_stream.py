@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.data.order.stream import SampleStream
 
 COUNTS = [[40, 0, 17], [1], [5, 6, 7, 8]]
@@ -64,6 +65,11 @@ def test_the_spread_of_a_mixture_counts_the_shards_of_all_its_sources():
     options = {"weights": (1.0, 1.0), "lanes": 1, "window_shards": 0, "global_batch_size": 200}
     assert open_stream([[64] * 3, [64] * 4], **options).batch_spread() == 7
     assert open_stream([[64] * 3, [64] * 4], **options, by_step=True).batch_spread() in (3.25, 3.5, 3.75)
+
+
+def test_windows_of_four_shards_by_default_as_in_the_config():
+    assert SampleStream([[5]], seed=0, global_batch_size=8).describe()["window_shards"] == 4
+    assert DataSection.model_fields["window_shards"].default == 4
 
 
 def test_the_window_sums_over_the_sources():
