@@ -15,7 +15,7 @@ from typing import Any
 import closed_form
 import rounds
 from ablation_report import plot, report
-from digits import IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, side_by_side
+from digits import DEVICE, IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, side_by_side
 from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
 
 from ecar_dist.config.run import RunConfig
@@ -24,7 +24,6 @@ from ecar_dist.evaluate.images import read_images
 from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.run.directory import RunDirectory
-from ecar_dist.vae.pixels import from_pixels
 
 GUIDANCE = 1.0  # none: it trades variance for distance, and variance is what is looked at
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -135,7 +134,7 @@ def stands_in_full(work: Path, run: Run) -> bool:
 
 def real_variances(work: Path) -> dict[str, float]:
     """By band, of the held-out images, to which the scores' ratios are."""
-    return band_variances(from_pixels(read_images(str(work / "images/heldout"), IMAGE_SIZE)[0].pixels))
+    return band_variances(read_images(str(work / "images/heldout"), IMAGE_SIZE)[0].pixels, DEVICE)
 
 
 def variance_share(ratios: dict[str, float], real: dict[str, float]) -> float:

@@ -176,7 +176,7 @@ def _scorer(work: Path) -> tuple[Scorer, np.ndarray]:
     folders = (work / "images/train", work / "images/heldout")
     (real, source), (heldout, _) = (read_images(str(folder), IMAGE_SIZE) for folder in folders)
     codec = open_codec(Run("ecar", 0, ROOT / "configs/digits_cpu.yaml").load(work).vae, DEVICE)
-    return Scorer(reconstruct(codec, real, DEVICE), real, heldout, source), real.labels
+    return Scorer(reconstruct(codec, real, DEVICE), real, heldout, source, DEVICE), real.labels
 
 
 def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], jobs: int, what: str) -> list[Any]:

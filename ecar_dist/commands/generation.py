@@ -145,7 +145,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
     # Draw samples of the same classes and score them.
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
     samples = _drawn_images(trained, parsed, labels)
-    scores = Scorer(reconstruct(trained.codec, real, trained.device), real, heldout, source).score(samples)
+    rebuilt = reconstruct(trained.codec, real, trained.device)
+    scores = Scorer(rebuilt, real, heldout, source, trained.device).score(samples)
     scale = config.sample.guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     scores.update(
         guidance_scale=scale, seed=parsed.seed, model=str(trained.source), samples_seen=trained.progress.samples_seen

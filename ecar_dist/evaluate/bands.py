@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ecar_dist.vae.pixels import from_pixels
 
-def band_variances(images: torch.Tensor) -> dict[str, float]:
-    """Variance over the set of each octave of images [N, C, H, W], by block side.
+TILE = 16  # pixels; a tile of 50,000 images is 0.3 GB in float64
+
+
+def band_variances(pixels: np.ndarray | torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Variance over the set of each octave of images [N, H, W, 3] with values in 0 .. 255, by block side.
 
     `8px` is the mean over 8x8 blocks minus the mean over 16x16 blocks, and so on. The coarsest band is the mean over
     the largest blocks (the whole image for a power of two). The bands add up to the total variance.
+
+    Computed on `device` in float64, one tile of all images after the other, because the set may be larger than memory.
     """
-    bands: dict[str, float] = {}
-    current = images.double()
-    side = 1
-    while current.shape[-1] > 1 and current.shape[-1] % 2 == 0:
+    images = torch.as_tensor(pixels)
+    count, height, width, channels = images.shape
+    tile = math.gcd(TILE, height, width)
+
+    # The octaves within a tile: their variances at each position, and the means of the tiles.
+    variances: list[torch.Tensor] = []
+    means = torch.empty(count, channels, height // tile, width // tile, dtype=torch.float64, device=device)
+    for top, left in product(range(0, height, tile), range(0, width, tile)):
+        *details, mean = _octaves(from_pixels(images[:, top : top + tile, left : left + tile].to(device)).double())
+        means[:, :, top // tile, left // tile] = mean[:, :, 0, 0]
+        variances = variances or [
+            torch.empty(channels, height >> octave, width >> octave, dtype=torch.float64, device=device)
+            for octave in range(len(details))
+        ]
+        for octave, detail in enumerate(details):
+            rows, columns = (slice(start >> octave, (start + tile) >> octave) for start in (top, left))
+            variances[octave][:, rows, columns] = detail.var(dim=0)
+
+    # The coarser octaves, from the means. Each is averaged over positions and channels.
+    variances += [field.var(dim=0) for field in _octaves(means)]
+    return {f"{2**octave}px": float(variance.mean()) for octave, variance in enumerate(variances)}
+
+
+def _octaves(field: torch.Tensor) -> list[torch.Tensor]:
+    """What each octave of [N, C, H, W] adds to the next coarser one, and last the coarsest."""
+    octaves = []
+    while field.shape[-1] > 1 and field.shape[-1] % 2 == 0:
         # What the next octave cannot hold belongs to this one.
-        coarser = F.avg_pool2d(current, 2)
-        detail = current - F.interpolate(coarser, scale_factor=2, mode="nearest")
-        bands[f"{side}px"] = _variance(detail)
-        current = coarser
-        side = side * 2
-    bands[f"{side}px"] = _variance(current)
-    return bands
-
-
-def _variance(field: torch.Tensor) -> float:
-    """Variance over samples, averaged over positions and channels."""
-    return float(field.var(dim=0).mean())
+        coarser = F.avg_pool2d(field, 2)
+        octaves.append(field - F.interpolate(coarser, scale_factor=2, mode="nearest"))
+        field = coarser
+    return [*octaves, field]

@@ -68,7 +68,7 @@ def reconstruct(codec: LatentCodec, images: LabelledImages, device: torch.device
 
 
 def _through(codec: LatentCodec, pixels: np.ndarray, rows: torch.Tensor, device: torch.device) -> np.ndarray:
-    moments = codec.encode(from_pixels(pixels[rows.numpy()]).to(device))
+    moments = codec.encode(from_pixels(torch.from_numpy(pixels)[rows].to(device)))
     shape = (codec.identity.latent_channels, *moments.shape[2:])
     noise = normal(0, rows.to(device), Purpose.POSTERIOR, shape)
     return to_pixels(codec.decode(normalise(codec.identity, moments, noise)))

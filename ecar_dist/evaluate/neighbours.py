@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
+# Distances that are in memory at once: 268 MB.
+ROWS = 1024
+COLUMNS = 65_536
+
 
 def neighbour_ratio(images: torch.Tensor, train: torch.Tensor, heldout: torch.Tensor) -> float | None:
     """Mean L2 distance of images to their nearest training image, divided by that to their nearest held-out image.
 
-    All images are [N, C, H, W]. The larger set is nearer by its size alone, so compare the ratio with that of real
-    images, `heldout_ratio`: samples with a ratio far below it are copies. None if every image equals a held-out one.
+    All images are [N, C, H, W] on one device. The larger set is nearer by its size alone, so compare the ratio with
+    that of real images, `heldout_ratio`: samples with a ratio far below it are copies. None if every image equals a
+    held-out one.
     """
     return _ratio(_nearest(images, train), _nearest(images, heldout))
 
@@ -28,10 +33,24 @@ def _nearest(images: torch.Tensor, references: torch.Tensor, *, exclude_self: bo
     images = images.flatten(1)
     references = references.flatten(1)
     nearest = []
-    for rows in torch.arange(len(images)).split(1024):
-        distances = torch.cdist(images[rows], references)
-        if exclude_self:
-            distances[torch.arange(len(rows)), rows] = torch.inf
+    for number, rows in enumerate(images.split(ROWS)):
+        places = _nearest_places(rows, references, first=number * ROWS if exclude_self else None)
         # cdist uses dot products, which find the nearest but are too imprecise for its distance.
-        nearest.append((images[rows] - references[distances.argmin(1)]).norm(dim=1))
+        nearest.append((rows - references[places]).norm(dim=1))
     return torch.cat(nearest)
+
+
+def _nearest_places(rows: torch.Tensor, references: torch.Tensor, first: int | None) -> torch.Tensor:
+    """Which reference is nearest to each row, int64 [N]. `first`: row i is itself reference first + i, not compared."""
+    nearest = torch.full((len(rows),), torch.inf, device=rows.device)
+    places = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for number, columns in enumerate(references.split(COLUMNS)):
+        distances = torch.cdist(rows, columns)
+        if first is not None:
+            distances.diagonal(first - number * COLUMNS).fill_(torch.inf)
+
+        # Of equally near ones the first, however the references are split.
+        values, found = distances.min(dim=1)
+        places = torch.where(values < nearest, found + number * COLUMNS, places)
+        nearest = torch.minimum(nearest, values)
+    return places

@@ -13,13 +13,12 @@ from ecar_dist.errors import DataError
 from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import (
     CLASSIFIER_NAME,
-    at_input_side,
     features_and_predictions,
+    inputs_of,
     train_classifier,
 )
 from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
-from ecar_dist.vae.pixels import from_pixels
 
 MIN_IMAGES = 2  # for a covariance
 
@@ -37,29 +36,39 @@ class Scorer:
 
     `reconstructions` are the training images after the autoencoder, the best that the generator can reach. Every
     distance is to the held-out images. It is named after the data set (FD-digits), because it is not an FID and cannot
-    be compared with one. Raises DataError if a set is too small.
+    be compared with one. Everything but the Frechet distance itself is computed on `device`. Raises DataError if a set
+    is too small.
     """
 
     def __init__(
-        self, reconstructions: LabelledImages, train: LabelledImages, heldout: LabelledImages, source: str
+        self,
+        reconstructions: LabelledImages,
+        train: LabelledImages,
+        heldout: LabelledImages,
+        source: str,
+        device: torch.device,
     ) -> None:
         for name, images in {"reconstructions": reconstructions, "train": train, "heldout": heldout}.items():
             _check_count(name, images)
 
         # The feature space, and the real images in it.
-        self._classifier = train_classifier(train.pixels, train.labels, _num_classes(train, heldout))
-        self._heldout = self._features(heldout)
-        self._train_seen, self._heldout_seen = _as_seen(train), _as_seen(heldout)
-        self._heldout_bands = band_variances(from_pixels(heldout.pixels))
+        self._device = device
+        self._classifier = train_classifier(train.pixels, train.labels, _num_classes(train, heldout), device)
+        self._heldout, accuracy_of_heldout = self._features_and_accuracy(heldout)
+        self._train_seen = inputs_of(train.pixels, device)
+        self._heldout_seen = inputs_of(heldout.pixels, device)
+        self._heldout_bands = band_variances(heldout.pixels, device)
 
         # Scores of the real images, which every score of samples is printed beside.
         self._name = f"FD-{source}"
-        self._floor = frechet_distance(self._features(train), self._heldout)
+        features_of_train, _ = self._features_and_accuracy(train)
+        rebuilt, accuracy_of_rebuilt = self._features_and_accuracy(reconstructions)
+        self._floor = frechet_distance(features_of_train, self._heldout)
         self._of_real = {
             f"{self._name} real-vs-real floor": self._floor,
-            f"{self._name} reconstructions": frechet_distance(self._features(reconstructions), self._heldout),
-            "class accuracy real heldout": self._accuracy(heldout),
-            "class accuracy reconstructions": self._accuracy(reconstructions),
+            f"{self._name} reconstructions": frechet_distance(rebuilt, self._heldout),
+            "class accuracy real heldout": accuracy_of_heldout,
+            "class accuracy reconstructions": accuracy_of_rebuilt,
             "neighbour ratio real heldout": heldout_ratio(self._train_seen, self._heldout_seen),
             "train": len(train.labels),
             "heldout": len(heldout.labels),
@@ -69,28 +78,24 @@ class Scorer:
     def score(self, samples: LabelledImages) -> dict[str, Any]:
         _check_count("samples", samples)
         count = len(samples.labels)
-        distance = frechet_distance(self._features(samples), self._heldout)
-        bands = band_variances(from_pixels(samples.pixels))
+        features, accuracy = self._features_and_accuracy(samples)
+        distance = frechet_distance(features, self._heldout)
+        bands = band_variances(samples.pixels, self._device)
+        seen = inputs_of(samples.pixels, self._device)
         return {
             self._name: distance,
             # A Frechet distance depends on the number of images, so there is no ratio of different numbers.
             "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
-            "class accuracy": self._accuracy(samples),
+            "class accuracy": accuracy,
             "band variance ratio": {band: value / self._heldout_bands[band] for band, value in bands.items()},
-            "neighbour ratio": neighbour_ratio(_as_seen(samples), self._train_seen, self._heldout_seen),
+            "neighbour ratio": neighbour_ratio(seen, self._train_seen, self._heldout_seen),
             "samples": count,
             **self._of_real,
         }
 
-    def _features(self, images: LabelledImages) -> np.ndarray:
-        return features_and_predictions(self._classifier, images.pixels)[0]
-
-    def _accuracy(self, images: LabelledImages) -> float:
-        return float((features_and_predictions(self._classifier, images.pixels)[1] == images.labels).mean())
-
-
-def _as_seen(images: LabelledImages) -> torch.Tensor:
-    return at_input_side(torch.from_numpy(images.pixels))
+    def _features_and_accuracy(self, images: LabelledImages) -> tuple[np.ndarray, float]:
+        features, predictions = features_and_predictions(self._classifier, images.pixels)
+        return features, float((predictions == images.labels).mean())
 
 
 def _num_classes(*sets: LabelledImages) -> int:

@@ -10,9 +10,12 @@ from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.images import read_images, reconstruct, short_name
-from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
+from ecar_dist.evaluate.neighbours import _nearest, heldout_ratio, neighbour_ratio
 from ecar_dist.evaluate.score import LabelledImages, Scorer
 from ecar_dist.vae.dct import DctCodec
+from tests.pretend_device import DEVICE, PretendDevice
+
+CPU = torch.device("cpu")
 
 
 def test_a_metric_has_the_same_name_wherever_the_images_lie(digits):
@@ -39,22 +42,41 @@ def test_frechet_distance_is_invariant_under_rotation():
     assert turned == pytest.approx(frechet_distance(first, second))
 
 
+def bands_of(images):
+    """Of float images [N, C, H, W], as if they were pixels."""
+    return band_variances((images.permute(0, 2, 3, 1) + 1) * 127.5, CPU)
+
+
 def test_bands_add_up_and_name_the_right_octave():
     noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    bands = band_variances(noise)
+    bands = bands_of(noise)
     assert list(bands) == ["1px", "2px", "4px", "8px"]
     assert sum(bands.values()) == pytest.approx(1.0, abs=0.02)
     assert bands["8px"] == pytest.approx(1 / 64, rel=0.1)
     flat = torch.randn(500, 1, 1, 1).expand(-1, -1, 8, 8)
-    assert band_variances(flat)["8px"] == pytest.approx(float(flat[:, 0, 0, 0].var()), rel=1e-4)
-    assert band_variances(flat)["1px"] == 0
+    assert bands_of(flat)["8px"] == pytest.approx(float(flat[:, 0, 0, 0].var()), rel=1e-4)
+    assert bands_of(flat)["1px"] == 0
+
+
+@pytest.mark.parametrize(("side", "names"), [(8, "1 2 4 8"), (48, "1 2 4 8 16"), (64, "1 2 4 8 16 32 64"), (9, "1")])
+def test_bands_are_the_same_tile_by_tile(side, names, monkeypatch):
+    """Of white noise, an octave has three quarters of what is left; sides that are not powers of two end earlier."""
+    noise = torch.randn(300, 3, side, side, generator=torch.Generator().manual_seed(0))
+    bands = bands_of(noise)
+    assert list(bands) == [f"{name}px" for name in names.split()]
+    assert sum(bands.values()) == pytest.approx(1.0, abs=0.02)
+    if side > 8:
+        assert bands["1px"] == pytest.approx(1.0 if side == 9 else 0.75, rel=0.03)
+    for tile in (2, 64):
+        monkeypatch.setattr("ecar_dist.evaluate.bands.TILE", tile)
+        assert bands_of(noise) == bands
 
 
 def test_losing_the_low_frequencies_shows_in_its_band():
     smooth = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, -1)
     images = smooth.repeat_interleave(2, -2)
     collapsed = images - 0.5 * images.mean(dim=(-1, -2), keepdim=True)
-    before, after = band_variances(images), band_variances(collapsed)
+    before, after = bands_of(images), bands_of(collapsed)
     assert after["8px"] == pytest.approx(before["8px"] / 4, rel=1e-4)
     assert after["4px"] == pytest.approx(before["4px"], rel=1e-4)
 
@@ -69,7 +91,7 @@ def real(digits):
 
 @pytest.fixture(scope="module")
 def classifier(real):
-    return train_classifier(real[0].pixels, real[0].labels, 10)
+    return train_classifier(real[0].pixels, real[0].labels, 10, CPU)
 
 
 def test_the_classifier_learns_the_digits(real, classifier):
@@ -77,7 +99,7 @@ def test_the_classifier_learns_the_digits(real, classifier):
     features, predictions = features_and_predictions(classifier, heldout.pixels)
     assert features.shape == (359, 64)
     assert (predictions == heldout.labels).mean() > 0.96
-    again = train_classifier(train.pixels, train.labels, 10)
+    again = train_classifier(train.pixels, train.labels, 10, CPU)
     assert np.array_equal(features_and_predictions(again, heldout.pixels)[0], features)
 
 
@@ -92,7 +114,7 @@ def test_one_image_has_no_covariance_and_two_have(name):
             for one, size in sizes.items()
         }
         samples = sets.pop("samples")
-        return Scorer(**sets, source="noise").score(samples)
+        return Scorer(**sets, source="noise", device=CPU).score(samples)
 
     assert np.isfinite(scores()["FD-noise"])
     sizes[name] = 1
@@ -103,16 +125,15 @@ def test_one_image_has_no_covariance_and_two_have(name):
 def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     train, heldout = real
 
-    def trained(pixels, labels, num_classes):
+    def trained(pixels, labels, num_classes, device):
         """The classifier of these very images, which is trained for seconds: once is enough."""
         assert (pixels is train.pixels, labels is train.labels, num_classes) == (True, True, 10)
         return classifier
 
     monkeypatch.setattr("ecar_dist.evaluate.score.train_classifier", trained)
-    codec = DctCodec(8, torch.device("cpu"))
-    rebuilt = reconstruct(codec, train, torch.device("cpu"))
+    rebuilt = reconstruct(DctCodec(8, CPU), train, CPU)
     wrong = LabelledImages(train.pixels, (train.labels + 1) % 10)
-    scorer = Scorer(rebuilt, train, heldout, "digits")
+    scorer = Scorer(rebuilt, train, heldout, "digits", CPU)
     good, bad = scorer.score(train), scorer.score(wrong)
     assert good["FD-digits"] == good["FD-digits real-vs-real floor"]
     assert good["ratio to floor"] == 1.0
@@ -146,10 +167,56 @@ def test_scores_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            classifier = train_classifier(images, labels, 4, epochs=2)
+            classifier = train_classifier(images, labels, 4, CPU, epochs=2)
             assert torch.get_num_threads() == threads
             features.append(torch.cat([weights.flatten() for weights in classifier.parameters()]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(features[0], features[1])
     assert torch.equal(features[0], features[2])
+
+
+def test_the_nearest_are_the_same_in_whatever_chunks_they_are_looked_for(monkeypatch):
+    images = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    images[7] = images[40]
+    pairs = [(images, images[:30]), (images, images)]
+    whole = [_nearest(*pair, exclude_self=pair[0] is pair[1]) for pair in pairs]
+    apart = (images.flatten(1)[:, None] - images.flatten(1)[None]).norm(dim=2).fill_diagonal_(torch.inf)
+    assert torch.equal(whole[1], apart.amin(1))
+    assert whole[1][7] == 0
+    monkeypatch.setattr("ecar_dist.evaluate.neighbours.ROWS", 9)
+    monkeypatch.setattr("ecar_dist.evaluate.neighbours.COLUMNS", 7)
+    for pair, expected in zip(pairs, whole, strict=True):
+        assert torch.equal(_nearest(*pair, exclude_self=pair[0] is pair[1]), expected)
+
+
+# What the host does of a score: it draws the classifier's weights, and the order and shift of its images; it picks the
+# images of each batch, and counts the optimizer's steps.
+ON_THE_HOST = {
+    "_local_scalar_dense", "add_", "arange", "detach", "empty", "index", "lift_fresh", "randint", "randperm", "slice",
+    "split", "uniform_", "_record_function_enter_new", "_record_function_exit",
+}  # fmt: skip
+
+
+def test_scores_are_computed_on_the_device_and_are_those_of_the_host(monkeypatch):
+    monkeypatch.setattr("ecar_dist.evaluate.classifier.TRAINING_THREADS", 1)
+    generator = np.random.default_rng(0)
+    sizes = {"train": 70, "heldout": 30, "samples": 40}
+    sets = {
+        name: LabelledImages(generator.integers(0, 256, (size, 48, 48, 3), np.uint8), generator.integers(0, 4, size))
+        for name, size in sizes.items()
+    }
+
+    def scores(codec, device):
+        rebuilt = reconstruct(codec, sets["train"], device)
+        return Scorer(rebuilt, sets["train"], sets["heldout"], "noise", device).score(sets["samples"])
+
+    with PretendDevice():
+        codec = DctCodec(8, DEVICE)
+    with PretendDevice() as pretended:
+        on_device = scores(codec, DEVICE)
+    assert on_device == scores(DctCodec(8, CPU), CPU)
+    assert set(pretended.on_host) <= ON_THE_HOST
+    # Rebuilt images come back as pixels, of all images the features, in fp32, and the class.
+    images = 2 * sizes["train"] + sizes["heldout"] + sizes["samples"]
+    assert pretended.to_host == sizes["train"] * 48 * 48 * 3 + images * (64 * 4 + 8)
