@@ -1,0 +1,132 @@
+"""A real training run on random latents, built and driven by the product's own code; a benchmark sees all its steps.
+
+`driven` runs `train` itself. The loop asks its reader for samples once a step, so what lies between two of these calls
+is one whole step: a `Visitor` is called there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ecar_dist.config.read import config_from_dict
+from ecar_dist.config.run import RunConfig
+from ecar_dist.data.loader import MicroBatch
+from ecar_dist.data.shards.manifest import Manifest, write_manifest
+from ecar_dist.data.shards.write import ShardContent, write_latent_shard
+from ecar_dist.kinds.flops import FLOPS_PER_MAC
+from ecar_dist.kinds.table import kind_of
+from ecar_dist.runtime.world import World
+from ecar_dist.sample.preview import make_preview
+from ecar_dist.train.loop import Parts, train
+from ecar_dist.train.start import start_training
+from ecar_dist.vae.dct import DctCodec
+
+CHANNELS, PATCH, CLASSES = 12, 2, 1000
+SAMPLES, SHARDS = 2048, 2
+LONG = 10**12  # samples: neither the end of the run nor a checkpoint comes
+
+
+class Enough(Exception):
+    """Raised by a visitor to end the run between two steps, without a checkpoint."""
+
+
+class Visitor(Protocol):
+    """What `driven` calls between two steps."""
+
+    def begin(self, parts: Parts) -> None:
+        """The run is built, and no step is done."""
+
+    def between(self, batches: Sequence[MicroBatch] | None) -> None:
+        """A step on `batches` is over and the next one has not begun; None before the first."""
+
+
+def write_latents(folder: Path, latent_size: int) -> None:
+    """Random latents, fp16 [12, S, S], as real shards with the identity of the block-DCT codec."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    shape = (CHANNELS, latent_size, latent_size)
+    encoder = DctCodec(8, torch.device("cpu")).identity.to_dict()
+
+    # The shards.
+    entries = []
+    for index in range(SHARDS):
+        count = SAMPLES // SHARDS
+        moments = generator.standard_normal((count, *shape), dtype=np.float32).astype(np.float16)
+        content = ShardContent(index * count, moments, generator.integers(0, CLASSES, count))
+        entry = write_latent_shard(folder, index, content, {"encoder": encoder, "plan_id": ""})
+        assert entry is not None  # nobody else writes here
+        entries.append(entry)
+
+    # Their manifest.
+    names = [str(label) for label in range(CLASSES)]
+    write_manifest(folder, Manifest(SAMPLES, CLASSES, names, shape, False, encoder, {}, {}, entries))
+
+
+def run_tree(folder: Path, name: str, preset: str, latent_size: int, micro_batch: int) -> dict[str, Any]:
+    """The config of a run of one rank, without accumulation, on `folder`/latents."""
+    return {
+        "run": {"name": name, "dir": str(folder / "runs")},
+        "model": {"preset": preset, "patch_size": PATCH},
+        "vae": {"kind": "dct", "downsample": 8},
+        "data": {
+            "latents": str(folder / "latents"),
+            "num_classes": CLASSES,
+            "latent_channels": CHANNELS,
+            "latent_size": latent_size,
+        },
+        "batch": {"global_batch_size": micro_batch, "micro_batch_size": micro_batch},
+        "train": {"total_samples": LONG},
+        "checkpoint": {"every_samples": LONG},
+    }
+
+
+def run_config(folder: Path, name: str, preset: str, latent_size: int, micro_batch: int, **sections: Any) -> RunConfig:
+    """As `run_tree`; the values of `sections` are added."""
+    tree = run_tree(folder, name, preset, latent_size, micro_batch)
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return config_from_dict(tree)
+
+
+def driven(config: RunConfig, world: World, visitor: Visitor) -> None:
+    """`ecar-dist train` of this process, from building the parts on, until the visitor has enough. Prints nothing."""
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        ends.enter_context(contextlib.suppress(Enough))
+        parts, progress = start_training(
+            config,
+            world,
+            ends,
+            training_flops_per_sample=FLOPS_PER_MAC * kind_of(config).training_macs(config),
+            preview_factory=make_preview,
+        )
+        visitor.begin(parts)
+        train(dataclasses.replace(parts, reader=_VisitedReader(parts.reader, visitor)), progress)
+        sys.exit("stopped by a signal")
+
+
+class _VisitedReader:
+    """The run's reader, and the visitor before each step."""
+
+    def __init__(self, reader: Any, visitor: Visitor) -> None:
+        self._reader = reader
+        self._visitor = visitor
+        self._batches: Sequence[MicroBatch] | None = None
+
+    def read(self, *arguments: Any, **keywords: Any) -> Any:
+        self._visitor.between(self._batches)
+        start = self._reader.read(*arguments, **keywords)
+        self._batches = start.batches
+        return start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
