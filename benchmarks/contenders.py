@@ -267,6 +267,9 @@ CONTENDERS: dict[str, Contender] = {
 
 WARM_UP = "ours, small shards"
 
+# Without those that no target needs.
+QUICK = ("ours", WARM_UP, "webdataset", "mds", "litdata", "memcpy")
+
 
 def import_all(contender: Contender) -> None:
     for module in contender.modules:

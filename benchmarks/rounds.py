@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+LEAST_ROUNDS = 3
 SCRIPT = Path(__file__).with_name("serving.py")
 ROOT = SCRIPT.parent.parent
 _FIND = """
@@ -34,9 +37,9 @@ def interpreter_with(module: str, pythons: Sequence[str]) -> str | None:
 
 
 class Contestant:
-    """A `serving.py serve` (or `epochs`) process: opened and proven at construction, then measured on demand.
+    """A `serving.py serve` (or `epochs`) process, which opens its data at once. Then it is measured on demand.
 
-    Raises RuntimeError with the end of what the process said where it died.
+    Each method raises RuntimeError with the end of what the process said where it died.
     """
 
     def __init__(self, name: str, python: str, work: Path, action: str = "serve") -> None:
@@ -51,7 +54,13 @@ class Contestant:
                 text=True,
                 env=environment(),
             )
-        self.opened = self._answer()
+        self._opened: dict[str, Any] | None = None
+
+    def opened(self) -> dict[str, Any]:
+        """What the process says when its data is open and proven: wait for it before the first measurement."""
+        if self._opened is None:
+            self._opened = self._answer()
+        return self._opened
 
     def measure(self, seconds: float = 0.0) -> dict[str, Any]:
         """One round of at least `seconds`, or one pass."""
@@ -75,13 +84,18 @@ class Contestant:
         return json.loads(line)
 
 
-def take_turns(contestants: Sequence[Contestant], rounds: int, seconds: float) -> dict[str, list[dict[str, Any]]]:
+def take_turns(
+    contestants: Sequence[Contestant], rounds: int, seconds: float, deadline: float = math.inf
+) -> dict[str, list[dict[str, Any]]]:
     """`rounds` measurements of each, everybody once per round and nobody always after the same neighbour.
 
-    A first round is thrown away: in it, pages are mapped and first epochs are opened.
+    A first round is thrown away: in it, pages are mapped and first epochs are opened. After `deadline`, a value of
+    `time.monotonic`, no round begins once there are LEAST_ROUNDS.
     """
     results: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds + 1):
+        if number > LEAST_ROUNDS and time.monotonic() > deadline:
+            break
         first = number % len(contestants)
         for contestant in (*contestants[first:], *contestants[:first]):
             measured = contestant.measure(seconds)
