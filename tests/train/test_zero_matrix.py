@@ -9,6 +9,7 @@ import json
 
 import pytest
 
+from ecar_dist.plan.memory import model_state
 from tests.conftest import free_port, write_yaml
 from tests.fork_server import run_ranks
 from tests.train.zero_matrix import BATCH, BF16, FP32, REFERENCE, SETTINGS, STEPS
@@ -81,3 +82,17 @@ def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
     split = any("persistence_threshold: 0" in override for override in SETTINGS[setting])
     for report in reports[setting]:
         assert report["replicas"] == {"elements": 0 if split else copies * parameters, "hashes": 1}
+
+
+# Bytes per parameter beside the state of `plan`. ZeRO-3 leaves small weights whole, as all of these are. ZeRO-1 in fp32
+# has a full gradient in the backward pass, and only its share of it afterwards.
+BESIDE = {"zero 1": -2, "zero 3": 4, "zero 3, bf16": 2}
+WITHOUT_OFFLOAD = [setting for setting in SETTINGS if "offload" not in setting and "together" not in setting]
+
+
+@pytest.mark.parametrize("setting", WITHOUT_OFFLOAD)
+def test_between_backward_and_step_a_rank_holds_what_plan_counts(reports, setting):
+    parameters = reports[REFERENCE][0]["elements"]
+    state = model_state(parameters, 2, int(setting[5]), "bf16" if "bf16" in setting else "fp32")
+    expected = state.total - state.ema + BESIDE.get(setting, 0) * parameters
+    assert [report["state bytes"] for report in reports[setting]] == pytest.approx([expected] * 2, rel=0.03)

@@ -1,5 +1,6 @@
 """What each rank of test_zero_matrix.py runs: the same 20 steps under many engine settings, in one process."""
 
+import gc
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ import torch
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
+from ecar_dist.plan.memory import BUCKET
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, StepStatus
 from ecar_dist.runtime.replicas import check_replicas, fingerprint
@@ -144,9 +146,28 @@ def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
     return {"elements": sum(copy.numel() for copy in copies), "hashes": len({row[0] for row in hashes})}
 
 
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Those of all tensors that Python can reach, by address."""
+    gc.collect()
+    found = [tensor.untyped_storage() for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+    return {storage.data_ptr(): storage for storage in found}
+
+
+def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.UntypedStorage]) -> int:
+    """Bytes of weights, gradients and optimizer state after the last backward pass of a step, without buckets."""
+    for index, micro in enumerate(batches):
+        loss, *_ = engine(*micro)
+        engine.backward(loss)
+        if index + 1 < len(batches):
+            engine.step(torch.zeros(1))
+    del loss, _
+    held = [storage for address, storage in storages().items() if address not in others]
+    return sum(storage.nbytes() for storage in held if storage.nbytes() < BUCKET)
+
+
 def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
-    limit = [math.inf]
+    limit, others = [math.inf], storages()
     normalise, precision = normaliser(check_data(config), None), config.deepspeed.precision
     engine = build_engine(config, normalise, world, precision, lambda loss, norm: is_good(loss, norm, limit[0]))
     if config.grad_accum_steps(world.size) == 1:  # the two micro-batches of a step are one
@@ -162,6 +183,9 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         "replicas": replicas(engine, ema),
         "refusals": refusals(engine, steps[0], limit),
     }
+    del ema, unsharded
+    others |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (weights, *results.values())}
+    report["state bytes"] = state_bytes(engine, steps[0], others)
     return report, {"weights": weights, **results}
 
 
