@@ -21,6 +21,7 @@ CONTEXT.set_forkserver_preload(
     [
         "s3fs",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch._inductor: else each engine imports them
+        "tests.probed_deepspeed",
         "ecar_dist.plan.report",
         "ecar_dist.sample.preview",
         "ecar_dist.train.loop",
@@ -29,6 +30,7 @@ CONTEXT.set_forkserver_preload(
         "tests.data.test_loader",
         "tests.data_tools.workers",
         "tests.runtime.checkpoint.test_crash",
+        "tests.runtime.checkpoint.test_lone_save",
     ]
 )
 STREAMS = ("stdout", "stderr")
@@ -70,9 +72,11 @@ class Forked:
         return subprocess.CompletedProcess("ecar-dist", self.process.exitcode, *said)
 
 
-def run_forked(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_forked(
+    *words: str, timeout: float = 120, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """One process without a launcher, to its end."""
-    forked = Forked(words)
+    forked = Forked(words, more)
     forked.process.join(timeout)
     return forked.end()
 

@@ -2,9 +2,8 @@
 
 import itertools
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -22,6 +21,7 @@ from ecar_dist.storage.remote import list_files
 from tests.conftest import losses, train_on_ranks
 from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.object_store import object_store, s3_server
+from tests.fork_server import Forked
 
 __all__ = ["object_store", "s3_server"]
 
@@ -105,15 +105,16 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket(object_store, write_config, tmp
 def test_a_stop_signal_ends_a_run_that_waits_for_data(bucket, tree, write_config, tmp_path):
     tree["data"]["latents"] = prepare(bucket, tmp_path)
     bucket.break_on({"kind": "status", "status": 503, "match": ".tar", "skip": 1, "times": None})  # not the preflight
-    command = [sys.executable, "-m", "ecar_dist", "train", str(write_config())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any("from the start" in line for line in process.stdout)
+    job = Forked(("train", str(write_config())))
+    while "from the start" not in job.text() and job.process.is_alive():
+        time.sleep(0.05)
     time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=20)
-    assert process.returncode == 75, error
-    assert out.splitlines()[-1] == f"stopped on a signal at step 0: {tmp_path}/runs/tiny"
+    assert job.process.is_alive()
+    os.kill(job.process.pid, signal.SIGTERM)
+    job.process.join(20)
+    ended = job.end()
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"stopped on a signal at step 0: {tmp_path}/runs/tiny"
 
 
 def test_each_node_downloads_its_own_lanes_only(bucket, tmp_path):

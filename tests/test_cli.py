@@ -23,7 +23,7 @@ from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint.files import committed
-from tests.conftest import read_metrics, start_ranks, train_on_ranks, write_yaml
+from tests.conftest import read_metrics, train_on_ranks, write_yaml
 from tests.fork_server import run_forked
 
 
@@ -52,7 +52,7 @@ def trained(digits, make_tree, tmp_path_factory):
     tree["sample"] = {"steps_per_stage": 2, "every_samples": 48}
     tree["log"]["tensorboard"] = True
     config = write_yaml(tree, folder)
-    done = subprocess.run([sys.executable, "-m", "ecar_dist", "train", str(config)], capture_output=True, text=True)
+    done = run_forked("train", str(config))
     assert done.returncode == 0, done.stderr
     return config, folder / "runs/tiny", done.stdout
 
@@ -93,7 +93,7 @@ def test_tensorboard_holds_the_curve_and_the_stage_strips(trained):
 def test_a_finished_run_is_done_when_run_again(trained):
     config, run, _ = trained
     before = (run / "metrics.jsonl").read_text()
-    done = subprocess.run([sys.executable, "-m", "ecar_dist", "train", str(config)], capture_output=True, text=True)
+    done = run_forked("train", str(config))
     assert done.returncode == 0
     assert "resuming at step 6" in done.stdout
     assert (run / "metrics.jsonl").read_text() == before
@@ -170,7 +170,7 @@ def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(
     assert not (tmp_path / "none").exists()
 
 
-def test_evaluate_writes_scores(trained, tmp_path):
+def test_evaluate_writes_scores(trained, quick_classifier, tmp_path):
     _, run, _ = trained
     assert main(["evaluate", str(run), "--count", "128", "--out", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -351,11 +351,10 @@ def test_another_order_of_the_data_needs_the_word(write_config, tmp_path, capsys
     train_on_ranks(1, config, "train.total_samples=32")
     said = fails(capsys, "train", config, "run.seed=1")
     assert re.search("run.seed=0.* run.seed=1.* --new-data-order", said)
-    process = start_ranks(1, config, "run.seed=1", "optim.learning_rate=5e-4", "--new-data-order")
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert "new data order from here on: run.seed=0 -> 1" in out
-    assert "config on resume: optim.learning_rate 0.001 -> 0.0005 (changes optimisation)" in out
+    done = run_forked("train", str(config), "run.seed=1", "optim.learning_rate=5e-4", "--new-data-order")
+    assert done.returncode == 0, done.stderr
+    assert "new data order from here on: run.seed=0 -> 1" in done.stdout
+    assert "config on resume: optim.learning_rate 0.001 -> 0.0005 (changes optimisation)" in done.stdout
     assert [line["step"] for line in read_metrics(config)] == [1, 2, 3, 4, 5, 6]
 
 

@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import stat
-import subprocess
-import sys
 import tarfile
 import tomllib
 from pathlib import Path
@@ -30,6 +28,7 @@ from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.pretrained import new_autoencoder
 from tests.conftest import read_metrics, start_ranks, train_on_ranks
 from tests.data.image_sets import encoded, write_tar
+from tests.fork_server import run_forked
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = sorted(path for room in ("ecar_dist", "data_tools") for path in (ROOT / room).rglob("*.py"))
@@ -266,8 +265,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_and_not_loaded(tmp_path, write
     text = json.dumps(manifest)
     (checkpoint / "checkpoint.json").write_text(text)
     (checkpoint / "COMMITTED").write_text(xxhash.xxh3_128_hexdigest(text.encode()))
-    alone = [sys.executable, "-m", "ecar_dist", "train", str(config)]  # a launcher adds a traceback of its own
-    done = subprocess.run(alone, capture_output=True, text=True, timeout=120)
+    done = run_forked("train", str(config))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert re.match(r"ecar-dist: .*state-00000-of-00001.safetensors is not a safetensors file", line)
@@ -299,14 +297,14 @@ def test_no_secret_of_the_environment_is_in_what_a_run_leaves(tmp_path, write_co
     """Keys come from the environment: no file and no line of a run, or of one that fails, holds them."""
     secrets = {"AWS_ACCESS_KEY_ID": "AKIACANARY0123456789", "AWS_SECRET_ACCESS_KEY": "canary-secret-0123456789"}
     config = write_config()
-    printed = ""
-    for overrides in (["log.tensorboard=true", "train.total_samples=32"], ["data.latents=s3://u:canary-pw@b/none"]):
-        process = start_ranks(1, config, *overrides, **secrets, AWS_ENDPOINT_URL="http://127.0.0.1:9")
-        try:
-            printed += "".join(process.communicate(timeout=120))
-        except Exception:
-            process.kill()
-            raise
+    environment = {**secrets, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = run_forked("train", str(config), "log.tensorboard=true", "train.total_samples=32", more=environment)
+    process = start_ranks(1, config, "data.latents=s3://u:canary-pw@b/none", **environment)
+    try:
+        printed = done.stdout + done.stderr + "".join(process.communicate(timeout=120))
+    except Exception:
+        process.kill()
+        raise
     assert len(read_metrics(config)) == 2
     left = b"".join(path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()) + printed.encode()
     assert len(left) > 10_000

@@ -35,7 +35,7 @@ def path(digits, make_tree, tmp_path_factory):
     return folder, config
 
 
-def test_two_ranks_draw_and_are_scored(path):
+def test_two_ranks_draw_and_are_scored(path, quick_classifier):
     folder, _ = path
     run = str(folder / "runs/tiny")
     assert main(["sample", run, "--count", "20", "--out", str(folder / "samples")]) == 0

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.run.lineage import LineageFile
 from tests.cluster.made_records import MadeRecord
 from tests.conftest import write_yaml
+from tests.fork_server import Forked, run_forked
 
 
 @pytest.fixture
@@ -308,13 +308,11 @@ def test_it_imports_no_torch(made):
 
 def test_a_run_under_way_is_seen_and_not_disturbed(tree, tmp_path):
     tree["train"], run = {"total_samples": 16 * 40}, tmp_path / "runs/tiny"
-    command = [sys.executable, "-m", "ecar_dist", "train", str(write_yaml(tree, tmp_path))]
-    slow = {**os.environ, "ECAR_FAILPOINT": "train.step:delay=0.2"}
-    states = []
-    first = subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL)
+    config, states = write_yaml(tree, tmp_path), []
+    first = Forked(("train", str(config)), {"ECAR_FAILPOINT": "train.step:delay=0.2"})
     try:
         until = time.monotonic() + 240
-        while "running" not in states and time.monotonic() < until and first.poll() is None:
+        while "running" not in states and time.monotonic() < until and first.process.is_alive():
             if (run / "lineage.json").exists():
                 states.append(run_status(run).state)
             time.sleep(0.05)
@@ -322,10 +320,9 @@ def test_a_run_under_way_is_seen_and_not_disturbed(tree, tmp_path):
         status = run_status(run)
         assert f"{socket.gethostname()}, attempt 1" in status.sentence
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.end()
     assert run_status(run).state == "killed"
-    done = subprocess.run([*command, "train.total_samples=96"], capture_output=True, text=True)
+    done = run_forked("train", str(config), "train.total_samples=96")
     assert done.returncode == 0, done.stderr
     status = run_status(run)
     assert (status.state, status.progress.step) == ("done", 6)

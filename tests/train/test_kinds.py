@@ -52,7 +52,7 @@ def test_previews_show_every_stage(trained):
     assert (events.Images(tag)[0].height > 100) == (NUM_STAGES[kind] > 1)  # a row of 64 pixels a stage
 
 
-def test_it_is_drawn_exported_and_scored(trained, tmp_path, capsys):
+def test_it_is_drawn_exported_and_scored(trained, quick_classifier, tmp_path, capsys):
     kind, run, _ = trained
     assert main(["checkpoint", "export", str(run), "--out", str(tmp_path / "export")]) == 0
     assert "samples equal the run's" in capsys.readouterr().out

@@ -1,9 +1,6 @@
 """Checkpoints in a bucket, on a real S3 server: the marker last, damage found, faults survived, remains swept."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.storage.remote import list_files, read_bytes, remove
 from ecar_dist.storage.retries import Transfer
 from tests.data.object_store import QUICK
+from tests.fork_server import Forked
 from tests.runtime.checkpoint.worlds import Ranks, State, load, make_config, save, store_of
 
 
@@ -166,13 +164,9 @@ def test_readers_outside_of_training(bucket, config):
         newest_whole(open_ema_storage(config))
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from tests.runtime.checkpoint.worlds import make_config, save
-config = make_config(Path(sys.argv[1]), dir=sys.argv[2], keep=2)
-save(config, seed=2, step=8)
-"""
+def save_step_8():
+    folder, place = sys.argv[1:]
+    save(make_config(Path(folder), dir=place, keep=2), seed=2, step=8)
 
 
 @pytest.mark.parametrize("match", [".safetensors", "checkpoint.json"])
@@ -180,13 +174,12 @@ def test_a_kill_in_an_upload_leaves_nothing_that_a_reader_sees(bucket, config, t
     """The object has reached the store, its writer has not heard of it."""
     save(config, seed=1, step=4)
     bucket.break_on({"kind": "delay", "method": "PUT", "match": match, "delay": 60})
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), f"{bucket.url}/runs"])
+    child = Forked((str(tmp_path), f"{bucket.url}/runs"), main=save_step_8)
     deadline = time.monotonic() + 60
     while not bucket.log("PUT", match):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, child.text()
         time.sleep(0.05)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.end()
     bucket.break_on()
     assert any("step-00000008" in name for name in objects(bucket))
     assert steps(config) == [4]

@@ -5,8 +5,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from tests.conftest import free_port
-from tests.fork_server import CONTEXT
+from tests.fork_server import CONTEXT, run_ranks
 from tests.runtime.checkpoint.worlds import IDENTITY, State, checkpoints, load, make_config, newest, save
 
 # what a save of step 8 leaves behind where it is killed at this point, and the step that a reader then finds
@@ -149,19 +149,11 @@ def test_two_hundred_random_faults_are_all_found(tmp_path, capsys):
     capsys.readouterr()
 
 
-RANK = """
-import sys
-from pathlib import Path
-from tests.runtime.checkpoint.test_crash import one_rank
-one_rank(Path(sys.argv[1]))
-"""
-
-
-def one_rank(folder):
+def one_rank():
     """Two real ranks over gloo: a good save, one that fails on rank 1, a good one, one that rank 1 does not survive."""
     from ecar_dist.runtime.start.rendezvous import start_world
 
-    world, config = start_world(), make_config(folder)
+    world, config = start_world(), make_config(Path(sys.argv[1]))
     state = State(world.rank, world.size, seed=1)
     ema = ShardedEma(state.partitions, config.ema)
     store = CheckpointStore(config, world, IDENTITY)
@@ -181,11 +173,8 @@ def one_rank(folder):
 
 
 def test_real_ranks_agree_on_a_failed_save(tmp_path):
-    command = [sys.executable, "-c", RANK, str(tmp_path)]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in range(2)]
-    out, error = zip(*(rank.communicate(timeout=60) for rank in ranks), strict=True)
+    ranks = run_ranks(2, free_port(), str(tmp_path), main=one_rank, timeout=60)
+    out, error = zip(*((rank.stdout, rank.stderr) for rank in ranks), strict=True)
     assert ranks[1].returncode == -signal.SIGKILL, error
     assert ranks[0].returncode not in (0, None)  # it does not wait for ever
     for rank in range(2):
