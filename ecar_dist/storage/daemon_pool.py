@@ -81,6 +81,7 @@ class DaemonPool:
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             _run(*task)
+            task = None  # while it waits, a thread must not keep the last result in memory, such as the map of a shard
 
 
 def _run(future: Future[T], call: Callable[[], T]) -> None:

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -69,6 +70,7 @@ def test_the_end_cancels_what_waits_and_does_not_wait_for_what_runs():
 def test_the_program_does_not_wait():
     script = """
 import time
+import weakref
 from ecar_dist.storage.daemon_pool import DaemonPool
 pool = DaemonPool(1, "test")
 for _ in range(2):
@@ -78,3 +80,16 @@ time.sleep(0.1)
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
     assert time.monotonic() - began < 20
+
+
+def test_a_waiting_thread_does_not_keep_the_last_result():
+    class Result:
+        pass
+
+    pool = DaemonPool(1, "test")
+    result = weakref.ref(pool.submit(Result).result(5))
+    deadline = time.monotonic() + 5
+    while result() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert result() is None
+    pool.end()
