@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,14 @@ def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Ten
 
 def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> torch.Tensor:
     """sum_k w_k L_k, averaged over the batch, from `stage_losses` [B, K]."""
-    weights = torch.as_tensor(stage_weights, dtype=per_stage.dtype, device=per_stage.device)  # [K]
+    weights = _on_device(tuple(stage_weights), per_stage.device)  # [K]
     return (per_stage.mean(0) * weights).sum()
+
+
+@functools.lru_cache(maxsize=64)  # else each micro-batch would wait for a copy from the host
+def _on_device(stage_weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # weights first met in evaluation must serve training too
+        return torch.tensor(stage_weights, dtype=torch.float32, device=device)
 
 
 def masked_loss(velocities: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

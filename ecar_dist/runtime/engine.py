@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,11 @@ from ecar_dist.runtime.world import World
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
+
+# Elements of DeepSpeed's buckets: 100 MB and 400 MB in bf16. XL has 1.5e9 bytes of gradients, which the defaults
+# of 5e8 elements would send in two pieces.
+REDUCE_BUCKET = 50_000_000
+GATHER_BUCKET = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -41,28 +46,97 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What the host knows of one optimizer step, read from the device in one transfer; the same on every rank."""
+    """What the host knows of one optimizer step; the same on every rank."""
 
     sums: tuple[float, ...]  # as passed to `Engine.step`
     grad_norm: float  # before clipping, over all ranks
     applied: bool  # whether weights moved
 
 
+class PendingStatus:
+    """The numbers of one optimizer step on their way from the device to the host, in one transfer.
+
+    `row`: the sums, the norm of the gradients, and whether weights moved; float64 [n + 2].
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._row = row
+        self._arrived: Any = None
+
+        # From a GPU they travel beside the computation, into pinned memory.
+        if row.is_cuda:
+            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            self._row.copy_(row, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> StepStatus:
+        """Wait until the device has computed the step's numbers. The only place where a step waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *sums, grad_norm, applied = self._row.tolist()
+        return StepStatus(tuple(sums), grad_norm, bool(applied))
+
+
+class Judgement(NamedTuple):
+    """What becomes of a step, on the device."""
+
+    good: torch.Tensor  # bool []: whether weights may move
+    clip: torch.Tensor | None  # []: what the gradients are divided by, at least 1; None: they are not clipped
+
+
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that takes a step only where `may_step` returns True. DeepSpeed's inner optimizer.
+    """AdamW that clips the gradients, and moves nothing in a step that is not good. DeepSpeed's inner optimizer.
 
     In every ZeRO stage DeepSpeed averages the gradients and takes their norm over all ranks before it calls `step`, and
     afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
-    ranks.
+    ranks. `step` counts the steps of the run: a refused one as well.
+
+    fused: one kernel clips, decides and updates, so that the host need not know the judgement. Otherwise, on a CPU,
+    the host decides.
     """
 
-    def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
-        super().__init__(parameter_groups, **options)
+    def __init__(self, parameter_groups: list[dict[str, Any]], *, fused: bool = False, **options: Any) -> None:
+        super().__init__(parameter_groups, fused=fused, **options)
+        self._fused = fused
         # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
-        self.may_step: Callable[[], bool] = lambda: False
+        self.judge: Callable[[], Judgement | None] = lambda: None
 
     def step(self, closure: Any = None) -> Any:
-        return super().step(closure) if self.may_step() else None
+        judged = self.judge()
+        if judged is None:
+            return None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        counters = [self.state_of(parameter)["step"] for parameter in parameters]
+
+        # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
+        if self._fused:
+            self.grad_scale = judged.clip
+            self.found_inf = (~judged.good).float()
+            super().step(closure)
+            torch._foreach_add_(counters, self.found_inf)
+            return None
+
+        # The same on the host.
+        if not judged.good:
+            torch._foreach_add_(counters, 1.0)
+            return None
+        if judged.clip is not None:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_((1.0 / judged.clip).to(parameter.grad.device))
+        return super().step(closure)
+
+    def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Counter and moments of one parameter, as AdamW makes them in its first step, but also before it.
+
+        A checkpoint may be loaded, or a step refused, before the first step.
+        """
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if self._fused else "cpu")
+            state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in ADAM_MOMENTS})
+        return state
 
 
 class Engine:
@@ -88,17 +162,21 @@ class Engine:
         self.world = world
         self.zero_stage = config.deepspeed.zero_stage
         optim = config.optim
-        self._adam = GuardedAdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
+        self._adam = GuardedAdamW(
+            parameter_groups, fused=takes_fused(world), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
+        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective, optimizer=self._adam, config=deepspeed_config(config, world.size, precision)
+            model=objective, optimizer=self._adam, config=deepspeed_config(config, world, precision)
         )
 
         # From here on the optimizer asks before each step.
         self._is_good = is_good
+        self._max_norm = optim.clip_grad_norm
         self._sums = torch.zeros(1)
-        self._status: StepStatus | None = None
+        self._judgement: Judgement | None = None
+        self._status: PendingStatus | None = None
         self._replicated_norm = torch.zeros(())
-        self._adam.may_step = self._may_step
+        self._adam.judge = self._judge
 
         # The view of what this rank holds.
         self._parameters = dict(model.named_parameters())
@@ -112,12 +190,13 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self, sums: torch.Tensor) -> StepStatus | None:
+    def step(self, sums: torch.Tensor) -> PendingStatus | None:
         """End a micro-batch; after the last one of a global batch, move the weights if the step is good.
 
         `sums` (float64, [n]) holds the losses of the global batch, summed over ranks, and other finite numbers that the
         caller wants to read with them. Their total is finite only if every loss is, so `is_good` gets it as the loss.
-        Before the last micro-batch `sums` is not read, and the result is None.
+        Before the last micro-batch `sums` is not read, and the result is None. On a GPU nothing here waits for the
+        device: the step is judged there.
 
         A refused step changes no weight and no moment, and its gradients are dropped. Adam's step counter still
         advances, because it counts the steps of the run.
@@ -132,40 +211,36 @@ class Engine:
             norm = nn.utils.get_total_norm(gradients)
             self._replicated_norm = self.world.sum(norm * self.world.is_first)
 
-        # DeepSpeed calls the optimizer, which asks `_may_step`, but not if it finds a gradient that is not finite.
+        # DeepSpeed calls the optimizer, which asks `_judge`.
         self._sums = sums
+        self._judgement = None
         self._status = None
         self._engine.step()
-        status = self._status or self._read_status(torch.tensor(math.inf, dtype=torch.float64))
+        assert self._status is not None, "DeepSpeed dropped a step; leave bf16.check_grad_overflow out of deepspeed.raw"
+        return self._status
 
-        # Adam corrects the bias of its moments by the number of steps, which is that of the run.
-        if not status.applied:
-            for partition in self.partitions:
-                self._adam_state(partition)["step"] += 1
-        return status
-
-    def _may_step(self) -> bool:
-        """Judge the step at hand. ZeRO-3 asks for each of its sub-groups, and gets the same answer."""
-        if self._status is None:
-            norm = self._replicated_norm if self._keeps_no_norm else self._optimizer._global_grad_norm
-            self._status = self._read_status(torch.as_tensor(norm, dtype=torch.float64).reshape(()))
-        return self._status.applied
-
-    def _read_status(self, norm: torch.Tensor) -> StepStatus:
-        """Decide on the device, then read all that the host needs of the step in one transfer.
+    def _judge(self) -> Judgement:
+        """Judge the step at hand, on the device. ZeRO-3 asks for each of its sub-groups, and gets the same answer.
 
         A norm above LARGEST_NORM counts as inf: its square overflows fp32, in which all stages but ZeRO-3 sum squares.
         """
-        # On the device.
-        sums = self._sums.double()
-        norm = norm.to(sums.device)
-        norm = torch.where(norm > LARGEST_NORM, math.inf, norm)
-        good = self._is_good(sums.sum(), norm)
+        if self._judgement is not None:
+            return self._judgement
 
-        # On the host: one transfer, for which it waits.
-        row = torch.cat([sums, torch.stack([norm, good.double()])])  # [n + 2]
-        *values, grad_norm, applied = row.tolist()
-        return StepStatus(tuple(values), grad_norm, bool(applied))
+        # DeepSpeed says -1, or inf, where a gradient is not finite.
+        reported = self._replicated_norm if self._keeps_no_norm else self._optimizer._global_grad_norm
+        found = torch.as_tensor(reported).reshape(())
+        norm = found.to(self._sums.device, torch.float64)
+        norm = norm.masked_fill((norm < 0) | (norm > LARGEST_NORM), math.inf)
+        good = self._is_good(self._sums.sum(), norm)
+
+        # Gradients with a larger norm than `optim.clip_grad_norm` are scaled down to it.
+        clip = ((found + 1e-6) / self._max_norm).clamp(min=1.0) if self._max_norm > 0 else None
+        self._judgement = Judgement(good, clip)
+
+        # Off to the host, ahead of the update.
+        self._status = PendingStatus(torch.cat([self._sums, torch.stack([norm, good.double()])]))
+        return self._judgement
 
     @property
     def _keeps_no_norm(self) -> bool:
@@ -203,19 +278,11 @@ class Engine:
 
     def moments(self, name: str) -> list[torch.Tensor]:
         """AdamW's `exp_avg` or `exp_avg_sq`, laid out like `partitions`; zeros before the first step."""
-        return [self._adam_state(partition)[name] for partition in self.partitions]
+        return [self._adam.state_of(partition)[name] for partition in self.partitions]
 
     def set_optimizer_step(self, step: int) -> None:
         for partition in self.partitions:
-            self._adam_state(partition)["step"].fill_(step)
-
-    def _adam_state(self, partition: torch.Tensor) -> dict[str, torch.Tensor]:
-        # Adam makes its state in the first step; a checkpoint may be loaded, or a step refused, before that.
-        state = self._adam.state[partition]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state.update({name: torch.zeros_like(partition, requires_grad=False) for name in ADAM_MOMENTS})
-        return state
+            self._adam.state_of(partition)["step"].fill_(step)
 
     def gather(self, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter in full, one at a time, fp32 on this rank's device, from `partitions`. Collective."""
@@ -290,28 +357,43 @@ class Engine:
         return Fragment(name, start, min(padded, parameter.ds_numel - start), partition, int(offset))
 
 
-def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+def takes_fused(world: World) -> bool:
+    """Whether AdamW runs as one kernel: on a GPU. On a CPU its sums would round in another order."""
+    return world.device.type == "cuda"
+
+
+def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[str, Any]:
     """DeepSpeed's own configuration; `deepspeed.raw` is merged last."""
     zero_stage = config.deepspeed.zero_stage
     bf16 = precision == "bf16"
 
-    # Sharding and offload.
-    zero: dict[str, Any] = {"stage": zero_stage}
+    # Sharding. Small buckets, so that the first can be on its way while the backward pass fills the next.
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "overlap_comm": world.device.type == "cuda",
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "allgather_bucket_size": GATHER_BUCKET,
+    }
+
+    # Offload.
     if config.deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.deepspeed.offload_params:
         zero["offload_param"] = {"device": "cpu"}
 
-    # The three batch numbers multiply out, else `grad_accum_steps` raises.
+    # The three batch numbers multiply out, else `grad_accum_steps` raises. What DeepSpeed would do with the norm of the
+    # gradients, to clip them and to look for those that are not finite, the guarded optimizer does without a host read.
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
-        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
-        "gradient_clipping": config.optim.clip_grad_norm,
+        "gradient_accumulation_steps": config.grad_accum_steps(world.size),
+        "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "steps_per_print": 2**31,
+        # This timer waits for the device twice in each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
 
     # Micro-batches are added up in fp32, which ZeRO 0 cannot do.
@@ -336,12 +418,19 @@ def _import_deepspeed(world: World) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's older calls
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
 
     # The shared-memory collective is compiled at first start, and a process killed during the build leaves a lock on
     # which every later start waits forever. Only inference uses it, so it is disabled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    # DeepSpeed would read the norm of the gradients on the host, to drop a step by it; the guarded optimizer does that
+    # on the device.
+    for module in (bf16_optimizer, stage3, stage_1_and_2):
+        module.is_invalid_grad_norm = lambda norm: False
 
     # DeepSpeed knows the optimizers it supports by their exact type. The arithmetic of this one is AdamW's.
     if GuardedAdamW not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:

@@ -48,6 +48,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def tensor(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers of the host as float64 [n] on this rank's device. The host does not wait for the device."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cpu":
+            return numbers
+        return numbers.pin_memory().to(self.device, non_blocking=True)
+
     def of_each(self, values: torch.Tensor) -> list[list[int]]:
         """The int64 [n] of every rank, by rank, on all ranks: one sum over ranks, one read of the device."""
         rows = torch.zeros(self.size, len(values), dtype=torch.int64, device=self.device)

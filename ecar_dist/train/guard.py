@@ -93,11 +93,16 @@ class BadSteps:
         }
 
     @property
+    def has_limit(self) -> bool:
+        """Whether the gradient norms of the last steps limit that of the next."""
+        return self._section.spike_factor > 0
+
+    @property
     def grad_norm_limit(self) -> float:
         """The largest gradient norm of a good step; infinite until half a window of good steps is known."""
         # Without a spike factor, and while little is known, only a norm that is not finite is bad.
         factor = self._section.spike_factor
-        if factor == 0 or len(self._good_norms) < self._section.window // 2:
+        if not self.has_limit or len(self._good_norms) < self._section.window // 2:
             return math.inf
         return factor * statistics.median(self._good_norms)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ecar_dist.config.run import RunConfig
-from ecar_dist.data.loader import MicroBatch
 from ecar_dist.errors import FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
@@ -18,10 +17,11 @@ from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.world import World
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.guard import Action, StepGuard
 from ecar_dist.train.reader import StepReader
 from ecar_dist.train.record import Recorder
-from ecar_dist.train.step import train_step
+from ecar_dist.train.step import StepUnderWay, train_step
 from ecar_dist.train.telemetry import StepResult, Telemetry
 from ecar_dist.train.time_budget import Goodput, Phases
 
@@ -71,43 +71,42 @@ def train(parts: Parts, progress: Progress) -> Progress:
     config, state = parts.config, parts.state
     total = config.train.total_samples
     batch = config.batch.global_batch_size
+    under_way: deque[StepUnderWay] = deque()  # steps that are queued on the device, and not settled yet
 
     # From here on a signal ends the run between two steps.
     parts.stop.defer()
     while progress.samples_seen < total:
-        # Read. The ranks agree that all of them have their samples, and that nobody was asked to stop.
-        batches, all_ready = parts.reader.read(progress, parts.saver.is_ready)
-        if all_ready:
-            parts.saver.settle()
+        # Read. No step begins unless all ranks have their samples, and nobody was asked to stop.
+        batches = parts.reader.begin(progress)
         if batches is None:
             break
         begun = progress
         progress = Progress(begun.samples_seen + batch, begun.step + 1)
 
         # Step. After a roll-back the samples around the bad steps are seen, but not learnt from.
-        result = None
+        flags = parts.reader.flags(parts.saver.is_ready)
         if state.guard.history.passes_over(progress.step):
-            state.guard.history.pass_over()
-            state.engine.set_optimizer_step(progress.step)
+            pass_over(parts, progress, flags)
         else:
-            result = train_step(
-                batches, begun, config=config, world=parts.world, engine=state.engine, telemetry=parts.telemetry
+            step = train_step(
+                batches, begun, flags, config=config, world=parts.world, engine=state.engine, telemetry=parts.telemetry
             )
-            parts.recorder.note_replaced(batches, result.replaced_samples)
-
-            # A bad step has moved nothing; after several in a row the run goes back to its last checkpoint.
-            earlier = settle_step(parts, batches, begun, result)
-            if earlier is not None:
-                progress = earlier
-                continue
+            under_way.append(step)
 
         # EMA, also after a step that moved nothing: it is a function of the samples seen.
         state.ema.update(progress.samples_seen, batch)
 
+        # The numbers of the step before have arrived while this one was queued. A bad step has moved nothing; after
+        # several in a row the run goes back to its last checkpoint.
+        result, earlier = settle_steps(parts, progress, under_way)
+        if earlier is not None:
+            progress = earlier
+            continue
+
         # Log and draw.
-        if result and progress.step % config.log.every_steps == 0:
+        if result and logs(config, progress):
             parts.recorder.log(progress, result)
-        if config.log.tensorboard and crossed(config.sample.every_samples, progress.samples_seen, batch):
+        if draws(config, progress):
             parts.recorder.draw_preview(progress, state.engine, state.ema)
 
         # Save, if that is due. Training goes on meanwhile.
@@ -124,21 +123,89 @@ def train(parts: Parts, progress: Progress) -> Progress:
     return progress
 
 
-def settle_step(parts: Parts, batches: Sequence[MicroBatch], begun: Progress, result: StepResult) -> Progress | None:
-    """Act on the step that began at `begun`. Returns where the run went back to, None if it goes on. Collective.
+def pass_over(parts: Parts, progress: Progress, flags: Flags) -> None:
+    """Count a step that ends at `progress` without learning from it. Collective."""
+    # Adam counts the steps of the run.
+    parts.state.guard.history.pass_over()
+    parts.state.engine.set_optimizer_step(progress.step)
+
+    # There are no losses with which the flags could travel.
+    agreed = Flags(*parts.world.sum(parts.world.tensor(flags)).tolist())
+    note_flags(parts, progress.step, agreed)
+
+
+def note_flags(parts: Parts, step: int, flags: Flags) -> None:
+    """Take note of the summed flags of step number `step`. Collective."""
+    parts.reader.settle(step, flags)
+    if flags.ready == parts.world.size:
+        parts.saver.settle()
+
+
+def settle_steps(
+    parts: Parts, progress: Progress, under_way: deque[StepUnderWay]
+) -> tuple[StepResult | None, Progress | None]:
+    """Settle all steps but the last, or that one too where its numbers are needed before the next begins. Collective.
+
+    `progress`: after the last step. Returns the result of the last step settled, and where the run went back to.
+    """
+    result = None
+    while len(under_way) > (0 if needs_numbers(parts, progress) else 1):
+        step = under_way.popleft()
+        result, flags = step.read(parts.config)
+        note_flags(parts, step.begun.step + 1, flags)
+        earlier = settle_step(parts, step, result)
+        if earlier is not None:
+            under_way.clear()
+            return result, earlier
+    return result, None
+
+
+def needs_numbers(parts: Parts, progress: Progress) -> bool:
+    """Whether the host needs the numbers of the step that ended at `progress` before the next one begins.
+
+    Pure on what all ranks know alike. Where it does not, the device is never idle between two steps.
+    """
+    # There is no next step; or what it does depends on this one.
+    history = parts.state.guard.history
+    if progress.samples_seen >= parts.config.train.total_samples or not parts.reader.goes_on(progress.step):
+        return True
+    if history.has_limit or history.passes_over(progress.step + 1):
+        return True
+
+    # Something is logged, drawn or saved now.
+    return logs(parts.config, progress) or draws(parts.config, progress) or parts.saver.is_due(progress)
+
+
+def logs(config: RunConfig, progress: Progress) -> bool:
+    """Whether the step that ended at `progress` is logged."""
+    return progress.step % config.log.every_steps == 0
+
+
+def draws(config: RunConfig, progress: Progress) -> bool:
+    """Whether a preview is drawn after the step that ended at `progress`."""
+    every = config.sample.every_samples
+    return config.log.tensorboard and crossed(every, progress.samples_seen, config.batch.global_batch_size)
+
+
+def settle_step(parts: Parts, step: StepUnderWay, result: StepResult) -> Progress | None:
+    """Act on the numbers of a step. Returns where the run went back to, None if it goes on. Collective.
 
     Raises FruitlessError on rank 0, RemoteError on the others, if the run was rolled back too often, or cannot be.
     """
+    # Count it, and write down the samples that were replaced in it.
+    number = step.begun.step + 1
+    parts.telemetry.end_step(parts.config.batch.global_batch_size, result.applied)
+    parts.recorder.note_replaced(step.batches, result.replaced_samples)
+
     # What all ranks do next, from numbers that they have in common. A bad step is written down.
-    step = begun.step + 1
-    action = parts.state.guard.settle(step, begun.samples_seen, batches, result)
+    action = parts.state.guard.settle(number, step.begun.samples_seen, step.batches, result)
     if action is Action.STOP:
-        parts.saver.give_up(parts.state.guard.stop_error(step, result))
+        parts.saver.give_up(parts.state.guard.stop_error(number, result))
     if action is not Action.ROLL_BACK:
         return None
 
-    # Back to the checkpoint: the state, then the data, then the metrics.
-    progress = parts.saver.roll_back(step)
+    # Back to the checkpoint: the state, then the data, then the metrics. A step that was queued after this one is void.
+    progress = parts.saver.roll_back(number)
     parts.reader.seek(progress.samples_seen)
     parts.recorder.rewind(progress.step)
     return progress
@@ -188,12 +255,20 @@ class Saver:
         """Take the save under way one stage further. For all ranks in the same step, once all are ready."""
         self._store.settle()
 
+    def is_due(self, progress: Progress) -> bool:
+        """Whether `save_due` may have something to save at `progress`. Not collective, the same on all ranks."""
+        return self._is_due or any(self._crossed(progress))
+
+    def _crossed(self, progress: Progress) -> tuple[bool, bool]:
+        """Whether the last step made a checkpoint due, and an EMA snapshot."""
+        batch = self._config.batch.global_batch_size
+        checkpoint = crossed(self._config.checkpoint.every_samples, progress.samples_seen, batch)
+        return checkpoint, crossed(self._config.ema.snapshot_every_samples, progress.samples_seen, batch)
+
     def save_due(self, progress: Progress) -> None:
         """Begin a checkpoint, an EMA snapshot, or both, if the last step made them due."""
-        batch = self._config.batch.global_batch_size
-        if crossed(self._config.checkpoint.every_samples, progress.samples_seen, batch):
-            self._is_due = True
-        ema_snapshot = crossed(self._config.ema.snapshot_every_samples, progress.samples_seen, batch)
+        checkpoint, ema_snapshot = self._crossed(progress)
+        self._is_due = self._is_due or checkpoint
 
         # In a row of bad steps the last checkpoint is the one to go back to: the next one waits for a good step.
         checkpoint = self._is_due and not self._state.guard.history.in_a_row

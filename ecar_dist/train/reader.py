@@ -1,9 +1,15 @@
-"""The samples of each step: all ranks have theirs, or none of them begins the step."""
+"""The samples of each step: all ranks have theirs, or none of them begins the step.
+
+A rank that begins a step alone would wait in its first collective for ever, so the ranks agree on each step before it
+begins. That must not cost a collective and a wait of its own in every step. So samples are taken two steps ahead, and
+whether a rank has them travels with the losses: the flags of step n, which the host reads while the device computes
+step n + 1, say whether step n + 2 can begin.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,17 +24,14 @@ from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import odd_ranks
 from ecar_dist.runtime.start.roll_call import Decision, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.time_budget import Phases
 
 _SHARES = int.from_bytes(b"share", "big")  # what a key is for
 _FIX = "install the same version of ecar_dist on all nodes and start every rank with the same config and data"
 
 
-class StepStart(NamedTuple):
-    """What the ranks agree on before a step."""
-
-    batches: list[MicroBatch] | None  # this rank's; None on all ranks where the step must not begin
-    all_ready: bool  # whether every rank said that it is `ready`
+AHEAD = 2  # steps
 
 
 class StepReader:
@@ -45,66 +48,118 @@ class StepReader:
         phases: Phases,
     ) -> None:
         """`open_loader(position)`: a loader at a position of the run's sample order; opened at `position` at once."""
+        # Given.
+        self._total_samples = config.train.total_samples
         self._global_batch_size = config.batch.global_batch_size
         self._grad_accum_steps = config.grad_accum_steps(world.size)
         self._world = world
         self._open_loader = open_loader
         self._stop = stop
         self._phases = phases
+
+        # This rank's samples.
         self._loader = open_loader(position)
         self._earlier_wait = 0.0  # seconds, of loaders that are closed
+        self._taken: deque[list[MicroBatch]] = deque()  # of the next steps
+        self._error: EcarError | None = None
+
+        # What all ranks know.
         self._is_first_step = True
-        self._any_failed = False  # on any rank
-        self._error: EcarError | None = None  # of this rank
+        self._is_started = False  # whether they have agreed on the first steps from the loader's position on
+        self._stopped = False
+        self._last_step: int | None = None  # the last one for which all have samples; None: no end is known
 
-    def read(self, progress: Progress, ready: bool) -> StepStart:
-        """The micro-batches of the step that begins at `progress`. Collective: one small sum over ranks.
+    def begin(self, progress: Progress) -> list[MicroBatch] | None:
+        """This rank's micro-batches of the step that begins at `progress`, and samples ahead. All ranks alike.
 
-        No batches where any rank was asked to stop, or cannot read its data: see `raise_error`. `ready` is another
-        flag of this rank that travels in the same sum.
+        None on all ranks where a rank was asked to stop, or cannot read its data: see `raise_error`. Collective at the
+        start and after `seek`.
 
         Raises ConfigError, or RemoteError, where the ranks do not read the same order of samples: it is checked once.
         """
         step = progress.step + 1
         self._phases.enter("data", step)
+        if not self._is_started:
+            self._start(progress)
+        if not self.goes_on(progress.step):
+            return None
 
-        # This rank's samples. An error is kept, because the other ranks must learn of it before anybody raises.
-        batches = None
-        try:
-            failpoint("data.take", step)
-            batches = self._loader.take(self._grad_accum_steps, lambda: bool(self._stop))
-        except EcarError as failure:
-            self._error = failure
+        # This step's, and those of the step after the next.
+        batches = self._taken.popleft()
+        self._take_ahead(progress.samples_seen + self._global_batch_size, step + 1)
+        return batches
 
-        # This sum is not one with that of the losses: it decides whether the step begins, which must be known before
-        # the first forward pass (under ZeRO-3 a collective), and a loss is known only after the last one.
-        flags = [bool(self._stop), self._error is not None, ready]
-        sums = self._world.sum(torch.tensor(flags, dtype=torch.float64, device=self._world.device))
-        stops, errors, ready_ranks = sums.tolist()
-        self._any_failed = errors > 0
-        all_ready = ready_ranks == self._world.size
-        if stops or errors or batches is None:
-            return StepStart(None, all_ready)
+    def flags(self, ready: bool) -> Flags:
+        """What this rank tells the others in the step that it has begun. `ready`: as in `Flags`."""
+        return Flags(stop=float(bool(self._stop)), failed=float(self._error is not None), ready=float(ready))
+
+    def settle(self, step: int, flags: Flags) -> None:
+        """Take note of the summed flags of step number `step`. For all ranks at the same point."""
+        if flags.stop:
+            self._stopped = True
+        if flags.failed and self._last_step is None:
+            self._last_step = step + AHEAD - 1
+
+    def goes_on(self, step: int) -> bool:
+        """Whether a step can begin after step number `step`, as far as the ranks know by now. The same on all ranks."""
+        return not self._stopped and (self._last_step is None or step < self._last_step)
+
+    def _start(self, progress: Progress) -> None:
+        """Agree on the first steps: there are no losses yet with which flags could travel. Collective."""
+        # Whether this rank has the samples of the first step; an error may be that of a later one.
+        self._take_ahead(progress.samples_seen, progress.step + 1)
+        flags = self.flags(False)
+        first_failed = flags.failed and not self._taken
+        sums = self._world.sum(self._world.tensor([flags.stop, flags.failed, float(first_failed)]))
+        stops, failed, first_failed = sums.tolist()
+
+        # What all ranks know from it.
+        self._is_started = True
+        self._stopped = stops > 0
+        if failed:
+            self._last_step = progress.step + (0 if first_failed else 1)
 
         # Once, all ranks prove that they read the same global batch.
-        if self._is_first_step:
-            check_shares(self._world, self._loader, batches, progress.samples_seen, self._global_batch_size)
+        if self._is_first_step and self.goes_on(progress.step):
+            check_shares(self._world, self._loader, self._taken[0], progress.samples_seen, self._global_batch_size)
             self._is_first_step = False
-        return StepStart(batches, all_ready)
+
+    def _take_ahead(self, position: int, step: int) -> None:
+        """Take the samples of step number `step`, which begins at `position`, and of the next, unless that is done."""
+        # Not beyond the end of the run.
+        steps_left = -(-(self._total_samples - position) // self._global_batch_size)
+        while self._error is None and len(self._taken) < min(AHEAD, steps_left):
+            # An error is kept, because the other ranks must learn of it before anybody raises.
+            try:
+                failpoint("data.take", step + len(self._taken))
+                batches = self._loader.take(self._grad_accum_steps, lambda: bool(self._stop))
+            except EcarError as failure:
+                self._error = failure
+                return
+            if batches is None:  # asked to stop while it waited
+                return
+            self._taken.append(batches)
 
     def raise_error(self) -> None:
         """Raise the error that kept a rank from reading: its own on that rank, RemoteError on the others. Collective.
 
         Does nothing where no rank met one.
         """
-        if self._any_failed:
+        if self._last_step is not None:
             self._world.agree(self._error)
 
     def seek(self, position: int) -> None:
         """Go on from another position of the sample order. Collective."""
+        # Another loader.
         self._earlier_wait += self._loader.wait_seconds
         self._loader.close()
         self._loader = self._open_loader(position)
+
+        # Nothing of the old one counts. A stop does.
+        self._taken.clear()
+        self._error = None
+        self._last_step = None
+        self._is_started = False
 
     @property
     def wait_seconds(self) -> float:

@@ -4,31 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
+from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.failpoint import failpoint
 from ecar_dist.learning_rate import learning_rate
 from ecar_dist.runtime.checkpoint.manifest import Progress
-from ecar_dist.runtime.engine import Engine, StepStatus
+from ecar_dist.runtime.engine import Engine, PendingStatus
 from ecar_dist.runtime.world import World
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.telemetry import StepResult, Telemetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepUnderWay:
+    """A step whose work is queued on the device, and whose numbers the host does not know yet."""
+
+    begun: Progress  # before the step
+    batches: Sequence[MicroBatch]  # of this rank
+    learning_rate: float
+    status: PendingStatus
+
+    def read(self, config: RunConfig) -> tuple[StepResult, Flags]:
+        """Wait for its numbers: the result of the step, and the flags of all ranks. The same on every rank."""
+        status = self.status.read()
+        num_stages = config.flow.num_stages
+        totals = status.sums[:num_stages]
+        replaced, *flags = status.sums[num_stages:]
+
+        # The means over the global batch.
+        stage_losses = tuple(total / config.batch.global_batch_size for total in totals)
+        weighted = zip(config.flow.resolved_stage_weights, stage_losses, strict=True)
+        result = StepResult(
+            loss=sum(weight * value for weight, value in weighted),
+            stage_losses=stage_losses,
+            grad_norm=status.grad_norm,
+            learning_rate=self.learning_rate,
+            applied=status.applied,
+            replaced_samples=int(replaced),
+        )
+        return result, Flags(*flags)
 
 
 def train_step(
     batches: Sequence[MicroBatch],
     progress: Progress,
+    flags: Flags,
     *,
     config: RunConfig,
     world: World,
     engine: Engine,
     telemetry: Telemetry,
-) -> StepResult:
+) -> StepUnderWay:
     """Train on this rank's micro-batches of the step that begins at `progress`. Collective.
 
-    The engine judges the step before a weight moves (see guard.py). The result is the same on every rank.
+    The engine judges the step before a weight moves (see guard.py). `flags` of this rank travel with the losses. On a
+    GPU the step is only queued when this returns.
     """
     step = progress.step + 1
     batch = config.batch.global_batch_size
@@ -43,35 +75,29 @@ def train_step(
         failpoint("train.step", step)
 
     status = run_micro_batches(
-        batches, step, num_stages=config.flow.num_stages, world=world, engine=engine, telemetry=telemetry
+        batches, step, flags, num_stages=config.flow.num_stages, world=world, engine=engine, telemetry=telemetry
     )
-    telemetry.end_step(batch, status.applied)
-
-    # The means over the global batch.
-    *totals, replaced = status.sums
-    stage_losses = tuple(total / batch for total in totals)
-    loss_value = sum(w * value for w, value in zip(config.flow.resolved_stage_weights, stage_losses, strict=True))
-    return StepResult(
-        loss=loss_value,
-        stage_losses=stage_losses,
-        grad_norm=status.grad_norm,
-        learning_rate=rate,
-        applied=status.applied,
-        replaced_samples=int(replaced),
-    )
+    return StepUnderWay(begun=progress, batches=batches, learning_rate=rate, status=status)
 
 
 def run_micro_batches(
-    batches: Sequence[MicroBatch], step: int, *, num_stages: int, world: World, engine: Engine, telemetry: Telemetry
-) -> StepStatus:
+    batches: Sequence[MicroBatch],
+    step: int,
+    flags: Flags,
+    *,
+    num_stages: int,
+    world: World,
+    engine: Engine,
+    telemetry: Telemetry,
+) -> PendingStatus:
     """Forward and backward of each micro-batch of step number `step`, and the engine's step after the last. Collective.
 
     The sums of the status are the loss of each stage over the samples of the global batch, then the number of samples
-    that were replaced.
+    that were replaced, then the flags.
     """
-    # Added up on the device, so that nothing waits for it before the step is judged.
-    sums = torch.zeros(num_stages + 1, dtype=torch.float64, device=world.device)
-    sums[-1] = sum(len(micro.substitutions) for micro in batches)
+    # Added up on the device, so that nothing waits for it.
+    replaced = sum(len(micro.substitutions) for micro in batches)
+    sums = world.tensor([0.0] * num_stages + [replaced, *flags])
 
     status = None
     for micro in batches:
@@ -85,7 +111,7 @@ def run_micro_batches(
             loss = loss * math.nan
             per_stage = per_stage * math.nan
         telemetry.losses.add(per_stage, times)
-        sums[:-1] += per_stage.double().sum(0)
+        sums[:num_stages] += per_stage.double().sum(0)
 
         # Backward. Ahead of the last one the ranks add up their sums, so that all of them judge the same numbers.
         telemetry.phases.enter("backward", step)
@@ -93,7 +119,7 @@ def run_micro_batches(
             world.sum(sums)
         engine.backward(loss)
 
-        # Optimizer. Only after the last micro-batch does it judge the step, and read the sums from the device.
+        # Optimizer. Only after the last micro-batch does it judge the step.
         telemetry.phases.enter("optimizer", step)
         status = engine.step(sums)
     assert status is not None

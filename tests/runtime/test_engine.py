@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.runtime.engine import LARGEST_NORM, Engine, Fragment, GuardedAdamW, StepStatus, deepspeed_config
+from ecar_dist.runtime.engine import (
+    LARGEST_NORM,
+    Engine,
+    Fragment,
+    GuardedAdamW,
+    Judgement,
+    StepStatus,
+    deepspeed_config,
+)
 from ecar_dist.runtime.world import Placement, World
 
 ALONE = World(Placement(), torch.device("cpu"))
+FOUR = World(Placement(0, 4), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -26,31 +35,46 @@ def test_the_optimizer_moves_nothing_before_the_engine_stands(parameter):
     assert not optimizer.state[parameter]
 
 
-def test_a_refused_step_moves_neither_weights_nor_moments(parameter):
-    optimizer, plain = GuardedAdamW([{"params": [parameter]}], lr=0.1), parameter.detach().clone().requires_grad_()
-    reference = torch.optim.AdamW([plain], lr=0.1)
-    for may_step in (True, False, True):
-        optimizer.may_step = lambda may_step=may_step: may_step
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_refused_step_moves_neither_weights_nor_moments_and_is_counted(parameter, fused):
+    """Fused, as on a GPU: the host does not know the judgement."""
+    optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1, fused=fused)
+    plain = parameter.detach().clone().requires_grad_()
+    reference = torch.optim.AdamW([plain], lr=0.1, fused=fused)
+    for number, good in enumerate((True, False, True)):
+        optimizer.judge = lambda good=good: Judgement(torch.tensor(good), None)
+        parameter.grad = torch.tensor([0.5, 0.5 if good else math.nan])
         optimizer.step()
-        if may_step:
+        assert optimizer.state[parameter]["step"] == number + 1
+        if good:
             plain.grad = parameter.grad.clone()
+            if number:
+                reference.state[plain]["step"].fill_(number)
             reference.step()
         assert torch.equal(parameter, plain)
-        for name, value in reference.state[plain].items():
-            assert torch.equal(optimizer.state[parameter][name], value)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[parameter][name], reference.state[plain][name])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_divided_by_the_clip_factor(parameter, fused):
+    optimizer = GuardedAdamW([{"params": [parameter]}], lr=0.1, fused=fused)
+    optimizer.judge = lambda: Judgement(torch.tensor(True), torch.tensor(4.0))
+    optimizer.step()
+    assert optimizer.state[parameter]["exp_avg"].tolist() == pytest.approx([0.1 * 0.5 / 4] * 2)
 
 
 class OneStep:
-    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step; `asks` the optimizer, or does not."""
+    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step."""
 
-    def __init__(self, optimizer, asks=True, boundary=True):
-        self.optimizer, self.asks, self.boundary = optimizer, asks, boundary
+    def __init__(self, optimizer, boundary=True):
+        self.optimizer, self.boundary = optimizer, boundary
 
     def is_gradient_accumulation_boundary(self):
         return self.boundary
 
     def step(self):
-        if self.asks and self.boundary:
+        if self.boundary:
             self.optimizer.step()
 
 
@@ -75,11 +99,12 @@ def make_engine(parameter, world, limit):
     engine.world, engine._adam, engine._optimizer = world, optimizer, optimizer
     engine._engine, engine._parameters, engine.partitions = OneStep(optimizer), {"weight": parameter}, [parameter]
     engine._is_good = lambda loss, norm: (loss.isfinite() & norm.isfinite()) & (norm <= limit[0])
-    optimizer.may_step = engine._may_step
+    engine._max_norm = 0.0
+    optimizer.judge = engine._judge
     return engine
 
 
-def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_counted_all_the_same(parameter):
+def test_a_step_is_refused_for_its_loss_or_its_norm_and_is_counted_all_the_same(parameter):
     limit = [math.inf]
     engine = make_engine(parameter, ALONE, limit)
     said = [engine.step(LOSSES), engine.step(LOSSES * math.nan), engine.step(LOSSES)]
@@ -87,15 +112,26 @@ def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_count
     said.append(engine.step(LOSSES))
     limit[0] = 0.75
     said.append(engine.step(LOSSES))
-    engine._engine.asks = False
+    parameter.grad[0] = math.nan
     said.append(engine.step(LOSSES))
-    engine._engine.asks, parameter.grad[0] = True, math.nan
-    said.append(engine.step(LOSSES))
-    assert [status.applied for status in said] == [True, False, True, False, True, False, False]
+    said = [pending.read() for pending in said]
+    assert [status.applied for status in said] == [True, False, True, False, True, False]
     assert said[0] == StepStatus((0.25, 0.5), pytest.approx(math.sqrt(0.5)), True)
-    assert said[5].grad_norm == math.inf  # DeepSpeed found a gradient that is not finite
-    assert engine._adam.state[parameter]["step"] == 7
+    assert engine._adam.state[parameter]["step"] == 6
     assert parameter.isfinite().all()
+
+
+def test_a_norm_that_deepspeed_reports_as_invalid_is_infinite(parameter):
+    """ZeRO 0 in bf16 says -1 where a gradient is not finite."""
+    status = make_engine(parameter, Second(-1.0), [math.inf]).step(LOSSES).read()
+    assert (status.applied, status.grad_norm) == (False, math.inf)
+
+
+def test_a_norm_above_the_largest_is_clipped(parameter):
+    engine = make_engine(parameter, ALONE, [math.inf])
+    engine._max_norm = math.sqrt(0.5) / 4
+    assert engine.step(LOSSES).read().grad_norm == pytest.approx(math.sqrt(0.5))  # as it was
+    assert engine._adam.state[parameter]["exp_avg"].tolist() == pytest.approx([0.1 * 0.5 / 4] * 2, rel=1e-5)
 
 
 def test_before_the_last_micro_batch_nothing_is_decided(parameter):
@@ -106,13 +142,13 @@ def test_before_the_last_micro_batch_nothing_is_decided(parameter):
 
 
 def test_all_ranks_judge_by_the_norm_that_rank_0_has(parameter):
-    status = make_engine(parameter, Second(7.0), [6.9]).step(LOSSES)
+    status = make_engine(parameter, Second(7.0), [6.9]).step(LOSSES).read()
     assert (status.applied, status.grad_norm) == (False, 7.0)
 
 
 @pytest.mark.parametrize(("factor", "applied"), [(0.99, True), (1.01, False)])
 def test_a_norm_whose_square_overflows_fp32_is_infinite(parameter, factor, applied):
-    status = make_engine(parameter, Second(factor * LARGEST_NORM), [math.inf]).step(LOSSES)
+    status = make_engine(parameter, Second(factor * LARGEST_NORM), [math.inf]).step(LOSSES).read()
     assert status.applied is applied
     assert math.isfinite(status.grad_norm) is applied
 
@@ -120,7 +156,7 @@ def test_a_norm_whose_square_overflows_fp32_is_infinite(parameter, factor, appli
 def test_every_loss_is_judged(parameter):
     engine = make_engine(parameter, ALONE, [math.inf])
     bad = [LOSSES.clone().index_fill_(0, torch.tensor([index]), math.nan) for index in range(len(LOSSES))]
-    assert [engine.step(losses).applied for losses in (LOSSES, *bad)] == [True, False, False]
+    assert [engine.step(losses).read().applied for losses in (LOSSES, *bad)] == [True, False, False]
 
 
 def test_a_step_is_judged_once_however_often_the_optimizer_asks(parameter):
@@ -128,7 +164,7 @@ def test_a_step_is_judged_once_however_often_the_optimizer_asks(parameter):
     engine, asked = make_engine(parameter, ALONE, [math.inf]), []
     engine._is_good = lambda loss, norm: asked.append(norm) or torch.tensor(len(asked) == 1)
     engine._engine.step = lambda: [engine._adam.step() for _ in range(3)]
-    assert engine.step(LOSSES).applied
+    assert engine.step(LOSSES).read().applied
     assert len(asked) == 1
     assert engine._adam.state[parameter]["step"] == 3
 
@@ -155,23 +191,23 @@ def make_config(**deepspeed):
 
 
 def test_batch_sizes_multiply_out():
-    settings = deepspeed_config(make_config(), 4, "fp32")
+    settings = deepspeed_config(make_config(), FOUR, "fp32")
     assert settings["train_batch_size"] == 64
     assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 4 == 64
 
 
 @pytest.mark.parametrize(("zero_stage", "accumulates"), [(0, None), (1, "fp32"), (2, "fp32"), (3, "fp32")])
 def test_bf16_gradients_accumulate_in_fp32_under_zero(zero_stage, accumulates):
-    settings = deepspeed_config(make_config(zero_stage=zero_stage), 4, "bf16")
+    settings = deepspeed_config(make_config(zero_stage=zero_stage), FOUR, "bf16")
     assert settings["bf16"]["enabled"]
     assert settings.get("data_types", {}).get("grad_accum_dtype") == accumulates
 
 
 def test_offload_goes_to_the_cpu_and_raw_settings_come_last():
     raw = {"zero_optimization": {"offload_param": {"pin_memory": True}, "reduce_bucket_size": 7}}
-    zero = deepspeed_config(make_config(zero_stage=3, offload_optimizer=True, offload_params=True, raw=raw), 4, "bf16")[
-        "zero_optimization"
-    ]
+    zero = deepspeed_config(
+        make_config(zero_stage=3, offload_optimizer=True, offload_params=True, raw=raw), FOUR, "bf16"
+    )["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu"}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 7)

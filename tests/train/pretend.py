@@ -6,7 +6,7 @@ import math
 import torch
 
 from ecar_dist.data.loader import MicroBatch
-from ecar_dist.runtime.engine import StepStatus
+from ecar_dist.runtime.engine import PendingStatus
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.guard import is_good
 from tests.train.test_objective import make_config
@@ -60,7 +60,8 @@ class PretendEngine:
 
     def step(self, sums):
         norm = torch.tensor(self.grad_norm, dtype=torch.float64)
-        return StepStatus(tuple(sums.tolist()), self.grad_norm, bool(self.is_good(sums.sum(), norm)))
+        good = self.is_good(sums.sum(), norm)
+        return PendingStatus(torch.cat([sums, torch.stack([norm, torch.as_tensor(good).double()])]))
 
     def set_learning_rate(self, rate):
         self.rate = rate

@@ -9,9 +9,10 @@ import pytest
 from ecar_dist.config.knobs_training import BadStepsSection, CheckpointSection, EmaSection, LogSection
 from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.runtime.engine import PendingStatus
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.train.guard import BadStepFile, StepGuard
-from ecar_dist.train.loop import Parts, RunState, Saver, crossed, train
+from ecar_dist.train.loop import Parts, RunState, Saver, crossed, needs_numbers, train
 from ecar_dist.train.reader import StepReader
 from ecar_dist.train.record import Recorder
 from ecar_dist.train.start import read_counters
@@ -138,11 +139,43 @@ def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
         "windows": [[4, 7]],
     }
     assert 9.0 < run.store.client_state["goodput"]["kept_seconds"] < 19.0
-    assert run.updates == [(4 * step, 4) for step in [1, 2, 3, 4, 5, 6, *range(4, 13)]]
+    assert run.updates == [(4 * step, 4) for step in [*range(1, 8), *range(4, 13)]]
     assert saved_steps(run) == [3, 4, 6, 9, 12]  # the one that was due when the row began comes first
     assert run.writer.rewound == [3]
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line.get("samples_seen")) for line in lines] == [(6, 20), (7, 24), (7, None)]
+
+
+def test_a_step_is_settled_once_the_next_one_is_queued_unless_its_numbers_are_needed_first(tmp_path, monkeypatch):
+    """The device computes step n + 1 while the host reads step n: so bad steps are seen one step later."""
+    events = []
+    read, call = PendingStatus.read, PretendEngine.__call__
+    monkeypatch.setattr(PendingStatus, "read", lambda status: events.append("read") or read(status))
+    monkeypatch.setattr(
+        PretendEngine, "__call__", lambda engine, *batch: events.append(int(batch[2][0])) or call(engine, *batch)
+    )
+    run = make_run(tmp_path, total=24, bad={4}, log=LogSection(every_steps=5, tensorboard=False))
+    train(run.parts, Progress(0, 0))
+    # step 3 is saved, step 5 logged, step 6 the last
+    assert events == [1, 2, "read", 3, "read", "read", 4, 5, "read", "read", 6, "read"]
+    assert run.parts.state.guard.history.skipped == 1
+
+
+def test_a_step_that_was_queued_before_a_roll_back_is_void(tmp_path):
+    checkpoint = SimpleNamespace(progress=Progress(12, 3), client_state={})
+    run = make_run(tmp_path, total=48, bad={4, 5}, restored=checkpoint)
+    assert train(run.parts, Progress(0, 0)) == Progress(48, 12)
+    assert run.engine.steps == [1, 2, 3, 4, 5, 6, *range(6, 13)]  # step 6 was queued when step 5 was seen to be bad
+    assert run.engine.optimizer_steps == [4, 5]
+    assert run.store.client_state["bad_steps"]["good_norms"] == [2.0] * 7
+
+
+def test_with_a_limit_of_the_norm_each_step_waits_for_the_one_before(tmp_path):
+    run = make_run(tmp_path, total=20)
+    run.parts.state.guard.history._section = BadStepsSection(spike_factor=3.0)
+    assert needs_numbers(run.parts, Progress(4, 1))
+    run.parts.state.guard.history._section = BadStepsSection()
+    assert not needs_numbers(run.parts, Progress(4, 1))
 
 
 def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):

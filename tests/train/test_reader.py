@@ -17,6 +17,7 @@ from ecar_dist.runtime.placement import Placement
 from ecar_dist.runtime.start.roll_call import Decision
 from ecar_dist.runtime.world import World
 from ecar_dist.train import reader as module
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.reader import StepReader, _read, _sum, check_shares, judge_shares
 from ecar_dist.train.time_budget import Phases
 from tests.train.pretend import ALONE, Pair, PretendLoader, make_batch, sized_config
@@ -91,66 +92,120 @@ def test_alone_nothing_is_compared(monkeypatch):
 BEGUN = Progress(8, 2)
 
 
-def make_reader(*loaders, world=ALONE, stop=False, beats=None):
+def make_reader(*loaders, world=ALONE, stop=False, beats=None, total=4000):
     """Two micro-batches a step when alone; `loaders` are opened in turn."""
     config, left = sized_config(micro_batch_size=2), list(loaders)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"total_samples": total})})
     phases = Phases(lambda name, step: beats is None or beats.append((name, step)))
     return StepReader(
         config=config, world=world, open_loader=lambda _: left.pop(0), position=8, stop=stop, phases=phases
     )
 
 
-def test_a_step_begins_when_its_data_is_there():
-    batch, beats = make_batch(2), []
-    reader = make_reader(PretendLoader(batch, DataError("shard x is damaged")), beats=beats)
-    assert reader.read(BEGUN, ready=False) == ([batch, batch], False)
-    assert beats[1:] == [("data", 3)]
-    reader.raise_error()  # there is none
-    assert reader.read(BEGUN, ready=True) == (None, True)
-    with pytest.raises(DataError, match="shard x"):
-        reader.raise_error()
+def after(steps):
+    return Progress(8 + 4 * steps, 2 + steps)
 
 
-@pytest.mark.parametrize("given", [(make_batch(2),), ()])
-def test_a_step_does_not_begin_once_a_stop_was_asked_for_whether_or_not_its_data_is_there(given):
-    reader = make_reader(PretendLoader(*given), stop=True)
-    assert reader.read(BEGUN, ready=False).batches is None
+def test_the_last_step_that_begins_is_the_last_whose_samples_are_there():
+    """Whichever step that is: the first, the second, or a later one, whose flags come two steps ahead."""
+    for good in range(5):
+        batch, beats = make_batch(2), []
+        reader = make_reader(PretendLoader(*[batch] * good, DataError("shard x is damaged")), beats=beats)
+        for step in range(good):
+            assert reader.begin(after(step)) == [batch, batch]
+            assert beats[-1] == ("data", 3 + step)
+            reader.settle(3 + step, reader.flags(ready=False))
+        assert reader.begin(after(good)) is None
+        assert not reader.goes_on(2 + good)
+        with pytest.raises(DataError, match="shard x"):
+            reader.raise_error()
+
+
+def test_without_an_error_there_is_nothing_to_raise():
+    reader = make_reader(PretendLoader(*[make_batch(2)] * 3))
+    reader.begin(BEGUN)
+    reader.settle(3, reader.flags(ready=False))
+    assert reader.goes_on(3)
     reader.raise_error()
 
 
+def test_nothing_is_taken_beyond_the_end_of_the_run():
+    loader = PretendLoader(*[make_batch(2)] * 5)
+    reader = make_reader(loader, total=8 + 4 * 3)
+    left = []
+    for step in range(3):
+        reader.begin(after(step))
+        left.append(len(loader.given))
+    assert left == [2, 2, 2]
+
+
+@pytest.mark.parametrize("given", [(make_batch(2),) * 3, ()])
+def test_no_step_begins_once_a_stop_was_asked_for_whether_or_not_its_data_is_there(given):
+    reader = make_reader(PretendLoader(*given), stop=True)
+    assert reader.begin(BEGUN) is None
+    reader.raise_error()
+
+
+def test_a_stop_ends_the_run_after_the_step_that_was_queued_when_it_is_seen():
+    reader = make_reader(PretendLoader(*[make_batch(2)] * 4))
+    assert reader.begin(BEGUN)
+    reader._stop = True
+    flags = reader.flags(ready=True)
+    assert flags == Flags(stop=1.0, failed=0.0, ready=1.0)
+    assert reader.begin(after(1))
+    reader.settle(3, flags)
+    assert not reader.goes_on(4)
+    assert reader.begin(after(2)) is None
+
+
 @pytest.mark.parametrize(
-    ("ready", "other", "all_ready", "failed", "begins"),
+    ("other", "steps"),
     [
-        (False, [0.0, 0.0, 1.0], False, False, True),  # stop asked, data failed, part of the checkpoint written
-        (True, [0.0, 0.0, 0.0], False, False, True),
-        (True, [0.0, 0.0, 1.0], True, False, True),
-        (True, [1.0, 0.0, 1.0], True, False, False),
-        (True, [0.0, 1.0, 1.0], True, True, False),
+        ([0.0, 0.0, 0.0], 2),  # stop asked, cannot read a step, or even the first
+        ([1.0, 0.0, 0.0], 0),
+        ([0.0, 1.0, 0.0], 1),
+        ([0.0, 1.0, 1.0], 0),
     ],
 )
-def test_two_ranks_begin_and_end_together(monkeypatch, ready, other, all_ready, failed, begins):
+def test_two_ranks_begin_and_end_together(monkeypatch, other, steps):
     monkeypatch.setattr(module, "check_shares", lambda *arguments: None)
     world = Pair(other=other)
-    reader = make_reader(PretendLoader(make_batch(2)), world=world)
-    batches, found = reader.read(BEGUN, ready)
-    assert (batches is not None, found) == (begins, all_ready)
+    reader = make_reader(PretendLoader(*[make_batch(2)] * 4), world=world)
+    assert [reader.begin(after(step)) is not None for step in range(2)] == [step < steps for step in range(2)]
     world.gather = lambda value: [value, "the other rank's error"]
-    if failed:
+    if other[1]:
         with pytest.raises(RemoteError, match="rank 1"):
             reader.raise_error()
     else:
         reader.raise_error()
 
 
+def test_the_flags_of_a_step_are_about_the_step_after_the_next():
+    reader = make_reader(PretendLoader(*[make_batch(2)] * 9))
+    reader.begin(BEGUN)
+    reader.settle(3, Flags(stop=0.0, failed=1.0, ready=0.0))  # of another rank
+    assert [reader.goes_on(step) for step in (2, 3, 4, 5)] == [True, True, False, False]
+
+
 def test_shares_are_compared_once_before_the_first_step(monkeypatch):
     compared = []
     monkeypatch.setattr(module, "check_shares", lambda *arguments: compared.append(arguments[3:]))
-    reader = make_reader(PretendLoader(*[make_batch(2)] * 2), PretendLoader(make_batch(2)))
-    reader.read(BEGUN, ready=False)
-    reader.read(Progress(12, 3), ready=False)
+    reader = make_reader(PretendLoader(*[make_batch(2)] * 4), PretendLoader(*[make_batch(2)] * 3))
+    reader.begin(BEGUN)
+    reader.begin(after(1))
     reader.seek(8)
-    reader.read(BEGUN, ready=False)
+    reader.begin(BEGUN)
     assert compared == [(8, 4)]
+
+
+def test_after_a_seek_an_error_that_was_ahead_counts_no_more():
+    good = [make_batch(2)] * 3
+    reader = make_reader(PretendLoader(make_batch(2), DataError("shard x is damaged")), PretendLoader(*good))
+    reader.begin(BEGUN)
+    reader.seek(8)
+    assert reader.begin(BEGUN)
+    assert reader.goes_on(9)
+    reader.raise_error()
 
 
 def test_another_position_is_another_loader_and_the_wait_adds_up():

@@ -8,6 +8,7 @@ import torch
 from ecar_dist.config.knobs_training import BadStepsSection, OptimSection
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.guard import BadSteps, is_good
 from ecar_dist.train.step import train_step
 from ecar_dist.train.telemetry import Telemetry
@@ -15,6 +16,7 @@ from ecar_dist.train.time_budget import Goodput, Phases
 from tests.train.pretend import ALONE, Pair, PretendEngine, make_batch, sized_config
 
 BEGUN = Progress(8, 2)
+NOTHING = Flags(0.0, 0.0, 0.0)
 
 
 def run_step(engine, batches=None, config=None, world=ALONE, beats=None):
@@ -22,7 +24,10 @@ def run_step(engine, batches=None, config=None, world=ALONE, beats=None):
     phases = Phases(lambda name, step: beats is None or beats.append((name, step)))
     telemetry = Telemetry(config, world, phases, Goodput(), 1.0)
     batches = batches or [make_batch(config.batch.micro_batch_size)]
-    return train_step(batches, BEGUN, config=config, world=world, engine=engine, telemetry=telemetry)
+    step = train_step(batches, BEGUN, NOTHING, config=config, world=world, engine=engine, telemetry=telemetry)
+    result, flags = step.read(config)
+    assert flags == NOTHING
+    return result
 
 
 def test_a_step_reports_the_global_loss():
@@ -59,10 +64,15 @@ def test_the_limit_of_the_gradient_norm_is_that_of_the_good_steps():
 
 
 @pytest.mark.parametrize(
-    ("other", "applied"), [([2.0, 2.0, 0.0], True), ([math.nan, 0.0, 0.0], False), ([0.0, math.inf, 0.0], False)]
+    ("other", "applied"),
+    [
+        ([2.0, 2.0, 0.0], True),
+        ([math.nan, 0.0, 0.0], False),
+        ([0.0, math.inf, 0.0], False),
+    ],
 )
 def test_the_loss_is_that_of_all_ranks_and_all_refuse_what_one_cannot_learn_from(other, applied):
-    result = run_step(PretendEngine(0.5, 2.0), [make_batch(2)], sized_config(2), Pair(other=other))
+    result = run_step(PretendEngine(0.5, 2.0), [make_batch(2)], sized_config(2), Pair(other=[*other, *NOTHING]))
     assert result.applied is applied
     if applied:
         assert result.loss == (2 * 0.5 + 2.0) / 4
@@ -77,14 +87,16 @@ def test_a_nan_of_one_stage_cannot_hide_behind_the_infinity_of_another():
 def test_replaced_samples_are_those_of_all_micro_batches_and_ranks():
     made = [Substitution(position, 7, 70 + position, "shard x is damaged") for position in range(3)]
     batches = [make_batch(2, tuple(made[:1])), make_batch(2, tuple(made[1:]))]
-    assert run_step(PretendEngine(), batches, sized_config(2), Pair(other=[0.0, 0.0, 4.0])).replaced_samples == 7
+    assert (
+        run_step(PretendEngine(), batches, sized_config(2), Pair(other=[0.0, 0.0, 4.0, *NOTHING])).replaced_samples == 7
+    )
 
 
 def test_the_losses_by_time_are_those_of_every_micro_batch():
     config = sized_config(2)
     telemetry = Telemetry(config, ALONE, Phases(lambda name, step: None), Goodput(), 1.0)
     parts = {"config": config, "world": ALONE, "engine": PretendEngine(0.5), "telemetry": telemetry}
-    train_step([make_batch(2)] * 2, BEGUN, **parts)
+    train_step([make_batch(2)] * 2, BEGUN, NOTHING, **parts)
     sums, counts = telemetry.losses.take().view(2, -1)
     assert (sums.sum(), counts.sum()) == (0.5 * 8, 8)
     assert torch.equal(sums[counts > 0] / counts[counts > 0], torch.full((2,), 0.5, dtype=torch.float64))

@@ -40,7 +40,8 @@ def run_micro_batches(
     engine: Engine, batches: list[Micro], *, factor: float = 1.0, reported: float = 1.0
 ) -> StepStatus:
     """One step, the gradients of its loss times `factor`, the loss that is judged times `reported`."""
-    sums, status = torch.zeros(1, dtype=torch.float64), None
+    sums = torch.zeros(1, dtype=torch.float64)
+    status = None
     for micro in batches:
         loss, *_ = engine(*micro)
         sums += loss.detach() * reported / (len(batches) * engine.world.size)
@@ -49,7 +50,7 @@ def run_micro_batches(
         engine.backward(loss * factor)
         status = engine.step(sums)
     assert status is not None
-    return status
+    return status.read()
 
 
 def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
@@ -135,7 +136,7 @@ def step_from(engine: Engine, before: list[torch.Tensor], batches: list[Micro], 
 
 
 def adam_steps(engine: Engine) -> set[int]:
-    return {int(engine._adam_state(partition)["step"]) for partition in engine.partitions}
+    return {int(engine._adam.state_of(partition)["step"]) for partition in engine.partitions}
 
 
 def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
