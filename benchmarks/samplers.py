@@ -136,7 +136,7 @@ class Turn:
 
     def _made(self, case: Case) -> Any:
         untrained = _untrained(self.config).to(case.device)
-        return prepare(untrained, self._plan, case.device, compiled=case.mode == "compiled")
+        return prepare(untrained, self._plan, case.device, compiles=case.mode == "compiled")
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

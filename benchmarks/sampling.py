@@ -21,7 +21,7 @@ import rounds
 from samplers import CONTENDERS, Case, Measured, largest_batches, measure
 
 from ecar_dist.command_line import counted
-from ecar_dist.sample.fast import compiler_fault
+from ecar_dist.runtime.compiler import compiler_fault
 
 MAX = "max"
 CPU_ROUNDS, CPU_LARGE, GPU_LARGE = 3, 4, 256

@@ -63,7 +63,7 @@ def _with_private_cache(command: Command) -> Command:
     def run(parsed: argparse.Namespace) -> int:
         if not parsed.compile:
             return command(parsed)
-        from ecar_dist.sample.fast import private_cache
+        from ecar_dist.runtime.compiler import private_cache
 
         with private_cache():
             return command(parsed)
@@ -194,7 +194,7 @@ def _draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) 
 
     # Everything that can fail comes before the progress bar.
     settings = SamplingPlan.from_config(trained.config, trained.device, guidance_scale=parsed.guidance_scale)
-    model = prepare(trained.model, settings, trained.device, compiled=parsed.compile)
+    model = prepare(trained.model, settings, trained.device, compiles=parsed.compile)
     wanted = torch.tensor(labels, device=trained.device)
     batches = generate_in_batches(model, settings, wanted, parsed.seed, parsed.batch_size, fill=parsed.compile)
     return _with_progress(batches, len(labels))

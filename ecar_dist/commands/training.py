@@ -127,11 +127,14 @@ def _train(parsed: argparse.Namespace) -> int:
 def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool) -> int:
     from ecar_dist.kinds.flops import FLOPS_PER_MAC
     from ecar_dist.kinds.table import kind_of
+    from ecar_dist.runtime.compiler import private_cache
     from ecar_dist.sample.preview import make_preview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
 
     with contextlib.ExitStack() as ends:
+        if config.compiles_on(world.device.type):
+            ends.enter_context(private_cache())
         parts, progress = start_training(
             config,
             world,

@@ -249,6 +249,11 @@ class TrainSection(Section):
         "recompute each block in the backward pass: less memory, about a third more compute",
         on_resume=OnResume.SAFE,
     )
+    compile: Literal["auto"] | bool = knob(
+        "auto",
+        "compile each block (torch.compile): a faster step after a start of minutes; auto: true on a GPU",
+        on_resume=OnResume.OPTIMISATION,
+    )
     hang_seconds: float = knob(
         600.0,
         "a rank that stays longer in one phase of a step is named, and the job is ended; 0: never",

@@ -92,6 +92,10 @@ class RunConfig(Section):
             return "fp32" if device_type == "cpu" else "bf16"
         return self.deepspeed.precision
 
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether training is compiled; `auto` is true on an accelerator."""
+        return device_type != "cpu" if self.train.compile == "auto" else self.train.compile
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
         return grad_accum_steps(self.batch.global_batch_size, self.batch.micro_batch_size, world_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ecar_dist.command_line import duration, say
 from ecar_dist.config.run import RunConfig
+from ecar_dist.runtime.compiler import compile_blocks, repeated_blocks
 from ecar_dist.runtime.world import World
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -156,9 +159,19 @@ class Engine:
         world: World,
         precision: str,
         is_good: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        backend: str | None = None,
     ) -> None:
-        # DeepSpeed wraps the module and its optimizer.
+        """`backend`: of torch.compile, for the blocks of the model; None: they are not compiled."""
         deepspeed = _import_deepspeed(world)
+
+        # ZeRO-3 gathers the weights of a compiled block in one go: a gather within it would cut its graph.
+        if backend is not None and config.deepspeed.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(
+                model, sorted({type(block) for block in repeated_blocks(model)}, key=str)
+            )
+
+        # DeepSpeed wraps the module and its optimizer.
         self.world = world
         self.zero_stage = config.deepspeed.zero_stage
         optim = config.optim
@@ -168,6 +181,10 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=self._adam, config=deepspeed_config(config, world, precision)
         )
+
+        if backend is not None:
+            compile_blocks(model, backend)
+        self._compiles_next = backend is not None
 
         # From here on the optimizer asks before each step.
         self._is_good = is_good
@@ -185,7 +202,16 @@ class Engine:
         self.fragments = self._find_fragments()
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        return self._engine(*inputs)
+        if not self._compiles_next:
+            return self._engine(*inputs)
+
+        # The first call compiles, for minutes in a large model.
+        began = time.monotonic()
+        outputs = self._engine(*inputs)
+        self._compiles_next = False
+        if self.world.is_first:
+            say(f"the blocks of the model were compiled in {duration(time.monotonic() - began)}")
+        return outputs
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
@@ -216,8 +242,13 @@ class Engine:
         self._judgement = None
         self._status = None
         self._engine.step()
-        assert self._status is not None, "DeepSpeed dropped a step; leave bf16.check_grad_overflow out of deepspeed.raw"
-        return self._status
+        if self._status is not None:
+            return self._status
+
+        # In bf16 without ZeRO it reads the gradients on the host, and drops a step where they are not finite.
+        for partition in self.partitions:
+            self._adam.state_of(partition)["step"] += 1
+        return PendingStatus(torch.cat([sums, sums.new_tensor([math.inf, 0.0])]))
 
     def _judge(self) -> Judgement:
         """Judge the step at hand, on the device. ZeRO-3 asks for each of its sub-groups, and gets the same answer.

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ecar_dist.errors import ConfigError
 from ecar_dist.kinds.table import KINDS
 from ecar_dist.models.staged import StagedModel
+from ecar_dist.runtime.compiler import CACHE_VARIABLE, compiled, compiler_fault
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-
-@contextlib.contextmanager
-def private_cache() -> Iterator[None]:
-    """Compile in a temporary folder, unless the user has chosen one.
-
-    All processes of a user share the compiler's default folder. A process that is killed while it compiles leaves
-    truncated libraries there, which make later ones fail.
-    """
-    before = os.environ.get(CACHE_VARIABLE)
-    # torch sets the variable to the default when it is imported.
-    if before not in (None, default_cache_dir()):
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ecar-compiled-", ignore_cleanup_errors=True) as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        try:
-            yield
-        finally:
-            os.environ[CACHE_VARIABLE] = before or default_cache_dir()
-
-
-def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compiled: bool) -> Any:
+def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compiles: bool) -> Any:
     """The model that `generate` should use to draw many batches: `model` itself, or its compiled form.
 
     Under bf16 the matrices of `model` are rounded in place. Raises ConfigError if it cannot be compiled.
     """
     if plan.bf16:
         round_matrices(model)
-    if not compiled:
+    if not compiles:
         return model
     if not KINDS[plan.kind].compilable:
         raise ConfigError(f"model.kind={plan.kind} cannot be compiled, its steps differ in size; leave --compile out")
@@ -79,8 +54,8 @@ class CompiledModel:
     def __init__(self, model: StagedModel, device: torch.device) -> None:
         self.start_cache = model.start_cache
         # Not a CUDA graph: the next replay would overwrite the keys and values that the cache holds.
-        self.begin_stage = _compile(model.begin_stage)
-        self._velocity = _compile(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
+        self.begin_stage = compiled(model.begin_stage)
+        self._velocity = compiled(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def velocity(
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
@@ -88,16 +63,3 @@ class CompiledModel:
         """See `StagedModel`."""
         # A copy, because the next replay writes to the same memory, and a solver may still use this result.
         return self._velocity(x, time, stage, condition, labels).clone()
-
-
-def compiler_fault(device: torch.device) -> str | None:
-    """One line on why torch.compile does not work here, e.g. without a C++ compiler; None if it works."""
-    try:
-        _compile(torch.sin)(torch.zeros(4, device=device))
-    except (RuntimeError, OSError, ImportError) as error:  # OSError, ImportError: a library that cannot be loaded
-        return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-    return None
-
-
-def _compile(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -61,6 +61,10 @@ class Parts:
     recorder: Recorder
     saver: Saver
 
+    def flags(self) -> Flags:
+        """What this rank tells the others now."""
+        return self.reader.flags(self.saver.is_ready)
+
 
 def train(parts: Parts, progress: Progress) -> Progress:
     """Train from `progress` to the end of the run, to a stop signal, or to data that cannot be read. Collective.
@@ -84,12 +88,17 @@ def train(parts: Parts, progress: Progress) -> Progress:
         progress = Progress(begun.samples_seen + batch, begun.step + 1)
 
         # Step. After a roll-back the samples around the bad steps are seen, but not learnt from.
-        flags = parts.reader.flags(parts.saver.is_ready)
         if state.guard.history.passes_over(progress.step):
-            pass_over(parts, progress, flags)
+            pass_over(parts, progress)
         else:
             step = train_step(
-                batches, begun, flags, config=config, world=parts.world, engine=state.engine, telemetry=parts.telemetry
+                batches,
+                begun,
+                parts.flags,
+                config=config,
+                world=parts.world,
+                engine=state.engine,
+                telemetry=parts.telemetry,
             )
             under_way.append(step)
 
@@ -123,14 +132,14 @@ def train(parts: Parts, progress: Progress) -> Progress:
     return progress
 
 
-def pass_over(parts: Parts, progress: Progress, flags: Flags) -> None:
+def pass_over(parts: Parts, progress: Progress) -> None:
     """Count a step that ends at `progress` without learning from it. Collective."""
     # Adam counts the steps of the run.
     parts.state.guard.history.pass_over()
     parts.state.engine.set_optimizer_step(progress.step)
 
     # There are no losses with which the flags could travel.
-    agreed = Flags(*parts.world.sum(parts.world.tensor(flags)).tolist())
+    agreed = Flags(*parts.world.sum(parts.world.tensor(parts.flags())).tolist())
     note_flags(parts, progress.step, agreed)
 
 

@@ -26,6 +26,7 @@ from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.storage import open_storage
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
+from ecar_dist.runtime.compiler import compiler_fault
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.run.directory import RunDirectory
@@ -55,6 +56,7 @@ from ecar_dist.train.time_budget import Goodput, Phases, run_began
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
+BACKEND = "inductor"  # of torch.compile
 SAME_IDENTITY = "give every node the same autoencoder (vae.path), data and version of ecar_dist"
 PreviewFactory = Callable[[RunConfig, LatentCodec, torch.device], Preview]
 
@@ -231,8 +233,13 @@ def build_engine(
 ) -> Engine:
     """The model, initialised from the run's seed alone, the objective around it, and DeepSpeed around both.
 
-    `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite.
+    `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite. Raises ConfigError, on all ranks,
+    where the model is to be compiled and cannot be.
     """
+    backend = BACKEND if config.compiles_on(world.device.type) else None
+    if backend is not None:
+        world.together(lambda: check_compiler(world.device))
+
     # The model and its loss.
     kind = kind_of(config)
     torch.manual_seed(config.run.seed)
@@ -245,7 +252,13 @@ def build_engine(
         {"params": decay, "weight_decay": config.optim.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    return Engine(objective, model, groups, config, world, precision, is_good)
+    return Engine(objective, model, groups, config, world, precision, is_good, backend=backend)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError if nothing can be compiled for the device here."""
+    if fault := compiler_fault(device):
+        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); set train.compile=false")
 
 
 def open_store(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
@@ -50,7 +52,7 @@ class StepUnderWay:
 def train_step(
     batches: Sequence[MicroBatch],
     progress: Progress,
-    flags: Flags,
+    flags: Callable[[], Flags],
     *,
     config: RunConfig,
     world: World,
@@ -59,8 +61,8 @@ def train_step(
 ) -> StepUnderWay:
     """Train on this rank's micro-batches of the step that begins at `progress`. Collective.
 
-    The engine judges the step before a weight moves (see guard.py). `flags` of this rank travel with the losses. On a
-    GPU the step is only queued when this returns.
+    The engine judges the step before a weight moves (see guard.py). The `flags` of this rank travel with the losses, so
+    they are asked for as late as that. On a GPU the step is only queued when this returns.
     """
     step = progress.step + 1
     batch = config.batch.global_batch_size
@@ -83,7 +85,7 @@ def train_step(
 def run_micro_batches(
     batches: Sequence[MicroBatch],
     step: int,
-    flags: Flags,
+    flags: Callable[[], Flags],
     *,
     num_stages: int,
     world: World,
@@ -97,10 +99,10 @@ def run_micro_batches(
     """
     # Added up on the device, so that nothing waits for it.
     replaced = sum(len(micro.substitutions) for micro in batches)
-    sums = world.tensor([0.0] * num_stages + [replaced, *flags])
+    sums = world.tensor([0.0] * num_stages + [replaced])
 
     status = None
-    for micro in batches:
+    for number, micro in enumerate(batches, 1):
         # Forward.
         telemetry.phases.enter("forward", step)
         parts = (micro.values, micro.labels, micro.positions)
@@ -115,8 +117,8 @@ def run_micro_batches(
 
         # Backward. Ahead of the last one the ranks add up their sums, so that all of them judge the same numbers.
         telemetry.phases.enter("backward", step)
-        if micro is batches[-1]:
-            world.sum(sums)
+        if number == len(batches):
+            sums = world.sum(torch.cat([sums, world.tensor(flags())]))
         engine.backward(loss)
 
         # Optimizer. Only after the last micro-batch does it judge the step.

@@ -65,16 +65,16 @@ def test_gradients_are_divided_by_the_clip_factor(parameter, fused):
 
 
 class OneStep:
-    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step."""
+    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step; `asks` the optimizer, or does not."""
 
-    def __init__(self, optimizer, boundary=True):
-        self.optimizer, self.boundary = optimizer, boundary
+    def __init__(self, optimizer, asks=True, boundary=True):
+        self.optimizer, self.asks, self.boundary = optimizer, asks, boundary
 
     def is_gradient_accumulation_boundary(self):
         return self.boundary
 
     def step(self):
-        if self.boundary:
+        if self.asks and self.boundary:
             self.optimizer.step()
 
 
@@ -104,7 +104,7 @@ def make_engine(parameter, world, limit):
     return engine
 
 
-def test_a_step_is_refused_for_its_loss_or_its_norm_and_is_counted_all_the_same(parameter):
+def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_counted_all_the_same(parameter):
     limit = [math.inf]
     engine = make_engine(parameter, ALONE, limit)
     said = [engine.step(LOSSES), engine.step(LOSSES * math.nan), engine.step(LOSSES)]
@@ -112,12 +112,16 @@ def test_a_step_is_refused_for_its_loss_or_its_norm_and_is_counted_all_the_same(
     said.append(engine.step(LOSSES))
     limit[0] = 0.75
     said.append(engine.step(LOSSES))
+    engine._engine.asks = False
+    said.append(engine.step(LOSSES))
+    engine._engine.asks = True
     parameter.grad[0] = math.nan
     said.append(engine.step(LOSSES))
     said = [pending.read() for pending in said]
-    assert [status.applied for status in said] == [True, False, True, False, True, False]
+    assert [status.applied for status in said] == [True, False, True, False, True, False, False]
     assert said[0] == StepStatus((0.25, 0.5), pytest.approx(math.sqrt(0.5)), True)
-    assert engine._adam.state[parameter]["step"] == 6
+    assert said[5].grad_norm == math.inf  # DeepSpeed found a gradient that is not finite
+    assert engine._adam.state[parameter]["step"] == 7
     assert parameter.isfinite().all()
 
 

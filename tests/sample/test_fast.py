@@ -10,10 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime import cache_dir_utils
 
+import ecar_dist.runtime.compiler as home
 import ecar_dist.sample.fast as module
 from ecar_dist.errors import ConfigError
 from ecar_dist.models import layers
-from ecar_dist.sample.fast import CACHE_VARIABLE, compiler_fault, prepare, private_cache, round_matrices
+from ecar_dist.runtime.compiler import CACHE_VARIABLE, compiler_fault, private_cache
+from ecar_dist.sample.fast import prepare, round_matrices
 from ecar_dist.sample.generate import generate, generate_in_batches, velocities
 from tests.sample.test_generate import INDICES, LABELS, SEED, make_plan
 from tests.train.test_objective import make_config, make_model
@@ -47,7 +49,7 @@ def compiler():
 def test_compiled_draws_what_the_model_draws_and_compiles_each_stage_once(kind, num_stages, graphs):
     """One graph a stage for the velocity, one for the token map; the second batch and the last, short one find them."""
     model, plan = small(kind, num_stages)
-    compiled = prepare(model, plan, CPU, compiled=True)
+    compiled = prepare(model, plan, CPU, compiles=True)
     counters.clear()
     labels = torch.tensor([1, 7, 7, 0, 3])
     ours = list(generate_in_batches(compiled, plan, labels, SEED, batch_size=2, fill=True))
@@ -70,16 +72,16 @@ def test_each_call_of_the_compiled_velocity_has_memory_of_its_own(monkeypatch):
     monkeypatch.setattr(module, "compiler_fault", lambda device: None)
     replayed = lambda function: lambda *arguments: place.copy_(function(*arguments))  # noqa: E731
     monkeypatch.setattr(
-        module, "_compile", lambda function, mode=None: replayed(function) if function == model.velocity else function
+        module, "compiled", lambda function, mode=None: replayed(function) if function == model.velocity else function
     )
-    compiled = prepare(model, plan, CPU, compiled=True)
+    compiled = prepare(model, plan, CPU, compiles=True)
     assert torch.equal(generate(compiled, plan, LABELS, INDICES, SEED)[-1], expected)
 
 
 def test_the_velocity_alone_is_a_cuda_graph_and_on_a_gpu_alone(monkeypatch):
     model, _ = small("ecar", 2)
     modes = []
-    monkeypatch.setattr(module, "_compile", lambda function, mode=None: modes.append((function.__name__, mode)))
+    monkeypatch.setattr(module, "compiled", lambda function, mode=None: modes.append((function.__name__, mode)))
     for device in ("cpu", "cuda"):
         module.CompiledModel(model, torch.device(device))
     assert modes == [("begin_stage", None), ("velocity", None), ("begin_stage", None), ("velocity", "reduce-overhead")]
@@ -92,7 +94,7 @@ def test_rounded_matrices_draw_the_same_bits_under_autocast(kind, num_stages):
     expected = generate(model, plan, LABELS, INDICES, SEED)
     in_fp32 = velocities(model, plan, LABELS, INDICES, SEED)
     rounded = copy.deepcopy(model)
-    assert prepare(rounded, plan, CPU, compiled=False) is rounded
+    assert prepare(rounded, plan, CPU, compiles=False) is rounded
     for a, b in zip(generate(rounded, plan, LABELS, INDICES, SEED), expected, strict=True):
         assert torch.equal(a, b)
     linear = {p.dtype for m in rounded.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()}
@@ -106,7 +108,7 @@ def test_rounded_matrices_draw_the_same_bits_under_autocast(kind, num_stages):
 
 def test_in_fp32_nothing_is_rounded():
     model, plan = small("ecar", 2)
-    assert prepare(model, plan, CPU, compiled=False) is model
+    assert prepare(model, plan, CPU, compiles=False) is model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     round_matrices(model)
     assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
@@ -115,15 +117,15 @@ def test_in_fp32_nothing_is_rounded():
 def test_what_cannot_be_compiled_says_so(monkeypatch):
     model, plan = small("mar", 1)
     with pytest.raises(ConfigError, match=r"model\.kind=mar .*--compile"):
-        prepare(model, plan, CPU, compiled=True)
+        prepare(model, plan, CPU, compiles=True)
     model, plan = small("ecar", 2)
 
     def refuse(*_, **__):
         raise RuntimeError("no compiler\nand a long story")
 
-    monkeypatch.setattr(module, "_compile", refuse)
+    monkeypatch.setattr(home, "compiled", refuse)
     with pytest.raises(ConfigError, match=r"on cpu here \(no compiler and a long story\); leave --compile out"):
-        prepare(model, plan, CPU, compiled=True)
+        prepare(model, plan, CPU, compiles=True)
 
 
 def test_compiled_code_lies_in_a_folder_of_this_process_alone(tmp_path, monkeypatch):
@@ -146,8 +148,8 @@ def test_a_library_that_cannot_be_loaded_is_a_fault_with_its_name(monkeypatch):
     def load(function, mode=None):
         raise OSError("/tmp/x/torn.so: invalid ELF header")
 
-    monkeypatch.setattr(module, "_compile", load)
+    monkeypatch.setattr(home, "compiled", load)
     assert compiler_fault(CPU) == "/tmp/x/torn.so: invalid ELF header"
     monkeypatch.setenv(CACHE_VARIABLE, "/tmp/x")
     with pytest.raises(ConfigError, match=r"invalid ELF header\); leave --compile out, or empty /tmp/x$"):
-        prepare(small("dit", 1)[0], small("dit", 1)[1], CPU, compiled=True)
+        prepare(small("dit", 1)[0], small("dit", 1)[1], CPU, compiles=True)

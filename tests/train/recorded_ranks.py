@@ -17,12 +17,12 @@ def record_steps():
     file = Path(os.environ["RECORDS"]) / f"{os.getpid()}-{os.environ['RANK']}.jsonl"
     train_step = loop.train_step
 
-    def recording(batches, progress, **parts):
+    def recording(batches, progress, flags, **parts):
         positions, sample_ids = (torch.cat(one).tolist() for one in zip(*map(places, batches), strict=True))
         line = {"step": progress.step + 1, "positions": positions, "sample_ids": sample_ids}
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        return train_step(batches, progress, **parts)
+        return train_step(batches, progress, flags, **parts)
 
     loop.train_step = recording
 

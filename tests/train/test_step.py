@@ -24,7 +24,7 @@ def run_step(engine, batches=None, config=None, world=ALONE, beats=None):
     phases = Phases(lambda name, step: beats is None or beats.append((name, step)))
     telemetry = Telemetry(config, world, phases, Goodput(), 1.0)
     batches = batches or [make_batch(config.batch.micro_batch_size)]
-    step = train_step(batches, BEGUN, NOTHING, config=config, world=world, engine=engine, telemetry=telemetry)
+    step = train_step(batches, BEGUN, lambda: NOTHING, config=config, world=world, engine=engine, telemetry=telemetry)
     result, flags = step.read(config)
     assert flags == NOTHING
     return result
@@ -80,7 +80,9 @@ def test_the_loss_is_that_of_all_ranks_and_all_refuse_what_one_cannot_learn_from
 
 def test_a_nan_of_one_stage_cannot_hide_behind_the_infinity_of_another():
     """What is judged is the sum over stages."""
-    result = run_step(PretendEngine(0.5, 2.0), [make_batch(2)], sized_config(2), Pair(other=[math.inf, -math.inf, 0.0]))
+    result = run_step(
+        PretendEngine(0.5, 2.0), [make_batch(2)], sized_config(2), Pair(other=[math.inf, -math.inf, 0.0, *NOTHING])
+    )
     assert not result.applied
 
 
@@ -96,7 +98,7 @@ def test_the_losses_by_time_are_those_of_every_micro_batch():
     config = sized_config(2)
     telemetry = Telemetry(config, ALONE, Phases(lambda name, step: None), Goodput(), 1.0)
     parts = {"config": config, "world": ALONE, "engine": PretendEngine(0.5), "telemetry": telemetry}
-    train_step([make_batch(2)] * 2, BEGUN, NOTHING, **parts)
+    train_step([make_batch(2)] * 2, BEGUN, lambda: NOTHING, **parts)
     sums, counts = telemetry.losses.take().view(2, -1)
     assert (sums.sum(), counts.sum()) == (0.5 * 8, 8)
     assert torch.equal(sums[counts > 0] / counts[counts > 0], torch.full((2,), 0.5, dtype=torch.float64))

@@ -1,0 +1,78 @@
+"""Compiled blocks compute what eager ones do; tests/train/test_compiled_ranks.py trains them under ZeRO."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from ecar_dist.runtime.compiler import compile_blocks, compiler_fault, repeated_blocks
+from tests.train.test_objective import batch, make_config, make_model, objective
+
+KINDS = [("ecar", 3), ("pyramid", 2), ("dit", 1), ("mar", 1)]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def step(config, model, precision="fp32"):
+    """Loss of each stage and all gradients of one micro-batch."""
+    loss, per_stage, _ = objective(config, model, precision)(*batch(range(6)))
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return per_stage, found
+
+
+def recomputing(config):
+    return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": True})})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [lambda config: config, recomputing])
+def test_losses_and_gradients_are_those_of_the_eager_blocks_to_the_bit(precision, change):
+    """As one graph for each kind of block and number of tokens, without a break."""
+    for kind, num_stages in KINDS:
+        torch._dynamo.reset()
+        counters.clear()
+        config = change(make_config(kind, num_stages=num_stages))
+        model = make_model(config)
+        if precision == "bf16":
+            model.bfloat16()  # as DeepSpeed does
+        losses, gradients = step(config, model, precision)
+        compile_blocks(model, "aot_eager")
+        found, compiled_gradients = step(config, model, precision)
+        assert torch.equal(found, losses)
+        assert gradients.keys() == compiled_gradients.keys()
+        assert all(torch.equal(gradients[name], compiled_gradients[name]) for name in gradients)
+
+        # ecar: the AR block, and the velocity block at each size; mar: the trunk's block, and the head's
+        graphs = {"ecar": 1 + num_stages, "pyramid": num_stages, "dit": 1, "mar": 2}[kind]
+        assert counters["stats"]["unique_graphs"] == graphs, kind
+        assert not counters["graph_break"]
+
+
+def test_a_block_that_cannot_be_one_graph_is_an_error():
+    config = make_config("dit", num_stages=1)
+    model = make_model(config)
+    for block in repeated_blocks(model):
+        block.mlp.forward = lambda x: x if x.sum() > 0 else -x
+    compile_blocks(model, "aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        step(config, model)
+
+
+def test_inductor_is_within_rounding_of_eager():
+    if fault := compiler_fault(torch.device("cpu")):
+        pytest.skip(fault)
+    config = make_config("dit", num_stages=1)
+    model = make_model(config)
+    losses, gradients = step(config, model)
+    compile_blocks(model)
+    found, compiled_gradients = step(config, model)
+    torch.testing.assert_close(found, losses, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        assert float((compiled_gradients[name] - gradient).norm() / gradient.norm()) < 1e-6, name
