@@ -11,7 +11,10 @@ elements, position low, position high, purpose and stream).
 from __future__ import annotations
 
 import enum
+import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -60,49 +63,89 @@ def _multiply_high_low(word: torch.Tensor, multiplier: int) -> tuple[torch.Tenso
     return by_high >> 16, ((by_high & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
 
-def _words(seed: int, positions: torch.Tensor, purpose: Purpose, stream: int, count: int) -> torch.Tensor:
-    """`count` words for each position: [B, count], int64 in [0, 2^32)."""
-    # Counters: four words come from each block of elements.
-    blocks = -(-count // 4)
-    positions = positions.to(torch.int64)[:, None]  # [B, 1]
-    block = torch.arange(blocks, device=positions.device, dtype=torch.int64)[None, :]  # [1, N]
-    c0 = block.expand(positions.shape[0], blocks)
-    c1 = (positions & _MASK32).expand_as(c0)
-    c2 = ((positions >> 32) & _MASK32).expand_as(c0)
-    c3 = torch.full_like(c0, int(purpose) | stream << 16)
+class Draw(NamedTuple):
+    """What is drawn for each position: numbers of N(0, 1), or of U(0, 1), which are never 0 and never 1.
 
-    # The last block may hold more words than are needed.
-    words = philox4x32([c0, c1, c2, c3], (seed & _MASK32, (seed >> 32) & _MASK32))
-    return torch.stack(words, dim=-1).reshape(positions.shape[0], -1)[:, :count]  # [B, count]
+    `stream` separates several draws of one purpose, e.g. one per stage.
+    """
+
+    purpose: Purpose
+    shape: tuple[int, ...] = ()
+    stream: int = 0
+    is_normal: bool = True
+
+
+def draw_all(seed: int, positions: torch.Tensor, draws: Sequence[Draw]) -> list[torch.Tensor]:
+    """The numbers of all draws, in their order: float32 [B, *shape] each, on the device of `positions` (int64 [B]).
+
+    One pass of the generator makes all of them, because its cost on a GPU is that of launching its many small kernels.
+    Each draw gets the numbers that it would get alone.
+    """
+    # The normal ones side by side, then the uniform ones.
+    ordered = sorted(draws, key=lambda draw: not draw.is_normal)
+    unit = _to_unit(_words(seed, positions, tuple(ordered)))  # [B, 4 N]
+    normals = 4 * sum(_blocks(draw) for draw in draws if draw.is_normal)
+    numbers = torch.cat((_box_muller(unit[:, :normals]), unit[:, normals:]), dim=1) if normals else unit
+
+    # Cut apart: the last block of a draw may hold more numbers than it needs.
+    found = {}
+    start = 0
+    for draw in ordered:
+        flat = numbers[:, start : start + math.prod(draw.shape)]
+        found[draw] = flat.reshape(-1, *draw.shape).contiguous()  # compiled code has one graph for each layout
+        start += 4 * _blocks(draw)
+    return [found[draw] for draw in draws]
 
 
 def uniform(
     seed: int, positions: torch.Tensor, purpose: Purpose, shape: tuple[int, ...] = (), *, stream: int = 0
 ) -> torch.Tensor:
-    """U(0, 1) numbers, float32 [B, *shape], on the device of `positions` (int64 [B]). Never 0, never 1.
-
-    `stream` separates several draws of one purpose, e.g. one per stage.
-    """
-    words = _words(seed, positions, purpose, stream, math.prod(shape))
-    return _to_unit(words).reshape(positions.shape[0], *shape)
+    """U(0, 1) numbers of one draw, float32 [B, *shape]; see `Draw`."""
+    return draw_all(seed, positions, [Draw(purpose, shape, stream, is_normal=False)])[0]
 
 
 def normal(
     seed: int, positions: torch.Tensor, purpose: Purpose, shape: tuple[int, ...], *, stream: int = 0
 ) -> torch.Tensor:
-    """N(0, 1) numbers by Box-Muller, float32 [B, *shape], on the device of `positions` (int64 [B])."""
-    # Two uniform numbers give two normal ones.
-    count = math.prod(shape)
-    pairs = -(-count // 2)
-    unit = _to_unit(_words(seed, positions, purpose, stream, 2 * pairs)).reshape(-1, pairs, 2)
+    """N(0, 1) numbers of one draw, float32 [B, *shape]; see `Draw`."""
+    return draw_all(seed, positions, [Draw(purpose, shape, stream)])[0]
 
-    # Box-Muller: radius and angle of a point of the plane.
-    radius = torch.sqrt(-2.0 * torch.log(unit[..., 0]))
-    angle = (2.0 * math.pi) * unit[..., 1]
-    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # [B, pairs, 2]
-    return both.reshape(positions.shape[0], -1)[:, :count].reshape(positions.shape[0], *shape)
+
+def _blocks(draw: Draw) -> int:
+    """Counters that a draw takes for each position: four words come from each."""
+    return -(-math.prod(draw.shape) // 4)
+
+
+def _words(seed: int, positions: torch.Tensor, draws: tuple[Draw, ...]) -> torch.Tensor:
+    """The words of all draws for each position, side by side: [B, 4 N], int64 in [0, 2^32); N is the sum of blocks."""
+    # Counters: half of each depends on the draw, half on the position.
+    block, purpose = _draw_counters(draws, positions.device)  # each [1, N]
+    positions = positions.to(torch.int64)[:, None]  # [B, 1]
+    low = positions & _MASK32
+    high = (positions >> 32) & _MASK32
+
+    words = philox4x32([block, low, high, purpose], (seed & _MASK32, (seed >> 32) & _MASK32))
+    return torch.stack(words, dim=-1).flatten(1)  # [B, 4 N]
+
+
+@functools.lru_cache(maxsize=64)
+def _draw_counters(draws: tuple[Draw, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each block within its draw, and the purpose and stream of the draw: int64 [1, N] each."""
+    with torch.inference_mode(False):  # counters first met while sampling must serve training too
+        blocks = [torch.arange(_blocks(draw)) for draw in draws]
+        purposes = [torch.full((_blocks(draw),), int(draw.purpose) | draw.stream << 16) for draw in draws]
+        return torch.cat(blocks)[None].to(device), torch.cat(purposes)[None].to(device)
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:
     """The upper 23 bits as the middle of one of 2^23 equal cells of (0, 1): exact in float32."""
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def _box_muller(unit: torch.Tensor) -> torch.Tensor:
+    """U(0, 1) numbers [B, 2 n] -> as many of N(0, 1): two uniform numbers give two normal ones."""
+    # Radius and angle of a point of the plane.
+    pairs = unit.unflatten(1, (-1, 2))  # [B, n, 2]
+    radius = torch.sqrt(-2.0 * torch.log(pairs[..., 0]))
+    angle = (2.0 * math.pi) * pairs[..., 1]
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)

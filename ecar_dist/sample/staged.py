@@ -9,7 +9,7 @@ from ecar_dist.flow.multistage import sample_stages
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn
 from ecar_dist.models.staged import StagedModel
-from ecar_dist.rng import Purpose, normal, uniform
+from ecar_dist.rng import Draw, Purpose, draw_all
 from ecar_dist.sample.guided import guided_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
@@ -25,8 +25,12 @@ def draw_stages(
     all_labels = with_null(labels, plan.null_label) if guided else labels  # [B or 2 B]
     cache = model.start_cache()
 
-    def draw(purpose: Purpose, stage: int) -> torch.Tensor:
-        return normal(seed, indices, purpose, plan.shape(stage), stream=stage)
+    # All noise of the batch in one pass: where it starts, at the jumps, and on the states that are fed back.
+    later = range(1, schedule.num_stages)
+    uses = [(Purpose.GENERATE_START, 0), *((Purpose.GENERATE_JUMP, stage) for stage in later)]
+    uses += [(Purpose.GENERATE_CONTEXT, stage - 1) for stage in later if plan.tau]
+    draws = [Draw(purpose, plan.shape(stage), stage) for purpose, stage in uses]
+    noise = dict(zip(uses, draw_all(seed, indices, draws), strict=True))
 
     def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
         # The token maps, once a stage. The null half is made even where the flow does not need it, because the null
@@ -46,7 +50,7 @@ def draw_stages(
     return sample_stages(
         schedule,
         begin_stage,
-        draw,
+        lambda purpose, stage: noise[purpose, stage],
         tau=plan.tau,
         solver=SOLVERS[plan.solver],
         steps_per_stage=(plan.steps_per_stage,) * schedule.num_stages,
@@ -72,11 +76,15 @@ def stage_velocities(
     """The velocity of every stage at keyed states, contexts and times: K of [B, C, h_k, w_k]."""
     stages = range(plan.schedule.num_stages)
 
-    def noise(purpose: Purpose, stage: int) -> torch.Tensor:
-        return normal(seed, indices, purpose, plan.shape(stage), stream=stage)
-
     # Noise stands for states and contexts: what is compared is the network, not a sample.
-    times = [model_time(plan.schedule, stage, uniform(seed, indices, Purpose.TIME, stream=stage)) for stage in stages]
-    contexts = [] if plan.tau is None else [noise(Purpose.CONTEXT, stage) for stage in stages[:-1]]
-    states = [noise(Purpose.NOISE, stage) for stage in stages]
+    fed_back = [] if plan.tau is None else stages[:-1]
+    draws = [Draw(Purpose.NOISE, plan.shape(stage), stage) for stage in stages]
+    draws += [Draw(Purpose.CONTEXT, plan.shape(stage), stage) for stage in fed_back]
+    draws += [Draw(Purpose.TIME, stream=stage, is_normal=False) for stage in stages]
+    drawn = draw_all(seed, indices, draws)
+
+    # K states, the contexts, K times.
+    states = drawn[: len(stages)]
+    contexts = drawn[len(stages) : -len(stages)]
+    times = [model_time(plan.schedule, stage, u) for stage, u in zip(stages, drawn[-len(stages) :], strict=True)]
     return model(contexts, states, times, labels)

@@ -13,7 +13,7 @@ from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
 from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
 from ecar_dist.flow.path import model_time, training_points
 from ecar_dist.models.layers import patchify
-from ecar_dist.rng import Purpose, normal, uniform
+from ecar_dist.rng import Draw, Purpose, draw_all
 
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (values as read, N(0, I) noise) -> latents
 
@@ -41,18 +41,13 @@ class Objective(nn.Module):
         self._weights = config.flow.resolved_stage_weights
         self._bf16 = precision == "bf16"
 
-    def _latents(self, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self._normalise(values, self._noise(positions, Purpose.POSTERIOR, self._sizes[-1], 0))
+    def _noise(self, purpose: Purpose, size: int, stream: int = 0) -> Draw:
+        """A field of noise on one stage's latents, [B, C, size, size]."""
+        return Draw(purpose, (self._config.data.latent_channels, size, size), stream)
 
-    def _noise(self, positions: torch.Tensor, purpose: Purpose, size: int, stream: int) -> torch.Tensor:
-        # one sample's shape; the positions say how many
-        shape = (self._config.data.latent_channels, size, size)
-        return normal(self._seed, positions, purpose, shape, stream=stream)
-
-    def _dropped(self, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The labels, some of them replaced by the null label."""
-        dropped = uniform(self._seed, positions, Purpose.LABEL_DROP) < self._config.model.label_dropout
-        return torch.where(dropped, self._config.data.num_classes, labels)
+    def _dropped(self, labels: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """The labels [B], some of them replaced by the null label; u [B] from U(0, 1)."""
+        return torch.where(u < self._config.model.label_dropout, self._config.data.num_classes, labels)
 
 
 class FlowObjective(Objective):
@@ -64,17 +59,25 @@ class FlowObjective(Objective):
         """See `Objective`."""
         # For each stage one time and one noise; more noise for the states that are fed back as context.
         tau = self._config.context_tau
+        num_stages = len(self._sizes)
         fed_back = [] if tau is None else self._sizes[:-1]
-        latents = self._latents(values, positions)  # [B, C, H, W]
-        times = [uniform(self._seed, positions, Purpose.TIME, stream=k) for k in range(len(self._sizes))]  # K x [B]
-        noise = [self._noise(positions, Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)]
-        context_noise = [self._noise(positions, Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)]
+        draws = [self._noise(Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)]
+        draws += [self._noise(Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)]
+        draws += [Draw(Purpose.TIME, stream=k, is_normal=False) for k in range(num_stages)]
+
+        # One more for the autoencoder's posterior, and one for the labels.
+        draws += [self._noise(Purpose.POSTERIOR, self._sizes[-1]), Draw(Purpose.LABEL_DROP, is_normal=False)]
+        *drawn, posterior_noise, label_u = draw_all(self._seed, positions, draws)
+        noise = drawn[:num_stages]
+        context_noise = drawn[num_stages:-num_stages]
+        times = drawn[-num_stages:]  # K x [B]
 
         # Points on the path, and the velocities that the model is to predict there.
+        latents = self._normalise(values, posterior_noise)  # [B, C, H, W]
         points = training_points(self._schedule, latents, noise, times, context_noise, tau)
 
         # Prediction and loss. Labels are dropped for classifier-free guidance.
-        labels = self._dropped(labels, positions)
+        labels = self._dropped(labels, label_u)
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(points.contexts, points.states, points.times, labels)
         per_stage = stage_losses(velocities, points.targets)
@@ -95,24 +98,27 @@ class MaskedObjective(Objective):
         patch_size = self._config.model.patch_size
         (size,) = self._sizes
         (num_tokens,) = self._config.stage_tokens
-        tokens = patchify(self._latents(values, positions), patch_size)  # [B, T, c]
 
-        # R draws of noise and time for each token, and the points on the path that they give.
-        draws = range(self._config.flow.token_draws)
-        noise = [patchify(self._noise(positions, Purpose.NOISE, size, draw), patch_size) for draw in draws]
-        u = [uniform(self._seed, positions, Purpose.TIME, (num_tokens,), stream=draw) for draw in draws]
-        times = torch.stack(u, dim=1)  # [B, R, T]
+        # R draws of noise and time for each token.
+        num_draws = self._config.flow.token_draws
+        draws = [self._noise(Purpose.NOISE, size, r) for r in range(num_draws)]
+        draws += [Draw(Purpose.TIME, (num_tokens,), r, is_normal=False) for r in range(num_draws)]
+
+        # The share of a sample's tokens that is masked, and which: by a random order. The posterior, and the labels.
+        draws += [Draw(Purpose.MASK_RATIO, is_normal=False), Draw(Purpose.MASK_ORDER, (num_tokens,), is_normal=False)]
+        draws += [self._noise(Purpose.POSTERIOR, size), Draw(Purpose.LABEL_DROP, is_normal=False)]
+        *drawn, ratio_u, order_u, posterior_noise, label_u = draw_all(self._seed, positions, draws)
+        mask = random_mask(order_u, mask_ratio(ratio_u))  # [B, T]
+
+        # The points on the path that they give.
+        tokens = patchify(self._normalise(values, posterior_noise), patch_size)  # [B, T, c]
+        noise = [patchify(field, patch_size) for field in drawn[:num_draws]]
+        times = torch.stack(drawn[num_draws:], dim=1)  # [B, R, T]
         states, targets = token_points(tokens, torch.stack(noise, dim=1), times)  # [B, R, T, c]
 
         # Prediction and loss of the masked tokens alone.
-        mask = self._mask(positions, num_tokens)  # [B, T]
-        labels = self._dropped(labels, positions)
+        labels = self._dropped(labels, label_u)
         with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
             velocities = self.model(tokens, mask, states, model_time(self._schedule, 0, times), labels)
         per_stage = masked_loss(velocities, targets, mask)[:, None]  # [B, 1]
         return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.full_like(per_stage, math.nan)
-
-    def _mask(self, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        # the share of tokens that are masked, and which: by a random order
-        ratio = mask_ratio(uniform(self._seed, positions, Purpose.MASK_RATIO))
-        return random_mask(uniform(self._seed, positions, Purpose.MASK_ORDER, (num_tokens,)), ratio)

@@ -12,7 +12,7 @@ from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.models.ecar import ECAR
-from ecar_dist.rng import Purpose, normal
+from ecar_dist.rng import Purpose, draw_all, normal
 from ecar_dist.sample.generate import generate, generate_in_batches
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from tests.models.test_pyramid import without_ar
@@ -228,14 +228,21 @@ def test_the_second_batch_goes_on_counting():
     assert not torch.allclose(batches[2:], batches[:2], atol=1e-2)
 
 
+def spy_on_draws(monkeypatch):
+    """(purpose, stream) of every draw from now on, which are made in one call."""
+    keys = []
+
+    def spy(seed, positions, draws):
+        assert not keys
+        keys.extend((draw.purpose, draw.stream) for draw in draws)
+        return draw_all(seed, positions, draws)
+
+    monkeypatch.setattr(module, "draw_all", spy)
+    return keys
+
+
 def test_every_draw_of_a_sample_has_its_own_stream(monkeypatch):
-    keys, original = [], module.normal
-
-    def spy(seed, positions, purpose, shape, *, stream=0):
-        keys.append((purpose, stream))
-        return original(seed, positions, purpose, shape, stream=stream)
-
-    monkeypatch.setattr(module, "normal", spy)
+    keys = spy_on_draws(monkeypatch)
     generate(make_model(3), make_plan(3), LABELS, INDICES, SEED)
     jumps = [(Purpose.GENERATE_JUMP, k) for k in (1, 2)]
     contexts = [(Purpose.GENERATE_CONTEXT, k) for k in (0, 1)]
@@ -272,13 +279,7 @@ def test_a_sample_of_any_kind_does_not_depend_on_the_batch_around_it(kind, guida
 
 
 def test_the_pyramid_is_fed_nothing_and_nothing_is_drawn_for_it(monkeypatch):
-    keys, original = [], module.normal
-
-    def spy(seed, positions, purpose, shape, *, stream=0):
-        keys.append((purpose, stream))
-        return original(seed, positions, purpose, shape, stream=stream)
-
-    monkeypatch.setattr(module, "normal", spy)
+    keys = spy_on_draws(monkeypatch)
     model, fed = make_model_of(make_config("pyramid", num_stages=3)), []
     monkeypatch.setattr(model, "begin_stage", lambda stage, context, labels, cache: fed.append((stage, context)))
     generate(model, make_plan(3, kind="pyramid", tau=None), LABELS, INDICES, SEED)

@@ -10,7 +10,7 @@ from ecar_dist.config.read import config_from_dict
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.rng import Purpose, normal, uniform
+from ecar_dist.rng import Purpose, draw_all, normal, uniform
 from ecar_dist.vae.codec import EncoderIdentity, normalise
 from tests.models.test_pyramid import without_ar
 
@@ -143,14 +143,13 @@ def test_bf16_touches_the_network_alone(kind, num_stages):
 def spy_on_draws(monkeypatch):
     """(seed, purpose, stream) of every draw from now on."""
     keys = []
-    for name in ("normal", "uniform"):
-        original = getattr(module, name)
 
-        def spy(seed, positions, purpose, *shape, stream=0, original=original):
-            keys.append((seed, purpose, stream))
-            return original(seed, positions, purpose, *shape, stream=stream)
+    def spy(seed, positions, draws):
+        assert not keys  # one call makes all of them
+        keys.extend((seed, draw.purpose, draw.stream) for draw in draws)
+        return draw_all(seed, positions, draws)
 
-        monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(module, "draw_all", spy)
     return keys
 
 
