@@ -19,7 +19,7 @@ from torch import nn
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.kinds.table import KINDS, kind_of
 from ecar_dist.rng import Purpose, normal, uniform
-from ecar_dist.runtime.engine import ADAM_MOMENTS
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.sample.generate import generate
 from ecar_dist.sample.preview import make_preview

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from ecar_dist.errors import ConfigError
+
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_GRAPHS = 64  # of one block: one for each stage, with and without gradients; torch gives up after 8
 
@@ -43,6 +45,12 @@ def compiler_fault(device: torch.device) -> str | None:
     except (RuntimeError, OSError, ImportError) as error:  # OSError, ImportError: a library that cannot be loaded
         return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError if nothing can be compiled for training on the device here."""
+    if fault := compiler_fault(device):
+        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); set train.compile=false")
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None, backend: str = "inductor") -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +21,11 @@ from torch import nn
 from ecar_dist.command_line import duration, say
 from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.compiler import compile_blocks, repeated_blocks
+from ecar_dist.runtime.deepspeed_config import deepspeed_config
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS, GuardedAdamW, Judgement, PendingStatus, takes_fused
 from ecar_dist.runtime.world import World
 
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
-
-# Elements of DeepSpeed's buckets: 100 MB and 400 MB in bf16. XL has 1.5e9 bytes of gradients, which the defaults
-# of 5e8 elements would send in two pieces.
-REDUCE_BUCKET = 50_000_000
-GATHER_BUCKET = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -45,101 +41,6 @@ class Fragment:
     def of(self, partitions: Sequence[torch.Tensor]) -> torch.Tensor:
         """The view of this fragment in a list of flat tensors laid out like the master partitions."""
         return partitions[self.partition].view(-1).narrow(0, self.offset, self.numel)
-
-
-@dataclass(frozen=True)
-class StepStatus:
-    """What the host knows of one optimizer step; the same on every rank."""
-
-    sums: tuple[float, ...]  # as passed to `Engine.step`
-    grad_norm: float  # before clipping, over all ranks
-    applied: bool  # whether weights moved
-
-
-class PendingStatus:
-    """The numbers of one optimizer step on their way from the device to the host, in one transfer.
-
-    `row`: the sums, the norm of the gradients, and whether weights moved; float64 [n + 2].
-    """
-
-    def __init__(self, row: torch.Tensor) -> None:
-        self._row = row
-        self._arrived: Any = None
-
-        # From a GPU they travel beside the computation, into pinned memory.
-        if row.is_cuda:
-            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-            self._row.copy_(row, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> StepStatus:
-        """Wait until the device has computed the step's numbers. The only place where a step waits for the device."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        *sums, grad_norm, applied = self._row.tolist()
-        return StepStatus(tuple(sums), grad_norm, bool(applied))
-
-
-class Judgement(NamedTuple):
-    """What becomes of a step, on the device."""
-
-    good: torch.Tensor  # bool []: whether weights may move
-    clip: torch.Tensor | None  # []: what the gradients are divided by, at least 1; None: they are not clipped
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips the gradients, and moves nothing in a step that is not good. DeepSpeed's inner optimizer.
-
-    In every ZeRO stage DeepSpeed averages the gradients and takes their norm over all ranks before it calls `step`, and
-    afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
-    ranks. `step` counts the steps of the run: a refused one as well.
-
-    fused: one kernel clips, decides and updates, so that the host need not know the judgement. Otherwise, on a CPU,
-    the host decides.
-    """
-
-    def __init__(self, parameter_groups: list[dict[str, Any]], *, fused: bool = False, **options: Any) -> None:
-        super().__init__(parameter_groups, fused=fused, **options)
-        self._fused = fused
-        # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
-        self.judge: Callable[[], Judgement | None] = lambda: None
-
-    def step(self, closure: Any = None) -> Any:
-        judged = self.judge()
-        if judged is None:
-            return None
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        counters = [self.state_of(parameter)["step"] for parameter in parameters]
-
-        # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
-        if self._fused:
-            self.grad_scale = judged.clip
-            self.found_inf = (~judged.good).float()
-            super().step(closure)
-            torch._foreach_add_(counters, self.found_inf)
-            return None
-
-        # The same on the host.
-        if not judged.good:
-            torch._foreach_add_(counters, 1.0)
-            return None
-        if judged.clip is not None:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_((1.0 / judged.clip).to(parameter.grad.device))
-        return super().step(closure)
-
-    def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Counter and moments of one parameter, as AdamW makes them in its first step, but also before it.
-
-        A checkpoint may be loaded, or a step refused, before the first step.
-        """
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device if self._fused else "cpu")
-            state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in ADAM_MOMENTS})
-        return state
 
 
 class Engine:
@@ -176,7 +77,7 @@ class Engine:
         self.zero_stage = config.deepspeed.zero_stage
         optim = config.optim
         self._adam = GuardedAdamW(
-            parameter_groups, fused=takes_fused(world), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
+            parameter_groups, fused=takes_fused(world.device), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=self._adam, config=deepspeed_config(config, world, precision)
@@ -386,59 +287,6 @@ class Engine:
         partition, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = padded * self.world.rank
         return Fragment(name, start, min(padded, parameter.ds_numel - start), partition, int(offset))
-
-
-def takes_fused(world: World) -> bool:
-    """Whether AdamW runs as one kernel: on a GPU. On a CPU its sums would round in another order."""
-    return world.device.type == "cuda"
-
-
-def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration; `deepspeed.raw` is merged last."""
-    zero_stage = config.deepspeed.zero_stage
-    bf16 = precision == "bf16"
-
-    # Sharding. Small buckets, so that the first can be on its way while the backward pass fills the next.
-    zero: dict[str, Any] = {
-        "stage": zero_stage,
-        "overlap_comm": world.device.type == "cuda",
-        "reduce_bucket_size": REDUCE_BUCKET,
-        "allgather_bucket_size": GATHER_BUCKET,
-    }
-
-    # Offload.
-    if config.deepspeed.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.deepspeed.offload_params:
-        zero["offload_param"] = {"device": "cpu"}
-
-    # The three batch numbers multiply out, else `grad_accum_steps` raises. What DeepSpeed would do with the norm of the
-    # gradients, to clip them and to look for those that are not finite, the guarded optimizer does without a host read.
-    settings: dict[str, Any] = {
-        "train_batch_size": config.batch.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
-        "gradient_accumulation_steps": config.grad_accum_steps(world.size),
-        "gradient_clipping": 0.0,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},
-        "steps_per_print": 2**31,
-        # This timer waits for the device twice in each micro-batch.
-        "timers": {"throughput": {"enabled": False}},
-    }
-
-    # Micro-batches are added up in fp32, which ZeRO 0 cannot do.
-    if bf16 and zero_stage > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(settings, config.deepspeed.raw)
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -121,15 +121,20 @@ def train(parts: Parts, progress: Progress) -> Progress:
         # Save, if that is due. Training goes on meanwhile.
         parts.saver.save_due(progress)
 
-    # Save the last step. After the end of the run a signal has nothing to stop.
-    if progress.samples_seen >= total:
+    finish(parts, progress)
+    return progress
+
+
+def finish(parts: Parts, progress: Progress) -> None:
+    """Save the last step, and raise what ended the run, or say how it went. Collective."""
+    # After the end of the run a signal has nothing to stop.
+    if progress.samples_seen >= parts.config.train.total_samples:
         parts.stop.mark_complete()
     parts.saver.finish(progress)
 
-    # What was learnt is safe: now report data that cannot be read, or how it went.
+    # What was learnt is safe: now report data that cannot be read.
     parts.reader.raise_error()
     parts.recorder.close(progress)
-    return progress
 
 
 def pass_over(parts: Parts, progress: Progress) -> None:

@@ -26,7 +26,7 @@ from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.storage import open_storage
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
-from ecar_dist.runtime.compiler import compiler_fault
+from ecar_dist.runtime.compiler import check_compiler
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.run.directory import RunDirectory
@@ -253,12 +253,6 @@ def build_engine(
         {"params": no_decay, "weight_decay": 0.0},
     ]
     return Engine(objective, model, groups, config, world, precision, is_good, backend=backend)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raises ConfigError if nothing can be compiled for the device here."""
-    if fault := compiler_fault(device):
-        raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); set train.compile=false")
 
 
 def open_store(

@@ -13,7 +13,8 @@ from ecar_dist.data.loader import MicroBatch
 from ecar_dist.failpoint import failpoint
 from ecar_dist.learning_rate import learning_rate
 from ecar_dist.runtime.checkpoint.manifest import Progress
-from ecar_dist.runtime.engine import Engine, PendingStatus
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.optimizer import PendingStatus
 from ecar_dist.runtime.world import World
 from ecar_dist.train.flags import Flags
 from ecar_dist.train.telemetry import StepResult, Telemetry

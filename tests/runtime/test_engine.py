@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.runtime.engine import (
-    LARGEST_NORM,
-    Engine,
-    Fragment,
-    GuardedAdamW,
-    Judgement,
-    StepStatus,
-    deepspeed_config,
-)
+from ecar_dist.runtime.deepspeed_config import deepspeed_config
+from ecar_dist.runtime.engine import LARGEST_NORM, Engine, Fragment
+from ecar_dist.runtime.optimizer import GuardedAdamW, Judgement, StepStatus
 from ecar_dist.runtime.world import Placement, World
 
 ALONE = World(Placement(), torch.device("cpu"))

@@ -6,7 +6,7 @@ import math
 import torch
 
 from ecar_dist.data.loader import MicroBatch
-from ecar_dist.runtime.engine import PendingStatus
+from ecar_dist.runtime.optimizer import PendingStatus
 from ecar_dist.runtime.world import Placement, World
 from ecar_dist.train.guard import is_good
 from tests.train.test_objective import make_config

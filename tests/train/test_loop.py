@@ -9,7 +9,7 @@ import pytest
 from ecar_dist.config.knobs_training import BadStepsSection, CheckpointSection, EmaSection, LogSection
 from ecar_dist.errors import DataError, FruitlessError, NodeError
 from ecar_dist.runtime.checkpoint.manifest import Progress
-from ecar_dist.runtime.engine import PendingStatus
+from ecar_dist.runtime.optimizer import PendingStatus
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.train.guard import BadStepFile, StepGuard
 from ecar_dist.train.loop import Parts, RunState, Saver, crossed, needs_numbers, train

@@ -14,7 +14,8 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
 from ecar_dist.plan.memory import BUCKET
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, StepStatus
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS, StepStatus
 from ecar_dist.runtime.replicas import check_replicas, fingerprint
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World

@@ -27,7 +27,8 @@ from ecar_dist.runtime.checkpoint.reader import value_problem
 from ecar_dist.runtime.checkpoint.storage import PendingCheckpoint
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+from ecar_dist.runtime.engine import Engine, Fragment
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.storage.atomic import DISK_FULL
 
 # The kind of state with the fp32 master weights. The others are the AdamW moments and the EMAs.

@@ -46,7 +46,8 @@ from ecar_dist.runtime.checkpoint.save import (
 )
 from ecar_dist.runtime.checkpoint.storage import open_ema_storage, open_storage
 from ecar_dist.runtime.ema import ShardedEma, ema_kinds
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Engine, Fragment
+from ecar_dist.runtime.engine import Engine, Fragment
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.daemon_pool import DaemonPool
 

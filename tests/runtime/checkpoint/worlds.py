@@ -12,7 +12,8 @@ from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.storage import newest_whole
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
-from ecar_dist.runtime.engine import ADAM_MOMENTS, Fragment
+from ecar_dist.runtime.engine import Fragment
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.runtime.world import Placement, World
 
 SHAPES = {"a": (4, 6), "b": (10,), "c": (3,)}

@@ -1,0 +1,61 @@
+"""DeepSpeed's configuration, made from the run's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ecar_dist.config.run import RunConfig
+from ecar_dist.runtime.world import World
+
+# Elements of DeepSpeed's buckets: 100 MB and 400 MB in bf16. XL has 1.5e9 bytes of gradients, which the defaults
+# of 5e8 elements would send in two pieces.
+REDUCE_BUCKET = 50_000_000
+GATHER_BUCKET = 200_000_000
+
+
+def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration; `deepspeed.raw` is merged last."""
+    zero_stage = config.deepspeed.zero_stage
+    bf16 = precision == "bf16"
+
+    # Sharding. Small buckets, so that the first can be on its way while the backward pass fills the next.
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "overlap_comm": world.device.type == "cuda",
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "allgather_bucket_size": GATHER_BUCKET,
+    }
+
+    # Offload.
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.deepspeed.offload_params:
+        zero["offload_param"] = {"device": "cpu"}
+
+    # The three batch numbers multiply out, else `grad_accum_steps` raises. What DeepSpeed would do with the norm of the
+    # gradients, to clip them and to look for those that are not finite, the guarded optimizer does without a host read.
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world.size),
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "steps_per_print": 2**31,
+        # This timer waits for the device twice in each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+    # Micro-batches are added up in fp32, which ZeRO 0 cannot do.
+    if bf16 and zero_stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(settings, config.deepspeed.raw)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

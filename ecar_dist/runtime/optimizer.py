@@ -1,0 +1,111 @@
+"""AdamW that a judgement of the step keeps from moving, and what the host learns of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What the host knows of one optimizer step; the same on every rank."""
+
+    sums: tuple[float, ...]  # as passed to `Engine.step`
+    grad_norm: float  # before clipping, over all ranks
+    applied: bool  # whether weights moved
+
+
+class PendingStatus:
+    """The numbers of one optimizer step on their way from the device to the host, in one transfer.
+
+    `row`: the sums, the norm of the gradients, and whether weights moved; float64 [n + 2].
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._row = row
+        self._arrived: Any = None
+
+        # From a GPU they travel beside the computation, into pinned memory.
+        if row.is_cuda:
+            self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            self._row.copy_(row, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> StepStatus:
+        """Wait until the device has computed the step's numbers. The only place where a step waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *sums, grad_norm, applied = self._row.tolist()
+        return StepStatus(tuple(sums), grad_norm, bool(applied))
+
+
+class Judgement(NamedTuple):
+    """What becomes of a step, on the device."""
+
+    good: torch.Tensor  # bool []: whether weights may move
+    clip: torch.Tensor | None  # []: what the gradients are divided by, at least 1; None: they are not clipped
+
+
+def takes_fused(device: torch.device) -> bool:
+    """Whether AdamW runs as one kernel: on a GPU. On a CPU its sums would round in another order."""
+    return device.type == "cuda"
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips the gradients, and moves nothing in a step that is not good. DeepSpeed's inner optimizer.
+
+    In every ZeRO stage DeepSpeed averages the gradients and takes their norm over all ranks before it calls `step`, and
+    afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
+    ranks. `step` counts the steps of the run: a refused one as well.
+
+    fused: one kernel clips, decides and updates, so that the host need not know the judgement. Otherwise, on a CPU,
+    the host decides.
+    """
+
+    def __init__(self, parameter_groups: list[dict[str, Any]], *, fused: bool = False, **options: Any) -> None:
+        super().__init__(parameter_groups, fused=fused, **options)
+        self._fused = fused
+        # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
+        self.judge: Callable[[], Judgement | None] = lambda: None
+
+    def step(self, closure: Any = None) -> Any:
+        judged = self.judge()
+        if judged is None:
+            return None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        counters = [self.state_of(parameter)["step"] for parameter in parameters]
+
+        # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
+        if self._fused:
+            self.grad_scale = judged.clip
+            self.found_inf = (~judged.good).float()
+            super().step(closure)
+            torch._foreach_add_(counters, self.found_inf)
+            return None
+
+        # The same on the host.
+        if not judged.good:
+            torch._foreach_add_(counters, 1.0)
+            return None
+        if judged.clip is not None:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_((1.0 / judged.clip).to(parameter.grad.device))
+        return super().step(closure)
+
+    def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Counter and moments of one parameter, as AdamW makes them in its first step, but also before it.
+
+        A checkpoint may be loaded, or a step refused, before the first step.
+        """
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if self._fused else "cpu")
+            state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in ADAM_MOMENTS})
+        return state
