@@ -111,6 +111,7 @@ def measure(folder: Path, world: World, options: argparse.Namespace, zero_stage:
         "micro_batch": options.micro_batch,
         "tokens": "/".join(map(str, config.stage_tokens)),
         "parameters": sum(parameter.numel() for parameter in turns.bare.parameters),
+        "device": world.device.type,
         "precision": config.precision_on(world.device.type),
         **turns.summary(),
     }
@@ -337,7 +338,7 @@ def report(found: dict[str, Any]) -> None:
         f"{found['parameters'] / 1e6:.1f} M parameters, micro-batch {found['micro_batch']}, {found['tokens']} tokens"
     )
     for mode in (mode for mode in ("eager", "compiled") if mode in found):
-        _report_mode(mode, found[mode])
+        _report_mode(mode, found[mode], found["device"])
     if "eager_over_compiled" in found:
         print(f"time of an eager step over a compiled one: {_shown(found['eager_over_compiled'])}")
     difference = found["largest_relative_difference_of_losses"]
@@ -345,8 +346,10 @@ def report(found: dict[str, Any]) -> None:
     _report_counts(found["counts"])
 
 
-def _report_mode(mode: str, found: dict[str, Any]) -> None:
-    verdict = "met   " if found["tax"]["median"] <= TARGET else "MISSED"
+def _report_mode(mode: str, found: dict[str, Any], device: str) -> None:
+    # Other processes affect the clock more than the CPU time; on a GPU the latter is that of the launches alone.
+    judged = ("tax", "tax_in_cpu_time") if device == "cpu" else ("tax",)
+    verdict = "met   " if all(found[name]["median"] <= TARGET for name in judged) else "MISSED"
     print(
         f"{verdict}  time of a step, {mode}, over a bare one: {_shown(found['tax'])}, in CPU time "
         f"{_shown(found['tax_in_cpu_time'])}; target <= {TARGET}"
