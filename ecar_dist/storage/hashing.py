@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
-
-_CHUNK = 1 << 20  # bytes; small enough to stay in the core's cache between the read and the hash
-_AHEAD = 4 << 20  # bytes that the system reads while a chunk is hashed
 
 
 def hash_file(path: Path) -> str:
@@ -24,13 +21,5 @@ def hash_open_file(file: BinaryIO) -> str:
     The file is read, not mapped: page faults read a cold file at a third of the disk's rate or less. Reads also leave
     the file in memory, where a later map finds it.
     """
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_CHUNK))
     file.seek(0)
-    end = 0
-    while size := file.readinto(buffer):  # type: ignore[attr-defined]
-        # Without the request for what follows, the disk waits while the chunk is hashed.
-        end += size
-        os.posix_fadvise(file.fileno(), end, _AHEAD, os.POSIX_FADV_WILLNEED)
-        digest.update(buffer[:size])
-    return digest.hexdigest()
+    return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
