@@ -124,7 +124,7 @@ def first_failure(tree, tests):
         except subprocess.TimeoutExpired:
             return HANGS
         output.seek(0)
-        named = re.search(r"^(?:FAILED|ERROR) (tests/[^[ ]+(?:\[.*?\](?= - |$))?)", output.read(), re.MULTILINE)
+        named = re.search(r"^(?:FAILED|ERROR) (tests/[^[\s]+(?:\[.*?\](?= - |$))?)", output.read(), re.MULTILINE)
     return None if status == 0 else named[1] if named else tests[0]
 
 
