@@ -64,7 +64,7 @@ by_environment = processes.marked
 
 def marked(mark):
     """In the place of `processes.marked`."""
-    session = SESSIONS[mark]
+    session = SESSIONS.get(mark)  # None: a job that was launched
     ours = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and in_session(entry, session)]
     return sorted({*ours, *by_environment(mark)})
 

@@ -10,13 +10,16 @@ import time
 
 import pytest
 
+from ecar_dist.drills import ground as ground_module
+from ecar_dist.drills import processes
 from ecar_dist.drills.evidence import Finding
 from ecar_dist.drills.ground import CannotRunError, Ground, Quiet, Trial
-from ecar_dist.drills.processes import UnexpectedError
+from ecar_dist.drills.processes import Job, UnexpectedError
 from ecar_dist.drills.rank_faults import as_quiet
 from ecar_dist.drills.run import DRILLS, Drill, run_drills
 from ecar_dist.errors import ConfigError, TrainingError
 from tests.conftest import write_yaml
+from tests.drills import forked
 
 QUIET = Quiet({}, seconds=1.0, startup_seconds=1.0, step_seconds=0.1, checkpoint_bytes=1)
 NAMES = {
@@ -33,10 +36,21 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def killed(make_tree, tmp_path_factory):
-    """A real kill-rank drill on two ranks: config, status, folder, result."""
-    folder = tmp_path_factory.mktemp("drill")
+    """A real kill-rank drill on two ranks, of which torchrun starts those that are struck: config, status, folder,
+    result."""
+
+    def start(command, environment, log, patience):
+        kind = Job if log.name == "kill-rank-1.txt" else forked.ForkedJob
+        kinds.append(kind)
+        return kind(command, environment, log, patience)
+
+    folder, kinds = tmp_path_factory.mktemp("drill"), []
     config = write_yaml(make_tree(folder), folder)
-    status = run_drills(["kill-rank"], config, keep=folder / "kept", json_file=folder / "result.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ground_module, "Job", start)
+        patch.setattr(processes, "marked", forked.marked)
+        status = run_drills(["kill-rank"], config, keep=folder / "kept", json_file=folder / "result.json")
+    assert kinds == [forked.ForkedJob, Job, forked.ForkedJob]
     return config, status, folder / "kept", json.loads((folder / "result.json").read_text())
 
 

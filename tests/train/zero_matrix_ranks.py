@@ -1,4 +1,4 @@
-"""What each rank of test_zero_matrix.py runs: the same 20 steps under many engine settings, in one process."""
+"""What each rank of test_zero_matrix.py runs: the same 10 steps under many engine settings, in one process."""
 
 import gc
 import json
