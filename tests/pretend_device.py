@@ -59,13 +59,14 @@ class PretendDevice(TorchDispatchMode):
             strangers = [one for one, there_too in zip(tensors, on_device, strict=True) if not there_too and one.dim()]
             assert not strangers, f"{func}: a tensor {list(strangers[0].shape)} on the host among those on the device"
             there = True
-        if not there and not any(on_device):
-            self.on_host[name] += 1
 
-        if target is not None:
+        if there and target is not None:
             kwargs["device"] = "cpu"
         real_args, real_kwargs = tree_map_only(OnDevice, lambda one: one.values_here, (args, kwargs))
         out = func(*real_args, **real_kwargs)
+        if not any(on_device) and not there:
+            results = [one for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
+            self.on_host[name] += any(one.is_cpu for one in (*tensors, *results))
         if not there or name == "_local_scalar_dense":
             return out
         out = tree_map_only(torch.Tensor, OnDevice, out)

@@ -128,7 +128,7 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
     from ecar_dist.kinds.flops import FLOPS_PER_MAC
     from ecar_dist.kinds.table import kind_of
     from ecar_dist.runtime.compiler import private_cache
-    from ecar_dist.sample.preview import make_preview
+    from ecar_dist.sample.preview import StripPreview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
 
@@ -140,7 +140,7 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
             world,
             ends,
             training_flops_per_sample=FLOPS_PER_MAC * kind_of(config).training_macs(config),
-            preview_factory=make_preview,
+            preview_factory=StripPreview,
             allow_new_data=new_data_order,
             adopt=adopt,
         )

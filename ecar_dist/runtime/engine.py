@@ -6,6 +6,7 @@ slice of which parameter lies where in them. The EMA and the checkpoints see tha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -64,7 +65,7 @@ class Engine:
         backend: str | None = None,
     ) -> None:
         """`backend`: of torch.compile, for the blocks of the model; None: they are not compiled."""
-        deepspeed = _import_deepspeed(world)
+        deepspeed = import_deepspeed(world)
 
         # ZeRO-3 gathers the weights of a compiled block in one go: a gather within it would cut its graph.
         if backend is not None and config.deepspeed.zero_stage == 3:
@@ -97,6 +98,7 @@ class Engine:
         self._adam.judge = self._judge
 
         # The view of what this rank holds.
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
         self.partitions = self._master_partitions()
@@ -188,12 +190,17 @@ class Engine:
         """Whether every rank holds all of the state (ZeRO stage 0)."""
         return self.zero_stage == 0
 
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no rank holds the weights that the forward pass reads (ZeRO stage 3)."""
+        return self.zero_stage == 3
+
     def replicas(self) -> list[torch.Tensor]:
         """The tensors that every rank holds in full, equal to the bit between steps. Views, not copies.
 
         ZeRO 0: weights as the forward pass reads them, master weights, moments. ZeRO 1 and 2: the first of these, which
-        each step gathers from the ranks' shares. ZeRO 3: the small parameters that it does not split; none before its
-        first step.
+        each step gathers from the ranks' shares. ZeRO 3: the small parameters that it does not split; none before a
+        new run's first step.
         """
         read = [parameter.data for parameter in self._parameters.values() if self._is_whole(parameter)]
         if not self.replicated:
@@ -203,7 +210,7 @@ class Engine:
         return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
 
     def _is_whole(self, parameter: Any) -> bool:
-        # ZeRO-3 keeps small parameters whole, from its first step on.
+        # ZeRO-3 keeps small parameters whole once it has gathered them.
         if self.zero_stage < 3:
             return True
         return parameter.ds_persist and parameter.numel() == parameter.ds_numel
@@ -216,35 +223,46 @@ class Engine:
         for partition in self.partitions:
             self._adam.state_of(partition)["step"].fill_(step)
 
-    def gather(self, partitions: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter in full, one at a time, fp32 on this rank's device, from `partitions`. Collective."""
-        # What this rank has of each parameter.
-        own: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
-        for fragment in self.fragments:
-            own[fragment.name].append(fragment)
+    @contextlib.contextmanager
+    def weights_of(self, partitions: Sequence[torch.Tensor]) -> Iterator[nn.Module]:
+        """The model with `partitions` (an EMA's) as its weights; then again with its own, to the bit. Collective.
 
-        # Each element is on one rank and zero on the others, so the sum over ranks is the parameter.
-        for name, shape in self.shapes.items():
-            full = torch.zeros(shape, dtype=torch.float32, device=self.world.device).view(-1)
-            for fragment in own[name]:
-                full.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(partitions).detach())
-            yield name, (full if self.replicated else self.world.sum(full)).view(shape)
+        No second model is built: its weights are made anew from the fp32 master weights, which change places with
+        `partitions` meanwhile. In ZeRO 3 all ranks have to run the model, because each holds a part of it. Its blocks
+        run as they are, since they were compiled for the shapes of training. After an error the model is of no use.
+        """
+        self._exchange(partitions)
+        with torch.compiler.set_stance("force_eager"):
+            yield self._model
+        self._exchange(partitions)
+
+    def _exchange(self, partitions: Sequence[torch.Tensor]) -> None:
+        for master, other in zip(self.partitions, partitions, strict=True):
+            master.data, other.data = other.data, master.data
+        self.publish_master_weights()
 
     @torch.no_grad()
     def publish_master_weights(self) -> None:
-        """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads."""
-        for name, full in self.gather(self.partitions):
-            parameter: Any = self._parameters[name]
+        """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads.
 
-            # ZeRO-3: this rank's share of the parameter.
-            if self.zero_stage == 3:
-                share = parameter.ds_tensor
-                local = full.view(-1)[share.ds_numel * self.world.rank :][: share.ds_numel]
-                share.data.view(-1)[: local.numel()].copy_(local)
+        Collective. What a rank receives is what each step sends as well: in ZeRO 1 and 2 the shares of the others in
+        the type of the forward pass, in ZeRO 3 the small parameters that are not split.
+        """
+        # ZeRO 1 and 2.
+        if self.zero_stage in (1, 2):
+            self._optimizer.update_lp_params()
+            return
 
-            # The whole parameter; in ZeRO-3 only small ones are held whole, after the first step.
-            if parameter.numel():
-                parameter.data.copy_(full)
+        # ZeRO 0 and 3: this rank has the masters of all that it holds. In fp32 ZeRO 0 reads the masters themselves.
+        for fragment in () if self._keeps_no_norm else self.fragments:
+            parameter: Any = self._parameters[fragment.name]
+            held = parameter.data if self.zero_stage == 0 else parameter.ds_tensor.data
+            held.view(-1).narrow(0, 0, fragment.numel).copy_(fragment.of(self.partitions))
+
+        # ZeRO 3 keeps small parameters whole, and gathers them anew after each step.
+        if self.zero_stage == 3 and (small := self._optimizer.persistent_parameters):
+            small[0].partition(small)
+            small[0].all_gather(small)
 
     def _master_partitions(self) -> list[torch.Tensor]:
         # Each of DeepSpeed's optimizers has its own name for them; without ZeRO, in fp32, they are the parameters.
@@ -289,7 +307,8 @@ class Engine:
         return Fragment(name, start, min(padded, parameter.ds_numel - start), partition, int(offset))
 
 
-def _import_deepspeed(world: World) -> Any:
+def import_deepspeed(world: World) -> Any:
+    """The library, quiet and ready for this rank's device."""
     # DeepSpeed looks for its accelerator, and says much, while it is imported.
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -65,9 +65,12 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
     """The config's model with `weights`, fp32, in eval mode. Raises CheckpointError if they are of another model."""
-    model = kind_of(config).build_model(config)
+    # Without memory, then with memory that is not initialised: every number is copied from `weights`.
+    with torch.device("meta"):
+        model = kind_of(config).build_model(config)
+    model = model.to_empty(device=device)
     copy_weights(model, weights)
-    return model.to(device).eval()
+    return model.eval()
 
 
 @torch.no_grad()

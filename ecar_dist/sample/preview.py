@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
+from torch import nn
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.sample.generate import generate
-from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.pictures import decode_stages, enlarge, tile
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.codec import LatentCodec
@@ -18,19 +16,27 @@ PREVIEW_SAMPLES = 10
 SMALLEST_SIDE = 64  # pixels; smaller pictures are enlarged
 
 
-def make_preview(
-    config: RunConfig, codec: LatentCodec, device: torch.device
-) -> Callable[[dict[str, torch.Tensor]], np.ndarray]:
-    """A function from full weights to the strip: one row per stage, one column per sample, the same noise each time."""
-    plan = SamplingPlan.from_config(config, device)
-    indices = torch.arange(PREVIEW_SAMPLES, device=device)
+class StripPreview:
+    """One row per stage, one column per sample, the same noise each time.
 
-    def preview(weights: dict[str, torch.Tensor]) -> np.ndarray:
-        model = load_weights(config, weights, device)
-        stages = generate(model, plan, indices % config.data.num_classes, indices, config.run.seed)
-        return stage_strip(decode_stages(codec, [state.cpu() for state in stages]))
+    codec: makes the pictures; None where none are made.
+    """
 
-    return preview
+    def __init__(self, config: RunConfig, codec: LatentCodec | None, device: torch.device) -> None:
+        self._plan = SamplingPlan.from_config(config, device)
+        self._indices = torch.arange(PREVIEW_SAMPLES, device=device)
+        self._labels = self._indices % config.data.num_classes
+        self._seed = config.run.seed
+        self._codec = codec
+
+    def draw(self, model: nn.Module) -> list[torch.Tensor]:
+        """Every stage of the samples, K of [B, C, h_k, w_k]."""
+        return generate(model, self._plan, self._labels, self._indices, self._seed)
+
+    def picture(self, stages: list[torch.Tensor]) -> np.ndarray:
+        """The strip, uint8 [H, W, 3]."""
+        assert self._codec is not None
+        return stage_strip(decode_stages(self._codec, [state.cpu() for state in stages]))
 
 
 def stage_strip(stages: list[np.ndarray]) -> np.ndarray:

@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from ecar_dist.command_line import counted, say
 from ecar_dist.config.run import RunConfig
@@ -34,7 +36,17 @@ from ecar_dist.storage.remote import is_remote
 from ecar_dist.train.sources import TrainingData
 from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_line
 
-Preview = Callable[[dict[str, torch.Tensor]], np.ndarray]  # full EMA weights -> picture, uint8 [H, W, 3]
+
+class Preview(Protocol):
+    """Draws with a model, and makes a picture of what it has drawn."""
+
+    def draw(self, model: nn.Module) -> list[torch.Tensor]:
+        """Every stage of a few samples. The same on all ranks."""
+        ...
+
+    def picture(self, stages: list[torch.Tensor]) -> np.ndarray:
+        """uint8 [H, W, 3]. Rank 0 has the autoencoder."""
+        ...
 
 
 class Recorder:
@@ -51,7 +63,7 @@ class Recorder:
         writer: MetricsWriter | None,
         preview: Preview | None,
     ) -> None:
-        """`logs`: the folder for each rank's own log. `writer` and `preview` are rank 0's, and None on the others."""
+        """`logs`: the folder for each rank's own log. `writer` is rank 0's, and None on the others."""
         self._config = config
         self._world = world
         self._logs = logs
@@ -96,14 +108,16 @@ class Recorder:
         say(progress_line(progress.step, total_steps, progress.samples_seen, total_samples, result, report))
 
     def draw_preview(self, progress: Progress, engine: Engine, ema: ShardedEma) -> None:
-        """Draw a strip of all stages with the EMA weights: rank 0 does, the others help to gather them. Collective."""
+        """Draw a strip of all stages with the EMA weights. Collective."""
         self._telemetry.phases.enter("preview", progress.step)
-        weights = {}
-        for name, full in engine.gather(ema.partitions):
-            if self._world.is_first:
-                weights[name] = full.cpu()
-        if self._writer and self._preview:
-            self._writer.image("samples/stages", self._preview(weights), progress.step)
+        if self._preview is None:
+            return
+
+        # The trained model draws. Rank 0 alone looks at the result; where the weights are split it needs the others.
+        with engine.weights_of(ema.partitions) as model:
+            stages = self._preview.draw(model) if self._world.is_first or engine.splits_weights else []
+        if self._writer:
+            self._writer.image("samples/stages", self._preview.picture(stages), progress.step)
 
     def rewind(self, step: int) -> None:
         """The run was rolled back to `step`: drop the metrics after it."""

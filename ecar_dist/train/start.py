@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.metrics import MetricsWriter
+from ecar_dist.runtime.sharded_build import sharded_build
 from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.watchdog.watchdog import Watchdog
@@ -58,7 +59,7 @@ from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
 BACKEND = "inductor"  # of torch.compile
 SAME_IDENTITY = "give every node the same autoencoder (vae.path), data and version of ecar_dist"
-PreviewFactory = Callable[[RunConfig, LatentCodec, torch.device], Preview]
+PreviewFactory = Callable[[RunConfig, LatentCodec | None, torch.device], Preview]
 
 
 def start_training(
@@ -108,7 +109,7 @@ def start_training(
         telemetry=telemetry,
         counters=partial(read_counters, reader, store, state.guard),
         writer=writer,
-        preview=world.on_first_rank(lambda: open_preview(config, world, inputs.codec, preview_factory)),
+        preview=world.together(lambda: open_preview(config, world, inputs.codec, preview_factory)),
     )
     parts = Parts(
         config=config,
@@ -243,8 +244,9 @@ def build_engine(
     # The model and its loss.
     kind = kind_of(config)
     torch.manual_seed(config.run.seed)
-    model = kind.build_model(config)
-    objective = kind.objective(model, normalise, config, precision)
+    with sharded_build(config, world, precision):
+        model = kind.build_model(config)
+        objective = kind.objective(model, normalise, config, precision)
 
     # Weight decay is for the matrices of linear layers alone.
     decay, no_decay = weight_decay_groups(model)
@@ -336,10 +338,10 @@ def open_record(
 
 
 def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
-    """Rank 0: what draws the previews, or None for a run without any."""
+    """What draws the previews, or None for a run without any."""
     if config.sample.every_samples == 0 or not config.log.tensorboard:
         return None
-    return factory(config, cast(LatentCodec, codec), world.device)
+    return factory(config, codec, world.device)
 
 
 def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) -> Counters:

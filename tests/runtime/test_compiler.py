@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from ecar_dist.runtime.compiler import compile_blocks, compiler_fault, repeated_blocks
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.sample.preview import StripPreview
 from tests.train.test_objective import batch, make_config, make_model, objective
 
 KINDS = [("ecar", 3), ("pyramid", 2), ("dit", 1), ("mar", 1)]
@@ -53,6 +55,21 @@ def test_losses_and_gradients_are_those_of_the_eager_blocks_to_the_bit(precision
         graphs = {"ecar": 1 + num_stages, "pyramid": num_stages, "dit": 1, "mar": 2}[kind]
         assert counters["stats"]["unique_graphs"] == graphs, kind
         assert not counters["graph_break"]
+
+
+def test_a_preview_runs_the_blocks_as_they_are():
+    """They were compiled for the shapes of training, and a sampler has others."""
+    config = make_config("ecar", num_stages=2)
+    model, preview = make_model(config), StripPreview(config, None, torch.device("cpu"))
+    expected = preview.draw(model)
+    compile_blocks(model, "aot_eager")
+    engine = object.__new__(Engine)
+    engine._model, engine._optimizer, engine._adam, engine.partitions, engine.zero_stage = model, None, None, [], 0
+    with engine.weights_of([]) as drawing:
+        assert all(map(torch.equal, preview.draw(drawing), expected))
+    assert not counters["stats"]
+    step(config, model)
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_a_block_that_cannot_be_one_graph_is_an_error():

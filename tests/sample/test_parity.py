@@ -18,6 +18,7 @@ from ecar_dist.sample.load import load_weights, open_trained
 from ecar_dist.sample.parity import parity_report
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.build import open_codec
+from tests.pretend_device import DEVICE, PretendDevice
 from tests.runtime.made_runs import DATA, make_checkpoint, make_run
 from tests.train.test_objective import make_config, make_model
 
@@ -139,6 +140,18 @@ def test_an_export_opens_like_its_run(run, tmp_path):
     assert theirs.progress == ours.progress
     expected = ours.model.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in theirs.model.state_dict().items())
+
+
+def test_a_model_is_loaded_onto_its_device_without_drawing_weights_first(run):
+    config = RunDirectory(run).load_config()
+    weights = random_weights(config, 0)
+    with PretendDevice() as pretended:
+        model = load_weights(config, weights, DEVICE)
+        loaded = {name: value.cpu() for name, value in model.state_dict().items()}
+    assert set(+pretended.on_host) <= {"detach"}  # of the weights
+    assert not model.training
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
 
 
 def test_weights_of_another_model_are_refused_in_one_line(run):

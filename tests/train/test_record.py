@@ -1,6 +1,7 @@
 """What a start refuses, and what is put on record."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -182,8 +183,18 @@ def test_a_rank_without_a_writer_says_nothing(tmp_path, capsys):
 def test_the_preview_is_of_the_ema(tmp_path):
     drawn, pictures = [], []
     writer = SimpleNamespace(image=lambda *picture: pictures.append(picture))
-    engine = SimpleNamespace(gather=lambda partitions: iter([("weight", torch.tensor(partitions))]))
-    recorder = make_recorder(tmp_path, writer, preview=lambda weights: drawn.append(weights) or "picture")
+    preview = SimpleNamespace(
+        draw=lambda model: drawn.append(model) or ["stages"], picture=lambda stages: f"picture of {stages[0]}"
+    )
+    engine = SimpleNamespace(weights_of=lambda partitions: nullcontext(partitions), splits_weights=False)
+    recorder = make_recorder(tmp_path, writer, preview=preview)
     recorder.draw_preview(Progress(16, 4), engine, SimpleNamespace(partitions=[4.0, 5.0]))
-    assert drawn[0]["weight"].tolist() == [4.0, 5.0]
-    assert pictures == [("samples/stages", "picture", 4)]
+    assert drawn == [[4.0, 5.0]]
+    assert pictures == [("samples/stages", "picture of stages", 4)]
+
+    # On another rank, which draws only where the weights are split.
+    recorder._world, recorder._writer = World(Placement(1, 2), torch.device("cpu")), None
+    for engine.splits_weights in (False, True):
+        recorder.draw_preview(Progress(16, 4), engine, SimpleNamespace(partitions=[6.0]))
+    assert drawn[1:] == [[6.0]]
+    assert len(pictures) == 1

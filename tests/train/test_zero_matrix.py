@@ -96,3 +96,25 @@ def test_between_backward_and_step_a_rank_holds_what_plan_counts(reports, settin
     state = model_state(parameters, 2, int(setting[5]), "bf16" if "bf16" in setting else "fp32")
     expected = state.total - state.ema + BESIDE.get(setting, 0) * parameters
     assert [report["state bytes"] for report in reports[setting]] == pytest.approx([expected] * 2, rel=0.03)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_preview_is_drawn_by_the_trained_model_which_trains_on_as_if_it_had_not(reports, setting):
+    """In fp32 the samples are those of a second model with the EMA's weights, bit for bit."""
+    parameters = reports[REFERENCE][0]["elements"]
+    itemsize = 2 if "bf16" in setting else 4
+    for report in reports[setting]:
+        found = report["preview"]
+        assert (found["back again"], found["goes on alike"]) == (True, True)
+        assert found["drawn alike"] == (setting in FP32)
+        assert found["difference"] < 0.1
+
+    # Without ZeRO no byte is sent. Else each element once, beside padding, by the rank that holds it; before the
+    # drawing, or in ZeRO 3 by each call of the network.
+    sent = sum(report["preview"]["bytes for the EMA"] for report in reports[setting])
+    split = any("persistence_threshold: 0" in override for override in SETTINGS[setting])
+    if "zero 0" in setting or split:
+        assert sent == 0
+    else:
+        assert parameters * itemsize <= sent < 1.05 * parameters * itemsize
+    assert (sum(report["preview"]["bytes while drawn"] for report in reports[setting]) > 0) == ("zero 3" in setting)

@@ -6,8 +6,11 @@ import math
 import sys
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
@@ -19,6 +22,8 @@ from ecar_dist.runtime.optimizer import ADAM_MOMENTS, StepStatus
 from ecar_dist.runtime.replicas import check_replicas, fingerprint
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World
+from ecar_dist.sample.load import load_weights
+from ecar_dist.sample.preview import StripPreview
 from ecar_dist.train.guard import is_good
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
@@ -123,17 +128,21 @@ def refusals(engine: Engine, batches: list[Micro], limit: list[float]) -> dict[s
 def step_from(engine: Engine, before: list[torch.Tensor], batches: list[Micro], *, restore: bool) -> list[torch.Tensor]:
     """The state after one good step from `before`; `restore` puts it back first, which a refused step need not."""
     if restore:
-        flats = [*engine.partitions, *(flat for name in ADAM_MOMENTS for flat in engine.moments(name))]
-        with torch.no_grad():
-            for flat, old in zip(flats, before[: len(flats)], strict=True):
-                flat.copy_(old)
-        engine.publish_master_weights()
+        put_back(engine, before)
     engine.set_optimizer_step(STEPS)
     status = run_micro_batches(engine, batches)
     after = state(engine)
     assert status.applied
     assert not equal(before, after)
     return after
+
+
+def put_back(engine: Engine, before: list[torch.Tensor]) -> None:
+    flats = [*engine.partitions, *(flat for name in ADAM_MOMENTS for flat in engine.moments(name))]
+    with torch.no_grad():
+        for flat, old in zip(flats, before[: len(flats)], strict=True):
+            flat.copy_(old)
+    engine.publish_master_weights()
 
 
 def adam_steps(engine: Engine) -> set[int]:
@@ -167,6 +176,46 @@ def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.Un
     return sum(storage.nbytes() for storage in held if storage.nbytes() < BUCKET)
 
 
+class Wire(TorchDispatchMode):
+    """Counts the bytes that this rank hands to collectives."""
+
+    sent = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            # All-gathers have their inputs after their outputs, the others have only what they change.
+            given = args[1] if "gather" in str(func) else args[0]
+            self.sent += sum(one.nbytes for one in tree_leaves(given) if isinstance(one, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def preview(engine: Engine, ema: ShardedEma, config: RunConfig, batches: list[Micro]) -> dict[str, Any]:
+    """Whether the trained model draws with the EMA what a model of its own draws, and trains on as if it had not."""
+    preview, before = StripPreview(config, None, engine.world.device), state(engine)
+    after = step_from(engine, before, batches, restore=True)
+    put_back(engine, before)
+
+    # The model draws, on all ranks.
+    copies, average = ([flat.detach().clone() for flat in flats] for flats in (engine.replicas(), ema.partitions))
+    with Wire() as wire, engine.weights_of(ema.partitions) as model:
+        to_ema = wire.sent
+        stages = preview.draw(model)
+        while_drawn = wire.sent - to_ema
+
+    # A model of its own, in fp32.
+    parts = whole(engine, ema.partitions).float().split([math.prod(shape) for shape in engine.shapes.values()])
+    weights = {name: part.view(shape) for (name, shape), part in zip(engine.shapes.items(), parts, strict=True)}
+    expected = preview.draw(load_weights(config, weights, engine.world.device))
+    return {
+        "drawn alike": equal(stages, expected),
+        "difference": max(float((a - b).abs().max()) for a, b in zip(stages, expected, strict=True)),
+        "back again": equal([*before, *copies, *average], [*state(engine), *engine.replicas(), *ema.partitions]),
+        "goes on alike": equal(after, step_from(engine, before, batches, restore=False)),
+        "bytes for the EMA": to_ema,
+        "bytes while drawn": while_drawn,
+    }
+
+
 def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
     limit, others = [math.inf], storages()
@@ -176,7 +225,7 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         steps = [[tuple(torch.cat(parts) for parts in zip(*batches, strict=True))] for batches in steps]
     losses, ema, unsharded = train(engine, config, steps)
     results = {kind: whole(engine, flats) for kind, flats in ema.by_kind.items()}
-    weights = torch.cat([full.double().flatten() for _, full in engine.gather(engine.partitions)])
+    weights = whole(engine, engine.partitions)
     report = {
         "losses": losses,
         "sharded EMA against unsharded": max(float((results[kind] - unsharded[kind]).abs().max()) for kind in results),
@@ -184,6 +233,7 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         "elements": sum(fragment.numel for fragment in engine.fragments),
         "replicas": replicas(engine, ema),
         "refusals": refusals(engine, steps[0], limit),
+        "preview": preview(engine, ema, config, steps[0]),
     }
     del ema, unsharded
     others |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (weights, *results.values())}

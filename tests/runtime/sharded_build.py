@@ -1,0 +1,11 @@
+"""The models that test_sharded_build.py builds: `section.key=value` overrides of one tiny config."""
+
+DEPTH = 6  # blocks in each transformer
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "ecar": (),
+    "ecar, bf16": ("deepspeed.precision=bf16",),
+    "ecar, offload": ("deepspeed.offload_optimizer=true", "deepspeed.offload_params=true"),
+    "pyramid": ("model.kind=pyramid",),
+    "mar": ("model.kind=mar", "flow.num_stages=1"),
+}
