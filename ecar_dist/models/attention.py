@@ -47,16 +47,24 @@ def _masked(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 def block_causal_attention(stage_tokens: Sequence[int]) -> Attend:
     """`masked_attention(block_causal_mask(...))` as one mask-free call a stage, which keeps the fused kernels."""
-    return functools.partial(_block_causal, tuple(stage_tokens))
+    return functools.partial(_by_stage, tuple(stage_tokens), True)
 
 
-def _block_causal(stage_tokens: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def within_stage_attention(stage_tokens: Sequence[int]) -> Attend:
+    """The tokens of several stages side by side: a token sees its own stage alone."""
+    return functools.partial(_by_stage, tuple(stage_tokens), False) if len(stage_tokens) > 1 else full_attention
+
+
+def _by_stage(
+    stage_tokens: tuple[int, ...], sees_coarser: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
     outputs = []
     end = 0
     for count in stage_tokens:
-        # The queries of stage k against the keys of stages 0 .. k, which lie side by side at the front.
+        # The queries of stage k against the keys of stages 0 .. k, which lie side by side at the front; or of stage k.
         start, end = end, end + count
-        outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+        first = 0 if sees_coarser else start
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]))
     return torch.cat(outputs, dim=2)
 
 

@@ -63,8 +63,8 @@ class TokenMapTransformer(nn.Module):
         self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared", recompute=recompute)
         self.output_positions = Embedding(sum(self.stage_tokens), width)
 
-    def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> list[torch.Tensor]:
-        """Training: M_0 .. M_{K-1}, [B, T_k, D], in one pass.
+    def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> torch.Tensor:
+        """Training: M_0 .. M_{K-1} side by side, [B, T_0 + .. + T_{K-1}, D], in one pass.
 
         contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]. `masked` takes the reference attention instead of the mask-free one.
         """
@@ -78,9 +78,8 @@ class TokenMapTransformer(nn.Module):
         sources = [None, *contexts] if self.feeds_state else [None] * len(self.grid_sides)
         inputs = [self._stage_input(stage, source, classes) for stage, source in enumerate(sources)]
 
-        # One pass under the block-causal rule, cut into token maps again.
-        outputs = self._run(torch.cat(inputs, dim=1), classes, [attend] * self.depth, start=0)
-        return list(outputs.split(self.stage_tokens, dim=1))
+        # One pass under the block-causal rule.
+        return self._run(torch.cat(inputs, dim=1), classes, [attend] * self.depth, start=0)
 
     def next_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache

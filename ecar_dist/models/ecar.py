@@ -74,7 +74,7 @@ class ECAR(nn.Module):
         times: Sequence[torch.Tensor],
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Velocities of all stages, one AR pass; float32, K of [B, C, h_k, w_k].
+        """Velocities of all stages, one pass of each network; float32, K of [B, C, h_k, w_k].
 
         Arguments:
             contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]; C_k feeds the token map of stage k + 1.
@@ -82,18 +82,15 @@ class ECAR(nn.Module):
             times: model time of every stage in [0, 1], float32 [B].
             labels: int64 [B]; num_classes is the null label.
         """
-        # One AR pass for all stages, then the velocity network on each stage under its map. Gradients reach both.
-        token_maps = self.token_maps(contexts, labels)
-        return [
-            self.velocity(state, time, stage, self.condition(token_map), labels)
-            for stage, (state, time, token_map) in enumerate(zip(states, times, token_maps, strict=True))
-        ]
+        # One AR pass for all stages, then one of the velocity network under their maps. Gradients reach both.
+        token_maps = self.ar(contexts, labels, masked=False)  # [B, T_0 + .. + T_{K-1}, d_a]
+        return self.flow.all_stages(states, times, self.condition(token_maps), labels)
 
     def token_maps(
         self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool = False
     ) -> list[torch.Tensor]:
         """M_0 .. M_{K-1}, [B, T_k, d_a], in one pass. `masked` selects the slower reference attention."""
-        return self.ar(contexts, labels, masked=masked)
+        return list(self.ar(contexts, labels, masked=masked).split(self.ar.stage_tokens, dim=1))
 
     def start_cache(self) -> KVCache:
         """An empty cache for `next_token_map`; one for each batch that is sampled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +97,32 @@ class AdaLNOffset(nn.Module):
         return shared + self.offset
 
 
-def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights, then (1 + scale) and shift. x [B, T, D], shift and scale [B, 1, D]; float32 out."""
+def modulated_norm(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, segments: Sequence[int] = ()
+) -> torch.Tensor:
+    """Layer norm without weights, then (1 + scale) and shift, each segment by its own. float32 out.
+
+    x [B, T, D]; shift and scale [B, S, D], one for each of S segments of tokens. `segments` are their lengths; left out
+    if there is one.
+    """
     # 1 + scale: a zero modulation is the plain norm.
-    return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1.0 + scale) + shift
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    return _by_segment(normed, segments, lambda part, s: part * (1.0 + scale[:, s]) + shift[:, s])
+
+
+def gated(branch: torch.Tensor, gate: torch.Tensor, segments: Sequence[int] = ()) -> torch.Tensor:
+    """gate * branch [B, T, D], each segment by its own gate; gate [B, S, D], segments as in `modulated_norm`."""
+    return _by_segment(branch, segments, lambda part, s: gate[:, s] * part)
+
+
+def _by_segment(
+    x: torch.Tensor, segments: Sequence[int], function: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    # Slices instead of vectors spread out over the tokens, which would be as large as x.
+    if len(segments) <= 1:
+        return function(x, slice(None))
+    parts = x.split(list(segments), dim=1)
+    return torch.cat([function(part, slice(s, s + 1)) for s, part in enumerate(parts)], dim=1)
 
 
 class TimeEmbedding(nn.Module):

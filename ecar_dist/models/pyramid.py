@@ -52,11 +52,7 @@ class Pyramid(nn.Module):
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are not looked at."""
-        # One call per stage, since stages differ in size.
-        return [
-            self.velocity(state, time, stage, None, labels)
-            for stage, (state, time) in enumerate(zip(states, times, strict=True))
-        ]
+        return self.flow.all_stages(states, times, None, labels)
 
     def start_cache(self) -> None:
         """There is nothing to remember between stages."""

@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ecar_dist.kinds.presets import AdaLNKind
 from ecar_dist.models.attention import Attend, Attention
-from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, modulated_norm
+from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, gated, modulated_norm
 
 
 class Block(nn.Module):
     """Attention and MLP, each after a modulated norm and before a gate. Gates start at zero: the block is the identity.
 
-    modulation: from the transformer's conditioning to the block's six vectors, [B, 6 D].
+    modulation: from the transformer's conditioning to the block's six vectors, [B, S, 6 D].
     """
 
     def __init__(self, width: int, heads: int, modulation: nn.Module) -> None:
@@ -25,15 +25,18 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp = MLP(width)
 
-    def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+    def forward(
+        self, x: torch.Tensor, conditioning: torch.Tensor, attend: Attend, segments: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """x [B, T, D], conditioning [B, S, ..] -> [B, T, D]; see `Transformer` for the segments."""
         # adaLN-Zero: shift, scale and gate of both branches.
-        parts = self.modulation(conditioning)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
+        parts = self.modulation(conditioning).chunk(6, dim=-1)  # each [B, S, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = parts
 
         # Residual branches.
-        x = x + gate_attention * self.attention(modulated_norm(x, shift_attention, scale_attention), attend)
-        return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
+        attended = self.attention(modulated_norm(x, shift_attention, scale_attention, segments), attend)
+        x = x + gated(attended, gate_attention, segments)
+        return x + gated(self.mlp(modulated_norm(x, shift_mlp, scale_mlp, segments)), gate_mlp, segments)
 
 
 class Transformer(nn.Module):
@@ -54,17 +57,26 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, modulation) for modulation in modulations)
         self.head_modulation = AdaLN(width, 2)
 
-    def forward(self, x: torch.Tensor, conditioning: torch.Tensor, attends: Sequence[Attend]) -> torch.Tensor:
-        """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D]."""
+    def forward(
+        self, x: torch.Tensor, conditioning: torch.Tensor, attends: Sequence[Attend], segments: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D].
+
+        Where the tokens are S segments that differ in their conditioning, it is [B, S, D], and `segments` are their
+        lengths.
+        """
+        if not segments:
+            conditioning = conditioning[:, None]  # [B, 1, D]
+
         # Blocks. The shared matrix, if there is one, is applied once.
         for_blocks = self.shared_modulation(conditioning)
         for block, attend in zip(self.blocks, attends, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator state has to be restored.
-                x = checkpoint(block, x, for_blocks, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, for_blocks, attend, segments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, for_blocks, attend)
+                x = block(x, for_blocks, attend, segments)
 
         # Head norm.
-        shift, scale = self.head_modulation(conditioning)[:, None].chunk(2, dim=-1)  # each [B, 1, D]
-        return modulated_norm(x, shift, scale)
+        shift, scale = self.head_modulation(conditioning).chunk(2, dim=-1)  # each [B, S, D]
+        return modulated_norm(x, shift, scale, segments)

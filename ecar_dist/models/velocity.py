@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ecar_dist.kinds.presets import Preset
-from ecar_dist.models.attention import full_attention
+from ecar_dist.models.attention import within_stage_attention
 from ecar_dist.models.layers import Embedding, Linear, TimeEmbedding, ZeroLinear, patchify, position_table, unpatchify
 from ecar_dist.models.transformer import Transformer
 
@@ -55,16 +55,51 @@ class VelocityNetwork(nn.Module):
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B] -> float32 [B, C, h, w]."""
-        # Tokens: the patches of the state, with positions of the stage's own grid, plus the condition of the same grid.
-        position = position_table(self.grid_sides[stage], self.width, x.device)
-        tokens = self.state_projection(patchify(x, self.patch_size)) + position  # [B, T, D]
+        (velocity,) = self._run([x], [time], [stage], condition, labels)
+        return velocity
+
+    def all_stages(
+        self,
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Training: the velocities of all stages in one pass, float32, K of [B, C, h_k, w_k].
+
+        states: K of [B, C, h_k, w_k]; times: K of [B]; condition: [B, T_0 + .. + T_{K-1}, D] or None. One pass instead
+        of K: larger matrix products, and each weight has one gradient.
+        """
+        return self._run(states, times, range(len(states)), condition, labels)
+
+    def _run(
+        self,
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        stages: Sequence[int],
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        # Tokens: the patches of each state, with positions of its stage's own grid, plus the condition of that grid.
+        patches = [patchify(state, self.patch_size) for state in states]
+        segments = [part.shape[1] for part in patches]
+        device = labels.device
+        positions = [position_table(self.grid_sides[stage], self.width, device) for stage in stages]
+        tokens = self.state_projection(_joined(patches, dim=1)) + _joined(positions, dim=0)  # [B, T, D]
         if condition is not None:
             tokens = tokens + condition
 
-        # The vector that modulates all blocks.
-        stage_index = torch.full((1,), stage, device=x.device)
-        conditioning = self.time_embedding(time) + self.stage_embedding(stage_index) + self.class_embedding(labels)
+        # The vector that modulates all blocks, for each stage.
+        time = self.time_embedding(torch.stack(list(times), dim=1).flatten())  # [B S, D]
+        stage_index = torch.arange(stages[0], stages[0] + len(stages), device=device)
+        conditioning = time.unflatten(0, (-1, len(stages))) + self.stage_embedding(stage_index)  # [B, S, D]
+        conditioning = conditioning + self.class_embedding(labels)[:, None]
 
         # Attention stays within the stage. The velocity is float32, as the ODE's state.
-        tokens = self.transformer(tokens, conditioning, [full_attention] * len(self.transformer.blocks))
-        return unpatchify(self.output(tokens).float(), self.patch_size)
+        attends = [within_stage_attention(segments)] * len(self.transformer.blocks)
+        outputs = self.output(self.transformer(tokens, conditioning, attends, segments)).float()
+        return [unpatchify(part, self.patch_size) for part in outputs.split(segments, dim=1)]
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0]

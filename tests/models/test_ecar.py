@@ -158,7 +158,7 @@ def test_bf16_stays_near_float32(make_model, make_batch, mode):
 def test_blocks_can_be_recomputed(make_model):
     model = make_model()
     block, attend = model.ar.transformer.blocks[0], block_causal_attention(model.ar.stage_tokens)
-    x, conditioning = torch.randn(2, 84, 32), torch.randn(2, 6 * 32)
+    x, conditioning = torch.randn(2, 84, 32), torch.randn(2, 1, 6 * 32)
     block(x, conditioning, attend).square().sum().backward()
     kept = [parameter.grad.clone() for parameter in block.parameters()]
     block.zero_grad()

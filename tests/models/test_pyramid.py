@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.ecar import ECAR
@@ -62,7 +63,43 @@ def test_sampling_calls_what_training_calls(make_batch):
     cache = model.start_cache()
     for stage, trained in enumerate(model([], states, times, labels)):
         condition = model.begin_stage(stage, None, labels, cache)
-        assert torch.equal(model.velocity(states[stage], times[stage], stage, condition, labels), trained)
+        alone = model.velocity(states[stage], times[stage], stage, condition, labels)
+        torch.testing.assert_close(alone, trained, rtol=1e-6, atol=1e-6)
+
+
+def test_stages_in_one_pass_are_stages_in_a_pass_each(make_batch):
+    """Velocities and gradients, in fewer kernels: each weight has one gradient instead of a sum of three."""
+    model, (_, states, times, labels) = shaken(make_pyramid(3)), make_batch(3)
+
+    def separate():
+        parts = zip(states, times, strict=True)
+        return [model.velocity(x, time, stage, None, labels) for stage, (x, time) in enumerate(parts)]
+
+    def together():
+        return model([], states, times, labels)
+
+    found = []
+    for velocities in (separate, together):
+        model.zero_grad()
+        with Kernels() as kernels:
+            outputs = velocities()
+            sum(output.square().mean() for output in outputs).backward()
+        found.append((outputs, [parameter.grad for parameter in model.parameters()], kernels.count))
+    (outputs, gradients, count), (packed_outputs, packed_gradients, packed_count) = found
+    torch.testing.assert_close(packed_outputs, outputs, rtol=1e-6, atol=1e-6)
+    for packed, gradient in zip(packed_gradients, gradients, strict=True):
+        assert float((packed - gradient).norm()) <= 1e-6 * float(gradient.norm())
+    assert packed_count < 0.7 * count
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is computed: views are no kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
 
 
 def test_dit_is_ecar_of_one_stage_without_its_ar_transformer(make_batch):
