@@ -50,23 +50,28 @@ def number_bytes(precision: str) -> int:
     return 2 if precision == "bf16" else 4
 
 
-def block_bytes(tokens: int, width: int, heads: int, adaln: AdaLNKind, precision: str, *, causal: bool) -> int:
-    """One block of models/transformer.py; `causal` for the block-causal attention, which joins one call a stage."""
+def block_bytes(
+    tokens: int, width: int, heads: int, adaln: AdaLNKind, precision: str, *, joined: bool, segments: int = 1
+) -> int:
+    """One block of models/transformer.py.
+
+    joined: whether attention joins one call a stage. segments: how many differ in their conditioning.
+    """
     number = number_bytes(precision)
 
     # Modulated norms: the residual, the normalised residual, and the operand that is made of it.
     norms = 2 * (2 * FP32 + number)
     # Attention: qkv, normalised q and k, what the heads return, the projection. In bf16 the q and k norms keep fp32.
     attention = (3 + 2 + 1 + 1) * number + (2 * FP32 if number < FP32 else 0)
-    joined = number if causal else 0
+    join = number if joined else 0
     # MLP: before and after the GELU, and the output.
     mlp = (4 + 4 + 1) * number
 
     # Per token: the statistics of the two norms; per head those of the q and k norms and of the softmax.
     rows = 2 * NORM_ROW + 3 * heads * FP32
-    # Per image: the six modulation vectors, 1 + scale of both norms; the operand of the block's own adaLN matrix.
+    # Per segment: the six modulation vectors, 1 + scale of both norms; the operand of the block's own adaLN matrix.
     modulation = (6 + 2 + (1 if adaln == "per_block" else 0)) * number
-    return tokens * ((norms + attention + joined + mlp) * width + rows) + modulation * width
+    return tokens * ((norms + attention + join + mlp) * width + rows) + segments * modulation * width
 
 
 def transformer_activations(
@@ -77,17 +82,18 @@ def transformer_activations(
     adaln: AdaLNKind,
     precision: str,
     *,
-    causal: bool = False,
+    joined: bool = False,
+    segments: int = 1,
 ) -> Activations:
     """The blocks, the modulated norm at the end and its adaLN. The conditioning itself is the caller's."""
     number = number_bytes(precision)
-    block = block_bytes(tokens, width, heads, adaln, precision, causal=causal)
+    block = block_bytes(tokens, width, heads, adaln, precision, joined=joined, segments=segments)
 
     # Recomputation keeps the residual in front of each block, and the shared modulation.
-    inputs = depth * tokens * width * FP32 + (6 * width * number if adaln == "shared" else 0)
+    inputs = depth * tokens * width * FP32 + (segments * 6 * width * number if adaln == "shared" else 0)
     # The head's norm and adaLN, and the operand of the shared adaLN matrix.
     vectors = 2 + (1 if adaln == "shared" else 0)
-    head = tokens * (2 * FP32 * width + NORM_ROW) + vectors * width * number
+    head = tokens * (2 * FP32 * width + NORM_ROW) + segments * vectors * width * number
     return Activations(depth * block, inputs, block, head, block_calls=depth)
 
 
@@ -99,15 +105,23 @@ def time_embedding_bytes(width: int, precision: str) -> int:
 def velocity_activations(
     preset: Preset, stage_tokens: Sequence[int], token_channels: int, precision: str
 ) -> Activations:
-    """The velocity network at all stages, without a condition, and the loss."""
+    """The velocity network in one pass over all stages, without a condition, and the loss."""
     number = number_bytes(precision)
     width = preset.flow_width
-    total = Activations()
-    for tokens in stage_tokens:
-        total += transformer_activations(
-            tokens, width, preset.flow_depth, preset.flow_heads, preset.flow_adaln, precision
-        )
-        # Operands of the projections in and out, the errors, and the conditioning vector.
-        ends = tokens * (token_channels * (number + FP32) + width * number)
-        total += Activations(rest=ends + width * number + time_embedding_bytes(width, precision))
-    return total
+    stages = len(stage_tokens)
+    tokens = sum(stage_tokens)
+    blocks = transformer_activations(
+        tokens,
+        width,
+        preset.flow_depth,
+        preset.flow_heads,
+        preset.flow_adaln,
+        precision,
+        joined=stages > 1,
+        segments=stages,
+    )
+
+    # Operands of the projections in and out, and the errors; for each stage its conditioning vector.
+    ends = tokens * (token_channels * (number + FP32) + width * number)
+    vectors = stages * (width * number + time_embedding_bytes(width, precision))
+    return blocks + Activations(rest=ends + vectors)

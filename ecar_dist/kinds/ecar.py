@@ -61,7 +61,7 @@ class EcarKind(StagedKind):
         return TRAINING_PASSES * (ar_macs(preset, stage_tokens, channels, feeds_state=_feeds_state(config)) + flow)
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
-        """The AR transformer on all stages at once, its token maps, and the velocity network at every stage."""
+        """The AR transformer on all stages at once, its token maps, and the velocity network on all stages at once."""
         preset = preset_of(config)
         channels = config.token_channels
         stage_tokens = config.stage_tokens
@@ -70,7 +70,7 @@ class EcarKind(StagedKind):
         number = number_bytes(precision)
 
         # AR transformer: its conditioning is the class; W_in has the contexts, W_m the token maps.
-        ar = transformer_activations(tokens, width, preset.ar_depth, preset.ar_heads, "shared", precision, causal=True)
+        ar = transformer_activations(tokens, width, preset.ar_depth, preset.ar_heads, "shared", precision, joined=True)
         contexts = sum(stage_tokens[1:]) * channels * number if _feeds_state(config) else 0
         ends = Activations(rest=width * number + contexts + tokens * width * number)
         return ar + ends + velocity_activations(preset, stage_tokens, channels, precision)

@@ -99,14 +99,14 @@ def test_contexts_that_are_not_fed_are_not_kept():
 
 def test_a_block_keeps_60_bytes_per_token_and_width_in_bf16_and_88_in_fp32():
     for precision, numbers in (("bf16", 60), ("fp32", 88)):
-        one, two = (block_bytes(t, 1152, 16, "per_block", precision, causal=False) for t in (256, 512))
+        one, two = (block_bytes(t, 1152, 16, "per_block", precision, joined=False) for t in (256, 512))
         assert (two - one) // 256 // 1152 == numbers
 
 
 def test_the_largest_block_is_that_of_the_ar_transformer_which_sees_all_stages():
     config = make_config("ecar", "T", {}, 3)
     counted = kind_of(config).activations(config, "bf16")
-    assert counted.largest_block == block_bytes(4 + 16 + 64, 128, 4, "shared", "bf16", causal=True)
+    assert counted.largest_block == block_bytes(4 + 16 + 64, 128, 4, "shared", "bf16", joined=True)
 
 
 def test_xl_keeps_nearly_a_gibibyte_an_image():
