@@ -20,13 +20,14 @@ NORM_ROW = 2 * FP32  # mean and 1 / std of a token
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per image, and the calls that keep them.
+    """Bytes per image, and two counts of the calls that keep them.
 
     blocks: all transformer blocks.
     block_inputs: what remains of them when blocks are recomputed.
     largest_block: the block that keeps the most; a recomputed block is kept for its own backward pass.
     rest: embeddings, projections, heads and loss.
-    block_calls: how often the model calls a transformer block. This one is a count.
+    block_calls: how often the model calls a transformer block.
+    block_segments: the same, a call counted once for each segment that differs in its conditioning.
     """
 
     blocks: int = 0
@@ -34,6 +35,7 @@ class Activations:
     largest_block: int = 0
     rest: int = 0
     block_calls: int = 0
+    block_segments: int = 0
 
     def __add__(self, other: Activations) -> Activations:
         return Activations(
@@ -42,6 +44,7 @@ class Activations:
             max(self.largest_block, other.largest_block),
             self.rest + other.rest,
             self.block_calls + other.block_calls,
+            self.block_segments + other.block_segments,
         )
 
 
@@ -94,7 +97,7 @@ def transformer_activations(
     # The head's norm and adaLN, and the operand of the shared adaLN matrix.
     vectors = 2 + (1 if adaln == "shared" else 0)
     head = tokens * (2 * FP32 * width + NORM_ROW) + segments * vectors * width * number
-    return Activations(depth * block, inputs, block, head, block_calls=depth)
+    return Activations(depth * block, inputs, block, head, block_calls=depth, block_segments=depth * segments)
 
 
 def time_embedding_bytes(width: int, precision: str) -> int:

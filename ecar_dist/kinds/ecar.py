@@ -14,7 +14,13 @@ from ecar_dist.kinds.activations import (
 )
 from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_calls, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
-from ecar_dist.kinds.parameters import ParameterCount, linear, transformer_parameters, velocity_parameters
+from ecar_dist.kinds.parameters import (
+    ParameterCount,
+    block_parameters,
+    linear,
+    transformer_parameters,
+    velocity_parameters,
+)
 from ecar_dist.kinds.presets import Preset, preset_of
 
 if TYPE_CHECKING:
@@ -50,7 +56,11 @@ class EcarKind(StagedKind):
 
         # velocity network: the one that all kinds share, and W_m, which projects the token maps
         flow = velocity_parameters(preset, num_stages, channels, num_classes) + linear(width, preset.flow_width)
-        return ParameterCount(ar, flow)
+        block = max(
+            block_parameters(width, "shared", width // preset.ar_heads),
+            block_parameters(preset.flow_width, preset.flow_adaln, preset.flow_width // preset.flow_heads),
+        )
+        return ParameterCount(ar, flow, block)
 
     def training_macs(self, config: RunConfig) -> int:
         """One AR pass and one velocity call in each stage, forward and backward."""

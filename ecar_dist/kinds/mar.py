@@ -19,6 +19,7 @@ from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, guida
 from ecar_dist.kinds.kind import Kind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
+    block_parameters,
     linear,
     time_embedding_parameters,
     transformer_parameters,
@@ -78,7 +79,7 @@ class MarKind(Kind):
         block = 2 * linear(width, width) + linear(width, 3 * width)
         head = size.head_depth * block + linear(width, 2 * width) + time_embedding_parameters(width)
         head += linear(channels, width) + linear(width, width) + linear(width, channels)
-        return ParameterCount(trunk, head)
+        return ParameterCount(trunk, head, block_parameters(width, "shared", width // size.heads))
 
     def training_macs(self, config: RunConfig) -> int:
         """One trunk pass, and `flow.token_draws` velocities of every token, each at its own time.

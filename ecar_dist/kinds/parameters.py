@@ -11,10 +11,14 @@ SINUSOID_WIDTH = 256  # input width of the time embedding
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head)."""
+    """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head).
+
+    block: of the largest transformer block, which is part of one of them.
+    """
 
     ar: int
     flow: int
+    block: int = 0
 
     @property
     def total(self) -> int:
@@ -26,16 +30,20 @@ def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def transformer_parameters(depth: int, width: int, adaln: str, head_width: int = 0) -> int:
-    """Blocks, their adaLN and the head's adaLN. `head_width` is the width of a head where q and k are normalised."""
-    # a block: qkv, output projection, the gains of the q and k norms, and the MLP
+def block_parameters(width: int, adaln: str, head_width: int = 0) -> int:
+    """One transformer block. `head_width` is the width of a head where q and k are normalised."""
+    # qkv, output projection, the gains of the q and k norms, and the MLP
     block = linear(width, 3 * width) + linear(width, width) + 2 * head_width
     block += linear(width, 4 * width) + linear(4 * width, width)
 
-    # modulation: a matrix for each block, or one for all blocks and an offset for each
-    modulation = linear(width, 6 * width)
-    adaln_total = depth * modulation if adaln == "per_block" else modulation + depth * 6 * width
-    return depth * block + adaln_total + linear(width, 2 * width)
+    # modulation: a matrix of its own, or an offset to that of all blocks
+    return block + (linear(width, 6 * width) if adaln == "per_block" else 6 * width)
+
+
+def transformer_parameters(depth: int, width: int, adaln: str, head_width: int = 0) -> int:
+    """Blocks, the adaLN that they share, if they do, and the head's adaLN."""
+    shared = linear(width, 6 * width) if adaln == "shared" else 0
+    return depth * block_parameters(width, adaln, head_width) + shared + linear(width, 2 * width)
 
 
 def time_embedding_parameters(width: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ecar_dist.kinds.activations import Activations, velocity_activations
 from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_calls, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
-from ecar_dist.kinds.parameters import ParameterCount, velocity_parameters
+from ecar_dist.kinds.parameters import ParameterCount, block_parameters, velocity_parameters
 from ecar_dist.kinds.presets import preset_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ class PyramidKind(StagedKind):
         self.one_stage = one_stage
 
     def parameters(self, config: RunConfig) -> ParameterCount:
-        num_stages = config.flow.num_stages
-        num_classes = config.data.num_classes
-        return ParameterCount(0, velocity_parameters(preset_of(config), num_stages, config.token_channels, num_classes))
+        preset = preset_of(config)
+        flow = velocity_parameters(preset, config.flow.num_stages, config.token_channels, config.data.num_classes)
+        width = preset.flow_width
+        return ParameterCount(0, flow, block_parameters(width, preset.flow_adaln, width // preset.flow_heads))
 
     def training_macs(self, config: RunConfig) -> int:
         """One velocity call in each stage, forward and backward."""

@@ -16,7 +16,7 @@ GRADIENT_SHARE = 0.4
 
 def compiles(config: RunConfig) -> bool:
     """Whether training on a GPU compiles the transformer blocks."""
-    return False
+    return config.compiles_on("cuda")
 
 
 def activation_bytes(config: RunConfig, precision: str, *, compiled: bool, recompute: bool) -> int:

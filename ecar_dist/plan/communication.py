@@ -1,10 +1,9 @@
 """Bytes that a rank exchanges in one optimizer step, by ZeRO stage, and the time that takes.
 
-Read in the code of DeepSpeed 0.19, with the settings of runtime/engine.py:
+Read in the code of DeepSpeed 0.19, with the settings of runtime/deepspeed_config.py:
     stages 0 and 1 all-reduce the gradients once a step;
     stage 2 all-reduces them at every micro-batch, since it cuts buckets by rank only after the reduction;
-    stage 3 reduce-scatters them at every micro-batch, and gathers the weights in the forward and the backward pass,
-    those of the velocity network once per model stage where more than `stage3_max_live_parameters` weights exist;
+    stage 3 reduce-scatters them at every micro-batch, and gathers the weights in the forward and the backward pass;
     stages 1 and 2 gather the new weights once a step.
 An all-reduce moves 2 (N - 1) / N of the bytes through each rank, the other two (N - 1) / N.
 """
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.plan.memory import LIVE_PARAMETERS, precision_of, zero_setting
+from ecar_dist.plan.memory import precision_of
 from ecar_dist.runtime.devices import Device
 
 BUS_EFFICIENCY = 0.8  # an assumption, of the wires' rate; NCCL's own benchmark prints it as busbw
@@ -53,12 +52,7 @@ def step_traffic(config: RunConfig, world_size: int, zero_stage: int) -> Traffic
         return Traffic(2 * once, 0.0, once if zero_stage else 0.0)
     if zero_stage == 2:
         return Traffic(2 * once * micro_steps, 0.0, once)
-
-    # Weights that are released between the model's stages are gathered again in each.
-    gathers = 1.0
-    if parameters.total > zero_setting(config, "stage3_max_live_parameters", LIVE_PARAMETERS):
-        gathers += (config.flow.num_stages - 1) * parameters.flow / parameters.total
-    return Traffic(once * micro_steps, 2 * gathers * once * micro_steps, 0.0)
+    return Traffic(once * micro_steps, 2 * once * micro_steps, 0.0)
 
 
 def bus_bandwidth(device: Device, world_size: int, gpus_per_node: int, bandwidth: float) -> float:

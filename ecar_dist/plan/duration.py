@@ -11,23 +11,45 @@ from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
+from ecar_dist.kinds.activations import Activations
 from ecar_dist.kinds.flops import FLOPS_PER_MAC
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.communication import BUS_EFFICIENCY, bus_bandwidth, step_traffic
-from ecar_dist.plan.memory import overlaps
+from ecar_dist.plan.memory import num_emas, overlaps
 from ecar_dist.runtime.devices import ATTAINABLE_SHARE, DEVICES, Device, find_device
 
-GEMM_SHARE = 0.75  # of the attainable rate: small matrices of the coarse stages and attention are slower
+GEMM_SHARE = 0.85  # of the attainable rate: attention is slower; all stages are in one pass, so matrices are large
 KEPT_BYTES = 60  # that an eager block keeps for the backward pass, per token and width, bf16
 POINTWISE_BYTES = {False: 460, True: 156}  # that kernels besides matrix products move for them, by whether compiled
 MEMORY_SHARE = 0.85  # of the data sheet's memory bandwidth
 ROOFLINE_SHARE = 0.85  # what a roofline leaves out
-KERNELS = {False: 105, True: 35}  # of a block, forward and backward, by whether compiled
-OTHER_KERNELS = 500  # of a micro-batch
+# Forward and backward, by whether compiled: of a block, and for each segment of its tokens that has a conditioning of
+# its own. The eager ones are counted in bf16 with a fused RMS norm.
+BLOCK_KERNELS = {False: 45, True: 27}
+SEGMENT_KERNELS = {False: 60, True: 8}
+OTHER_KERNELS = 540  # of a micro-batch, likewise
 LAUNCH_SECONDS = 4e-6
 RECOMPUTED_PASSES = 4 / 3  # one more forward pass
-OPTIMIZER_BYTES = 148  # memory traffic per parameter of a partition: AdamW by foreach, EMA, norm, clip, casts
 HIDDEN_SHARE = 0.7  # of the traffic that overlaps, as long as the compute lasts
+
+# Memory traffic of ZeRO-2 in bf16, in bytes, as read in DeepSpeed 0.19 and in torch's fused AdamW.
+WHOLE_BYTES = {  # of a micro-batch, per parameter
+    "copy of a gradient to its bucket": 2 + 2,
+    "division of the bucket by the ranks": 2 + 2,
+    "flattening of the bucket": 2 + 2,
+}
+PARTITION_BYTES = {  # of a micro-batch, per parameter of this rank's partition
+    "copy of the reduced gradient": 2 + 2,
+    "cast to fp32": 2 + 4,
+    "addition to the sum": 4 + 4 + 4,
+}
+STEP_BYTES = {  # of a step, per parameter of this rank's partition
+    "zeros for the sum": 4,
+    "norm in fp64": 4 + 8 + 8,
+    "AdamW: gradient, weight and two moments, read, clipped and written": 16 + 16,
+    "cast of the weight": 4 + 2,
+}
+EMA_BYTES = 4 + 4 + 4  # of a step, for each EMA: average and weight in, average out
 
 
 @dataclass(frozen=True)
@@ -79,13 +101,11 @@ def step_time(
     products = FLOPS_PER_MAC * kind.training_macs(config) / (GEMM_SHARE * device.attainable_flops)
     pointwise = POINTWISE_BYTES[compiled] / KEPT_BYTES * (kept.blocks + kept.rest) / memory_rate
     on_device = images * (products + pointwise) / ROOFLINE_SHARE
-    kernels = KERNELS[compiled] * kept.block_calls + OTHER_KERNELS
-    launches = config.grad_accum_steps(world_size) * kernels * LAUNCH_SECONDS
+    launches = config.grad_accum_steps(world_size) * _kernels(kept, compiled) * LAUNCH_SECONDS
     compute = passes * max(on_device, launches)
 
-    # The optimizer step of this rank's partition.
-    partition = kind.parameters(config).total / (world_size if zero_stage else 1)
-    optimizer = OPTIMIZER_BYTES * partition / memory_rate
+    # What gradients go through, and the optimizer step of this rank's partition.
+    optimizer = _optimizer_bytes(config, world_size, zero_stage) / memory_rate
 
     # Communication, and the part of it that nothing hides.
     traffic = step_traffic(config, world_size, zero_stage)
@@ -95,13 +115,31 @@ def step_time(
     return StepTime(compute, optimizer, traffic.total / bus, traffic.total / bus - hidden)
 
 
+def _kernels(calls: Activations, compiled: bool) -> int:
+    """Kernels of one micro-batch, forward and backward."""
+    blocks = BLOCK_KERNELS[compiled] * calls.block_calls + SEGMENT_KERNELS[compiled] * calls.block_segments
+    return blocks + OTHER_KERNELS
+
+
+def _optimizer_bytes(config: RunConfig, world_size: int, zero_stage: int) -> float:
+    """Memory traffic of a rank besides forward and backward, in one step. Other stages than 2 are taken to be alike."""
+    total = kind_of(config).parameters(config).total
+    partition = total / (world_size if zero_stage else 1)
+    micro_batch = sum(WHOLE_BYTES.values()) * total + sum(PARTITION_BYTES.values()) * partition
+    step = (sum(STEP_BYTES.values()) + num_emas(config) * EMA_BYTES) * partition
+    return config.grad_accum_steps(world_size) * micro_batch + step
+
+
 def assumptions(compiled: bool) -> str:
     """What the forecast rests on, in one line."""
+    buckets, partition, step = (sum(each.values()) for each in (WHOLE_BYTES, PARTITION_BYTES, STEP_BYTES))
     return (
         f"matrix products at {GEMM_SHARE:.0%} of the attainable rate, which is {ATTAINABLE_SHARE:.0%} of the data "
         f"sheet's (measured on an H200 alone); {POINTWISE_BYTES[compiled]} bytes of other traffic per token, block and "
         f"width at {MEMORY_SHARE:.0%} of the memory bandwidth; both at {ROOFLINE_SHARE:.0%} of that roofline; "
-        f"{OPTIMIZER_BYTES} bytes of traffic per parameter in the optimizer step; collectives at {BUS_EFFICIENCY:.0%} "
-        f"of the links, {HIDDEN_SHARE:.0%} of their time hidden where DeepSpeed overlaps; {KERNELS[compiled]} kernels "
-        f"a block and {LAUNCH_SECONDS * 1e6:g} us for each; no wait for data"
+        f"{buckets} bytes of traffic per parameter and micro-batch for buckets, and per parameter of a rank's "
+        f"partition {partition} a micro-batch, {step} a step and {EMA_BYTES} an EMA; collectives at "
+        f"{BUS_EFFICIENCY:.0%} of the links, {HIDDEN_SHARE:.0%} of their time hidden where DeepSpeed overlaps; "
+        f"{BLOCK_KERNELS[compiled]} kernels a block and {SEGMENT_KERNELS[compiled]} for each segment of its tokens, "
+        f"{LAUNCH_SECONDS * 1e6:g} us for each; no wait for data"
     )

@@ -1,9 +1,8 @@
-"""Bytes on a device and in host memory, as DeepSpeed 0.19 lays them out with the settings of runtime/engine.py.
+"""Bytes on a device and in host memory, as DeepSpeed 0.19 lays them out by the settings of deepspeed_config.py.
 
 ZeRO (Rajbhandari et al., arXiv 1910.02054) divides optimizer state (stage 1), gradients (2) and weights (3) over the
-ranks. Four things differ from the paper's 16 bytes per parameter. Gradients are added up in fp32. Stage 1 in bf16 keeps
-them in full on every rank, beside the bf16 gradients. The EMAs are divided like the optimizer state. And weights that
-several stages use keep a full gradient until the backward pass of the first stage is done.
+ranks. Three things differ from the paper's 16 bytes per parameter. Gradients are added up in fp32. Stage 1 in bf16
+keeps them in full on every rank, beside the bf16 gradients. And the EMAs are divided like the optimizer state.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from dataclasses import dataclass
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.activations import activation_bytes
+from ecar_dist.runtime.deepspeed_config import REDUCE_BUCKET
 from ecar_dist.runtime.devices import Device
 
 FP32 = 4
 MOMENTS = 2  # of AdamW
 
 # DeepSpeed's defaults, in parameters.
-BUCKET = 500_000_000  # reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters
 PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
 UNSHARDED_BUCKET = 500_000_000  # of the all-reduce of stages 0 and 1
@@ -48,7 +47,7 @@ class ModelState:
 class DeviceMemory:
     """Bytes on one device. The backward pass and what comes after it do not overlap, so the larger one counts.
 
-    backward: gradients that are not reduced yet, buckets, gathered weights.
+    backward: gradients that are in no bucket yet, buckets, gathered weights.
     image: activations of one image.
     after: copies in the optimizer step, or the preview's model.
     """
@@ -84,9 +83,20 @@ def zero_setting(config: RunConfig, name: str, default: int) -> int:
     return int(value) if isinstance(value, int | float) else default
 
 
+def fills_buckets(config: RunConfig, zero_stage: int) -> bool:
+    """Whether DeepSpeed reduces gradients in buckets, as the backward pass makes them.
+
+    Without ZeRO, and in bf16 with ZeRO-1 but without offload, it has another optimizer, which reduces all of them
+    after the backward pass.
+    """
+    if zero_stage == 1:
+        return precision_of(config) == "fp32" or config.deepspeed.offload_optimizer
+    return zero_stage >= 2
+
+
 def overlaps(config: RunConfig, zero_stage: int) -> bool:
-    """Whether communication runs beside compute: DeepSpeed's default is True for ZeRO-3 alone."""
-    return bool(zero_setting(config, "overlap_comm", zero_stage == 3))
+    """Whether communication runs beside compute."""
+    return fills_buckets(config, zero_stage) and bool(zero_setting(config, "overlap_comm", True))
 
 
 def num_emas(config: RunConfig) -> int:
@@ -126,7 +136,7 @@ def device_memory(
         _without_offload(config, state, zero_stage),
         _backward_bytes(config, zero_stage, precision),
         activation_bytes(config, precision, compiled=compiled, recompute=recompute),
-        _after_bytes(config, world_size, zero_stage, precision),
+        _after_bytes(config, zero_stage, precision),
     )
 
 
@@ -142,40 +152,42 @@ def _without_offload(config: RunConfig, state: ModelState, zero_stage: int) -> M
 
 
 def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
-    """Beside the activations: full gradients, buckets and gathered weights."""
+    """Beside the activations: gradients on their way to a bucket, buckets and gathered weights."""
     number = 2 if precision == "bf16" else 4
     parameters = kind_of(config).parameters(config)
 
-    # Gradients of the velocity network are added up over the stages before a hook can reduce the first of them.
-    # Without ZeRO, and in bf16 without accumulation, they are the gradients that `model_state` counts.
-    several = config.flow.num_stages > 1
-    counted = zero_stage == 0 and precision == "bf16"
-    whole = number * parameters.flow if several and not counted else 0
+    # Each weight has one gradient, which is copied to the bucket, or added to its sum, as soon as it is there. A
+    # compiled block makes its gradients together.
+    block = number * parameters.block
+    if not fills_buckets(config, zero_stage):
+        return block
 
-    # ZeRO-2 fills a bucket and flattens it into another, and fills a further one meanwhile if it overlaps.
-    bucket = zero_setting(config, "reduce_bucket_size", BUCKET)
-    if zero_stage == 2:
-        filled = 2 if overlaps(config, zero_stage) else 1
-        return whole + number * (filled * bucket + min(bucket, parameters.total))
+    # A bucket is flattened into a copy to be sent.
+    bucket = zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET)
+    sent = min(bucket, parameters.total)
     # ZeRO-3 has one bucket, and the weights that it has gathered.
     if zero_stage == 3:
         live = zero_setting(config, "stage3_max_live_parameters", LIVE_PARAMETERS)
         live += zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH)
-        return whole + number * (bucket + min(live, parameters.total))
-    return whole
+        return block + number * (bucket + sent + min(live, parameters.total))
+    # ZeRO-2 fills another one meanwhile, if it overlaps. The buckets of ZeRO-1 are of the sums, which are fp32.
+    filled = 2 if overlaps(config, zero_stage) else 1
+    return block + (number if zero_stage == 2 else FP32) * (filled * bucket + sent)
 
 
-def _after_bytes(config: RunConfig, world_size: int, zero_stage: int, precision: str) -> int:
-    """The most that the optimizer step or a preview needs, when the activations are gone."""
+def _after_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
+    """The most that the optimizer step or a preview needs, when the activations are gone.
+
+    AdamW is one kernel, and the gathered weights are written in place: both need no copy.
+    """
     total = kind_of(config).parameters(config).total
     number = 2 if precision == "bf16" else 4
-    partition = math.ceil(total / (world_size if zero_stage else 1))
 
-    # AdamW takes the root of its second moment for all weights at once.
-    step = 0 if config.deepspeed.offload_optimizer and zero_stage else FP32 * partition
-    # Stages 0 and 1 flatten and cast the gradients before they reduce them; stage 0 in bf16 then makes fp32 ones.
-    if zero_stage <= 1:
-        step = max(step, (number + FP32 * zero_stage) * min(total, UNSHARDED_BUCKET))
+    # Without buckets the gradients are flattened and cast before they are reduced. Stage 0 in bf16 then makes fp32
+    # ones.
+    step = 0
+    if not fills_buckets(config, zero_stage):
+        step = (number + FP32 * zero_stage) * min(total, UNSHARDED_BUCKET)
     if zero_stage == 0 and precision == "bf16":
         step += FP32 * total
     # Rank 0 draws previews with fp32 weights of its own.

@@ -123,7 +123,7 @@ def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> li
     kept = f"{gib(eager)} eager, {gib(compiled)} compiled, {gib(recomputed)} recomputed"
     return [
         f"activations per image, {precision}: {kept} (of compiled blocks {COMPILED_SHARE:.0%}, as one was measured)",
-        f"in the backward pass besides: {gib(memory.backward)} of unreduced gradients, buckets and gathered weights",
+        f"in the backward pass besides: {gib(memory.backward)} of gradients of a block, buckets and gathered weights",
         f"host memory per rank: {gib(building)} while the model is built, {gib(saving)} for the copy of a save",
     ]
 

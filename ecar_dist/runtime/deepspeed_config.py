@@ -1,11 +1,13 @@
-"""DeepSpeed's configuration, made from the run's."""
+"""DeepSpeed's configuration, made from the run's. Imports no torch: `ecar-dist plan` reads the sizes of the buckets."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecar_dist.config.run import RunConfig
-from ecar_dist.runtime.world import World
+
+if TYPE_CHECKING:
+    from ecar_dist.runtime.world import World
 
 # Elements of DeepSpeed's buckets: 100 MB and 400 MB in bf16. XL has 1.5e9 bytes of gradients, which the defaults
 # of 5e8 elements would send in two pieces.

@@ -103,10 +103,13 @@ def test_a_block_keeps_60_bytes_per_token_and_width_in_bf16_and_88_in_fp32():
         assert (two - one) // 256 // 1152 == numbers
 
 
-def test_the_largest_block_is_that_of_the_ar_transformer_which_sees_all_stages():
+def test_the_largest_block_is_that_of_the_velocity_network_whose_stages_differ_in_their_modulation():
+    """Both transformers see all stages. The AR transformer has one conditioning, the class."""
     config = make_config("ecar", "T", {}, 3)
     counted = kind_of(config).activations(config, "bf16")
-    assert counted.largest_block == block_bytes(4 + 16 + 64, 128, 4, "shared", "bf16", joined=True)
+    ar = block_bytes(4 + 16 + 64, 128, 4, "shared", "bf16", joined=True)
+    assert counted.largest_block == block_bytes(4 + 16 + 64, 128, 4, "per_block", "bf16", joined=True, segments=3) > ar
+    assert (counted.block_calls, counted.block_segments) == (4 + 3, 4 + 3 * 3)
 
 
 def test_xl_keeps_nearly_a_gibibyte_an_image():

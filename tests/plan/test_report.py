@@ -21,23 +21,22 @@ def test_report_states_the_run(make_config):
     assert "700.1 GMAC (1400 GFLOP) per image, forward and backward" in line(lines, "training")
     assert "16 velocity calls in each of 3 stages (midpoint), guidance 2 (linear)" in line(lines, "sampling")
     assert line(lines, "checkpoint").startswith("checkpoint: 13.6 GiB")
-    assert line(lines, "activations").startswith(
-        "activations per image, bf16: 0.939 GiB eager, 0.646 GiB compiled, 0.0"
-    )
+    assert line(lines, "activations").startswith("activations per image, bf16: 0.96 GiB eager, 0.66 GiB compiled, 0.0")
     assert line(lines, "host").startswith("host memory per rank: 3.4 GiB while the model is built, 1.7 GiB")
     state, traffic = (text for text in lines if "<- this config" in text)
     assert state.startswith("  zero_stage 2: 3.82 GiB")
-    assert traffic.startswith("  zero_stage 2: 4.79 GB, 13.3 ms beside 190 ms")
+    assert traffic.startswith("  zero_stage 2: 4.79 GB, 13.3 ms beside 114 ms of compute, 7.09 ms not hidden")
 
 
 def test_what_the_device_decides_is_a_forecast_that_names_both_rates(make_config):
     lines = plan_lines(make_config(), world_size=8, device="H100")
     assert line(lines, "memory at").endswith("fits")
-    assert "37 GiB of 73 GiB on an H100" in line(lines, "memory at")
-    assert line(lines, "largest micro-batch").startswith("largest micro-batch: 70 eager, 102 compiled, 6")
+    assert "25.3 GiB of 73 GiB on an H100" in line(lines, "memory at")
+    assert line(lines, "largest micro-batch").startswith("largest micro-batch: 71 eager, 104 compiled, 6")
     assert "of the data sheet's 989 TFLOP/s" in line(lines, "MFU")
     assert "of the attainable 790" in line(lines, "MFU")
     assert all("forecast" in line(lines, start) for start in ("step:", "MFU:", "time:", "forecast, not a measurement"))
+    assert "assumed: compiled blocks" in line(lines, "forecast, not a measurement")
     too_large = plan_lines(make_config("7B"), world_size=8, device="H100")
     assert line(too_large, "memory at").endswith("does not fit")
 
@@ -48,8 +47,20 @@ def test_nodes_and_their_network_count(make_config):
         line(plan_lines(config, 16, "H100", gpus_per_node=gpus, bandwidth=bandwidth), "step:")
         for gpus, bandwidth in ((16, 50.0), (8, 5.0))
     )
-    assert "14.2 ms communication" in fast
-    assert " 160 ms communication" in slow
+    assert " 7.6 ms communication" in fast
+    assert " 85.5 ms communication" in slow  # at a ninth of the rate
+
+
+def test_eager_training_takes_more_memory_and_time(make_config):
+    """On a GPU `auto` compiles."""
+    compiled, told, eager = (
+        plan_lines(make_config(train={"total_samples": 1_000_000, "compile": value}), 8, "H100")
+        for value in ("auto", True, False)
+    )
+    assert compiled == told
+    assert "34.9 GiB of 73 GiB" in line(eager, "memory at")
+    assert line(eager, "step:").startswith("step: 197 ms")
+    assert "assumed: eager blocks" in line(eager, "forecast, not a measurement")
 
 
 def test_fp32_has_no_forecast(make_config):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
-from ecar_dist.plan.memory import BUCKET
+from ecar_dist.runtime.deepspeed_config import REDUCE_BUCKET
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.optimizer import ADAM_MOMENTS, StepStatus
@@ -173,7 +173,7 @@ def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.Un
             engine.step(torch.zeros(1))
     del loss, _
     held = [storage for address, storage in storages().items() if address not in others]
-    return sum(storage.nbytes() for storage in held if storage.nbytes() < BUCKET)
+    return sum(storage.nbytes() for storage in held if storage.nbytes() < REDUCE_BUCKET)
 
 
 class Wire(TorchDispatchMode):
