@@ -24,10 +24,10 @@ POINTWISE_BYTES = {False: 460, True: 156}  # that kernels besides matrix product
 MEMORY_SHARE = 0.85  # of the data sheet's memory bandwidth
 ROOFLINE_SHARE = 0.85  # what a roofline leaves out
 # Forward and backward, by whether compiled: of a block, and for each segment of its tokens that has a conditioning of
-# its own. The eager ones are counted in bf16 with a fused RMS norm.
-BLOCK_KERNELS = {False: 45, True: 27}
+# its own. The eager ones are counted on a CPU in bf16, to 20 %; the compiled ones are an estimate.
+BLOCK_KERNELS = {False: 40, True: 27}
 SEGMENT_KERNELS = {False: 60, True: 8}
-OTHER_KERNELS = 540  # of a micro-batch, likewise
+OTHER_KERNELS = 540  # of a micro-batch of three stages, likewise
 LAUNCH_SECONDS = 4e-6
 RECOMPUTED_PASSES = 4 / 3  # one more forward pass
 HIDDEN_SHARE = 0.7  # of the traffic that overlaps, as long as the compute lasts
@@ -57,7 +57,7 @@ class StepTime:
     """Seconds of one optimizer step."""
 
     compute: float
-    optimizer: float
+    optimizer: float  # and the copies of gradients to and from buckets
     communication: float  # all of it
     exposed: float  # what compute does not hide
 

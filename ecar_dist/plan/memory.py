@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
+from ecar_dist.kinds.parameters import ParameterCount
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.activations import activation_bytes
 from ecar_dist.runtime.deepspeed_config import REDUCE_BUCKET
@@ -49,7 +50,7 @@ class DeviceMemory:
 
     backward: gradients that are in no bucket yet, buckets, gathered weights.
     image: activations of one image.
-    after: copies in the optimizer step, or the preview's model.
+    after: copies in the optimizer step.
     """
 
     state: ModelState
@@ -176,9 +177,10 @@ def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
 
 
 def _after_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
-    """The most that the optimizer step or a preview needs, when the activations are gone.
+    """What the optimizer step needs, when the activations are gone.
 
-    AdamW is one kernel, and the gathered weights are written in place: both need no copy.
+    AdamW is one kernel, and the gathered weights are written in place: both need no copy. Nor does a preview, for which
+    weights and EMA change places.
     """
     total = kind_of(config).parameters(config).total
     number = 2 if precision == "bf16" else 4
@@ -190,13 +192,16 @@ def _after_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
         step = (number + FP32 * zero_stage) * min(total, UNSHARDED_BUCKET)
     if zero_stage == 0 and precision == "bf16":
         step += FP32 * total
-    # Rank 0 draws previews with fp32 weights of its own.
-    return max(step, FP32 * total if config.sample.every_samples else 0)
+    return step
 
 
-def host_bytes(num_parameters: int, world_size: int, emas: int = 1) -> tuple[int, int]:
-    """Bytes in host memory of one rank: the fp32 weights while the model is built, and the copy that a save takes."""
-    return FP32 * num_parameters, math.ceil(checkpoint_bytes(num_parameters, emas) / world_size)
+def host_bytes(parameters: ParameterCount, world_size: int, zero_stage: int, emas: int = 1) -> tuple[int, int]:
+    """Bytes in host memory of one rank: the fp32 weights while the model is built, and the copy that a save takes.
+
+    ZeRO-3 splits each module over the ranks as soon as it is built; none is larger than a block.
+    """
+    built = parameters.block if zero_stage == 3 else parameters.total
+    return FP32 * built, math.ceil(checkpoint_bytes(parameters.total, emas) / world_size)
 
 
 def checkpoint_bytes(num_parameters: int, emas: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ecar_dist.command_line import counted
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
+from ecar_dist.kinds.parameters import ParameterCount
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.activations import COMPILED_SHARE, activation_bytes, compiles
 from ecar_dist.plan.communication import GPUS_PER_NODE, NODE_BANDWIDTH, step_traffic
@@ -57,7 +58,7 @@ def plan_lines(
         _training_line(config),
         *_sampling_lines(config),
         *_state_lines(config, parameters.total, world_size),
-        *_memory_lines(config, parameters.total, world_size),
+        *_memory_lines(config, parameters, world_size),
         f"checkpoint: {gib(checkpoint)} (fp32 weights, two moments, EMA), {config.checkpoint.keep} are kept",
     ]
 
@@ -114,12 +115,12 @@ def _state_lines(config: RunConfig, num_parameters: int, world_size: int) -> lis
     return lines
 
 
-def _memory_lines(config: RunConfig, num_parameters: int, world_size: int) -> list[str]:
+def _memory_lines(config: RunConfig, parameters: ParameterCount, world_size: int) -> list[str]:
     """What the backward pass adds to the state, and what the host needs."""
     precision = precision_of(config)
     eager, compiled, recomputed = (_kept(config, precision, mode) for mode in MODES)
     memory = _memory(config, world_size, config.train.activation_checkpointing)
-    building, saving = host_bytes(num_parameters, world_size, num_emas(config))
+    building, saving = host_bytes(parameters, world_size, config.deepspeed.zero_stage, num_emas(config))
     kept = f"{gib(eager)} eager, {gib(compiled)} compiled, {gib(recomputed)} recomputed"
     return [
         f"activations per image, {precision}: {kept} (of compiled blocks {COMPILED_SHARE:.0%}, as one was measured)",
@@ -198,7 +199,7 @@ def _communication_line(config: RunConfig, world_size: int, zero_stage: int, tim
 
 def _step_lines(config: RunConfig, world_size: int, name: str, device: Device, step: StepTime) -> list[str]:
     """One step, its MFU by both rates, and the whole run."""
-    parts = {"compute": step.compute, "optimizer": step.optimizer, "communication": step.exposed}
+    parts = {"compute": step.compute, "buckets and optimizer": step.optimizer, "communication": step.exposed}
     sheet = model_flops_utilisation(config, world_size, step.total, device.peak_flops)
     by_sheet = f"{sheet:.0%} of the data sheet's {device.peak_flops / 1e12:.0f} TFLOP/s"
     by_attainable = f"{sheet / ATTAINABLE_SHARE:.0%} of the attainable {device.attainable_flops / 1e12:.0f}"

@@ -1,8 +1,12 @@
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.communication import bus_bandwidth, step_traffic
-from ecar_dist.plan.duration import known_device, model_flops_utilisation, step_time
+from ecar_dist.plan.duration import _kernels, known_device, model_flops_utilisation, step_time
 from ecar_dist.runtime.devices import ATTAINABLE_SHARE, DEVICES, find_device
 
 H100 = DEVICES["H100"]
@@ -85,9 +89,60 @@ def test_fusion_saves_traffic_and_recomputation_costs_a_forward_pass(make_config
 def test_a_small_model_waits_for_launches_of_its_kernels(make_config):
     """Preset T: 4 AR blocks, and 3 of the velocity network, whose three stages are segments of one pass."""
     config = make_config("T", batch={"global_batch_size": 64, "micro_batch_size": 16})
-    launches = 4e-6 * (45 * (4 + 3) + 60 * (4 + 3 * 3) + 540)
+    launches = 4e-6 * (40 * (4 + 3) + 60 * (4 + 3 * 3) + 540)
     assert time_of(config, 4).compute == pytest.approx(launches)
     assert time_of(config, 1).compute == pytest.approx(4 * launches)  # four micro-batches
+
+
+class KernelCount(TorchDispatchMode):
+    """Counts operations that compute; a slice's backward pass is two, zeros and a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        is_view = any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns)
+        if not is_view and not name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
+            self.kernels += 2 if name == "slice_backward" else 1
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of(config):
+    """As planned and as counted, in one eager micro-batch in bf16."""
+    kind = kind_of(config)
+    model = kind.build_model(config).bfloat16()
+    objective = kind.objective(model, lambda values, noise: values, config, "bf16")
+    inputs = (torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    objective(*inputs)  # the first call makes tables as well
+    with KernelCount() as counted:
+        loss, *_ = objective(*inputs)
+        loss.backward()
+    return _kernels(kind.activations(config, "bf16"), False), counted.kernels
+
+
+def test_eager_kernels_are_those_that_a_micro_batch_runs(monkeypatch, make_config):
+    """With an RMS norm of few kernels, as on a GPU. Its backward pass has five here, and two there."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+
+    def counts(kind, num_stages, **depths):
+        return kernels_of(
+            make_config(
+                model={"kind": kind, "preset": "T", **depths},
+                flow={"num_stages": num_stages},
+                data={"latents": "nowhere", "num_classes": 10, "latent_size": 16},
+            )
+        )
+
+    # All of them.
+    planned, counted = counts("ecar", 3)
+    assert planned == pytest.approx(counted, rel=0.1)
+
+    # Those of two further blocks, of a velocity network of three stages and of one, and of an AR transformer.
+    for kind, num_stages, depth in (("pyramid", 3, "flow_depth"), ("dit", 1, "flow_depth"), ("ecar", 3, "ar_depth")):
+        fewer, more = (counts(kind, num_stages, **{depth: blocks}) for blocks in (1, 3))
+        assert more[0] - fewer[0] == pytest.approx(more[1] - fewer[1], rel=0.2), (kind, more, fewer)
 
 
 def test_the_optimizer_moves_its_bytes_and_buckets_those_of_each_micro_batch(make_config):
