@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ecar_dist.config.knobs_training import TrainSection
 from ecar_dist.runtime.devices import peak_bf16_flops
 
 # `what` was measured, what was `found` in words, and the numbers.
@@ -55,6 +54,11 @@ class Run:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """How steps run; to compile on CPU takes too long for a dry run."""
+        return ("eager", "compiled") if self.on_gpu else ("eager",)
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -102,11 +106,6 @@ def seconds_each(run: Run, action: Callable[[], object], times: int = 10) -> flo
 
 def data_sheet_flops(run: Run) -> float | None:
     return peak_bf16_flops(torch.cuda.get_device_name()) if run.on_gpu else None
-
-
-def modes() -> tuple[str, ...]:
-    """How a step can run in this version."""
-    return ("eager", "compiled") if "compile" in TrainSection.model_fields else ("eager",)
 
 
 def run_command(name: str, words: Sequence[str]) -> None:

@@ -33,12 +33,13 @@ from gpu_run import (
     attempted,
     data_sheet_flops,
     first_line,
-    modes,
     run_command,
     seconds_each,
 )
 from gpu_training import profile, training
 from synthetic_run import run_tree, write_latents
+
+from ecar_dist.runtime.signals import die_with_parent
 
 ROOT = BENCHMARKS.parent
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pydantic")
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; --device cpu --preset T makes a dry run")
+    die_with_parent()
     run = Run(torch.device(options.device), options.preset, options.work, SIZES[options.device])
     with open(options.rows, "a") as file:
         for row in SECTIONS[options.section](run):
@@ -123,13 +125,13 @@ def tests(run: Run) -> Iterator[Row]:
 def step(run: Run) -> Iterator[Row]:
     """`step.py`: the time over a bare step, kernels, bytes and host reads."""
     size = run.size
-    for compiled in (False, True)[: len(modes())]:
-        saved = run.work / f"step-{compiled}.json"
-        options = ["--preset", run.preset, "--latent-size", str(size.latent_size), "--steps", str(size.steps)]
-        options += ["--micro-batch", str(size.micro_batches[0]), "--zero-stage", "0", "2", "--json", str(saved)]
-        run_command("step.py", [str(BENCHMARKS / "step.py"), *options, *(["--compile"] if compiled else [])])
-        for case in json.loads(saved.read_text())["cases"]:
-            yield from _step_rows(case)
+    saved = run.work / "step.json"
+    options = ["--preset", run.preset, "--latent-size", str(size.latent_size), "--steps", str(size.steps)]
+    options += ["--micro-batch", str(size.micro_batches[0]), "--zero-stage", "0", "2", "--json", str(saved)]
+    options += ["--compile"] if "compiled" in run.modes else []
+    run_command("step.py", [str(BENCHMARKS / "step.py"), *options])
+    for case in json.loads(saved.read_text())["cases"]:
+        yield from _step_rows(case)
 
 
 def _step_rows(case: Row) -> Iterator[Row]:
@@ -164,7 +166,7 @@ def resume(run: Run) -> Iterator[Row]:
         tree = run_tree(run.work, name, size.resume_preset, size.latent_size, size.resume_batch)
         tree |= {"log": {"every_steps": 1, "tensorboard": False}, "optim": {"learning_rate": 1e-3}}
         for steps in stops:
-            tree["train"] = {"total_samples": steps * size.resume_batch}
+            tree["train"] = {"total_samples": steps * size.resume_batch, "compile": False}
             path = run.work / f"{name}.yaml"
             path.write_text(yaml.safe_dump(tree))
             run_command("ecar-dist train", ["-m", "ecar_dist", "train", str(path)])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from gpu_run import Row, Run, attainable_flops, attempted, data_sheet_flops, modes, release_memory
+from gpu_run import Row, Run, attainable_flops, attempted, data_sheet_flops, release_memory
 from synthetic_run import Enough, driven, run_config, write_latents
 
 from ecar_dist.config.run import RunConfig
@@ -27,22 +27,18 @@ def training(run: Run) -> Iterator[Row]:
     world = start_world()
     write_latents(run.work / "latents", run.size.latent_size)
     attainable = attainable_flops(run)
-    for mode in modes():
+    for mode in run.modes:
         for micro_batch in run.size.micro_batches:
 
             def measure(mode: str = mode, micro_batch: int = micro_batch) -> Row:
                 return _train_row(run, world, mode, micro_batch, attainable)
 
             yield attempted(f"{run.preset}, {mode}, micro-batch {micro_batch}", measure)
-    if len(modes()) == 1:
-        yield {"what": f"{run.preset}, compiled", "found": "not measured, there is no train.compile"}
     stop_world()
 
 
 def _config(run: Run, name: str, micro_batch: int, mode: str, zero_stage: int = 2) -> RunConfig:
-    sections: dict[str, Any] = {"deepspeed": {"zero_stage": zero_stage}}
-    if len(modes()) > 1:
-        sections["train"] = {"compile": mode == "compiled"}
+    sections = {"deepspeed": {"zero_stage": zero_stage}, "train": {"compile": mode == "compiled"}}
     return run_config(run.work, name, run.preset, run.size.latent_size, micro_batch, **sections)
 
 
@@ -114,7 +110,7 @@ def profile(run: Run) -> Iterator[Row]:
     """The kernels of a training step that take most of the device's time."""
     world = start_world()
     write_latents(run.work / "latents", run.size.latent_size)
-    for mode in modes():
+    for mode in run.modes:
         profiled = _Profile(run)
         config = _config(run, f"profile-{mode}", run.size.micro_batches[-2], mode)
         driven(config, world, profiled)

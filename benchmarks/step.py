@@ -27,12 +27,14 @@ import rounds
 from operators import OperatorCount
 from synthetic_run import Enough, driven, run_config, write_latents
 
-from ecar_dist.config.knobs_training import LogSection, TrainSection
+from ecar_dist.config.knobs_training import LogSection
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.loader import MicroBatch
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.learning_rate import learning_rate
 from ecar_dist.models.layers import weight_decay_groups
+from ecar_dist.runtime.compiler import compile_blocks
+from ecar_dist.runtime.optimizer import takes_fused
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World
 from ecar_dist.train.loop import Parts
@@ -73,14 +75,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--latent-size", type=int, default=16, help="side of the latents, in patches of 2 (default: 16)"
     )
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each contender (default: 12)")
-    parser.add_argument("--compile", action="store_true", help="train.compile; then also compiled against eager")
+    parser.add_argument("--compile", action="store_true", help="compile both; then also eager against compiled")
     parser.add_argument("--work", help="folder for latents and run directories (default: the temporary one)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
-    options = parser.parse_args(arguments)
-    if options.compile and "compile" not in TrainSection.model_fields:
-        parser.error("--compile: this version has no train.compile")
-    return options
+    return parser.parse_args(arguments)
 
 
 def _about(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -98,9 +97,11 @@ def _about(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def measure(folder: Path, world: World, options: argparse.Namespace, zero_stage: int) -> dict[str, Any]:
     """Build the run and the bare model, let them take turns, and summarise."""
-    sections: dict[str, Any] = {"deepspeed": {"zero_stage": zero_stage}, "log": {"every_steps": 5}}
-    if options.compile:
-        sections["train"] = {"compile": True}
+    sections = {
+        "deepspeed": {"zero_stage": zero_stage},
+        "log": {"every_steps": 5},
+        "train": {"compile": options.compile},
+    }
     name = f"zero-{zero_stage}"
     config = run_config(folder, name, options.preset, options.latent_size, options.micro_batch, **sections)
     turns = Turns(config, world, options.steps, both_modes=options.compile)
@@ -120,7 +121,7 @@ def measure(folder: Path, world: World, options: argparse.Namespace, zero_stage:
 class Bare:
     """The same objective, with equal initial weights, trained by PyTorch alone.
 
-    AdamW is `fused`, the fastest of PyTorch's. Weights are fp32; under bf16 autocast rounds them.
+    Weights are fp32; under bf16 autocast rounds them. AdamW and the compiled parts are those of the run.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -130,6 +131,8 @@ class Bare:
         normalise = normaliser(check_data(config), None)
         self._objective: nn.Module = kind.objective(model, normalise, config, config.precision_on(device.type))
         self._objective.to(device).train()
+        if config.compiles_on(device.type):
+            compile_blocks(model)
         self._config = config
         self._device = device
         self.parameters = list(model.parameters())
@@ -142,7 +145,9 @@ class Bare:
             {"params": decay, "weight_decay": optim.weight_decay},
             {"params": no_decay, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+        self._adam = torch.optim.AdamW(
+            groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=takes_fused(device)
+        )
 
     def step(self, batches: Sequence[MicroBatch], step: int) -> torch.Tensor:
         """Optimizer step number `step`; returns the loss, on the device."""
@@ -194,7 +199,7 @@ class Turns:
     """Visits a run: after each of its steps the bare model takes one on the same batch. The first steps are not timed.
 
     Last comes one step of each under the counter of operators, which is not timed either. With `both_modes` every
-    second step of a compiled run is made eagerly.
+    second turn of both, which are compiled, is made eagerly.
     """
 
     def __init__(self, config: RunConfig, world: World, steps: int, *, both_modes: bool) -> None:
@@ -286,7 +291,7 @@ class Turns:
         found = {}
         for name, pick in (("tax", "clock"), ("tax_in_cpu_time", "cpu")):
             ours = [getattr(self._turns[number].ours, pick) for number in numbers]
-            before = [getattr(self._turns[number - 1].bare, pick) for number in numbers]
+            before = [getattr(self._turns[number - len(self._modes)].bare, pick) for number in numbers]
             after = [getattr(self._turns[number].bare, pick) for number in numbers]
             found[name] = _spread([2 * a / (b + c) for a, b, c in zip(ours, before, after, strict=True)])
         return found

@@ -1,13 +1,12 @@
 """A real training run on random latents, built and driven by the product's own code; a benchmark sees all its steps.
 
 `driven` runs `train` itself. The loop asks its reader for samples once a step, so what lies between two of these calls
-is one whole step: a `Visitor` is called there.
+is one step: a `Visitor` is called there. On a GPU the host still works on the step before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import sys
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ from ecar_dist.data.shards.manifest import Manifest, write_manifest
 from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.kinds.flops import FLOPS_PER_MAC
 from ecar_dist.kinds.table import kind_of
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.world import World
-from ecar_dist.sample.preview import make_preview
+from ecar_dist.sample.preview import StripPreview
 from ecar_dist.train.loop import Parts, train
 from ecar_dist.train.start import start_training
 from ecar_dist.vae.dct import DctCodec
@@ -107,26 +107,17 @@ def driven(config: RunConfig, world: World, visitor: Visitor) -> None:
             world,
             ends,
             training_flops_per_sample=FLOPS_PER_MAC * kind_of(config).training_macs(config),
-            preview_factory=make_preview,
+            preview_factory=StripPreview,
         )
         visitor.begin(parts)
-        train(dataclasses.replace(parts, reader=_VisitedReader(parts.reader, visitor)), progress)
+        begin = parts.reader.begin
+        batches: list[Sequence[MicroBatch] | None] = [None]  # of the step before
+
+        def visited(progress: Progress) -> Sequence[MicroBatch] | None:
+            visitor.between(batches[0])
+            batches[0] = begin(progress)
+            return batches[0]
+
+        parts.reader.begin = visited
+        train(parts, progress)
         sys.exit("stopped by a signal")
-
-
-class _VisitedReader:
-    """The run's reader, and the visitor before each step."""
-
-    def __init__(self, reader: Any, visitor: Visitor) -> None:
-        self._reader = reader
-        self._visitor = visitor
-        self._batches: Sequence[MicroBatch] | None = None
-
-    def read(self, *arguments: Any, **keywords: Any) -> Any:
-        self._visitor.between(self._batches)
-        start = self._reader.read(*arguments, **keywords)
-        self._batches = start.batches
-        return start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reader, name)

@@ -22,7 +22,7 @@ from ecar_dist.rng import Purpose, normal, uniform
 from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.sample.generate import generate
-from ecar_dist.sample.preview import make_preview
+from ecar_dist.sample.preview import StripPreview
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.train.loop import train
 from ecar_dist.train.start import build_engine, start_training
@@ -139,7 +139,7 @@ def refuse_a_step(world, zero_stage):
         before = state()
         loss = engine(*batch_on(world.device))[0] * factor
         engine.backward(loss)
-        applied.append(engine.step(loss.detach().double().view(1)).applied)
+        applied.append(engine.step(loss.detach().double().view(1)).read().applied)
         moved.append(not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)))
     return [applied, moved]
 
@@ -151,7 +151,7 @@ def train_to(world, folder, name, steps):
     sections = {"log": {"every_steps": 1, "tensorboard": False}, "deepspeed": {"precision": "fp32"}}
     config = run_config(folder, name, "T", SIDE, BATCH, **sections, train={"total_samples": steps * BATCH})
     with contextlib.ExitStack() as ends:
-        train(*start_training(config, world, ends, training_flops_per_sample=1.0, preview_factory=make_preview))
+        train(*start_training(config, world, ends, training_flops_per_sample=1.0, preview_factory=StripPreview))
     return losses(json.loads(line) for line in (config.run_directory / "metrics.jsonl").read_text().splitlines())
 
 
