@@ -12,7 +12,7 @@ import pytest
 from ecar_dist.plan.memory import model_state
 from tests.conftest import free_port, write_yaml
 from tests.fork_server import run_ranks
-from tests.train.zero_matrix import BATCH, BF16, FP32, REFERENCE, SETTINGS, STEPS
+from tests.train.zero_matrix import BATCH, BF16, COMPILED, FP32, FUSED, REFERENCE, SETTINGS, STEPS
 from tests.train.zero_matrix_ranks import run_matrix
 
 KINDS = ("weights", "ema", "ema1", "ema2")
@@ -38,6 +38,20 @@ def test_fp32_losses_and_weights_are_those_without_zero(reports, setting):
     assert len(ours["losses"]) == STEPS
     assert ours["losses"] == pytest.approx(reference["losses"], rel=FP32_TOLERANCE)
     assert max(ours[kind] for kind in KINDS) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("setting", COMPILED)
+def test_compiled_blocks_train_like_eager_ones_to_the_bit(reports, setting):
+    """One graph of the AR block and one of the velocity block, without a break, under every ZeRO stage."""
+    eager = setting.removesuffix(", compiled")
+    for ours, theirs in zip(reports[setting], reports[eager], strict=True):
+        assert ours["losses"] == theirs["losses"]
+        assert (ours["graphs"], ours["breaks"]) == (2, 0)
+
+
+@pytest.mark.parametrize("setting", FUSED)
+def test_with_the_fused_optimizer_a_step_is_queued_without_a_read_of_the_host(reports, setting):
+    assert [report["host reads"] for report in reports[setting]] == [0, 0]
 
 
 @pytest.mark.parametrize("setting", BF16)
@@ -87,10 +101,11 @@ def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
 # Bytes per parameter beside the state of `plan`. ZeRO-3 leaves small weights whole, as all of these are. ZeRO-1 in fp32
 # has a full gradient in the backward pass, and only its share of it afterwards.
 BESIDE = {"zero 1": -2, "zero 3": 4, "zero 3, bf16": 2}
-WITHOUT_OFFLOAD = [setting for setting in SETTINGS if "offload" not in setting and "together" not in setting]
+NOT_COUNTED = ("offload", "together", "compiled", "fused")
+COUNTED = [setting for setting in SETTINGS if not any(word in setting for word in NOT_COUNTED)]
 
 
-@pytest.mark.parametrize("setting", WITHOUT_OFFLOAD)
+@pytest.mark.parametrize("setting", COUNTED)
 def test_between_backward_and_step_a_rank_holds_what_plan_counts(reports, setting):
     parameters = reports[REFERENCE][0]["elements"]
     state = model_state(parameters, 2, int(setting[5]), "bf16" if "bf16" in setting else "fp32")

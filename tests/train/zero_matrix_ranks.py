@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
+import ecar_dist.runtime.engine as engine_module
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
@@ -24,10 +28,11 @@ from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World
 from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.preview import StripPreview
+from ecar_dist.train import start
 from ecar_dist.train.guard import is_good
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
-from tests.train.zero_matrix import BATCH, REFERENCE, SETTINGS, STEPS
+from tests.train.zero_matrix import BATCH, FUSED, REFERENCE, SETTINGS, STEPS
 
 Averages = dict[str, torch.Tensor]
 Micro = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,8 +47,19 @@ def read_batches(config: RunConfig, world: World) -> list[list[Micro]]:
     return [[(micro.values, micro.labels, micro.positions) for micro in step] for step in steps]
 
 
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads from a tensor."""
+
+    count = 0
+    until_status = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
 def run_micro_batches(
-    engine: Engine, batches: list[Micro], *, factor: float = 1.0, reported: float = 1.0
+    engine: Engine, batches: list[Micro], *, factor: float = 1.0, reported: float = 1.0, reads: HostReads | None = None
 ) -> StepStatus:
     """One step, the gradients of its loss times `factor`, the loss that is judged times `reported`."""
     sums = torch.zeros(1, dtype=torch.float64)
@@ -56,6 +72,8 @@ def run_micro_batches(
         engine.backward(loss * factor)
         status = engine.step(sums)
     assert status is not None
+    if reads is not None:
+        reads.until_status = reads.count
     return status.read()
 
 
@@ -160,8 +178,9 @@ def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
 def storages() -> dict[int, torch.UntypedStorage]:
     """Those of all tensors that Python can reach, by address."""
     gc.collect()
-    found = [tensor.untyped_storage() for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
-    return {storage.data_ptr(): storage for storage in found}
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor | FunctionalTensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in real}
 
 
 def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.UntypedStorage]) -> int:
@@ -216,8 +235,18 @@ def preview(engine: Engine, ema: ShardedEma, config: RunConfig, batches: list[Mi
     }
 
 
-def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
+def host_reads(engine: Engine, batches: list[Micro]) -> int:
+    """Of one step, until its status is read."""
+    with HostReads() as reads:
+        run_micro_batches(engine, batches, reads=reads)
+    return reads.until_status
+
+
+def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
+    engine_module.takes_fused = lambda device: name in FUSED
+    torch._dynamo.reset()
+    counters.clear()
     limit, others = [math.inf], storages()
     normalise, precision = normaliser(check_data(config), None), config.deepspeed.precision
     engine = build_engine(config, normalise, world, precision, lambda loss, norm: is_good(loss, norm, limit[0]))
@@ -232,8 +261,11 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
         "adam steps": sorted(adam_steps(engine)),
         "elements": sum(fragment.numel for fragment in engine.fragments),
         "replicas": replicas(engine, ema),
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
         "refusals": refusals(engine, steps[0], limit),
         "preview": preview(engine, ema, config, steps[0]),
+        "host reads": host_reads(engine, steps[0]) if name in FUSED else None,
     }
     del ema, unsharded
     others |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (weights, *results.values())}
@@ -244,12 +276,14 @@ def run_setting(config: RunConfig, world: World, steps: list[list[Micro]]) -> tu
 def run_matrix() -> None:
     """Read the config that the first word names, write the report to the second."""
     config_path, report_path = sys.argv[1:]
+    start.BACKEND = "aot_eager"
+    start.check_compiler = lambda device: None
     PRESETS["T"] = Preset(1, 64, 2, 1, 64, 2)  # the cost of a step here is that of its many small operations
     world = start_world()
     steps = read_batches(load_config(config_path, []), world)
     reports, results = {}, {}
     for name, overrides in SETTINGS.items():
-        report, results[name] = run_setting(load_config(config_path, overrides), world, steps)
+        report, results[name] = run_setting(name, load_config(config_path, overrides), world, steps)
         for kind, reference in results[REFERENCE].items():
             report[kind] = float((results[name][kind] - reference).norm() / reference.norm())  # relative L2 distance
         reports[name] = world.gather(report)
