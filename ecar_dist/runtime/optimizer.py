@@ -83,10 +83,10 @@ class GuardedAdamW(torch.optim.AdamW):
 
         # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
         if self._fused:
-            self.grad_scale = judged.clip
+            self.grad_scale = None if judged.clip is None else judged.clip.float()
             self.found_inf = (~judged.good).float()
             super().step(closure)
-            torch._foreach_add_(counters, self.found_inf)
+            torch._foreach_add_(counters, [self.found_inf] * len(counters))
             return None
 
         # The same on the host.

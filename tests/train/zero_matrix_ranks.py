@@ -1,5 +1,6 @@
 """What each rank of test_zero_matrix.py runs: the same 10 steps under many engine settings, in one process."""
 
+import contextlib
 import gc
 import json
 import math
@@ -9,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 import ecar_dist.runtime.engine as engine_module
 from ecar_dist.config.read import load_config
@@ -178,9 +177,13 @@ def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
 def storages() -> dict[int, torch.UntypedStorage]:
     """Those of all tensors that Python can reach, by address."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
-    real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor | FunctionalTensor)]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in real}
+    found = {}
+    for tensor in gc.get_objects():
+        if isinstance(tensor, torch.Tensor):
+            with contextlib.suppress(RuntimeError):  # a tensor of the compiler, which has no memory
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage
+    return found
 
 
 def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.UntypedStorage]) -> int:
