@@ -180,7 +180,7 @@ class DeepSpeedSection(Section):
     raw: dict[str, Any] = knob(
         {},
         "DeepSpeed's own settings, merged last into its config",
-        allowed="all but the batch sizes, the ZeRO stage and bf16, which have knobs",
+        allowed="all but the batch sizes, the ZeRO stage, bf16 and clipping, which have knobs",
         on_resume=OnResume.OPTIMISATION,
     )
 
@@ -189,6 +189,12 @@ class DeepSpeedSection(Section):
         batch_sizes = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
         if derived := sorted(batch_sizes & self.raw.keys()):
             raise ValueError(f"deepspeed.raw.{derived[0]} is derived from batch.*; set it there, remove it here")
+
+        # The guarded optimizer clips.
+        if "gradient_clipping" in self.raw:
+            raise ValueError(
+                "deepspeed.raw.gradient_clipping would clip twice; set optim.clip_grad_norm, remove it here"
+            )
 
         for name, key, instead in (
             ("zero_optimization", "stage", "deepspeed.zero_stage"),

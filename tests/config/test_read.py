@@ -58,6 +58,7 @@ def test_the_resolved_config_reads_back_equal(path, tmp_path):
         ("model.kind=var", "model.kind='var': input should be 'ecar', 'dit', 'pyramid' or 'mar'"),
         ("model.flow_depth=0", "model.flow_depth=0"),
         ("deepspeed.raw.train_batch_size=8", "derived from batch.*"),
+        ("deepspeed.raw.gradient_clipping=1", "raw.gradient_clipping would clip twice; set optim.clip_grad_norm"),
         ("optim.warmup_samples=20000", "exceed train.total_samples=10000"),
         ("vae.kind=kl", "needs vae.path"),
         ("no-equals", "must look like section.field=value"),
