@@ -23,7 +23,7 @@ from ecar_dist.command_line import duration, say
 from ecar_dist.config.run import RunConfig
 from ecar_dist.runtime.compiler import compile_blocks, repeated_blocks
 from ecar_dist.runtime.deepspeed_config import deepspeed_config
-from ecar_dist.runtime.optimizer import ADAM_MOMENTS, GuardedAdamW, Judgement, PendingStatus, takes_fused
+from ecar_dist.runtime.optimizer import ADAM_MOMENTS, GuardedAdamW, Judgement, PendingStatus
 from ecar_dist.runtime.world import World
 
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
@@ -77,9 +77,7 @@ class Engine:
         self.world = world
         self.zero_stage = config.deepspeed.zero_stage
         optim = config.optim
-        self._adam = GuardedAdamW(
-            parameter_groups, fused=takes_fused(world.device), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
-        )
+        self._adam = GuardedAdamW(parameter_groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=self._adam, config=deepspeed_config(config, world, precision)
         )

@@ -52,11 +52,6 @@ class Judgement(NamedTuple):
     clip: torch.Tensor | None  # []: what the gradients are divided by, at least 1; None: they are not clipped
 
 
-def takes_fused(device: torch.device) -> bool:
-    """Whether AdamW runs as one kernel: on a GPU. On a CPU its sums would round in another order."""
-    return device.type == "cuda"
-
-
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradients, and moves nothing in a step that is not good. DeepSpeed's inner optimizer.
 
@@ -64,13 +59,12 @@ class GuardedAdamW(torch.optim.AdamW):
     afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
     ranks. `step` counts the steps of the run: a refused one as well.
 
-    fused: one kernel clips, decides and updates, so that the host need not know the judgement. Otherwise, on a CPU,
-    the host decides.
+    One kernel clips, decides and updates, so that the host need not know the judgement: torch's fused AdamW, whose
+    arguments for a gradient scaler are what clipping and refusing need.
     """
 
-    def __init__(self, parameter_groups: list[dict[str, Any]], *, fused: bool = False, **options: Any) -> None:
-        super().__init__(parameter_groups, fused=fused, **options)
-        self._fused = fused
+    def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(parameter_groups, fused=True, **options)
         # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
         self.judge: Callable[[], Judgement | None] = lambda: None
 
@@ -82,22 +76,11 @@ class GuardedAdamW(torch.optim.AdamW):
         counters = [self.state_of(parameter)["step"] for parameter in parameters]
 
         # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
-        if self._fused:
-            self.grad_scale = None if judged.clip is None else judged.clip.float()
-            self.found_inf = (~judged.good).float()
-            super().step(closure)
-            torch._foreach_add_(counters, [self.found_inf] * len(counters))
-            return None
-
-        # The same on the host.
-        if not judged.good:
-            torch._foreach_add_(counters, 1.0)
-            return None
-        if judged.clip is not None:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_((1.0 / judged.clip).to(parameter.grad.device))
-        return super().step(closure)
+        self.grad_scale = None if judged.clip is None else judged.clip.float()
+        self.found_inf = (~judged.good).float()
+        super().step(closure)
+        torch._foreach_add_(counters, [self.found_inf.to(counter.device) for counter in counters])
+        return None
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """Counter and moments of one parameter, as AdamW makes them in its first step, but also before it.
@@ -106,6 +89,6 @@ class GuardedAdamW(torch.optim.AdamW):
         """
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device if self._fused else "cpu")
+            state["step"] = torch.zeros((), device=parameter.device)
             state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in ADAM_MOMENTS})
         return state

@@ -12,7 +12,7 @@ import pytest
 from ecar_dist.plan.memory import model_state
 from tests.conftest import free_port, write_yaml
 from tests.fork_server import run_ranks
-from tests.train.zero_matrix import BATCH, BF16, COMPILED, FP32, FUSED, REFERENCE, SETTINGS, STEPS
+from tests.train.zero_matrix import BATCH, BF16, COMPILED, FP32, REFERENCE, SETTINGS, STEPS
 from tests.train.zero_matrix_ranks import run_matrix
 
 KINDS = ("weights", "ema", "ema1", "ema2")
@@ -52,9 +52,12 @@ def test_compiled_blocks_train_like_eager_ones(reports, setting):
         assert (ours["graphs"], ours["breaks"]) == (2, 0)
 
 
-@pytest.mark.parametrize("setting", FUSED)
-def test_with_the_fused_optimizer_a_step_is_queued_without_a_read_of_the_host(reports, setting):
-    assert [report["host reads"] for report in reports[setting]] == [0, 0]
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_is_queued_without_a_read_of_the_host(reports, setting):
+    """But for bf16 without ZeRO, where DeepSpeed looks for gradients that are not finite, and for offload."""
+    reads = [report["host reads"] for report in reports[setting]]
+    reading = setting == "zero 0, bf16" or "offload" in setting or "together" in setting
+    assert min(reads) > 0 if reading else reads == [0, 0]
 
 
 @pytest.mark.parametrize("setting", BF16)
@@ -104,7 +107,7 @@ def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
 # Bytes per parameter beside the state of `plan`. ZeRO-3 leaves small weights whole, as all of these are. ZeRO-1 in fp32
 # has a full gradient in the backward pass, and only its share of it afterwards.
 BESIDE = {"zero 1": -2, "zero 3": 4, "zero 3, bf16": 2}
-NOT_COUNTED = ("offload", "together", "compiled", "fused")
+NOT_COUNTED = ("offload", "together", "compiled")
 COUNTED = [setting for setting in SETTINGS if not any(word in setting for word in NOT_COUNTED)]
 
 

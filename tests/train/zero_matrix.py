@@ -30,8 +30,6 @@ FP32: dict[str, tuple[str, ...]] = {
     "zero 1, compiled": _zero(1, *_COMPILE),
     "zero 2, recompute, compiled": _zero(2, *_RECOMPUTE, *_COMPILE),
     "zero 3, recompute, compiled": _zero(3, *_RECOMPUTE, *_SPLIT_ALL, *_COMPILE),
-    "zero 2, fused": _zero(2),
-    "zero 3, fused": _zero(3, *_SPLIT_ALL),
 }
 BF16: dict[str, tuple[str, ...]] = {
     "zero 0, bf16": _zero(0, *_BF16, "batch.micro_batch_size=8"),  # it does not accumulate in bf16
@@ -39,10 +37,7 @@ BF16: dict[str, tuple[str, ...]] = {
     "zero 2, bf16": _zero(2, *_BF16),
     "zero 3, bf16": _zero(3, *_BF16),
     "zero 2, bf16, compiled": _zero(2, *_BF16, *_COMPILE),
-    "zero 1, bf16, fused": _zero(1, *_BF16),
-    "zero 2, bf16, fused": _zero(2, *_BF16),
     "zero 3, bf16, all together": _zero(3, *_BF16, *_OFFLOAD_ALL, *_RECOMPUTE, *_SPLIT_ALL),
 }
 SETTINGS = {**FP32, **BF16}
 COMPILED = [name for name in SETTINGS if name.endswith("compiled")]
-FUSED = [name for name in SETTINGS if name.endswith("fused")]  # AdamW as on a GPU

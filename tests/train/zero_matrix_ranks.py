@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ecar_dist.runtime.engine as engine_module
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
@@ -31,7 +30,7 @@ from ecar_dist.train import start
 from ecar_dist.train.guard import is_good
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
-from tests.train.zero_matrix import BATCH, FUSED, REFERENCE, SETTINGS, STEPS
+from tests.train.zero_matrix import BATCH, COMPILED, REFERENCE, SETTINGS, STEPS
 
 Averages = dict[str, torch.Tensor]
 Micro = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -247,7 +246,6 @@ def host_reads(engine: Engine, batches: list[Micro]) -> int:
 
 def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
-    engine_module.takes_fused = lambda device: name in FUSED
     torch._dynamo.reset()
     counters.clear()
     limit, others = [math.inf], storages()
@@ -268,7 +266,7 @@ def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Mic
         "breaks": sum(counters["graph_break"].values()),
         "refusals": refusals(engine, steps[0], limit),
         "preview": preview(engine, ema, config, steps[0]),
-        "host reads": host_reads(engine, steps[0]) if name in FUSED else None,
+        "host reads": host_reads(engine, steps[0]) if name not in COMPILED else 0,
     }
     del ema, unsharded
     others |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (weights, *results.values())}
