@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ecar_dist.config.knobs_model import SampleSection
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.images import read_images, reconstruct
@@ -84,7 +85,8 @@ class Draw:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def of(self, config: RunConfig) -> RunConfig:
-        return config.model_copy(update={"sample": config.sample.model_copy(update=self.changes)})
+        sample = SampleSection.model_validate(config.sample.model_dump() | self.changes)
+        return config.model_copy(update={"sample": sample})
 
     @property
     def name(self) -> str:

@@ -96,7 +96,7 @@ def _measure(case: Case, rounds: int) -> Measured:
         seconds,
         steps_run={name: turn.steps_run for name, turn in turns.items()},
         macs={name: kind_of(turn.config).sampling_macs(turn.config) for name, turn in turns.items()},
-        calls={name: velocity_calls(turn.config) * turn.config.flow.num_stages for name, turn in turns.items()},
+        calls={name: sum(velocity_calls(turn.config)) for name, turn in turns.items()},
         tokens="/".join(map(str, turns["ECAR"].config.stage_tokens)),
         shares=turns["ECAR"].shares(),
     )
@@ -116,7 +116,8 @@ class Turn:
 
     def run(self, steps: int, model: Any = None) -> float:
         """Seconds until a batch is drawn, with so many steps a stage."""
-        plan = dataclasses.replace(self._plan, steps_per_stage=min(steps, self.contender.steps))
+        each = (min(steps, self.contender.steps),) * self.contender.num_stages
+        plan = dataclasses.replace(self._plan, steps_per_stage=each)
         self._wait()
         began = time.perf_counter()
         generate(model or self.model, plan, self._indices % CLASSES, self._indices, seed=0)

@@ -56,8 +56,10 @@ def small_tau(config: RunConfig) -> str | None:
 
     # How much variance the configured number of steps keeps, and how many steps would keep enough.
     schedule = flow.schedule
-    steps = config.sample.steps_per_stage
-    kept = kept_variance(schedule, tau, min(steps, MOST_STEPS), variance=UNIT_VARIANCE)
+    kept = kept_variance(
+        schedule, tau, [min(steps, MOST_STEPS) for steps in config.stage_steps], variance=UNIT_VARIANCE
+    )
+    steps = ", ".join(map(str, config.sample.steps_per_stage))
     needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE)
     enough = f"more than {MOST_STEPS:,}" if needed is None else f"{needed:,}"
     return (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ecar_dist.config.knob import OneOf, OnResume, Section, knob
 from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
@@ -198,12 +198,13 @@ class SampleSection(Section):
     solver: Annotated[str, OneOf(SOLVERS)] = knob(
         "midpoint", "ODE solver, a row of flow/solvers.py", on_resume=OnResume.SAFE
     )
-    steps_per_stage: int = knob(
-        8,
-        "solver steps in each stage; euler calls the network once a step, midpoint and heun twice",
+    steps_per_stage: tuple[Annotated[int, Field(ge=1)], ...] = knob(
+        (8,),
+        "solver steps, one number for all stages or a list with one for each; euler calls the network once a step, "
+        "midpoint and heun twice",
         unit="steps",
+        allowed="one number >= 1, or K of them",
         on_resume=OnResume.SAFE,
-        ge=1,
     )
     guidance_scale: float = knob(
         2.0,
@@ -231,3 +232,8 @@ class SampleSection(Section):
         on_resume=OnResume.SAFE,
         ge=0,
     )
+
+    @field_validator("steps_per_stage", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value

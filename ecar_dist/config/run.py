@@ -72,6 +72,12 @@ class RunConfig(Section):
         return self.data.latent_channels * self.model.patch_size**2
 
     @property
+    def stage_steps(self) -> tuple[int, ...]:
+        """Solver steps of every stage, coarse to fine."""
+        steps = self.sample.steps_per_stage
+        return steps * self.flow.num_stages if len(steps) == 1 else steps
+
+    @property
     def context_tau(self) -> float | None:
         """Std of the noise on the states that are fed back; None where the model is fed none."""
         return self.flow.context.tau if KINDS[self.model.kind].feeds_states else None
@@ -117,6 +123,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.latent_size={self.data.latent_size} must be a multiple of model.patch_size x "
                 f"2^(flow.num_stages-1) = {patch_size} x {2 ** (num_stages - 1)} = {divisor}; change one of the three"
+            )
+
+        # solver steps: one number, or one for each stage
+        steps = self.sample.steps_per_stage
+        if len(steps) not in (1, num_stages):
+            raise ValueError(
+                f"sample.steps_per_stage={list(steps)} has {len(steps)} values, flow.num_stages={num_stages}; give one "
+                "number, or one per stage"
             )
 
         # the length of the run

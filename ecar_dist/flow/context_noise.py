@@ -8,6 +8,8 @@ follows the mean of a Gaussian field, which suffers most, through the sampler. I
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,14 +21,14 @@ SMALLEST_TAU = 0.1  # keeps 99 % of the variance at the default 8 midpoint steps
 MOST_STEPS = 4096  # that `steps_to_keep` tries
 
 
-def kept_variance(schedule: StageSchedule, tau: float, steps: int, *, variance: float) -> float:
+def kept_variance(schedule: StageSchedule, tau: float, steps: Sequence[int], *, variance: float) -> float:
     """Share of the variance of the field's mean that is left after sampling with optimal velocities.
 
     Everything is linear in independent unit normals, so a quantity is a row of coefficients: over (latent, noises,
     context noises) in training, and over (start, jump noises, context noises) in sampling. Nothing is drawn.
 
     Arguments:
-        steps: midpoint steps in each stage.
+        steps: midpoint steps of every stage.
         variance: of the mean of the latents, in units of the noise on a pixel of the coarsest stage. For latents of
             unit variance it is at most the number of that stage's pixels.
     """
@@ -42,7 +44,7 @@ def kept_variance(schedule: StageSchedule, tau: float, steps: int, *, variance: 
             contexts = np.vstack([contexts, x + tau * trained.pixel_noise(stage - 1) * sources[K + stage - 1]])
             scale, alpha = schedule.jump(stage)
             x = scale * x + alpha * trained.block_noise(stage) * sources[stage]
-        x = _through(trained, stage, x, contexts, steps)
+        x = _through(trained, stage, x, contexts, steps[stage])
     return float(x @ x) / variance
 
 
@@ -50,7 +52,7 @@ def steps_to_keep(schedule: StageSchedule, tau: float, share: float, *, variance
     """The fewest midpoint steps in each stage that keep `share` of the variance; None if MOST_STEPS do not suffice."""
 
     def enough(steps: int) -> bool:
-        return kept_variance(schedule, tau, steps, variance=variance) >= share
+        return kept_variance(schedule, tau, [steps] * schedule.num_stages, variance=variance) >= share
 
     # Double until it is enough.
     above = 1

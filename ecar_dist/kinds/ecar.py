@@ -95,14 +95,13 @@ class EcarKind(StagedKind):
         channels = config.token_channels
         stage_tokens = config.stage_tokens
         passes = self.stage_passes(config)
-        calls = velocity_calls(config)
 
         # AR transformer: with a KV cache, each stage's tokens are queries once
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
         # velocity network: W_m M_k once a stage, then the solver's calls
         flow = sum(
             branches * (calls * velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens))
-            for tokens, branches in zip(stage_tokens, passes, strict=True)
+            for tokens, branches, calls in zip(stage_tokens, passes, velocity_calls(config), strict=True)
         )
         return max(passes) * ar + flow
 

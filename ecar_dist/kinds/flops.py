@@ -50,9 +50,9 @@ def velocity_macs(preset: Preset, tokens: int, token_channels: int, *, linears_o
     return blocks + adaln_macs(width, depth, preset.flow_adaln) + ends
 
 
-def velocity_calls(config: RunConfig) -> int:
-    """Velocities that the solver asks for from u = 0 to u = 1."""
-    return config.sample.steps_per_stage * SOLVERS[config.sample.solver].calls_per_step
+def velocity_calls(config: RunConfig) -> list[int]:
+    """Velocities that the solver asks for from u = 0 to u = 1, in each stage."""
+    return [steps * SOLVERS[config.sample.solver].calls_per_step for steps in config.stage_steps]
 
 
 def guidance_passes(guidance_scale: float) -> int:

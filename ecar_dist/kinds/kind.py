@@ -103,9 +103,11 @@ class StagedKind(Kind):
         return [guidance_passes(scale) for scale in scales]
 
     def describe_calls(self, config: RunConfig) -> str:
-        stages = config.flow.num_stages
-        where = f"in each of {stages} stages" if stages > 1 else "in one stage"
-        return f"{velocity_calls(config)} velocity calls {where}"
+        calls = velocity_calls(config)
+        if len(set(calls)) > 1:
+            return f"{', '.join(map(str, calls))} velocity calls in stages 0 to {len(calls) - 1}"
+        where = f"in each of {len(calls)} stages" if len(calls) > 1 else "in one stage"
+        return f"{calls[0]} velocity calls {where}"
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
         from ecar_dist.train.objective import FlowObjective

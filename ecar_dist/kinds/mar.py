@@ -123,7 +123,7 @@ class MarKind(Kind):
         channels = config.token_channels
         sample = config.sample
         counts = _counts(config)
-        calls = velocity_calls(config)
+        (calls,) = velocity_calls(config)
         scales = masked_guidance_scales(sample.guidance_scale, counts, sample.guidance_ramp)
 
         trunk = mar_trunk_macs(size, counts[0], channels)
@@ -135,7 +135,8 @@ class MarKind(Kind):
 
     def describe_calls(self, config: RunConfig) -> str:
         steps = len(_counts(config)) - 1
-        return f"{steps} passes of the trunk and {velocity_calls(config)} calls of the head for each token"
+        (calls,) = velocity_calls(config)
+        return f"{steps} passes of the trunk and {calls} calls of the head for each token"
 
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.mar import MAR

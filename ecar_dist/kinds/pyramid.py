@@ -45,11 +45,8 @@ class PyramidKind(StagedKind):
         """Eq. (19) without its AR terms."""
         preset = preset_of(config)
         channels = config.token_channels
-        calls = velocity_calls(config)
-        return sum(
-            branches * calls * velocity_macs(preset, tokens, channels)
-            for tokens, branches in zip(config.stage_tokens, self.stage_passes(config), strict=True)
-        )
+        stages = zip(config.stage_tokens, self.stage_passes(config), velocity_calls(config), strict=True)
+        return sum(branches * calls * velocity_macs(preset, tokens, channels) for tokens, branches, calls in stages)
 
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.pyramid import Pyramid

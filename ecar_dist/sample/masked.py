@@ -34,6 +34,7 @@ def draw_masked(
     scales = masked_guidance_scales(plan.guidance_scale, counts, plan.guidance_ramp)
 
     # All tokens are masked at first.
+    (num_steps,) = plan.steps_per_stage
     tokens = torch.zeros_like(noise)
     mask = torch.ones_like(order, dtype=torch.bool)
     for (before, after), scale in zip(itertools.pairwise(counts), scales, strict=True):
@@ -42,7 +43,7 @@ def draw_masked(
 
         # Flow them from noise, under the trunk's condition on the tokens drawn so far.
         velocity_fn = _velocity_fn(model, plan, tokens, mask, chosen, labels, scale)
-        drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), plan.steps_per_stage)  # [B, n, c]
+        drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), num_steps)  # [B, n, c]
 
         # Put them in their places.
         tokens = tokens.scatter(1, _places(chosen, tokens), drawn)

@@ -21,7 +21,7 @@ class SamplingPlan:
     null_label: int
     tau: float | None
     solver: str
-    steps_per_stage: int
+    steps_per_stage: tuple[int, ...]
     guidance_scale: float
     guidance_ramp: str
     ar_steps: int
@@ -39,7 +39,7 @@ class SamplingPlan:
             null_label=config.data.num_classes,
             tau=config.context_tau,
             solver=sample.solver,
-            steps_per_stage=sample.steps_per_stage,
+            steps_per_stage=config.stage_steps,
             guidance_scale=sample.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_ramp=sample.guidance_ramp,
             ar_steps=sample.ar_steps,

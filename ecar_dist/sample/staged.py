@@ -53,7 +53,7 @@ def draw_stages(
         lambda purpose, stage: noise[purpose, stage],
         tau=plan.tau,
         solver=SOLVERS[plan.solver],
-        steps_per_stage=(plan.steps_per_stage,) * schedule.num_stages,
+        steps_per_stage=plan.steps_per_stage,
     )
 
 

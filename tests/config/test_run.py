@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ecar_dist.config.read import load_config
+from ecar_dist.config.read import config_from_dict, load_config
 from ecar_dist.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -46,6 +46,24 @@ def test_the_sizes_of_the_stages(path):
     assert config.stage_tokens == (16, 64, 256)
     assert config.token_channels == 16
     assert config.total_steps == 40
+
+
+def test_solver_steps_are_one_number_or_one_for_each_stage(path):
+    assert load_config(path).stage_steps == (8, 8, 8)
+    for given, steps in (("5", (5, 5, 5)), ("5.0", (5, 5, 5)), ("[4]", (4, 4, 4)), ("[4, 8, 16]", (4, 8, 16))):
+        config = load_config(path, [f"sample.steps_per_stage={given}"])
+        assert config.stage_steps == steps
+        assert config_from_dict(config.model_dump(mode="json")) == config
+    for given, said in (
+        ("[4, 8]", r"=\[4, 8\] has 2 values, flow.num_stages=3"),
+        ("[]", "has 0 values"),
+        ("0", r"steps_per_stage\.0=0: .*equal to 1"),
+        ("[4, 0, 2]", r"steps_per_stage\.1=0: .*equal to 1"),
+        ("2.5", r"steps_per_stage\.0=2\.5: .*integer"),
+        ("many", "steps_per_stage='many'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(path, [f"sample.steps_per_stage={given}"])
 
 
 def test_check_and_plan_import_neither_torch_nor_deepspeed(path):

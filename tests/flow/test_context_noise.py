@@ -41,7 +41,7 @@ def test_the_arithmetic_is_that_of_the_sampler(tau: float, gamma: float, steps: 
     oracle = GaussianOracle(schedule, truth, torch.zeros(16, dtype=torch.float64), tau)
     stages = begin_stages(oracle, "all")
     sampled = sampled_covariance(schedule, stages, 4, tau=tau, solver="midpoint", steps=steps)
-    kept = kept_variance(schedule, tau, steps, variance=float(truth.sum()) / truth.numel())
+    kept = kept_variance(schedule, tau, [steps] * schedule.num_stages, variance=float(truth.sum()) / truth.numel())
     assert kept == pytest.approx(float(sampled.sum() / truth.sum()), abs=1e-9)
 
 
@@ -65,7 +65,7 @@ TABLE = {  # docs/ecar.md, section 5: tau, share kept by 8, 16 and 64 steps, ste
 @pytest.mark.parametrize("tau", TABLE)
 def test_the_table_of_the_docs(tau: float) -> None:
     *shares, here, unit = TABLE[tau]
-    kept = [kept_variance(THREE, tau, steps, variance=VARIANCE) for steps in (8, 16, 64)]
+    kept = [kept_variance(THREE, tau, [steps] * 3, variance=VARIANCE) for steps in (8, 16, 64)]
     assert kept == pytest.approx(shares, abs=6e-4)
     assert steps_to_keep(THREE, tau, 0.95, variance=VARIANCE) == here
     assert steps_to_keep(THREE, tau, 0.95, variance=1.0) == unit
@@ -79,14 +79,16 @@ def test_steps_grow_as_tau_falls() -> None:
 
 def test_the_bound_is_where_the_default_steps_still_suffice() -> None:
     for variance in (0.1, 1.0, 10.0, 64.0):
-        assert kept_variance(THREE, SMALLEST_TAU, 8, variance=variance) > 0.93
-    assert kept_variance(THREE, SMALLEST_TAU / 2, 8, variance=1.0) < 0.85
+        assert kept_variance(THREE, SMALLEST_TAU, [8] * 3, variance=variance) > 0.93
+    assert kept_variance(THREE, SMALLEST_TAU / 2, [8] * 3, variance=1.0) < 0.85
 
 
 @pytest.mark.parametrize("stages", [2, 4])
 def test_one_stage_needs_no_context_and_more_stages_need_one_each(stages: int) -> None:
-    assert kept_variance(StageSchedule((1.0,)), 0.0, 8, variance=1.0) == pytest.approx(1.0, abs=2e-3)
-    few, many = (kept_variance(StageSchedule(uniform_ends(stages)), 0.01, steps, variance=1.0) for steps in (8, 512))
+    assert kept_variance(StageSchedule((1.0,)), 0.0, [8], variance=1.0) == pytest.approx(1.0, abs=2e-3)
+    few, many = (
+        kept_variance(StageSchedule(uniform_ends(stages)), 0.01, [steps] * stages, variance=1.0) for steps in (8, 512)
+    )
     assert few < 0.6
     assert many == pytest.approx(1.0, abs=2e-3)
 

@@ -123,6 +123,11 @@ def test_solver_sets_the_calls(make_config, solver, calls):
     assert f"{calls} velocity calls in each of 3 stages ({solver})" in line(plan_lines(config, 1, None), "sampling")
 
 
+def test_stages_with_different_steps_are_listed(make_config):
+    config = make_config("T", sample={"steps_per_stage": [4, 8, 16]})
+    assert "8, 16, 32 velocity calls in stages 0 to 2 (midpoint)" in line(plan_lines(config, 1, None), "sampling")
+
+
 def test_planning_imports_no_torch():
     script = "import sys, ecar_dist.plan.report; print({'torch', 'numpy', 'deepspeed'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -48,7 +48,7 @@ def make_plan(num_stages, **changes):
         null_label=10,
         tau=0.3,
         solver="midpoint",
-        steps_per_stage=2,
+        steps_per_stage=(2,) * num_stages,
         guidance_scale=1.0,
         guidance_ramp="linear",
         ar_steps=8,
@@ -133,9 +133,19 @@ def test_without_guidance_there_is_no_null_pass_at_all():
     assert rows == {0: 16, 1: 16, 2: 16}
 
 
+def test_stages_may_have_different_numbers_of_steps():
+    model = make_model(3)
+    rows = count_velocity_rows(model)
+    stages = generate(model, make_plan(3, steps_per_stage=(1, 3, 2)), LABELS, INDICES, SEED)
+    assert rows == {0: 8, 1: 24, 2: 16}  # 4 samples x steps x 2 calls
+    rows.clear()
+    same = generate(model, make_plan(3, steps_per_stage=(1, 3, 4)), LABELS, INDICES, SEED)
+    assert [torch.equal(a, b) for a, b in zip(stages, same, strict=True)] == [True, True, False]
+
+
 def test_one_stage_is_plain_flow_matching():
     """E16: with K = 1 a sample is the ODE of the velocity from N(0, I) on [0, 1], by the same solver, bit for bit."""
-    model, plan = make_model(1), make_plan(1, solver="euler", steps_per_stage=4)
+    model, plan = make_model(1), make_plan(1, solver="euler", steps_per_stage=(4,))
     (ours,) = generate(model, plan, LABELS, INDICES, SEED)
     with torch.no_grad():
         x = normal(SEED, INDICES, Purpose.GENERATE_START, (4, 8, 8))
@@ -252,12 +262,13 @@ def test_every_draw_of_a_sample_has_its_own_stream(monkeypatch):
 def test_the_plan_is_the_configs_unless_told_otherwise():
     config = make_config(num_stages=2)
     changed = config.sample.model_copy(
-        update={"guidance_ramp": "constant", "guidance_scale": 4.0, "solver": "heun", "steps_per_stage": 3}
+        update={"guidance_ramp": "constant", "guidance_scale": 4.0, "solver": "heun", "steps_per_stage": (3,)}
     )
     config = config.model_copy(update={"sample": changed})
     plan = SamplingPlan.from_config(config, torch.device("cpu"))
     assert (plan.kind, plan.null_label, plan.tau, plan.channels, plan.stage_sizes) == ("ecar", 10, 0.3, 4, (4, 8))
-    assert (plan.guidance_ramp, plan.guidance_scale, plan.solver, plan.steps_per_stage) == ("constant", 4.0, "heun", 3)
+    assert (plan.guidance_ramp, plan.guidance_scale, plan.solver) == ("constant", 4.0, "heun")
+    assert plan.steps_per_stage == (3, 3)
     assert SamplingPlan.from_config(config, torch.device("cpu"), guidance_scale=0.0).guidance_scale == 0.0
     fed_nothing = SamplingPlan.from_config(make_config("pyramid", num_stages=2), torch.device("cpu"))
     assert (fed_nothing.kind, fed_nothing.tau) == ("pyramid", None)

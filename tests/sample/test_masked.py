@@ -52,7 +52,7 @@ def test_each_step_reveals_the_scheduled_tokens_in_the_samples_own_order():
 def test_one_step_is_the_flow_of_every_token_from_its_noise():
     """All tokens at once, blind: the ODE of the head, by Euler, under conditions from the class alone."""
     model = mar()
-    (ours,) = generate(model, plan(ar_steps=1, solver="euler", steps_per_stage=4), LABELS, INDICES, SEED)
+    (ours,) = generate(model, plan(ar_steps=1, solver="euler", steps_per_stage=(4,)), LABELS, INDICES, SEED)
     with torch.no_grad():
         x = patchify(normal(SEED, INDICES, Purpose.GENERATE_START, (4, 8, 8)), 1)
         condition = model.conditions(torch.zeros_like(x), torch.ones(4, TOKENS, dtype=torch.bool), LABELS)
@@ -66,7 +66,7 @@ def test_the_head_is_called_for_the_tokens_of_the_step_and_twice_where_guided():
     calls = watch(model, "velocity")
     counts = masked_counts(TOKENS, 3)
     sizes = [before - after for before, after in itertools.pairwise(counts)]
-    generate(model, plan(ar_steps=3, solver="midpoint", steps_per_stage=2), LABELS, INDICES, SEED)
+    generate(model, plan(ar_steps=3, solver="midpoint", steps_per_stage=(2,)), LABELS, INDICES, SEED)
     assert [tuple(x.shape) for x, _, _ in calls] == [(4, size, 4) for size in sizes for _ in range(4)]
     calls.clear()
     generate(model, plan(ar_steps=3, guidance_scale=2.0), LABELS, INDICES, SEED)
@@ -80,7 +80,7 @@ def test_guidance_0_is_the_unconditional_model_and_its_scale_grows_over_the_step
     assert torch.allclose(zero, null, atol=1e-4)
     scales, original = [], module.guide
     monkeypatch.setattr(module, "guide", lambda a, b, scale: scales.append(scale) or original(a, b, scale))
-    generate(model, plan(ar_steps=4, solver="euler", steps_per_stage=1, guidance_scale=3.0), LABELS, INDICES, SEED)
+    generate(model, plan(ar_steps=4, solver="euler", steps_per_stage=(1,), guidance_scale=3.0), LABELS, INDICES, SEED)
     shares = [1 - count / TOKENS for count in masked_counts(TOKENS, 4)[1:]]
     assert scales == [1 + 2 * share for share in shares]
     assert shares[-1] == 1.0

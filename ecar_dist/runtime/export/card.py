@@ -100,10 +100,16 @@ def _sampling(config: dict[str, Any]) -> str:
     return (
         "## How to sample\n\n"
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
-        f"By default {sample['steps_per_stage']} {sample['solver']} steps a stage and guidance scale "
+        f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps a stage and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
         "autoencoder is; point it to your copy. `parity.json` compares these files with the run."
     )
+
+
+def _steps(steps_per_stage: list[int]) -> str:
+    """`8`, or from coarse to fine `4, 8 and 16`."""
+    *first, last = map(str, steps_per_stage)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:

@@ -19,6 +19,7 @@ from ecar_dist.config.knobs_training import EmaSection
 from ecar_dist.config.read import config_to_yaml, load_config
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.ema import tracked_decays
+from ecar_dist.runtime.export.card import _steps
 from ecar_dist.runtime.export.ema import WantedEma, open_ema_weights
 from ecar_dist.runtime.export.files import INDEX, WEIGHTS, ExportReader
 from ecar_dist.runtime.export.write import export_run
@@ -137,6 +138,11 @@ def test_facts_and_model_card(run, tmp_path):
     assert "Of these weights, at 1600 samples seen, with samples=128" in card
     card = (export_run(run, tmp_path / "other", dtype="bf16").path / "README.md").read_text()
     assert "not exactly these weights" in card
+
+
+def test_the_model_card_gives_the_steps_of_each_stage():
+    each = {(8,): "8 midpoint steps", (4, 8): "4 and 8 midpoint steps", (4, 8, 16): "4, 8 and 16 midpoint steps"}
+    assert {steps: f"{_steps(list(steps))} midpoint steps" for steps in each} == each
 
 
 def test_an_export_has_no_credentials(run, tmp_path):
