@@ -9,10 +9,9 @@ from ecar_dist.config.run import RunConfig
 if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
 
-# Elements of DeepSpeed's buckets: 100 MB and 400 MB in bf16. XL has 1.5e9 bytes of gradients, which the defaults
-# of 5e8 elements would send in two pieces.
+# Elements of the bucket in which gradients are sent: 100 MB in bf16. DeepSpeed's default of 5e8 would send the 1.8 GB
+# of XL in two pieces, so that nearly nothing is on its way while the backward pass computes.
 REDUCE_BUCKET = 50_000_000
-GATHER_BUCKET = 200_000_000
 
 
 def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[str, Any]:
@@ -25,7 +24,6 @@ def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[st
         "stage": zero_stage,
         "overlap_comm": world.device.type == "cuda",
         "reduce_bucket_size": REDUCE_BUCKET,
-        "allgather_bucket_size": GATHER_BUCKET,
     }
 
     # Offload.
