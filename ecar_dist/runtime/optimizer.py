@@ -73,13 +73,17 @@ class GuardedAdamW(torch.optim.AdamW):
         if judged is None:
             return None
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return None
         counters = [self.state_of(parameter)["step"] for parameter in parameters]
 
         # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
-        self.grad_scale = None if judged.clip is None else judged.clip.float()
-        self.found_inf = (~judged.good).float()
+        # Both are moved to offloaded weights here, because torch would not wait until they have arrived there.
+        device = parameters[0].device
+        self.grad_scale = None if judged.clip is None else judged.clip.float().to(device)
+        self.found_inf = (~judged.good).float().to(device)
         super().step(closure)
-        torch._foreach_add_(counters, [self.found_inf.to(counter.device) for counter in counters])
+        torch._foreach_add_(counters, [self.found_inf] * len(counters))
         return None
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

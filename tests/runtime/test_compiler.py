@@ -1,4 +1,4 @@
-"""Compiled blocks compute what eager ones do; tests/train/test_compiled_ranks.py trains them under ZeRO."""
+"""Compiled blocks compute what eager ones do; tests/train/test_zero_matrix.py trains them under ZeRO."""
 
 import pytest
 import torch
