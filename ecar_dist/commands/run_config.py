@@ -56,11 +56,11 @@ def small_tau(config: RunConfig) -> str | None:
 
     # How much variance the configured number of steps keeps, and how many steps would keep enough.
     schedule = flow.schedule
-    kept = kept_variance(
-        schedule, tau, [min(steps, MOST_STEPS) for steps in config.stage_steps], variance=UNIT_VARIANCE
-    )
+    each = [min(steps, MOST_STEPS) for steps in config.stage_steps]
+    shift = config.sample.time_shift
+    kept = kept_variance(schedule, tau, each, variance=UNIT_VARIANCE, time_shift=shift)
+    needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE, time_shift=shift)
     steps = ", ".join(map(str, config.sample.steps_per_stage))
-    needed = steps_to_keep(schedule, tau, KEPT_SHARE, variance=UNIT_VARIANCE)
     enough = f"more than {MOST_STEPS:,}" if needed is None else f"{needed:,}"
     return (
         f"flow.context.tau={tau:g} is below {SMALLEST_TAU:g}: {steps} midpoint steps per stage keep {kept:.0%} of the "

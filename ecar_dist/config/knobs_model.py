@@ -206,6 +206,13 @@ class SampleSection(Section):
         allowed="one number >= 1, or K of them",
         on_resume=OnResume.SAFE,
     )
+    time_shift: float = knob(
+        1.0,
+        "s > 1: the solver takes shorter steps near the noisy start of a stage; s < 1: near its end; 1: equal steps",
+        unit="factor",
+        on_resume=OnResume.SAFE,
+        gt=0,
+    )
     guidance_scale: float = knob(
         2.0,
         "weight of classifier-free guidance; 1 is the conditional model, 0 the unconditional one",

@@ -9,11 +9,13 @@ follows the mean of a Gaussian field, which suffers most, through the sampler. I
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from ecar_dist.flow.schedule import StageSchedule
+from ecar_dist.flow.solvers import time_grid
 
 Array = npt.NDArray[np.float64]
 
@@ -21,7 +23,9 @@ SMALLEST_TAU = 0.1  # keeps 99 % of the variance at the default 8 midpoint steps
 MOST_STEPS = 4096  # that `steps_to_keep` tries
 
 
-def kept_variance(schedule: StageSchedule, tau: float, steps: Sequence[int], *, variance: float) -> float:
+def kept_variance(
+    schedule: StageSchedule, tau: float, steps: Sequence[int], *, variance: float, time_shift: float = 1.0
+) -> float:
     """Share of the variance of the field's mean that is left after sampling with optimal velocities.
 
     Everything is linear in independent unit normals, so a quantity is a row of coefficients: over (latent, noises,
@@ -29,6 +33,7 @@ def kept_variance(schedule: StageSchedule, tau: float, steps: Sequence[int], *, 
 
     Arguments:
         steps: midpoint steps of every stage.
+        time_shift: of their grid (flow/solvers.py).
         variance: of the mean of the latents, in units of the noise on a pixel of the coarsest stage. For latents of
             unit variance it is at most the number of that stage's pixels.
     """
@@ -44,15 +49,18 @@ def kept_variance(schedule: StageSchedule, tau: float, steps: Sequence[int], *, 
             contexts = np.vstack([contexts, x + tau * trained.pixel_noise(stage - 1) * sources[K + stage - 1]])
             scale, alpha = schedule.jump(stage)
             x = scale * x + alpha * trained.block_noise(stage) * sources[stage]
-        x = _through(trained, stage, x, contexts, steps[stage])
+        x = _through(trained, stage, x, contexts, time_grid(steps[stage], time_shift))
     return float(x @ x) / variance
 
 
-def steps_to_keep(schedule: StageSchedule, tau: float, share: float, *, variance: float) -> int | None:
+def steps_to_keep(
+    schedule: StageSchedule, tau: float, share: float, *, variance: float, time_shift: float = 1.0
+) -> int | None:
     """The fewest midpoint steps in each stage that keep `share` of the variance; None if MOST_STEPS do not suffice."""
 
     def enough(steps: int) -> bool:
-        return kept_variance(schedule, tau, [steps] * schedule.num_stages, variance=variance) >= share
+        each = [steps] * schedule.num_stages
+        return kept_variance(schedule, tau, each, variance=variance, time_shift=time_shift) >= share
 
     # Double until it is enough.
     above = 1
@@ -120,8 +128,8 @@ class _Rows:
         return start * latent + (1.0 - start) * self._noises[stage], self._end(stage)
 
 
-def _through(trained: _Rows, stage: int, x: Array, contexts: Array, steps: int) -> Array:
-    """The sampled state after one stage of midpoint steps with v = E[d | x_u, contexts]."""
+def _through(trained: _Rows, stage: int, x: Array, contexts: Array, times: Sequence[float]) -> Array:
+    """The sampled state after one stage of midpoint steps between the times with v = E[d | x_u, contexts]."""
     # Regress both ends of the path on the contexts. The residuals move along the line between the two ends.
     start, end = trained.path(stage)
     seen = trained.contexts[:stage]
@@ -136,7 +144,7 @@ def _through(trained: _Rows, stage: int, x: Array, contexts: Array, steps: int) 
 
     # So every midpoint step multiplies the residual by a number.
     factor = 1.0
-    h = 1.0 / steps
-    for i in range(steps):
-        factor *= 1.0 + h * slope((i + 0.5) * h) * (1.0 + 0.5 * h * slope(i * h))
+    for u, end_u in pairwise(times):
+        h = end_u - u
+        factor *= 1.0 + h * slope(0.5 * (u + end_u)) * (1.0 + 0.5 * h * slope(u))
     return weights[:, 1] @ contexts + factor * (x - weights[:, 0] @ contexts)

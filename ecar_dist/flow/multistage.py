@@ -27,11 +27,13 @@ def sample_stages(
     tau: float | None,
     solver: Solver,
     steps_per_stage: Sequence[int],
+    time_shift: float = 1.0,
 ) -> list[torch.Tensor]:
     """Draw a batch; returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
 
     `begin_stage` is called once per stage, in order, with the context C_{k-1} = X^e_{k-1} + tau xi. The context is None
-    in stage 0, and in every stage of a model that is fed no states (tau is None).
+    in stage 0, and in every stage of a model that is fed no states (tau is None). The solver's grid is shifted within
+    each stage (`time_grid`).
     """
     # Start from pure noise at the coarsest resolution, eq. (3).
     x = draw(Purpose.GENERATE_START, 0)
@@ -47,6 +49,6 @@ def sample_stages(
             x = stage_jump(x, draw(Purpose.GENERATE_JUMP, stage), stage, schedule)
 
         # Integrate dx/du = v from X^s_k at u = 0 to X^e_k at u = 1.
-        x = solver(begin_stage(stage, context), x, steps_per_stage[stage])
+        x = solver(begin_stage(stage, context), x, steps_per_stage[stage], time_shift)
         ends.append(x)
     return ends

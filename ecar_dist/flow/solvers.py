@@ -1,58 +1,79 @@
 """Fixed-step ODE solvers for dx/du = v(x, u) from u = 0 to u = 1. To add one, add an entry to SOLVERS.
 
-The grid is uniform and closed: u_i = i h with h = 1 / num_steps, so no velocity call is wasted next to u = 1.
-Plain arithmetic on tensors: torch is imported for the types alone, because the configuration reads the names.
+The grid is closed, from exactly 0 to exactly 1, so no velocity call is wasted next to u = 1. Its steps are equal unless
+a time shift is given. Plain arithmetic on tensors: torch is imported for the types alone, because the configuration
+reads the names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
 VelocityFn: TypeAlias = "Callable[[torch.Tensor, float], torch.Tensor]"  # (x, u) -> dx/du, shaped like x
-Step: TypeAlias = "Callable[[VelocityFn, torch.Tensor, int, float], torch.Tensor]"  # (v, x at u = i h, i, h) -> next x
+Step: TypeAlias = "Callable[[VelocityFn, torch.Tensor, float, float], torch.Tensor]"  # (v, x at u, u, end) -> x at end
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`solver(velocity_fn, x, num_steps)` integrates x from u = 0 to u = 1.
+    """`solver(velocity_fn, x, num_steps)` integrates x from u = 0 to u = 1, on the grid of `time_grid`.
 
-    step: one step of the scheme, from u = i h to u = (i + 1) h.
+    step: one step of the scheme, from u to the next point of the grid.
     calls_per_step: velocity calls that a step makes; `ecar-dist plan` counts compute with it.
     """
 
     step: Step
     calls_per_step: int
 
-    def __call__(self, velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:
-        h = 1.0 / num_steps
-        # A step computes its times from i, since a running sum of h would collect rounding errors.
-        for i in range(num_steps):
-            x = self.step(velocity_fn, x, i, h)
+    def __call__(
+        self, velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int, time_shift: float = 1.0
+    ) -> torch.Tensor:
+        for u, end in pairwise(time_grid(num_steps, time_shift)):
+            x = self.step(velocity_fn, x, u, end)
         return x
 
 
-def euler(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
+def time_grid(num_steps: int, time_shift: float = 1.0) -> list[float]:
+    """The num_steps + 1 times between which a solver steps, rising from 0 to 1.
+
+    i h with h = 1 / num_steps, and then shifted:
+
+        u -> u / (u + s (1 - u)).
+
+    This is the time shift of SD3 (Esser et al., arXiv 2403.03206, section 5.3.2), t -> s t / (1 + (s - 1) t),
+    for t = 1 - u: there t = 1 is noise, here u = 0 is. The slope is 1 / s at u = 0 and s at u = 1. So s > 1 takes
+    shorter steps near noise and longer ones near data; s < 1 does the opposite, and s = 1 changes nothing.
+    """
+    # Times from i, since a running sum of h would collect rounding errors.
+    h = 1.0 / num_steps
+    uniform = [*(i * h for i in range(num_steps)), 1.0]
+    return [u / (u + time_shift * (1.0 - u)) for u in uniform]
+
+
+def euler(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
     """First order. Shrinks the variance of the samples systematically."""
-    return x + h * v(x, i * h)
+    return x + (end - u) * v(x, u)
 
 
-def midpoint(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
+def midpoint(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
     """Second order: the slope at the middle of the step."""
     # Half an Euler step finds the middle, and the slope there moves x the whole way.
-    middle = x + 0.5 * h * v(x, i * h)
-    return x + h * v(middle, (i + 0.5) * h)
+    h = end - u
+    middle = x + 0.5 * h * v(x, u)
+    return x + h * v(middle, 0.5 * (u + end))
 
 
-def heun(v: VelocityFn, x: torch.Tensor, i: int, h: float) -> torch.Tensor:
+def heun(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
     """Second order (explicit trapezoid): the mean of the slopes at both ends of the step."""
     # An Euler step predicts the end, and the slope there corrects it.
-    first = v(x, i * h)
-    second = v(x + h * first, (i + 1) * h)
+    h = end - u
+    first = v(x, u)
+    second = v(x + h * first, end)
     return x + 0.5 * h * (first + second)
 
 

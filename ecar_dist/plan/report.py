@@ -92,7 +92,8 @@ def _sampling_lines(config: RunConfig) -> list[str]:
     sample = config.sample
     kind = kind_of(config)
     macs = kind.sampling_macs(config)
-    how = f"({sample.solver}), guidance {sample.guidance_scale:g} ({sample.guidance_ramp})"
+    shift = f", time shift {sample.time_shift:g}" if sample.time_shift != 1.0 else ""
+    how = f"({sample.solver}{shift}), guidance {sample.guidance_scale:g} ({sample.guidance_ramp})"
     lines = [f"sampling: {_compute(macs)} per image; {kind.describe_calls(config)} {how}"]
     if config.stage_tokens[-1] == DIT_TOKENS:
         each = dit_macs(DIT_TOKENS, **DIT_XL) * guidance_passes(sample.guidance_scale)

@@ -43,7 +43,7 @@ def draw_masked(
 
         # Flow them from noise, under the trunk's condition on the tokens drawn so far.
         velocity_fn = _velocity_fn(model, plan, tokens, mask, chosen, labels, scale)
-        drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), num_steps)  # [B, n, c]
+        drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), num_steps, plan.time_shift)  # [B, n, c]
 
         # Put them in their places.
         tokens = tokens.scatter(1, _places(chosen, tokens), drawn)

@@ -22,6 +22,7 @@ class SamplingPlan:
     tau: float | None
     solver: str
     steps_per_stage: tuple[int, ...]
+    time_shift: float
     guidance_scale: float
     guidance_ramp: str
     ar_steps: int
@@ -40,6 +41,7 @@ class SamplingPlan:
             tau=config.context_tau,
             solver=sample.solver,
             steps_per_stage=config.stage_steps,
+            time_shift=sample.time_shift,
             guidance_scale=sample.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_ramp=sample.guidance_ramp,
             ar_steps=sample.ar_steps,

@@ -54,6 +54,7 @@ def draw_stages(
         tau=plan.tau,
         solver=SOLVERS[plan.solver],
         steps_per_stage=plan.steps_per_stage,
+        time_shift=plan.time_shift,
     )
 
 

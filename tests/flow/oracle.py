@@ -200,11 +200,20 @@ def basis_draws(schedule: StageSchedule, side: int) -> Draw:
 
 
 def sampled_covariance(
-    schedule: StageSchedule, begin_stage: BeginStage, side: int, *, tau: float, solver: str, steps: int
+    schedule: StageSchedule,
+    begin_stage: BeginStage,
+    side: int,
+    *,
+    tau: float,
+    solver: str,
+    steps: int,
+    time_shift: float = 1.0,
 ) -> torch.Tensor:
     """Covariance [D, D] of what the production sampler makes of linear velocities, exactly."""
     draw, each = basis_draws(schedule, side), [steps] * schedule.num_stages
-    ends = sample_stages(schedule, begin_stage, draw, tau=tau, solver=SOLVERS[solver], steps_per_stage=each)
+    ends = sample_stages(
+        schedule, begin_stage, draw, tau=tau, solver=SOLVERS[solver], steps_per_stage=each, time_shift=time_shift
+    )
     matrix = ends[-1].flatten(1)  # [draws, D]
     return matrix.T @ matrix
 

@@ -35,13 +35,14 @@ def on_a_torus() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("tau", "gamma"), [(0.01, -1 / 3), (0.1, -1 / 3), (0.3, -1 / 3), (0.05, -0.2)])
-@pytest.mark.parametrize("steps", [1, 4, 16])
-def test_the_arithmetic_is_that_of_the_sampler(tau: float, gamma: float, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (16, 1.0), (4, 3.0)])
+def test_the_arithmetic_is_that_of_the_sampler(tau: float, gamma: float, steps: int, shift: float) -> None:
     schedule, truth = StageSchedule(uniform_ends(3), gamma), on_a_torus()
     oracle = GaussianOracle(schedule, truth, torch.zeros(16, dtype=torch.float64), tau)
     stages = begin_stages(oracle, "all")
-    sampled = sampled_covariance(schedule, stages, 4, tau=tau, solver="midpoint", steps=steps)
-    kept = kept_variance(schedule, tau, [steps] * schedule.num_stages, variance=float(truth.sum()) / truth.numel())
+    sampled = sampled_covariance(schedule, stages, 4, tau=tau, solver="midpoint", steps=steps, time_shift=shift)
+    variance = float(truth.sum()) / truth.numel()
+    kept = kept_variance(schedule, tau, [steps] * schedule.num_stages, variance=variance, time_shift=shift)
     assert kept == pytest.approx(float(sampled.sum() / truth.sum()), abs=1e-9)
 
 

@@ -239,13 +239,13 @@ def test_stages_run_in_order_and_return_their_ends() -> None:
         begun.append((stage, None if context is None else context.shape[-1]))
         return contract
 
-    def solver(velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:
-        steps.append(num_steps)
+    def solver(velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int, time_shift: float) -> torch.Tensor:
+        steps.append((num_steps, time_shift))
         return SOLVERS["euler"](velocity_fn, x, num_steps)
 
     draw = basis_draws(schedule, 4)
-    ends = sample_stages(schedule, begin_stage, draw, tau=TAU, solver=solver, steps_per_stage=(1, 2, 3))
-    assert steps == [1, 2, 3]
+    ends = sample_stages(schedule, begin_stage, draw, tau=TAU, solver=solver, steps_per_stage=(1, 2, 3), time_shift=2.0)
+    assert steps == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert begun == [(0, None), (1, 1), (2, 2)]  # contexts have the size of the stage that made them
     assert [tuple(end.shape[1:]) for end in ends] == [(1, 1, 1), (1, 2, 2), (1, 4, 4)]
     assert torch.equal(ends[0], torch.zeros_like(ends[0]))  # one Euler step of dx/du = -x

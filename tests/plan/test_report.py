@@ -124,8 +124,10 @@ def test_solver_sets_the_calls(make_config, solver, calls):
 
 
 def test_stages_with_different_steps_are_listed(make_config):
-    config = make_config("T", sample={"steps_per_stage": [4, 8, 16]})
-    assert "8, 16, 32 velocity calls in stages 0 to 2 (midpoint)" in line(plan_lines(config, 1, None), "sampling")
+    config = make_config("T", sample={"steps_per_stage": [4, 8, 16], "time_shift": 3})
+    assert "8, 16, 32 velocity calls in stages 0 to 2 (midpoint, time shift 3)" in line(
+        plan_lines(config, 1, None), "sampling"
+    )
 
 
 def test_planning_imports_no_torch():

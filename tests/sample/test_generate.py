@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ecar_dist.sample.masked as masked
 import ecar_dist.sample.staged as module
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
@@ -49,6 +50,7 @@ def make_plan(num_stages, **changes):
         tau=0.3,
         solver="midpoint",
         steps_per_stage=(2,) * num_stages,
+        time_shift=1.0,
         guidance_scale=1.0,
         guidance_ramp="linear",
         ar_steps=8,
@@ -141,6 +143,26 @@ def test_stages_may_have_different_numbers_of_steps():
     rows.clear()
     same = generate(model, make_plan(3, steps_per_stage=(1, 3, 4)), LABELS, INDICES, SEED)
     assert [torch.equal(a, b) for a, b in zip(stages, same, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["ecar", "mar"])
+def test_the_shift_moves_the_times_of_the_network(kind, monkeypatch):
+    """Of every stage, and of the flow head alike."""
+    home = module if kind == "ecar" else masked
+    seen = []
+
+    def watching(schedule, stage, u):
+        seen.append((stage, float(u.flatten()[0])))
+        return model_time(schedule, stage, u)
+
+    monkeypatch.setattr(home, "model_time", watching)
+    num_stages = 2 if kind == "ecar" else 1
+    model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
+    changes = {"kind": kind, "solver": "euler", "ar_steps": 1, "steps_per_stage": (4,) * num_stages, "time_shift": 3.0}
+    generate(model, make_plan(num_stages, **changes), LABELS, INDICES, SEED)
+    shifted = [0, 1 / 10, 1 / 4, 1 / 2]
+    assert [stage for stage, _ in seen] == [stage for stage in range(num_stages) for _ in shifted]
+    assert [u for _, u in seen] == pytest.approx(shifted * num_stages)
 
 
 def test_one_stage_is_plain_flow_matching():

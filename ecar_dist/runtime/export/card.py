@@ -97,10 +97,11 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _sampling(config: dict[str, Any]) -> str:
     sample = config["sample"]
+    shift = f", time shift {sample['time_shift']:g}," if sample["time_shift"] != 1.0 else ""
     return (
         "## How to sample\n\n"
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
-        f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps a stage and guidance scale "
+        f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps a stage{shift} and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
         "autoencoder is; point it to your copy. `parity.json` compares these files with the run."
     )
