@@ -38,7 +38,7 @@ class Size:
 
 SIZES = {
     "cuda": Size(32, (32, 64, 96), 12.0, 3, 10, 64, ("--rounds", "3", "--dit-share", "0.1"), 8192, "S", 32),
-    "cpu": Size(8, (2, 4), 0.5, 1, 2, 2, ("--rounds", "1", "--dit-share", "0.01", "--latent-size", "8"), 256, "T", 2),
+    "cpu": Size(8, (2, 4), 0.1, 1, 2, 2, ("--rounds", "1", "--dit-share", "0.01", "--latent-size", "8"), 256, "T", 2),
 }
 
 
