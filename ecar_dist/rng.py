@@ -132,9 +132,12 @@ def _words(seed: int, positions: torch.Tensor, draws: tuple[Draw, ...]) -> torch
 def _draw_counters(draws: tuple[Draw, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of each block within its draw, and the purpose and stream of the draw: int64 [1, N] each."""
     with torch.inference_mode(False):  # counters first met while sampling must serve training too
-        blocks = [torch.arange(_blocks(draw)) for draw in draws]
-        purposes = [torch.full((_blocks(draw),), int(draw.purpose) | draw.stream << 16) for draw in draws]
-        return torch.cat(blocks)[None].to(device), torch.cat(purposes)[None].to(device)
+        # Made on the device: the host would wait for a copy.
+        blocks = [torch.arange(_blocks(draw), device=device) for draw in draws]
+        purposes = [
+            torch.full((_blocks(draw),), int(draw.purpose) | draw.stream << 16, device=device) for draw in draws
+        ]
+        return torch.cat(blocks)[None], torch.cat(purposes)[None]
 
 
 def _to_unit(words: torch.Tensor) -> torch.Tensor:

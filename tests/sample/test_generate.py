@@ -1,11 +1,13 @@
 """The trained model behind the production sampler."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ecar_dist.sample.masked as masked
 import ecar_dist.sample.staged as module
@@ -229,6 +231,37 @@ def test_the_host_never_waits_for_the_device(kind, guidance_scale):
         generate(model, plan, LABELS, INDICES, SEED)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             float(LABELS[0])  # it does see one
+
+
+class StaysOn(NoWaiting):
+    """Also fails where a tensor is made elsewhere: to copy it to the device, the host waits."""
+
+    def __init__(self, device_type):
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        results = super().__torch_dispatch__(operation, types, arguments, keywords)
+        made = [result for result in tree_leaves(results) if isinstance(result, torch.Tensor)]
+        assert {tensor.device.type for tensor in made} <= {self.device_type}, operation.name()
+        return results
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar"])
+def test_nothing_is_made_on_the_host_within_a_batch(kind, solver, monkeypatch):
+    """On the meta device, which has no values that the host could read, and no autocast."""
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **more: contextlib.nullcontext())
+    num_stages = 3 if kind in ("ecar", "pyramid") else 1
+    model = make_model_of(make_config(kind, num_stages=num_stages)).eval().to("meta")
+    tau = 0.3 if kind == "ecar" else None
+    plan = make_plan(num_stages, kind=kind, tau=tau, guidance_scale=2.0, solver=solver, time_shift=3.0)
+    labels, indices = LABELS.to("meta"), INDICES.to("meta")
+    with StaysOn("meta"):
+        drawn = generate(model, plan, labels, indices, SEED)
+        with pytest.raises(AssertionError, match="aten::"):
+            torch.tensor([0.5]).to("meta")  # it does see one
+    assert [tuple(stage.shape) for stage in drawn] == [(4, 4, size, size) for size in plan.stage_sizes]
 
 
 def test_a_last_batch_that_is_filled_up_draws_the_same_samples():

@@ -44,7 +44,7 @@ def test_forward_and_backward_stay_on_the_device(kind, num_stages, monkeypatch):
         moments = torch.empty(4, 8, 8, 8)
         labels = torch.empty(4, dtype=torch.int64)
     compute = kind_of(config).objective(model, lambda values, noise: values[:, :4] + noise, config, "fp32")
-    compute(moments, labels, labels)  # makes what is kept: counters, positions, weights of the stages
+    compute(moments, labels, labels)  # makes what is kept: positions, weights of the stages
 
     with Copies() as copies, monkeypatch.context() as patch:
         for maker in ("tensor", "as_tensor", "from_numpy"):
