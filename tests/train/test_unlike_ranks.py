@@ -119,11 +119,11 @@ def flip_a_bit():
     """In the last rank, right after a step: a high bit of the mantissa of one weight that the forward pass reads."""
     settle_step = loop.settle_step
 
-    def flipping(parts, batches, begun, result):
+    def flipping(parts, step, result):
         engine, world = parts.state.engine, parts.world
-        if begun.step + 1 == FLIPPED_AT[engine.zero_stage] and world.rank == world.size - 1:
+        if step.begun.step + 1 == FLIPPED_AT[engine.zero_stage] and world.rank == world.size - 1:
             engine.replicas()[5].view(torch.int32).view(-1)[7] ^= 1 << 20
-        return settle_step(parts, batches, begun, result)
+        return settle_step(parts, step, result)
 
     loop.settle_step = flipping
 
