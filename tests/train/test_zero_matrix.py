@@ -1,8 +1,8 @@
-"""One model, one order of samples, 10 steps on two ranks: every engine setting trains it alike and refuses steps alike.
+"""One model, one order of samples, 6 steps on two ranks: every engine setting trains it alike and refuses steps alike.
 
 Accumulation is 2. In fp32 the settings differ by the order of sums alone. In bf16 the losses of all steps stay within
-BF16_LOSS of fp32's (4e-4 measured), and the weights within BF16_WEIGHTS in L2 (1.5e-2 measured, of zero_stage=0, where
-the gradients are summed over ranks in bf16): Adam brings gradients that are nothing but rounding to full steps.
+BF16_LOSS of fp32's (1.0e-4 measured), and the weights within BF16_WEIGHTS in L2 (1.7e-3 measured): Adam brings
+gradients that are nothing but rounding to full steps.
 """
 
 import json
@@ -16,8 +16,9 @@ from tests.train.zero_matrix import BATCH, BF16, COMPILED, FP32, REFERENCE, SETT
 from tests.train.zero_matrix_ranks import run_matrix
 
 KINDS = ("weights", "ema", "ema1", "ema2")
+SHARE_GRAPHS = ("zero 1, compiled", "zero 2, recompute, compiled")
 FP32_TOLERANCE = 1e-6
-BF16_LOSS, BF16_WEIGHTS = 1e-3, 5e-2
+BF16_LOSS, BF16_WEIGHTS = 3e-4, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,14 @@ def test_fp32_losses_and_weights_are_those_without_zero(reports, setting):
 def test_compiled_blocks_train_like_eager_ones(reports, setting):
     """One graph of the AR block and one of the velocity block, without a break, under every ZeRO stage.
 
+    In fp32 the stages 0 to 2 share the graphs that the first of them has compiled.
     One step is equal to the bit (tests/runtime/test_compiler.py); after some steps a loss may differ in its last bits.
     """
     eager = setting.removesuffix(", compiled")
     for ours, theirs in zip(reports[setting], reports[eager], strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-7)
-        assert (ours["graphs"], ours["breaks"]) == (2, 0)
+        assert ours["compiled"]
+        assert (ours["graphs"], ours["breaks"]) == (0 if setting in SHARE_GRAPHS else 2, 0)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -1,4 +1,4 @@
-"""What each rank of test_zero_matrix.py runs: the same 10 steps under many engine settings, in one process."""
+"""What each rank of test_zero_matrix.py runs: the same 6 steps under many engine settings, in one process."""
 
 import contextlib
 import gc
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.presets import PRESETS, Preset
+from ecar_dist.runtime.compiler import repeated_blocks
 from ecar_dist.runtime.deepspeed_config import REDUCE_BUCKET
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
 from ecar_dist.runtime.engine import Engine
@@ -174,7 +175,7 @@ def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
-    """Those of all tensors that Python can reach, by address."""
+    """Those of the tensors made since `gc.freeze` that Python can reach, by address."""
     gc.collect()
     found = {}
     for tensor in gc.get_objects():
@@ -185,7 +186,7 @@ def storages() -> dict[int, torch.UntypedStorage]:
     return found
 
 
-def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.UntypedStorage]) -> int:
+def state_bytes(engine: Engine, batches: list[Micro], others: set[int]) -> int:
     """Bytes of weights, gradients and optimizer state after the last backward pass of a step, without buckets."""
     for index, micro in enumerate(batches):
         loss, *_ = engine(*micro)
@@ -193,8 +194,15 @@ def state_bytes(engine: Engine, batches: list[Micro], others: dict[int, torch.Un
         if index + 1 < len(batches):
             engine.step(torch.zeros(1))
     del loss, _
-    held = [storage for address, storage in storages().items() if address not in others]
-    return sum(storage.nbytes() for storage in held if storage.nbytes() < REDUCE_BUCKET)
+
+    # The smaller of two counts, because a finished collective may hold its tensors a little longer. Another pass would
+    # not do for the second one: it ends the step, and with it the gradients.
+    counts = []
+    for _ in range(2):
+        engine.world.sum(torch.zeros(1))
+        held = [storage for address, storage in storages().items() if address not in others]
+        counts.append(sum(storage.nbytes() for storage in held if storage.nbytes() < REDUCE_BUCKET))
+    return min(counts)
 
 
 class Wire(TorchDispatchMode):
@@ -246,9 +254,10 @@ def host_reads(engine: Engine, batches: list[Micro]) -> int:
 
 def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
     """What this rank has to report, and the weights and averages it ends with."""
-    torch._dynamo.reset()
     counters.clear()
-    limit, others = [math.inf], storages()
+    gc.collect()
+    gc.freeze()  # `storages` then sees only what this setting makes, and does not search all modules
+    limit = [math.inf]
     normalise, precision = normaliser(check_data(config), None), config.deepspeed.precision
     engine = build_engine(config, normalise, world, precision, lambda loss, norm: is_good(loss, norm, limit[0]))
     if config.grad_accum_steps(world.size) == 1:  # the two micro-batches of a step are one
@@ -262,6 +271,9 @@ def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Mic
         "adam steps": sorted(adam_steps(engine)),
         "elements": sum(fragment.numel for fragment in engine.fragments),
         "replicas": replicas(engine, ema),
+        "compiled": all(
+            hasattr(block.forward, "_torchdynamo_orig_callable") for block in repeated_blocks(engine._model)
+        ),
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(counters["graph_break"].values()),
         "refusals": refusals(engine, steps[0], limit),
@@ -269,9 +281,8 @@ def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Mic
         "host reads": host_reads(engine, steps[0]) if name not in COMPILED else 0,
     }
     del ema, unsharded
-    others |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (weights, *results.values())}
-    # The smaller of two, because a finished collective may hold its tensors a little longer.
-    report["state bytes"] = min(state_bytes(engine, steps[0], others) for _ in range(2))
+    others = {tensor.untyped_storage().data_ptr() for tensor in (weights, *results.values())}
+    report["state bytes"] = state_bytes(engine, steps[0], others)
     return report, {"weights": weights, **results}
 
 
