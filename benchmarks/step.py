@@ -34,7 +34,6 @@ from ecar_dist.kinds.table import kind_of
 from ecar_dist.learning_rate import learning_rate
 from ecar_dist.models.layers import weight_decay_groups
 from ecar_dist.runtime.compiler import compile_blocks
-from ecar_dist.runtime.optimizer import takes_fused
 from ecar_dist.runtime.start.rendezvous import start_world, stop_world
 from ecar_dist.runtime.world import World
 from ecar_dist.train.loop import Parts
@@ -145,9 +144,7 @@ class Bare:
             {"params": decay, "weight_decay": optim.weight_decay},
             {"params": no_decay, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW(
-            groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=takes_fused(device)
-        )
+        self._adam = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
 
     def step(self, batches: Sequence[MicroBatch], step: int) -> torch.Tensor:
         """Optimizer step number `step`; returns the loss, on the device."""
