@@ -120,7 +120,7 @@ def measure(folder: Path, world: World, options: argparse.Namespace, zero_stage:
 class Bare:
     """The same objective, with equal initial weights, trained by PyTorch alone.
 
-    Weights are fp32; under bf16 autocast rounds them. AdamW and the compiled parts are those of the run.
+    Weights are fp32; under bf16 autocast rounds them. AdamW is fused, and blocks are compiled, as in the run.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
