@@ -120,4 +120,4 @@ def driven(config: RunConfig, world: World, visitor: Visitor) -> None:
 
         parts.reader.begin = visited
         train(parts, progress)
-        sys.exit("stopped by a signal")
+        sys.exit(f"stopped by {parts.stop.received}")
