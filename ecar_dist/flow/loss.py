@@ -17,12 +17,12 @@ def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Ten
 
 def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> torch.Tensor:
     """sum_k w_k L_k, averaged over the batch, from `stage_losses` [B, K]."""
-    weights = _on_device(tuple(stage_weights), per_stage.device)  # [K]
+    weights = _weights_on(tuple(stage_weights), per_stage.device)  # [K]
     return (per_stage.mean(0) * weights).sum()
 
 
 @functools.lru_cache(maxsize=64)  # else each micro-batch would wait for a copy from the host
-def _on_device(stage_weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def _weights_on(stage_weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # weights first met in evaluation must serve training too
         return torch.tensor(stage_weights, dtype=torch.float32, device=device)
 

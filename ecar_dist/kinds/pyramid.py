@@ -38,7 +38,7 @@ class PyramidKind(StagedKind):
         return TRAINING_PASSES * sum(velocity_macs(preset, tokens, channels) for tokens in config.stage_tokens)
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
-        """The velocity network at every stage."""
+        """The velocity network on all stages at once."""
         return velocity_activations(preset_of(config), config.stage_tokens, config.token_channels, precision)
 
     def sampling_macs(self, config: RunConfig) -> int:

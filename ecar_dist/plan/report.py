@@ -149,7 +149,7 @@ def _fit_lines(config: RunConfig, world_size: int, name: str, device: Device) ->
     micro = config.batch.micro_batch_size
     usable = capacity(device)
     needed = _memory(config, world_size, config.train.activation_checkpointing).total(micro)
-    verdict = "fits" if needed <= usable else "does not fit"
+    answer = "fits" if needed <= usable else "does not fit"
     largest = [
         f"{_memory(config, world_size, mode == 'recomputed', compiled=mode == 'compiled').largest_micro_batch(usable)}"
         f" {mode}"
@@ -157,7 +157,7 @@ def _fit_lines(config: RunConfig, world_size: int, name: str, device: Device) ->
     ]
     limit = f"{device.memory / 1e9:g} GB less {gib(RESERVE)} for context and libraries"
     return [
-        f"memory at micro-batch {micro}: {gib(needed)} of {gib(usable)} on an {name.upper()} ({limit}): {verdict}",
+        f"memory at micro-batch {micro}: {gib(needed)} of {gib(usable)} on an {name.upper()} ({limit}): {answer}",
         f"largest micro-batch: {', '.join(largest)} (computed, not measured)",
     ]
 

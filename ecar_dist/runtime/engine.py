@@ -176,7 +176,7 @@ class Engine:
 
     @property
     def _keeps_no_norm(self) -> bool:
-        """Whether DeepSpeed clips the gradients but does not keep their norm: without ZeRO, in fp32."""
+        """Whether DeepSpeed takes no norm of the gradients: without ZeRO, in fp32."""
         return self._optimizer is self._adam
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -32,9 +32,9 @@ def draw_masked(
     order = random_order(uniform(seed, indices, Purpose.GENERATE_ORDER, (noise.shape[1],)))  # [B, T]
     counts = masked_counts(noise.shape[1], plan.ar_steps)
     scales = masked_guidance_scales(plan.guidance_scale, counts, plan.guidance_ramp)
+    (num_steps,) = plan.steps_per_stage  # of the solver, for each token
 
     # All tokens are masked at first.
-    (num_steps,) = plan.steps_per_stage
     tokens = torch.zeros_like(noise)
     mask = torch.ones_like(order, dtype=torch.bool)
     for (before, after), scale in zip(itertools.pairwise(counts), scales, strict=True):

@@ -27,11 +27,9 @@ from ecar_dist.runtime.world import World
 from ecar_dist.train.flags import Flags
 from ecar_dist.train.time_budget import Phases
 
+AHEAD = 2  # steps whose samples are taken before they begin
 _SHARES = int.from_bytes(b"share", "big")  # what a key is for
 _FIX = "install the same version of ecar_dist on all nodes and start every rank with the same config and data"
-
-
-AHEAD = 2  # steps
 
 
 class StepReader:
