@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
+from ecar_dist.kinds.activations import number_bytes
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.memory import precision_of
 from ecar_dist.runtime.devices import Device
@@ -43,7 +44,7 @@ class Traffic:
 def step_traffic(config: RunConfig, world_size: int, zero_stage: int) -> Traffic:
     """Of a step of the config's batch, on ranks that divide it."""
     parameters = kind_of(config).parameters(config)
-    number = 2 if precision_of(config) == "bf16" else 4
+    number = number_bytes(precision_of(config))
     once = number * parameters.total * (world_size - 1) / world_size
     micro_steps = config.grad_accum_steps(world_size)
 

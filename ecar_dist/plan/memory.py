@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ecar_dist.config.run import RunConfig
+from ecar_dist.kinds.activations import number_bytes
 from ecar_dist.kinds.parameters import ParameterCount
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.activations import activation_bytes
@@ -111,7 +112,7 @@ def model_state(num_parameters: int, world_size: int, zero_stage: int, precision
         return bytes_each * math.ceil(num_parameters / (world_size if zero_stage >= divided_from else 1))
 
     # Gradients: those of the backward pass, or the fp32 sums of micro-batches; ZeRO-1 in bf16 has both in full.
-    number = 2 if precision == "bf16" else 4
+    number = number_bytes(precision)
     gradient = number if zero_stage == 0 else FP32
     if zero_stage == 1 and precision == "bf16":
         gradient += number
@@ -154,7 +155,7 @@ def _without_offload(config: RunConfig, state: ModelState, zero_stage: int) -> M
 
 def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
     """Beside the activations: gradients on their way to a bucket, buckets and gathered weights."""
-    number = 2 if precision == "bf16" else 4
+    number = number_bytes(precision)
     parameters = kind_of(config).parameters(config)
 
     # Each weight has one gradient, which is copied to the bucket, or added to its sum, as soon as it is there. A
@@ -183,7 +184,7 @@ def _after_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
     weights and EMA change places.
     """
     total = kind_of(config).parameters(config).total
-    number = 2 if precision == "bf16" else 4
+    number = number_bytes(precision)
 
     # Without buckets the gradients are flattened and cast before they are reduced. Stage 0 in bf16 then makes fp32
     # ones.
