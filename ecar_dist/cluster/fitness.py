@@ -9,7 +9,6 @@ from ecar_dist.cluster.resources import Resources, startable_counts
 from ecar_dist.config.batch import divides
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
-from ecar_dist.plan.activations import compiles
 from ecar_dist.plan.memory import DeviceMemory, capacity, device_memory, precision_of
 from ecar_dist.plan.report import gib, plan_lines
 from ecar_dist.runtime.devices import find_device
@@ -63,7 +62,7 @@ def _most_memory(config: RunConfig, resources: Resources) -> tuple[int, DeviceMe
         config,
         world_size,
         zero_stage=config.deepspeed.zero_stage,
-        compiled=compiles(config),
+        compiled=config.compiles_on("cuda"),
         recompute=config.train.activation_checkpointing,
     )
 

@@ -14,11 +14,6 @@ COMPILED_SHARE = 43 / 63
 GRADIENT_SHARE = 0.4
 
 
-def compiles(config: RunConfig) -> bool:
-    """Whether training on a GPU compiles the transformer blocks."""
-    return config.compiles_on("cuda")
-
-
 def activation_bytes(config: RunConfig, precision: str, *, compiled: bool, recompute: bool) -> int:
     """The most that one image needs at a time: what is kept for the backward pass, and gradients inside one block.
 

@@ -7,7 +7,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, guidance_passes
 from ecar_dist.kinds.parameters import ParameterCount
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.plan.activations import COMPILED_SHARE, activation_bytes, compiles
+from ecar_dist.plan.activations import COMPILED_SHARE, activation_bytes
 from ecar_dist.plan.communication import GPUS_PER_NODE, NODE_BANDWIDTH, step_traffic
 from ecar_dist.plan.duration import StepTime, assumptions, known_device, model_flops_utilisation, step_time
 from ecar_dist.plan.memory import (
@@ -139,7 +139,7 @@ def _memory(config: RunConfig, world_size: int, recompute: bool, *, compiled: bo
         config,
         world_size,
         zero_stage=config.deepspeed.zero_stage,
-        compiled=compiles(config) if compiled is None else compiled,
+        compiled=config.compiles_on("cuda") if compiled is None else compiled,
         recompute=recompute,
     )
 
@@ -168,7 +168,7 @@ def _time_lines(
     """Communication against compute for each ZeRO stage, then step, MFU and the length of the run."""
     if precision_of(config) == "fp32":
         return ["time: no forecast in fp32, whose rate on GPUs is not known here"]
-    compiled = compiles(config)
+    compiled = config.compiles_on("cuda")
     times = {
         zero_stage: step_time(
             config,
