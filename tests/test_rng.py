@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecar_dist.rng import Draw, Purpose, draw_all, normal, philox4x32, uniform
+from tests.kernels import Kernels
 
 # Known-answer vectors of the reference implementation (Random123, kat_vectors, philox4x32 with 10 rounds).
 KNOWN = [
@@ -42,9 +42,9 @@ def test_draws_made_together_are_those_made_alone_in_a_tenth_of_the_operations()
         Draw(Purpose.TIME, (), 2, is_normal=False),
     ]
     draw_all(11, positions, draws)  # makes the counters, which are kept
-    with Operations() as together:
+    with Kernels() as together:
         found = draw_all(11, positions, draws)
-    with Operations() as alone:
+    with Kernels() as alone:
         expected = [
             (normal if draw.is_normal else uniform)(11, positions, draw.purpose, draw.shape, stream=draw.stream)
             for draw in draws
@@ -53,16 +53,6 @@ def test_draws_made_together_are_those_made_alone_in_a_tenth_of_the_operations()
         assert torch.equal(ours, theirs)
     assert together.count < 300
     assert alone.count > 9 * together.count
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that compute: views cost no kernel."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def test_seed_purpose_stream_and_high_positions_all_matter():

@@ -96,14 +96,19 @@ def train_classifier(
 
 @contextlib.contextmanager
 def _fixed_sums() -> Iterator[None]:
-    """Sums in the same order in each run, and in full fp32: cuDNN's default is TF32."""
+    """Sums in the same order in each run, on a CPU and on a GPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(TRAINING_THREADS)
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with _exact_kernels():
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _exact_kernels() -> contextlib.AbstractContextManager[None]:
+    """On a GPU: deterministic kernels, in full fp32. cuDNN's default is TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _shift(pixels: torch.Tensor) -> torch.Tensor:
@@ -117,7 +122,7 @@ def _shift(pixels: torch.Tensor) -> torch.Tensor:
 def features_and_predictions(model: ScoringClassifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features [N, 64] and predicted classes [N] of images uint8 [N, H, W, 3], computed on the model's device."""
     device = model.head.weight.device
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with _exact_kernels():
         chunks = torch.from_numpy(images).split(CHUNK)
         features = torch.cat([model.features(chunk.to(device)) for chunk in chunks])
     return features.cpu().numpy(), model.head(features).argmax(1).cpu().numpy()

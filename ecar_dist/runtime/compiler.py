@@ -15,7 +15,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from ecar_dist.errors import ConfigError
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-MAX_GRAPHS = 64  # of one block: one for each stage, with and without gradients; torch gives up after 8
+MAX_GRAPHS = 64  # of one kind of block: one for each shape that it is called with; torch gives up after 8
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.ecar import ECAR
 from ecar_dist.models.pyramid import Pyramid
+from tests.kernels import Kernels
 
 CHANNELS, NUM_CLASSES = 3, 5
 SIZE = Preset(2, 32, 2, 2, 48, 4)
@@ -90,16 +90,6 @@ def test_stages_in_one_pass_are_stages_in_a_pass_each(make_batch):
     for packed, gradient in zip(packed_gradients, gradients, strict=True):
         assert float((packed - gradient).norm()) <= 1e-6 * float(gradient.norm())
     assert packed_count < 0.7 * count
-
-
-class Kernels(TorchDispatchMode):
-    """Counts what is computed: views are no kernels."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def test_dit_is_ecar_of_one_stage_without_its_ar_transformer(make_batch):
