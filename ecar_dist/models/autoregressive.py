@@ -119,7 +119,7 @@ class TokenMapTransformer(nn.Module):
 
     def _run(self, tokens: torch.Tensor, classes: torch.Tensor, attends: Sequence[Attend], start: int) -> torch.Tensor:
         positions = self.output_positions(_range(start, tokens.shape[1], tokens.device))  # [T, D]
-        return self.transformer(tokens, classes, attends) + positions
+        return self.transformer(tokens, classes[:, None], attends) + positions
 
 
 def _range(start: int, count: int, device: torch.device) -> torch.Tensor:

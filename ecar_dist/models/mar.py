@@ -93,7 +93,7 @@ class MaskedTransformer(nn.Module):
         x = x + position_table(math.isqrt(tokens.shape[1]), x.shape[-1], x.device) + self.positions(places)
 
         attends = [full_attention] * len(self.transformer.blocks)
-        return self.transformer(x, self.class_embedding(labels), attends) + self.output_positions(places)
+        return self.transformer(x, self.class_embedding(labels)[:, None], attends) + self.output_positions(places)
 
 
 class MAR(nn.Module):

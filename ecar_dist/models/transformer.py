@@ -60,14 +60,10 @@ class Transformer(nn.Module):
     def forward(
         self, x: torch.Tensor, conditioning: torch.Tensor, attends: Sequence[Attend], segments: Sequence[int] = ()
     ) -> torch.Tensor:
-        """x [B, T, D], conditioning [B, D], one attention rule a block -> float32 [B, T, D].
+        """x [B, T, D], conditioning [B, S, D], one attention rule a block -> float32 [B, T, D].
 
-        Where the tokens are S segments that differ in their conditioning, it is [B, S, D], and `segments` are their
-        lengths.
+        The tokens are S segments that differ in their conditioning. `segments` are their lengths; left out if S = 1.
         """
-        if not segments:
-            conditioning = conditioning[:, None]  # [B, 1, D]
-
         # Blocks. The shared matrix, if there is one, is applied once.
         for_blocks = self.shared_modulation(conditioning)
         for block, attend in zip(self.blocks, attends, strict=True):

@@ -7,7 +7,7 @@ from ecar_dist.models.transformer import Transformer
 
 def run(transformer: Transformer) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    x, conditioning = torch.randn(2, 4, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    x, conditioning = torch.randn(2, 4, 16, generator=generator), torch.randn(2, 1, 16, generator=generator)
     return transformer(x, conditioning, [full_attention] * 2)
 
 
