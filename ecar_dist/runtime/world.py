@@ -69,6 +69,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_first(self, value: Any) -> list[Any] | None:
+        """One picklable value of every rank, in rank order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         if self.size == 1:

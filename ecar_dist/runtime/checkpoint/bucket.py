@@ -28,6 +28,7 @@ from ecar_dist.runtime.checkpoint.files import (
     DamagedError,
     Needed,
     UnreadableError,
+    all_files,
     check_committable,
     is_checkpoint_name,
     marker_of,
@@ -89,14 +90,14 @@ class BucketStorage:
                     found.append((name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
         manifest = self._manifest(name, folder)
 
         kinds: set[str] = set()
-        for file in filter(needed, manifest.files):
+        for file in needed(manifest):
             # One process of the node downloads, the others wait and find the file.
             with node_lock(path_inside(folder, file.name).with_suffix(".lock"), self._stopping):
                 self._download(name, file, folder)

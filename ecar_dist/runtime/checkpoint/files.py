@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ecar_dist.runtime.checkpoint.manifest import (
     OtherSchemaError,
     RankFile,
     WeightsFile,
+    header_limit,
     parse_manifest,
 )
 from ecar_dist.storage.hashing import hash_file
@@ -44,7 +45,12 @@ _UNFINISHED = re.compile(r"tmp-step-\d{8,18}-\w+(-old)?", re.ASCII)
 # Errors that mean that a file is not there.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
-Needed = Callable[[RankFile], bool]  # whether a reader needs a file
+Needed = Callable[[Manifest], Sequence[RankFile]]  # the files that a reader needs
+
+
+def all_files(manifest: Manifest) -> Sequence[RankFile]:
+    """The `Needed` of a reader of everything."""
+    return manifest.files
 
 
 class DamagedError(CheckpointError):
@@ -145,8 +151,8 @@ def check_committable(manifest: bytes, name: str) -> Manifest:
     try:
         if len(manifest) > MAX_MANIFEST_BYTES:
             raise UntrustedError(
-                f"it has {len(manifest):,} bytes, readers accept {MAX_MANIFEST_BYTES:,}: every rank has a fragment of "
-                f"every parameter; use fewer ranks, or deepspeed.zero_stage 1 or 2"
+                f"it has {len(manifest):,} bytes, readers accept {MAX_MANIFEST_BYTES:,}; use fewer ranks, or another "
+                f"deepspeed.zero_stage"
             )
         record = parse_manifest(manifest)
     except UntrustedError as error:
@@ -241,20 +247,25 @@ def open_fragments(
 
     Returns the safetensors handle and the kinds in the file. Raises DamagedError.
     """
+    pieces = list(file.pieces(manifest.shapes))
     try:
-        handle = open_tensors(sized_file(path, file), framework, file.header_limit(manifest.most_kinds))
+        limit = header_limit(pieces, manifest.most_kinds)
+        handle = open_tensors(sized_file(path, file), framework, limit)
     except UntrustedError as error:
         raise DamagedError(path, f"{file.name} {error}") from None
 
-    # All files of a checkpoint have the same kinds of state.
+    # All files of a checkpoint have the same kinds of state. A rank has no fragments if there are more ranks than
+    # tensors (ZeRO 0) or values.
     keys = set(handle.keys())
     kinds = {key.partition(":")[0] for key in keys}
+    if not pieces and not keys:
+        return handle, set(expected)
     if expected and kinds != expected:
         text = printable(f"{sorted(kinds)}, others have {sorted(expected)}")
         raise DamagedError(path, f"{file.name} has {text}")
 
     # Every fragment of the manifest is there, in every kind.
-    for piece in file.pieces():
+    for piece in pieces:
         for kind in kinds:
             key = f"{kind}:{piece.name}:{piece.start}"
             if key not in keys:
@@ -263,7 +274,7 @@ def open_fragments(
             if (found.get_dtype(), found.get_shape()) != ("F32", [piece.numel]):
                 text = f"{found.get_dtype()} {found.get_shape()}, expected F32 [{piece.numel}]"
                 raise DamagedError(path, f"{printable(key)} of {file.name} is {text}")
-    if len(keys) != len(kinds) * len(file.fragments):
+    if len(keys) != len(kinds) * len(pieces):
         raise DamagedError(path, f"{file.name} has tensors that are not in {MANIFEST}")
     return handle, kinds
 

@@ -15,6 +15,7 @@ from ecar_dist.runtime.checkpoint.files import (
     DamagedError,
     Needed,
     UnreadableError,
+    all_files,
     check_committable,
     committed,
     has_marker,
@@ -74,7 +75,7 @@ class LocalStorage:
             found.append((path.name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
         """The checkpoint itself: every rank sees all files and hashes its share."""
         verify(self._folder / name, *share)
         return self._folder / name

@@ -1,14 +1,18 @@
 """checkpoint.json, the manifest of a checkpoint: validated as a whole before any of it is used.
 
 Writers and readers use the same `parse_manifest`: a writer before it commits, so readers accept what was committed.
-Unknown keys are ignored, because a later version may add some. SCHEMA changes when the meaning of a key changes.
+Unknown keys are ignored, because a later version may add some. The schema changes when the meaning of a key changes.
+
+Under ZeRO 3 every rank has a part of every parameter: millions of fragments on thousands of ranks. They follow a rule,
+so the manifest has only the number of each file's share. Each file's own header still names its fragments, and readers
+compare it with the rule.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,7 +28,8 @@ from ecar_dist.storage.untrusted import (
     validate_record,
 )
 
-SCHEMA = "ecar-checkpoint-v2"
+SCHEMA = "ecar-checkpoint-v2"  # files list their fragments
+EVEN_SCHEMA = "ecar-checkpoint-v3"  # files have equal shares of every parameter
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
 VALUE_BYTES = 4  # of an fp32 value
 MOMENTS_AND_MASTER = 3  # kinds of state besides the EMAs
@@ -44,6 +49,19 @@ class Piece(NamedTuple):
     name: str
     start: int
     numel: int
+
+
+Shapes = Mapping[str, Sequence[int]]  # of parameters, by name
+
+
+def even_pieces(shapes: Shapes, share: int, shares: int) -> Iterator[Piece]:
+    """Part number `share` of every parameter, cut into `shares` parts of equal length; the last ones may be short."""
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        length = -(-numel // shares)
+        start = share * length
+        if start < numel:
+            yield Piece(name, start, min(length, numel - start))
 
 
 def _weights_name(name: str) -> str:
@@ -77,22 +95,36 @@ class WeightsFile(Record):
 
 
 class RankFile(WeightsFile):
-    """A rank's file: for each fragment, `parameter:start:numel`, it has one tensor of every kind of state."""
+    """A rank's file. For each of its fragments it has one tensor of every kind of state.
 
-    fragments: tuple[str, ...]
+    It lists its fragments as `parameter:start:numel`, or has `share`: (k, n) for part k of n of every parameter.
+    """
 
-    def pieces(self) -> Iterator[Piece]:
+    fragments: tuple[str, ...] | None = None
+    share: tuple[Count, Annotated[int, Field(ge=1, le=2**20)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RankFile:
+        if (self.fragments is None) == (self.share is None):
+            raise UntrustedError(f"{self.name} must have either fragments or a share")
+        return self
+
+    def pieces(self, shapes: Shapes) -> Iterator[Piece]:
         """The fragments. Raises UntrustedError for one of another form."""
-        for text in self.fragments:
+        if self.share is not None:
+            yield from even_pieces(shapes, *self.share)
+            return
+        for text in self.fragments or ():
             match = _FRAGMENT.fullmatch(text)
             if match is None:
                 raise UntrustedError(f"{self.name}: {printable(repr(text))} is not parameter:start:numel")
             name, start, numel = match.groups()
             yield Piece(name, int(start), int(numel))
 
-    def header_limit(self, kinds: int) -> int:
-        """The largest header, in bytes, of such a file with this number of kinds of state."""
-        return 8 + kinds * (sum(map(len, self.fragments)) + len(self.fragments) * _HEADER_BYTES) + _HEADER_BYTES
+
+def header_limit(pieces: Iterable[Piece], kinds: int) -> int:
+    """The largest header, in bytes, of a file with these fragments in this number of kinds of state."""
+    return 8 + _HEADER_BYTES + kinds * sum(len(piece.name) + _HEADER_BYTES for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -139,7 +171,7 @@ class Manifest(Record):
 
     model_config = ConfigDict(extra="ignore")
 
-    schema_name: Literal["ecar-checkpoint-v2"] = Field(alias="schema")
+    schema_name: Literal["ecar-checkpoint-v2", "ecar-checkpoint-v3"] = Field(alias="schema")
     progress: Progress
     client_state: dict[str, Any] = Field(alias="notes")  # the training loop's, returned by a restore
     run: Word
@@ -166,7 +198,10 @@ class Manifest(Record):
             raise UntrustedError("files: two have the same name")
         if not self.shapes or sum(map(math.prod, self.shapes.values())) > _MAX_VALUES:
             raise UntrustedError(f"shapes: no value, or more than {_MAX_VALUES:,}")
-        self._check_intervals()
+        if any(file.share is not None for file in self.files):
+            self._check_shares()
+        else:
+            self._check_intervals()
         return self
 
     @property
@@ -174,31 +209,65 @@ class Manifest(Record):
         """The number of kinds of state in a file of a full checkpoint: master weights, two AdamW moments, EMAs."""
         return MOMENTS_AND_MASTER + len(self.ema_kinds)
 
+    def files_with(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> list[RankFile]:
+        """The files with any element of the intervals [start, stop) of parameters, given by name."""
+        if self.files[0].share is None:
+            return [file for file in self.files if self._has_any(file, wanted)]
+
+        # Equal shares: the numbers of the files follow from the intervals.
+        shares: set[int] = set()
+        for name in wanted.keys() & self.shapes.keys():
+            length = -(-math.prod(self.shapes[name]) // len(self.files))
+            for start, stop in wanted[name]:
+                shares.update(range(start // length, (stop - 1) // length + 1))
+        return [file for file in self.files if file.share is not None and file.share[0] in shares]
+
+    def _has_any(self, file: RankFile, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> bool:
+        return any(
+            piece.start < stop and start < piece.start + piece.numel
+            for piece in file.pieces(self.shapes)
+            for start, stop in wanted.get(piece.name, ())
+        )
+
+    def _check_shares(self) -> None:
+        """The files have all shares, each once. Together these have every value."""
+        ranks = len(self.files)
+        if {file.share for file in self.files} != {(rank, ranks) for rank in range(ranks)}:
+            raise UntrustedError(f"files: they do not have the shares 0 to {ranks - 1} of {ranks}, each once")
+
+        # No share is larger than the first, so one limit serves all files.
+        self._check_bytes(self.files, list(even_pieces(self.shapes, 0, ranks)))
+
     def _check_intervals(self) -> None:
-        """Every value is in exactly one fragment, and no file is larger than its fragments: files are read whole."""
-        # Collect the intervals of each parameter, and limit the size of each file by them.
+        """Every value is in exactly one fragment."""
+        # Collect the intervals of each parameter.
         intervals: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
         for file in self.files:
-            values = 0
-            for name, start, numel in file.pieces():
+            pieces = list(file.pieces(self.shapes))
+            for name, start, numel in pieces:
                 if name not in intervals:
                     raise UntrustedError(f"{file.name} has {name}, which has no shape")
                 intervals[name].append((start, numel))
-                values += numel
-            most = self.most_kinds * values * VALUE_BYTES + file.header_limit(self.most_kinds)
-            if file.bytes > most:
-                raise UntrustedError(f"{file.name} has {file.bytes:,} bytes, its fragments take at most {most:,}")
+            self._check_bytes([file], pieces)
 
         # In order, the intervals of a parameter must meet without a gap or an overlap.
-        for name, pieces in intervals.items():
+        for name, found in intervals.items():
             end = 0
-            for start, numel in sorted(pieces):
+            for start, numel in sorted(found):
                 if start != end or numel < 1:
                     fault = "overlap" if start < end else "leave a gap"
                     raise UntrustedError(f"the fragments of {name} {fault} at element {end}")
                 end += numel
             if end != math.prod(self.shapes[name]):
                 raise UntrustedError(f"the fragments of {name} have {end} of {math.prod(self.shapes[name])} values")
+
+    def _check_bytes(self, files: Iterable[RankFile], pieces: Sequence[Piece]) -> None:
+        """No file is larger than its fragments, because files are read whole."""
+        values = sum(piece.numel for piece in pieces)
+        most = self.most_kinds * values * VALUE_BYTES + header_limit(pieces, self.most_kinds)
+        for file in files:
+            if file.bytes > most:
+                raise UntrustedError(f"{file.name} has {file.bytes:,} bytes, its fragments take at most {most:,}")
 
 
 def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +288,9 @@ def parse_manifest(text: bytes) -> Manifest:
 
     # The version first: other keys may have another meaning there.
     tree = parse_object(text)
-    if tree.get("schema") != SCHEMA:
+    if tree.get("schema") not in (SCHEMA, EVEN_SCHEMA):
         raise OtherSchemaError(
-            f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r}; use the "
-            f"version that wrote it"
+            f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r} and "
+            f"{EVEN_SCHEMA!r}; use the version that wrote it"
         )
     return validate_record(text, Manifest)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, open_fragments, read_manifest
+from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, all_files, open_fragments, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 
 SECOND_MOMENT = "exp_avg_sq"
@@ -26,7 +26,7 @@ class FragmentReader:
     that is in none of them is an error. Raises DamagedError if a file differs from the manifest.
     """
 
-    def __init__(self, path: Path, needed: Needed = lambda file: True, manifest: Manifest | None = None) -> None:
+    def __init__(self, path: Path, needed: Needed = all_files, manifest: Manifest | None = None) -> None:
         self._path = path
         self.manifest = manifest or read_manifest(path)
         self.shapes: dict[str, tuple[int, ...]] = dict(self.manifest.shapes)
@@ -34,11 +34,11 @@ class FragmentReader:
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # (start, numel, file) by parameter
 
         # Opening maps a file and checks its header; values are read later.
-        for file in filter(needed, self.manifest.files):
+        for file in needed(self.manifest):
             if not (path / file.name).exists():
                 continue
             handle, self.kinds = open_fragments(path, self.manifest, file, "pt", self.kinds)
-            for piece in file.pieces():
+            for piece in file.pieces(self.shapes):
                 self._pieces.setdefault(piece.name, []).append((piece.start, piece.numel, handle))
 
     def read(self, kind: str, name: str, start: int, numel: int, *, any_value: bool = False) -> torch.Tensor:

@@ -30,7 +30,7 @@ from ecar_dist.runtime.checkpoint.compare import (
     match_emas,
 )
 from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, read_manifest
-from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress, RankFile
+from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
 from ecar_dist.runtime.checkpoint.save import MASTER, state_by_kind
 from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, PassedOver, none_whole, warn_of_damage
@@ -185,17 +185,9 @@ def load_fragments(
 
 
 def needed_by(fragments: Sequence[Fragment]) -> Needed:
-    """A function that tells whether a file of a checkpoint contains any part of `fragments`."""
+    """The files of a checkpoint that contain any part of `fragments`."""
     # The elements that are needed of each parameter.
     intervals: dict[str, list[tuple[int, int]]] = {}
     for fragment in fragments:
         intervals.setdefault(fragment.name, []).append((fragment.start, fragment.start + fragment.numel))
-
-    def needed(file: RankFile) -> bool:
-        return any(
-            piece.start < stop and start < piece.start + piece.numel
-            for piece in file.pieces()
-            for start, stop in intervals.get(piece.name, ())
-        )
-
-    return needed
+    return lambda manifest: manifest.files_with(intervals)

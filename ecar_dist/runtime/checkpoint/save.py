@@ -22,7 +22,7 @@ import torch
 
 from ecar_dist.errors import CheckpointError, EcarError, reason_of
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint.manifest import Progress
+from ecar_dist.runtime.checkpoint.manifest import EVEN_SCHEMA, SCHEMA, Piece, Progress, even_pieces
 from ecar_dist.runtime.checkpoint.reader import value_problem
 from ecar_dist.runtime.checkpoint.storage import PendingCheckpoint
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
@@ -105,6 +105,7 @@ class RankShare:
     fragments: Sequence[Fragment]
     copies: Mapping[str, Partitions]
     stopping: threading.Event
+    even: tuple[int, int] | None = None  # (k, n): the fragments are share k of n of every parameter
 
     def write(self, target: Target) -> dict[str, Any]:
         """Write this rank's file and return its manifest entry. Raises CheckpointError, DataError or OSError."""
@@ -117,8 +118,11 @@ class RankShare:
         # The storage chooses the path: in a folder the final disk, for a bucket a local one.
         written = target.pending.write_file(self.file, write)
         failpoint("checkpoint.written", self.step)
-        fragments = [f"{fragment.name}:{fragment.start}:{fragment.numel}" for fragment in self.fragments]
-        return {**dataclasses.asdict(written), "fragments": fragments}
+
+        # Millions of fragments, on thousands of ranks, that follow from a rule are not told.
+        if self.even is not None:
+            return {**dataclasses.asdict(written), "share": self.even}
+        return {**dataclasses.asdict(written), "fragments": list(map(_text_of, self.fragments))}
 
     def _entry(self, kind: str, fragment: Fragment) -> TensorEntry:
         def make() -> torch.Tensor:
@@ -135,6 +139,32 @@ class RankShare:
         return TensorEntry(f"{kind}:{fragment.name}:{fragment.start}", torch.float32, (fragment.numel,), make)
 
 
+def even_share(engine: Engine, rank: int, ranks: int) -> tuple[int, int] | None:
+    """(rank, ranks) under ZeRO 3, where the fragments are an equal share of every parameter; else None."""
+    found = {(fragment.name, fragment.start, fragment.numel) for fragment in engine.fragments}
+    even = engine.zero_stage == 3 and found == set(even_pieces(engine.shapes, rank, ranks))
+    return (rank, ranks) if even else None
+
+
+def _text_of(fragment: Fragment | Piece) -> str:
+    return f"{fragment.name}:{fragment.start}:{fragment.numel}"
+
+
+def _with_files(manifest: Mapping[str, Any], files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest with its schema and the files of all ranks, which have shares on all of them or on none."""
+    if all("share" in file for file in files):
+        return {**manifest, "schema": EVEN_SCHEMA, "files": files}
+
+    # Some rank has other fragments: all of them list theirs.
+    listed = []
+    for file in files:
+        kept = {key: value for key, value in file.items() if key != "share"}
+        if "share" in file:
+            kept["fragments"] = list(map(_text_of, even_pieces(manifest["shapes"], *file["share"])))
+        listed.append(kept)
+    return {**manifest, "schema": SCHEMA, "files": listed}
+
+
 class TakenOverError(CheckpointError):
     """Another attempt at the run owns the storage now. This one must not write there any more."""
 
@@ -142,13 +172,14 @@ class TakenOverError(CheckpointError):
 def commit(targets: Sequence[Target], manifest: Mapping[str, Any], still_ours: Callable[[], bool], where: str) -> None:
     """Rank 0, once all ranks have written: write the manifests, then make the checkpoints visible.
 
-    manifest: the keys that all targets share. still_ours: False if another attempt has taken over.
+    manifest: the keys that all targets share, without schema and files. still_ours: False if another attempt has taken
+    over.
 
     Raises CheckpointError, DataError or OSError if the storage rejects a manifest, and TakenOverError.
     """
     # All that can fail for lack of space comes first. No reader sees any of it.
     for target in targets:
-        text = json.dumps({**manifest, "files": target.files})
+        text = json.dumps(_with_files(manifest, target.files))
         target.pending.write_manifest(text.encode())
 
     # Ask for ownership as late as possible. The commit is atomic in the storage.
@@ -160,7 +191,7 @@ def commit(targets: Sequence[Target], manifest: Mapping[str, Any], still_ours: C
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank's step of a save ended. Picklable, because all ranks exchange it."""
+    """How one rank's step of a save ended. Picklable, because rank 0 gathers it."""
 
     files: tuple[dict[str, Any], ...] = ()  # this rank's manifest entry for each target
     error: str | None = None
@@ -186,6 +217,15 @@ def outcome_of(step: Callable[[], Sequence[dict[str, Any]]], where: str) -> Outc
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know of a step of a save: the first rank that failed and why, or the bytes of all files."""
+
+    failed: int | None = None
+    outcome: Outcome = Outcome()  # of that rank
+    bytes: int = 0
+
+
 @dataclass
 class Save:
     """A save that is under way."""
@@ -196,3 +236,14 @@ class Save:
     manifest: dict[str, Any]  # the keys that all targets share
     result: Future[Outcome]  # of this rank's current step: writing its files, then the commit
     written: bool = False  # all ranks have written their files
+    bytes: int = 0  # of all files, once they are written
+
+    def judge(self, outcomes: Sequence[Outcome]) -> Verdict:
+        """Rank 0: judge the outcomes of all ranks. Their manifest entries stay here; no other rank needs them."""
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error:
+                return Verdict(rank, dataclasses.replace(outcome, files=()))
+        if not self.written:
+            for number, target in enumerate(self.targets):
+                target.files = [outcome.files[number] for outcome in outcomes]
+        return Verdict(bytes=sum(file["bytes"] for target in self.targets for file in target.files))

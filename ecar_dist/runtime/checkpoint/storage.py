@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError
 from ecar_dist.runtime.checkpoint.bucket import BucketStorage
-from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError
+from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, all_files
 from ecar_dist.runtime.checkpoint.folder import LocalStorage
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
@@ -61,7 +61,7 @@ class CheckpointStorage(Protocol):
     def complete(self) -> list[tuple[str, int]]:
         """(name, samples_seen), newest first, of checkpoints with a valid manifest and files of the right size."""
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = lambda file: True) -> Path:
+    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
         """A local folder with the manifest and all `needed` files, each proven by its hash on some rank.
 
         share: (rank, world size). If all ranks read the same files, each hashes its share of them.

@@ -4,9 +4,9 @@ A save, from the first step to the commit:
 
     begin     all ranks copy their state to host memory (save.HostSnapshot); training goes on
               a thread of every rank writes the rank's file (save.RankShare)
-    settle    all ranks exchange the results; an error on one rank is an error on all
+    settle    rank 0 gathers the results and tells the others; an error on one rank is an error on all
               a thread of rank 0 writes the manifest and makes the checkpoint visible (save.commit)
-    settle    all ranks exchange the result; old checkpoints are gone
+    settle    rank 0 tells the result; old checkpoints are gone
 
 `settle` is a collective. The training loop calls it on all ranks in the same step, once all are `ready`. For what a
 resume does, see restore.py; for the files of a checkpoint, files.py.
@@ -32,7 +32,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, EcarError
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint.files import readable
-from ecar_dist.runtime.checkpoint.manifest import SCHEMA, VALUE_BYTES, Progress
+from ecar_dist.runtime.checkpoint.manifest import VALUE_BYTES, Progress
 from ecar_dist.runtime.checkpoint.restore import Expected, Restored, restore_newest
 from ecar_dist.runtime.checkpoint.save import (
     HostSnapshot,
@@ -40,7 +40,9 @@ from ecar_dist.runtime.checkpoint.save import (
     RankShare,
     Save,
     Target,
+    Verdict,
     commit,
+    even_share,
     outcome_of,
     state_by_kind,
 )
@@ -158,7 +160,8 @@ class CheckpointStore:
 
             # The thread writes this rank's file of each target.
             name = f"state-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
-            share = RankShare(name, progress.step, fragments, copies, self._stopping)
+            even = even_share(engine, self._world.rank, self._world.size)
+            share = RankShare(name, progress.step, fragments, copies, self._stopping, even)
             result = self._pool.submit(
                 outcome_of, lambda: [share.write(target) for target in targets], self.storage.where
             )
@@ -255,9 +258,8 @@ class CheckpointStore:
         return f"{self._attempt}_{self._saves:04d}"
 
     def _manifest(self, progress: Progress, engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
-        """checkpoint.json without its files. See manifest.Manifest."""
+        """checkpoint.json without its schema and files. See manifest.Manifest."""
         return {
-            "schema": SCHEMA,
             "progress": asdict(progress),
             # A copy, because training changes the original during the save.
             "notes": copy.deepcopy(client_state),
@@ -290,19 +292,18 @@ class CheckpointStore:
         if save is None:
             return
 
-        # An error on any rank is an error on all, so that all take the same branch.
-        outcomes: list[Outcome] = self._world.gather(save.result.result())
-        failed = next((rank for rank, outcome in enumerate(outcomes) if outcome.error), None)
-        if failed is not None:
+        # An error on any rank is an error on all, so that all take the same branch. Rank 0 alone hears every rank.
+        outcomes = self._world.gather_to_first(save.result.result())
+        verdict: Verdict = self._world.broadcast(outcomes and save.judge(outcomes))
+        if verdict.failed is not None:
             self._save = None
-            self._handle_failure(save, failed, outcomes[failed])
+            self._handle_failure(save, verdict.failed, verdict.outcome)
             return
 
         # All ranks have written: rank 0 commits, the others have nothing to do until the next `settle`.
         if not save.written:
             save.written = True
-            for target, files in zip(save.targets, zip(*(one.files for one in outcomes), strict=True), strict=True):
-                target.files = list(files)
+            save.bytes = verdict.bytes
             step = partial(self._commit, save) if self._world.is_first else list
             save.result = self._pool.submit(outcome_of, step, self.storage.where)
             return
@@ -311,7 +312,7 @@ class CheckpointStore:
         self._save = None
         self._failures_in_a_row = 0
         self._last_failure = ""
-        self.bytes_written += sum(file["bytes"] for target in save.targets for file in target.files)
+        self.bytes_written += save.bytes
         if save.is_checkpoint:
             self.last_committed = save.progress.step
 

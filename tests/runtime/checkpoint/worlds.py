@@ -22,26 +22,36 @@ BATCH = 16
 
 
 class State:
-    """Rank `rank` of `size` holds an even cut of all parameters; with `replicated` all of them, as under ZeRO 0."""
+    """Rank `rank` of `size` holds an even cut of all parameters; with `replicated` all of them, as under ZeRO 0.
 
-    def __init__(self, rank, size, seed, shapes=SHAPES, replicated=False, zero_stage=2):
-        self.replicated, self.zero_stage, self.shapes = replicated, 0 if replicated else zero_stage, shapes
+    With `shares` it holds an even cut of every parameter, as under ZeRO 3.
+    """
+
+    def __init__(self, rank, size, seed, shapes=SHAPES, replicated=False, zero_stage=2, shares=False):
+        self.replicated, self.shapes = replicated, shapes
+        self.zero_stage = 0 if replicated else 3 if shares else zero_stage
         rank, size = (0, 1) if replicated else (rank, size)
         generator = torch.Generator().manual_seed(seed)
         total = sum(torch.Size(shape).numel() for shape in shapes.values())
-        share = -(-total // size)
         self.full = {kind: torch.randn(total, generator=generator) for kind in ("master", *ADAM_MOMENTS)}
         self.full["exp_avg_sq"].abs_()
-        padded = {kind: torch.cat((values, torch.zeros(share * size - total))) for kind, values in self.full.items()}
-        mine = {kind: values[rank * share : (rank + 1) * share].clone() for kind, values in padded.items()}
+
+        # This rank's elements of each parameter, and their places in the flat values of all.
+        self.fragments, places, offset, held = [], [], 0, 0
+        for name, shape in shapes.items():
+            numel = torch.Size(shape).numel()
+            share = -(-(numel if shares else total) // size)
+            begin = 0 if shares else offset
+            low, high = max(0, rank * share - begin), min(numel, (rank + 1) * share - begin)
+            if low < high:
+                self.fragments.append(Fragment(name, low, high - low, 0, held))
+                places += range(offset + low, offset + high)
+                held += high - low
+            offset += numel
+        mine = {kind: values[places] for kind, values in self.full.items()}
         self.partitions = [mine["master"]]
         self._moments = {kind: [mine[kind]] for kind in ADAM_MOMENTS}
-        self.fragments, self.optimizer_step, self.published, offset = [], None, None, 0
-        for name, shape in shapes.items():
-            low, high = max(offset, rank * share), min(offset + torch.Size(shape).numel(), (rank + 1) * share)
-            if low < high:
-                self.fragments.append(Fragment(name, low - offset, high - low, 0, low - rank * share))
-            offset += torch.Size(shape).numel()
+        self.optimizer_step, self.published = None, None
 
     def moments(self, name):
         return self._moments[name]
@@ -91,6 +101,10 @@ class ThreadWorld(World):
     def gather(self, value):
         return self._ranks.exchange(self.rank, value)
 
+    def gather_to_first(self, value):
+        values = self._ranks.exchange(self.rank, value)
+        return values if self.is_first else None
+
     def broadcast(self, value):
         return self._ranks.exchange(self.rank, value)[0]
 
@@ -124,7 +138,7 @@ def store_of(config, world, identity=IDENTITY, **options):
 
 def save(config, size=1, seed=1, step=4, identity=IDENTITY, restore=False, **options):
     """One checkpoint by `size` ranks, finished."""
-    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes") if name in options}
+    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes", "shares") if name in options}
 
     def run(world):
         state = State(world.rank, world.size, seed, **made)
@@ -141,7 +155,7 @@ def save(config, size=1, seed=1, step=4, identity=IDENTITY, restore=False, **opt
 
 def load(config, size=1, identity=IDENTITY, ranks=None, **options):
     """(Restored, State, ShardedEma) of every rank."""
-    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes") if name in options}
+    made = {name: options.pop(name) for name in ("replicated", "zero_stage", "shapes", "shares") if name in options}
 
     def run(world):
         state = State(world.rank, world.size, seed=999, **made)
