@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,33 @@ from ecar_dist.command_line import CommandParser, positive, prepare_process, run
 def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         prepare_process()
-    values = vars(_parser().parse_args(argv))
-    run = COMMANDS[values.pop("command")]
+    command = _parse(argv)
 
     def action() -> int:
-        run(**values)
+        command()
         return 0
 
     return run_command("ecar-data", action)
 
 
+def run(words: Sequence[str]) -> None:
+    """Run one command inside another. Raises its errors."""
+    _parse(words)()
+
+
+def _parse(argv: Sequence[str] | None) -> Callable[[], None]:
+    values = vars(_parser().parse_args(argv))
+    return functools.partial(COMMANDS[values.pop("command")], **values)
+
+
 # The commands. Each imports its module only when it runs: torch, DALI and diffusers take seconds, and --help needs none
 # of them. The arguments of a command are those of the function that it calls.
+
+
+def _prepare(**values: Any) -> None:
+    from data_tools.prepare import prepare
+
+    prepare(**values)
 
 
 def _index(**values: Any) -> None:
@@ -95,6 +111,7 @@ def _push(**values: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "prepare": _prepare,
     "index": _index,
     "shard": _shard,
     "train-vae": _train_vae,
@@ -116,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="ecar-data", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_prepare(commands)
     _add_index(commands)
     _add_shard(commands)
     _add_train_vae(commands)
@@ -147,6 +165,31 @@ def _device(text: str) -> str:
     return text
 
 
+def _add_prepare(commands: Subparsers) -> None:
+    command = _command(commands, "prepare", "shard, train-vae, encode and finalize in one command; run again to resume")
+    _add_source(command, ", or an index, or a built-in source such as `digits`", "folder to make; or an unfinished one")
+    _add_labels(command)
+    _add_holdout(command, 0.1, "OUT/images/heldout, the rest to OUT/images/train")
+    command.add_argument(
+        "--vae",
+        default="dct-f8",
+        help="dct-f8, dct-f32, folder or hub name of an AutoencoderKL or AutoencoderDC; train: a small AutoencoderKL "
+        "is trained on the images",
+    )
+    command.add_argument(
+        "--image-size",
+        type=positive,
+        default=None,
+        help="side of the square images, in pixels (default: the largest power of 2 that is at most the median of "
+        "their shorter sides, from 4 latent pixels to 256 pixels)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of all steps, an integer")
+    _add_flip(command)
+    _add_background(command)
+    command.add_argument("--device", type=_device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
+    _add_max_bad(command)
+
+
 def _add_index(commands: Subparsers) -> None:
     command = _command(commands, "index", "record the position, size and label of every image; copies nothing")
     _add_source(command, "")
@@ -157,12 +200,7 @@ def _add_shard(commands: Subparsers) -> None:
     command = _command(commands, "shard", "copy images into image shards; every image is decoded once to check it")
     _add_source(command, ", or an index, or a built-in source such as `digits`")
     _add_labels(command)
-    command.add_argument(
-        "--holdout",
-        type=float,
-        default=0.0,
-        help="share of each class that goes to OUT/heldout, the rest to OUT/train, from 0 to below 1; 0: all to OUT",
-    )
+    _add_holdout(command, 0.0, "OUT/heldout, the rest to OUT/train")
     command.add_argument("--shuffle", action="store_true", help="shuffle the images, for training on them directly")
     command.add_argument("--seed", type=int, default=0, help="seed for --holdout and --shuffle, an integer")
     command.add_argument("--samples-per-shard", type=positive, default=10_000, help="images per tar")
@@ -253,10 +291,21 @@ def _add_push(commands: Subparsers) -> None:
 # Options that several commands share.
 
 
-def _add_source(command: argparse.ArgumentParser, also: str) -> None:
+def _add_source(
+    command: argparse.ArgumentParser, also: str, out: str = "folder to make; must not exist or be empty"
+) -> None:
     what = f"folder of class folders, or tars (a folder of them, or a-{{000..123}}.tar), local or s3://{also}"
     command.add_argument("source", help=what)
-    command.add_argument("out", type=_local, help="folder to make; must not exist or be empty")
+    command.add_argument("out", type=_local, help=out)
+
+
+def _add_holdout(command: argparse.ArgumentParser, share: float, where: str) -> None:
+    command.add_argument(
+        "--holdout",
+        type=float,
+        default=share,
+        help=f"share of each class that goes to {where}, from 0 to below 1; 0: no split",
+    )
 
 
 def _add_labels(command: argparse.ArgumentParser) -> None:
@@ -308,6 +357,10 @@ def _add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
     _add_background(command)
     command.add_argument("--device", type=_device, default="auto", help=device_help)
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the autoencoder")
+    _add_flip(command)
+
+
+def _add_flip(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--flip", choices=("none", "store"), default="none", help="store: also the moments of the mirrored images"
     )

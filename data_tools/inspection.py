@@ -13,8 +13,16 @@ from PIL import Image
 from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
 from ecar_dist.data.images.decode import ImageDecoder, PilDecoder
+from ecar_dist.data.images.names import readable
 from ecar_dist.data.images.shards import ImageRecord, ImageShards
-from ecar_dist.data.shards.manifest import ImageManifest, Manifest, ShardEntry, load_manifest, schema_of
+from ecar_dist.data.shards.manifest import (
+    MANIFEST_NAME,
+    ImageManifest,
+    Manifest,
+    ShardEntry,
+    load_manifest,
+    schema_of,
+)
 from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.data.shards.tar_index import index_tar, write_dali_index
@@ -29,6 +37,7 @@ from ecar_dist.vae.pixels import to_pixels
 
 _SHEET_SIDE = 8
 _READ_BATCH = 256
+_SHOWN_CLASSES = 100
 
 
 def verify(folder: Path) -> None:
@@ -49,7 +58,7 @@ def stats(folder: Path) -> None:
     # What the set holds.
     gigabytes = sum(entry.bytes for entry in manifest.shards) / 1e9
     print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {gigabytes:.3f} GB")
-    print(f"classes             {manifest.num_classes}")
+    print(f"classes             {manifest.num_classes}: {_class_list(manifest.class_names)}")
     print(f"moments             {list(manifest.moments_shape)} fp16" + (" and mirrored" if manifest.has_flip else ""))
     print(f"encoder             {encoder.name}")
     print(f"scale, shift        {encoder.scaling_factor:.6g} {encoder.shift_factor:.6g}")
@@ -66,6 +75,12 @@ def stats(folder: Path) -> None:
     print(f"preprocessing       {made.get('decoder', 'unknown')}, resize {made.get('resize', 'unknown')}")
     print(f"failures            {failures['count']}" + (f", listed in {failures['file']}" if failures["file"] else ""))
     print(f"dataset_id          {manifest.dataset_id}")
+
+
+def _class_list(names: list[str]) -> str:
+    """`0 cat, 1 dog`; the end of a long list is in the manifest."""
+    shown = [f"{label} {readable(name)}" for label, name in enumerate(names[:_SHOWN_CLASSES])]
+    return ", ".join(shown) + (f", ... (class_names in {MANIFEST_NAME})" if len(names) > _SHOWN_CLASSES else "")
 
 
 def preview(folder: Path, out: Path, vae: str | None = None) -> None:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_tools.failures import MAX_BAD
 from ecar_dist.data.order.lanes import sample_indices
+from ecar_dist.data.prepared import PLAN_NAME
 from ecar_dist.data.shards.manifest import KNOWN_FIELDS
 from ecar_dist.data.shards.manifest_rules import Classes, MomentsShape, Samples, Side, Tree, Visible
 from ecar_dist.errors import DataError
@@ -30,7 +31,6 @@ from ecar_dist.storage.untrusted import (
 )
 from ecar_dist.vae.codec import EncoderIdentity, hash_config
 
-PLAN_NAME = "plan.json"
 MAX_SHARDS = 1_000_000
 
 

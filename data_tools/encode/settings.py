@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,7 @@ class EncodeSettings:
         """
         if self.image_size is None:
             raise _missing_image_size(images, identity.downsample)
+        side = latent_side(self.image_size, identity.downsample)
         versions = {"torch": torch.__version__, "decoder": decoder.library}
         if identity.kind != "dct":
             versions["diffusers"] = version("diffusers")
@@ -75,7 +77,7 @@ class EncodeSettings:
             samples_per_shard=self.samples_per_shard,
             seed=self.seed,
             image_size=self.image_size,
-            moments_shape=_moments_shape(identity, self.image_size),
+            moments_shape=(identity.moments_channels, side, side),
             encoder=identity.to_dict(),
             decoder=decoder.name,
             resize=decoder.resize,
@@ -131,21 +133,32 @@ def warn_if_enlarged(images: ImageShards, image_size: int) -> None:
 
 
 def _missing_image_size(images: ImageShards, downsample: int) -> ConfigError:
-    """Proposes the largest downsample x 2^n that is at most the median of the shorter sides."""
+    """Proposes a size."""
     sides = _shorter_sides(images)
     if not sides:
         return ConfigError(
             f"--image-size is missing, and the size of the images of {images.manifest.source} cannot be read; give the "
             f"side of the square images in pixels, a multiple of {downsample}"
         )
-    median = statistics.median_low(sides)
-    proposal = downsample
-    while proposal * 2 <= median:
-        proposal *= 2
     return ConfigError(
         f"--image-size is missing; the shorter sides of {len(sides)} images of the first shard are {min(sides)} to "
-        f"{max(sides)} pixels, median {median}; give e.g. --image-size {proposal}"
+        f"{max(sides)} pixels, median {statistics.median_low(sides)}; give e.g. --image-size "
+        f"{_largest_fitting(sides, downsample)}"
     )
+
+
+def propose_image_size(images: ImageShards, downsample: int) -> int:
+    """The largest downsample x 2^n that is at most the median of the shorter sides. Raises ConfigError without any."""
+    if not (sides := _shorter_sides(images)):
+        raise _missing_image_size(images, downsample)
+    return _largest_fitting(sides, downsample)
+
+
+def _largest_fitting(sides: Sequence[int], downsample: int) -> int:
+    proposal = downsample
+    while proposal * 2 <= statistics.median_low(sides):
+        proposal *= 2
+    return proposal
 
 
 def _shorter_sides(images: ImageShards) -> list[int]:
@@ -154,17 +167,17 @@ def _shorter_sides(images: ImageShards) -> list[int]:
     return [min(sides) for record in records if (sides := image_sides(record.data)) is not None]
 
 
-def _moments_shape(identity: EncoderIdentity, image_size: int) -> tuple[int, int, int]:
-    """[2C or C, H, W]."""
+def latent_side(image_size: int, downsample: int) -> int:
+    """Side of the latents of square images. Raises ConfigError if it is not a whole number."""
     if image_size > MAX_SIDE:
         raise ConfigError(f"--image-size {image_size} is more than {MAX_SIDE}; give a smaller one")
-    side, rest = divmod(image_size, identity.downsample)
+    side, rest = divmod(image_size, downsample)
     if rest or side < 1:
         raise ConfigError(
-            f"--image-size {image_size} is not a positive multiple of {identity.downsample}, the downsampling of the "
-            f"autoencoder; give e.g. {max(1, round(image_size / identity.downsample)) * identity.downsample}"
+            f"--image-size {image_size} is not a positive multiple of {downsample}, the downsampling of the "
+            f"autoencoder; give e.g. {max(1, round(image_size / downsample)) * downsample}"
         )
-    return (identity.moments_channels, side, side)
+    return side
 
 
 def _print_plan(plan: EncodePlan, out: Path, tasks: int) -> None:

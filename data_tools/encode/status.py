@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.encode.commit import read_marker
-from data_tools.encode.plan import PLAN_NAME, EncodePlan, read_plan
+from data_tools.encode.plan import EncodePlan, read_plan
 from data_tools.failures import ERRORS_NAME
 from ecar_dist.command_line import duration
+from ecar_dist.data.prepared import PLAN_NAME
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
 from ecar_dist.errors import ConfigError
 

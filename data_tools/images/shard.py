@@ -55,8 +55,7 @@ def shard(
     the share `max_bad` of a part. Raises DataError if OUT is occupied, the source cannot be read or too many images are
     bad, ConfigError for settings outside their range.
     """
-    if not 0.0 <= holdout < 1.0:
-        raise ConfigError(f"--holdout {holdout} is outside [0, 1); give the share of images to hold out, e.g. 0.2")
+    check_holdout(holdout)
     if not 0.0 <= max_bad < 1.0:
         raise ConfigError(f"--max-bad {max_bad} is outside [0, 1); give the share of images that may be left out")
     rule = LabelRule.parse(label, read_class_names(classes))
@@ -81,6 +80,12 @@ def shard(
         notes += f"; {checker.animated} animated or multi-page: the first picture will be used"
     counts = zip((part.count for part in parts), chosen, strict=True)
     print(f"{out}: " + ", ".join(f"{count} images {name}".strip() for count, name in counts) + notes)
+
+
+def check_holdout(holdout: float) -> None:
+    """Raises ConfigError for a share outside [0, 1)."""
+    if not 0.0 <= holdout < 1.0:
+        raise ConfigError(f"--holdout {holdout} is outside [0, 1); give the share of images to hold out, e.g. 0.2")
 
 
 def _check_failures(parts: Sequence[_Part]) -> None:

@@ -90,11 +90,23 @@ def test_stats_prints_the_manifest(sets, capsys):
     stats(sets[1])
     printed = capsys.readouterr().out
     assert "24 in 5 shards" in printed
+    assert "3: 0 bird, 1 cat, 2 dog\n" in printed
     assert "[12, 2, 2]" in printed
     assert load_manifest(sets[1]).dataset_id in printed
     assert "posterior_sharpness none, the encoder is deterministic" in printed
     assert "0.00e+00 of means at the limit of fp16" in printed
     assert "failures            0\n" in printed
+
+
+def test_stats_ends_a_long_list_of_classes(sets, capsys):
+    manifest = load_manifest(sets[1])
+    names = [f"class-{label}" for label in range(1000)]
+    write_manifest(sets[1], dataclasses.replace(manifest, num_classes=1000, class_names=names))
+    stats(sets[1])
+    printed = capsys.readouterr().out
+    assert "1000: 0 class-0," in printed
+    assert "99 class-99, ..." in printed
+    assert "class-100" not in printed
 
 
 @pytest.mark.parametrize(("sharpness", "said"), [(0.0009, "0.00090, below 0.001: "), (0.0011, "0.00110\n")])
