@@ -5,9 +5,20 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from data_tools.options import (
+    add_background,
+    add_classes,
+    add_encoding,
+    add_flip,
+    add_holdout,
+    add_labels,
+    add_max_bad,
+    add_source,
+    device,
+    local,
+)
 from ecar_dist import __version__
 from ecar_dist.command_line import CommandParser, positive, prepare_process, run_command
 
@@ -42,6 +53,12 @@ def _prepare(**values: Any) -> None:
     from data_tools.prepare import prepare
 
     prepare(**values)
+
+
+def _import(**values: Any) -> None:
+    from data_tools.foreign.run import import_latents
+
+    import_latents(**values)
 
 
 def _index(**values: Any) -> None:
@@ -112,6 +129,7 @@ def _push(**values: Any) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": _prepare,
+    "import": _import,
     "index": _index,
     "shard": _shard,
     "train-vae": _train_vae,
@@ -134,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_prepare(commands)
+    _add_import(commands)
     _add_index(commands)
     _add_shard(commands)
     _add_train_vae(commands)
@@ -150,26 +169,11 @@ def _command(commands: Subparsers, name: str, help_text: str) -> argparse.Argume
     return commands.add_parser(name, help=help_text, description=help_text)
 
 
-def _local(text: str) -> Path:
-    """A local path. `Path` alone would turn a URL into a folder named `s3:`."""
-    if "://" in text and not text.startswith("file://"):
-        raise argparse.ArgumentTypeError(
-            f"{text} is a URL, this must be a local folder; to upload a finished set, use `ecar-data push FOLDER URL`"
-        )
-    return Path(text.removeprefix("file://"))
-
-
-def _device(text: str) -> str:
-    if text.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text} is not a device; give auto, cpu, cuda or cuda:N")
-    return text
-
-
 def _add_prepare(commands: Subparsers) -> None:
     command = _command(commands, "prepare", "shard, train-vae, encode and finalize in one command; run again to resume")
-    _add_source(command, ", or an index, or a built-in source such as `digits`", "folder to make; or an unfinished one")
-    _add_labels(command)
-    _add_holdout(command, 0.1, "OUT/images/heldout, the rest to OUT/images/train")
+    add_source(command, ", or an index, or a built-in source such as `digits`", "folder to make; or an unfinished one")
+    add_labels(command)
+    add_holdout(command, 0.1, "OUT/images/heldout, the rest to OUT/images/train")
     command.add_argument(
         "--vae",
         default="dct-f8",
@@ -184,33 +188,52 @@ def _add_prepare(commands: Subparsers) -> None:
         "their shorter sides, from 4 latent pixels to 256 pixels)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of all steps, an integer")
-    _add_flip(command)
-    _add_background(command)
-    command.add_argument("--device", type=_device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
-    _add_max_bad(command)
+    add_flip(command)
+    add_background(command)
+    command.add_argument("--device", type=device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
+    add_max_bad(command)
+
+
+def _add_import(commands: Subparsers) -> None:
+    command = _command(commands, "import", "make latent shards of another program's latents; run again to resume")
+    command.add_argument("source", type=local, help="file, folder of files, or folder of class folders, one file each")
+    command.add_argument("out", type=local, help="folder for the latent shards")
+    command.add_argument("--vae", required=True, help="autoencoder that made the latents, as for encode (required)")
+    command.add_argument(
+        "--scale", type=float, default=1.0, help="factor of the stored values: they are (raw - SHIFT) x SCALE"
+    )
+    command.add_argument("--shift", type=float, default=0.0, help="what was subtracted from the raw values before")
+    command.add_argument(
+        "--labels",
+        default=None,
+        help="for arrays: .npy, .pt or text file of labels; none: one class (default: in them)",
+    )
+    add_classes(command)
+    command.add_argument("--samples-per-shard", type=positive, default=4096, help="samples per tar")
+    command.add_argument("--seed", type=int, default=0, help="seed for the order of the samples, an integer")
 
 
 def _add_index(commands: Subparsers) -> None:
     command = _command(commands, "index", "record the position, size and label of every image; copies nothing")
-    _add_source(command, "")
-    _add_labels(command)
+    add_source(command, "")
+    add_labels(command)
 
 
 def _add_shard(commands: Subparsers) -> None:
     command = _command(commands, "shard", "copy images into image shards; every image is decoded once to check it")
-    _add_source(command, ", or an index, or a built-in source such as `digits`")
-    _add_labels(command)
-    _add_holdout(command, 0.0, "OUT/heldout, the rest to OUT/train")
+    add_source(command, ", or an index, or a built-in source such as `digits`")
+    add_labels(command)
+    add_holdout(command, 0.0, "OUT/heldout, the rest to OUT/train")
     command.add_argument("--shuffle", action="store_true", help="shuffle the images, for training on them directly")
     command.add_argument("--seed", type=int, default=0, help="seed for --holdout and --shuffle, an integer")
     command.add_argument("--samples-per-shard", type=positive, default=10_000, help="images per tar")
-    _add_max_bad(command)
+    add_max_bad(command)
 
 
 def _add_train_vae(commands: Subparsers) -> None:
     command = _command(commands, "train-vae", "train a small KL autoencoder on image shards; run again to resume")
-    command.add_argument("shards", type=_local, help="folder of image shards, or an index")
-    command.add_argument("out", type=_local, help="folder for the autoencoder; must not exist, be empty or unfinished")
+    command.add_argument("shards", type=local, help="folder of image shards, or an index")
+    command.add_argument("out", type=local, help="folder for the autoencoder; must not exist, be empty or unfinished")
     command.add_argument("--image-size", type=positive, default=32, help="side of the square images, in pixels")
     command.add_argument(
         "--downsample", type=positive, default=4, help="image pixels per latent pixel side, a power of 2"
@@ -230,29 +253,29 @@ def _add_train_vae(commands: Subparsers) -> None:
     )
     # On the CPU, the threads of DALI and torch compete for the cores: 3 to 4 times slower steps on 2 cores, measured.
     command.add_argument("--decoder", choices=("dali", "pil"), default="pil", help="library that decodes the images")
-    command.add_argument("--device", type=_device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
-    _add_background(command)
-    _add_max_bad(command)
+    command.add_argument("--device", type=device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
+    add_background(command)
+    add_max_bad(command)
 
 
 def _add_plan(commands: Subparsers) -> None:
     command = _command(commands, "plan", "write the plan of an encoding, and print it with the command of each task")
-    _add_encoding(command, "device of the workers: auto (the GPU if this machine has one), cpu or cuda")
+    add_encoding(command, "device of the workers: auto (the GPU if this machine has one), cpu or cuda")
     command.add_argument("--tasks", type=positive, default=1, help="number of workers that will encode")
 
 
 def _add_encode(commands: Subparsers) -> None:
     command = _command(commands, "encode", "encode images into latent shards; run again to resume")
-    _add_encoding(command, "auto (the GPU if there is one), cpu, cuda or cuda:N")
+    add_encoding(command, "auto (the GPU if there is one), cpu, cuda or cuda:N")
     command.add_argument("--task", type=int, default=0, help="number of this worker, from 0 to TASKS - 1")
     command.add_argument("--tasks", type=positive, default=1, help="number of workers")
     command.add_argument("--batch-size", type=positive, default=64, help="images per forward pass of the autoencoder")
-    _add_max_bad(command)
+    add_max_bad(command)
 
 
 def _add_status(commands: Subparsers) -> None:
     command = _command(commands, "status", "print the progress of an encoding: shards, rates, time left")
-    command.add_argument("out", type=_local, help="folder of the latent shards")
+    command.add_argument("out", type=local, help="folder of the latent shards")
     command.add_argument(
         "--tasks", type=positive, default=None, help="number of workers; prints one line for each (default: no lines)"
     )
@@ -260,8 +283,8 @@ def _add_status(commands: Subparsers) -> None:
 
 def _add_finalize(commands: Subparsers) -> None:
     command = _command(commands, "finalize", "check that the latent shards are complete, and write manifest.json")
-    command.add_argument("out", type=_local, help="folder of the latent shards")
-    _add_max_bad(command)
+    command.add_argument("out", type=local, help="folder of the latent shards")
+    add_max_bad(command)
 
 
 def _add_inspection(commands: Subparsers) -> None:
@@ -270,10 +293,10 @@ def _add_inspection(commands: Subparsers) -> None:
         ("stats", "print the manifest of latent shards"),
     ):
         command = _command(commands, name, help_text)
-        command.add_argument("folder", type=_local, help="folder with a manifest.json")
+        command.add_argument("folder", type=local, help="folder with a manifest.json")
     command = _command(commands, "preview", "decode 64 samples into one image")
-    command.add_argument("folder", type=_local, help="folder of latent shards with a manifest.json")
-    command.add_argument("--out", type=_local, required=True, help="image to write, e.g. sheet.png (required)")
+    command.add_argument("folder", type=local, help="folder of latent shards with a manifest.json")
+    command.add_argument("--out", type=local, required=True, help="image to write, e.g. sheet.png (required)")
     command.add_argument(
         "--vae",
         default=None,
@@ -283,99 +306,6 @@ def _add_inspection(commands: Subparsers) -> None:
 
 def _add_push(commands: Subparsers) -> None:
     command = _command(commands, "push", "upload a finished set to a bucket; run again to resume")
-    command.add_argument("folder", type=_local, help="folder of latent or image shards with a manifest.json")
+    command.add_argument("folder", type=local, help="folder of latent or image shards with a manifest.json")
     command.add_argument("url", help="s3://bucket/set, or another fsspec URL")
     command.add_argument("--threads", type=positive, default=8, help="files that are uploaded at once")
-
-
-# Options that several commands share.
-
-
-def _add_source(
-    command: argparse.ArgumentParser, also: str, out: str = "folder to make; must not exist or be empty"
-) -> None:
-    what = f"folder of class folders, or tars (a folder of them, or a-{{000..123}}.tar), local or s3://{also}"
-    command.add_argument("source", help=what)
-    command.add_argument("out", type=_local, help=out)
-
-
-def _add_holdout(command: argparse.ArgumentParser, share: float, where: str) -> None:
-    command.add_argument(
-        "--holdout",
-        type=float,
-        default=share,
-        help=f"share of each class that goes to {where}, from 0 to below 1; 0: no split",
-    )
-
-
-def _add_labels(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--label",
-        default="cls",
-        help="for tars: the member that holds the label, cls or json:FIELD; none: all images are one class",
-    )
-    command.add_argument(
-        "--classes",
-        type=_local,
-        default=None,
-        help="text file with one class name per line, in the order of the labels (default: sorted folder names; for "
-        "tars, the numbers)",
-    )
-    command.add_argument("--flat", action="store_true", help="make all images below the folder one class")
-
-
-def _add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
-    """The options that decide the bytes of the shards."""
-    command.add_argument("shards", help="folder of image shards or an index, local or s3://")
-    command.add_argument("out", type=_local, help="folder for the latent shards; the same one for all workers")
-    command.add_argument(
-        "--vae",
-        required=True,
-        help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL or AutoencoderDC (required)",
-    )
-    command.add_argument(
-        "--image-size",
-        type=positive,
-        default=argparse.SUPPRESS,  # without the option, an error proposes a size that fits the images
-        help="side of the square images, in pixels: the shorter side is resized to it, then the centre is cropped "
-        "(required)",
-    )
-    command.add_argument("--samples-per-shard", type=positive, default=4096, help="samples per tar")
-    command.add_argument("--seed", type=int, default=0, help="seed for the order of the samples, an integer")
-    command.add_argument(
-        "--decoder",
-        choices=("auto", "dali", "dali-cpu", "pil"),
-        default="auto",
-        help="library that decodes the images; auto: DALI, or PIL for --resize adm; dali-cpu: DALI without the GPU",
-    )
-    command.add_argument(
-        "--resize",
-        choices=("cubic", "adm"),
-        default="cubic",
-        help="resize filter; adm: that of the reference code of ADM and DiT, computed by PIL on the CPU",
-    )
-    _add_background(command)
-    command.add_argument("--device", type=_device, default="auto", help=device_help)
-    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the autoencoder")
-    _add_flip(command)
-
-
-def _add_flip(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--flip", choices=("none", "store"), default="none", help="store: also the moments of the mirrored images"
-    )
-
-
-def _add_background(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--background", default="white", help="colour behind transparent pixels: white, black or #rrggbb"
-    )
-
-
-def _add_max_bad(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--max-bad",
-        type=float,
-        default=1e-3,
-        help="share of images that may be left out and listed in errors.jsonl, from 0 to 1",
-    )

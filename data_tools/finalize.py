@@ -90,10 +90,12 @@ def _dense(entries: Sequence[LatentEntry]) -> list[LatentEntry]:
 
 def _preprocessing(plan: EncodePlan) -> dict[str, object]:
     background = {} if plan.background is None else {"background": plan.background}
+    pixels = {"resize": f"{plan.resize}: {RESIZES[plan.resize]}", "crop": "centre"}
+    if plan.imported is not None:  # how its pixels were prepared is not known
+        pixels = {"scale": plan.imported["scale"], "shift": plan.imported["shift"]}
     return {
         "image_size": plan.image_size,
-        "resize": f"{plan.resize}: {RESIZES[plan.resize]}",
-        "crop": "centre",
+        **pixels,
         "decoder": plan.decoder,
         "precision": plan.precision,
         "flip": plan.flip,

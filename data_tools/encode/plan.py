@@ -56,6 +56,7 @@ class EncodePlan:
     flip: Visible
     versions: dict[str, Visible]  # of the libraries that compute the moments
     background: Visible | None = None  # behind transparent pixels; None: old version that dropped transparency
+    imported: Tree | None = None  # of `ecar-data import`: scale, shift and the other options; None: an encoding
 
     @property
     def plan_id(self) -> str:
@@ -68,6 +69,10 @@ class EncodePlan:
         content = {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
         if self.background is None:
             del content["background"]  # older plans have no such key, and their ids must not change
+        if self.imported is None:
+            del content["imported"]
+        else:
+            content["imported"] = {name: self.imported[name] for name in ("scale", "shift")}
         return content
 
     @property
@@ -89,6 +94,9 @@ class EncodePlan:
 
     def command(self, out: Path, task: int, tasks: int, max_bad: float = MAX_BAD) -> str:
         """The shell command that makes the shards task, task + tasks, ..."""
+        if self.imported is not None:
+            return self._import_command(out)
+
         # Every option that decides the bytes is written out, so that the command does not depend on defaults.
         settings = {
             "vae": self.encoder["name"],
@@ -107,6 +115,12 @@ class EncodePlan:
             settings["max-bad"] = max_bad
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         return shlex.join(["ecar-data", "encode", self.source_folder, str(out), *words])
+
+    def _import_command(self, out: Path) -> str:
+        given = {"vae": self.encoder["name"], **(self.imported or {})}
+        given |= {"samples-per-shard": self.samples_per_shard, "seed": self.seed}
+        words = [word for name, value in given.items() if value != "" for word in (f"--{name}", str(value))]
+        return shlex.join(["ecar-data", "import", self.source_folder, str(out), *words])
 
 
 def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:

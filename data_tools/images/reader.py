@@ -36,6 +36,7 @@ class ImageReader:
     class_names: list[str]  # class_names[label]
     labels: np.ndarray  # int64 [count]
     read_many: Callable[[Sequence[int]], list[ImageRecord]]  # indices in [0, count) -> encoded images, in that order
+    identity: str = ""  # changes if the images or their order change; empty: the name says it all
 
 
 def read_digits() -> ImageReader:
@@ -98,4 +99,5 @@ def _has_manifest(source: str) -> bool:
 @contextlib.contextmanager
 def _open_indexed(folder: str, source: str) -> Iterator[ImageReader]:
     with contextlib.closing(ImageShards(folder)) as images:
-        yield ImageReader(redact(source), images.manifest.class_names, images.labels(), images.read_many)
+        about = images.manifest
+        yield ImageReader(redact(source), about.class_names, images.labels(), images.read_many, about.dataset_id)

@@ -1,4 +1,4 @@
-"""`ecar-data shard`: copy images into WebDataset shards. OUT appears only when all of it is written.
+"""`ecar-data shard`: copy images into WebDataset shards. OUT appears only when all is written. Run again to resume.
 
 The bytes of the images are not changed, but every image is decoded once. So bad images are found here, where their file
 names are known. The names are stored beside the tars, for later messages.
@@ -7,6 +7,7 @@ names are known. The names are stored beside the tars, for later messages.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import webdataset
 from tqdm import tqdm
 
 from data_tools.failures import ERRORS_NAME, MAX_BAD, write_errors
-from data_tools.images.index import new_folder, read_class_names
+from data_tools.images.index import read_class_names
 from data_tools.images.reader import ImageReader, open_images
 from data_tools.images.tar_samples import LabelRule, index_image_tar
+from data_tools.images.unfinished import FinishedShard, ShardRecords, unfinished_folder
 from data_tools.progress import progress
 from ecar_dist.data.images.decode import PilDecoder
 from ecar_dist.data.images.formats import image_extension
@@ -62,16 +64,19 @@ def shard(
     parts: list[_Part] = []
     checker = PilDecoder()
 
-    with new_folder(out) as working, open_images(source, rule, flat=flat) as images:
+    with unfinished_folder(out) as working, open_images(source, rule, flat=flat) as images:
         # Which images go to which folder below OUT, and in which order.
         chosen = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
         if shuffle:
             chosen = {name: np.random.default_rng(seed).permutation(indices) for name, indices in chosen.items()}
 
+        # Shards that an earlier run has finished are kept, if it had the same source and options.
+        options = {"holdout": holdout, "seed": seed, "samples_per_shard": samples_per_shard, "shuffle": shuffle}
+        records = ShardRecords(working, {"source": images.identity or images.name, **options})
         with progress(len(images.labels), "image", "shard") as bar:
             for name, indices in chosen.items():
                 parts.append(_Part(images, checker, working / name, samples_per_shard, bar))
-                parts[-1].write(indices, max_bad)
+                parts[-1].write(indices, max_bad, records, name)
         _check_failures(parts)
 
     bad = sum(len(part.failures) for part in parts)
@@ -108,7 +113,14 @@ def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarra
         chosen = np.random.default_rng([seed, int(label)]).permutation(members)
         held[chosen[: round(holdout * len(members))]] = True
     if held.all() or not held.any():
-        raise ConfigError(f"--holdout {holdout} puts all {len(labels)} images into one part; give another share")
+        # A share of n images is rounded, so it must be above 1 / 2n.
+        least = math.ceil(50 / np.bincount(labels).max() + 1) / 100
+        fix = (
+            f"give at least {least:g}, or 0 to hold out none"
+            if np.bincount(labels).max() > 1 and not held.any()
+            else "give another share"
+        )
+        raise ConfigError(f"--holdout {holdout} puts all {len(labels)} images into one part; {fix}")
     return {"train": np.flatnonzero(~held), "heldout": np.flatnonzero(held)}
 
 
@@ -127,16 +139,31 @@ class _Part:
         self.entries: list[ImageEntry] = []
         self.failures: list[dict[str, Any]] = []
 
-    def write(self, indices: np.ndarray, max_bad: float) -> None:
-        """Write shards, errors.jsonl and manifest.
+    def write(self, indices: np.ndarray, max_bad: float, records: ShardRecords, name: str) -> None:
+        """Write the shards that are not finished, errors.jsonl and manifest.
 
         Raises DataError early if far too many images are bad; the caller checks the exact limit over all parts.
         """
         self.allowed = int(max_bad * len(indices))
         self.folder.mkdir(parents=True, exist_ok=True)
-        samples = self._read_ahead(indices)
-        for _ in range(0, len(indices), self.samples_per_shard):
-            self._write_shard(itertools.islice(samples, self.samples_per_shard))
+
+        # Those that an earlier run has finished.
+        finished = records.finished(name)
+        for done in finished:
+            self.entries += [done.entry] if done.entry else []
+            self.failures += done.failures
+            self.checker.animated += done.animated
+        images_done = min(len(finished) * self.samples_per_shard, len(indices))
+        self.bar.update(images_done)
+
+        # The others. The next batch is decoded ahead, so its animated images may be counted twice after a kill.
+        samples = self._read_ahead(indices[images_done:])
+        for number in range(len(finished), math.ceil(len(indices) / self.samples_per_shard)):
+            failures, animated = len(self.failures), self.checker.animated
+            entry = self._write_shard(itertools.islice(samples, self.samples_per_shard))
+            self.entries += [entry] if entry else []
+            records.add(name, number, FinishedShard(entry, self.failures[failures:], self.checker.animated - animated))
+
         if self.failures:
             write_errors(self.folder, self.failures)
         names = self.images.class_names
@@ -146,8 +173,8 @@ class _Part:
     def count(self) -> int:
         return sum(entry.count for entry in self.entries)
 
-    def _write_shard(self, samples: Iterable[tuple[int, ImageRecord, str | None]]) -> None:
-        """A key is the index in the source, so the two parts of a split never share one."""
+    def _write_shard(self, samples: Iterable[tuple[int, ImageRecord, str | None]]) -> ImageEntry | None:
+        """None if all images are bad. A key is the index in the source, so the two parts of a split never share one."""
         path = self.folder / f"{len(self.entries):06d}.tar"
         names: list[tuple[str, str]] = []
         with webdataset.TarWriter(str(path), encoder=False, user="", group="", mtime=0) as writer:
@@ -162,11 +189,11 @@ class _Part:
                 names.append((key, record.name))
 
         # A shard of bad images alone does not exist.
-        if names:
-            write_names(path.with_suffix(NAMES_SUFFIX), names)
-            self.entries.append(self._describe(path))
-        else:
+        if not names:
             path.unlink()
+            return None
+        write_names(path.with_suffix(NAMES_SUFFIX), names)
+        return self._describe(path)
 
     def _describe(self, path: Path) -> ImageEntry:
         tar = index_image_tar(self.folder, path.name, path.stat().st_size, LabelRule("cls"), foreign=False)

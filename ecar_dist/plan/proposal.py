@@ -35,8 +35,9 @@ SMALLEST_LEARNING_RATE = 1e-4  # of all larger presets
 GPU_EPOCHS = 100
 GPU_SAMPLES = (200_000, 100_000_000)  # the shortest and the longest run on a GPU
 CPU_FLOPS = 25e9  # FLOP/s that a preset T reached on one or two cores
-CPU_SECONDS = 600.0
+CPU_SECONDS = 300.0
 CPU_SAMPLES = (6_400, 102_400)
+SMALLEST_MICRO_BATCH = 8  # before a smaller preset is taken
 SHOWN_CLASSES = 20
 _SMI = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
@@ -64,12 +65,19 @@ def propose_config(found: PreparedLatents, hardware: Hardware, *, name: str, pre
 
     # Presets from the largest that fits the number of samples on, until a micro-batch fits the memory.
     fitting = [row for least, row in PRESETS_BY_SAMPLES if found.manifest.count >= least] if hardware.memory else ["T"]
-    for chosen in [preset] if preset else reversed(fitting):
-        text = _text(found, hardware, _choose(found, hardware, name, chosen))
+    for row in [preset] if preset else reversed(fitting):
+        chosen = _choose(found, hardware, name, row)
+        text = _text(found, hardware, chosen)
         config = config_from_dict(parse_yaml(text))
-        if not hardware.memory or _largest_micro_batch(config, hardware) >= config.batch.micro_batch_size:
+        fits = _largest_micro_batch(config, hardware) if hardware.memory else chosen["micro"]
+        if fits >= min(SMALLEST_MICRO_BATCH, chosen["micro"]):
             break
-    check_fits(config, [(found.folder, found.manifest)])
+
+    # A smaller micro-batch of the same global batch, where the memory needs it.
+    while chosen["micro"] > max(1, fits):
+        chosen["micro"] //= 2
+    text = _text(found, hardware, chosen)
+    check_fits(config_from_dict(parse_yaml(text)), [(found.folder, found.manifest)])
     return text
 
 

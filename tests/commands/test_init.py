@@ -97,6 +97,7 @@ def test_a_preset_that_does_not_fit_the_memory_gives_way(digits):
     small = Hardware("a small GPU", 8 << 30)
     config = proposed(found(digits, count=2_000_000, shape=(12, 32, 32)), small)
     assert config.model.preset in ("S", "B")
+    assert config.batch.micro_batch_size in (8, 16)
     assert proposed(found(digits), small, preset="XL").model.preset == "XL"
 
 

@@ -142,10 +142,8 @@ class ImageDecoder(ABC):
                 f"than {MAX_PIXELS} pixels; crop it or remove it"
             )
 
-        if mode in ("I", "F"):
-            raise DataError(
-                f"image {key} has mode {mode}, 32 bits per channel with an unknown range; convert it to 8 or 16 bits"
-            )
+        if mode == "F":
+            raise DataError(f"image {key} has mode F, floats with an unknown range; convert it to 8 or 16 bits")
         self.animated += animated
         return _Encoded(blob, plain)
 
@@ -314,8 +312,12 @@ def _png_may_have_orientation(blob: bytes) -> bool:
 
 def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
     # PIL keeps the upper 8 bits of 16-bit colour, but clips 16-bit grey. Treat both the same.
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    # 16-bit grey may also come as 32-bit integers.
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"its values reach from {values.min()} to {values.max()}, 0 to 65535 are 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
 

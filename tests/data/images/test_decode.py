@@ -139,6 +139,11 @@ def test_transparency_is_composited_on_the_background(kind, name):
     assert (decoder.decode_to_batch([hidden], ["red"], 4) == COLOURS[name]).all()
 
 
+def test_integers_in_the_range_of_16_bits_are_16_bits(decoder):
+    grey, integers = decoder.decode([BLOBS["16 bit grey"], encoded(GREY_16.astype(np.int32), "TIFF")], ["a", "b"])
+    np.testing.assert_array_equal(grey, integers)
+
+
 @pytest.mark.parametrize("mode", ["LA", "P", "PA"])
 def test_transparency_of_grey_and_palette_images(decoder, mode):
     image = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
@@ -220,6 +225,8 @@ BAD = {
     "cut jpeg": BLOBS["jpeg"][:5000],
     "cut png": BLOBS["png"][:5000],
     "32 bit": encoded(CHINA[..., 0].astype(np.float32), "TIFF"),
+    "integers beyond 16 bits": encoded(GREY_16.astype(np.int32) * 9, "TIFF"),
+    "negative integers": encoded(GREY_16.astype(np.int32) - 9, "TIFF"),
     "another format": encoded(CHINA, "ICO"),
     "cut gif": BLOBS["gif"][:5000],
     "cut tiff": BLOBS["tiff"][:5000],

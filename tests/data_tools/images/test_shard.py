@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.images import shard as shard_module
 from data_tools.images.index import index
 from data_tools.images.shard import shard
 from ecar_dist.data.images.shards import ImageShards
@@ -81,6 +82,66 @@ def test_bad_files_within_the_bound_are_left_out_and_listed(tmp_path):
     ]
     with pytest.raises(DataError, match="bad images: 2, --max-bad allows 1"):
         shard(str(root), tmp_path / "other", max_bad=0.05)
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_a_killed_command_continues_after_its_last_finished_shard(tmp_path, monkeypatch, holdout):
+    """A KeyboardInterrupt leaves what a kill leaves."""
+    root = with_bad_files(write_image_folder(tmp_path / "in"), "bird/0.jpeg", "cat/5.png")
+    settings = {"samples_per_shard": 4, "max_bad": 0.5, "holdout": holdout}
+    shard(str(root), tmp_path / "undisturbed", **settings)
+    written = []
+    original = shard_module._Part._write_shard
+
+    def third_time_unlucky(part, samples):
+        written.append(part.folder.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return original(part, samples)
+
+    monkeypatch.setattr(shard_module._Part, "_write_shard", third_time_unlucky)
+    with pytest.raises(KeyboardInterrupt):
+        shard(str(root), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    shard(str(root), tmp_path / "out", **settings)
+    assert len(written) == 3 + len(list((tmp_path / "out").rglob("*.tar"))) - 2, "two were not written again"
+    for part in ("train", "heldout") if holdout else ("",):
+        assert content(tmp_path / "out" / part) == content(tmp_path / "undisturbed" / part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
+
+
+@pytest.mark.parametrize("change", ["source", "option", "torn", "record"])
+def test_unfinished_work_that_does_not_fit_is_done_again(tmp_path, monkeypatch, change):
+    root = write_image_folder(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_module, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            shard(str(root), tmp_path / "out", samples_per_shard=10)
+    unfinished = tmp_path / ".out.unfinished"
+    if change == "source":
+        (root / "cat/1.png").unlink()
+    elif change == "torn":
+        (unfinished / "000001.tar").write_bytes(b"torn")
+    elif change == "record":
+        (unfinished / ".shards/-000001.json").write_text("{")
+    size = 9 if change == "option" else 10
+    shard(str(root), tmp_path / "out", samples_per_shard=size)
+    shard(str(root), tmp_path / "undisturbed", samples_per_shard=size)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_two_commands_do_not_write_the_same_folder(tmp_path, monkeypatch):
+    root = write_image_folder(tmp_path / "in")
+    original = shard_module.write_manifest
+
+    def meanwhile(*values):
+        with pytest.raises(DataError, match="another command is writing"):
+            shard(str(root), tmp_path / "out")
+        original(*values)
+
+    monkeypatch.setattr(shard_module, "write_manifest", meanwhile)
+    shard(str(root), tmp_path / "out")
+    assert load_image_manifest(tmp_path / "out").count == 24
 
 
 def test_a_shard_with_only_bad_files_is_not_written(tmp_path):

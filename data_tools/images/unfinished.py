@@ -1,0 +1,99 @@
+"""The folder in which `ecar-data shard` writes, beside OUT, until it is renamed to OUT: `.OUT.unfinished`.
+
+It survives a kill. A later command with the same source and options continues after the last finished shard; another
+one begins again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ecar_dist.data.shards.manifest import ImageEntry
+from ecar_dist.errors import DataError
+from ecar_dist.storage.atomic import write_json
+from ecar_dist.storage.node_lock import try_lock
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, read_plain_file
+
+_RECORDS = ".shards"  # one file for each finished shard, and the identity of the command
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What the command must remember of a shard. `entry` is None if all its images are bad."""
+
+    entry: ImageEntry | None
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    animated: int = 0
+
+
+@contextlib.contextmanager
+def unfinished_folder(out: Path) -> Iterator[Path]:
+    """The folder is renamed to `out` at the end. After an error it is removed; after a kill or Ctrl-C it stays.
+
+    Raises DataError if `out` exists and is not an empty folder, or if another process is writing it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty; remove it or give another folder")
+    working = out.with_name(f".{out.name}.unfinished")
+    working.mkdir(parents=True, exist_ok=True)
+    with open(working / _LOCK, "ab") as lock:
+        if not try_lock(lock):
+            raise DataError(f"another command is writing {out}; wait for it, or give another folder")
+        try:
+            yield working
+            shutil.rmtree(working / _RECORDS, ignore_errors=True)
+            (working / _LOCK).unlink()
+            os.rename(working, out)
+        except Exception as error:
+            shutil.rmtree(working, ignore_errors=True)
+            if isinstance(error, OSError) and not error.filename:
+                raise OSError(error.errno, error.strerror, str(out)) from None  # that of a full disk names no path
+            raise
+
+
+class ShardRecords:
+    """The records of finished shards in an unfinished folder."""
+
+    def __init__(self, working: Path, identity: dict[str, Any]) -> None:
+        self._working = working
+        self._folder = working / _RECORDS
+        if self._read("identity.json") != identity:
+            for path in working.iterdir():
+                if path.name != _LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._folder.mkdir()
+            write_json(self._folder / "identity.json", identity)
+
+    def finished(self, part: str) -> list[FinishedShard]:
+        """The shards of a part from the first one on, as long as they are whole."""
+        found: list[FinishedShard] = []
+        while (tree := self._read(f"{part}-{len(found):06d}.json")) is not None:
+            try:
+                shard = TypeAdapter(FinishedShard).validate_python(tree)
+                entry = shard.entry
+                if entry is not None and (self._working / part / entry.name).stat().st_size != entry.bytes:
+                    break
+            except (OSError, ValueError):
+                break
+            found.append(shard)
+        return found
+
+    def add(self, part: str, number: int, shard: FinishedShard) -> None:
+        write_json(self._folder / f"{part}-{number:06d}.json", dataclasses.asdict(shard))
+
+    def _read(self, name: str) -> Any:
+        """None if it is missing or damaged: then the work is done again."""
+        try:
+            return parse_json(read_plain_file(self._folder / name, MAX_JSON_BYTES))
+        except (OSError, ValueError):
+            return None
