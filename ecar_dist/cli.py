@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ecar_dist import __version__
 from ecar_dist.command_line import CommandParser, prepare_process, run_command
-from ecar_dist.commands import checkpoints, drilling, generation, proposing, submitting, training, watching
+from ecar_dist.commands import checkpoints, drilling, generation, proposing, scoring, submitting, training, watching
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     proposing.add_commands(add)
     training.add_commands(add)
     generation.add_commands(add)
+    scoring.add_commands(add)
     checkpoints.add_verbs(commands.add_parser("checkpoint", help="inspect the checkpoints of a run, or export one"))
     submitting.add_commands(add)
     drilling.add_commands(add)

@@ -391,7 +391,7 @@ def test_sampling_what_is_no_run(tmp_path, capsys):
 
 def test_sampling_a_class_that_does_not_exist(trained, tmp_path, capsys):
     said = fails(capsys, "sample", trained[1], "--labels", "3,10", "--out", tmp_path / "out")
-    assert "--labels 10 is outside 0..9" in said
+    assert "label 10 is outside 0..9" in said
 
 
 def test_sampling_into_an_occupied_folder(trained, tmp_path, capsys):

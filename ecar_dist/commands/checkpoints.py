@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import positive
-from ecar_dist.errors import CheckpointError
+from ecar_dist.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from ecar_dist.runtime.checkpoint.storage import CheckpointStorage
@@ -39,7 +39,8 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     add("diff", checkpoint_diff, "compare two checkpoints; of a run, its newest one", "A", "B")
 
     # Export.
-    exporting = add("export", checkpoint_export, "write EMA weights of the newest checkpoint as safetensors")
+    exporting = add("export", checkpoint_export, "write EMA weights of a checkpoint as safetensors")
+    exporting.add_argument("--step", help="optimizer step of the checkpoint or EMA snapshot (default: the newest)")
     exporting.add_argument("--out", type=Path, help="folder to create (default: export in the run directory)")
     wanted = exporting.add_mutually_exclusive_group()
     wanted.add_argument(
@@ -49,6 +50,11 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     )
     wanted.add_argument(
         "--sigma-rel", type=float, help="relative width of a power-function EMA, as in EDM2 (default: use a half-life)"
+    )
+    wanted.add_argument(
+        "--ema",
+        metavar="NAME",
+        help="weights: ema, ema1, ... of the checkpoint, or raw for those without an EMA (default: ema, the first one)",
     )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="data type of the weights")
     exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="largest size of one weight file, in GiB")
@@ -126,13 +132,22 @@ def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.export.ema import WantedEma
+    from ecar_dist.runtime.export.files import is_export
     from ecar_dist.runtime.export.write import export_run
+    from ecar_dist.sample.load import find_weights
+    from ecar_dist.sample.options import parse_step
     from ecar_dist.sample.parity import parity_report
 
+    # Which weights.
+    if is_export(parsed.run_directory):
+        raise ConfigError(f"{parsed.run_directory} is an export already; give the run that it was made from")
+    step = None if parsed.step is None else parse_step(parsed.step)
+    run, checkpoint = find_weights(parsed.run_directory, step)
     exported = export_run(
-        parsed.run_directory,
-        parsed.out or parsed.run_directory / "export",
-        wanted=WantedEma(parsed.half_life, parsed.sigma_rel),
+        run,
+        parsed.out or run / "export",
+        wanted=WantedEma.parse(parsed.ema) if parsed.ema else WantedEma(parsed.half_life, parsed.sigma_rel),
+        checkpoint=checkpoint,
         dtype=parsed.dtype,
         max_shard_gib=parsed.max_shard_gib,
     )

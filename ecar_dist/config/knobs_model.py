@@ -225,6 +225,14 @@ class SampleSection(Section):
         "linear: guidance rises by stage from 1 to guidance_scale; constant: the same in all stages",
         on_resume=OnResume.SAFE,
     )
+    guidance_interval: tuple[float, float] = knob(
+        (0.0, 1.0),
+        "model times between which samples are guided, from 0 (noise) to 1 (data) over all stages; outside of them the "
+        "conditional model alone is evaluated, at half the cost",
+        unit="model time",
+        allowed="two numbers, 0 <= low < high <= 1",
+        on_resume=OnResume.SAFE,
+    )
     ar_steps: int = knob(
         64,
         "mar only: steps in which the tokens are drawn, at most one per token",
@@ -244,3 +252,14 @@ class SampleSection(Section):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(
+                f"sample.guidance_interval={list(value)} must be two numbers with 0 <= low < high <= 1; [0, 1] guides "
+                "at all times"
+            )
+        return value

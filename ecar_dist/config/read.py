@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -70,6 +71,18 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(_shorten(_explain(error), SHOWN_MESSAGE)) from None
 
 
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """The config with other values, by dotted key of an existing knob. Raises ConfigError as `config_from_dict`."""
+    tree = config.model_dump(mode="json")
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return config_from_dict(tree)
+
+
 def config_to_yaml(config: RunConfig) -> str:
     """The resolved config as a file that `load_config` reads back. It contains the secrets of URLs: do not print it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -106,20 +119,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {shown}: {_shorten(parent)} is a value, not a section; check the dotted name")
 
-    try:
-        node[leaf] = _override_value(dotted, text)
-    except UntrustedError as error:
-        raise ConfigError(f"override {shown} is not a YAML value ({_shorten(str(error))}); quote it") from None
+    node[leaf] = override_value(dotted, text)
 
 
-def _override_value(dotted: str, text: str) -> Any:
-    """The YAML value of `text`. Where the field holds text, the word as it is: `run.name=off`, `run.name=1`."""
+def override_value(dotted: str, text: str) -> Any:
+    """The YAML value of `text`. Where the field holds text, the word as it is: `run.name=off`, `run.name=1`.
+
+    Raises ConfigError.
+    """
     types = _types_of(dotted)
     quoted = text[:1] in ("'", '"')
     null = NoneType in types and text in ("", "~", "null")
     if str in types and not quoted and not null:
         return text
-    return parse_yaml(text)
+    try:
+        return parse_yaml(text)
+    except UntrustedError as error:
+        shown = _shorten(repr(f"{dotted}={text}"))
+        raise ConfigError(f"override {shown} is not a YAML value ({_shorten(str(error))}); quote it") from None
 
 
 def _types_of(dotted: str) -> set[Any]:

@@ -21,6 +21,17 @@ def guide(conditional: torch.Tensor, null: torch.Tensor, guidance_scale: float) 
     return null + guidance_scale * (conditional - null)
 
 
+def is_guided(guidance_scale: float, interval: tuple[float, float], time: float) -> bool:
+    """Whether a velocity at this model time is guided: within `interval`, its ends included.
+
+    The limited interval is that of Kynkäänniemi et al., arXiv 2404.07724. w = 1 is the conditional model and w = 0 the
+    unconditional one, at all times.
+    """
+    if guidance_scale in (0.0, 1.0):
+        return guidance_scale == 0.0
+    return interval[0] <= time <= interval[1]
+
+
 def stage_guidance_scales(guidance_scale: float, num_stages: int, ramp: str) -> tuple[float, ...]:
     """w_k of every stage. `linear`: w_k = 1 + (w - 1) k / (K - 1), so stage 0 needs no null pass; `constant`: w.
 

@@ -81,6 +81,11 @@ class StageSchedule:
         edges = [sum(lengths[:k]) / sum(lengths) for k in range(self.num_stages)] + [1.0]
         return tuple(itertools.pairwise(edges))
 
+    def model_time(self, stage: int, u: float) -> float:
+        """mt_k(u) of one time, see `path.model_time`."""
+        low, high = self.model_windows[stage]
+        return low + u * (high - low)
+
     def context_scales(self, tau: float) -> tuple[float, ...]:
         """1 / std of C_k = X^e_k + tau xi for unit-variance latents, for every stage that is fed back (k < K-1)."""
         # Var C_k = e^2 + (1 - e)^2 + tau^2: latent, path noise and context noise are independent.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,19 @@ class Solver:
         for u, end in pairwise(time_grid(num_steps, time_shift)):
             x = self.step(velocity_fn, x, u, end)
         return x
+
+    def call_times(self, num_steps: int, time_shift: float = 1.0) -> list[float]:
+        """The times u at which a solver of `num_steps` steps asks for the velocity, in order."""
+        times: list[float] = []
+
+        # A solver is plain arithmetic, so a number can take the place of the tensor.
+        def record(x: Any, u: float) -> Any:
+            times.append(u)
+            return x
+
+        start: Any = 0.0
+        self(record, start, num_steps, time_shift)
+        return times
 
 
 def time_grid(num_steps: int, time_shift: float = 1.0) -> list[float]:

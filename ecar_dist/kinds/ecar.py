@@ -12,7 +12,7 @@ from ecar_dist.kinds.activations import (
     transformer_activations,
     velocity_activations,
 )
-from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_calls, velocity_macs
+from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
@@ -100,8 +100,8 @@ class EcarKind(StagedKind):
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
         # velocity network: W_m M_k once a stage, then the solver's calls
         flow = sum(
-            branches * (calls * velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens))
-            for tokens, branches, calls in zip(stage_tokens, passes, velocity_calls(config), strict=True)
+            evaluations * velocity_macs(preset, tokens, channels) + branches * condition_macs(preset, tokens)
+            for tokens, branches, evaluations in zip(stage_tokens, passes, self.stage_evaluations(config), strict=True)
         )
         return max(passes) * ar + flow
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ecar_dist.flow.guidance import is_guided
 from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.kinds.parameters import SINUSOID_WIDTH
 from ecar_dist.kinds.presets import Preset
@@ -53,6 +54,16 @@ def velocity_macs(preset: Preset, tokens: int, token_channels: int, *, linears_o
 def velocity_calls(config: RunConfig) -> list[int]:
     """Velocities that the solver asks for from u = 0 to u = 1, in each stage."""
     return [steps * SOLVERS[config.sample.solver].calls_per_step for steps in config.stage_steps]
+
+
+def velocity_evaluations(config: RunConfig, stage: int, guidance_scale: float) -> int:
+    """Velocities that the network evaluates for one image in a stage: two for each call that is guided."""
+    sample = config.sample
+    schedule = config.flow.schedule
+    calls = SOLVERS[sample.solver].call_times(config.stage_steps[stage], sample.time_shift)
+    times = (schedule.model_time(stage, u) for u in calls)
+    passes = guidance_passes(guidance_scale)
+    return sum(passes if is_guided(guidance_scale, sample.guidance_interval, time) else 1 for time in times)
 
 
 def guidance_passes(guidance_scale: float) -> int:

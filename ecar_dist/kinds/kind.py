@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.kinds.activations import Activations
-from ecar_dist.kinds.flops import guidance_passes, velocity_calls
+from ecar_dist.kinds.flops import guidance_passes, velocity_calls, velocity_evaluations
 from ecar_dist.kinds.parameters import ParameterCount
 
 if TYPE_CHECKING:
@@ -98,9 +98,15 @@ class StagedKind(Kind):
 
     def stage_passes(self, config: RunConfig) -> list[int]:
         """Velocities that each stage evaluates for one guided velocity: 1 or 2."""
+        return [guidance_passes(scale) for scale in self._scales(config)]
+
+    def stage_evaluations(self, config: RunConfig) -> list[int]:
+        """Velocities that each stage evaluates for one image, over all calls of the solver."""
+        return [velocity_evaluations(config, stage, scale) for stage, scale in enumerate(self._scales(config))]
+
+    def _scales(self, config: RunConfig) -> tuple[float, ...]:
         sample = config.sample
-        scales = stage_guidance_scales(sample.guidance_scale, config.flow.num_stages, sample.guidance_ramp)
-        return [guidance_passes(scale) for scale in scales]
+        return stage_guidance_scales(sample.guidance_scale, config.flow.num_stages, sample.guidance_ramp)
 
     def describe_calls(self, config: RunConfig) -> str:
         calls = velocity_calls(config)

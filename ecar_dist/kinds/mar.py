@@ -15,7 +15,15 @@ from ecar_dist.kinds.activations import (
     time_embedding_bytes,
     transformer_activations,
 )
-from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, guidance_passes, time_macs, velocity_calls
+from ecar_dist.kinds.flops import (
+    TRAINING_PASSES,
+    adaln_macs,
+    block_macs,
+    guidance_passes,
+    time_macs,
+    velocity_calls,
+    velocity_evaluations,
+)
 from ecar_dist.kinds.kind import Kind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
@@ -129,7 +137,9 @@ class MarKind(Kind):
         trunk = mar_trunk_macs(size, counts[0], channels)
         head = mar_head_macs(size, channels)
         return sum(
-            guidance_passes(scale) * (trunk + calls * (before - after) * head) + calls * time_macs(size.width)
+            guidance_passes(scale) * trunk
+            + velocity_evaluations(config, 0, scale) * (before - after) * head
+            + calls * time_macs(size.width)
             for (before, after), scale in zip(pairwise(counts), scales, strict=True)
         )
 

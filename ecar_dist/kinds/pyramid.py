@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ecar_dist.kinds.activations import Activations, velocity_activations
-from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_calls, velocity_macs
+from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import ParameterCount, block_parameters, velocity_parameters
 from ecar_dist.kinds.presets import preset_of
@@ -45,8 +45,8 @@ class PyramidKind(StagedKind):
         """Eq. (19) without its AR terms."""
         preset = preset_of(config)
         channels = config.token_channels
-        stages = zip(config.stage_tokens, self.stage_passes(config), velocity_calls(config), strict=True)
-        return sum(branches * calls * velocity_macs(preset, tokens, channels) for tokens, branches, calls in stages)
+        stages = zip(config.stage_tokens, self.stage_evaluations(config), strict=True)
+        return sum(evaluations * velocity_macs(preset, tokens, channels) for tokens, evaluations in stages)
 
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.pyramid import Pyramid

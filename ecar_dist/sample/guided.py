@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ecar_dist.flow.guidance import guide
@@ -13,17 +15,19 @@ def with_null(labels: torch.Tensor, null_label: int) -> torch.Tensor:
     return torch.cat((labels, torch.full_like(labels, null_label)))
 
 
-def guided_velocity(network: VelocityFn, guidance_scale: float) -> VelocityFn:
-    """The guided velocity at x [B, ...].
+def guided_velocity(
+    plain: VelocityFn, doubled: VelocityFn, guidance_scale: float, guided_at: Callable[[float], bool]
+) -> VelocityFn:
+    """The velocity at x [B, ...], guided at the times u for which `guided_at` is true.
 
-    network(x, u): the velocity of x [B, ...] if the scale is 1, which needs no null pass. Otherwise the velocities of a
-    doubled batch [2 B, ...], whose second half has the null label.
+    plain(x, u): the conditional velocity of x [B, ...].
+    doubled(x, u): the velocities of a doubled batch [2 B, ...], whose second half has the null label.
     """
-    if guidance_scale == 1.0:
-        return network
 
     def velocity(x: torch.Tensor, u: float) -> torch.Tensor:
-        conditional, null = network(torch.cat((x, x)), u).chunk(2)
+        if not guided_at(u):
+            return plain(x, u)
+        conditional, null = doubled(torch.cat((x, x)), u).chunk(2)
         return guide(conditional, null, guidance_scale)
 
     return velocity

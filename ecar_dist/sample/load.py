@@ -1,31 +1,46 @@
-"""Open a trained model for sampling: the EMA weights of a run's newest intact checkpoint, or an export."""
+"""Open a trained model for sampling: weights of a checkpoint, by default a run's newest intact one, or an export."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
-from ecar_dist.errors import CheckpointError
+from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.checkpoint.compare import check_identity
-from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.runtime.checkpoint.files import has_marker, read_manifest, verify
+from ecar_dist.runtime.checkpoint.inspect import fetch_step
 from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress, flat_identity
-from ecar_dist.runtime.export.ema import open_ema_weights
+from ecar_dist.runtime.checkpoint.storage import open_ema_storage, open_storage
+from ecar_dist.runtime.export.ema import WantedEma, open_ema_weights
 from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, is_export
+from ecar_dist.runtime.export.names import CLASS_NAMES, class_names
 from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.sample.fast import prepare
+from ecar_dist.sample.generate import generate_in_batches
+from ecar_dist.sample.labels import ClassNames
+from ecar_dist.sample.options import with_settings
+from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready to sample, and the autoencoder that decodes its latents."""
+    """A model ready to sample, and the autoencoder that decodes its latents.
+
+    source: the checkpoint or the export that the weights are from.
+    home: the run directory or the export.
+    weights: name of the weights, such as `ema`.
+    """
 
     config: RunConfig
     model: nn.Module
@@ -33,23 +48,56 @@ class TrainedModel:
     device: torch.device
     progress: Progress
     source: Path
+    home: Path
+    weights: str
+    classes: ClassNames
+
+    def with_settings(self, settings: Mapping[str, Any]) -> TrainedModel:
+        """The same model with other values of `sample.*`. Raises ConfigError."""
+        return dataclasses.replace(self, config=with_settings(self.config, settings))
+
+    def draw(
+        self, labels: Sequence[int], seed: int, batch_size: int, *, compiles: bool = False
+    ) -> Iterator[list[torch.Tensor]]:
+        """Every stage of sample 0, 1, 2, ... of a seed, batch after batch: K of [B, C, h_k, w_k].
+
+        Errors are raised by the call, not with the first batch.
+        """
+        plan = SamplingPlan.from_config(self.config, self.device)
+        model = prepare(self.model, plan, self.device, compiles=compiles)
+        wanted = torch.tensor(labels, device=self.device)
+        return generate_in_batches(model, plan, wanted, seed, batch_size, fill=compiles)
 
 
-def open_trained(path: Path, device: torch.device) -> TrainedModel:
-    """Open a run directory or an export. Raises CheckpointError or ConfigError if it is neither, or incomplete."""
+def open_trained(path: Path, device: torch.device, *, step: int | None = None, ema: str | None = None) -> TrainedModel:
+    """Open a run directory, a checkpoint of a run, or an export.
+
+    step: of the checkpoint or EMA snapshot to use (default: the newest intact checkpoint).
+    ema: which weights, see `WantedEma.parse` (default: the first EMA).
+
+    Raises CheckpointError or ConfigError if it is neither, incomplete, or without these weights.
+    """
     # The config, the weights, and what their files say of them.
     weights: Mapping[str, torch.Tensor]
     facts: ExportFacts | Manifest
+    home = path
     if is_export(path):
+        if step is not None or ema is not None:
+            raise ConfigError(f"{path} is an export, which has one set of weights; leave --step and --ema out")
         config = load_config(path / CONFIG)
         source = path
         weights = reader = ExportReader(path)
         facts = reader.facts
+        name = reader.facts.average.get("kind", "ema")
+        named = reader.facts.class_names
     else:
-        config = RunDirectory(path).load_config()
-        weights = ema = open_ema_weights(path)
-        source = ema.checkpoint
+        home, checkpoint = find_weights(path, step)
+        config = RunDirectory(home).load_config()
+        weights = found = open_ema_weights(home, WantedEma.parse(ema) if ema else WantedEma(), checkpoint)
+        source = found.checkpoint
         facts = read_manifest(source)
+        name = ema or found.facts["kind"]
+        named = facts.client_state.get(CLASS_NAMES)
 
     # They must be weights of the config's model, trained on latents of the config's autoencoder.
     identity = flat_identity(facts.identity)
@@ -58,9 +106,37 @@ def open_trained(path: Path, device: torch.device) -> TrainedModel:
     if codec.identity.weights_sha256 != identity.get("encoder.weights_sha256"):
         raise CheckpointError(
             f"{source} was trained on latents of another autoencoder than {codec.identity.name}; point vae.path in "
-            f"{path / CONFIG} to the one that encoded them"
+            f"{home / CONFIG} to the one that encoded them"
         )
-    return TrainedModel(config, load_weights(config, weights, device), codec, device, facts.progress, source)
+    model = load_weights(config, weights, device)
+    classes = ClassNames(config.data.num_classes, class_names(config, named))
+    return TrainedModel(config, model, codec, device, facts.progress, source, home, name, classes)
+
+
+def find_weights(path: Path, step: int | None) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint in it that was asked for: a folder, or a step; None: the newest.
+
+    Raises ConfigError if it is neither a run directory nor a checkpoint in one, CheckpointError if the checkpoint is
+    damaged, or there is none of this step.
+    """
+    # The folder of a checkpoint, in the folder of checkpoints of a run.
+    if has_marker(path):
+        run = path.absolute().parent.parent
+        if step is not None:
+            raise ConfigError(f"{path} is one checkpoint already; leave --step out, or give {run}")
+        if not RunDirectory(run).config.exists():
+            raise ConfigError(
+                f"{path} is a checkpoint, but {run} holds no config.yaml; give the run directory, and the checkpoint "
+                "with --step"
+            )
+        verify(path)
+        return run, path
+
+    # A run: a step may also be that of an EMA snapshot.
+    config = RunDirectory(path).load_config()
+    if step is None:
+        return path, None
+    return path, fetch_step(step, open_storage(config, path), open_ema_storage(config, path))
 
 
 def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

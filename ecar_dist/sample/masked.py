@@ -69,13 +69,13 @@ def _velocity_fn(
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = _take(model.conditions(tokens, mask, labels), chosen)  # [B or 2 B, n, D]
 
-    # The head, at each solver call.
+    # The head, at each solver call: for the batch, or with its null half.
     def network(x: torch.Tensor, u: float) -> torch.Tensor:
         time = model_time(plan.schedule, 0, torch.full((1, 1), u, device=x.device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
-            return model.velocity(x, time, condition)
+            return model.velocity(x, time, condition[: x.shape[0]])
 
-    return guided_velocity(network, scale)
+    return guided_velocity(network, network, scale, plan.guided_at(0, scale))
 
 
 def _places(chosen: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,20 +40,45 @@ def tile(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return sheet
 
 
-def labelled_grid(columns: Sequence[Sequence[np.ndarray]], names: Sequence[str], scale: int = 1) -> np.ndarray:
-    """One column per class under its name; images enlarged `scale` times."""
-    # The images, and above them a strip for the names.
-    rows = [[enlarge(column[i], scale) for column in columns] for i in range(min(map(len, columns)))]
-    sheet = tile(rows)
-    page = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + LABEL_HEIGHT), "white")
-    page.paste(Image.fromarray(sheet), (0, LABEL_HEIGHT))
+def labelled_grid(
+    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], row_names: Sequence[str] = (), *, scale: int = 1
+) -> np.ndarray:
+    """One column for each of `names`, under its name; images enlarged `scale` times.
 
-    # Each name centred above its column.
+    row_names: stand left of the rows; none by default.
+    """
+    # The images, with a strip above for the names and one at the left for those of the rows.
+    sheet = tile([[enlarge(picture, scale) for picture in row] for row in rows])
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max((math.ceil(_width(measure, name)) + 2 * MARGIN for name in row_names), default=0)
+    page = Image.new("RGB", (left + sheet.shape[1], sheet.shape[0] + LABEL_HEIGHT), "white")
+    page.paste(Image.fromarray(sheet), (left, LABEL_HEIGHT))
+
+    # Each name is centred above its column, or beside its row.
     pen = ImageDraw.Draw(page)
-    step = rows[0][0].shape[1] + MARGIN
+    height, width = (side * scale + MARGIN for side in rows[0][0].shape[:2])
     for j, name in enumerate(names):
-        pen.text((MARGIN + j * step + (step - MARGIN) // 2, LABEL_HEIGHT // 2), name, fill="black", anchor="mm")
+        where = (left + MARGIN + j * width + (width - MARGIN) // 2, LABEL_HEIGHT // 2)
+        pen.text(where, _fitted(pen, name, width - MARGIN), fill="black", anchor="mm")
+    for i, name in enumerate(row_names):
+        pen.text((MARGIN, LABEL_HEIGHT + i * height + height // 2), _drawable(name), fill="black", anchor="lm")
     return np.asarray(page)
+
+
+def _fitted(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The beginning of the text that fits in a width, in pixels."""
+    while len(text) > 1 and _width(pen, text) > width:
+        text = f"{text[:-2].rstrip('.')}."
+    return _drawable(text)
+
+
+def _width(pen: ImageDraw.ImageDraw, text: str) -> float:
+    return pen.textlength(_drawable(text))
+
+
+def _drawable(text: str) -> str:
+    """The text with a question mark for each letter that the built-in font of Pillow may not have."""
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ecar_dist.config.run import RunConfig
+from ecar_dist.flow.guidance import is_guided
 from ecar_dist.flow.schedule import StageSchedule
 
 
@@ -27,10 +29,11 @@ class SamplingPlan:
     guidance_ramp: str
     ar_steps: int
     bf16: bool
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @staticmethod
-    def from_config(config: RunConfig, device: torch.device, *, guidance_scale: float | None = None) -> SamplingPlan:
-        """The plan of `config.sample`, in the run's precision; `guidance_scale` overrides."""
+    def from_config(config: RunConfig, device: torch.device) -> SamplingPlan:
+        """The plan of `config.sample`, in the run's precision."""
         sample = config.sample
         return SamplingPlan(
             kind=config.model.kind,
@@ -42,11 +45,16 @@ class SamplingPlan:
             solver=sample.solver,
             steps_per_stage=config.stage_steps,
             time_shift=sample.time_shift,
-            guidance_scale=sample.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=sample.guidance_scale,
             guidance_ramp=sample.guidance_ramp,
             ar_steps=sample.ar_steps,
             bf16=config.precision_on(device.type) == "bf16",
+            guidance_interval=sample.guidance_interval,
         )
+
+    def guided_at(self, stage: int, guidance_scale: float) -> Callable[[float], bool]:
+        """Whether the velocity of a stage is guided, as a function of its time u."""
+        return lambda u: is_guided(guidance_scale, self.guidance_interval, self.schedule.model_time(stage, u))
 
     def shape(self, stage: int) -> tuple[int, int, int]:
         """[C, h, w] of a stage's latents."""

@@ -40,12 +40,11 @@ def draw_stages(
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=plan.bf16):
             condition = model.begin_stage(stage, context, all_labels, cache)
 
-        # The flow, many times a stage. A scale of 1 needs the conditional half alone.
-        stage_labels = all_labels
-        if scales[stage] == 1.0:
-            stage_labels = labels
-            condition = None if condition is None else condition[:batch]
-        return guided_velocity(_network(model, plan, stage, condition, stage_labels), scales[stage])
+        # The flow, many times a stage. Where it is not guided, it needs the conditional half alone.
+        half = None if condition is None else condition[:batch]
+        plain = _network(model, plan, stage, half, labels)
+        doubled = _network(model, plan, stage, condition, all_labels)
+        return guided_velocity(plain, doubled, scales[stage], plan.guided_at(stage, scales[stage]))
 
     return sample_stages(
         schedule,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.export.names import CLASS_NAMES
 from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.signals import StopRequest
@@ -37,10 +39,12 @@ class RunState:
     # client state
     guard: StepGuard
     goodput: Goodput
+    class_names: Sequence[str] = ()
 
     def client_state(self) -> dict[str, Any]:
         """What a checkpoint carries besides tensors, as JSON values."""
-        return {"bad_steps": self.guard.state_dict(), "goodput": self.goodput.state_dict()}
+        state = {"bad_steps": self.guard.state_dict(), "goodput": self.goodput.state_dict()}
+        return {**state, CLASS_NAMES: list(self.class_names)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,11 @@ class TrainingData:
         return sum(manifest.count for manifest in self.manifests)
 
     @property
+    def class_names(self) -> list[str]:
+        """The name of each class; the sets of a mixture share their labels, and the first one names them."""
+        return list(self.manifests[0].class_names)
+
+    @property
     def dataset_ids(self) -> list[str]:
         return [manifest.dataset_id for manifest in self.manifests]
 

@@ -40,7 +40,7 @@ def make_run(folder, **sections):
     return run, config
 
 
-def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, ema=None, since=None):
+def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, ema=None, since=None, notes=None):
     """`folder`/step-..., committed. state: kind -> name -> tensor; each rank gets an even cut of every parameter."""
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
@@ -54,7 +54,7 @@ def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, em
         "schema": SCHEMA,
         "progress": {"samples_seen": step * batch, "step": step},
         "run": "made",
-        "notes": {},
+        "notes": notes or {},
         "averages": averages,
         "averages_since": dict.fromkeys(averages, 0) | (since or {}),
         "identity": identity or {"model": {}, "data": DATA},

@@ -137,6 +137,33 @@ def test_without_guidance_there_is_no_null_pass_at_all():
     assert rows == {0: 16, 1: 16, 2: 16}
 
 
+def test_outside_of_the_guidance_interval_the_conditional_model_alone_is_evaluated():
+    model = make_model(3)
+    settings = {"guidance_ramp": "constant", "solver": "euler", "steps_per_stage": (4,) * 3}
+    plan = make_plan(3, guidance_scale=3.0, **settings)
+    rows = count_velocity_rows(model)
+
+    # The first stage lies before the interval, the last one after it, and half of the middle one's steps in it.
+    low, high = plan.schedule.model_windows[1]
+    half = dataclasses.replace(plan, guidance_interval=(low + 0.01, low + 0.6 * (high - low)))
+    limited = generate(model, half, LABELS, INDICES, SEED)
+    assert rows == {0: 16, 1: 16 + 2 * 4, 2: 16}  # 4 samples x 4 steps; twice at u = 1/4 and 1/2
+
+    # Up to the interval it is the model without guidance, and after it another sample than both.
+    plain = generate(model, dataclasses.replace(plan, guidance_scale=1.0), LABELS, INDICES, SEED)
+    full = generate(model, plan, LABELS, INDICES, SEED)
+    assert torch.allclose(limited[0], plain[0], atol=1e-5)
+    assert not torch.allclose(limited[1], plain[1], atol=1e-2)
+    assert not torch.allclose(limited[1], full[1], atol=1e-2)
+
+    # The unconditional model is unconditional at all times.
+    null = dataclasses.replace(plan, guidance_scale=0.0)
+    never = dataclasses.replace(null, guidance_interval=(0.99, 1.0))
+    assert torch.equal(
+        generate(model, never, LABELS, INDICES, SEED)[-1], generate(model, null, LABELS, INDICES, SEED)[-1]
+    )
+
+
 def test_stages_may_have_different_numbers_of_steps():
     model = make_model(3)
     rows = count_velocity_rows(model)
@@ -324,7 +351,7 @@ def test_the_plan_is_the_configs_unless_told_otherwise():
     assert (plan.kind, plan.null_label, plan.tau, plan.channels, plan.stage_sizes) == ("ecar", 10, 0.3, 4, (4, 8))
     assert (plan.guidance_ramp, plan.guidance_scale, plan.solver) == ("constant", 4.0, "heun")
     assert plan.steps_per_stage == (3, 3)
-    assert SamplingPlan.from_config(config, torch.device("cpu"), guidance_scale=0.0).guidance_scale == 0.0
+    assert plan.guidance_interval == (0.0, 1.0)
     fed_nothing = SamplingPlan.from_config(make_config("pyramid", num_stages=2), torch.device("cpu"))
     assert (fed_nothing.kind, fed_nothing.tau) == ("pyramid", None)
 

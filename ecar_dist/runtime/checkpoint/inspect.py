@@ -20,7 +20,7 @@ from ecar_dist.runtime.checkpoint.compare import differences
 from ecar_dist.runtime.checkpoint.files import has_marker, step_of, verify
 from ecar_dist.runtime.checkpoint.manifest import Manifest, flat_identity
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
-from ecar_dist.runtime.checkpoint.storage import newest_whole, open_storage
+from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, newest_whole, open_storage
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.untrusted import printable
 
@@ -37,16 +37,24 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         verify(path)
         return path
     storage = open_storage(RunDirectory(path).load_config(), path)
-    if step is None:
-        return newest_whole(storage)
+    return newest_whole(storage) if step is None else fetch_step(step, storage)
 
-    # A bucket may have several checkpoints of one step: take the newest.
-    names = {step_of(name): name for name in reversed(storage.committed())}
-    if step not in names:
-        raise CheckpointError(
-            f"{storage.where} has no checkpoint of step {step}; it has those of {sorted(names) or 'none'}"
-        )
-    return storage.fetch(names[step])
+
+def fetch_step(step: int, *storages: CheckpointStorage) -> Path:
+    """A local folder with the proven checkpoint of a step, from the first storage that has it.
+
+    Raises CheckpointError that lists the steps that there are.
+    """
+    found: set[int] = set()
+    for storage in storages:
+        # A bucket may have several checkpoints of one step: take the newest.
+        names = {step_of(name): name for name in reversed(storage.committed())}
+        if step in names:
+            return storage.fetch(names[step])
+        found |= names.keys()
+    raise CheckpointError(
+        f"{storages[0].where} has no checkpoint of step {step}; it has those of {sorted(found) or 'none'}"
+    )
 
 
 def inspect_lines(path: Path) -> list[str]:

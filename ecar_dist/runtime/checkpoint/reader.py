@@ -15,6 +15,7 @@ import torch
 from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, all_files, open_fragments, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 
+MASTER = "master"  # the fp32 weights
 SECOND_MOMENT = "exp_avg_sq"
 _BLOCK = 1 << 16  # values checked at a time, which fit in the processor's cache
 

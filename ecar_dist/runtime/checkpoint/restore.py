@@ -31,8 +31,8 @@ from ecar_dist.runtime.checkpoint.compare import (
 )
 from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress
-from ecar_dist.runtime.checkpoint.reader import FragmentReader
-from ecar_dist.runtime.checkpoint.save import MASTER, state_by_kind
+from ecar_dist.runtime.checkpoint.reader import MASTER, FragmentReader
+from ecar_dist.runtime.checkpoint.save import state_by_kind
 from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, PassedOver, none_whole, warn_of_damage
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine, Fragment

@@ -23,7 +23,7 @@ import torch
 from ecar_dist.errors import CheckpointError, EcarError, reason_of
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint.manifest import EVEN_SCHEMA, SCHEMA, Piece, Progress, even_pieces
-from ecar_dist.runtime.checkpoint.reader import value_problem
+from ecar_dist.runtime.checkpoint.reader import MASTER, value_problem
 from ecar_dist.runtime.checkpoint.storage import PendingCheckpoint
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 from ecar_dist.runtime.ema import ShardedEma
@@ -31,8 +31,6 @@ from ecar_dist.runtime.engine import Engine, Fragment
 from ecar_dist.runtime.optimizer import ADAM_MOMENTS
 from ecar_dist.storage.atomic import DISK_FULL
 
-# The kind of state with the fp32 master weights. The others are the AdamW moments and the EMAs.
-MASTER = "master"
 Partitions = Sequence[torch.Tensor]  # flat, fp32
 
 

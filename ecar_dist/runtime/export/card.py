@@ -60,6 +60,9 @@ def _autoencoder(facts: dict[str, Any]) -> str:
 
 
 def _ema(average: dict[str, Any]) -> str:
+    if average["kind"] == "raw":
+        return "those of the last step, without an EMA"
+
     # Which EMA: one described by the checkpoint alone, or one by its settings.
     if "meaning" in average:
         form = f"an EMA of the weights ({average['meaning']})"
@@ -120,8 +123,12 @@ def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
 
     # Scores belong to the exported weights only at the same progress, for the first EMA, in fp32.
     seen = scores.get("samples_seen")
-    same = seen == facts["progress"]["samples_seen"] and facts["average"]["kind"] == "ema" and facts["dtype"] == "fp32"
-    weights = "these weights" if same else "the run's first EMA, not exactly these weights"
+    same = (
+        seen == facts["progress"]["samples_seen"]
+        and facts["average"]["kind"] == scores.get("weights", "ema")
+        and facts["dtype"] == "fp32"
+    )
+    weights = "these weights" if same else "other weights of the run, not exactly these"
     settings = ", ".join(printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores)
     about = f"Of {weights}, at {printable(str(seen))} samples seen, with {settings} (`ecar-dist evaluate`)"
     rows = [(printable(name), f"{value:.6g}") for name, value in numbers.items()]

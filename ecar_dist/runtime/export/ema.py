@@ -17,22 +17,47 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.checkpoint.files import DamagedError, read_manifest
 from ecar_dist.runtime.checkpoint.manifest import Manifest
-from ecar_dist.runtime.checkpoint.reader import FragmentReader
+from ecar_dist.runtime.checkpoint.reader import MASTER, FragmentReader
 from ecar_dist.runtime.checkpoint.storage import newest_whole, open_ema_storage, open_storage
 from ecar_dist.runtime.ema import ema_kinds, tracked_decays
 from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.storage.untrusted import printable
 
 MAX_RESIDUAL = 0.03  # relative, of a rebuilt EMA's profile; at 0.1 the weights may be far off (see the tests)
 FIRST = "ema"  # the kind that samples are drawn from
+RAW = "raw"  # the name of the weights without an EMA
 BLOCK = 1 << 22  # elements of a parameter that are summed at a time, in fp64
 
 
 @dataclass(frozen=True)
 class WantedEma:
-    """Which EMA: by half-life in samples, or by the relative width of EDM2's power function; neither: the first."""
+    """Which EMA: by half-life in samples, by the relative width of EDM2's power function, or by its name.
+
+    stored: a name in the checkpoint, such as `ema1`, or `raw` for the weights without an EMA. None of the three: the
+    first EMA.
+    """
 
     half_life: int | None = None
     sigma_rel: float | None = None
+    stored: str | None = None
+
+    @staticmethod
+    def parse(text: str) -> WantedEma:
+        """`ema`, `ema1`, ..., `raw` (or `none`), `half-life=N` or `sigma-rel=X`. Raises ConfigError."""
+        name, equals, value = text.partition("=")
+        if not equals:
+            return WantedEma(stored=RAW if text == "none" else text)
+        try:
+            if name == "half-life":
+                return WantedEma(half_life=int(value.replace("_", "")))
+            if name == "sigma-rel":
+                return WantedEma(sigma_rel=float(value))
+        except ValueError:
+            pass
+        raise ConfigError(
+            f"--ema {printable(text, 60)} is not a name of weights; give e.g. ema, ema1, raw, half-life=1000000 or "
+            "sigma-rel=0.1"
+        )
 
     def __post_init__(self) -> None:
         if self.half_life is not None and self.sigma_rel is not None:
@@ -113,6 +138,8 @@ def open_ema_weights(run: Path, wanted: WantedEma = WantedEma(), checkpoint: Pat
     config = directory.load_config()
     checkpoint = checkpoint or newest_whole(open_storage(config, run))
     manifest = read_manifest(checkpoint)
+    if wanted.stored is not None:
+        return _named(checkpoint, manifest, wanted.stored)
     kind = _stored_kinds(manifest, config).get(wanted.kind(config.ema) or "")
     facts = wanted.describe(config.ema)
 
@@ -124,6 +151,21 @@ def open_ema_weights(run: Path, wanted: WantedEma = WantedEma(), checkpoint: Pat
         reader = FragmentReader(checkpoint, manifest=manifest)
         return EmaWeights(checkpoint, ((1.0, reader, kind),), {"kind": kind, **facts})
     return _rebuild(directory, config, wanted, checkpoint, manifest.progress.step)
+
+
+def _named(checkpoint: Path, manifest: Manifest, name: str) -> EmaWeights:
+    """The weights that a checkpoint has under a name. Raises CheckpointError that lists all names."""
+    # An EMA snapshot has no raw weights.
+    reader = FragmentReader(checkpoint, manifest=manifest)
+    meanings = dict(manifest.ema_kinds)
+    if MASTER in reader.kinds:
+        meanings[RAW] = "without an EMA"
+    if name not in meanings:
+        has = ", ".join(f"{kind} ({meaning})" for kind, meaning in meanings.items())
+        raise CheckpointError(f"{checkpoint} has no weights called {printable(name, 60)!r}; it has {has}")
+    if name == RAW:
+        return EmaWeights(checkpoint, ((1.0, reader, MASTER),), {"kind": RAW})
+    return EmaWeights(checkpoint, ((1.0, reader, name),), {"kind": name, "meaning": meanings[name]})
 
 
 def _rebuild(directory: RunDirectory, config: RunConfig, wanted: WantedEma, checkpoint: Path, step: int) -> EmaWeights:

@@ -52,6 +52,8 @@ class ExportFacts(Record):
     files: Annotated[tuple[WeightsFile, ...], Field(min_length=1)]
     progress: Progress
     identity: dict[str, Any]
+    average: dict[str, Any] = Field(default_factory=dict)
+    class_names: list[str] | None = None  # older exports have none
 
 
 class _Index(Record):

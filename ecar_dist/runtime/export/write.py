@@ -23,6 +23,7 @@ from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, write_tensor_f
 from ecar_dist.runtime.export.card import model_card
 from ecar_dist.runtime.export.ema import EmaWeights, WantedEma, open_ema_weights
 from ecar_dist.runtime.export.files import CARD, CONFIG, FACTS, INDEX, SCHEMA, WEIGHTS
+from ecar_dist.runtime.export.names import CLASS_NAMES, class_names
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
 from ecar_dist.storage.redaction import redact_tree
@@ -45,9 +46,17 @@ class Exported:
 
 
 def export_run(
-    run: Path, out: Path, *, wanted: WantedEma | None = None, dtype: Precision = "fp32", max_shard_gib: float = 5.0
+    run: Path,
+    out: Path,
+    *,
+    wanted: WantedEma | None = None,
+    checkpoint: Path | None = None,
+    dtype: Precision = "fp32",
+    max_shard_gib: float = 5.0,
 ) -> Exported:
-    """Write the `wanted` EMA of the newest checkpoint to folder `out`. Needs memory for two of its largest parameters.
+    """Write the `wanted` EMA of a checkpoint to folder `out`. Needs memory for two of its largest parameters.
+
+    checkpoint: a proven checkpoint of the run (default: the newest one that is not damaged).
 
     Raises CheckpointError if `out` exists or cannot be written, if the run has no checkpoint, or if the EMA was neither
     kept nor can be rebuilt.
@@ -59,7 +68,7 @@ def export_run(
         raise ConfigError(f"--max-shard-gib {max_shard_gib} must be above 0; 5 is the default")
     directory = RunDirectory(run)
     config = without_credentials(directory.load_config())
-    weights = open_ema_weights(run, wanted or WantedEma())
+    weights = open_ema_weights(run, wanted or WantedEma(), checkpoint)
 
     # The folder gets its name once everything is in it.
     temporary = temporary_beside(out)
@@ -160,6 +169,7 @@ def _facts(
             "dataset_ids": flat_identity(manifest.identity).get("dataset_ids") or [],
             "attempts": len(attempts),
         },
+        CLASS_NAMES: class_names(config, manifest.client_state.get(CLASS_NAMES)),
         "versions": {"ecar_dist": __version__, "torch": last.get("torch", torch.__version__)},
         "files": files,
     }
@@ -194,6 +204,6 @@ def _summary(facts: dict[str, Any]) -> str:
     )
     size = sum(entry["bytes"] for entry in facts["files"]) / 2**20
     return (
-        f"export of {facts['source']['checkpoint']}: {facts['average']['kind']} ({about}), "
+        f"export of {facts['source']['checkpoint']}: {facts['average']['kind']}{f' ({about})' if about else ''}, "
         f"{facts['model']['parameters']:,} parameters in {facts['dtype']}, {len(facts['files'])} files, {size:.1f} MiB"
     )

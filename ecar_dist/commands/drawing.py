@@ -1,0 +1,95 @@
+"""What `sample` and `evaluate` share: the options, opening the model, and drawing with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.command_line import positive
+from ecar_dist.errors import ConfigError
+from ecar_dist.sample.options import SAMPLING_KNOBS, parse_step
+
+if TYPE_CHECKING:
+    from ecar_dist.sample.load import TrainedModel
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_drawing(command: argparse.ArgumentParser) -> None:
+    """Which weights draw, and how."""
+    command.add_argument(
+        "model", type=Path, metavar="MODEL", help="run directory, folder of one of its checkpoints, or of an export"
+    )
+    command.add_argument("--step", help="optimizer step of the checkpoint or EMA snapshot (default: the newest)")
+    command.add_argument(
+        "--ema",
+        metavar="NAME",
+        help="weights: ema, ema1, ... of the checkpoint; half-life=SAMPLES or sigma-rel=WIDTH, rebuilt if not kept; "
+        "raw for those without an EMA (default: ema, the first one)",
+    )
+    for option, knob in SAMPLING_KNOBS.items():
+        unit = f", in {knob.unit}" if knob.unit else ""
+        command.add_argument(
+            f"--{option}", metavar="VALUE", help=f"{knob.meaning}{unit} (default: sample.{knob.key} of the run)"
+        )
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise, a whole number")
+    command.add_argument("--batch-size", type=positive, default=64, help="images drawn at once")
+    command.add_argument(
+        "--compile", action="store_true", help="compile the model first: takes minutes, then batches are faster"
+    )
+
+
+def with_private_cache(command: Command) -> Command:
+    """Give a command a compiler cache of its own for `--compile`."""
+
+    @functools.wraps(command)
+    def run(parsed: argparse.Namespace) -> int:
+        if not parsed.compile:
+            return command(parsed)
+        from ecar_dist.runtime.compiler import private_cache
+
+        with private_cache():
+            return command(parsed)
+
+    return run
+
+
+def open_model(parsed: argparse.Namespace, **other: str) -> TrainedModel:
+    """The model of the command line, with its options; `other`: values of single options, which win."""
+    import torch
+
+    from ecar_dist.sample.load import open_trained
+
+    step = other.get("step", parsed.step)
+    return open_trained(
+        parsed.model,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        step=None if step is None else parse_step(step),
+        ema=other.get("ema", parsed.ema),
+    ).with_settings(settings(parsed))
+
+
+def settings(parsed: argparse.Namespace) -> dict[str, str]:
+    """The settings of the sampler that the command line gives, by option."""
+    given = {option: getattr(parsed, option.replace("-", "_")) for option in SAMPLING_KNOBS}
+    return {option: value for option, value in given.items() if value is not None}
+
+
+def draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> Iterator[Any]:
+    """The stages of each batch, with a progress bar. Errors are raised by the call, not with the first batch."""
+    if not -(2**63) <= parsed.seed < 2**63:
+        raise ConfigError(f"--seed {parsed.seed} is outside of 64 bits; give a smaller number")
+    batches = trained.draw(labels, parsed.seed, parsed.batch_size, compiles=parsed.compile)
+    return _with_progress(batches, len(labels))
+
+
+def _with_progress(batches: Iterator[Any], total: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", desc="sampling", mininterval=2) as bar:
+        for stages in batches:
+            yield stages
+            bar.update(stages[-1].shape[0])

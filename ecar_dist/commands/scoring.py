@@ -1,0 +1,101 @@
+"""evaluate: score samples against real images. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.commands.drawing import add_drawing, draw, open_model, settings, with_private_cache
+from ecar_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.sample.load import TrainedModel
+
+
+def add_commands(add: AddCommand) -> None:
+    scoring = add("evaluate", evaluate, "score samples against held-out real images; writes scores.json")
+    add_drawing(scoring)
+    scoring.add_argument("--train-images", help="image shards to train the classifier on (default: data.train_images)")
+    scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
+    scoring.add_argument("--count", type=positive, help="number of samples to draw (default: as many as train images)")
+    scoring.add_argument(
+        "--background",
+        help="color behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)",
+    )
+    scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run or export)")
+
+
+@with_private_cache
+def evaluate(parsed: argparse.Namespace) -> int:
+    from ecar_dist.data.images.formats import parse_background
+    from ecar_dist.evaluate.images import background_of, read_images, reconstruct
+    from ecar_dist.evaluate.score import Scorer
+    from ecar_dist.runtime.run.directory import RunDirectory
+    from ecar_dist.runtime.run.metrics import log_scores
+    from ecar_dist.storage.atomic import write_json
+
+    # Find the real images.
+    trained = open_model(parsed)
+    config = trained.config
+    folders = {
+        "--train-images": parsed.train_images or config.data.train_images,
+        "--heldout-images": parsed.heldout_images or config.data.heldout_images,
+    }
+    for flag, folder in folders.items():
+        if folder is None:
+            raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+
+    # Read them at the size of the samples.
+    size = config.data.latent_size * trained.codec.identity.downsample
+    background = parse_background(parsed.background) if parsed.background else background_of(config.data)
+    (real, source), (heldout, _) = (
+        read_images(str(folder), size, background=background) for folder in folders.values()
+    )
+    if real.labels.max() >= config.data.num_classes:
+        raise DataError(
+            f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
+            f"{config.data.num_classes - 1}; give images of its classes"
+        )
+
+    # Draw samples of the same classes and score them.
+    labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
+    samples = _drawn_images(trained, parsed, labels)
+    rebuilt = reconstruct(trained.codec, real, trained.device)
+    scores = Scorer(rebuilt, real, heldout, source, trained.device).score(samples)
+    scores.update(_origin(trained, parsed))
+
+    # Report: on the screen, in a file, and in TensorBoard if it is a run.
+    out = parsed.out or trained.home / "scores.json"
+    print(json.dumps(scores, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, scores)
+    if (directory := RunDirectory(trained.home)).lineage.exists():
+        log_scores(directory, trained.progress.step, scores)
+    print(f"scores written to {out}")
+    return 0
+
+
+def _origin(trained: TrainedModel, parsed: argparse.Namespace) -> dict[str, Any]:
+    """What was scored: weights, guidance, seed, and the settings that are not the run's."""
+    return {
+        "guidance_scale": trained.config.sample.guidance_scale,
+        "seed": parsed.seed,
+        "model": str(trained.source),
+        "samples_seen": trained.progress.samples_seen,
+        "weights": trained.weights,
+        "settings": settings(parsed),
+    }
+
+
+def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> LabelledImages:
+    import numpy as np
+
+    from ecar_dist.evaluate.score import LabelledImages
+    from ecar_dist.vae.pixels import to_pixels
+
+    pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in draw(trained, parsed, labels)]
+    return LabelledImages(np.concatenate(pixels), np.array(labels))
