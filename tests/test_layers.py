@@ -22,13 +22,15 @@ LAYERS = [
     {"models", "data"},
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
-    {"drills", "cluster"},
+    {"drills", "cluster", "api"},
     {"commands"},
     {"cli", "__main__", "data_tools"},
 ]
 # The composition root: the table of model kinds lies below the configuration, which reads its names, and its functions
 # import the networks, losses and samplers above it when they are called. At their top its modules obey the layers.
 COMPOSITION_ROOT = "kinds"
+# The one package file that is not empty: it passes on the names of ecar_dist/api.py when they are first used.
+PYTHON_INTERFACE = "ecar_dist/__init__.py"
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/start/rendezvous.py", "ecar_dist/runtime/world.py"},
@@ -81,6 +83,12 @@ def layer_faults(path):
     """What breaks the rule in one file, a line for each."""
     room = room_of(".".join(path.with_suffix("").parts))
     level = layer_of(room)
+    if str(path) == PYTHON_INTERFACE:
+        yield from (f"{path} imports {name}" for name in imports(path) if ours(name) and not is_api(name))
+        yield from (
+            f"{path} imports {name} when it is imported" for name in imports(path, deferred=False) if ours(name)
+        )
+        return
     if path.parts[-1] == "__init__.py":
         yield from (f"{path} imports {name}, but package files stay empty" for name in imports(path) if ours(name))
         return
@@ -97,6 +105,10 @@ def layer_faults(path):
             yield f"{path} imports {module} of the same or a higher layer"
 
 
+def is_api(module):
+    return module == "ecar_dist" or module.split(".")[:2] == ["ecar_dist", "api"]
+
+
 def ours(module):
     return module.split(".")[0] in ("ecar_dist", "data_tools")
 
@@ -106,6 +118,12 @@ def test_the_composition_root_imports_neither_torch_nor_numpy_at_its_top():
     code = f"import sys, ecar_dist.config.read, ecar_dist.kinds.table, ecar_dist.vae.table; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'pydantic'}"
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    code = "import sys, ecar_dist; dir(ecar_dist); print({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_drills_are_imported_by_their_command_alone():

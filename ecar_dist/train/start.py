@@ -212,13 +212,9 @@ def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDire
 
     # Goodput counts from the run's first attempt, and rank 0 alone reports it.
     goodput = Goodput(world.on_first_rank(lambda: run_began(directory.attempts())))
-    return RunState(
-        engine=engine,
-        ema=ShardedEma(engine.partitions, config.ema),
-        guard=guard,
-        goodput=goodput,
-        class_names=inputs.data.class_names,
-    )
+    ema = ShardedEma(engine.partitions, config.ema)
+    names = inputs.data.class_names
+    return RunState(engine=engine, ema=ema, guard=guard, goodput=goodput, class_names=names)
 
 
 def check_accumulation(config: RunConfig, world: World, precision: str) -> None:
