@@ -135,9 +135,8 @@ class Model:
         classes = [trained.classes.label(label) for label in given]
         wanted = len(classes) if count is None else count
         if not classes or wanted < 1 or batch_size < 1:
-            raise ConfigError(
-                f"nothing to draw: {len(classes)} labels, count={count}, batch_size={batch_size}; each must be at least 1"
-            )
+            given = f"{len(classes)} labels, count={count}, batch_size={batch_size}"
+            raise ConfigError(f"nothing to draw: {given}; each must be at least 1")
 
         # Batch after batch, decoded.
         stages: list[list[Image.Image]] = []

@@ -13,6 +13,7 @@ from PIL import Image
 import ecar_dist
 from ecar_dist.cli import main
 from ecar_dist.errors import ConfigError, DataError, TrainingError
+from tests.fork_server import run_forked
 from tests.sample.made_models import NAMES, make_model_run
 
 
@@ -41,10 +42,8 @@ def test_what_a_model_says_of_itself(model, run):
 
 def test_images_are_those_of_the_command_line(model, run, tmp_path):
     options = ["--guidance-scale", "3", "--steps-per-stage", "1,2,3", "--seed", "5"]
-    assert (
-        main(["sample", str(run), "--labels", "faces,none", "--count", "3", "--out", str(tmp_path / "a"), *options])
-        == 0
-    )
+    options += ["--labels", "faces,none", "--count", "3", "--out", str(tmp_path / "a")]
+    assert main(["sample", str(run), *options]) == 0
     theirs = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "a/images").iterdir())]
     settings = {"guidance_scale": 3, "steps_per_stage": [1, 2, 3], "seed": 5}
     ours = model.sample(["faces", None], count=3, batch_size=2, **settings)
@@ -105,7 +104,13 @@ def test_a_data_set_is_indexed_and_read_by_a_loader(digits):
         ecar_dist.Dataset(digits / "nothing")
 
 
-def test_fit_trains_in_a_process_of_its_own(tree, capsys):
+def test_fit_trains_in_a_process_of_its_own(tree, monkeypatch, capsys):
+    def run_quickly(command):  # forked instead of launched
+        done = run_forked(*command[command.index("ecar_dist") + 1 :])
+        print(done.stdout)
+        return done.returncode, done.stderr
+
+    monkeypatch.setattr("ecar_dist.api._run_printed", run_quickly)
     run = ecar_dist.fit(tree, "train.total_samples=16")
     assert run == Path(tree["run"]["dir"]) / "tiny"
     assert "done at step 1" in capsys.readouterr().out

@@ -85,9 +85,7 @@ def layer_faults(path):
     level = layer_of(room)
     if str(path) == PYTHON_INTERFACE:
         yield from (f"{path} imports {name}" for name in imports(path) if ours(name) and not is_api(name))
-        yield from (
-            f"{path} imports {name} when it is imported" for name in imports(path, deferred=False) if ours(name)
-        )
+        yield from (f"{path} imports {name} at its top" for name in imports(path, deferred=False) if ours(name))
         return
     if path.parts[-1] == "__init__.py":
         yield from (f"{path} imports {name}, but package files stay empty" for name in imports(path) if ours(name))
