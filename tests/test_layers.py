@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
-    {"failpoint"},
+    {"failpoint", "package_files"},
     {"storage"},
     {"command_line"},
     {"rng", "averaging", "learning_rate"},

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ecar_dist.errors import ConfigError
+from ecar_dist.package_files import SLURM, package_folder
 from ecar_dist.storage.untrusted import printable
 
 SITE_FILE = "env.sh"
@@ -21,11 +22,11 @@ Options = Mapping[str, str | None]
 
 
 def find_scripts(given: Path | None) -> Path:
-    """The folder of the job scripts: the given one, or else slurm/ here, or else slurm/ beside the package.
+    """The folder of the job scripts: the given one, or else slurm/ here, or else that of the package.
 
     Raises ConfigError if it does not contain train.sbatch and env.sh.
     """
-    candidates = [given] if given else [Path("slurm"), Path(__file__).parents[2] / "slurm"]
+    candidates = [given] if given else [Path("slurm"), package_folder(SLURM)]
     for folder in candidates:
         if all((folder / name).is_file() for name in ("train.sbatch", SITE_FILE)):
             return folder

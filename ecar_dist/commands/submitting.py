@@ -54,7 +54,12 @@ def add_commands(add: AddCommand) -> None:
             metavar="--ARG",
             help="further option of sbatch, e.g. --sbatch=--partition=gpu; may be repeated",
         )
-        command.add_argument("--scripts", type=Path, metavar="DIR", help="folder of the job scripts (default: slurm/)")
+        command.add_argument(
+            "--scripts",
+            type=Path,
+            metavar="DIR",
+            help="folder of the job scripts (default: slurm/ here, else those of the package)",
+        )
 
 
 def _add_resources(command: argparse.ArgumentParser) -> None:
