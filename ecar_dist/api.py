@@ -131,8 +131,8 @@ class Model:
     ) -> list[list[Image.Image]]:
         # What is drawn, and how.
         trained = self._trained.with_settings(settings)
-        given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
-        classes = [trained.classes.label(label) for label in given]
+        wanted_labels = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+        classes = [trained.classes.label(label) for label in wanted_labels]
         wanted = len(classes) if count is None else count
         if not classes or wanted < 1 or batch_size < 1:
             given = f"{len(classes)} labels, count={count}, batch_size={batch_size}"

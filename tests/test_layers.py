@@ -23,7 +23,7 @@ LAYERS = [
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
     {"drills", "cluster", "api"},
-    {"commands"},
+    {"commands", "pipeline"},
     {"cli", "__main__", "data_tools"},
 ]
 # The composition root: the table of model kinds lies below the configuration, which reads its names, and its functions
@@ -34,7 +34,7 @@ PYTHON_INTERFACE = "ecar_dist/__init__.py"
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/start/rendezvous.py", "ecar_dist/runtime/world.py"},
-    "diffusers": {"ecar_dist/vae/pretrained.py"},
+    "diffusers": {"ecar_dist/pipeline.py", "ecar_dist/vae/pretrained.py"},
     "nvidia": {"ecar_dist/data/images/dali.py"},
     "fsspec": {"ecar_dist/storage/remote.py"},
     "webdataset": {"data_tools/images/shard.py"},

@@ -56,6 +56,12 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="weights: ema, ema1, ... of the checkpoint, or raw for those without an EMA (default: ema, the first one)",
     )
+    exporting.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the export to this repository of the Hugging Face hub, made private if new; RUN may then be an "
+        "export (default: none)",
+    )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="data type of the weights")
     exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="largest size of one weight file, in GiB")
 
@@ -133,14 +139,22 @@ def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
 def checkpoint_export(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.export.ema import WantedEma
     from ecar_dist.runtime.export.files import is_export
+    from ecar_dist.runtime.export.hub import check_hub, push_to_hub
     from ecar_dist.runtime.export.write import export_run
     from ecar_dist.sample.load import find_weights
     from ecar_dist.sample.options import parse_step
     from ecar_dist.sample.parity import parity_report
 
-    # Which weights.
+    # An export that exists may still be pushed.
+    if parsed.push_to_hub is not None:
+        check_hub(parsed.push_to_hub)
     if is_export(parsed.run_directory):
-        raise ConfigError(f"{parsed.run_directory} is an export already; give the run that it was made from")
+        if parsed.push_to_hub is None:
+            raise ConfigError(f"{parsed.run_directory} is an export already; give the run that it was made from")
+        print(push_to_hub(parsed.run_directory, parsed.push_to_hub))
+        return 0
+
+    # Which weights.
     step = None if parsed.step is None else parse_step(parsed.step)
     run, checkpoint = find_weights(parsed.run_directory, step)
     exported = export_run(
@@ -156,4 +170,6 @@ def checkpoint_export(parsed: argparse.Namespace) -> int:
     print(exported.summary)
     print(parity_report(exported))
     print(exported.path)
+    if parsed.push_to_hub is not None:
+        print(push_to_hub(exported.path, parsed.push_to_hub))
     return 0

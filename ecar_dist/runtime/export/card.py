@@ -128,7 +128,7 @@ def _measured(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
         and facts["average"]["kind"] == scores.get("weights", "ema")
         and facts["dtype"] == "fp32"
     )
-    weights = "these weights" if same else "other weights of the run, not exactly these"
+    weights = "these weights" if same else "other weights of the run, not exactly these weights"
     settings = ", ".join(printable(f"{name}={scores[name]}") for name in _SETTINGS[:-1] if name in scores)
     about = f"Of {weights}, at {printable(str(seen))} samples seen, with {settings} (`ecar-dist evaluate`)"
     rows = [(printable(name), f"{value:.6g}") for name, value in numbers.items()]

@@ -6,6 +6,7 @@
         config.json                            facts for a loader, with size and hash of every file of weights
         config.yaml                            the resolved config of the run
         README.md, parity.json                 the model card; the comparison of the export with the run
+        model_index.json, pipeline.py          make it a pipeline of diffusers
 
 Names and index are those of the Hugging Face hub. An export may come from anybody, so names, sizes and hashes are
 checked before any weight is used.
@@ -36,6 +37,7 @@ from ecar_dist.storage.untrusted import (
 
 FACTS, CONFIG, CARD = "config.json", "config.yaml", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PIPELINE_INDEX, PIPELINE = "model_index.json", "pipeline.py"
 SCHEMA = "ecar-export-v1"
 MAX_HEADER_BYTES = MAX_JSON_BYTES  # of a file of weights
 _COPY = "copy the whole folder again"

@@ -22,7 +22,7 @@ from ecar_dist.runtime.checkpoint.manifest import flat_identity
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from ecar_dist.runtime.export.card import model_card
 from ecar_dist.runtime.export.ema import EmaWeights, WantedEma, open_ema_weights
-from ecar_dist.runtime.export.files import CARD, CONFIG, FACTS, INDEX, SCHEMA, WEIGHTS
+from ecar_dist.runtime.export.files import CARD, CONFIG, FACTS, INDEX, PIPELINE, PIPELINE_INDEX, SCHEMA, WEIGHTS
 from ecar_dist.runtime.export.names import CLASS_NAMES, class_names
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.atomic import sync_to_disk, temporary_beside, write_json
@@ -33,6 +33,13 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIB = 2**30
 MAX_SCORES_BYTES = 1 << 20
+PIPELINE_TEXT = '''\
+"""For diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). Needs ecar_dist to be installed."""
+
+from ecar_dist.pipeline import EcarPipeline
+
+__all__ = ["EcarPipeline"]
+'''
 
 
 @dataclass(frozen=True)
@@ -191,8 +198,10 @@ def _write_texts(folder: Path, config: RunConfig, facts: dict[str, Any], scores:
     """Write everything but the weights. The facts come last: they make a folder an export."""
     (folder / CONFIG).write_text(config_to_yaml(config))
     (folder / CARD).write_text(model_card(facts, scores))
-    for name in (CONFIG, CARD):
+    (folder / PIPELINE).write_text(PIPELINE_TEXT)
+    for name in (CONFIG, CARD, PIPELINE):
         sync_to_disk(folder / name)
+    write_json(folder / PIPELINE_INDEX, {"_class_name": ["pipeline", "EcarPipeline"], "_diffusers_version": "0.42.1"})
     write_json(folder / FACTS, facts)
 
 

@@ -48,7 +48,8 @@ def test_one_file_where_it_fits(run, tmp_path):
     exported = export_run(run, tmp_path / "out/new")
     assert exported.path == tmp_path / "out/new"
     names = {path.name for path in exported.path.iterdir()}
-    assert names == {"model.safetensors", "config.json", "config.yaml", "README.md"}
+    texts = {"config.json", "config.yaml", "README.md", "model_index.json", "pipeline.py"}
+    assert names == texts | {"model.safetensors"}
     weights = load_file(exported.path / WEIGHTS)
     assert weights.keys() == SHAPES.keys()
     assert all(torch.equal(weights[name], value) for name, value in state()["ema"].items())
