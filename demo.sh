@@ -35,8 +35,14 @@ step "latent shards" $OUT/latents/000000.json \
   ecar-data encode $OUT/images/train $OUT/latents --vae $OUT/vae --image-size 32
 step "manifest" $OUT/latents/manifest.json \
   ecar-data finalize $OUT/latents
+# The held-out digits too, for the validation loss.
+if [ ! -e $OUT/heldout_latents/manifest.json ]; then
+  ecar-data encode $OUT/images/heldout $OUT/heldout_latents --vae $OUT/vae --image-size 32
+  ecar-data finalize $OUT/heldout_latents
+fi
 step "training" $RUN/scores.json \
-  env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG
+  env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG \
+  data.heldout_latents=$OUT/heldout_latents train.validate_every_samples=9_600
 step "samples" $OUT/samples/stages.png \
   ecar-dist sample $RUN --out $OUT/samples --count 80
 step "scores" $RUN/scores.json \

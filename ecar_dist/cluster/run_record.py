@@ -51,7 +51,10 @@ class MetricsLine(_Line):
     samples_seen: Count
     loss: float | None = Field(None, alias="train/loss")
     samples_per_second: Rate | None = Field(None, alias="perf/samples_per_second")  # not in an attempt's first line
+    step_seconds: Quantity | None = Field(None, alias="perf/step_seconds")
     data_wait: Quantity | None = Field(None, alias="perf/data_wait_fraction")
+    validation: float | None = Field(None, alias="eval/loss")  # only in lines of steps after which it was computed
+    validation_ema: float | None = Field(None, alias="eval/loss_ema")
     failed_saves: Quantity | None = Field(None, alias="checkpoint/failures")
 
 

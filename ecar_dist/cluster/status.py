@@ -21,8 +21,8 @@ from ecar_dist.storage.untrusted import printable
 
 AVERAGED = 5  # lines over which the rate and the data wait are averaged
 _LABEL = 12  # columns
-_HEAD = ("run", "state", "step", "%", "samples/s", "left", "loss", "checkpoint", "last problem")
-_LEFT_ALIGNED = (0, 1, 8)
+_HEAD = ("run", "state", "step", "%", "samples/s", "left", "loss", "validation", "checkpoint", "last problem")
+_LEFT_ALIGNED = (0, 1, 9)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class RunProgress:
     seconds_left: float | None
     loss: float | None
     data_wait: float | None  # fraction of the time
+    validation: float | None = None  # the newest one: of the weights,
+    validation_ema: float | None = None  # and of their EMA
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ def run_status(run: Path, now: float | None = None, here: str | None = None) -> 
     if record.submitted and state == State.SUBMITTED:
         job = record.submitted.text
 
-    # The log of rank 0, or else what the job script printed.
-    candidates = (logs.first_rank, logs.folder.with_suffix(".log")) if logs else ()
+    # The log of rank 0, or else what the job script printed; outside of Slurm the copy of the console.
+    candidates = [logs.first_rank, logs.folder.with_suffix(".log")] if logs else []
+    if last and last.attempt and not last.job:
+        candidates.insert(0, record.directory.logs / f"console-{last.attempt}.log")
     return RunStatus(
         run=str(run),
         state=state,
@@ -121,6 +125,9 @@ def run_progress(record: RunRecord) -> RunProgress:
     recent = [line for line in record.lines if line.samples_per_second][-AVERAGED:]
     rate = _mean([line.samples_per_second for line in recent])
 
+    # Not every line has a validation loss.
+    validated = next((line for line in reversed(record.lines) if line.validation_ema is not None), None)
+
     # The config says when the run ends.
     total = None
     samples_left = None
@@ -138,6 +145,8 @@ def run_progress(record: RunRecord) -> RunProgress:
         seconds_left=samples_left / rate if rate and samples_left is not None else None,
         loss=newest.loss if newest else None,
         data_wait=_mean([line.data_wait for line in recent]),
+        validation=validated.validation if validated else None,
+        validation_ema=validated.validation_ema if validated else None,
     )
 
 
@@ -201,6 +210,7 @@ def status_table(found: Sequence[RunStatus | str]) -> list[str]:
                 _rate(progress.samples_per_second) if progress.samples_per_second else "",
                 duration(progress.seconds_left) if progress.seconds_left and status.state != State.DONE else "",
                 f"{progress.loss:.4f}" if progress.loss is not None else "",
+                f"{progress.validation_ema:.4f}" if progress.validation_ema is not None else "",
                 f"{status.checkpoints.step:,}" if status.checkpoints.step is not None else "",
                 f"{duration(problem.age)} ago: {printable(problem.text, 60)}" if problem else "",
             )
@@ -224,6 +234,9 @@ def _progress_text(status: RunStatus) -> str:
         facts.append(f"{duration(progress.seconds_left)} left")
     if progress.step:
         facts.append(f"loss {progress.loss:.4f}" if progress.loss is not None else "loss not finite")
+    if progress.validation_ema is not None:
+        own = f"{progress.validation:.4f}" if progress.validation is not None else "not finite"
+        facts.append(f"validation {own} (EMA {progress.validation_ema:.4f})")
     return ", ".join(facts)
 
 

@@ -117,6 +117,12 @@ class DataSection(Section):
     heldout_images: str | None = knob(
         None, "image shards that samples are scored against", per_node=True, on_resume=OnResume.SAFE
     )
+    heldout_latents: str | None = knob(
+        None,
+        "folder or URL of latent shards for the validation loss, encoded like data.latents; null: no validation",
+        per_node=True,
+        on_resume=OnResume.SAFE,
+    )
     backend: Literal["gather", "dali"] = knob(
         "gather",
         "reader of the shards: gather is numpy for latents and PIL for images, dali is NVIDIA DALI",

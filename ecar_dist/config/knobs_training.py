@@ -250,6 +250,13 @@ class TrainSection(Section):
         on_resume=OnResume.OPTIMISATION,
         ge=1,
     )
+    init_from: str | None = knob(
+        None,
+        "run directory (EMA of its newest checkpoint), export, or .safetensors file whose weights a new run starts "
+        "from. A run that has a checkpoint of its own resumes from that and ignores this",
+        per_node=True,
+        on_resume=OnResume.SAFE,
+    )
     activation_checkpointing: bool = knob(
         False,
         "recompute each block in the backward pass: less memory, about a third more compute",
@@ -259,6 +266,21 @@ class TrainSection(Section):
         "auto",
         "compile each block (torch.compile): a faster step after a start of minutes; auto: true on a GPU",
         on_resume=OnResume.OPTIMISATION,
+    )
+    validate_every_samples: int = knob(
+        1_000_000,
+        "interval between validation losses on data.heldout_latents, at the next logged step and at the last one; "
+        "0: none",
+        unit="samples",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
+    validate_samples: int = knob(
+        1024,
+        "held-out samples that a validation uses at most, the first of the set",
+        unit="samples",
+        on_resume=OnResume.SAFE,
+        ge=1,
     )
     hang_seconds: float = knob(
         600.0,

@@ -17,7 +17,14 @@ from ecar_dist.models.attention import (
     block_causal_mask,
     masked_attention,
 )
-from ecar_dist.models.layers import Embedding, Linear, patchify, position_table
+from ecar_dist.models.layers import (
+    ClassEmbedding,
+    Linear,
+    PositionEmbedding,
+    StageEmbedding,
+    patchify,
+    position_table,
+)
 from ecar_dist.models.transformer import Transformer
 
 
@@ -54,14 +61,14 @@ class TokenMapTransformer(nn.Module):
         self.stage_starts = (0, *accumulate(self.stage_tokens))
 
         # Inputs: class, stage, learned positions of the blocks without a context, and W_in of eq. (16).
-        self.class_embedding = Embedding(num_classes + 1, width)
-        self.stage_embedding = Embedding(num_stages, width)
-        self.start_positions = Embedding(self.stage_tokens[0] if feeds_state else sum(self.stage_tokens), width)
+        self.class_embedding = ClassEmbedding(num_classes, width)
+        self.stage_embedding = StageEmbedding(grid_sides, width)
+        self.start_positions = PositionEmbedding(grid_sides[:1] if feeds_state else grid_sides, width)
         if feeds_state and num_stages > 1:
             self.context_projection = Linear(token_channels, width)
         # Trunk, and the positions that tell the tokens of a map apart.
         self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared", recompute=recompute)
-        self.output_positions = Embedding(sum(self.stage_tokens), width)
+        self.output_positions = PositionEmbedding(grid_sides, width)
 
     def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> torch.Tensor:
         """Training: M_0 .. M_{K-1} side by side, [B, T_0 + .. + T_{K-1}, D], in one pass.

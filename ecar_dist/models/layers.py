@@ -57,6 +57,32 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
+class ClassEmbedding(Embedding):
+    """A row for each of `num_classes` labels; the last row is the null label's.
+
+    Fine-tuning matches the rows of this table and of the two below by what they mean (runtime/initial/rows.py).
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes + 1, width)
+
+
+class StageEmbedding(Embedding):
+    """A row for each stage. `sides`: of the stages' token grids, coarse to fine."""
+
+    def __init__(self, sides: Sequence[int], width: int) -> None:
+        super().__init__(len(sides), width)
+        self.sides = tuple(sides)
+
+
+class PositionEmbedding(Embedding):
+    """A row for each token of one or several square grids, one grid after another. `sides`: of the grids."""
+
+    def __init__(self, sides: Sequence[int], width: int) -> None:
+        super().__init__(sum(side**2 for side in sides), width)
+        self.sides = tuple(sides)
+
+
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last axis, computed in float32, returned in the input's type."""
 

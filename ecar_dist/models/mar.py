@@ -18,8 +18,10 @@ from ecar_dist.kinds.mar import MaskedSize
 from ecar_dist.models.attention import full_attention
 from ecar_dist.models.layers import (
     AdaLN,
+    ClassEmbedding,
     Embedding,
     Linear,
+    PositionEmbedding,
     TimeEmbedding,
     ZeroLinear,
     modulated_norm,
@@ -73,14 +75,14 @@ class FlowHead(nn.Module):
 class MaskedTransformer(nn.Module):
     """A vector for every place, from the tokens that are not masked and the class."""
 
-    def __init__(self, size: MaskedSize, *, num_tokens: int, token_channels: int, num_classes: int, recompute: bool):
+    def __init__(self, size: MaskedSize, *, grid_side: int, token_channels: int, num_classes: int, recompute: bool):
         super().__init__()
         self.state_projection = Linear(token_channels, size.width)
         self.mask_vector = Embedding(1, size.width)
-        self.class_embedding = Embedding(num_classes + 1, size.width)
-        self.positions = Embedding(num_tokens, size.width)
+        self.class_embedding = ClassEmbedding(num_classes, size.width)
+        self.positions = PositionEmbedding([grid_side], size.width)
         self.transformer = Transformer(size.depth, size.width, size.heads, adaln="shared", recompute=recompute)
-        self.output_positions = Embedding(num_tokens, size.width)
+        self.output_positions = PositionEmbedding([grid_side], size.width)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """tokens [B, T, c], mask bool [B, T], labels [B] -> float32 [B, T, D]; masked tokens are not looked at."""
@@ -125,7 +127,7 @@ class MAR(nn.Module):
         # Once a step over all tokens, and at each solver call on those that are drawn.
         self.trunk = MaskedTransformer(
             size,
-            num_tokens=(latent_size // patch_size) ** 2,
+            grid_side=latent_size // patch_size,
             token_channels=channels,
             num_classes=num_classes,
             recompute=recompute,

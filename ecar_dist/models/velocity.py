@@ -9,7 +9,16 @@ from torch import nn
 
 from ecar_dist.kinds.presets import Preset
 from ecar_dist.models.attention import within_stage_attention
-from ecar_dist.models.layers import Embedding, Linear, TimeEmbedding, ZeroLinear, patchify, position_table, unpatchify
+from ecar_dist.models.layers import (
+    ClassEmbedding,
+    Linear,
+    StageEmbedding,
+    TimeEmbedding,
+    ZeroLinear,
+    patchify,
+    position_table,
+    unpatchify,
+)
 from ecar_dist.models.transformer import Transformer
 
 
@@ -43,8 +52,8 @@ class VelocityNetwork(nn.Module):
 
         # What modulates all blocks: time, stage and class; the last row of the classes is the null label.
         self.time_embedding = TimeEmbedding(width)
-        self.stage_embedding = Embedding(len(grid_sides), width)
-        self.class_embedding = Embedding(num_classes + 1, width)
+        self.stage_embedding = StageEmbedding(grid_sides, width)
+        self.class_embedding = ClassEmbedding(num_classes, width)
 
         self.transformer = Transformer(
             preset.flow_depth, width, preset.flow_heads, preset.flow_adaln, recompute=recompute

@@ -50,6 +50,13 @@ class ShardedEma:
         return self.by_kind["ema"]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew at the current master weights, as at the start of a run."""
+        for average in self.by_kind.values():
+            for partition, master in zip(average, self._masters, strict=True):
+                partition.copy_(master)
+
+    @torch.no_grad()
     def update(self, samples_seen: int, batch: int) -> None:
         """Move towards the current master weights. Call it once after every step, also after a refused one."""
         # e <- decay * e + (1 - decay) * w, for all partitions in one call.

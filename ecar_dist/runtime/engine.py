@@ -96,6 +96,7 @@ class Engine:
         self._adam.judge = self._judge
 
         # The view of what this rank holds.
+        self.objective = objective
         self._model = model
         self._parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
@@ -230,9 +231,15 @@ class Engine:
         run as they are, since they were compiled for the shapes of training. After an error the model is of no use.
         """
         self._exchange(partitions)
+        with self.own_weights() as model:
+            yield model
+        self._exchange(partitions)
+
+    @contextlib.contextmanager
+    def own_weights(self) -> Iterator[nn.Module]:
+        """The model as it is, to be run outside of a training step; see `weights_of`."""
         with torch.compiler.set_stance("force_eager"):
             yield self._model
-        self._exchange(partitions)
 
     def _exchange(self, partitions: Sequence[torch.Tensor]) -> None:
         for master, other in zip(self.partitions, partitions, strict=True):

@@ -49,6 +49,14 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
     return Placement()
 
 
+def threads_of_rank(environment: Mapping[str, str], local_size: int, cores: int) -> int | None:
+    """Threads for torch on the CPU: the rank's share of the `cores` that this process may use.
+
+    None where OMP_NUM_THREADS has been set, by a person, by torchrun (1 for several ranks) or by the job script.
+    """
+    return None if environment.get("OMP_NUM_THREADS") else max(1, cores // local_size)
+
+
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Tasks of node number `node`, from Slurm's compressed list: in `8(x2),4` the first two nodes have 8 tasks each.
 

@@ -26,6 +26,7 @@ from ecar_dist.train.record import Recorder
 from ecar_dist.train.step import StepUnderWay, train_step
 from ecar_dist.train.telemetry import StepResult, Telemetry
 from ecar_dist.train.time_budget import Goodput, Phases
+from ecar_dist.train.validation.validate import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Parts:
     telemetry: Telemetry
     recorder: Recorder
     saver: Saver
+    validation: Validation | None = None  # None: there are no held-out samples
 
     def flags(self) -> Flags:
         """What this rank tells the others now."""
@@ -116,9 +118,10 @@ def train(parts: Parts, progress: Progress) -> Progress:
             progress = earlier
             continue
 
-        # Log and draw.
+        # Validate, log and draw.
         if result and logs(config, progress):
-            parts.recorder.log(progress, result)
+            validated = validate(parts, progress)
+            parts.recorder.log(progress, result, validated)
         if draws(config, progress):
             parts.recorder.draw_preview(progress, state.engine, state.ema)
 
@@ -197,6 +200,19 @@ def needs_numbers(parts: Parts, progress: Progress) -> bool:
 def logs(config: RunConfig, progress: Progress) -> bool:
     """Whether the step that ended at `progress` is logged."""
     return progress.step % config.log.every_steps == 0
+
+
+def validate(parts: Parts, progress: Progress) -> dict[str, float]:
+    """The validation loss by tag, after a logged step that is the first past a multiple of the interval, or the last.
+
+    Empty after the other ones. Collective.
+    """
+    config, state = parts.config, parts.state
+    logged = config.batch.global_batch_size * config.log.every_steps
+    due = crossed(config.train.validate_every_samples, progress.samples_seen, logged)
+    if parts.validation is None or not (due or progress.samples_seen >= config.train.total_samples):
+        return {}
+    return parts.validation.values(progress, state.engine, state.ema)
 
 
 def draws(config: RunConfig, progress: Progress) -> bool:

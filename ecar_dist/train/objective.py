@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,27 @@ from ecar_dist.flow.path import model_time, training_points
 from ecar_dist.models.layers import patchify
 from ecar_dist.rng import Draw, Purpose, draw_all
 
+HELDOUT_SEED = int.from_bytes(b"heldout", "big")  # of the noise on held-out samples
+
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (values as read, N(0, I) noise) -> latents
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The random numbers of a batch, except those of the labels.
+
+    times: within each stage, K of [B]; of masked tokens, R draws of [B, T].
+    noise: of each stage, K of [B, C, h_k, w_k]; of masked tokens, R of the full size.
+    posterior: noise of the autoencoder's posterior, [B, C, H, W].
+    context: noise on the states that are fed back, K - 1 of [B, C, h_k, w_k].
+    mask: for masked tokens U(0, 1), the ratio [B] and the order [B, T].
+    """
+
+    times: list[torch.Tensor]
+    noise: list[torch.Tensor]
+    posterior: torch.Tensor
+    context: list[torch.Tensor] = field(default_factory=list)
+    mask: tuple[torch.Tensor, ...] = ()
 
 
 class Objective(nn.Module):
@@ -41,61 +63,108 @@ class Objective(nn.Module):
         self._weights = config.flow.resolved_stage_weights
         self._bf16 = precision == "bf16"
 
+    def forward(
+        self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The training loss. Labels are dropped for classifier-free guidance."""
+        draws = [*self._draws(), Draw(Purpose.LABEL_DROP, is_normal=False)]
+        *numbers, label_u = draw_all(self._seed, positions, draws)
+        drawn = self._sorted(numbers)
+
+        labels = torch.where(label_u < self._config.model.label_dropout, self._config.data.num_classes, labels)
+        per_stage = self.losses(self._normalise(values, drawn.posterior), labels, drawn)
+        return multistage_loss(per_stage, self._weights), per_stage.detach(), self._single_times(drawn)
+
+    @torch.no_grad()
+    def heldout_losses(
+        self, moments: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, time: float, normalise: Normalise
+    ) -> torch.Tensor:
+        """The stage losses [B, K] at one fixed time within every stage, and with noise that `keys` (int64 [B]) fix.
+
+        The noise is the same in all runs, whatever their seed. `normalise` is that of the held-out moments.
+        """
+        drawn = self._sorted(draw_all(HELDOUT_SEED, keys, self._draws()))
+        drawn = replace(drawn, times=[torch.full_like(one, time) for one in drawn.times])
+        return self.losses(normalise(moments, drawn.posterior), labels, drawn)
+
+    def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """The loss of each sample in each stage, [B, K], from latents [B, C, H, W], labels [B] and fixed noise."""
+        raise NotImplementedError
+
+    def _draws(self) -> list[Draw]:
+        """What `losses` needs for each sample."""
+        raise NotImplementedError
+
+    def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
+        """The numbers of `_draws`, by their meaning."""
+        raise NotImplementedError
+
+    def _single_times(self, drawn: Drawn) -> torch.Tensor:
+        """The time of each stage loss, [B, K]; NaN where it has no single one."""
+        return torch.stack(drawn.times, dim=1)
+
+    def _predict(self, *inputs: Any) -> Any:
+        """The model's output in the run's precision."""
+        with torch.autocast(inputs[-1].device.type, torch.bfloat16, enabled=self._bf16):
+            return self.model(*inputs)
+
     def _noise(self, purpose: Purpose, size: int, stream: int = 0) -> Draw:
         """A field of noise on one stage's latents, [B, C, size, size]."""
         return Draw(purpose, (self._config.data.latent_channels, size, size), stream)
-
-    def _dropped(self, labels: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The labels [B], some of them replaced by the null label; u [B] from U(0, 1)."""
-        return torch.where(u < self._config.model.label_dropout, self._config.data.num_classes, labels)
 
 
 class FlowObjective(Objective):
     """Flow matching in every stage, eq. (5)."""
 
-    def forward(
-        self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         """See `Objective`."""
-        # For each stage one time and one noise; more noise for the states that are fed back as context.
+        # Points on the path, and the velocities that the model is to predict there.
         tau = self._config.context_tau
-        num_stages = len(self._sizes)
-        fed_back = [] if tau is None else self._sizes[:-1]
+        points = training_points(self._schedule, latents, drawn.noise, drawn.times, drawn.context, tau)
+
+        velocities = self._predict(points.contexts, points.states, points.times, labels)
+        return stage_losses(velocities, points.targets)
+
+    def _draws(self) -> list[Draw]:
+        # For each stage one time and one noise; more noise for the states that are fed back as context.
+        fed_back = [] if self._config.context_tau is None else self._sizes[:-1]
         draws = [self._noise(Purpose.NOISE, size, k) for k, size in enumerate(self._sizes)]
         draws += [self._noise(Purpose.CONTEXT, size, k) for k, size in enumerate(fed_back)]
-        draws += [Draw(Purpose.TIME, stream=k, is_normal=False) for k in range(num_stages)]
+        draws += [Draw(Purpose.TIME, stream=k, is_normal=False) for k in range(len(self._sizes))]
 
-        # One more for the autoencoder's posterior, and one for the labels.
-        draws += [self._noise(Purpose.POSTERIOR, self._sizes[-1]), Draw(Purpose.LABEL_DROP, is_normal=False)]
-        *drawn, posterior_noise, label_u = draw_all(self._seed, positions, draws)
-        noise = drawn[:num_stages]
-        context_noise = drawn[num_stages:-num_stages]
-        times = drawn[-num_stages:]  # K x [B]
+        # One more for the autoencoder's posterior.
+        return [*draws, self._noise(Purpose.POSTERIOR, self._sizes[-1])]
 
-        # Points on the path, and the velocities that the model is to predict there.
-        latents = self._normalise(values, posterior_noise)  # [B, C, H, W]
-        points = training_points(self._schedule, latents, noise, times, context_noise, tau)
-
-        # Prediction and loss. Labels are dropped for classifier-free guidance.
-        labels = self._dropped(labels, label_u)
-        with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
-            velocities = self.model(points.contexts, points.states, points.times, labels)
-        per_stage = stage_losses(velocities, points.targets)
-        return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.stack(times, dim=1)
+    def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
+        num_stages = len(self._sizes)
+        *fields, posterior = numbers
+        return Drawn(fields[-num_stages:], fields[:num_stages], posterior, context=fields[num_stages:-num_stages])
 
 
 class MaskedObjective(Objective):
     """Flow matching of masked tokens, each with several draws of noise and time.
 
     The loss is the mean over a sample's masked tokens, then over samples, so that a sample's mask ratio does not change
-    its weight.
+    its weight. There is one stage, K = 1.
     """
 
-    def forward(
-        self, values: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Objective`; there is one stage, K = 1."""
+    def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """See `Objective`."""
         patch_size = self._config.model.patch_size
+        ratio_u, order_u = drawn.mask
+        mask = random_mask(order_u, mask_ratio(ratio_u))  # [B, T]
+
+        # The points on the path.
+        tokens = patchify(latents, patch_size)  # [B, T, c]
+        noise = torch.stack([patchify(one, patch_size) for one in drawn.noise], dim=1)  # [B, R, T, c]
+        times = torch.stack(drawn.times, dim=1)  # [B, R, T]
+        states, targets = token_points(tokens, noise, times)  # [B, R, T, c]
+
+        # Prediction and loss of the masked tokens alone.
+        velocities = self._predict(tokens, mask, states, model_time(self._schedule, 0, times), labels)
+        return masked_loss(velocities, targets, mask)[:, None]  # [B, 1]
+
+    def _draws(self) -> list[Draw]:
         (size,) = self._sizes
         (num_tokens,) = self._config.stage_tokens
 
@@ -104,21 +173,14 @@ class MaskedObjective(Objective):
         draws = [self._noise(Purpose.NOISE, size, r) for r in range(num_draws)]
         draws += [Draw(Purpose.TIME, (num_tokens,), r, is_normal=False) for r in range(num_draws)]
 
-        # The share of a sample's tokens that is masked, and which: by a random order. The posterior, and the labels.
+        # The share of a sample's tokens that is masked, and which: by a random order. The posterior.
         draws += [Draw(Purpose.MASK_RATIO, is_normal=False), Draw(Purpose.MASK_ORDER, (num_tokens,), is_normal=False)]
-        draws += [self._noise(Purpose.POSTERIOR, size), Draw(Purpose.LABEL_DROP, is_normal=False)]
-        *drawn, ratio_u, order_u, posterior_noise, label_u = draw_all(self._seed, positions, draws)
-        mask = random_mask(order_u, mask_ratio(ratio_u))  # [B, T]
+        return [*draws, self._noise(Purpose.POSTERIOR, size)]
 
-        # The points on the path that they give.
-        tokens = patchify(self._normalise(values, posterior_noise), patch_size)  # [B, T, c]
-        noise = [patchify(field, patch_size) for field in drawn[:num_draws]]
-        times = torch.stack(drawn[num_draws:], dim=1)  # [B, R, T]
-        states, targets = token_points(tokens, torch.stack(noise, dim=1), times)  # [B, R, T, c]
+    def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
+        num_draws = self._config.flow.token_draws
+        *drawn, ratio_u, order_u, posterior = numbers
+        return Drawn(drawn[num_draws:], drawn[:num_draws], posterior, mask=(ratio_u, order_u))
 
-        # Prediction and loss of the masked tokens alone.
-        labels = self._dropped(labels, label_u)
-        with torch.autocast(values.device.type, torch.bfloat16, enabled=self._bf16):
-            velocities = self.model(tokens, mask, states, model_time(self._schedule, 0, times), labels)
-        per_stage = masked_loss(velocities, targets, mask)[:, None]  # [B, 1]
-        return multistage_loss(per_stage, self._weights), per_stage.detach(), torch.full_like(per_stage, math.nan)
+    def _single_times(self, drawn: Drawn) -> torch.Tensor:
+        return torch.full_like(drawn.times[0][:, :1], math.nan)  # [B, 1]

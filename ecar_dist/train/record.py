@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -86,8 +86,8 @@ class Recorder:
             with open(self._logs / f"substituted.rank-{self._world.rank:05d}.jsonl", "a") as file:
                 file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in substitutions)
 
-    def log(self, progress: Progress, result: StepResult) -> None:
-        """Metrics, and a line on the screen, after a step. Collective."""
+    def log(self, progress: Progress, result: StepResult, validated: Mapping[str, float] = {}) -> None:
+        """Metrics, and a line on the screen, after a step. `validated`: the validation loss by tag. Collective."""
         self._telemetry.phases.enter("log", progress.step)
         counters = self._counters()
         report = self._telemetry.report(result, progress.samples_seen, counters)
@@ -95,7 +95,7 @@ class Recorder:
             return
 
         # Metrics of all ranks; the downloads are rank 0's.
-        values = {**report.values, **counters.downloads}
+        values = {**report.values, **validated, **counters.downloads}
         if self._replaced_samples:
             values["data/replaced_samples"] = float(self._replaced_samples)
         self._writer.log(progress.step, progress.samples_seen, values)
@@ -105,7 +105,10 @@ class Recorder:
         # The line on the screen.
         total_samples = self._config.train.total_samples
         total_steps = last_step(self._config, progress)
-        say(progress_line(progress.step, total_steps, progress.samples_seen, total_samples, result, report))
+        line = progress_line(progress.step, total_steps, progress.samples_seen, total_samples, result, report)
+        if validated:
+            line += f"  validation {validated['eval/loss']:.4f} (EMA {validated['eval/loss_ema']:.4f})"
+        say(line)
 
     def draw_preview(self, progress: Progress, engine: Engine, ema: ShardedEma) -> None:
         """Draw a strip of all stages with the EMA weights. Collective."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -172,3 +173,40 @@ def cache_options(data: DataSection) -> CacheOptions:
     cache = data.cache
     budget = None if cache.gib is None else int(cache.gib * 2**30)
     return CacheOptions(Path(cache.dir) if cache.dir else None, budget, cache.threads)
+
+
+def run_identity(
+    config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
+) -> dict[str, dict[str, Any]]:
+    """What must not change between attempts: what the weights mean, and the order of the data."""
+    # "model" is compared on every resume; "data" can be overruled with --new-data-order.
+    encoder = data.encoder or (codec.identity if codec else None)
+    return {
+        "model": {
+            **config.model_identity,
+            "data.resize": config.data.resize,
+            "encoder.weights_sha256": encoder and encoder.weights_sha256,
+        },
+        "data": {
+            "run.seed": config.run.seed,
+            "dataset_ids": data.dataset_ids,
+            **{f"data_order.{name}": value for name, value in stream.describe().items()},
+            "data.flip_images": config.data.flip_images,
+            **_background_of_images(config),
+        },
+    }
+
+
+def _background_of_images(config: RunConfig) -> dict[str, str]:
+    """The colour behind transparent images, unless it is white: the identity of older checkpoints lacks the key."""
+    data = config.data
+    return {"data.background": data.background} if data.images is not None and data.background != "white" else {}
+
+
+def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
+    """What all ranks must have in common: the run's identity, and the autoencoder's without its name (a path)."""
+    # As text, so that any two values can be compared and printed.
+    facts = {key: value for part in identity.values() for key, value in part.items()}
+    if encoder is not None:
+        facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
+    return {key: json.dumps(value) for key, value in facts.items()}

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,14 +20,15 @@ from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.models.layers import weight_decay_groups
-from ecar_dist.runtime.checkpoint.files import committed
 from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
-from ecar_dist.runtime.checkpoint.storage import open_storage
+from ecar_dist.runtime.checkpoint.storage import check_adoption
 from ecar_dist.runtime.checkpoint.store import CheckpointStore
 from ecar_dist.runtime.compiler import check_compiler
 from ecar_dist.runtime.ema import ShardedEma
 from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.initial.load import Beginning, begin, plan_beginning
+from ecar_dist.runtime.run.console import ConsoleLog
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.metrics import MetricsWriter
 from ecar_dist.runtime.sharded_build import sharded_build
@@ -36,7 +36,6 @@ from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.watchdog.watchdog import Watchdog
 from ecar_dist.runtime.world import World
-from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.train.guard import BadStepFile, StepGuard, is_good
 from ecar_dist.train.loop import Parts, RunState, Saver
 from ecar_dist.train.objective import Normalise
@@ -51,9 +50,19 @@ from ecar_dist.train.record import (
     opening_lines,
     unreachable_half_lives,
 )
-from ecar_dist.train.sources import TrainingData, check_codec, normaliser, open_loader, open_stream
+from ecar_dist.train.sources import (
+    TrainingData,
+    check_codec,
+    identity_facts,
+    normaliser,
+    open_loader,
+    open_stream,
+    run_identity,
+)
 from ecar_dist.train.telemetry import Counters, Telemetry
 from ecar_dist.train.time_budget import Goodput, Phases, run_began
+from ecar_dist.train.validation.heldout import Heldout, open_heldout
+from ecar_dist.train.validation.validate import Validation
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
 
@@ -77,13 +86,15 @@ def start_training(
     `ends` gets what has to be closed. Raises EcarError, on all ranks, before any step.
     """
     stop = StopRequest()
+    console = ConsoleLog()
 
     # What the run reads, checked on all ranks. Nothing has been written yet.
     world.together(lambda: config.grad_accum_steps(world.size))  # the cheapest check comes first
     inputs = open_inputs(config, world, adopt)
 
     # From here on the run directory is this attempt's.
-    directory, run_id, phases = begin_attempt(config, world, stop, ends)
+    directory, attempt, run_id, phases = begin_attempt(config, world, stop, ends)
+    console.open(directory.logs, attempt, world.rank)
 
     # The state of the run: allocated, then loaded.
     state = allocate(config, world, inputs, directory)
@@ -92,10 +103,16 @@ def start_training(
     saver = Saver(config=config, world=world, state=state, store=store, phases=phases)
     restored = saver.load()
     progress = restored.progress if restored else Progress(0, 0)
+    if restored is None:
+        begin(inputs.beginning, world, state.engine, state.ema)
 
     # The samples from there on.
     reader = open_reader(config, world, inputs.stream, progress.samples_seen, stop, phases)
     ends.callback(reader.close)
+
+    # The held-out samples.
+    heldout = inputs.heldout
+    validation = Validation(config, world, heldout, phases) if heldout else None
 
     # What is measured, and written down.
     telemetry = Telemetry(config, world, phases, state.goodput, training_flops_per_sample)
@@ -120,6 +137,7 @@ def start_training(
         telemetry=telemetry,
         recorder=recorder,
         saver=saver,
+        validation=validation,
     )
     return parts, progress
 
@@ -132,6 +150,8 @@ class Inputs(NamedTuple):
     codec: LatentCodec | None
     precision: str  # "fp32" or "bf16", on this device
     identity: dict[str, dict[str, Any]]
+    heldout: Heldout | None
+    beginning: Beginning  # where the weights of a new run come from
 
 
 def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
@@ -149,28 +169,11 @@ def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
     codec = world.together(lambda: run_codec(config, data, world, precision))
     identity = run_identity(config, data, stream, codec)
     agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
-    return Inputs(data, stream, codec, precision, identity)
 
-
-def check_adoption(config: RunConfig) -> None:
-    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
-    # There is one: nothing to say.
-    with contextlib.closing(open_storage(config)) as storage:
-        if storage.committed():
-            return
-        where = storage.where
-
-    # Look in the folder above and in those beside it: the usual mistakes.
-    near: list[str] = []
-    if not is_remote(where):
-        above = local_path(where).parent
-        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
-        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
-
-    # The user has to know where this run looks, and where else there is something.
-    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
-    wrong = "checkpoint.dir, run.dir or run.name"
-    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
+    # The samples of the validation loss; and weights of another run, for a run that has none of its own.
+    heldout = open_heldout(config, world, encoder_of(data, codec))
+    beginning = plan_beginning(config, world, data.class_names, identity["model"]["encoder.weights_sha256"])
+    return Inputs(data, stream, codec, precision, identity, heldout, beginning)
 
 
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
@@ -188,10 +191,10 @@ def run_codec(config: RunConfig, data: TrainingData, world: World, precision: st
 
 def begin_attempt(
     config: RunConfig, world: World, stop: StopRequest, ends: contextlib.ExitStack
-) -> tuple[RunDirectory, str, Phases]:
+) -> tuple[RunDirectory, str, str, Phases]:
     """Put this attempt on record, and have the watchdog watch it. How it ends goes on record as well.
 
-    Returns the run directory, the id of the run, and the clock of its phases.
+    Returns the run directory, the names of the attempt and the run, and the clock of its phases.
     """
     # Rank 0 opens the directory; the others need its names for the attempt and the run.
     directory = RunDirectory(config.run_directory)
@@ -200,7 +203,7 @@ def begin_attempt(
     # In this order the watchdog still watches while the end is put on record.
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
-    return directory, run_id, Phases(watchdog.beat)
+    return directory, attempt, run_id, Phases(watchdog.beat)
 
 
 def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDirectory) -> RunState:
@@ -322,12 +325,15 @@ def open_record(
         for first, last in state.guard.history.ahead(progress.step)
     ]
     lines += unreachable_half_lives(config)
+    lines += inputs.beginning.lines
 
     # From here on the run is this config's, and its curves go on from here.
     directory.note_attempt(
         dataset_ids=inputs.data.dataset_ids,
         precision=inputs.precision,
         resumed_from_step=restored and restored.progress.step,
+        **({"heldout_id": inputs.heldout.dataset_id} if inputs.heldout else {}),
+        **inputs.beginning.facts,
     )
     directory.write_config(config)
     writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
@@ -360,40 +366,3 @@ def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) 
 def encoder_of(data: TrainingData, codec: LatentCodec | None) -> EncoderIdentity | None:
     """The encoder of the latents that the model sees; None on a rank with neither latents nor the autoencoder."""
     return data.encoder or (codec.identity if codec else None)
-
-
-def run_identity(
-    config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
-) -> dict[str, dict[str, Any]]:
-    """What must not change between attempts: what the weights mean, and the order of the data."""
-    # "model" is compared on every resume; "data" can be overruled with --new-data-order.
-    encoder = encoder_of(data, codec)
-    return {
-        "model": {
-            **config.model_identity,
-            "data.resize": config.data.resize,
-            "encoder.weights_sha256": encoder and encoder.weights_sha256,
-        },
-        "data": {
-            "run.seed": config.run.seed,
-            "dataset_ids": data.dataset_ids,
-            **{f"data_order.{name}": value for name, value in stream.describe().items()},
-            "data.flip_images": config.data.flip_images,
-            **_background_of_images(config),
-        },
-    }
-
-
-def _background_of_images(config: RunConfig) -> dict[str, str]:
-    """The colour behind transparent images, unless it is white: the identity of older checkpoints lacks the key."""
-    data = config.data
-    return {"data.background": data.background} if data.images is not None and data.background != "white" else {}
-
-
-def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
-    """What all ranks must have in common: the run's identity, and the autoencoder's without its name (a path)."""
-    # As text, so that any two values can be compared and printed.
-    facts = {key: value for part in identity.values() for key, value in part.items()}
-    if encoder is not None:
-        facts |= {f"encoder.{name}": value for name, value in encoder.to_dict().items() if name != "name"}
-    return {key: json.dumps(value) for key, value in facts.items()}

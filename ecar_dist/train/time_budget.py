@@ -132,7 +132,7 @@ class TimeBudget:
             return f"data-bound: {self.share(self.data_wait):.0%} of the time waits for data"
         if shares.get("checkpoint", 0.0) >= CHECKPOINT_SHARE:
             return f"checkpoint-bound: {shares['checkpoint']:.0%} of the time waits for checkpoints"
-        for name in ("preview", "log"):
+        for name in ("preview", "log", "validate"):
             if shares.get(name, 0.0) >= OTHER_SHARE:
                 return f"{name}-bound: {shares[name]:.0%} of the time goes into {name}"
         return "compute-bound"

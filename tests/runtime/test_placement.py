@@ -1,6 +1,6 @@
 import pytest
 
-from ecar_dist.runtime.placement import Placement, first_host, placement_from_environment
+from ecar_dist.runtime.placement import Placement, first_host, placement_from_environment, threads_of_rank
 
 UNDER_SRUN = {
     "SLURM_PROCID": "5",
@@ -67,3 +67,11 @@ def test_an_interactive_allocation_without_srun_is_one_process():
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_size", "threads"),
+    [({}, 1, 8), ({}, 3, 2), ({}, 16, 1), ({"OMP_NUM_THREADS": "3"}, 1, None)],
+)
+def test_a_rank_has_its_share_of_the_cores_unless_told_otherwise(environment, local_size, threads):
+    assert threads_of_rank(environment, local_size, cores=8) == threads

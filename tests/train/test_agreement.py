@@ -6,8 +6,7 @@ import pytest
 
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.train.preflight import data_facts
-from ecar_dist.train.sources import check_data, open_stream
-from ecar_dist.train.start import identity_facts, run_identity
+from ecar_dist.train.sources import check_data, identity_facts, open_stream, run_identity
 
 
 @pytest.fixture

@@ -6,15 +6,16 @@ The commit is one atomic operation: a rename in a folder, the marker object in a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ecar_dist.config.run import RunConfig
-from ecar_dist.errors import CheckpointError
+from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.checkpoint.bucket import BucketStorage
-from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, all_files
+from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, all_files, committed
 from ecar_dist.runtime.checkpoint.folder import LocalStorage
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
@@ -108,6 +109,33 @@ def storage_at(config: RunConfig, where: str) -> CheckpointStorage:
     if is_remote(where):
         return BucketStorage(where, cache_folder(config.data.cache.dir))
     return LocalStorage(local_path(where))
+
+
+def has_checkpoint(config: RunConfig) -> bool:
+    """Whether the run has committed a checkpoint, damaged or not."""
+    with contextlib.closing(open_storage(config)) as storage:
+        return bool(storage.committed())
+
+
+def check_adoption(config: RunConfig) -> None:
+    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
+    # There is one: nothing to say.
+    with contextlib.closing(open_storage(config)) as storage:
+        if storage.committed():
+            return
+        where = storage.where
+
+    # Look in the folder above and in those beside it: the usual mistakes.
+    near: list[str] = []
+    if not is_remote(where):
+        above = local_path(where).parent
+        folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
+        near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
+
+    # The user has to know where this run looks, and where else there is something.
+    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
+    wrong = "checkpoint.dir, run.dir or run.name"
+    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
 
 
 class PassedOver(NamedTuple):

@@ -98,6 +98,10 @@ class ExportReader(Mapping[str, torch.Tensor]):
         if index.weight_map != stored:
             raise CheckpointError(f"{self.path / INDEX} does not match the files beside it; export the run again")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()}
+
     def __getitem__(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self._where[name].get_tensor(name)
         if not value.isfinite().all():

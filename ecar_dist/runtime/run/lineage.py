@@ -64,6 +64,8 @@ class AttemptEntry(BaseModel):
     device: str | None = None
     precision: str | None = None
     dataset_ids: list[str] | None = None
+    heldout_id: str | None = None  # of the data set of the validation loss
+    initial_weights: dict[str, Any] | None = None  # where the weights of a new run came from: path, what, step, hash
 
 
 _ENTRIES = TypeAdapter(list[AttemptEntry])

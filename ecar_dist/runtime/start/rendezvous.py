@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 
 from ecar_dist.errors import ConfigError, NodeError
-from ecar_dist.runtime.placement import Placement, job_nodes, node_name, placement_from_environment
+from ecar_dist.runtime.placement import (
+    Placement,
+    job_nodes,
+    node_name,
+    placement_from_environment,
+    threads_of_rank,
+)
 from ecar_dist.runtime.start.roll_call import Answer, Answers, Decision, decide, describe, hold_roll_call
 from ecar_dist.runtime.world import World
 
@@ -48,6 +54,8 @@ def start_world(
         MASTER_ADDR=placement.master_address,
         MASTER_PORT=str(placement.master_port),
     )
+    if threads := threads_of_rank(environment, placement.local_size, len(os.sched_getaffinity(0))):
+        torch.set_num_threads(threads)
 
     store = open_store(placement, environment)
     world = _meet(placement, store)

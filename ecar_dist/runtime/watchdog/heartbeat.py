@@ -20,6 +20,7 @@ PHASES = {
     "checkpoint": 3,
     "log": 1,
     "preview": 1,
+    "validate": 1,
 }
 FIRST_STEPS = 2  # kernels are compiled, caches filled, connections made
 FIRST_STEPS_FACTOR = 3

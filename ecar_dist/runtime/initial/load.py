@@ -1,0 +1,230 @@
+"""Start a new run from the weights of another one: compare the models, then fill this rank's master weights.
+
+No rank holds more than one parameter of the other run at a time, and none builds the whole model. What has no
+counterpart keeps the initial weights of this run, which depend on its seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecar_dist.command_line import columns, counted
+from ecar_dist.config.run import RunConfig
+from ecar_dist.errors import CheckpointError
+from ecar_dist.kinds.presets import preset_of
+from ecar_dist.kinds.table import KINDS, kind_of
+from ecar_dist.runtime.checkpoint.compare import differences
+from ecar_dist.runtime.checkpoint.storage import has_checkpoint
+from ecar_dist.runtime.ema import ShardedEma
+from ecar_dist.runtime.engine import Engine
+from ecar_dist.runtime.initial.rows import Converted, RowPlan, pair_stages, plan_rows
+from ecar_dist.runtime.initial.source import InitialWeights, open_initial_weights
+from ecar_dist.runtime.replicas import check_replicas
+from ecar_dist.runtime.start.agreement import agree_on
+from ecar_dist.runtime.world import World
+from ecar_dist.storage.untrusted import printable
+
+SHOWN_PARAMETERS = 3  # in an error message
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How one parameter of this model is filled. Without `from_source` it keeps its initial values."""
+
+    name: str
+    shape: tuple[int, ...]
+    from_source: bool
+    rows: RowPlan | None = None
+
+    def convert(self, value: torch.Tensor) -> Converted:
+        """`value` is the other model's parameter. All values are known where it is taken as it is."""
+        if self.rows is None:
+            return Converted(value.float(), torch.ones(self.shape[:1], dtype=torch.bool))
+        return self.rows.convert(value)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where the weights of this attempt come from.
+
+    lines: for the log. facts: for lineage.json.
+    source, transfers: weights that were compared with this run's model, None and empty where they are not needed.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    source: InitialWeights | None = None
+    transfers: list[Transfer] = field(default_factory=list)
+
+
+def plan_beginning(
+    config: RunConfig, world: World, class_names: Sequence[str] | None, encoder: str | None
+) -> Beginning:
+    """Open the weights that `train.init_from` names for a run without a checkpoint, before anything is allocated.
+
+    class_names: of this run's data. encoder: the hash of the autoencoder of its latents. Collective. Raises EcarError,
+    on all ranks, if the weights do not fit.
+    """
+    if config.train.init_from is None:
+        return Beginning()
+
+    # A checkpoint of the run's own wins, and then the source may be gone.
+    if world.broadcast(world.on_first_rank(lambda: has_checkpoint(config))):
+        return Beginning([f"train.init_from={config.train.init_from} is not used: the run has a checkpoint of its own"])
+
+    # Every rank reads for itself: all must have found the same weights.
+    path = Path(config.train.init_from)
+    source = world.together(lambda: open_initial_weights(path))
+    agree_on(world, "initial weights", {"train.init_from": source.digest}, "give every node the same weights")
+    transfers = world.together(lambda: plan_transfers(config, source, class_names))
+    lines = transfer_lines(config, source, transfers)
+    if encoder is not None and source.identity.get("encoder.weights_sha256", encoder) != encoder:
+        lines.append("  warning: these weights were trained on latents of another autoencoder")
+    return Beginning(lines, {"initial_weights": source.facts}, source, transfers)
+
+
+def begin(beginning: Beginning, world: World, engine: Engine, ema: ShardedEma) -> None:
+    """Fill the model of a new run, if its weights come from another run. Collective."""
+    source = beginning.source
+    if source is None:
+        return
+    world.together(lambda: fill(engine, source, beginning.transfers))
+
+    # What the forward pass reads, and the averages, follow the master weights.
+    engine.publish_master_weights()
+    ema.restart()
+    check_replicas(world, engine, ema, 0)
+
+
+def plan_transfers(config: RunConfig, source: InitialWeights, class_names: Sequence[str] | None) -> list[Transfer]:
+    """A transfer for each parameter of the config's model. Raises CheckpointError if the other model does not fit.
+
+    class_names: of this run's data.
+    """
+    # Both models, without memory. A file is taken for a model of this config.
+    theirs = source.config or config
+    if source.config is not None:
+        check_architecture(config, source)
+    with torch.device("meta"):
+        model = kind_of(config).build_model(config)
+        other = kind_of(theirs).build_model(theirs)
+    modules = dict(other.named_modules())
+    if source.config is None:
+        check_file(source, model)
+
+    # Parameter by parameter, tables by the meaning of their rows.
+    transfers = []
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        owner, _, _ = name.rpartition(".")
+        if name not in source.shapes:
+            transfers.append(Transfer(name, shape, from_source=False))
+            continue
+        rows = None
+        if owner in modules:
+            rows = plan_rows(modules[owner], model.get_submodule(owner), source.class_names, class_names)
+        if rows is None and source.shapes[name] != shape:
+            raise _refused(source, f"{name} {list(source.shapes[name])}", str(list(shape)), "")
+        transfers.append(Transfer(name, shape, from_source=True, rows=rows))
+    return transfers
+
+
+def check_architecture(config: RunConfig, source: InitialWeights) -> None:
+    """Raises CheckpointError, with the numbers, unless width, depth, kind and tokens are the same on both sides."""
+    assert source.config is not None
+    ours, theirs = _architecture(config), _architecture(source.config)
+    if changed := differences(theirs, ours):
+        there, here = (", ".join(f"{key}={printable(str(one.get(key)))}" for key in changed) for one in (theirs, ours))
+        preset = source.config.model.preset
+        raise _refused(source, there, here, f"set model.kind={source.config.model.kind} model.preset={preset}, ")
+
+    # Of other stages at least one has to be in both.
+    if not any(source_stage is not None for source_stage in pair_stages(source.config.stage_sizes, config.stage_sizes)):
+        there, here = (f"stages of {list(one.stage_sizes)} latent pixels" for one in (source.config, config))
+        raise _refused(source, there, here, "")
+
+
+def _architecture(config: RunConfig) -> dict[str, Any]:
+    """What fine-tuning cannot change."""
+    # A kind without an AR transformer does not look at its depth.
+    preset = asdict(preset_of(config))
+    has_ar = bool(KINDS[config.model.kind].parts[0])
+    sizes = {key: value for key, value in preset.items() if has_ar or not key.startswith("ar_")}
+    channels = config.data.latent_channels
+    return {"kind": config.model.kind, **sizes, "patch_size": config.model.patch_size, "latent_channels": channels}
+
+
+def check_file(source: InitialWeights, model: nn.Module) -> None:
+    """Raises CheckpointError unless a file without a config has exactly this model's parameters."""
+    ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if changed := differences(source.shapes, ours):
+        name = printable(changed[0])
+        there, here = (list(one[changed[0]]) if changed[0] in one else "missing" for one in (source.shapes, ours))
+        fix = "a file has no config, so it needs all parameters in the same shapes; "
+        raise _refused(source, f"{name} {there} and {len(changed) - 1} more differences", f"{here}", fix)
+
+
+def _refused(source: InitialWeights, there: str, here: str, fix: str) -> CheckpointError:
+    return CheckpointError(
+        f"train.init_from={source.path} has {there}, this run has {here}; {fix}or give a run or export of this model"
+    )
+
+
+@torch.no_grad()
+def fill(engine: Engine, source: InitialWeights, transfers: Sequence[Transfer]) -> None:
+    """Fill the master weights of this rank. Rows without a source stay as they are."""
+    planned = {transfer.name: transfer for transfer in transfers if transfer.from_source}
+    for fragment in engine.fragments:
+        if (transfer := planned.get(fragment.name)) is None:
+            continue
+        converted = transfer.convert(source.weights[fragment.name])
+
+        # The part of the flattened parameter that this rank holds.
+        part = slice(fragment.start, fragment.start + fragment.numel)
+        per_row = math.prod(transfer.shape[1:])
+        known = converted.known.repeat_interleave(per_row)[part]
+        held = fragment.of(engine.partitions)
+        values = converted.values.reshape(-1)[part].to(held.device)
+        held.copy_(torch.where(known.to(held.device), values, held))
+
+
+def transfer_lines(config: RunConfig, source: InitialWeights, transfers: Sequence[Transfer]) -> list[str]:
+    """The table of what was loaded, resized and new, for the log."""
+    lines = [f"initial weights: {source.path}, {source.what}, xxh3_128 {source.digest}"]
+
+    # What is as it was; then a row for each other parameter.
+    plain = [one for one in transfers if one.from_source and (one.rows is None or _keeps_all(one.rows))]
+    values = sum(math.prod(one.shape) for one in plain)
+    rows = [("  loaded", counted(len(plain), "parameter"), f"{values:,} values", "")]
+    for one in transfers:
+        if one in plain:
+            continue
+        what = "new" if one.rows is None else "resized" if one.rows.resizes else "rows"
+        rows.append((f"  {what}", one.name, str(list(one.shape)), one.rows.note if one.rows else ""))
+    unused = sorted(source.shapes.keys() - {one.name for one in transfers})
+    rows += [("  not used", printable(name), str(list(source.shapes[name])), "") for name in unused]
+    lines += columns(rows, left=(0, 1, 2, 3))
+
+    # The meaning of the weights may have changed, which no shape shows.
+    return lines + _changed_meaning(config, source)
+
+
+def _keeps_all(rows: RowPlan) -> bool:
+    return not rows.resizes and all(segment.source == segment.start for segment in rows.segments)
+
+
+def _changed_meaning(config: RunConfig, source: InitialWeights) -> list[str]:
+    """A line for settings of the flow that differ; they change what the network is asked for."""
+    if source.config is None:
+        return []
+    ours, theirs = config.model_identity, source.config.model_identity
+    changed = [key for key in differences(theirs, ours) if key.startswith("flow.")]
+    words = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in changed]
+    return [f"  changed: {printable(', '.join(words), 300)}"] if words else []
