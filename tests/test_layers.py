@@ -23,6 +23,7 @@ LAYERS = [
     {"runtime"},
     {"train", "sample", "evaluate", "plan"},
     {"drills", "cluster", "api"},
+    {"compare"},
     {"commands", "pipeline"},
     {"cli", "__main__", "data_tools"},
 ]

@@ -1,4 +1,4 @@
-"""status: print the status of runs, from their files alone."""
+"""status and compare: what the files of runs say, without torch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ def add_commands(add: AddCommand) -> None:
     looking.add_argument(
         "--watch", type=positive, metavar="SECONDS", help="repeat every SECONDS seconds until Ctrl-C (default: once)"
     )
+
+    comparing = add("compare", compare, "losses and scores of runs at equal samples, FLOPs and hours (no torch)")
+    comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; two or more")
+    comparing.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
+    comparing.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the curves to this PNG file (default: no picture)"
+    )
+
+
+def compare(parsed: argparse.Namespace) -> int:
+    from ecar_dist.compare.curves import differences, read_curves
+    from ecar_dist.compare.plot import plot_curves
+    from ecar_dist.compare.table import comparison, comparison_lines
+
+    # One run alone is a table of its curves too.
+    runs = [read_curves(run) for run in parsed.runs]
+    tree = comparison(runs, differences(runs))
+    print(json.dumps(tree) if parsed.json else "\n".join(comparison_lines(tree)))
+    if parsed.plot:
+        plot_curves(runs, parsed.plot)
+    return 0
 
 
 def status(parsed: argparse.Namespace) -> int:
