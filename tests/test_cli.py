@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ecar_dist.cli import main
@@ -88,6 +89,33 @@ def test_tensorboard_holds_the_curve_and_the_stage_strips(trained):
     assert [np.asarray(one).tolist() for one in kept] == [np.asarray(one).tolist() for one in shown]
     logged = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     assert [point.value for point in events.Scalars("train/loss")] == pytest.approx([x["train/loss"] for x in logged])
+
+
+def test_tensorboard_has_the_config_as_yaml_and_a_layout_of_charts(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    events = EventAccumulator(str(trained[1] / "tb"))
+    events.Reload()
+    (text,) = events.Tensors("config/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert shown.startswith("```yaml\n")
+    assert yaml.safe_load(shown.removeprefix("```yaml\n").removesuffix("```\n"))["run"]["name"] == "tiny"
+    (layout,) = events.Tensors("custom_scalars__config__")
+    groups = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    patterns = {tag for group in groups for chart in group.chart for tag in chart.multiline.tag}
+    tags = events.Tags()["scalars"]
+    assert groups[0].title == "loss"
+    for pattern in ("^train/loss$", r"^train/loss_stage\d+$", "^perf/samples_per_second$"):
+        assert pattern in patterns
+        assert any(re.match(pattern, tag) for tag in tags)
+
+
+def test_what_is_printed_is_also_in_the_run_directory(trained):
+    _, run, out = trained
+    (log,) = (run / "logs").glob("console-*.log")
+    assert log.name == f"console-{json.loads((run / 'lineage.json').read_text())[0]['attempt']}.log"
+    assert set(out.splitlines()) <= set(log.read_text().splitlines())
 
 
 def test_a_finished_run_is_done_when_run_again(trained):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.sample.generate import generate
-from ecar_dist.sample.pictures import decode_stages, enlarge, tile
+from ecar_dist.sample.pictures import decode_stages, labelled_grid
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.codec import LatentCodec
 
@@ -36,10 +38,16 @@ class StripPreview:
     def picture(self, stages: list[torch.Tensor]) -> np.ndarray:
         """The strip, uint8 [H, W, 3]."""
         assert self._codec is not None
-        return stage_strip(decode_stages(self._codec, [state.cpu() for state in stages]))
+        pictures = decode_stages(self._codec, [state.cpu() for state in stages])
+        titles = [str(label) for label in self._labels.tolist()]
+        return stage_strip(pictures, [state.shape[-1] for state in stages], titles)
 
 
-def stage_strip(stages: list[np.ndarray]) -> np.ndarray:
-    """Pictures of every stage, K of uint8 [B, H, W, 3], as one sheet with a row per stage."""
+def stage_strip(stages: list[np.ndarray], sides: Sequence[int], titles: Sequence[str] = ()) -> np.ndarray:
+    """Pictures of every stage, K of uint8 [B, H, W, 3], as one sheet with a row per stage.
+
+    sides: latent side of each stage, which stands beside its row. titles: stand above the columns; none by default.
+    """
     scale = max(1, SMALLEST_SIDE // stages[-1].shape[1])
-    return tile([[enlarge(picture, scale) for picture in stage] for stage in stages])
+    names = [f"stage {k}: {side}x{side}" for k, side in enumerate(sides)]
+    return labelled_grid([list(stage) for stage in stages], titles, names, scale=scale)

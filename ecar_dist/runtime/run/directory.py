@@ -80,7 +80,7 @@ class RunDirectory:
         # lineage.json first: if the start is interrupted after it, the next start finds a run here
         self.record_lost = not self._record.repair()
         self._write(self._record.read())
-        for folder in (self.samples, self.logs, self.checkpoints):
+        for folder in (self.logs, self.checkpoints):
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError:

@@ -25,6 +25,32 @@ from ecar_dist.storage.atomic import atomic_write, set_aside
 from ecar_dist.storage.untrusted import JsonLines, UntrustedError, parse_object
 
 HELD_BYTES = 1 << 22  # of lines that wait for a full disk
+# Charts of several curves, in the order in which a person looks at them: group -> chart -> patterns of tags.
+CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "loss": {
+        "training and validation": ("^train/loss$", "^eval/loss$", "^eval/loss_ema$"),
+        "training loss of each stage": (r"^train/loss_stage\d+$",),
+        "validation loss of each stage (EMA)": (r"^eval/loss_ema_stage\d+$",),
+        "training loss by stage and flow time": (r"^train/loss_stage\d+_t\d+$",),
+    },
+    "validation": {
+        "weights": (r"^eval/loss(_stage\d+)?$",),
+        "EMA": (r"^eval/loss_ema(_stage\d+)?$",),
+        "scores": ("^eval/(?!loss)",),
+    },
+    "performance": {
+        "samples per second": ("^perf/samples_per_second$",),
+        "MFU and goodput": ("^perf/mfu$", "^perf/goodput$"),
+        "share of the time in each phase": ("^time/",),
+        "waiting for data": ("^perf/data_wait_fraction$", "^checkpoint/stall_fraction$"),
+        "memory (GiB)": ("^mem/",),
+    },
+    "optimization": {
+        "learning rate": ("^train/lr$",),
+        "gradient norm": ("^train/grad_norm$",),
+        "steps that moved no weight": ("^train/skipped_steps$",),
+    },
+}
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
 
@@ -44,7 +70,8 @@ class MetricsWriter:
             self._board = EventFile(directory.tensorboard, purge_step=start_step + 1)
             self.text("lineage", lineage_table(directory.attempts()), start_step)
             if directory.config.exists():
-                self.text("config", _verbatim(shown_yaml(directory.config.read_text())), start_step)
+                self.text("config", f"```yaml\n{shown_yaml(directory.config.read_text())}```\n", start_step)
+            self._lay_out(start_step)
 
     def log(self, step: int, samples_seen: int, values: Mapping[str, float]) -> None:
         """Write one line, and one event per value. A value that is not finite is null in metrics.jsonl."""
@@ -61,6 +88,7 @@ class MetricsWriter:
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
         """Write a picture, uint8 [H, W, 3], to TensorBoard and to samples/step-NNNNNNNN.png in the run directory."""
         try:
+            self._directory.samples.mkdir(exist_ok=True)  # there is no such folder before the first picture
             Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
         except OSError as error:
             reason = reason_of(error)
@@ -76,6 +104,16 @@ class MetricsWriter:
             from torch.utils.tensorboard import summary
 
             self._board.add(step, partial(summary.text, tag, text))
+
+    def _lay_out(self, step: int) -> None:
+        """The charts of the dashboard "custom scalars"."""
+        from torch.utils.tensorboard import summary
+
+        assert self._board is not None
+        charts = {
+            title: {name: ["Multiline", list(tags)] for name, tags in group.items()} for title, group in CHARTS.items()
+        }
+        self._board.add(step, partial(summary.custom_scalars, charts))
 
     def rewind(self, step: int) -> None:
         """The run was rolled back to `step`: drop what came after it, as on a resume."""
@@ -163,11 +201,6 @@ def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) ->
         if isinstance(value, float):
             board.add(step, partial(summary.scalar, f"eval/{name}", value))
     board.close()
-
-
-def _verbatim(text: str) -> str:
-    """A Markdown block of literal text."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _keep_up_to(path: Path, step: int) -> int:
