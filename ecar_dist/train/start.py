@@ -103,30 +103,23 @@ def start_training(
     saver = Saver(config=config, world=world, state=state, store=store, phases=phases)
     restored = saver.load()
     progress = restored.progress if restored else Progress(0, 0)
-    if restored is None:
-        begin(inputs.beginning, world, state.engine, state.ema)
+    begin(inputs.beginning, world, state.engine, state.ema)
 
-    # The samples from there on.
+    # The samples from there on, and the held-out ones.
     reader = open_reader(config, world, inputs.stream, progress.samples_seen, stop, phases)
     ends.callback(reader.close)
-
-    # The held-out samples.
-    heldout = inputs.heldout
-    validation = Validation(config, world, heldout, phases) if heldout else None
+    validation = Validation(config, world, inputs.heldout, phases) if inputs.heldout else None
 
     # What is measured, and written down.
     telemetry = Telemetry(config, world, phases, state.goodput, training_flops_per_sample)
     writer = world.on_first_rank(lambda: open_record(config, world, directory, inputs, state, store, restored))
     if writer:
         ends.callback(writer.close)
+    preview = world.together(lambda: open_preview(config, world, inputs.codec, preview_factory))
+    counters = partial(read_counters, reader, store, state.guard)
+    logs = directory.logs
     recorder = Recorder(
-        config=config,
-        world=world,
-        logs=directory.logs,
-        telemetry=telemetry,
-        counters=partial(read_counters, reader, store, state.guard),
-        writer=writer,
-        preview=world.together(lambda: open_preview(config, world, inputs.codec, preview_factory)),
+        config=config, world=world, logs=logs, telemetry=telemetry, counters=counters, writer=writer, preview=preview
     )
     parts = Parts(
         config=config,

@@ -91,7 +91,7 @@ def plan_beginning(
 
 
 def begin(beginning: Beginning, world: World, engine: Engine, ema: ShardedEma) -> None:
-    """Fill the model of a new run, if its weights come from another run. Collective."""
+    """Fill the model of a new run, if its weights come from another run; a run that resumes has none. Collective."""
     source = beginning.source
     if source is None:
         return
