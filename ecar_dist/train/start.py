@@ -85,16 +85,14 @@ def start_training(
 
     `ends` gets what has to be closed. Raises EcarError, on all ranks, before any step.
     """
-    stop = StopRequest()
-    console = ConsoleLog()
+    stop, console = StopRequest(), ConsoleLog()
 
     # What the run reads, checked on all ranks. Nothing has been written yet.
     world.together(lambda: config.grad_accum_steps(world.size))  # the cheapest check comes first
     inputs = open_inputs(config, world, adopt)
 
     # From here on the run directory is this attempt's.
-    directory, attempt, run_id, phases = begin_attempt(config, world, stop, ends)
-    console.open(directory.logs, attempt, world.rank)
+    directory, run_id, phases = begin_attempt(config, world, stop, console, ends)
 
     # The state of the run: allocated, then loaded.
     state = allocate(config, world, inputs, directory)
@@ -183,20 +181,21 @@ def run_codec(config: RunConfig, data: TrainingData, world: World, precision: st
 
 
 def begin_attempt(
-    config: RunConfig, world: World, stop: StopRequest, ends: contextlib.ExitStack
-) -> tuple[RunDirectory, str, str, Phases]:
+    config: RunConfig, world: World, stop: StopRequest, console: ConsoleLog, ends: contextlib.ExitStack
+) -> tuple[RunDirectory, str, Phases]:
     """Put this attempt on record, and have the watchdog watch it. How it ends goes on record as well.
 
-    Returns the run directory, the names of the attempt and the run, and the clock of its phases.
+    Returns the run directory, the id of the run, and the clock of its phases.
     """
     # Rank 0 opens the directory; the others need its names for the attempt and the run.
     directory = RunDirectory(config.run_directory)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
+    console.open(directory.logs, attempt, world.rank)
 
     # In this order the watchdog still watches while the end is put on record.
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
-    return directory, attempt, run_id, Phases(watchdog.beat)
+    return directory, run_id, Phases(watchdog.beat)
 
 
 def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDirectory) -> RunState:
