@@ -131,6 +131,10 @@ def test_job_scripts_are_copied_to_be_changed(tmp_path, monkeypatch):
     copied = copy_package_folder(SLURM, tmp_path / "slurm")
     assert {path.name for path in copied} >= {"train.sbatch", "env.sh"}
     assert find_scripts(None) == Path("slurm")
+    assert main(["init", "--slurm", "jobs", "--examples", "examples"]) == 0
+    assert {path.name for path in copied} == {path.name for path in (tmp_path / "jobs").iterdir()}
+    assert (tmp_path / "examples/digits_cpu.yaml").exists()
+    assert main(["init"]) == 1
     with pytest.raises(ConfigError) as raised:
         copy_package_folder(SLURM, tmp_path / "slurm")
     assert "env.sh" in str(raised.value)

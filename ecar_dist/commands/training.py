@@ -128,10 +128,12 @@ def _train_on(config: RunConfig, world: World, new_data_order: bool, adopt: bool
     from ecar_dist.kinds.flops import FLOPS_PER_MAC
     from ecar_dist.kinds.table import kind_of
     from ecar_dist.runtime.compiler import private_cache
+    from ecar_dist.runtime.run.trackers import check_trackers
     from ecar_dist.sample.preview import StripPreview
     from ecar_dist.train.loop import train as run_training
     from ecar_dist.train.start import start_training
 
+    world.on_first_rank(lambda: check_trackers(config.log))
     with contextlib.ExitStack() as ends:
         if config.compiles_on(world.device.type):
             ends.enter_context(private_cache())

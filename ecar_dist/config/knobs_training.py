@@ -329,4 +329,16 @@ class LogSection(Section):
         ge=1,
         le=32,
     )
+    wandb: str | None = knob(
+        None,
+        "project of Weights & Biases that gets the metrics and previews as well; null: none; needs "
+        "`pip install 'ecar-dist[wandb]'`",
+        on_resume=OnResume.SAFE,
+    )
+    mlflow: str | None = knob(
+        None,
+        "tracking server of MLflow (URI) that gets the metrics and previews as well; null: none; needs "
+        "`pip install 'ecar-dist[mlflow]'`",
+        on_resume=OnResume.SAFE,
+    )
     tensorboard: bool = knob(True, "write TensorBoard files to tb/ in the run directory", on_resume=OnResume.SAFE)

@@ -31,6 +31,7 @@ from ecar_dist.runtime.initial.load import Beginning, begin, plan_beginning
 from ecar_dist.runtime.run.console import ConsoleLog
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.metrics import MetricsWriter
+from ecar_dist.runtime.run.trackers import open_trackers
 from ecar_dist.runtime.sharded_build import sharded_build
 from ecar_dist.runtime.signals import StopRequest
 from ecar_dist.runtime.start.agreement import agree_on
@@ -328,7 +329,7 @@ def open_record(
         **inputs.beginning.facts,
     )
     directory.write_config(config)
-    writer = MetricsWriter(directory, progress.step, config.log.tensorboard)
+    writer = MetricsWriter(directory, progress.step, config.log.tensorboard, open_trackers(config, directory))
 
     # On the screen.
     say("\n".join(lines))

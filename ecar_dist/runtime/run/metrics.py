@@ -21,6 +21,7 @@ from ecar_dist.config.read import shown_yaml
 from ecar_dist.errors import reason_of
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.event_file import EventFile
+from ecar_dist.runtime.run.trackers import Tracker
 from ecar_dist.storage.atomic import atomic_write, set_aside
 from ecar_dist.storage.untrusted import JsonLines, UntrustedError, parse_object
 
@@ -61,8 +62,11 @@ class MetricsWriter:
     disk error never ends training: lines of metrics.jsonl wait in memory for the disk, TensorBoard events are dropped.
     """
 
-    def __init__(self, directory: RunDirectory, start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, directory: RunDirectory, start_step: int, tensorboard: bool, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self._directory = directory
+        self._trackers = trackers
         self._drop_after(start_step)
         self._lines = _LineFile(directory.metrics)
         self._board: EventFile | None = None
@@ -78,6 +82,8 @@ class MetricsWriter:
         if self._board and self._board.dropped:
             values = {**values, "log/dropped_events": float(self._board.dropped)}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        for tracker in self._trackers:
+            tracker.log(step, {**values, "train/samples_seen": float(samples_seen)})
         self._lines.write(json.dumps({"step": step, "samples_seen": samples_seen, **finite}) + "\n")
         if self._board:
             from torch.utils.tensorboard import summary
@@ -93,6 +99,8 @@ class MetricsWriter:
         except OSError as error:
             reason = reason_of(error)
             print(f"warning: the picture of step {step} is not in samples/ ({reason})", file=sys.stderr, flush=True)
+        for tracker in self._trackers:
+            tracker.image(tag, picture, step)
         if self._board:
             from torch.utils.tensorboard import summary
 
@@ -131,6 +139,8 @@ class MetricsWriter:
         self._lines.close()
         if self._board:
             self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _drop_after(self, step: int) -> None:
         """Whatever the file holds, training continues: a file that cannot be read is set aside."""
