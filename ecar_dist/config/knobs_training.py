@@ -296,6 +296,13 @@ class CheckpointSection(Section):
     """When checkpoints are saved, where, and how many are kept."""
 
     every_samples: int = knob(1_000_000, "interval between checkpoints", unit="samples", on_resume=OnResume.SAFE, ge=1)
+    min_seconds: float = knob(
+        0.0,
+        "least time between two checkpoints: one that is due earlier waits; 0: every_samples alone decides",
+        unit="seconds",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
     keep: int = knob(3, "newest checkpoints that are kept", unit="checkpoints", on_resume=OnResume.SAFE, ge=2)
     keep_every_samples: int = knob(
         0,

@@ -28,6 +28,9 @@ DIT_TOKENS = 256  # DiT-XL/2 at 256 x 256 pixels
 ZERO_STAGES = (0, 1, 2, 3)
 MODES = ("eager", "compiled", "recomputed")  # of the transformer blocks
 
+# Seconds between checkpoints below which a plan warns: on many GPUs `every_samples` pass quickly.
+_FREQUENT_SAVES = 60.0
+
 
 def plan_lines(
     config: RunConfig,
@@ -210,7 +213,17 @@ def _step_lines(config: RunConfig, world_size: int, name: str, device: Device, s
         f"MFU: {by_sheet}, as perf/mfu counts, and {by_attainable}",
         f"time: {hours:.3g} h, {hours * world_size:.3g} GPU hours on {world_size} x {name.upper()}, training alone",
     ]
-    return [f"{line} (forecast)" for line in lines]
+    return [f"{line} (forecast)" for line in [*lines, _save_line(config, step.total)]]
+
+
+def _save_line(config: RunConfig, step_seconds: float) -> str:
+    """Seconds between two checkpoints, with a warning where saving would never end."""
+    section = config.checkpoint
+    batch = config.batch.global_batch_size
+    by_samples = -(-section.every_samples // batch) * step_seconds
+    between = max(by_samples, section.min_seconds)
+    warning = "; that is often: set checkpoint.min_seconds=600" if between < _FREQUENT_SAVES else ""
+    return f"checkpoints: one every {_seconds(between)}{warning}"
 
 
 def _seconds(seconds: float) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -25,7 +26,8 @@ from ecar_dist.storage.retries import ObjectMissing, Transfer, status_of, with_r
 from ecar_dist.storage.untrusted import UntrustedError, open_plain_file, printable, relative_name
 
 T = TypeVar("T")
-_LISTING_THREADS = 16
+_PARALLEL_REQUESTS = 16
+_BULK = 1000  # keys in one request, S3's limit
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, in
     found: list[tuple[str, int]] = []
     root = _RemotePath(url).path.rstrip("/")
     folders = [root]
-    with DaemonPool(_LISTING_THREADS, "list-files") as pool, transfer.stopped_by_errors():
+    with DaemonPool(_PARALLEL_REQUESTS, "list-files") as pool, transfer.stopped_by_errors():
         while folders:
             listings = pool.map(lambda folder: _list_folder(url, folder, transfer), folders)
             entries = [entry for listing in listings for entry in listing]
@@ -246,6 +248,27 @@ def remove(url: str, transfer: Transfer | None = None) -> None:
         _request("removing", url, transfer, lambda path, timeout: path.call("rm_file", timeout))
     except ObjectMissing:
         pass
+
+
+def remove_many(urls: Sequence[str], transfer: Transfer) -> None:
+    """Remove objects of one bucket, if they are there: a thousand a request on S3, in parallel on other stores.
+
+    S3 may leave some without an error. Raises DataError, one line, if the store refuses.
+    """
+    if not urls:
+        return
+    if not hasattr(_RemotePath(urls[0])._filesystem, "_bulk_delete"):
+        with DaemonPool(_PARALLEL_REQUESTS, "remove") as pool, transfer.stopped_by_errors():
+            list(pool.map(lambda url: remove(url, transfer), urls))
+        return
+    for first in range(0, len(urls), _BULK):
+        paths = [_RemotePath(url).path for url in urls[first : first + _BULK]]
+        what = f"removing {len(paths)} objects like"
+        _request(what, urls[first], transfer, partial(_bulk_delete, paths))
+
+
+def _bulk_delete(paths: list[str], path: _RemotePath, timeout: float) -> None:
+    path.call("bulk_delete", timeout, path=paths)
 
 
 def abort_uploads(url: str, transfer: Transfer | None = None) -> int:

@@ -11,3 +11,4 @@ class Flags(NamedTuple):
     stop: float  # asked to stop
     failed: float  # cannot read the samples of the step after the next
     ready: float  # has done its part of the save under way
+    early: float = 0.0  # rank 0 alone: checkpoint.min_seconds have not passed since the last save

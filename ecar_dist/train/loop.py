@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Parts:
 
     def flags(self) -> Flags:
         """What this rank tells the others now."""
-        return self.reader.flags(self.saver.is_ready)
+        return self.reader.flags(self.saver.is_ready)._replace(early=float(self.saver.is_early))
 
 
 def train(parts: Parts, progress: Progress) -> Progress:
@@ -158,6 +159,7 @@ def pass_over(parts: Parts, progress: Progress) -> None:
 def note_flags(parts: Parts, step: int, flags: Flags) -> None:
     """Take note of the summed flags of step number `step`. Collective."""
     parts.reader.settle(step, flags)
+    parts.saver.note_early(flags.early > 0)
     if flags.ready == parts.world.size:
         parts.saver.settle()
 
@@ -262,6 +264,10 @@ class Saver:
         self._saved = Progress(0, 0)  # of the newest checkpoint, committed or under way
         self._is_due = False
 
+        # checkpoint.min_seconds: rank 0 asks its clock, all ranks go by what it told them.
+        self._save_began = time.monotonic()
+        self._waits = config.checkpoint.min_seconds > 0
+
     def load(self) -> Restored | None:
         """Load the newest checkpoint; None if there is none yet, and the state stays as it was built.
 
@@ -291,7 +297,18 @@ class Saver:
 
     def is_due(self, progress: Progress) -> bool:
         """Whether `save_due` may have something to save at `progress`. Not collective, the same on all ranks."""
-        return self._is_due or any(self._crossed(progress))
+        checkpoint, ema_snapshot = self._crossed(progress)
+        return ema_snapshot or ((self._is_due or checkpoint) and not self._waits)
+
+    @property
+    def is_early(self) -> bool:
+        """Rank 0: whether checkpoint.min_seconds have not passed since the last save began. Not collective."""
+        passed = time.monotonic() - self._save_began
+        return self._world.is_first and passed < self._config.checkpoint.min_seconds
+
+    def note_early(self, early: bool) -> None:
+        """What rank 0 told all ranks: `is_early`. For all ranks in the same step."""
+        self._waits = early
 
     def _crossed(self, progress: Progress) -> tuple[bool, bool]:
         """Whether the last step made a checkpoint due, and an EMA snapshot."""
@@ -305,12 +322,14 @@ class Saver:
         self._is_due = self._is_due or checkpoint
 
         # In a row of bad steps the last checkpoint is the one to go back to: the next one waits for a good step.
-        checkpoint = self._is_due and not self._state.guard.history.in_a_row
+        checkpoint = self._is_due and not self._waits and not self._state.guard.history.in_a_row
         if checkpoint or ema_snapshot:
             self._begin(progress, checkpoint=checkpoint, ema_snapshot=ema_snapshot)
         if checkpoint:
             self._saved = progress
             self._is_due = False
+            self._save_began = time.monotonic()
+            self._waits = self._config.checkpoint.min_seconds > 0
 
     def finish(self, progress: Progress) -> None:
         """Save the last step unless it is saved already, and wait until the checkpoint is committed."""

@@ -1,5 +1,6 @@
 """The loop's decisions, on stand-ins for the engine and the world."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -93,6 +94,28 @@ def begun(store):
 
 def saved_steps(run):
     return [call[1] for call in begun(run.store)]
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0, [3, 6, 8]), (25, [5, 8]), (45, [7, 8]), (1000, [8])])
+def test_a_save_waits_until_min_seconds_have_passed(tmp_path, monkeypatch, seconds, saved):
+    """A step takes 10 s here. Rank 0's clock is heard one step late, so that no step waits for it."""
+    run = make_run(tmp_path, PretendLoader(*[make_batch(4)] * 8))
+    monkeypatch.setattr("ecar_dist.train.loop.time", SimpleNamespace(monotonic=lambda: 10.0 * len(run.updates)))
+    section = CheckpointSection(every_samples=12, min_seconds=seconds)
+    config = run.parts.config.model_copy(update={"checkpoint": section})
+    saver = Saver(config=config, world=ALONE, state=run.parts.state, store=run.store, phases=run.parts.telemetry.phases)
+    train(dataclasses.replace(run.parts, saver=saver), Progress(0, 0))
+    assert saved_steps(run) == saved
+
+
+def test_only_the_first_rank_asks_its_clock(tmp_path):
+    run = make_run(tmp_path, PretendLoader())
+    config = run.parts.config.model_copy(update={"checkpoint": CheckpointSection(min_seconds=1000)})
+    phases = run.parts.telemetry.phases
+    savers = [
+        Saver(config=config, world=Pair(rank), state=run.parts.state, store=run.store, phases=phases) for rank in (0, 1)
+    ]
+    assert [saver.is_early for saver in savers] == [True, False]
 
 
 def test_saves_come_when_they_are_due_and_settle_while_training_goes_on(tmp_path):

@@ -44,7 +44,7 @@ from ecar_dist.storage.fetch import RemoteFile, WrongContentError, fetch_file
 from ecar_dist.storage.hashing import hash_file
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import abort_uploads, join, list_files, read_object, remove, stat, upload
+from ecar_dist.storage.remote import abort_uploads, join, list_files, read_object, remove, remove_many, stat, upload
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
 from ecar_dist.storage.untrusted import path_inside
 
@@ -244,10 +244,15 @@ class BucketStorage:
 
     def _remove(self, name: str, objects: Mapping[str, int]) -> None:
         """Remove a checkpoint. The marker goes first: from then on no reader sees it."""
-        files = sorted(path for path in objects if path.startswith(f"{name}/"))
-        for path in sorted(files, key=lambda path: not path.endswith(f"/{MARKER}")):
-            remove(join(self._url, path), self.transfer())
-            failpoint("checkpoint.prune")
+        marker = f"{name}/{MARKER}"
+        if marker in objects:
+            remove(join(self._url, marker), self.transfer())
+        failpoint("checkpoint.prune")
+
+        # The files of all ranks, in few requests.
+        files = sorted(path for path in objects if path.startswith(f"{name}/") and path != marker)
+        remove_many([join(self._url, path) for path in files], self.transfer())
+        failpoint("checkpoint.prune")
         self.release(name)
 
 
