@@ -20,7 +20,8 @@ from data_tools.options import (
     local,
 )
 from ecar_dist import __version__
-from ecar_dist.command_line import CommandParser, positive, prepare_process, run_command
+from ecar_dist.command_line import CommandParser, finish_parser, positive, prepare_process, run_command
+from ecar_dist.commands.examples import EXAMPLES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finalize(commands)
     _add_inspection(commands)
     _add_push(commands)
+    finish_parser(parser, EXAMPLES)
     return parser
 
 

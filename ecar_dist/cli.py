@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ecar_dist import __version__
-from ecar_dist.command_line import CommandParser, prepare_process, run_command
+from ecar_dist.command_line import CommandParser, finish_parser, prepare_process, run_command
 from ecar_dist.commands import checkpoints, drilling, generation, proposing, scoring, submitting, training, watching
+from ecar_dist.commands.examples import EXAMPLES
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -66,4 +67,5 @@ def _parser() -> argparse.ArgumentParser:
     submitting.add_commands(add)
     drilling.add_commands(add)
     watching.add_commands(add)
+    finish_parser(parser, EXAMPLES)
     return parser

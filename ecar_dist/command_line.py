@@ -9,7 +9,7 @@ import locale
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ecar_dist.errors import EcarError, FruitlessError, NodeError
@@ -21,6 +21,7 @@ EX_FRUITLESS = 93  # failed repeatedly without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 LARGEST_COUNT = 2**31 - 1  # of a number on the command line: it fits the integers of every library
 LONGEST_LINE = 4_000  # characters of an error message: a command to repeat may hold several paths
+EXAMPLES_TITLE = "examples:\n"
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have finished
 
 _STATUSES: dict[type[BaseException], int] = {
@@ -99,6 +100,10 @@ class _Help(argparse.HelpFormatter):
         shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, "", [])
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lines that are commands stay as they are, to be copied."""
+        return text if text.startswith(EXAMPLES_TITLE) else super()._fill_text(text, width, indent)
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that repeats no secret of a URL when it refuses a word. Its subcommands have parsers of this class."""
@@ -108,6 +113,33 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
+
+
+class _PrintCompletion(argparse.Action):
+    """Print the completion of a shell for all commands, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def finish_parser(parser: argparse.ArgumentParser, examples: Mapping[str, Sequence[str]]) -> None:
+    """Add `--print-completion` to a program, and the examples of each command to the end of its help."""
+    shells = ("bash", "zsh", "tcsh")
+    help = "print the completion for bash, zsh or tcsh, to be evaluated by the shell (default: none)"
+    parser.add_argument("--print-completion", action=_PrintCompletion, choices=shells, metavar="SHELL", help=help)
+    _add_examples(parser, examples)
+
+
+def _add_examples(parser: argparse.ArgumentParser, examples: Mapping[str, Sequence[str]]) -> None:
+    if parser.prog in examples:
+        parser.epilog = EXAMPLES_TITLE + "\n".join(f"  {line}" for line in examples[parser.prog])
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _add_examples(below, examples)
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.command_line import positive
+from ecar_dist.config.knob import Knob, OneOf
 from ecar_dist.errors import ConfigError
 from ecar_dist.sample.options import SAMPLING_KNOBS, parse_step
 
@@ -31,15 +32,20 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
         "raw for those without an EMA (default: ema, the first one)",
     )
     for option, knob in SAMPLING_KNOBS.items():
-        unit = f", in {knob.unit}" if knob.unit else ""
-        command.add_argument(
-            f"--{option}", metavar="VALUE", help=f"{knob.meaning}{unit} (default: sample.{knob.key} of the run)"
-        )
+        command.add_argument(f"--{option}", metavar="VALUE", help=_help_of(knob))
     command.add_argument("--seed", type=int, default=0, help="seed of the noise, a whole number")
     command.add_argument("--batch-size", type=positive, default=64, help="images drawn at once")
     command.add_argument(
         "--compile", action="store_true", help="compile the model first: takes minutes, then batches are faster"
     )
+
+
+def _help_of(knob: Knob) -> str:
+    """Meaning, unit, values and default of a knob of `sample`, as the help of its option."""
+    names = next((rule.names for rule in knob.field.metadata if isinstance(rule, OneOf)), ())
+    values = f": {', '.join(names)}" if names else ""
+    unit = f"; unit: {knob.unit}" if knob.unit not in ("", "factor") else ""
+    return f"{knob.meaning}{values}{unit} (default: sample.{knob.key} of the run)"
 
 
 def with_private_cache(command: Command) -> Command:
