@@ -179,9 +179,10 @@ def _add_prepare(commands: Subparsers) -> None:
     command.add_argument(
         "--vae",
         default="dct-f8",
-        help="dct-f8, dct-f32, folder or hub name of an AutoencoderKL or AutoencoderDC; train: a small AutoencoderKL "
-        "is trained on the images",
+        help="dct-f8 or dct-f32, which have no weights and blur; folder or hub name of an AutoencoderKL or "
+        "AutoencoderDC; train: a small AutoencoderKL is trained on the images",
     )
+    command.add_argument("--vae-steps", type=positive, default=250, help="optimizer steps of --vae train")
     command.add_argument(
         "--image-size",
         type=positive,

@@ -42,6 +42,7 @@ class PrepareSettings:
     """The options that decide the result. A repeated command must have the same ones."""
 
     vae: str
+    vae_steps: int = 250  # of --vae train
     image_size: int | None = None  # None: proposed by the images
     holdout: float = 0.1
     seed: int = 0
@@ -177,7 +178,8 @@ class _Steps:
         size = self.image_size
         words = ["train-vae", self.images, folder]
         words += ["--image-size", size, "--downsample", self.settings.downsample(size)]
-        words += _options(seed=self.settings.seed, background=self.settings.background, device=self.device)
+        words += _options(steps=self.settings.vae_steps, seed=self.settings.seed)
+        words += _options(background=self.settings.background, device=self.device)
         done = (folder / "config.json").exists() and not (folder / STATE_NAME).exists()
         self._run(2, "autoencoder", done, words)
 
@@ -207,6 +209,7 @@ def _options(**values: Any) -> list[str]:
 
 
 _DEFAULTS = {
+    "steps": 250,
     "seed": 0,
     "label": "cls",
     "classes": None,

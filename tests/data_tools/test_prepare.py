@@ -83,14 +83,14 @@ def die_in_prepare(step, when, pictures, out):
 def test_an_autoencoder_can_be_trained(pictures, tmp_path, monkeypatch, capsys):
     original = cli.COMMANDS["train-vae"]
     monkeypatch.setitem(
-        cli.COMMANDS, "train-vae", lambda **values: original(**{**values, "steps": 2, "channels": 8, "batch_size": 4})
+        cli.COMMANDS, "train-vae", lambda **values: original(**{**values, "channels": 8, "batch_size": 4})
     )
     out = tmp_path / "out"
-    assert prepare(pictures, out, "--vae", "train") == 0
+    assert prepare(pictures, out, "--vae", "train", "--vae-steps", "2") == 0
     encoder = load_manifest(out / "latents").encoder
     assert (encoder["kind"], encoder["downsample"], encoder["name"]) == ("kl", 4, str(out / "vae"))
     capsys.readouterr()
-    assert prepare(pictures, out, "--vae", "train") == 0
+    assert prepare(pictures, out, "--vae", "train", "--vae-steps", "2") == 0
     assert capsys.readouterr().out.count("done already") == len(STEPS) + 1
 
 
