@@ -129,7 +129,14 @@ def finish_parser(parser: argparse.ArgumentParser, examples: Mapping[str, Sequen
     """Add `--print-completion` to a program, and the examples of each command to the end of its help."""
     shells = ("bash", "zsh", "tcsh")
     help = "print the completion for bash, zsh or tcsh, to be evaluated by the shell (default: none)"
-    parser.add_argument("--print-completion", action=_PrintCompletion, choices=shells, metavar="SHELL", help=help)
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=shells,
+        metavar="SHELL",
+        default=argparse.SUPPRESS,  # it is no argument of a command
+        help=help,
+    )
     _add_examples(parser, examples)
 
 
