@@ -140,15 +140,27 @@ def check_architecture(config: RunConfig, source: InitialWeights) -> None:
     """Raises CheckpointError, with the numbers, unless width, depth, kind and tokens are the same on both sides."""
     assert source.config is not None
     ours, theirs = _architecture(config), _architecture(source.config)
+    if ours["kind"] != theirs["kind"]:  # what else differs follows from that
+        ours, theirs = {"kind": ours["kind"]}, {"kind": theirs["kind"]}
     if changed := differences(theirs, ours):
-        there, here = (", ".join(f"{key}={printable(str(one.get(key)))}" for key in changed) for one in (theirs, ours))
-        preset = source.config.model.preset
-        raise _refused(source, there, here, f"set model.kind={source.config.model.kind} model.preset={preset}, ")
+        there, here = (", ".join(f"{key}={one[key]}" for key in changed) for one in (theirs, ours))
+        raise _refused(source, there, here, f"set {_settings(source.config, changed)}, or ")
 
     # Of other stages at least one has to be in both.
     if not any(source_stage is not None for source_stage in pair_stages(source.config.stage_sizes, config.stage_sizes)):
         there, here = (f"stages of {list(one.stage_sizes)} latent pixels" for one in (source.config, config))
         raise _refused(source, there, here, "")
+
+
+def _settings(config: RunConfig, keys: Sequence[str]) -> str:
+    """The knobs that give a model the facts `keys` of the config's model."""
+    knobs = {"kind": "model.kind", "patch_size": "model.patch_size", "latent_channels": "data.latent_channels"}
+    knobs |= {"ar_depth": "model.ar_depth", "flow_depth": "model.flow_depth"}
+    values = dict(config.values())
+    if any(key not in knobs for key in keys):  # widths and heads are the preset's
+        return f"model.preset={config.model.preset} with its depths"
+    facts = _architecture(config)
+    return " ".join(f"{knobs[key]}={values.get(knobs[key]) or facts[key]}" for key in keys)
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:
@@ -168,12 +180,13 @@ def check_file(source: InitialWeights, model: nn.Module) -> None:
         name = printable(changed[0])
         there, here = (list(one[changed[0]]) if changed[0] in one else "missing" for one in (source.shapes, ours))
         fix = "a file has no config, so it needs all parameters in the same shapes; "
-        raise _refused(source, f"{name} {there} and {len(changed) - 1} more differences", f"{here}", fix)
+        more = f" and {len(changed) - 1} more differences" if len(changed) > 1 else ""
+        raise _refused(source, f"{name} {there}{more}", f"{here}", fix)
 
 
 def _refused(source: InitialWeights, there: str, here: str, fix: str) -> CheckpointError:
     return CheckpointError(
-        f"train.init_from={source.path} has {there}, this run has {here}; {fix}or give a run or export of this model"
+        f"train.init_from={source.path} has {there}, this run has {here}; {fix}give a run or export of this model"
     )
 
 

@@ -55,7 +55,7 @@ def open_initial_weights(path: Path) -> InitialWeights:
     """Raises CheckpointError, ConfigError or DataError if there are no whole weights at `path`."""
     if path.suffix == FILE_SUFFIX:
         return _of_file(path)
-    if is_export(path):
+    if is_export(path) and (path / CONFIG).exists():
         return _of_export(path)
     if not RunDirectory(path).config.exists():
         what = "a folder without config.yaml" if path.is_dir() else "not there"
