@@ -156,13 +156,17 @@ def say(text: str) -> None:
 
 
 def prepare_process() -> None:
-    """Called first by the console scripts: makes UTF-8 the encoding of all files, and opens all standard streams.
+    """Called first by the console scripts: threads that sleep while they wait, files in UTF-8, open standard streams.
+
+    Threads of OpenMP spin while they wait, by default. On a machine with other work they then take many times the CPU
+    time of one thread, and are slower (docs/training.md). The library reads the variable when torch is imported.
 
     Libraries read their files in the encoding of the locale, which is ASCII under `LC_ALL=C` with PYTHONUTF8=0. In that
     case the process replaces itself by the same command in Python's UTF-8 mode. A standard stream that the shell has
     closed (`>&-`) becomes /dev/null. Otherwise the next file that is opened would get its number, and receive what is
     printed.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     other_locale = not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8")
     if other_locale and os.environ.get("PYTHONUTF8") != "1":  # if it is set, Python was told to ignore it (-I, -E)
         os.environ["PYTHONUTF8"] = "1"

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.cli import main as ecar_dist
-from ecar_dist.command_line import columns, counted, duration, not_negative, positive, run_command, say
+from ecar_dist.command_line import columns, counted, duration, not_negative, positive, prepare_process, run_command, say
 from ecar_dist.data.shards.write import ShardContent, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
@@ -215,3 +215,12 @@ def test_a_long_error_keeps_its_beginning_and_its_fix(capsys):
     assert len(said) < 4_100
     assert said.startswith("ecar-data: xxx")
     assert said.endswith("does not exist; check the path\n")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given, found, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    prepare_process()
+    assert os.environ["OMP_WAIT_POLICY"] == found
