@@ -20,7 +20,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 	$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
-# The tests on a real Slurm alone, one line each: a throw-away cluster of seven nodes on this machine.
+# The tests on a real Slurm alone, one line each: a throw-away cluster of ten nodes on this machine.
 test-slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest -vv --durations=10 -m slurm tests/slurm
 

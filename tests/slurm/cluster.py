@@ -57,7 +57,8 @@ ReturnToService=2
 EnforcePartLimits=ALL
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n[1-{first}] Default=YES MaxTime=INFINITE State=UP
+PartitionName=spare Nodes=n[{second}-{last}] MaxTime=INFINITE State=UP
 """
 
 
@@ -76,23 +77,31 @@ def missing() -> str | None:
 class Cluster:
     """Up from the constructor to `down`; it is also gone when this process is, whatever ended it."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder, self.nodes, self.net = folder, [f"n{number + 1}" for number in range(nodes)], _free_net()
+    def __init__(self, folder: Path, nodes: int, spare: int) -> None:
+        """`nodes` nodes of the default partition, n1 first, and `spare` more of the partition of that name."""
+        all_nodes = nodes + spare
+        self.folder = folder
+        self.nodes = [f"n{number + 1}" for number in range(all_nodes)]
+        self.net = _free_net()
         lines = [
             f"NodeName={name} NodeAddr={self.net}.{11 + index} CPUs=64 RealMemory=8000 Gres=gpu:{GPUS}"
             for index, name in enumerate(self.nodes)
         ]
         folder.chmod(0o755)  # munge wants its socket within everybody's reach
         self.conf = folder / "slurm.conf"
-        self.conf.write_text(SLURM_CONF.format(net=self.net, folder=folder, nodes="\n".join(lines)))
-        (folder / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
+        self.conf.write_text(
+            SLURM_CONF.format(
+                net=self.net, folder=folder, nodes="\n".join(lines), first=nodes, second=nodes + 1, last=all_nodes
+            )
+        )
+        (folder / "gres.conf").write_text(f"NodeName=n[1-{all_nodes}] Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that starts where there are none
         self.environment = {**_without_slurm(os.environ), "SLURM_CONF": str(self.conf), "VENV": sys.prefix}
         self.environment["PATH"] += os.pathsep + "/usr/sbin"
         self._site = self._switch_on()
         try:
             self._connect()
-            self.until(lambda: self.states().count("idle") == nodes, 30, "all nodes are idle")
+            self.until(lambda: self.states().count("idle") == all_nodes, 30, "all nodes are idle")
         except BaseException:
             self.down()
             raise

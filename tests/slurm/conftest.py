@@ -11,6 +11,7 @@ import pytest
 from tests.slurm.cluster import Cluster, missing
 
 NODES = 7
+SPARE = 3  # of a partition of their own, for the test that loses one of them
 
 
 def pytest_collection_modifyitems(items):
@@ -26,10 +27,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Seven nodes, n1 to n7, with four GPUs each, in name. A test that harms a node mends it."""
+    """Nodes n1 to n10 with four GPUs each, in name. A test that harms a node restores it."""
     assert not missing(), missing()
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    cluster = Cluster(folder, NODES)
+    cluster = Cluster(folder, NODES, SPARE)
     try:
         yield cluster
     finally:

@@ -1,7 +1,7 @@
-"""Training jobs on a real Slurm, and what may befall them: each comes to the end that an undisturbed one comes to.
+"""Training jobs on a real Slurm, and the faults that strike them: each ends as an undisturbed job does.
 
-All are submitted together. Slurm runs as many side by side as its licences, one a rank, allow; what befalls a job does
-so when it has come far enough. The tests wait and look.
+All are submitted together. Slurm runs as many side by side as its licences, one a rank, allow; a fault strikes a job
+when it has trained far enough. The tests wait and look.
 """
 
 import itertools
@@ -21,7 +21,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 SLOW = "train.step:delay=0.8"
+STALLED = ",".join(f"train.step:step={step}:delay=8" for step in (5, 6))  # while a node is lost
 SLEEPY = ",".join(f"train.step:step={step}:delay=9" for step in range(3, 11))  # 72 s: longer than the time limit
+# The delays give a fault the time to strike. They are for the first start of a job, or the first link of a chain.
+ENV_SH = """\
+. slurm/env.sh
+if (( ${SLURM_RESTART_COUNT:-0} > 0 || ${SLURM_ARRAY_TASK_ID:-1} > 1 )); then unset ECAR_FAILPOINT; fi
+"""
 GOES_ON = [one for one in ENDED if one != "FAILED"]  # between a script's own exit and its requeue Slurm says FAILED
 
 
@@ -31,11 +37,14 @@ class Site:
     def __init__(self, cluster, config, folder):
         self.cluster, self.config, self.folder, self.jobs = cluster, config, folder, {}
         self.all_submitted = threading.Event()
+        (folder / "slurm").mkdir()
+        (folder / "slurm/env.sh").write_text(ENV_SH)
 
-    def submit(self, name, nodes, ranks, *overrides, options=(), run=None, **environment):
+    def submit(self, name, nodes, ranks, *overrides, options=("--exclude=n[4-7]",), run=None, **environment):
         words = [f"--nodes={nodes}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}", "--cpus-per-task=1"]
-        words += [f"--licenses=ranks:{int(str(nodes)[-1]) * ranks}", "--exclude=n[4-7]", *options]
+        words += [f"--licenses=ranks:{int(str(nodes)[-1]) * ranks}", *options]
         words += [f"--output={self.folder / name}.log", "slurm/train.sbatch", self.config, f"run.name={run or name}"]
+        environment = {"ECAR_SLURM": str(self.folder / "slurm"), **environment}
         self.jobs[name] = self.cluster.submit(*words, *overrides, cwd=ROOT, **environment)
 
     def run(self, name):
@@ -66,15 +75,15 @@ class Site:
         return diff_checkpoints(a, b).equal
 
 
-class Fates:
-    """What is to befall the jobs, each as soon as it has logged so many steps."""
+class Faults:
+    """The faults that strike jobs, each as soon as its job has logged so many steps."""
 
     def __init__(self, site):
         self.site, self.waiting, self.errors = site, [], []
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch)
 
-    def befalls(self, name, after, action):
+    def strike(self, name, after, action):
         self.waiting.append((name, after, action))
 
     def _watch(self):
@@ -95,37 +104,43 @@ def site(cluster, make_tree, tmp_path_factory):
     site = Site(cluster, write_yaml(tree, folder), folder)
     latents = Path(tree["data"]["latents"])
     cluster.hide("n5", latents)
-    fates = Fates(site)
-    limited = ["--time=1", "--signal=B:USR1@5"]  # Slurm looks every 30 s: the warning comes 25 to 55 s after the start
+    faults = Faults(site)
+    limited = [
+        "--exclude=n[4-7]",
+        "--time=1",
+        "--signal=B:USR1@5",
+    ]  # Slurm looks every 30 s: the warning comes 25 to 55 s after the start
     site.submit("limited", 1, 1, "train.total_samples=160", options=limited, ECAR_FAILPOINT=SLEEPY)
-    fates.befalls("limited", 1, lambda: submit_the_others(site, fates))
-    fates.thread.start()
+    faults.strike("limited", 1, lambda: submit_the_others(site, faults))
+    faults.thread.start()
     assert site.all_submitted.wait(120), site.log("limited")
     yield site
     cluster.uncover("n5", latents)
-    fates.over.set()
-    fates.thread.join()
-    assert not fates.errors
+    faults.over.set()
+    faults.thread.join()
+    assert not faults.errors
 
 
-def submit_the_others(site, fates):
+def submit_the_others(site, faults):
     """Not before the limited job runs: they would take the processors, and its time would be up before it began."""
     cluster = site.cluster
     site.submit("second", 1, 1, "train.total_samples=160", run="limited")
-    site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=SLOW)
+    site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
+    site.submit("daemon", 2, 1, options=["--partition=spare"], ECAR_FAILPOINT=SLEEPY)
     site.submit("pair", 2, 1)
     site.submit("blind", 2, 1, options=["--exclude=n[1-2,4,7]"])
-    site.submit("chain", 1, 1, options=["--array=1-3%1"], ECAR_FAILPOINT=SLOW)
+    site.submit("chain", 1, 1, options=["--exclude=n[4-7]", "--array=1-3%1"], ECAR_FAILPOINT=SLOW)
     site.submit("requeued", 2, 1, ECAR_FAILPOINT=SLOW)
-    site.submit("nan", 1, 1, options=["--array=1-2%1"], ECAR_FAILPOINT="train.loss:nan")
+    site.submit("nan", 1, 1, options=["--exclude=n[4-7]", "--array=1-2%1"], ECAR_FAILPOINT="train.loss:nan")
     site.submit("four", 2, 2)
     site.submit("warned", 2, 2, ECAR_FAILPOINT=SLOW)
     site.submit("agents", 2, 2, LAUNCHER="torchrun", ECAR_FAILPOINT=SLOW)
-    fates.befalls("cut", 4, lambda: cluster.power_cut("n7"))
-    fates.befalls("chain", 2, lambda: cluster.signal(cluster.job(f"{site.jobs['chain']}_1")["JobId"]))
-    fates.befalls("requeued", 2, lambda: cluster.call("scontrol", "requeue", site.jobs["requeued"]))
-    fates.befalls("warned", 2, lambda: cluster.signal(site.jobs["warned"]))
-    fates.befalls("agents", 2, lambda: cluster.signal(site.jobs["agents"]))
+    faults.strike("cut", 4, lambda: cluster.power_cut("n7"))
+    faults.strike("daemon", 2, lambda: cluster.kill_slurmd(second_node(site.log("daemon"), attempt=1)))
+    faults.strike("chain", 2, lambda: cluster.signal(cluster.job(f"{site.jobs['chain']}_1")["JobId"]))
+    faults.strike("requeued", 2, lambda: cluster.call("scontrol", "requeue", site.jobs["requeued"]))
+    faults.strike("warned", 2, lambda: cluster.signal(site.jobs["warned"]))
+    faults.strike("agents", 2, lambda: cluster.signal(site.jobs["agents"]))
     site.all_submitted.set()
 
 
@@ -231,16 +246,22 @@ def links_of(site, name):
 def test_a_node_whose_daemon_dies_is_given_up(site):
     """Its rank lives on for a while, as an orphan that must not stand in the next attempt's way."""
     cluster = site.cluster
-    site.submit("daemon", 2, 1, ECAR_FAILPOINT=SLEEPY)  # Slurm takes its time to notice
+    metrics = site.finished("daemon")
+    lost = second_node(site.log("daemon"), attempt=1)
     try:
-        cluster.until(lambda: len(site.metrics("daemon")) >= 2, 120, "two steps")
-        lost = site.log("daemon").split(", on ")[1].split()[0].split(",")[1]
-        cluster.kill_slurmd(lost)
-        metrics = site.finished("daemon")
         assert "NODE_FAIL" in cluster.attempts(site.jobs["daemon"])
-        assert lost not in site.log("daemon").split(", on ")[2].split()[0].split(",")
+        assert lost not in nodes_of(site.log("daemon"), attempt=2)
         assert losses(metrics) == losses(site.finished("pair", restarts=0))
         assert site.same_weights("daemon", "pair")
     finally:
         cluster.power_cut(lost)
         cluster.restore(lost)
+
+
+def nodes_of(log, attempt):
+    return log.split(", on ")[attempt].split()[0].split(",")
+
+
+def second_node(log, attempt):
+    """Not the first, on which the job script runs."""
+    return nodes_of(log, attempt)[1]
