@@ -37,6 +37,7 @@ class Purpose(enum.IntEnum):
     FLIP = 6  # horizontal flips
     MASK_RATIO = 7  # the share of a sample's tokens that is masked
     MASK_ORDER = 8  # which tokens those are
+    INTERVAL = 9  # the interval of an average velocity, and where it is split
     GENERATE_START = 16  # sampling: the coarsest stage's noise
     GENERATE_JUMP = 17  # sampling: renoising at a stage jump
     GENERATE_CONTEXT = 18  # sampling: noise on the fed-back state

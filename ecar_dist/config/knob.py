@@ -36,15 +36,23 @@ def knob(
     unit: str = "",
     allowed: str = "",
     per_node: bool = False,
+    added_later: bool = False,
     **rules: Any,
 ) -> Any:
     """A pydantic field that documents itself.
 
     allowed: the permitted values in words, for rules that a validator checks.
     per_node: the ranks of a run may have different values.
+    added_later: checkpoints were written before the knob existed; they were made with its default.
     rules: the constraints of `pydantic.Field`, e.g. `ge=0`.
     """
-    extra = {"unit": unit, "allowed": allowed, "on_resume": on_resume.value, "per_node": per_node}
+    extra = {
+        "unit": unit,
+        "allowed": allowed,
+        "on_resume": on_resume.value,
+        "per_node": per_node,
+        "added_later": added_later,
+    }
     return Field(default, description=meaning, json_schema_extra=cast(Any, extra), **rules)
 
 
@@ -84,6 +92,10 @@ class Knob:
     @property
     def per_node(self) -> bool:
         return self._extra["per_node"]
+
+    @property
+    def added_later(self) -> bool:
+        return self._extra["added_later"]
 
     @property
     def _extra(self) -> dict[str, Any]:

@@ -110,6 +110,21 @@ class FlowSection(Section):
         allowed="K numbers >= 0, not all 0",
         on_resume=OnResume.OPTIMISATION,
     )
+    objective: Literal["velocity", "mean_velocity"] = knob(
+        "velocity",
+        "what the network learns. velocity: dx/du at a time; mean_velocity: its mean over intervals of a stage, which "
+        "sample.solver=mean crosses in one call each (ecar, pyramid and dit)",
+        on_resume=OnResume.MODEL,
+        added_later=True,
+    )
+    instant_share: float = knob(
+        0.5,
+        "mean_velocity only: share of the samples whose interval has length 0, which learn the velocity",
+        unit="fraction",
+        on_resume=OnResume.OPTIMISATION,
+        gt=0,
+        le=1,
+    )
     token_draws: int = knob(
         4,
         "mar only: times and noises drawn for each token in a training step",
@@ -130,6 +145,10 @@ class FlowSection(Section):
     def schedule(self) -> StageSchedule:
         """Windows and jumps of the stages. Raises ConfigError where ends or gamma leave their range."""
         return StageSchedule(self.resolved_ends, self.gamma)
+
+    @property
+    def learns_mean_velocity(self) -> bool:
+        return self.objective == "mean_velocity"
 
     @property
     def gamma_is_relaxed(self) -> bool:

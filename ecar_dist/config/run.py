@@ -31,6 +31,7 @@ from ecar_dist.config.knobs_training import (
     RunSection,
     TrainSection,
 )
+from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.kinds.table import KINDS
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
 
@@ -89,8 +90,13 @@ class RunConfig(Section):
     @property
     def model_identity(self) -> dict[str, Any]:
         """What a checkpoint's weights mean, by dotted key; JSON values only. Compared whenever one is loaded."""
-        identifying = {knob.key for knob in self.knobs() if knob.on_resume is OnResume.MODEL}
-        return {key: value for key, value in self.values() if key in identifying}
+        identifying = {knob.key: knob for knob in self.knobs() if knob.on_resume is OnResume.MODEL}
+        # A knob of which older checkpoints know nothing is left out at its default, which they were made with.
+        return {
+            key: value
+            for key, value in self.values()
+            if (knob := identifying.get(key)) and not (knob.added_later and value == knob.field.default)
+        }
 
     def precision_on(self, device_type: str) -> Literal["fp32", "bf16"]:
         """`auto` is bf16 on an accelerator and fp32 on CPU."""
@@ -131,6 +137,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"sample.steps_per_stage={list(steps)} has {len(steps)} values, flow.num_stages={num_stages}; give one "
                 "number, or one per stage"
+            )
+
+        # a solver of average velocities needs a network that gives them
+        if SOLVERS[self.sample.solver].averages and not self.flow.learns_mean_velocity:
+            raise ValueError(
+                f"sample.solver={self.sample.solver} needs average velocities, which flow.objective="
+                f"{self.flow.objective} does not learn; set sample.solver=midpoint, or train with "
+                "flow.objective=mean_velocity"
             )
 
         # the length of the run

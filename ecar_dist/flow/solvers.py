@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
-VelocityFn: TypeAlias = "Callable[[torch.Tensor, float], torch.Tensor]"  # (x, u) -> dx/du, shaped like x
+
+class VelocityFn(Protocol):
+    """dx/du at x and u, shaped like x. A network of average velocities gives that over [u, u + length]."""
+
+    def __call__(self, x: torch.Tensor, u: float, length: float = 0.0, /) -> torch.Tensor: ...
+
+
 Step: TypeAlias = "Callable[[VelocityFn, torch.Tensor, float, float], torch.Tensor]"  # (v, x at u, u, end) -> x at end
 
 
@@ -25,10 +31,12 @@ class Solver:
 
     step: one step of the scheme, from u to the next point of the grid.
     calls_per_step: velocity calls that a step makes; `ecar-dist plan` counts compute with it.
+    averages: the scheme asks for average velocities, which `flow.objective=mean_velocity` trains.
     """
 
     step: Step
     calls_per_step: int
+    averages: bool = False
 
     def __call__(
         self, velocity_fn: VelocityFn, x: torch.Tensor, num_steps: int, time_shift: float = 1.0
@@ -42,7 +50,7 @@ class Solver:
         times: list[float] = []
 
         # A solver is plain arithmetic, so a number can take the place of the tensor.
-        def record(x: Any, u: float) -> Any:
+        def record(x: Any, u: float, length: float = 0.0) -> Any:
             times.append(u)
             return x
 
@@ -90,8 +98,14 @@ def heun(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
     return x + 0.5 * h * (first + second)
 
 
+def mean(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
+    """Exact where v gives the true average velocity over the step (flow/mean_velocity.py), however long it is."""
+    return x + (end - u) * v(x, u, end - u)
+
+
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, calls_per_step=1),
     "midpoint": Solver(midpoint, calls_per_step=2),
     "heun": Solver(heun, calls_per_step=2),
+    "mean": Solver(mean, calls_per_step=1, averages=True),
 }

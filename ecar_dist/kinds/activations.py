@@ -8,11 +8,14 @@ weights are bf16 too, so autocast keeps no copies of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ecar_dist.kinds.parameters import SINUSOID_WIDTH
 from ecar_dist.kinds.presets import AdaLNKind, Preset
+
+if TYPE_CHECKING:
+    from ecar_dist.config.run import RunConfig
 
 FP32 = 4
 NORM_ROW = 2 * FP32  # mean and 1 / std of a token
@@ -105,14 +108,12 @@ def time_embedding_bytes(width: int, precision: str) -> int:
     return (SINUSOID_WIDTH + 2 * width) * number_bytes(precision)
 
 
-def velocity_activations(
-    preset: Preset, stage_tokens: Sequence[int], token_channels: int, precision: str
-) -> Activations:
+def velocity_activations(config: RunConfig, preset: Preset, precision: str) -> Activations:
     """The velocity network in one pass over all stages, without a condition, and the loss."""
     number = number_bytes(precision)
     width = preset.flow_width
-    stages = len(stage_tokens)
-    tokens = sum(stage_tokens)
+    stages = config.flow.num_stages
+    tokens = sum(config.stage_tokens)
     blocks = transformer_activations(
         tokens,
         width,
@@ -125,6 +126,7 @@ def velocity_activations(
     )
 
     # Operands of the projections in and out, and the errors; for each stage its conditioning vector.
-    ends = tokens * (token_channels * (number + FP32) + width * number)
-    vectors = stages * (width * number + time_embedding_bytes(width, precision))
+    ends = tokens * (config.token_channels * (number + FP32) + width * number)
+    times = 2 if config.flow.learns_mean_velocity else 1
+    vectors = stages * (width * number + times * time_embedding_bytes(width, precision))
     return blocks + Activations(rest=ends + vectors)

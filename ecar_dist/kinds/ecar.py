@@ -12,7 +12,7 @@ from ecar_dist.kinds.activations import (
     transformer_activations,
     velocity_activations,
 )
-from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, velocity_macs
+from ecar_dist.kinds.flops import TRAINING_PASSES, adaln_macs, block_macs, stages_macs, velocity_training_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
@@ -35,8 +35,10 @@ class EcarKind(StagedKind):
     title = "ECAR"
     parts = ("AR", "velocity network")
     feeds_states = True
+    averages = True
 
     def check(self, config: RunConfig) -> None:
+        super().check(config)
         config.flow.check_context()
 
     def parameters(self, config: RunConfig) -> ParameterCount:
@@ -55,7 +57,7 @@ class EcarKind(StagedKind):
         ar += linear(channels, width) if fed and num_stages > 1 else 0
 
         # velocity network: the one that all kinds share, and W_m, which projects the token maps
-        flow = velocity_parameters(preset, num_stages, channels, num_classes) + linear(width, preset.flow_width)
+        flow = velocity_parameters(config, preset) + linear(width, preset.flow_width)
         block = max(
             block_parameters(width, "shared", width // preset.ar_heads),
             block_parameters(preset.flow_width, preset.flow_adaln, preset.flow_width // preset.flow_heads),
@@ -63,12 +65,12 @@ class EcarKind(StagedKind):
         return ParameterCount(ar, flow, block)
 
     def training_macs(self, config: RunConfig) -> int:
-        """One AR pass and one velocity call in each stage, forward and backward."""
+        """One AR pass and one velocity call in each stage, forward and backward, and what the targets need."""
         preset = preset_of(config)
-        channels = config.token_channels
         stage_tokens = config.stage_tokens
-        flow = sum(velocity_macs(preset, tokens, channels) + condition_macs(preset, tokens) for tokens in stage_tokens)
-        return TRAINING_PASSES * (ar_macs(preset, stage_tokens, channels, feeds_state=_feeds_state(config)) + flow)
+        ar = ar_macs(preset, stage_tokens, config.token_channels, feeds_state=_feeds_state(config))
+        conditions = condition_macs(preset, sum(stage_tokens))
+        return TRAINING_PASSES * (ar + conditions) + velocity_training_macs(config, preset)
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
         """The AR transformer on all stages at once, its token maps, and the velocity network on all stages at once."""
@@ -83,7 +85,7 @@ class EcarKind(StagedKind):
         ar = transformer_activations(tokens, width, preset.ar_depth, preset.ar_heads, "shared", precision, joined=True)
         contexts = sum(stage_tokens[1:]) * channels * number if _feeds_state(config) else 0
         ends = Activations(rest=width * number + contexts + tokens * width * number)
-        return ar + ends + velocity_activations(preset, stage_tokens, channels, precision)
+        return ar + ends + velocity_activations(config, preset, precision)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """Eq. (19): the token map of every stage, then the velocity calls under it.
@@ -100,8 +102,10 @@ class EcarKind(StagedKind):
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
         # velocity network: W_m M_k once a stage, then the solver's calls
         flow = sum(
-            evaluations * velocity_macs(preset, tokens, channels) + branches * condition_macs(preset, tokens)
-            for tokens, branches, evaluations in zip(stage_tokens, passes, self.stage_evaluations(config), strict=True)
+            evaluations * call + branches * condition_macs(preset, tokens)
+            for tokens, branches, evaluations, call in zip(
+                stage_tokens, passes, self.stage_evaluations(config), stages_macs(config, preset), strict=True
+            )
         )
         return max(passes) * ar + flow
 
@@ -116,6 +120,7 @@ class EcarKind(StagedKind):
             num_classes=config.data.num_classes,
             context_scales=config.flow.schedule.context_scales(config.flow.context.tau),
             feeds_state=_feeds_state(config),
+            mean_velocity=config.flow.learns_mean_velocity,
             recompute=config.train.activation_checkpointing,
         )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FLOPS_PER_MAC = 2
 TRAINING_PASSES = 3  # forward, and in the backward pass the gradients of the activations and of the weights
+TARGET_PASSES = 2  # forward, of the velocity network: the two parts of an interval (flow/mean_velocity.py)
 
 
 def block_macs(tokens: int, width: int, depth: int, *, keys: int | None = None, linears_only: bool = False) -> int:
@@ -43,12 +44,27 @@ def dit_macs(tokens: int, width: int, depth: int, *, channels_in: int = 16, chan
     return block_macs(tokens, width, depth) + adaln_macs(width, depth, "per_block") + ends
 
 
-def velocity_macs(preset: Preset, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
+def velocity_macs(
+    preset: Preset, tokens: int, token_channels: int, *, linears_only: bool = False, mean_velocity: bool = False
+) -> int:
     """One call of the velocity network (models/velocity.py) at a stage of `tokens` tokens."""
     width, depth = preset.flow_width, preset.flow_depth
-    ends = 2 * tokens * width * token_channels + time_macs(width)
+    ends = 2 * tokens * width * token_channels + (1 + mean_velocity) * time_macs(width)
     blocks = block_macs(tokens, width, depth, linears_only=linears_only)
     return blocks + adaln_macs(width, depth, preset.flow_adaln) + ends
+
+
+def stages_macs(config: RunConfig, preset: Preset) -> list[int]:
+    """One call of the velocity network in each stage."""
+    mean_velocity = config.flow.learns_mean_velocity
+    channels = config.token_channels
+    return [velocity_macs(preset, tokens, channels, mean_velocity=mean_velocity) for tokens in config.stage_tokens]
+
+
+def velocity_training_macs(config: RunConfig, preset: Preset) -> int:
+    """The velocity network in all stages, without a condition: forward, backward, and its targets if it makes them."""
+    passes = TRAINING_PASSES + (TARGET_PASSES if config.flow.learns_mean_velocity else 0)
+    return passes * sum(stages_macs(config, preset))
 
 
 def velocity_calls(config: RunConfig) -> list[int]:

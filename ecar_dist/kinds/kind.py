@@ -30,6 +30,7 @@ class Kind(ABC):
     parts: names of the two networks that `parameters` counts; "" for a part that the kind does not have.
     one_stage: True for a model of the full resolution alone; `flow.num_stages` must then be 1.
     feeds_states: True where the states of coarser stages are fed back to the network, with noise of std tau.
+    averages: True where the network can learn average velocities (`flow.objective=mean_velocity`).
     compilable: True where sampling calls the network with few shapes of input (`ecar-dist sample --compile`).
     """
 
@@ -37,6 +38,7 @@ class Kind(ABC):
     parts: tuple[str, str]
     one_stage: bool = False
     feeds_states: bool = False
+    averages: bool = False
     compilable: bool = False
 
     def check(self, config: RunConfig) -> None:
@@ -45,6 +47,11 @@ class Kind(ABC):
         num_stages = config.flow.num_stages
         if self.one_stage and num_stages != 1:
             raise ValueError(f"model.kind={name} has one stage, got flow.num_stages={num_stages}; set it to 1")
+        if config.flow.learns_mean_velocity and not self.averages:
+            raise ValueError(
+                f"model.kind={name} cannot learn average velocities; set flow.objective=velocity, or take "
+                "model.kind=ecar, pyramid or dit"
+            )
 
     # Size and cost, in closed form.
 
@@ -116,8 +123,10 @@ class StagedKind(Kind):
         return f"{calls[0]} velocity calls {where}"
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
-        from ecar_dist.train.objective import FlowObjective
+        from ecar_dist.train.objective import FlowObjective, MeanVelocityObjective
 
+        if config.flow.learns_mean_velocity:
+            return MeanVelocityObjective(model, normalise, config, precision)
         return FlowObjective(model, normalise, config, precision)
 
     def draw(

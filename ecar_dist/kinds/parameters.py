@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ecar_dist.kinds.presets import Preset
+
+if TYPE_CHECKING:
+    from ecar_dist.config.run import RunConfig
 
 SINUSOID_WIDTH = 256  # input width of the time embedding
 
@@ -50,12 +54,15 @@ def time_embedding_parameters(width: int) -> int:
     return linear(SINUSOID_WIDTH, width) + linear(width, width)
 
 
-def velocity_parameters(preset: Preset, num_stages: int, token_channels: int, num_classes: int) -> int:
-    """The velocity network (models/velocity.py) without a condition, for patches of `token_channels` = C p^2 numbers.
+def velocity_parameters(config: RunConfig, preset: Preset) -> int:
+    """The velocity network (models/velocity.py) without a condition.
 
     Position tables are fixed and count nothing.
     """
     width = preset.flow_width
     count = transformer_parameters(preset.flow_depth, width, preset.flow_adaln, width // preset.flow_heads)
-    count += (num_classes + 1 + num_stages) * width + time_embedding_parameters(width)
-    return count + linear(token_channels, width) + linear(width, token_channels)
+
+    # Rows for classes and stages; the time, and the length of an interval if there is one.
+    times = 2 if config.flow.learns_mean_velocity else 1
+    count += (config.data.num_classes + 1 + config.flow.num_stages) * width + times * time_embedding_parameters(width)
+    return count + linear(config.token_channels, width) + linear(width, config.token_channels)

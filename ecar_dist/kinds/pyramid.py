@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ecar_dist.kinds.activations import Activations, velocity_activations
-from ecar_dist.kinds.flops import TRAINING_PASSES, velocity_macs
+from ecar_dist.kinds.flops import stages_macs, velocity_training_macs
 from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import ParameterCount, block_parameters, velocity_parameters
 from ecar_dist.kinds.presets import preset_of
@@ -20,6 +20,7 @@ class PyramidKind(StagedKind):
     """The velocity network alone."""
 
     parts = ("", "velocity network")
+    averages = True
 
     def __init__(self, title: str, *, one_stage: bool = False) -> None:
         self.title = title
@@ -27,26 +28,22 @@ class PyramidKind(StagedKind):
 
     def parameters(self, config: RunConfig) -> ParameterCount:
         preset = preset_of(config)
-        flow = velocity_parameters(preset, config.flow.num_stages, config.token_channels, config.data.num_classes)
+        flow = velocity_parameters(config, preset)
         width = preset.flow_width
         return ParameterCount(0, flow, block_parameters(width, preset.flow_adaln, width // preset.flow_heads))
 
     def training_macs(self, config: RunConfig) -> int:
-        """One velocity call in each stage, forward and backward."""
-        preset = preset_of(config)
-        channels = config.token_channels
-        return TRAINING_PASSES * sum(velocity_macs(preset, tokens, channels) for tokens in config.stage_tokens)
+        """One velocity call in each stage, forward and backward, and what the targets need."""
+        return velocity_training_macs(config, preset_of(config))
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
         """The velocity network on all stages at once."""
-        return velocity_activations(preset_of(config), config.stage_tokens, config.token_channels, precision)
+        return velocity_activations(config, preset_of(config), precision)
 
     def sampling_macs(self, config: RunConfig) -> int:
         """Eq. (19) without its AR terms."""
-        preset = preset_of(config)
-        channels = config.token_channels
-        stages = zip(config.stage_tokens, self.stage_evaluations(config), strict=True)
-        return sum(evaluations * velocity_macs(preset, tokens, channels) for tokens, evaluations in stages)
+        calls = stages_macs(config, preset_of(config))
+        return sum(evaluations * macs for evaluations, macs in zip(self.stage_evaluations(config), calls, strict=True))
 
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.pyramid import Pyramid
@@ -57,5 +54,6 @@ class PyramidKind(StagedKind):
             latent_channels=config.data.latent_channels,
             patch_size=config.model.patch_size,
             num_classes=config.data.num_classes,
+            mean_velocity=config.flow.learns_mean_velocity,
             recompute=config.train.activation_checkpointing,
         )

@@ -24,6 +24,7 @@ class ECAR(nn.Module):
         num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
         context_scales: K - 1 factors that bring the contexts to unit variance.
         feeds_state: False ignores the contexts (`class_only`).
+        mean_velocity: the velocity network gives average velocities, and is told the lengths of their intervals.
         recompute: the backward pass recomputes each transformer block instead of keeping its activations.
     """
 
@@ -37,6 +38,7 @@ class ECAR(nn.Module):
         num_classes: int,
         context_scales: Sequence[float],
         feeds_state: bool,
+        mean_velocity: bool = False,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class ECAR(nn.Module):
             patch_size=patch_size,
             num_classes=num_classes,
             condition_width=preset.ar_width,
+            mean_velocity=mean_velocity,
             recompute=recompute,
         )
 
@@ -83,8 +86,22 @@ class ECAR(nn.Module):
             labels: int64 [B]; num_classes is the null label.
         """
         # One AR pass for all stages, then one of the velocity network under their maps. Gradients reach both.
-        token_maps = self.ar(contexts, labels, masked=False)  # [B, T_0 + .. + T_{K-1}, d_a]
-        return self.flow.all_stages(states, times, self.condition(token_maps), labels)
+        return self.all_velocities(states, times, self.conditions(contexts, labels), labels)
+
+    def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """W_m M_k of all stages side by side, [B, T_0 + .. + T_{K-1}, d_f]."""
+        return self.condition(self.ar(contexts, labels, masked=False))
+
+    def all_velocities(
+        self,
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        condition: torch.Tensor,
+        labels: torch.Tensor,
+        lengths: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """See `MeanVelocityModel`."""
+        return self.flow.all_stages(states, times, condition, labels, lengths)
 
     def token_maps(
         self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool = False
@@ -114,7 +131,13 @@ class ECAR(nn.Module):
         return self.flow.condition_projection(token_map)
 
     def velocity(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]. `condition` is from `condition`."""
-        return self.flow(x, time, stage, condition, labels)
+        """See `MeanVelocityModel`; `condition` is from `condition`."""
+        return self.flow(x, time, stage, condition, labels, lengths)

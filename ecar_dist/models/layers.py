@@ -152,11 +152,15 @@ def _by_segment(
 
 
 class TimeEmbedding(nn.Module):
-    """Model time in [0, 1], float32 [B] -> [B, D]. Rounding the time to bf16 first would merge neighbouring steps."""
+    """Model time in [0, 1], float32 [B] -> [B, D]. Rounding the time to bf16 first would merge neighbouring steps.
 
-    def __init__(self, width: int) -> None:
+    zero: the output is zero before training.
+    """
+
+    def __init__(self, width: int, *, zero: bool = False) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        last = ZeroLinear(width, width) if zero else Linear(width, width)
+        self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), last)
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         # Scaled in float32: between 512 and 1024 the spacing of bf16 is 4.

@@ -30,6 +30,7 @@ class Pyramid(nn.Module):
         latent_channels: int,
         patch_size: int,
         num_classes: int,
+        mean_velocity: bool = False,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class Pyramid(nn.Module):
             patch_size=patch_size,
             num_classes=num_classes,
             condition_width=None,
+            mean_velocity=mean_velocity,
             recompute=recompute,
         )
 
@@ -52,7 +54,21 @@ class Pyramid(nn.Module):
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are not looked at."""
-        return self.flow.all_stages(states, times, None, labels)
+        return self.all_velocities(states, times, None, labels)
+
+    def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> None:
+        """There are none."""
+
+    def all_velocities(
+        self,
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        condition: None,
+        labels: torch.Tensor,
+        lengths: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """See `MeanVelocityModel`."""
+        return self.flow.all_stages(states, times, condition, labels, lengths)
 
     def start_cache(self) -> None:
         """There is nothing to remember between stages."""
@@ -61,7 +77,13 @@ class Pyramid(nn.Module):
         """There is no condition."""
 
     def velocity(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]."""
-        return self.flow(x, time, stage, condition, labels)
+        """See `MeanVelocityModel`."""
+        return self.flow(x, time, stage, condition, labels, lengths)

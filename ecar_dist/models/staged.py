@@ -36,3 +36,34 @@ class StagedModel(Protocol):
         self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]."""
+
+
+class MeanVelocityModel(StagedModel, Protocol):
+    """One that may also give average velocities over intervals (flow/mean_velocity.py).
+
+    It is told their lengths, in the stage's time; None is a length of 0, which gives the velocity.
+    """
+
+    def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor | None:
+        """The conditions of all stages side by side, [B, T_0 + .. + T_{K-1}, D]; None for a model without one."""
+
+    def all_velocities(
+        self,
+        states: Sequence[torch.Tensor],
+        times: Sequence[torch.Tensor],
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """What a call returns, from the `conditions` and the lengths, K of [B]."""
+
+    def velocity(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As that of `StagedModel`; lengths [B]."""

@@ -26,6 +26,8 @@ class VelocityNetwork(nn.Module):
     """v(x_u, mt_k(u), k, M_k) of eq. (5). Exactly zero before training.
 
     condition_width: channels of the token maps M_k; None for a network without token maps.
+    mean_velocity: gives average velocities over intervals (flow/mean_velocity.py), whose lengths it is told. Before
+    training the lengths change nothing, so that the weights of a network of velocities are a start.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class VelocityNetwork(nn.Module):
         patch_size: int,
         num_classes: int,
         condition_width: int | None,
+        mean_velocity: bool = False,
         recompute: bool,
     ) -> None:
         super().__init__()
@@ -52,6 +55,7 @@ class VelocityNetwork(nn.Module):
 
         # What modulates all blocks: time, stage and class; the last row of the classes is the null label.
         self.time_embedding = TimeEmbedding(width)
+        self.length_embedding = TimeEmbedding(width, zero=True) if mean_velocity else None
         self.stage_embedding = StageEmbedding(grid_sides, width)
         self.class_embedding = ClassEmbedding(num_classes, width)
 
@@ -61,10 +65,16 @@ class VelocityNetwork(nn.Module):
         self.output = ZeroLinear(width, token_channels)
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B] -> float32 [B, C, h, w]."""
-        (velocity,) = self._run([x], [time], [stage], condition, labels)
+        """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B], lengths [B] -> float32 [B, C, h, w]."""
+        (velocity,) = self._run([x], [time], [stage], condition, labels, None if lengths is None else [lengths])
         return velocity
 
     def all_stages(
@@ -73,13 +83,14 @@ class VelocityNetwork(nn.Module):
         times: Sequence[torch.Tensor],
         condition: torch.Tensor | None,
         labels: torch.Tensor,
+        lengths: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Training: the velocities of all stages in one pass, float32, K of [B, C, h_k, w_k].
 
-        states: K of [B, C, h_k, w_k]; times: K of [B]; condition: [B, T_0 + .. + T_{K-1}, D] or None. One pass instead
-        of K: larger matrix products, and each weight has one gradient.
+        states: K of [B, C, h_k, w_k]; times and lengths: K of [B]; condition: [B, T_0 + .. + T_{K-1}, D] or None. One
+        pass instead of K: larger matrix products, and each weight has one gradient.
         """
-        return self._run(states, times, range(len(states)), condition, labels)
+        return self._run(states, times, range(len(states)), condition, labels, lengths)
 
     def _run(
         self,
@@ -88,6 +99,7 @@ class VelocityNetwork(nn.Module):
         stages: Sequence[int],
         condition: torch.Tensor | None,
         labels: torch.Tensor,
+        lengths: Sequence[torch.Tensor] | None,
     ) -> list[torch.Tensor]:
         # Tokens: the patches of each state, with positions of its stage's own grid, plus the condition of that grid.
         patches = [patchify(state, self.patch_size) for state in states]
@@ -100,6 +112,9 @@ class VelocityNetwork(nn.Module):
 
         # The vector that modulates all blocks, for each stage.
         time = self.time_embedding(torch.stack(list(times), dim=1).flatten())  # [B S, D]
+        if self.length_embedding is not None:
+            lengths = [torch.zeros_like(each) for each in times] if lengths is None else lengths
+            time = time + self.length_embedding(torch.stack(list(lengths), dim=1).flatten())
         stage_index = torch.arange(stages[0], stages[0] + len(stages), device=device)
         conditioning = time.unflatten(0, (-1, len(stages))) + self.stage_embedding(stage_index)  # [B, S, D]
         conditioning = conditioning + self.class_embedding(labels)[:, None]

@@ -58,8 +58,14 @@ class CompiledModel:
         self._velocity = compiled(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def velocity(
-        self, x: torch.Tensor, time: torch.Tensor, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `StagedModel`."""
         # A copy, because the next replay writes to the same memory, and a solver may still use this result.
-        return self._velocity(x, time, stage, condition, labels).clone()
+        return self._velocity(x, time, stage, condition, labels, lengths).clone()

@@ -20,14 +20,14 @@ def guided_velocity(
 ) -> VelocityFn:
     """The velocity at x [B, ...], guided at the times u for which `guided_at` is true.
 
-    plain(x, u): the conditional velocity of x [B, ...].
-    doubled(x, u): the velocities of a doubled batch [2 B, ...], whose second half has the null label.
+    plain(x, u, length): the conditional velocity of x [B, ...].
+    doubled(x, u, length): the velocities of a doubled batch [2 B, ...], whose second half has the null label.
     """
 
-    def velocity(x: torch.Tensor, u: float) -> torch.Tensor:
+    def velocity(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
         if not guided_at(u):
-            return plain(x, u)
-        conditional, null = doubled(torch.cat((x, x)), u).chunk(2)
+            return plain(x, u, length)
+        conditional, null = doubled(torch.cat((x, x)), u, length).chunk(2)
         return guide(conditional, null, guidance_scale)
 
     return velocity

@@ -69,8 +69,8 @@ def _velocity_fn(
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = _take(model.conditions(tokens, mask, labels), chosen)  # [B or 2 B, n, D]
 
-    # The head, at each solver call: for the batch, or with its null half.
-    def network(x: torch.Tensor, u: float) -> torch.Tensor:
+    # The head, at each solver call: for the batch, or with its null half. It learns no averages over a length.
+    def network(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
         time = model_time(plan.schedule, 0, torch.full((1, 1), u, device=x.device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
             return model.velocity(x, time, condition[: x.shape[0]])

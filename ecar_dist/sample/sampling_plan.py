@@ -14,7 +14,11 @@ from ecar_dist.flow.schedule import StageSchedule
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The settings of the sampler. tau is None for a model that is fed no states; only `mar` uses ar_steps."""
+    """The settings of the sampler.
+
+    tau is None for a model that is fed no states; only `mar` uses ar_steps. mean_velocity: the network gives average
+    velocities (flow/mean_velocity.py).
+    """
 
     kind: str
     schedule: StageSchedule
@@ -30,6 +34,7 @@ class SamplingPlan:
     ar_steps: int
     bf16: bool
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    mean_velocity: bool = False
 
     @staticmethod
     def from_config(config: RunConfig, device: torch.device) -> SamplingPlan:
@@ -50,6 +55,7 @@ class SamplingPlan:
             ar_steps=sample.ar_steps,
             bf16=config.precision_on(device.type) == "bf16",
             guidance_interval=sample.guidance_interval,
+            mean_velocity=config.flow.learns_mean_velocity,
         )
 
     def guided_at(self, stage: int, guidance_scale: float) -> Callable[[float], bool]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.flow.multistage import sample_stages
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn
-from ecar_dist.models.staged import StagedModel
+from ecar_dist.models.staged import MeanVelocityModel, StagedModel
 from ecar_dist.rng import Draw, Purpose, draw_all
 from ecar_dist.sample.guided import guided_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
@@ -60,12 +62,16 @@ def draw_stages(
 def _network(
     model: StagedModel, plan: SamplingPlan, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
 ) -> VelocityFn:
-    """The network in one stage as a function of x and u, in the plan's precision; float32 out, as the ODE's state."""
+    """The network in one stage as a function of x, u and the length of an interval, which only average velocities have.
 
-    def network(x: torch.Tensor, u: float) -> torch.Tensor:
+    It computes in the plan's precision; float32 out, as the ODE's state.
+    """
+
+    def network(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
         time = model_time(plan.schedule, stage, torch.full((x.shape[0],), u, device=x.device))
+        interval = (torch.full_like(time, length),) if plan.mean_velocity else ()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
-            return model.velocity(x, time, stage, condition, labels).float()
+            return model.velocity(x, time, stage, condition, labels, *interval).float()
 
     return network
 
@@ -87,4 +93,8 @@ def stage_velocities(
     states = drawn[: len(stages)]
     contexts = drawn[len(stages) : -len(stages)]
     times = [model_time(plan.schedule, stage, u) for stage, u in zip(stages, drawn[-len(stages) :], strict=True)]
-    return model(contexts, states, times, labels)
+    if not plan.mean_velocity:
+        return model(contexts, states, times, labels)
+    averaging = cast("MeanVelocityModel", model)
+    lengths = [1.0 - u for u in drawn[-len(stages) :]]  # to the end of the stage
+    return averaging.all_velocities(states, times, averaging.conditions(contexts, labels), labels, lengths)

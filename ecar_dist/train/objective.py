@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from torch import nn
 from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
 from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
+from ecar_dist.flow.mean_velocity import Interval, splitting_targets
 from ecar_dist.flow.path import model_time, training_points
 from ecar_dist.models.layers import patchify
+from ecar_dist.models.staged import MeanVelocityModel
 from ecar_dist.rng import Draw, Purpose, draw_all
 
 HELDOUT_SEED = int.from_bytes(b"heldout", "big")  # of the noise on held-out samples
@@ -31,6 +33,7 @@ class Drawn:
     posterior: noise of the autoencoder's posterior, [B, C, H, W].
     context: noise on the states that are fed back, K - 1 of [B, C, h_k, w_k].
     mask: for masked tokens U(0, 1), the ratio [B] and the order [B, T].
+    intervals: of average velocities, one for each stage.
     """
 
     times: list[torch.Tensor]
@@ -38,6 +41,7 @@ class Drawn:
     posterior: torch.Tensor
     context: list[torch.Tensor] = field(default_factory=list)
     mask: tuple[torch.Tensor, ...] = ()
+    intervals: list[Interval] = field(default_factory=list)
 
 
 class Objective(nn.Module):
@@ -84,7 +88,7 @@ class Objective(nn.Module):
         The noise is the same in all runs, whatever their seed. `normalise` is that of the held-out moments.
         """
         drawn = self._sorted(draw_all(HELDOUT_SEED, keys, self._draws()))
-        drawn = replace(drawn, times=[torch.full_like(one, time) for one in drawn.times])
+        drawn = replace(drawn, times=[torch.full_like(one, time) for one in drawn.times], intervals=[])
         return self.losses(normalise(moments, drawn.posterior), labels, drawn)
 
     def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
@@ -139,6 +143,52 @@ class FlowObjective(Objective):
         num_stages = len(self._sizes)
         *fields, posterior = numbers
         return Drawn(fields[-num_stages:], fields[:num_stages], posterior, context=fields[num_stages:-num_stages])
+
+
+class MeanVelocityObjective(FlowObjective):
+    """Average velocities over intervals of every stage, section 11 of docs/ecar.md.
+
+    Held-out samples have no intervals: their losses are those of the velocity.
+    """
+
+    def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """See `Objective`."""
+        if not drawn.intervals:
+            return super().losses(latents, labels, drawn)
+
+        # Points on the paths at the starts of the intervals, and the velocities of the paths.
+        starts = [each.start for each in drawn.intervals]  # K x [B]
+        tau = self._config.context_tau
+        points = training_points(self._schedule, latents, drawn.noise, starts, drawn.context, tau)
+
+        # One condition serves the prediction and its targets. No gradient reaches it from the targets.
+        model = cast("MeanVelocityModel", self.model)
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self._bf16):
+            condition = model.conditions(points.contexts, labels)
+
+            def mean_velocity(
+                states: Sequence[torch.Tensor], starts: Sequence[torch.Tensor], lengths: Sequence[torch.Tensor]
+            ) -> list[torch.Tensor]:
+                times = [model_time(self._schedule, k, u) for k, u in enumerate(starts)]
+                return model.all_velocities(states, times, condition, labels, lengths)
+
+            targets = splitting_targets(mean_velocity, points.states, points.targets, drawn.intervals)
+            predicted = mean_velocity(points.states, starts, [each.length for each in drawn.intervals])
+        return stage_losses(predicted, targets)
+
+    def _draws(self) -> list[Draw]:
+        # Four more numbers for the interval of each stage.
+        return [*(Draw(Purpose.INTERVAL, (4,), k, is_normal=False) for k in range(len(self._sizes))), *super()._draws()]
+
+    def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
+        num_stages = len(self._sizes)
+        drawn = super()._sorted(numbers[num_stages:])
+        share = self._config.flow.instant_share
+        pairs = zip(drawn.times, numbers[:num_stages], strict=True)
+        return replace(drawn, intervals=[Interval.draw(u, uniform, share) for u, uniform in pairs])
+
+    def _single_times(self, drawn: Drawn) -> torch.Tensor:
+        return torch.stack([each.start for each in drawn.intervals], dim=1)
 
 
 class MaskedObjective(Objective):

@@ -95,6 +95,14 @@ def test_the_identity_of_a_model_has_the_keys_of_old_checkpoints(config):
     assert config.model_identity["flow.ends"] == [1 / 3, 2 / 3, 1.0]
 
 
+def test_a_knob_added_later_is_part_of_the_identity_where_it_is_not_at_its_default():
+    tree = {"run": {"name": "a"}, "flow": {"objective": "mean_velocity"}, "train": {"total_samples": 1}}
+    data = {"latents": "none", "num_classes": 10, "latent_channels": 4, "latent_size": 8}
+    config = config_from_dict({**tree, "vae": {"kind": "dct"}, "data": data})
+    assert config.model_identity["flow.objective"] == "mean_velocity"
+    assert set(config.model_identity) == {*IDENTITY, "flow.objective"}
+
+
 def test_what_changes_the_latents_is_refused_by_the_encoder_not_by_the_identity():
     latents = [key for key, knob in KNOBS.items() if knob.on_resume is OnResume.LATENTS]
     assert latents == ["vae.kind", "vae.downsample", "data.resize"]

@@ -45,7 +45,7 @@ def test_every_knob_has_a_row_of_seven_cells(rows):
             "one or more numbers >= 1",
             "optimisation",
         ),
-        ("sample.solver", "`midpoint`", "str", "", "`euler`, `midpoint`, `heun`", "safe"),
+        ("sample.solver", "`midpoint`", "str", "", "`euler`, `midpoint`, `heun`, `mean`", "safe"),
         ("sample.steps_per_stage", "`[8]`", "list of int", "steps", "one number >= 1, or K of them", "safe"),
         ("deepspeed.zero_stage", "`2`", "int", "", "`0`, `1`, `2`, `3`", "safe"),
         ("data.mixture[].weight", "required", "float", "weight", "> 0", "data order"),

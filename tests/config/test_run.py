@@ -89,6 +89,8 @@ RELAXED = "flow.context.mode=gamma_relaxed"
         [RELAXED, "flow.context.tau=0"],  # gamma is still -1/3
         ["flow.stage_weights=[1, -1, 1]"],
         ["deepspeed.offload_params=true"],
+        ["sample.solver=mean"],  # the network learns velocities
+        ["model.kind=mar", "flow.num_stages=1", "flow.objective=mean_velocity"],
     ],
 )
 def test_values_that_only_work_together(path, overrides):

@@ -27,7 +27,8 @@ def starts() -> torch.Tensor:
 
 
 def test_every_solver_is_covered() -> None:
-    assert SOLVERS.keys() == ORDERS.keys() == GRIDS.keys()
+    of_velocities = {name for name, solver in SOLVERS.items() if not solver.averages}  # others: test_mean_velocity.py
+    assert of_velocities == ORDERS.keys() == GRIDS.keys()
 
 
 @pytest.mark.parametrize("name", ORDERS)

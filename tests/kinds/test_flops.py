@@ -136,6 +136,16 @@ def test_training_without_ar_matches_torch_counter(make_config, kind, num_stages
     assert training_macs(config) * FLOPS_PER_MAC == 3 * forward
 
 
+def test_average_velocities_cost_two_more_forward_passes(make_config):
+    config = make_config(model={"kind": "pyramid"}, flow={"num_stages": 3, "objective": "mean_velocity"})
+    with torch.device("meta"):
+        model = build_model(config)
+        states = [torch.zeros(1, 4, side, side) for side in config.stage_sizes]
+        times, labels = [torch.zeros(1)] * 3, torch.zeros(1, dtype=torch.long)
+    forward = counted_flops(lambda: model.all_velocities(states, times, None, labels, times))
+    assert training_macs(config) * FLOPS_PER_MAC == 5 * forward
+
+
 @pytest.mark.parametrize("preset", ["T", "L"])
 def test_training_of_mar_matches_torch_counter(make_config, preset):
     config = make_config(model={"kind": "mar", "preset": preset}, flow={"num_stages": 1, "token_draws": 3})

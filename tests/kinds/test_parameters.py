@@ -29,6 +29,13 @@ def test_every_kind_counts_what_it_builds(make_config, kind, num_stages, preset)
     assert (count.ar, count.flow) == built(config)
 
 
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("dit", 1)])
+def test_average_velocities_add_one_embedding(make_config, kind, num_stages):
+    config = make_config(model={"kind": kind}, flow={"num_stages": num_stages, "objective": "mean_velocity"})
+    count = parameter_count(config)
+    assert (count.ar, count.flow) == built(config)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_depths_of_the_config_are_built_and_counted(make_config, kind):
     flow = {"num_stages": 1}

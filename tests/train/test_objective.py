@@ -262,3 +262,66 @@ def test_every_draw_of_a_masked_sample_has_its_own_stream(monkeypatch):
     expected += [(purpose, 0) for purpose in (Purpose.MASK_RATIO, Purpose.MASK_ORDER)]
     expected += [(purpose, r) for purpose in (Purpose.NOISE, Purpose.TIME) for r in range(4)]
     assert sorted(keys) == sorted((0, purpose, stream) for purpose, stream in expected)
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("pyramid", 2), ("dit", 1)])
+def test_average_velocities_of_no_length_are_the_velocities(kind, num_stages):
+    """All intervals have length 0, and the network is not told: the loss of flow matching, to the bit."""
+    config = make_config(kind, num_stages=num_stages)
+    plain = make_model(config)
+    average_config = make_config(kind, num_stages=num_stages, objective="mean_velocity", instant_share=1.0)
+    averages = kind_of(average_config).build_model(average_config)
+    missing, unexpected = averages.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[1] for name in missing} == {"length_embedding"}
+    expected = objective(config, plain)(*batch(range(8)))
+    for ours, theirs in zip(objective(average_config, averages)(*batch(range(8))), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["ecar", "pyramid"])
+def test_the_loss_of_average_velocities_is_that_of_its_formula(kind):
+    """Against U(x_a, a, h) and its two parts, computed here one stage at a time."""
+    config = make_config(kind, num_stages=2, objective="mean_velocity", instant_share=0.4)
+    model = make_model(config)
+    values, labels, positions = batch(range(16))
+    with torch.no_grad():
+        _, per_stage, starts = objective(config, model)(values, labels, positions)
+
+    # What was drawn, and the points on the paths.
+    seed = config.run.seed
+    dropped = uniform(seed, positions, Purpose.LABEL_DROP) < config.model.label_dropout
+    labels = torch.where(dropped, config.data.num_classes, labels)
+    posterior = normal(seed, positions, Purpose.POSTERIOR, (4, 8, 8))
+    latents = normalise(IDENTITY, values, posterior)
+    noise = [normal(seed, positions, Purpose.NOISE, (4, side, side), stream=k) for k, side in enumerate((4, 8))]
+    tau = config.context_tau
+    contexts = [] if tau is None else [normal(seed, positions, Purpose.CONTEXT, (4, 4, 4))]
+    schedule = config.flow.schedule
+    points = module.training_points(schedule, latents, noise, list(starts.unbind(1)), contexts, tau)
+
+    # Stage by stage, as sampling asks for it.
+    cache = model.start_cache()
+    for k in range(2):
+        with torch.no_grad():
+            context = points.contexts[k - 1] if k and points.contexts else None
+            condition = model.begin_stage(k, context, labels, cache)
+
+            def average(x, u, length, k=k, condition=condition):
+                return model.velocity(x, model_time(schedule, k, u), k, condition, labels, length)
+
+            u = uniform(seed, positions, Purpose.TIME, stream=k)
+            drawn = module.Interval.draw(u, uniform(seed, positions, Purpose.INTERVAL, (4,), stream=k), 0.4)
+            assert torch.equal(drawn.start, starts[:, k])
+            first_length = drawn.split * drawn.length
+            x = points.states[k]
+            first = average(x, drawn.start, first_length)
+            middle = x + first_length[:, None, None, None] * first
+            second = average(middle, drawn.start + first_length, drawn.length - first_length)
+            share = drawn.split[:, None, None, None]
+            target = share * first + (1 - share) * second
+            instant = drawn.length == 0
+            assert 0 < instant.sum() < 16
+            target[instant] = points.targets[k][instant]
+            error = (average(x, drawn.start, drawn.length) - target).square().flatten(1).mean(1)
+        torch.testing.assert_close(per_stage[:, k], error, rtol=1e-4, atol=1e-5)
