@@ -291,7 +291,7 @@ def test_every_random_number_is_drawn_once() -> None:
 def test_one_stage_is_the_plain_solver_bit_for_bit(solver: str) -> None:
     start = normal(0, torch.arange(4), Purpose.GENERATE_START, (2, 8, 8))
 
-    def velocity(x: torch.Tensor, u: float) -> torch.Tensor:
+    def velocity(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
         return torch.sin(3 * x) + u
 
     ends = sample_stages(
