@@ -28,7 +28,6 @@ _MEANING = (  # knobs that decide what a loss is the loss of
     "flow.ends",
     "flow.gamma",
     "flow.stage_weights",
-    "train.validate_samples",
 )
 
 
@@ -154,6 +153,7 @@ def differences(runs: Sequence[RunCurves]) -> list[str]:
     facts: dict[str, list[Any]] = {
         "data set": [tuple(one[:12] for one in run.dataset_ids) or None for run in runs],
         "held-out set": [run.heldout_id and run.heldout_id[:12] for run in runs],
+        "train.validate_samples": [run.config.train.validate_samples if run.heldout_id else None for run in runs],
     }
 
     # What the loss means.
