@@ -85,7 +85,8 @@ def _draw_grid(trained: TrainedModel, batches: Iterator[Any], classes: list[int]
     rows = list(zip(*(columns[label] for label in drawn), strict=False))
     grid = labelled_grid(rows, [trained.classes.title(label) for label in drawn], scale=scale)
     save_picture(out / "grid.png", grid)
-    save_picture(out / "stages.png", stage_strip(first_stages, trained.config.stage_sizes))
+    titles = [trained.classes.title(label) for label in labels[: len(first_stages[-1])]]
+    save_picture(out / "stages.png", stage_strip(first_stages, trained.config.stage_sizes, titles))
 
 
 def _sample_sweep(parsed: argparse.Namespace) -> int:
