@@ -22,7 +22,7 @@ from data_tools.images.tar_samples import LabelRule
 from data_tools.train_vae_state import STATE_NAME
 from ecar_dist.data.images.formats import parse_background
 from ecar_dist.data.images.shards import ImageShards
-from ecar_dist.data.prepared import IMAGES, LATENTS, RECORD_NAME, TRAIN, VAE
+from ecar_dist.data.prepared import HELDOUT, HELDOUT_LATENTS, IMAGES, LATENTS, RECORD_NAME, TRAIN, VAE
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
@@ -77,8 +77,9 @@ def prepare(
     classes: Path | None = None,
     **options: Any,
 ) -> None:
-    """Make OUT/images, OUT/vae (with --vae train) and OUT/latents. `options`: the fields of PrepareSettings.
+    """Make OUT/images, OUT/vae (with --vae train), OUT/latents and OUT/heldout_latents.
 
+    `options`: the fields of PrepareSettings.
     Raises the errors of the single commands, and DataError if OUT was begun with other options or holds anything else.
     """
     settings = PrepareSettings(classes=None if classes is None else str(classes), **options)
@@ -89,8 +90,9 @@ def prepare(
         steps = _Steps(source, out, settings, max_bad, device)
         steps.shard()
         steps.train_vae()
-        steps.encode()
-        steps.finalize()
+        for images, latents in steps.encodings():
+            steps.encode(images, latents)
+            steps.finalize(latents)
 
     manifest = load_manifest(out / LATENTS)
     print(f"{out}: {manifest.count} samples of {manifest.num_classes} classes; next:")
@@ -113,8 +115,9 @@ def _claimed(out: Path, source: str, settings: PrepareSettings) -> Iterator[None
             raise DataError(f"another `ecar-data prepare` is writing {out}; wait for it, or give another folder")
         wanted = {"source": redact(source), **dataclasses.asdict(settings)}
         found = _read_record(path) if path.exists() else wanted
+        defaults = {field.name: field.default for field in dataclasses.fields(settings)}  # older versions lack some
         for name, value in wanted.items():
-            if found.get(name) != value:
+            if found.get(name, defaults.get(name)) != value:
                 option = name if name == "source" else f"--{name.replace('_', '-')}"
                 raise DataError(
                     f"{out} was begun with {option} {found.get(name)}, this command has {value}; repeat the first "
@@ -131,7 +134,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error}); remove {path.parent} and run the command again") from None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Steps:
     """The single commands, in their order. Each prints itself, and is skipped if its result is there."""
 
@@ -140,15 +143,17 @@ class _Steps:
     settings: PrepareSettings
     max_bad: float
     device: str
+    number: int = 0  # of the last step
 
     @property
     def images(self) -> Path:
         """The image shards to train on."""
         return self.out / IMAGES / TRAIN if self.settings.holdout else self.out / IMAGES
 
-    @property
-    def latents(self) -> Path:
-        return self.out / LATENTS
+    def encodings(self) -> list[tuple[Path, Path]]:
+        """Image shards and the folder of their latents: to train on, and for the validation loss."""
+        heldout = [(self.out / IMAGES / HELDOUT, self.out / HELDOUT_LATENTS)] if self.settings.holdout else []
+        return [(self.images, self.out / LATENTS), *heldout]
 
     @property
     def vae(self) -> str:
@@ -168,11 +173,11 @@ class _Steps:
         words = ["shard", self.source, self.out / IMAGES, "--holdout", f"{chosen.holdout:g}"]
         words += _options(seed=chosen.seed, label=chosen.label, classes=chosen.classes)
         words += ["--flat"] * chosen.flat
-        self._run(1, "image shards", (self.images / MANIFEST_NAME).exists(), words)
+        self._run("image shards", (self.images / MANIFEST_NAME).exists(), words)
 
     def train_vae(self) -> None:
         if self.settings.vae != TRAINED:
-            print(f"[2/4] autoencoder: {self.vae}, no training", flush=True)
+            print(f"{self._next()} autoencoder: {self.vae}, no training", flush=True)
             return
         folder = Path(self.vae)
         size = self.image_size
@@ -181,24 +186,28 @@ class _Steps:
         words += _options(steps=self.settings.vae_steps, seed=self.settings.seed)
         words += _options(background=self.settings.background, device=self.device)
         done = (folder / "config.json").exists() and not (folder / STATE_NAME).exists()
-        self._run(2, "autoencoder", done, words)
+        self._run("autoencoder", done, words)
 
-    def encode(self) -> None:
+    def encode(self, images: Path, latents: Path) -> None:
         chosen = self.settings
-        words = ["encode", self.images, self.latents, "--vae", self.vae, "--image-size", self.image_size]
+        words = ["encode", images, latents, "--vae", self.vae, "--image-size", self.image_size]
         words += _options(seed=chosen.seed, flip=chosen.flip, background=chosen.background, device=self.device)
-        self._run(3, "latent shards", (self.latents / MANIFEST_NAME).exists(), words)
+        self._run(f"latents of {images}", (latents / MANIFEST_NAME).exists(), words)
 
-    def finalize(self) -> None:
-        self._run(4, "manifest", (self.latents / MANIFEST_NAME).exists(), ["finalize", self.latents])
+    def finalize(self, latents: Path) -> None:
+        self._run(f"manifest of {latents}", (latents / MANIFEST_NAME).exists(), ["finalize", latents])
 
-    def _run(self, number: int, title: str, done: bool, words: Sequence[Any]) -> None:
+    def _next(self) -> str:
+        self.number += 1
+        return f"[{self.number}/{2 + 2 * len(self.encodings())}]"
+
+    def _run(self, title: str, done: bool, words: Sequence[Any]) -> None:
         """What is printed is what is run."""
         if done:
-            print(f"[{number}/4] {title}: done already", flush=True)
+            print(f"{self._next()} {title}: done already", flush=True)
             return
         words = [*map(str, words), *_options(max_bad=self.max_bad)]
-        print(f"[{number}/4] {title}\n$ {redact_text(shlex.join(['ecar-data', *words]))}", flush=True)
+        print(f"{self._next()} {title}\n$ {redact_text(shlex.join(['ecar-data', *words]))}", flush=True)
         cli.run(words)
 
 

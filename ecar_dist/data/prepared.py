@@ -1,4 +1,7 @@
-"""The folder that `ecar-data prepare` makes: images/, vae/ if one was trained, and latents/. Does not import torch."""
+"""The folder that `ecar-data prepare` makes: images/, latents/, heldout_latents/, and vae/ if one was trained.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ from ecar_dist.vae.table import CODECS
 
 RECORD_NAME = "prepare.json"  # what prepare was told; there from its start on
 IMAGES, VAE, LATENTS = "images", "vae", "latents"
+HELDOUT_LATENTS = "heldout_latents"
 TRAIN, HELDOUT = "train", "heldout"
 PLAN_NAME = "plan.json"  # in LATENTS: names the image shards that were encoded
 
 
 @dataclass(frozen=True)
 class PreparedLatents:
-    """Latent shards, their autoencoder, and image shards to score against."""
+    """Latent shards, their autoencoder, and what a run is scored against."""
 
     folder: str  # or URL
     manifest: Manifest
     vae: str  # folder or hub name
     train_images: str | None = None
     heldout_images: str | None = None
+    heldout_latents: str | None = None  # for the validation loss
 
 
 def find_latents(given: str) -> PreparedLatents:
@@ -47,8 +52,10 @@ def find_latents(given: str) -> PreparedLatents:
     beside = Path(folder).parent
     if not Path(name).exists() and (beside / VAE / "config.json").exists():
         name = str(beside / VAE)
-    images = _split_images(Path(folder))
-    return PreparedLatents(folder, manifest, name, *(str(part) for part in images))
+    train_images, heldout_images = _split_images(Path(folder))
+    heldout = beside / HELDOUT_LATENTS
+    heldout_latents = str(heldout) if (heldout / MANIFEST_NAME).exists() else None
+    return PreparedLatents(folder, manifest, name, train_images, heldout_images, heldout_latents)
 
 
 def _folder_of(given: str) -> str:
@@ -71,8 +78,8 @@ def _folder_of(given: str) -> str:
     raise DataError(f"{given} has no latents; make them with `ecar-data prepare {given} OUT`, then give OUT")
 
 
-def _split_images(latents: Path) -> list[Path]:
-    """The training and held-out image shards: beside the latents, or where the plan says; empty if one is missing."""
+def _split_images(latents: Path) -> tuple[str | None, str | None]:
+    """The training and held-out image shards: beside the latents, or where the plan says; None if one is missing."""
     homes = [latents.parent / IMAGES]
     try:
         source = Path(str(parse_object(read_plain_file(latents / PLAN_NAME, MAX_JSON_BYTES)).get("source_folder")))
@@ -80,7 +87,6 @@ def _split_images(latents: Path) -> list[Path]:
     except (OSError, UntrustedError):
         pass
     for home in homes:
-        parts = [home / TRAIN, home / HELDOUT]
-        if all((part / MANIFEST_NAME).exists() for part in parts):
-            return parts
-    return []
+        if all((home / part / MANIFEST_NAME).exists() for part in (TRAIN, HELDOUT)):
+            return str(home / TRAIN), str(home / HELDOUT)
+    return None, None

@@ -136,8 +136,12 @@ def _text(found: PreparedLatents, hardware: Hardware, chosen: Mapping[str, Any])
 
     # What is scored against, if it is there.
     scored = [("train_images", found.train_images), ("heldout_images", found.heldout_images)]
+    scored += [("heldout_latents", found.heldout_latents)]
     images = "".join(f"  {key}: {_scalar(folder)}\n" for key, folder in scored if folder)
-    images = images or "  # train_images and heldout_images: image shards, for `ecar-dist evaluate`\n"
+    images = (
+        images
+        or "  # train_images, heldout_images: image shards for `ecar-dist evaluate`; heldout_latents: for validation\n"
+    )
     return f"""\
 # ECAR on {readable(found.folder)}: {counted(manifest.count, "sample")}, latents of {channels} x {height} x {width}
 # Written by `ecar-dist init` for this hardware: {hardware.name}. docs/config.md explains every key.
@@ -166,6 +170,7 @@ optim: {{learning_rate: {chosen["learning_rate"]:g}, schedule: cosine, warmup_sa
 ema: {{half_life_samples: {chosen["tenth"]}}} # a tenth of the run
 deepspeed: {{zero_stage: 2, precision: auto}} # auto: bf16 on a GPU, fp32 on a CPU
 train:
+  validate_every_samples: {chosen["fifth"]} # the loss on data.heldout_latents
   total_samples: {chosen["total"]} # {counted(steps, "step")}, {epochs:.1f} epochs; raise it and repeat the command
 checkpoint: {{every_samples: {chosen["fifth"]}}}
 sample:

@@ -138,6 +138,15 @@ def test_the_autoencoder_beside_the_latents_is_found(digits, tmp_path):
     assert find_latents(str(tmp_path)).vae == str(tmp_path / "vae")
 
 
+def test_held_out_latents_are_for_validation(digits, tmp_path, capsys):
+    for name in ("latents", "heldout_latents"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, load_manifest(digits / "latents"))
+    config = load_config(written(tmp_path, tmp_path, capsys))
+    assert config.data.heldout_latents == str(tmp_path / "heldout_latents")
+    assert config.train.validate_every_samples == config.checkpoint.every_samples
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -13,6 +13,7 @@ from tests.data_tools.image_folders import CLASSES, PER_CLASS, content, write_im
 from tests.fork_server import CONTEXT
 
 STEPS = ("shard", "encode", "finalize")
+RUN = ("shard", "encode", "finalize", "encode", "finalize")  # the second time for the held-out images
 
 
 @pytest.fixture
@@ -27,19 +28,21 @@ def prepare(pictures, out, *more):
 def everything(out):
     """All files but plan.json, which names the folder of the images."""
     found = content(out / "latents") | {"plan.json": b""}
-    return [content(out / "images/train"), content(out / "images/heldout"), found]
+    heldout = content(out / "heldout_latents") | {"plan.json": b""}
+    return [content(out / "images/train"), content(out / "images/heldout"), found, heldout]
 
 
 def test_one_command_makes_a_finished_set(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare(pictures, out) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[2] for line in printed.splitlines() if line.startswith("$ ecar-data")] == list(STEPS)
+    assert [line.split()[2] for line in printed.splitlines() if line.startswith("$ ecar-data")] == list(RUN)
     assert f"ecar-dist init {out} > mine.yaml" in printed
     manifest = load_manifest(out / "latents")
     assert (manifest.count, manifest.class_names) == (len(CLASSES) * PER_CLASS * 3 // 4, list(CLASSES))
     assert manifest.moments_shape == (12, 4, 4)  # 20-pixel images, four latent pixels at least
     assert load_image_manifest(out / "images/heldout").count == len(CLASSES) * PER_CLASS // 4
+    assert load_manifest(out / "heldout_latents").count == len(CLASSES) * PER_CLASS // 4
 
 
 def test_what_is_complete_is_not_repeated(pictures, tmp_path, capsys):
@@ -50,7 +53,7 @@ def test_what_is_complete_is_not_repeated(pictures, tmp_path, capsys):
     capsys.readouterr()
     assert prepare(pictures, out) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done already") == len(STEPS)
+    assert printed.count("done already") == len(RUN)
     assert "$ ecar-data" not in printed
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -91,7 +94,7 @@ def test_an_autoencoder_can_be_trained(pictures, tmp_path, monkeypatch, capsys):
     assert (encoder["kind"], encoder["downsample"], encoder["name"]) == ("kl", 4, str(out / "vae"))
     capsys.readouterr()
     assert prepare(pictures, out, "--vae", "train", "--vae-steps", "2") == 0
-    assert capsys.readouterr().out.count("done already") == len(STEPS) + 1
+    assert capsys.readouterr().out.count("done already") == len(RUN) + 1
 
 
 def test_nothing_is_held_out_on_request(pictures, tmp_path):
