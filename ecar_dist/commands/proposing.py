@@ -17,7 +17,7 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument(
         "folder",
         nargs="?",
-        help="folder of `ecar-data prepare`, or or folder or URL of latents (default: no config)",
+        help="folder of `ecar-data prepare`, or folder or URL of latents (default: no config)",
     )
     command.add_argument("--name", help="run.name (default: the name of the folder)")
     command.add_argument("--preset", choices=tuple(PRESETS), help="size of the model (default: by samples and device)")
