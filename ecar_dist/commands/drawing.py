@@ -84,11 +84,17 @@ def settings(parsed: argparse.Namespace) -> dict[str, str]:
     return {option: value for option, value in given.items() if value is not None}
 
 
-def draw(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> Iterator[Any]:
-    """The stages of each batch, with a progress bar. Errors are raised by the call, not with the first batch."""
-    if not -(2**63) <= parsed.seed < 2**63:
-        raise ConfigError(f"--seed {parsed.seed} is outside of 64 bits; give a smaller number")
-    batches = trained.draw(labels, parsed.seed, parsed.batch_size, compiles=parsed.compile)
+def draw(
+    trained: TrainedModel, parsed: argparse.Namespace, labels: list[int], seed: int | None = None
+) -> Iterator[Any]:
+    """The stages of each batch, with a progress bar. Errors are raised by the call, not with the first batch.
+
+    seed: of the noise; None: that of --seed.
+    """
+    seed = parsed.seed if seed is None else seed
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} is outside of 64 bits; give a smaller number")
+    batches = trained.draw(labels, seed, parsed.batch_size, compiles=parsed.compile)
     return _with_progress(batches, len(labels))
 
 

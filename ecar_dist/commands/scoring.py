@@ -12,6 +12,10 @@ from ecar_dist.commands.drawing import add_drawing, draw, open_model, settings, 
 from ecar_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
+
+    from ecar_dist.evaluate.frechet import Gaussian
+    from ecar_dist.evaluate.networks import FeatureNetwork
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
 
@@ -26,47 +30,61 @@ def add_commands(add: AddCommand) -> None:
         "--background",
         help="color behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)",
     )
+    scoring.add_argument(
+        "--features",
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="also score in the features of a frozen network, effnet-lite0 or inception (FID); may be given twice",
+    )
+    scoring.add_argument(
+        "--feature-weights", type=Path, help="file with the weights of the network (default: those of its package)"
+    )
+    scoring.add_argument(
+        "--reference", type=Path, help=".npz with mu and sigma in place of the held-out images, e.g. ADM's for ImageNet"
+    )
+    scoring.add_argument(
+        "--sampling-seeds",
+        type=positive,
+        default=1,
+        help="seeds to draw samples with, --seed and those after it; from 2 on scores of --features have a spread "
+        "(default: 1; use 3 or more to compare models)",
+    )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run or export)")
 
 
 @with_private_cache
 def evaluate(parsed: argparse.Namespace) -> int:
-    from ecar_dist.data.images.formats import parse_background
-    from ecar_dist.evaluate.images import background_of, read_images, reconstruct
+    from ecar_dist.evaluate.frozen import frozen_scores
+    from ecar_dist.evaluate.images import reconstruct
     from ecar_dist.evaluate.score import Scorer
     from ecar_dist.runtime.run.directory import RunDirectory
     from ecar_dist.runtime.run.metrics import log_scores
     from ecar_dist.storage.atomic import write_json
 
-    # Find the real images.
+    # The model, the networks to score with, and the real images: what is missing is an error before anything is drawn.
     trained = open_model(parsed)
-    config = trained.config
-    folders = {
-        "--train-images": parsed.train_images or config.data.train_images,
-        "--heldout-images": parsed.heldout_images or config.data.heldout_images,
-    }
-    for flag, folder in folders.items():
-        if folder is None:
-            raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+    networks = _open_networks(parsed, trained.device)
+    real, heldout, source = _real_images(trained, parsed)
 
-    # Read them at the size of the samples.
-    size = config.data.latent_size * trained.codec.identity.downsample
-    background = parse_background(parsed.background) if parsed.background else background_of(config.data)
-    (real, source), (heldout, _) = (
-        read_images(str(folder), size, background=background) for folder in folders.values()
-    )
-    if real.labels.max() >= config.data.num_classes:
-        raise DataError(
-            f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
-            f"{config.data.num_classes - 1}; give images of its classes"
-        )
-
-    # Draw samples of the same classes and score them.
+    # Draw samples of the same classes, once for each seed.
     labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
-    samples = _drawn_images(trained, parsed, labels)
+    seeds = range(parsed.seed, parsed.seed + parsed.sampling_seeds)
+    samples = [_drawn_images(trained, parsed, labels, seed) for seed in seeds]
+
+    # Score them.
     rebuilt = reconstruct(trained.codec, real, trained.device)
-    scores = Scorer(rebuilt, real, heldout, source, trained.device).score(samples)
-    scores.update(_origin(trained, parsed))
+    scores = Scorer(rebuilt, real, heldout, source, trained.device).score(samples[0])
+    for network, reference in networks:
+        scores |= frozen_scores(
+            network,
+            samples=[each.pixels for each in samples],
+            train=real.pixels,
+            heldout=heldout.pixels,
+            reconstructions=rebuilt.pixels,
+            reference=reference,
+        )
+    scores |= _origin(trained, parsed) | {"sampling seeds": list(seeds)}
 
     # Report: on the screen, in a file, and in TensorBoard if it is a run.
     out = parsed.out or trained.home / "scores.json"
@@ -77,6 +95,35 @@ def evaluate(parsed: argparse.Namespace) -> int:
         log_scores(directory, trained.progress.step, scores)
     print(f"scores written to {out}")
     return 0
+
+
+def _real_images(trained: TrainedModel, parsed: argparse.Namespace) -> tuple[LabelledImages, LabelledImages, str]:
+    """Training and held-out images at the size of the samples, and the short name of the set."""
+    from ecar_dist.data.images.formats import parse_background
+    from ecar_dist.evaluate.images import background_of, read_images
+
+    # Find them.
+    config = trained.config
+    folders = {
+        "--train-images": parsed.train_images or config.data.train_images,
+        "--heldout-images": parsed.heldout_images or config.data.heldout_images,
+    }
+    for flag, folder in folders.items():
+        if folder is None:
+            raise ConfigError(f"evaluate needs real images: give {flag} or set data.{flag[2:].replace('-', '_')}")
+
+    # Read them.
+    size = config.data.latent_size * trained.codec.identity.downsample
+    background = parse_background(parsed.background) if parsed.background else background_of(config.data)
+    (real, source), (heldout, _) = (
+        read_images(str(folder), size, background=background) for folder in folders.values()
+    )
+    if real.labels.max() >= config.data.num_classes:
+        raise DataError(
+            f"{folders['--train-images']} has label {real.labels.max()}, the model knows 0.."
+            f"{config.data.num_classes - 1}; give images of its classes"
+        )
+    return real, heldout, source
 
 
 def _origin(trained: TrainedModel, parsed: argparse.Namespace) -> dict[str, Any]:
@@ -91,11 +138,29 @@ def _origin(trained: TrainedModel, parsed: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int]) -> LabelledImages:
+def _open_networks(parsed: argparse.Namespace, device: torch.device) -> list[tuple[FeatureNetwork, Gaussian | None]]:
+    """The networks of --features, each with the moments of --reference if there are any."""
+    from ecar_dist.evaluate.frozen import read_reference
+    from ecar_dist.evaluate.networks import NETWORKS
+
+    # Options that need a network, and one that two cannot share.
+    names = list(dict.fromkeys(parsed.features))
+    for name in names:
+        if name not in NETWORKS:
+            raise ConfigError(f"--features {name} is not known; use one of {', '.join(NETWORKS)}")
+    for flag, value in (("--feature-weights", parsed.feature_weights), ("--reference", parsed.reference)):
+        if value is not None and len(names) != 1:
+            raise ConfigError(f"{flag} belongs to one network, --features names {len(names)}; name one")
+
+    opened = [NETWORKS[name](parsed.feature_weights, device) for name in names]
+    return [(each, read_reference(parsed.reference, each) if parsed.reference else None) for each in opened]
+
+
+def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: list[int], seed: int) -> LabelledImages:
     import numpy as np
 
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.vae.pixels import to_pixels
 
-    pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in draw(trained, parsed, labels)]
+    pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in draw(trained, parsed, labels, seed)]
     return LabelledImages(np.concatenate(pixels), np.array(labels))

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of features [N, d] and [M, d].
+@dataclass(frozen=True)
+class Gaussian:
+    """What a Frechet distance looks at: mean [d] and covariance [d, d], float64."""
 
-    Biased upwards for small N and M: compare only values of the same counts. On the host, in float64: with d = 64 the
-    matrices are too small for a GPU.
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @staticmethod
+    def of(features: np.ndarray) -> Gaussian:
+        """Of features [N, d]."""
+        features = features.astype(np.float64)
+        return Gaussian(features.mean(0), np.cov(features, rowvar=False))
+
+
+def frechet_distance(first: np.ndarray | Gaussian, second: np.ndarray | Gaussian) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of features [N, d] and [M, d], or of their Gaussians.
+
+    Biased upwards for small N and M: compare only values of the same counts. On the host, in float64.
     """
-    first, second = first.astype(np.float64), second.astype(np.float64)
+    a, b = (each if isinstance(each, Gaussian) else Gaussian.of(each) for each in (first, second))
     # C1^1/2 C2 C1^1/2 is symmetric, so the trace of its root is the sum of the roots of its eigenvalues.
-    root = _symmetric_sqrt(np.cov(first, rowvar=False))
-    covariance = np.cov(second, rowvar=False)
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance @ root), 0.0, None)).sum()
+    root = _symmetric_sqrt(a.covariance)
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b.covariance @ root), 0.0, None)).sum()
 
-    mean_gap = np.square(first.mean(0) - second.mean(0)).sum()
-    return float(mean_gap + np.trace(root @ root) + np.trace(covariance) - 2.0 * cross)
+    mean_gap = np.square(a.mean - b.mean).sum()
+    return float(mean_gap + np.trace(root @ root) + np.trace(b.covariance) - 2.0 * cross)
 
 
 def _symmetric_sqrt(matrix: np.ndarray) -> np.ndarray:
