@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ecar_dist.config.batch import grad_accum_steps
-from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.rng import Purpose, uniform
@@ -211,20 +210,18 @@ class SampleLoader:
         while True:
             end = at + steps * share.global_batch_size
             self._plan_shards(at, max(at + self.stream.window, end + share.global_batch_size))
-            yield self.stream.locate(rank_positions(at, end - at, share.rank, share.world_size))
+            starts = range(at, end, share.global_batch_size)
+            parts = [self.stream.rank_positions(start, share.rank, share.world_size) for start in starts]
+            yield self.stream.locate(np.concatenate(parts))
             at = end
 
     def _plan_shards(self, at: int, soon: int) -> None:
         """Tell each source the shards that this rank needs up to position `soon`, and those its node needs later."""
-        # A rank has the positions that leave the same remainder as its first one, which is at + rank.
-        share = self._share
-        first = at % share.world_size
-        rank_remainder = (first + share.rank) % share.world_size
-        node_remainders = [(first + rank) % share.world_size for rank in share.node_ranks or (share.rank,)]
-
         # Soon: one window ahead, for this rank. Later: one epoch ahead, for all ranks that share the node's cache.
-        rank_shards = self.stream.upcoming(at, soon, [rank_remainder], share.world_size)
-        node_shards = self.stream.upcoming(at, at + self.stream.count, node_remainders, share.world_size)
+        share = self._share
+        node_ranks = share.node_ranks or (share.rank,)
+        rank_shards = self.stream.upcoming(at, soon, [share.rank], share.world_size)
+        node_shards = self.stream.upcoming(at, at + self.stream.count, node_ranks, share.world_size)
         for source, of_rank, of_node in zip(self.sources, rank_shards, node_shards, strict=True):
             source.plan(of_rank, {shard: use for use, shard in enumerate(of_node)})
 

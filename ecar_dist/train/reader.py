@@ -189,10 +189,11 @@ def check_shares(
     if world.size == 1:
         return
 
-    # What the batch should be, and what each rank should read of it: every world.size-th position.
+    # What the batch should be, and what each rank should read of it: its part.
     positions = np.arange(start, start + global_batch_size)
     ids = loader.stream.locate(positions).sample_ids
-    shares = [_sum(positions[rank :: world.size], ids[rank :: world.size]) for rank in range(world.size)]
+    parts = [loader.stream.rank_positions(start, rank, world.size) for rank in range(world.size)]
+    shares = [_sum(part, ids[part - start]) for part in parts]
 
     # What each rank believes and has read, on all ranks.
     rows = world.of_each(torch.tensor([_sum(positions, ids), _read(batches)]))

@@ -19,13 +19,15 @@ from ecar_dist.data.fit import check_fits
 from ecar_dist.data.images.decode import open_decoder
 from ecar_dist.data.images.formats import parse_background
 from ecar_dist.data.loader import SampleLoader, Share, Source
-from ecar_dist.data.order.stream import SampleStream
+from ecar_dist.data.order.stream import OrderMade, SampleStream
 from ecar_dist.data.probe import Probe, probe_images, probe_latents
 from ecar_dist.data.shards.manifest import ImageManifest, Manifest, load_image_manifest, load_manifest
 from ecar_dist.data.shards.proof import check_presence
 from ecar_dist.data.shards.store import CacheOptions
 from ecar_dist.data.sources import DaliLatentSource, ImageSource, LatentSource
 from ecar_dist.errors import ConfigError
+from ecar_dist.runtime.checkpoint.files import DamagedError
+from ecar_dist.runtime.checkpoint.storage import open_storage
 from ecar_dist.runtime.world import World
 from ecar_dist.train.objective import Normalise
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
@@ -99,8 +101,22 @@ def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> No
         )
 
 
-def open_stream(config: RunConfig, data: TrainingData) -> SampleStream:
-    """The order of the run's samples. Raises ConfigError if the lanes do not fit the shards."""
+def recorded_order(config: RunConfig) -> OrderMade | None:
+    """How the newest checkpoint that can be read says that the order was made; None if there is none."""
+    with contextlib.closing(open_storage(config)) as storage:
+        for name in storage.committed():
+            try:
+                return OrderMade.recorded(storage.manifest(name).identity["data"])
+            except DamagedError:
+                continue  # the restore names it
+    return None
+
+
+def open_stream(config: RunConfig, data: TrainingData, made: OrderMade | None = None) -> SampleStream:
+    """The order of the run's samples. `made`: how its first attempt made it, None for a new run.
+
+    Raises ConfigError if the lanes do not fit the shards.
+    """
     return SampleStream(
         [[entry.count for entry in manifest.shards] for manifest in data.manifests],
         seed=config.run.seed,
@@ -109,6 +125,7 @@ def open_stream(config: RunConfig, data: TrainingData) -> SampleStream:
         by_step=config.data.mixture_by == "step" and len(data.manifests) > 1,
         lanes=config.data.lanes,
         window_shards=config.data.window_shards,
+        made=made,
     )
 
 

@@ -58,6 +58,7 @@ from ecar_dist.train.sources import (
     normaliser,
     open_loader,
     open_stream,
+    recorded_order,
     run_identity,
 )
 from ecar_dist.train.telemetry import Counters, Telemetry
@@ -90,7 +91,7 @@ def start_training(
 
     # What the run reads, checked on all ranks. Nothing has been written yet.
     world.together(lambda: config.grad_accum_steps(world.size))  # the cheapest check comes first
-    inputs = open_inputs(config, world, adopt)
+    inputs = open_inputs(config, world, adopt, allow_new_data)
 
     # From here on the run directory is this attempt's.
     directory, run_id, phases = begin_attempt(config, world, stop, console, ends)
@@ -146,13 +147,14 @@ class Inputs(NamedTuple):
     beginning: Beginning  # where the weights of a new run come from
 
 
-def open_inputs(config: RunConfig, world: World, adopt: bool) -> Inputs:
+def open_inputs(config: RunConfig, world: World, adopt: bool, new_data_order: bool) -> Inputs:
     """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
     # The nodes are fit, and see the same data.
     data = check_nodes(config, world)
 
-    # The order of the samples; and a checkpoint of another run, if one is to be adopted.
-    stream = world.together(lambda: open_stream(config, data))
+    # The order of the samples, made as in the first attempt; and a checkpoint of another run, if one is to be adopted.
+    made = None if new_data_order else world.broadcast(world.on_first_rank(lambda: recorded_order(config)))
+    stream = world.together(lambda: open_stream(config, data, made))
     if adopt:
         world.on_first_rank(lambda: check_adoption(config))
 

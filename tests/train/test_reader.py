@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ecar_dist.data.loader import MicroBatch
-from ecar_dist.data.order.lanes import rank_positions
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.data.order.substitution import Substitution
 from ecar_dist.errors import DataError
@@ -28,7 +27,7 @@ STREAM = SampleStream([[40, 40, 17]], seed=3, global_batch_size=BATCH, lanes=1, 
 
 
 def micro_batches(rank, size=RANKS, stream=STREAM, start=START):
-    places = stream.locate(rank_positions(start, BATCH, rank, size))
+    places = stream.locate(stream.rank_positions(start, rank, size))
     values, labels = torch.zeros(len(places), 1), torch.zeros(len(places))
     whole = MicroBatch(values, labels, torch.from_numpy(places.positions), torch.from_numpy(places.sample_ids))
     half = len(places) // 2

@@ -152,11 +152,14 @@ def test_of_three_ranks_the_one_with_the_flipped_bit_is_kept_out_and_the_run_goe
 
 def read_twice():
     """The last rank reads the share of the first."""
-    from ecar_dist.data import loader
+    from ecar_dist.data.loader import SampleLoader
 
-    positions = loader.rank_positions
-    last = os.environ["RANK"] != "0"
-    loader.rank_positions = lambda start, batch, rank, size: positions(start, batch, 0 if last else rank, size)
+    make = SampleLoader.__init__
+
+    def make_for_the_first(self, sources, stream, share, **options):
+        make(self, sources, stream, dataclasses.replace(share, rank=0), **options)
+
+    SampleLoader.__init__ = make_for_the_first
 
 
 def test_a_rank_that_reads_the_samples_of_another_is_named_before_the_first_step(start, tmp_path):

@@ -46,7 +46,7 @@ _WINDOW = int.from_bytes(b"window", "big")
 
 # Default numbers of lanes. Each divides the next; the last two also serve ranks in multiples of 3 and 5.
 _LANES = (1, 2, 4, 8, 16, 32, 64, 192, 960)
-_SHARDS_PER_LANE = 4
+SHARDS_PER_LANE = 4
 
 # A batch may straddle two epochs, and prefetching may already be in the next.
 _CACHED_TABLES = 4
@@ -71,7 +71,7 @@ def rank_positions(step_start: int, global_batch_size: int, rank: int, world_siz
 
 def default_lanes(num_shards: int) -> int:
     """The most lanes that leave each about four shards. Most usual numbers of ranks divide one of these."""
-    return max(lanes for lanes in _LANES if lanes <= max(1, num_shards // _SHARDS_PER_LANE))
+    return max(lanes for lanes in _LANES if lanes <= max(1, num_shards // SHARDS_PER_LANE))
 
 
 class LaneOrder:
@@ -79,6 +79,8 @@ class LaneOrder:
 
     counts: samples of each shard, in the order of the manifest.
     window_shards: the largest size of a window, in units of the largest shard. 0 makes each lane one window.
+    endless: the lanes take turns through all epochs: position t, not its offset in the epoch, belongs to lane
+        t % lanes. So if `lanes` divides the global batch, every lane has the same places in every batch.
 
     Attributes: `count`, the number of samples; `first_index`, int64 [shards], the index of each shard's first sample;
     `windows`, the number of windows in a lane. Memory: 16 bytes per shard and cached epoch.
@@ -86,9 +88,11 @@ class LaneOrder:
     Raises DataError for an empty set, ConfigError for impossible lanes or windows.
     """
 
-    name = "lanes-feistel-v1"
-
-    def __init__(self, counts: Sequence[int], seed: int, lanes: int, window_shards: int) -> None:
+    def __init__(
+        self, counts: Sequence[int], seed: int, lanes: int, window_shards: int, *, endless: bool = False
+    ) -> None:
+        self.endless = endless
+        self.name = "lanes-feistel-v2" if endless else "lanes-feistel-v1"
         self.counts = np.asarray(counts, dtype=np.int64).reshape(-1)
         self.count = int(self.counts.sum())
         if self.count < 1 or self.counts.min() < 0:
@@ -122,18 +126,20 @@ class LaneOrder:
         """Shard of each position, and row in that shard: int64, in the shape of `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
 
-        # Which lane, and which turn of that lane: its 0th, 1st, 2nd ... sample of the epoch.
+        # Which lane, and which turn of that lane: its 0th, 1st, 2nd ... sample of the epoch. [N]
         epochs, offsets = np.divmod(positions.reshape(-1), self.count)
-        turns, lanes = np.divmod(offsets, self.lanes)
+        turns, places = np.divmod(offsets, self.lanes)
+        first = self._first_lane(epochs)
+        lanes = (places + first) % self.lanes
 
         # Permute the turn within its window.
-        windows = self._window_of(lanes, turns)
-        begins, ends = self._window_edges(lanes, windows)
+        windows = self._window_of(places, turns)
+        begins, ends = self._window_edges(places, windows)
         keys = hash_keys(self.seed, _WINDOW, epochs, lanes, windows)
         turns = begins + permute(turns - begins, ends - begins, keys, self._bits)
 
         # A lane is a range of the line, so the permuted turn is a point of the line.
-        shards, rows = self._look_up(epochs, self._lane_start(lanes) + turns)
+        shards, rows = self._look_up(epochs, self._lane_start(lanes, first) + turns)
         return shards.reshape(positions.shape), rows.reshape(positions.shape)
 
     def upcoming(self, start: int, stop: int, ranks: Sequence[int], world_size: int) -> list[int]:
@@ -144,6 +150,13 @@ class LaneOrder:
         that window are not among these positions. The cost grows with the number of windows, not of samples.
         """
         residues = np.unique(np.asarray(ranks, dtype=np.int64))
+        return self._upcoming(start, stop, np.arange(self.lanes), residues, world_size)
+
+    def upcoming_of(self, start: int, stop: int, lanes: np.ndarray) -> list[int]:
+        """Shards of these lanes (int64, each once) for positions in [start, stop); otherwise as `upcoming`."""
+        return self._upcoming(start, stop, lanes, np.zeros(1, dtype=np.int64), 1)
+
+    def _upcoming(self, start: int, stop: int, lanes: np.ndarray, residues: np.ndarray, modulus: int) -> list[int]:
         first_uses: dict[int, None] = {}  # a dict keeps the order of insertion
         nonempty = int(np.count_nonzero(self.counts))
         for epoch in range(start // self.count, -(-stop // self.count)):
@@ -151,43 +164,56 @@ class LaneOrder:
             epoch_start = epoch * self.count
             begin = max(start - epoch_start, 0)
             end = min(stop - epoch_start, self.count)
-            lanes, windows = self._touched(begin, end, (residues - epoch_start) % world_size, world_size)
+            first = self._first_lane(epoch)
+            places = (lanes - first) % self.lanes
+            places, windows = self._touched(begin, end, places, (residues - epoch_start) % modulus, modulus)
 
-            first_uses.update(dict.fromkeys(self._shards_of(epoch, lanes, windows)))
+            first_uses.update(dict.fromkeys(self._shards_of(epoch, places, windows)))
             if len(first_uses) == nonempty:
                 break
         return list(first_uses)
 
-    def _lane_size(self, lanes: np.ndarray) -> np.ndarray:
-        return self.count // self.lanes + (lanes < self.count % self.lanes)
+    def _first_lane(self, epochs: Any) -> Any:
+        """The lane of the first offset of each epoch. The lane at `place` after it is (place + first) % lanes."""
+        return epochs * self.count % self.lanes if self.endless else epochs * 0
 
-    def _lane_start(self, lanes: np.ndarray) -> np.ndarray:
+    def _lane_size(self, places: np.ndarray) -> np.ndarray:
+        """The first lanes of an epoch have one sample more, if `lanes` does not divide the count."""
+        return self.count // self.lanes + (places < self.count % self.lanes)
+
+    def _lane_start(self, lanes: np.ndarray, first: Any) -> np.ndarray:
         """Start of each lane's range in the line."""
-        return lanes * (self.count // self.lanes) + np.minimum(lanes, self.count % self.lanes)
+        # The longer lanes are those from `first` on, up to the last lane and then from lane 0 on.
+        longer = self.count % self.lanes
+        from_zero = np.maximum(first + longer - self.lanes, 0)
+        before = np.clip(lanes - first, 0, longer) + np.minimum(lanes, from_zero)
+        return lanes * (self.count // self.lanes) + before
 
-    def _window_edges(self, lanes: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _window_edges(self, places: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First turn of each window in its lane, and the turn after its last.
 
         All windows of an order differ in size by at most one. A short last window would be badly shuffled.
         """
-        sizes = self._lane_size(lanes)
+        sizes = self._lane_size(places)
         return windows * sizes // self.windows, (windows + 1) * sizes // self.windows
 
-    def _window_of(self, lanes: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    def _window_of(self, places: np.ndarray, turns: np.ndarray) -> np.ndarray:
         """The window that holds each turn: the least k with turn + 1 <= (k + 1) size / windows."""
-        return ((turns + 1) * self.windows - 1) // self._lane_size(lanes)
+        return ((turns + 1) * self.windows - 1) // self._lane_size(places)
 
-    def _touched(self, begin: int, end: int, residues: np.ndarray, modulus: int) -> tuple[np.ndarray, np.ndarray]:
+    def _touched(
+        self, begin: int, end: int, places: np.ndarray, residues: np.ndarray, modulus: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The windows with an offset o in [begin, end), o % modulus in `residues`, ordered by the first such o.
 
-        Returns the lane of each, and its number in that lane: int64 [touched windows].
+        places: those of the lanes to look at, see `_first_lane`. Returns the place of the lane of each window, and its
+        number in that lane: int64 [touched windows].
         """
-        # Lane l has the turns [low, high) in [begin, end): turn q is at offset l + q lanes. [lanes]
-        lanes = np.arange(self.lanes)
-        low = -((lanes - begin) // self.lanes)
-        high = -((lanes - end) // self.lanes)
+        # The lane at place p has the turns [low, high) in [begin, end): turn q is at offset p + q lanes. [places]
+        low = -((places - begin) // self.lanes)
+        high = -((places - end) // self.lanes)
         used = low < high
-        lanes = lanes[used]
+        lanes = places[used]
         low = low[used]
         high = high[used]
 
@@ -198,6 +224,7 @@ class LaneOrder:
         windows = first_window[which] + step
         begins, ends = self._window_edges(lanes, windows)
         low = np.maximum(begins, low[which])
+        ends = np.minimum(ends, high[which])
 
         # Which turns q belong to residue r? Those with l + q lanes = r (mod modulus). With g = gcd(lanes, modulus),
         # there are solutions only if g divides r - l. They are modulus / g apart, and one of them is (r - l) / g times
@@ -216,13 +243,15 @@ class LaneOrder:
         by_offset = np.argsort(first_offset, kind="stable")[: np.count_nonzero(first_offset < end)]
         return lanes[by_offset], windows[by_offset]
 
-    def _shards_of(self, epoch: int, lanes: np.ndarray, windows: np.ndarray) -> Iterator[int]:
+    def _shards_of(self, epoch: int, places: np.ndarray, windows: np.ndarray) -> Iterator[int]:
         """All shards of the windows, one window after the other. A shard in two windows comes twice."""
         # The slots of the line that hold the first and the last sample of each window.
-        begins, ends = self._window_edges(lanes, windows)
+        begins, ends = self._window_edges(places, windows)
+        first_lane = self._first_lane(epoch)
+        start = self._lane_start((places + first_lane) % self.lanes, first_lane)
         line_shards, line_starts = self._tables((epoch,))
-        first = np.searchsorted(line_starts, self._lane_start(lanes) + begins, side="right") - 1
-        last = np.searchsorted(line_starts, self._lane_start(lanes) + ends - 1, side="right") - 1
+        first = np.searchsorted(line_starts, start + begins, side="right") - 1
+        last = np.searchsorted(line_starts, start + ends - 1, side="right") - 1
 
         which, step = _ranges(last + 1 - first)
         shards = line_shards[first[which] + step]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ecar_dist.data.order.permutation import bits_for, hash_keys, permute
+from ecar_dist.data.order.permutation import bits_for, hash_keys, permute, unpermute
 from ecar_dist.errors import ConfigError
 
 # First field of the keys that permute a block.
@@ -97,6 +97,54 @@ class Mixture:
         return mixed, ranks
 
 
+class EvenMixture:
+    """Sources mixed sample by sample, without a table: the second version of `Mixture`.
+
+    A block has `weights[s]` places of source s. The slot that a place is permuted to also says which of the source's
+    samples of this block it is. So each position costs one permutation, whatever the number of blocks in a batch, and
+    the way back from a sample to its position costs the same.
+    """
+
+    name = "mixture-v2"
+
+    def __init__(self, weights: Sequence[int], seed: int) -> None:
+        self.weights = _divide_by_gcd(list(weights))
+        self.seed = seed
+        self.block = sum(self.weights)
+        self._per_block = np.array(self.weights, dtype=np.int64)  # [sources]
+        self._ends = np.cumsum(self._per_block)
+        self._bits = bits_for(self.block)
+
+    def describe(self) -> dict[str, Any]:
+        """As in `Mixture`."""
+        return {"name": self.name, "seed": self.seed, "weights": list(self.weights)}
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each position, and position in that source's own stream: int64, in the shape of `positions`."""
+        positions = np.asarray(positions, dtype=np.int64)
+        blocks, places = np.divmod(positions.reshape(-1), self.block)
+        slots = permute(places, self.block, hash_keys(self.seed, _MIX, blocks), self._bits)
+        sources = np.searchsorted(self._ends, slots, side="right")
+        per_block = self._per_block[sources]
+        inside = blocks * per_block + slots - (self._ends[sources] - per_block)
+        return sources.reshape(positions.shape), inside.reshape(positions.shape)
+
+    def positions(self, sources: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """The inverse of `split`: int64 [N] each."""
+        per_block = self._per_block[sources]
+        blocks, ranks = np.divmod(inside, per_block)
+        slots = self._ends[sources] - per_block + ranks
+        places = unpermute(slots, self.block, hash_keys(self.seed, _MIX, blocks), self._bits)
+        return blocks * self.block + places
+
+    def consumed(self, position: int) -> np.ndarray:
+        """Samples of each source in whole blocks before the position: int64 [sources].
+
+        A source's later samples of the block that the position is in may have earlier positions.
+        """
+        return position // self.block * self._per_block
+
+
 class Buckets:
     """Sources of different shapes: all samples of one global batch come from one bucket, the same on every rank.
 
@@ -156,7 +204,7 @@ def whole_weights(weights: Sequence[float], total: int) -> list[int]:
     exact = [Fraction(str(weight)) for weight in weights]
     denominator = math.lcm(*(weight.denominator for weight in exact))
     whole = _divide_by_gcd([int(weight * denominator) for weight in exact])
-    return whole if sum(whole) <= total else _divide_by_gcd(_largest_remainder(whole, total))
+    return whole if sum(whole) <= total else _divide_by_gcd(largest_remainder(whole, total))
 
 
 def _divide_by_gcd(numbers: list[int]) -> list[int]:
@@ -164,7 +212,7 @@ def _divide_by_gcd(numbers: list[int]) -> list[int]:
     return [number // divisor for number in numbers]
 
 
-def _largest_remainder(weights: list[int], total: int) -> list[int]:
+def largest_remainder(weights: list[int], total: int) -> list[int]:
     """Whole shares of `total`, in proportion to `weights`. Raises ConfigError if a share is 0."""
     # Round down, then add one to the shares with the largest remainders until the sum is `total`.
     whole = sum(weights)

@@ -10,6 +10,8 @@ order another name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 # An even number of rounds, so that the two halves have their first widths again at the end.
@@ -45,18 +47,33 @@ def permute(values: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits:
     follow from constants of an order, never from the values in one call. Each extra bit doubles the expected number of
     passes.
     """
+    return _walk(_feistel, values, sizes, keys, bits)
+
+
+def unpermute(images: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
+    """The values that `permute` takes to these images; int64 [N] in and out. Arguments as there."""
+    return _walk(_feistel_back, images, sizes, keys, bits)
+
+
+def _walk(
+    network: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    values: np.ndarray,
+    sizes: int | np.ndarray,
+    keys: np.ndarray,
+    bits: int,
+) -> np.ndarray:
     # Every value has a key of its own, so each round has one key per value.
     bounds = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), values.shape)
     round_keys = keys + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)  # [rounds, N]
     scratch = np.empty_like(keys)
     for key in round_keys:
         _mix(key, scratch)
-    images = _feistel(values.astype(np.uint64), round_keys, bits)
+    images = network(values.astype(np.uint64), round_keys, bits)
 
     # Cycle walking: only the values that are still outside their range go through the network again.
     outside = np.flatnonzero(images >= bounds)
     while outside.size:
-        moved = _feistel(images[outside], round_keys[:, outside], bits)
+        moved = network(images[outside], round_keys[:, outside], bits)
         images[outside] = moved
         outside = outside[moved >= bounds[outside]]
     return images.astype(np.int64)
@@ -82,6 +99,20 @@ def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
         image &= _mask(left_bits)
         left ^= image
         left, right = right, left
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
+
+
+def _feistel_back(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_feistel`."""
+    left_bits = bits - bits // 2
+    right_bits = bits // 2
+    left = values >> np.uint64(right_bits)
+    right = values & _mask(right_bits)
+
+    # A round backwards is (left, right) -> (right ^ F(left), left).
+    for key in keys[::-1]:
+        left, right = right ^ (_mix(left + key) & _mask(right_bits)), left
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ecar_dist.data.order.lanes import LaneOrder, default_lanes
-from ecar_dist.data.order.mixing import Buckets, Mixture
+from ecar_dist.data.order.lanes import LaneOrder, default_lanes, rank_positions
+from ecar_dist.data.order.mixing import Buckets, EvenMixture, Mixture, whole_weights
+from ecar_dist.data.order.shares import LaneShares, batch_counts, lanes_for
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,30 @@ class Locations:
         )
 
 
+@dataclass(frozen=True)
+class OrderMade:
+    """How an order is made. A run keeps what its first attempt chose, whatever its batch size is later.
+
+    batch: the global batch size whose divisors the lanes are; 0 for the first version of the order.
+    """
+
+    batch: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.batch == 0
+
+    def lanes(self, num_shards: int, count: int) -> int:
+        """Lanes of a source with `count` samples in each batch."""
+        return default_lanes(num_shards) if self.is_first else lanes_for(num_shards, count, self.batch)
+
+    @staticmethod
+    def recorded(data: Mapping[str, Any]) -> OrderMade | None:
+        """How the order was made that the identity of a checkpoint describes; None if it names none known here."""
+        batch = data.get("data_order.batch", 0)
+        return OrderMade(batch) if isinstance(batch, int) and batch >= 0 and "data_order.name" in data else None
+
+
 class SampleStream:
     """The endless order of samples over `sources`. Each source is given by the sample counts of its shards.
 
@@ -51,21 +76,88 @@ class SampleStream:
         by_step: bool = False,
         lanes: int | None = None,
         window_shards: int = 4,
+        made: OrderMade | None = None,
     ) -> None:
-        # Each source has a seed of its own: two sources with equal shards are shuffled differently.
-        self.orders = [
-            LaneOrder(counts, seed + index, lanes or default_lanes(len(counts)), window_shards)
-            for index, counts in enumerate(sources)
-        ]
+        """made: how the order of an earlier attempt was made; None: as today, for this global batch size."""
+        self.made = made or OrderMade(global_batch_size)
+        self._global_batch_size = global_batch_size
 
         # Which source a position reads from. Unused for one source.
-        self._global_batch_size = global_batch_size
-        self._split: Buckets | Mixture = Mixture(weights, seed)
+        self._split: Buckets | Mixture | EvenMixture
+        counts = [self.made.batch] * len(sources)  # samples of each source in a batch that has any of it
         if by_step:
-            self._split = Buckets([order.count for order in self.orders], seed, global_batch_size, weights)
+            self._split = Buckets([sum(shards) for shards in sources], seed, global_batch_size, weights)
+        elif self.made.is_first or len(sources) == 1:
+            self._split = Mixture(weights, seed)
+        else:
+            chosen = batch_counts(weights, self.made.batch)
+            self._split = EvenMixture(chosen or whole_weights(weights, 4096), seed)
+            counts = chosen or counts
+
+        # Each source has a seed of its own: two sources with equal shards are shuffled differently.
+        self.orders = [
+            LaneOrder(
+                shards,
+                seed + index,
+                lanes or self.made.lanes(len(shards), counts[index]),
+                window_shards,
+                endless=not self.made.is_first,
+            )
+            for index, shards in enumerate(sources)
+        ]
+        self._shares = [] if self.made.is_first else self._make_shares()
 
         # Sample ids count through the sources: those of source i begin at _first_id[i].
         self._first_id = np.cumsum([0, *(order.count for order in self.orders)])  # [sources + 1]
+
+    def _make_shares(self) -> list[LaneShares]:
+        """The ranks' parts of a batch: one for all sources, by step one for each. Empty if lanes do not divide it."""
+        batch = self._global_batch_size
+        lanes = [order.lanes for order in self.orders]
+        if isinstance(self._split, EvenMixture):
+            blocks, rest = divmod(batch, self._split.block)
+            counts = [weight * blocks for weight in self._split.weights]
+            fits = not rest and not any(count % number for count, number in zip(counts, lanes, strict=True))
+            return [LaneShares(counts, lanes)] if fits else []
+        return [] if any(batch % number for number in lanes) else [LaneShares([batch], [number]) for number in lanes]
+
+    def _shares_at(self, step_start: int) -> tuple[LaneShares, int, np.ndarray] | None:
+        """The parts of the batch that begins at a position, its first source, and where each of its sources is then.
+
+        None if the ranks take turns instead, which is always right but may cost more reading.
+        """
+        if not self._shares:
+            return None
+        if len(self.orders) == 1:
+            return self._shares[0], 0, np.array([step_start])
+        if isinstance(self._split, Buckets):
+            if step_start % self._global_batch_size:
+                return None
+            bucket, inside = self._split.split(np.array([step_start]))
+            return self._shares[int(bucket[0])], int(bucket[0]), inside
+        assert isinstance(self._split, EvenMixture)
+        if step_start % self._split.block:
+            return None
+        return self._shares[0], 0, self._split.consumed(step_start)
+
+    def rank_positions(self, step_start: int, rank: int, world_size: int) -> np.ndarray:
+        """Positions of one rank in the global batch that begins at `step_start`, ascending: int64 [batch / ranks]."""
+        found = self._shares_at(step_start)
+        if found is None:
+            return rank_positions(step_start, self._global_batch_size, rank, world_size)
+
+        # Where the rank's samples are in their source's own stream: the next turns of their lanes.
+        shares, first_source, begins = found
+        sources, offsets = shares.of_rank(rank, world_size)
+        lanes = np.array([order.lanes for order in self.orders])[first_source + sources]
+        turns, lane = np.divmod(offsets, lanes)
+        begin = begins[sources]
+        inside = begin + (lane - begin) % lanes + turns * lanes
+
+        # And in the stream of the run.
+        if isinstance(self._split, EvenMixture):
+            return np.sort(self._split.positions(sources, inside))
+        return np.sort(step_start + inside - begin)
 
     def locate(self, positions: np.ndarray) -> Locations:
         """The location of each position, int64 [n] in any order."""
@@ -93,20 +185,42 @@ class SampleStream:
         return shard, row, int(self._first_id[source]) + sample_index
 
     def upcoming(self, start: int, stop: int, ranks: Sequence[int], world_size: int) -> list[list[int]]:
-        """For each source, the shards that `ranks` may need for positions in [start, stop), ordered by first use."""
+        """For each source, the shards that `ranks` may need for positions in [start, stop), ordered by first use.
+
+        A batch begins at `start`.
+        """
+        if self._shares_at(start) is None:
+            return self._upcoming_in_turns(start, stop, [(start + rank) % world_size for rank in ranks], world_size)
+
+        # The same lanes in every batch. By step, each source has batches of its own.
+        by_step = len(self._shares) > 1
+        lanes = [share.lanes_of(ranks, world_size) for share in self._shares]
+        lanes_of = [found[0] for found in lanes] if by_step else lanes[0]
+        begins, ends = [start], [stop]
+        if len(self.orders) > 1:
+            block = 1 if isinstance(self._split, Buckets) else self._split.block
+            begins = self._split.consumed(start).tolist()
+            ends = self._split.consumed(-(-stop // block) * block).tolist()
+        ranges = zip(self.orders, begins, ends, lanes_of, strict=True)
+        return [order.upcoming_of(begin, end, mine) for order, begin, end, mine in ranges]
+
+    def _upcoming_in_turns(self, start: int, stop: int, residues: Sequence[int], world_size: int) -> list[list[int]]:
+        """The same where the ranks take turns: a rank's positions t have one t % world_size."""
         if len(self.orders) == 1:
-            return [self.orders[0].upcoming(start, stop, ranks, world_size)]
+            return [self.orders[0].upcoming(start, stop, residues, world_size)]
 
         # Mixed sample by sample, the positions of a rank fall on every lane of every source, so ask for all ranks.
-        if isinstance(self._split, Mixture):
-            ranks = (0,)
+        block = 1
+        if not isinstance(self._split, Buckets):
+            residues = (0,)
             world_size = 1
+            block = self._split.block if isinstance(self._split, EvenMixture) else 1
 
         # Each source reads a range of its own stream.
         begins = self._split.consumed(start).tolist()
-        ends = self._split.consumed(stop).tolist()
+        ends = self._split.consumed(-(-stop // block) * block).tolist()
         return [
-            order.upcoming(begin, end, ranks, world_size)
+            order.upcoming(begin, end, residues, world_size)
             for order, begin, end in zip(self.orders, begins, ends, strict=True)
         ]
 
@@ -133,4 +247,5 @@ class SampleStream:
     def describe(self) -> dict[str, Any]:
         """What the order depends on besides the data sets: JSON values, part of the identity of a run."""
         orders = [order.describe() for order in self.orders]
-        return orders[0] if len(orders) == 1 else {"sources": orders, **self._split.describe()}
+        facts = orders[0] if len(orders) == 1 else {"sources": orders, **self._split.describe()}
+        return facts if self.made.is_first else {**facts, "batch": self.made.batch}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ecar_dist.config.knobs_data import DataSection
-from ecar_dist.data.order.stream import SampleStream
+from ecar_dist.data.order.stream import OrderMade, SampleStream
 
 COUNTS = [[40, 0, 17], [1], [5, 6, 7, 8]]
 
@@ -28,17 +28,16 @@ def test_places_agree_with_sample_ids_and_with_every_cut(by_step):
 @pytest.mark.parametrize("by_step", [False, True])
 @pytest.mark.parametrize("start", [0, 5, 131])
 def test_upcoming_names_every_shard_that_the_ranks_touch(by_step, start):
-    stream = open_stream(by_step=by_step)
+    stream = open_stream(by_step=by_step, made=OrderMade(0))
     for rank in range(4):
-        positions = np.arange(start, start + 90)
-        places = stream.locate(positions[positions % 4 == rank])
+        places = stream.locate(np.arange(start + rank, start + 90, 4))
         named = stream.upcoming(start, start + 90, [rank], 4)
         for source, shards in enumerate(named):
             assert set(places.shards[places.sources == source]) <= set(shards)
 
 
 def test_a_rank_of_a_mixture_by_sample_may_touch_every_lane():
-    stream = open_stream([[30] * 16, [30] * 16], weights=(1.0, 1.0), lanes=4, window_shards=1)
+    stream = open_stream([[30] * 16, [30] * 16], weights=(1.0, 1.0), lanes=4, window_shards=1, made=OrderMade(0))
     for rank in range(4):
         places = stream.locate(np.arange(rank, 100, 4))
         for source, shards in enumerate(stream.upcoming(0, 100, [rank], 4)):
