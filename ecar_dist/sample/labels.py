@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from ecar_dist.errors import ConfigError
@@ -32,7 +33,9 @@ class ClassNames:
         """The label as a part of a file name, in ASCII: `class3`, `class3-flags`, `none`."""
         if label == self.num_classes:
             return NONE
-        name = re.sub(r"[^A-Za-z0-9._]+", "_", self.title(label)).strip("._")[:LONGEST_NAME]
+        # Letters without their accents; others become an underscore.
+        plain = unicodedata.normalize("NFKD", self.title(label)).encode("ascii", "ignore").decode()
+        name = re.sub(r"[^A-Za-z0-9._]+", "_", plain).strip("._")[:LONGEST_NAME]
         return f"class{label}-{name}" if name and name != str(label) else f"class{label}"
 
     def parse(self, text: str) -> list[int]:
