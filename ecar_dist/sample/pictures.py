@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,8 +78,9 @@ def _width(pen: ImageDraw.ImageDraw, text: str) -> float:
 
 
 def _drawable(text: str) -> str:
-    """The text with a question mark for each letter that the built-in font of Pillow may not have."""
-    return text.encode("latin-1", "replace").decode("latin-1")
+    """The text in ASCII, which is what the built-in font of Pillow has: no accents, "?" for other letters."""
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
