@@ -293,9 +293,9 @@ def test_a_lock_that_is_not_a_file_is_refused_and_not_waited_for(tmp_path):
 
 def test_a_file_with_the_name_of_a_folder_is_named(tmp_path):
     start(tmp_path / "run")
-    (tmp_path / "run/samples").rmdir()
-    (tmp_path / "run/samples").touch()
-    with pytest.raises(ConfigError, match=f"{tmp_path}/run/samples "):
+    (tmp_path / "run/logs").rmdir()
+    (tmp_path / "run/logs").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run/logs "):
         start(tmp_path / "run")
 
 
