@@ -38,9 +38,10 @@ class FinishedShard:
 
 @contextlib.contextmanager
 def unfinished_folder(out: Path) -> Iterator[Path]:
-    """The folder is renamed to `out` at the end. After an error it is removed; after a kill or Ctrl-C it stays.
+    """The folder is renamed to `out` at the end, and removed after an error.
 
-    Raises DataError if `out` exists and is not an empty folder, or if another process is writing it.
+    After a kill it stays, and after Ctrl-C if a shard is finished. Raises DataError if `out` exists and is not an empty
+    folder, or if another process is writing it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty; remove it or give another folder")
@@ -54,8 +55,10 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(working / _RECORDS, ignore_errors=True)
             (working / _LOCK).unlink()
             os.rename(working, out)
-        except Exception as error:
-            shutil.rmtree(working, ignore_errors=True)
+        except BaseException as error:
+            # What an interrupted command has finished is worth keeping.
+            if isinstance(error, Exception) or not any((working / _RECORDS).glob("*-*.json")):
+                shutil.rmtree(working, ignore_errors=True)
             if isinstance(error, OSError) and not error.filename:
                 raise OSError(error.errno, error.strerror, str(out)) from None  # that of a full disk names no path
             raise
