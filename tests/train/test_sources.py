@@ -66,7 +66,8 @@ def test_the_order_is_that_of_the_config(tree, digits):
     tree["data"] |= {"lanes": 2, "window_shards": 1, "mixture_by": "step"}  # of one set: no mixture at all
     config = config_from_dict(tree)
     described = open_stream(config, check_data(config)).describe()
-    assert described == {"name": "lanes-feistel-v1", "seed": 0, "lanes": 2, "window_shards": 1}
+    facts = {"name": "lanes-feistel-v2", "seed": 0, "lanes": 2, "window_shards": 1}
+    assert described == {**facts, "batch": config.batch.global_batch_size}
     mixture(tree, digits / "latents", digits / "latents")
     config = config_from_dict(tree)
     described = open_stream(config, check_data(config)).describe()
@@ -91,7 +92,7 @@ def test_a_rank_reads_its_part_from_where_the_run_stands(tree):
     tree["batch"] = {"global_batch_size": 16, "micro_batch_size": 4}
     with open_rank(tree, start=40) as loader:
         positions = [next(loader).positions.tolist() for _ in range(3)]
-        assert positions == [[41, 43, 45, 47], [49, 51, 53, 55], [57, 59, 61, 63]]
+        assert positions == [[48, 49, 50, 51], [52, 53, 54, 55], [64, 65, 66, 67]]  # the second half of each batch
         assert len(next(loader).values) == 4
 
 
