@@ -41,7 +41,9 @@ def add_commands(add: AddCommand) -> None:
         "--feature-weights", type=Path, help="file with the weights of the network (default: those of its package)"
     )
     scoring.add_argument(
-        "--reference", type=Path, help=".npz with mu and sigma in place of the held-out images, e.g. ADM's for ImageNet"
+        "--reference",
+        type=Path,
+        help=".npz with mu and sigma in place of the held-out images, as ADM's (default: none)",
     )
     scoring.add_argument(
         "--sampling-seeds",

@@ -81,6 +81,8 @@ SAMPLE = [
     ("run --time-shift 0", "greater than 0"),
     ("run --guidance-scale -1", "greater than or equal to 0"),
     ("run --guidance-scale nan", "finite"),
+    ("run --guidance-scale inf", "finite"),
+    ("run --guidance-scale 1,5", "number"),
     ("run --guidance-interval 0.8,0.2", "low < high"),
     ("run --guidance-interval 0.8", "guidance-interval"),
     ("run --guidance-ramp steep", "'linear'"),

@@ -20,7 +20,7 @@ def test_report_states_the_run(make_config):
     assert "256 = 32 micro x 1 accumulation x 8 ranks; 3907 optimizer steps" in line(lines, "batch")
     assert "700.1 GMAC (1400 GFLOP) per image, forward and backward" in line(lines, "training")
     assert "16 velocity calls in each of 3 stages (midpoint), guidance 2 (linear)" in line(lines, "sampling")
-    assert line(lines, "checkpoint").startswith("checkpoint: 13.6 GiB")
+    assert line(lines, "checkpoint:").startswith("checkpoint: 13.6 GiB")
     assert line(lines, "activations").startswith("activations per image, bf16: 0.96 GiB eager, 0.66 GiB compiled, 0.0")
     assert line(lines, "host").startswith("host memory per rank: 3.4 GiB while the model is built, 1.7 GiB")
     state, traffic = (text for text in lines if "<- this config" in text)
