@@ -42,14 +42,12 @@ def test_it_is_equal_on_any_number_of_ranks_and_changes_nothing(validated, tree)
     assert losses(plain) == losses(alone)
     assert not any("eval/loss" in line for line in plain)
 
-    # Other ranks, stages, micro-batches.
-    for stage, micro in ((1, 8), (3, 4)):
-        settings = (f"deepspeed.zero_stage={stage}", f"batch.micro_batch_size={micro}")
-        pair = train_on_ranks(2, validated, f"run.name=pair{stage}", *settings)
-        for line, other in zip(alone, pair, strict=True):
-            assert {tag: other[tag] for tag in TAGS & line.keys()} == pytest.approx(
-                {tag: line[tag] for tag in TAGS & line.keys()}, abs=2e-5
-            )
+    # Other ranks, another stage and micro-batch.
+    settings = ("deepspeed.zero_stage=3", "batch.micro_batch_size=4")
+    pair = train_on_ranks(2, validated, "run.name=pair", *settings)
+    for line, other in zip(alone, pair, strict=True):
+        tags = TAGS & line.keys()
+        assert {tag: other[tag] for tag in tags} == pytest.approx({tag: line[tag] for tag in tags}, abs=2e-5)
     bare = train_on_ranks(2, validated, "run.name=bare", *settings, "train.validate_every_samples=0")
     assert losses(bare) == losses(pair)  # where the weights are split, too
 
