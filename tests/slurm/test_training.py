@@ -125,7 +125,7 @@ def submit_the_others(site, faults):
     """Not before the limited job runs: they would take the processors, and its time would be up before it began."""
     cluster = site.cluster
     site.submit("second", 1, 1, "train.total_samples=160", run="limited")
-    site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
+    site.submit("cut", "1-2", 1, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
     site.submit("daemon", 2, 1, options=["--partition=spare"], ECAR_FAILPOINT=SLEEPY)
     site.submit("pair", 2, 1)
     site.submit("blind", 2, 1, options=["--exclude=n[1-2,4,7]"])
@@ -133,7 +133,7 @@ def submit_the_others(site, faults):
     site.submit("requeued", 2, 1, ECAR_FAILPOINT=SLOW)
     site.submit("nan", 1, 1, options=["--exclude=n[4-7]", "--array=1-2%1"], ECAR_FAILPOINT="train.loss:nan")
     site.submit("four", 2, 2)
-    site.submit("warned", 2, 2, ECAR_FAILPOINT=SLOW)
+    site.submit("warned", 2, 1, ECAR_FAILPOINT=SLOW)
     site.submit("agents", 2, 2, LAUNCHER="torchrun", ECAR_FAILPOINT=SLOW)
     faults.strike("cut", 4, lambda: cluster.power_cut("n7"))
     faults.strike("daemon", 2, lambda: cluster.kill_slurmd(second_node(site.log("daemon"), attempt=1)))
@@ -157,8 +157,8 @@ def test_two_nodes_with_two_ranks_each_train_to_the_end(site):
 
 def test_a_preempted_job_comes_to_the_same_weights(site):
     metrics = site.finished("warned")
-    assert losses(metrics) == losses(site.finished("four", restarts=0))
-    assert site.same_weights("warned", "four")
+    assert losses(metrics) == losses(site.finished("pair", restarts=0))
+    assert site.same_weights("warned", "pair")
     assert site.attempts("warned") == ["signal", "done"]
     story = site.rank_log("warned")
     stopped = story.split("stopped on a signal at step ")[1].split(":")[0]
