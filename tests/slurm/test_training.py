@@ -125,7 +125,7 @@ def submit_the_others(site, faults):
     """Not before the limited job runs: they would take the processors, and its time would be up before it began."""
     cluster = site.cluster
     site.submit("second", 1, 1, "train.total_samples=160", run="limited")
-    site.submit("cut", "1-2", 1, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
+    site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
     site.submit("daemon", 2, 1, options=["--partition=spare"], ECAR_FAILPOINT=SLEEPY)
     site.submit("pair", 2, 1)
     site.submit("blind", 2, 1, options=["--exclude=n[1-2,4,7]"])
