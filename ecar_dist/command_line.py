@@ -134,7 +134,7 @@ def finish_parser(parser: argparse.ArgumentParser, examples: Mapping[str, Sequen
         action=_PrintCompletion,
         choices=shells,
         metavar="SHELL",
-        default=argparse.SUPPRESS,  # it is no argument of a command
+        default=argparse.SUPPRESS,  # it is not an argument of a command
         help=help,
     )
     _add_examples(parser, examples)

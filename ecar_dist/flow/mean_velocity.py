@@ -52,14 +52,14 @@ class Interval:
 def splitting_targets(
     mean_velocity: MeanVelocityFn, states: Tensors, velocities: Tensors, intervals: Sequence[Interval]
 ) -> list[torch.Tensor]:
-    """What U(x_a, a, h) is to be, from U over the two parts of the interval; K of [B, C, h_k, w_k].
+    """The targets of U(x_a, a, h), from U over the two parts of the interval; K of [B, C, h_k, w_k].
 
     Displacements add up (SplitMeanFlow, arXiv 2507.16884, eq. 9): with s the share of the first part and m = a + s h,
 
         U(x_a, a, h) = s U(x_a, a, s h) + (1 - s) U(x_m, m, (1 - s) h),    x_m = x_a + s h U(x_a, a, s h).
 
     Where h = 0 the target is the velocity of the path instead (`velocities`, the targets of flow matching), which ties
-    U to the data. No gradient flows through a target, and no derivative of U is taken: two forward passes do.
+    U to the data. No gradient flows through a target. Two forward passes are enough: no derivative of U is taken.
     """
     with torch.no_grad():
         # The first part, and the point where it ends.
@@ -78,24 +78,6 @@ def splitting_targets(
             split = _wide(each.split)
             targets.append(torch.where(_wide(each.length) > 0.0, split * u + (1.0 - split) * v, velocity))
         return targets
-
-
-def differential_targets(
-    mean_velocity: MeanVelocityFn, states: Tensors, velocities: Tensors, intervals: Sequence[Interval]
-) -> list[torch.Tensor]:
-    """The same by the differential identity of MeanFlow (arXiv 2505.13447, eq. 6), which takes a derivative of U.
-
-    With the end b = a + h held fixed, U(x_a, a, h) = v + h dU/da, where dU/da is the derivative along the path:
-    (v, 1, -1) in (x, a, h). It needs forward-mode derivatives, which fused attention does not have; it is the reference
-    that `splitting_targets` is tested against. `velocities` are those of the path, K of [B, C, h_k, w_k].
-    """
-    starts = [each.start for each in intervals]
-    lengths = [each.length for each in intervals]
-    ones = [torch.ones_like(each.start) for each in intervals]
-    with torch.no_grad():
-        tangents = (list(velocities), ones, [-one for one in ones])
-        slopes = torch.func.jvp(mean_velocity, (list(states), starts, lengths), tangents)[1]
-        return [v + _wide(h) * slope for v, h, slope in zip(velocities, lengths, slopes, strict=True)]
 
 
 def _wide(number: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -44,7 +45,7 @@ class Drawn:
     intervals: list[Interval] = field(default_factory=list)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """The module DeepSpeed wraps: the model, and the loss around it.
 
     Every random number is keyed by the sample's position in the run, so the loss of a global batch does not depend on
@@ -91,17 +92,17 @@ class Objective(nn.Module):
         drawn = replace(drawn, times=[torch.full_like(one, time) for one in drawn.times], intervals=[])
         return self.losses(normalise(moments, drawn.posterior), labels, drawn)
 
+    @abstractmethod
     def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         """The loss of each sample in each stage, [B, K], from latents [B, C, H, W], labels [B] and fixed noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _draws(self) -> list[Draw]:
         """What `losses` needs for each sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
         """The numbers of `_draws`, by their meaning."""
-        raise NotImplementedError
 
     def _single_times(self, drawn: Drawn) -> torch.Tensor:
         """The time of each stage loss, [B, K]; NaN where it has no single one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ecar_dist.flow.mean_velocity import TO_THE_END, Interval, differential_targets, splitting_targets
+from ecar_dist.flow.mean_velocity import TO_THE_END, Interval, MeanVelocityFn, Tensors, splitting_targets
 from ecar_dist.flow.multistage import BeginStage
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn
@@ -51,6 +51,23 @@ def cases(count: int = 64) -> tuple[list[torch.Tensor], list[torch.Tensor], list
         intervals.append(Interval(start, length, split))
     velocities = [true_velocity(x, each.start) for x, each in zip(states, intervals, strict=True)]
     return states, velocities, intervals
+
+
+def differential_targets(
+    mean_velocity: MeanVelocityFn, states: Tensors, velocities: Tensors, intervals: list[Interval]
+) -> list[torch.Tensor]:
+    """`splitting_targets` by the differential identity of MeanFlow (arXiv 2505.13447, eq. 6).
+
+    With the end b = a + h held fixed, U(x_a, a, h) = v + h dU/da, where dU/da is the derivative along the path:
+    (v, 1, -1) in (x, a, h). It needs forward-mode derivatives, which fused attention does not have.
+    """
+    starts = [each.start for each in intervals]
+    lengths = [each.length for each in intervals]
+    ones = [torch.ones_like(each.start) for each in intervals]
+    with torch.no_grad():
+        tangents = (list(velocities), ones, [-one for one in ones])
+        slopes = torch.func.jvp(mean_velocity, (list(states), starts, lengths), tangents)[1]
+        return [v + h[:, None, None, None] * slope for v, h, slope in zip(velocities, lengths, slopes, strict=True)]
 
 
 @pytest.mark.parametrize("make_targets", [splitting_targets, differential_targets])
