@@ -24,7 +24,7 @@ LAYERS = [
     {"train", "sample", "evaluate", "plan"},
     {"drills", "cluster", "api"},
     {"compare"},
-    {"commands", "pipeline"},
+    {"commands", "diffusers_pipeline"},
     {"cli", "__main__", "data_tools"},
 ]
 # The composition root: the table of model kinds lies below the configuration, which reads its names, and its functions
@@ -35,7 +35,7 @@ PYTHON_INTERFACE = "ecar_dist/__init__.py"
 HOMES = {
     "deepspeed": {"ecar_dist/runtime/engine.py"},
     "torch.distributed": {"ecar_dist/runtime/start/rendezvous.py", "ecar_dist/runtime/world.py"},
-    "diffusers": {"ecar_dist/pipeline.py", "ecar_dist/vae/pretrained.py"},
+    "diffusers": {"ecar_dist/diffusers_pipeline.py", "ecar_dist/vae/pretrained.py"},
     "nvidia": {"ecar_dist/data/images/dali.py"},
     "fsspec": {"ecar_dist/storage/remote.py"},
     "webdataset": {"data_tools/images/shard.py"},

@@ -36,7 +36,7 @@ MAX_SCORES_BYTES = 1 << 20
 PIPELINE_TEXT = '''\
 """For diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). Needs ecar_dist to be installed."""
 
-from ecar_dist.pipeline import EcarPipeline
+from ecar_dist.diffusers_pipeline import EcarPipeline
 
 __all__ = ["EcarPipeline"]
 '''
