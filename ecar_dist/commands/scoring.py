@@ -49,7 +49,7 @@ def add_commands(add: AddCommand) -> None:
         "--sampling-seeds",
         type=positive,
         default=1,
-        help="seeds to draw samples with, --seed and those after it; from 2 on scores of --features have a spread "
+        help="seeds to draw samples with, --seed and those after it; from 2 on the distances have a spread "
         "(default: 1; use 3 or more to compare models)",
     )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run or export)")
@@ -59,7 +59,7 @@ def add_commands(add: AddCommand) -> None:
 def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.evaluate.frozen import frozen_scores
     from ecar_dist.evaluate.images import reconstruct
-    from ecar_dist.evaluate.score import Scorer
+    from ecar_dist.evaluate.score import Scorer, seeds_scores
     from ecar_dist.runtime.run.directory import RunDirectory
     from ecar_dist.runtime.run.metrics import log_scores
     from ecar_dist.storage.atomic import write_json
@@ -76,7 +76,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
 
     # Score them.
     rebuilt = reconstruct(trained.codec, real, trained.device)
-    scores = Scorer(rebuilt, real, heldout, source, trained.device).score(samples[0])
+    scores = seeds_scores(Scorer(rebuilt, real, heldout, source, trained.device), samples)
     for network, reference in networks:
         scores |= frozen_scores(
             network,

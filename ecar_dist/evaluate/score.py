@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +61,13 @@ class Scorer:
         self._heldout_bands = band_variances(heldout.pixels, device)
 
         # Scores of the real images, which every score of samples is printed beside.
-        self._name = f"FD-{source}"
+        self.name = f"FD-{source}"
         features_of_train, _ = self._features_and_accuracy(train)
         rebuilt, accuracy_of_rebuilt = self._features_and_accuracy(reconstructions)
         self._floor = frechet_distance(features_of_train, self._heldout)
         self._of_real = {
-            f"{self._name} real-vs-real floor": self._floor,
-            f"{self._name} reconstructions": frechet_distance(rebuilt, self._heldout),
+            f"{self.name} real-vs-real floor": self._floor,
+            f"{self.name} reconstructions": frechet_distance(rebuilt, self._heldout),
             "class accuracy real heldout": accuracy_of_heldout,
             "class accuracy reconstructions": accuracy_of_rebuilt,
             "neighbour ratio real heldout": heldout_ratio(self._train_seen, self._heldout_seen),
@@ -83,7 +84,7 @@ class Scorer:
         bands = band_variances(samples.pixels, self._device)
         seen = inputs_of(samples.pixels, self._device)
         return {
-            self._name: distance,
+            self.name: distance,
             # A Frechet distance depends on the number of images, so there is no ratio of different numbers.
             "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
             "class accuracy": accuracy,
@@ -96,6 +97,16 @@ class Scorer:
     def _features_and_accuracy(self, images: LabelledImages) -> tuple[np.ndarray, float]:
         features, predictions = features_and_predictions(self._classifier, images.pixels)
         return features, float((predictions == images.labels).mean())
+
+
+def seeds_scores(scorer: Scorer, samples: Sequence[LabelledImages]) -> dict[str, Any]:
+    """Scores of the first sample set. Of several, one a sampling seed, also the mean and the spread of the distance."""
+    each = [scorer.score(images) for images in samples]
+    if len(each) == 1:
+        return each[0]
+    distances = [one[scorer.name] for one in each]
+    mean, std = float(np.mean(distances)), float(np.std(distances, ddof=1))
+    return each[0] | {f"{scorer.name} mean over seeds": mean, f"{scorer.name} std over seeds": std}
 
 
 def _num_classes(*sets: LabelledImages) -> int:

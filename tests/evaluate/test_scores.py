@@ -11,7 +11,7 @@ from ecar_dist.evaluate.classifier import features_and_predictions, train_classi
 from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.images import read_images, reconstruct, short_name
 from ecar_dist.evaluate.neighbours import _nearest, heldout_ratio, neighbour_ratio
-from ecar_dist.evaluate.score import LabelledImages, Scorer
+from ecar_dist.evaluate.score import LabelledImages, Scorer, seeds_scores
 from ecar_dist.vae.dct import DctCodec
 from tests.pretend_device import DEVICE, PretendDevice
 
@@ -151,6 +151,14 @@ def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     assert noisy["band variance ratio"]["32px"] < 0.5 < good["band variance ratio"]["32px"] < 1.5
     assert noisy["neighbour ratio"] == pytest.approx(1, abs=0.02)
     assert 0.7 < noisy["neighbour ratio real heldout"] < 0.95
+
+    # Several sets: the scores of the first, with the mean and the spread of the distance.
+    assert seeds_scores(scorer, [train]) == good
+    several = seeds_scores(scorer, [train, heldout, train])
+    distances = [good["FD-digits"], scorer.score(heldout)["FD-digits"], good["FD-digits"]]
+    assert several["FD-digits mean over seeds"] == pytest.approx(np.mean(distances))
+    assert several["FD-digits std over seeds"] == pytest.approx(np.std(distances, ddof=1))
+    assert several.items() >= good.items()
 
 
 def test_the_neighbour_ratio_separates_copies_from_new_draws():
