@@ -62,8 +62,7 @@ def open_file(path: Path, where: str) -> Content:
     except DataError:
         raise
     except Exception as error:  # a damaged file fails in many ways
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"{where} cannot be read ({readable(reason):.200}); write it again") from None
+        raise DataError(f"{where} cannot be read ({_reason(error)}); write it again") from None
 
     # The arrays by their names.
     latents = _first(arrays, ("", *_LATENTS))
@@ -106,11 +105,14 @@ def read_label_file(path: Path, count: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"cannot read --labels {where} ({readable(reason):.200}); give numbers, one per sample"
-        ) from None
+        raise DataError(f"cannot read --labels {where} ({_reason(error)}); give numbers, one per sample") from None
     return as_labels(np.array(numbers, dtype=np.int64), count, where)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    line = str(error).strip().split("\n")[0] or type(error).__name__
+    return f"{readable(line):.200}"
 
 
 def _arrays(path: Path) -> Mapping[str, Any]:

@@ -45,6 +45,7 @@ def import_latents(
     Raises DataError that names the files which are damaged, not finite or of another shape, and if OUT holds anything
     else; ConfigError for settings that do not fit.
     """
+    # The settings, and what the source holds.
     if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
         raise ConfigError(f"--scale {scale} --shift {shift}: give a finite scale above 0 and a finite shift")
     identity = open_codec_by_spec(vae).identity
@@ -55,9 +56,12 @@ def import_latents(
         kinds = ", ".join(f"{count} {readable(kind) or 'without extension'}" for kind, count in found.left_out.items())
         print(f"{source}: left out: {kinds}")
 
+    # The plan: the one in OUT, if it is of the same command.
     about: dict[str, Any] = {"scale": scale, "shift": shift, "labels": labels or "", "classes": str(classes or "")}
     drafted = _draft(source, found, identity, about, samples_per_shard, seed)
     plan = settle_plan(out, drafted)
+
+    # The shards that are not there yet.
     todo = [index for index in range(plan.num_shards) if not is_committed(out, index, plan)]
     with progress(sum(len(plan.rows(index)) for index in todo), "sample", "import") as bar:
         for index in todo:
@@ -66,6 +70,8 @@ def import_latents(
                 statistics = measure(content.moments, identity)
                 commit(out, index, plan, content, {"statistics": statistics, "failures": []})
             bar.update(len(plan.rows(index)))
+
+    # The manifest, as of any encoding.
     finalize(out)
     _warn_of_scale(out)
     print(f"next: ecar-dist init {shlex.quote(str(out))} > mine.yaml")
