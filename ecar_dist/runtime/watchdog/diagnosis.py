@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Why a monitor reports its rank.
+# Why a monitor reports a rank.
 HUNG = "hung"  # it stayed in one phase for too long
 GONE = "gone"  # its process ended without a word
 FAILED = "failed"  # it met an error, and prints it itself
@@ -24,7 +24,7 @@ _MOST_NAMED = 8  # ranks in one sentence
 
 @dataclass(frozen=True)
 class RankReport:
-    """What the monitor of one rank saw."""
+    """What a monitor saw of one rank."""
 
     rank: int
     host: str

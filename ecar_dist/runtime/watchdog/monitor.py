@@ -1,19 +1,20 @@
-"""The small process beside each rank that sees what the rank itself cannot: that it hangs, is stopped or is gone.
+"""The small process of a node that sees what its ranks themselves cannot: that one hangs, is stopped or is gone.
 
-A thread of the rank would not do: it needs Python's lock, and stops together with its process. The monitor is started
-by `watchdog.Watchdog`, imports the standard library only, and ends with its rank. It looks at the heartbeat of its rank
-and at the folder of reports. Once it has something to report, or another monitor has, it ends its rank within
-`Duty.end_seconds`, whatever the file system does.
+A thread of a rank would not do: it needs Python's lock, and stops together with its process. The monitor is started by
+`watchdog.Watchdog` of one rank; the others of the node come to it, see `meeting`. It imports the standard library only,
+outlives each of its ranks, and ends with the last one. It looks at their heartbeats and at the folder of reports. Once
+it has something to report, or another monitor has, it ends its ranks within `Duty.end_seconds`, whatever the file
+system does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import select
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -23,115 +24,132 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ecar_dist.runtime.watchdog.diagnosis import CALLED, FAILED, GONE, HUNG, RankReport, diagnose
-from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, Heartbeat, read_heartbeat
+from ecar_dist.runtime.watchdog.diagnosis import FAILED, GONE, RankReport, diagnose
+from ecar_dist.runtime.watchdog.watched import CLEAN, DONE, LAST, Watched, innermost_line, owner
 from ecar_dist.storage.atomic import write_json
 
-CLEAN = "clean"
-STACKS_SIGNAL = signal.SIGUSR2
 _POLL_SECONDS = 0.2
-_MOST_STACKS = 1 << 20  # bytes
-_MOST_REPORT = 1 << 16
-_MOST_WORDS = 1 << 16
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # they are for the rank
+VERDICT = "verdict.txt"
+MOST_SPEAKERS = 8  # monitors that read the reports of all others
+_MOST_REPORT = 1 << 20  # bytes
+_MOST_NAME = 32  # bytes of a rank's number
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # they are for the ranks
 
 
 @dataclass(frozen=True)
 class Duty:
     """What a monitor is told at its start."""
 
-    rank: int
-    size: int
-    process: int
+    size: int  # ranks of the world
     folder: str
     hang_seconds: float
-    heartbeat_file: int  # descriptors that the rank opened and shares
-    stacks_file: int
-    look_seconds: float = 0.5  # between two looks at the rank
+    link: int  # descriptors: to the rank that started it,
+    listener: int = -1  # and where the others of the node come; -1: it watches one rank
+    look_seconds: float = 0.5  # between two looks at the ranks
     folder_seconds: float = 1.0  # between two looks at the folder of reports
-    stacks_seconds: float = 2.0  # for a rank to write its stacks
-    gather_seconds: float = 4.0  # for the reports of the other ranks: their look, their stacks, their file
-    end_seconds: float = 8.0  # from the first sign of a fault to the end of this rank
+    stacks_seconds: float = 2.0  # for the ranks to write their stacks
+    gather_seconds: float = 4.0  # for the reports of the other monitors: their look, their stacks, their file
+    end_seconds: float = 8.0  # from the first sign of a fault to the end of the ranks
+
+    def has_speaker(self, ranks: list[int]) -> bool:
+        """Whether the monitor of these ranks gathers all reports and prints the verdict: a few do, far apart."""
+        return any(rank % -(-self.size // MOST_SPEAKERS) == 0 for rank in ranks)
 
 
 class Monitor:
     def __init__(self, duty: Duty) -> None:
         self.duty = duty
         self.folder = Path(duty.folder)
-        self._memory = mmap.mmap(duty.heartbeat_file, LAYOUT.size, prot=mmap.PROT_READ)
-        self._heartbeat = self._read()
-        self._seconds = 0.0  # since that heartbeat, while this process ran
-        self._listening = True  # the rank has not closed its end of the pipe
-        self._ending = ""  # what the rank said last, or GONE
+        self.ranks: list[Watched] = []
+        self._listener = socket.socket(fileno=duty.listener) if duty.listener >= 0 else None
+        self._arriving = [socket.socket(fileno=duty.link)] if duty.link >= 0 else []  # they have not said who they are
         self._called = threading.Event()  # another monitor has reported
         self._oom_kills = _oom_kills()
+        self._reports: dict[str, list[RankReport]] = {}  # by file name: each file is read once
 
     def run(self) -> None:
-        """Watch the rank until it ends, or until it must be ended."""
+        """Watch the ranks until they end, or until they must be ended."""
         threading.Thread(target=self._wait_for_reports, daemon=True).start()
-        kind, words = self._watch()
-        if kind == CLEAN:
+        if not self._watch():
             return
 
-        # a file system that hangs must not keep the rank alive
+        # a file system that hangs must not keep the ranks alive
         limit = threading.Timer(self.duty.end_seconds, self._end)
         limit.daemon = True
         limit.start()
 
-        mine = self._report(kind, words)
-        if kind != FAILED:
-            reports = self._gather(mine)
-            if self._ending != CLEAN:
+        # who prints its own error does not wait for a verdict
+        mine = self._report()
+        self._answer(FAILED)
+
+        # If every monitor read every report, a fault would cost a million reads on a thousand nodes.
+        if any(rank.ending not in (CLEAN, FAILED) for rank in self.ranks):
+            speaks = self.duty.has_speaker([rank.rank for rank in self.ranks]) or self._any_is(GONE)
+            reports = self._gather(mine) if speaks else self._await_verdict()
+            if speaks and not self._all_are(CLEAN):
                 self._say(diagnose(reports, self.duty.size, self.duty.folder))
         self._end()
 
-    def _watch(self) -> tuple[str, str]:
-        """Why the rank ends or must be ended, and the words that it said about it."""
+    def _watch(self) -> bool:
+        """Whether the ranks must be ended: True once there is a fault, False once all have ended well."""
         before = time.monotonic()
         while True:
-            if said := self._rank_says(self.duty.look_seconds):
-                return said
+            self._look(self.duty.look_seconds)
+            if self._all_are(CLEAN):
+                return False
 
             # Time in which this process did not run is not counted: the whole job was suspended, or the host was.
-            heartbeat = self._read()
             now = time.monotonic()
-            elapsed = min(now - before, 2 * self.duty.look_seconds)
-            self._seconds = self._seconds + elapsed if heartbeat == self._heartbeat else 0.0
-            self._heartbeat = heartbeat
+            for rank in self.ranks:
+                rank.count(min(now - before, 2 * self.duty.look_seconds))
             before = now
 
-            if self._seconds > heartbeat.limit(self.duty.hang_seconds):
-                return HUNG, ""
-            if self._called.is_set():
-                return CALLED, ""
+            faults = any(rank.ending not in ("", CLEAN) or rank.hangs(self.duty.hang_seconds) for rank in self.ranks)
+            if faults or self._called.is_set():
+                return True
 
-    def _read(self) -> Heartbeat:
-        """The rank may be writing: what reads the same twice is whole."""
-        first = self._memory[:]
-        while (second := self._memory[:]) != first:
-            first = second
-        return read_heartbeat(first)
+    def _look(self, seconds: float) -> None:
+        """Take what the ranks say for at most `seconds`, and note those that are gone."""
+        # their own words, and ranks that come
+        links = {rank.link: rank for rank in self.ranks if rank.listening}
+        doors = [self._listener] if self._listener else []
+        for source in select.select([*links, *self._arriving, *doors], [], [], seconds)[0]:
+            if source in links:
+                links[source].hear()
+            elif source in doors:
+                self._arriving.append(source.accept()[0])
+            else:
+                self._admit(source)
 
-    def _rank_says(self, seconds: float) -> tuple[str, str] | None:
-        """How the rank ends, and its words; None if it said nothing for `seconds` and is alive."""
-        # its own word
-        readable = select.select([0] if self._listening else [], [], [], seconds)[0]
-        if readable:
-            text = os.read(0, _MOST_WORDS).decode(errors="replace")
-            if text:
-                self._ending, _, words = text.partition(" ")
-                return self._ending, words
-            self._listening = False  # closed: it is about to be gone, or something closed all of its files
+        # their silent ends
+        for rank in self.ranks:
+            if not rank.ending and not rank.alive:
+                killed = _oom_kills() > self._oom_kills
+                rank.miss("the kernel's out-of-memory killer struck on this host" if killed else "")
+        self._answer(CLEAN)
 
-        # or its silent end
-        if self._alive():
-            return None
-        self._ending = GONE
-        killed = _oom_kills() > self._oom_kills
-        return GONE, "the kernel's out-of-memory killer struck on this host" if killed else ""
+    def _admit(self, link: socket.socket) -> None:
+        """Watch the rank that has introduced itself; others are sent away."""
+        self._arriving.remove(link)
+        with contextlib.suppress(OSError, ValueError):
+            text, files, _, _ = socket.recv_fds(link, _MOST_NAME, 2)
+            if owner(link)[1] == os.getuid() and len(files) == 2:
+                self.ranks.append(Watched(link, int(text), *files))
+                return
+        link.close()
 
-    def _alive(self) -> bool:
-        return os.getppid() == self.duty.process
+    def _any_is(self, ending: str) -> bool:
+        return any(rank.ending == ending for rank in self.ranks)
+
+    def _all_are(self, *endings: str) -> bool:
+        return not self._arriving and all(rank.ending in endings for rank in self.ranks)
+
+    def _answer(self, ending: str) -> None:
+        """Answer the ranks that have ended like this. The last one also waits for the end of this process."""
+        word = LAST if self._all_are(CLEAN) else DONE
+        for rank in self.ranks:
+            if rank.ending == ending:
+                rank.answer(word)
 
     def _wait_for_reports(self) -> None:
         """In a thread of its own: a file system that hangs must not stop `_watch`."""
@@ -141,59 +159,62 @@ class Monitor:
 
     def _report_files(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
-            yield from self.folder.glob("rank-*.json")
+            yield from self.folder.glob("rank*.json")
 
-    def _report(self, kind: str, words: str) -> RankReport:
-        """Write what is known about this rank: first its stacks, so that a report names only a file that exists."""
-        # Since the last look the rank may have continued, and the signal for its stacks may wake it.
-        heartbeat = self._read()
-        state = process_state(self.duty.process) if self._alive() else ""
-        wants_stacks = kind in (HUNG, CALLED) and state not in ("", "T", "t")
-        stacks = self._take_stacks() if wants_stacks else ""
+    def _report(self) -> list[RankReport]:
+        """Write what is known about the ranks: first their stacks, so that a report names only a file that exists."""
+        # Since the last look a rank may have continued, and the signal for its stacks may wake it.
+        ranks = sorted(self.ranks, key=lambda rank: rank.rank)
+        seen = [(rank.read(), rank.state) for rank in ranks]
+        stacks = self._take_stacks(ranks)
 
-        path = self.folder / f"rank-{self.duty.rank:05d}"
+        # The stacks of a node are in one file, and the reports in another.
+        path = self.folder / _stem([rank.rank for rank in ranks])
         stacks_path = ""
         with contextlib.suppress(OSError):  # a full disk: the sentence is then on stderr alone
             self.folder.mkdir(parents=True, exist_ok=True)
             if stacks:
-                path.with_suffix(".stacks.txt").write_text(stacks)
+                path.with_suffix(".stacks.txt").write_text(_together(stacks))
                 stacks_path = str(path.with_suffix(".stacks.txt"))
 
-        report = RankReport(
-            rank=self.duty.rank,
-            host=os.uname().nodename,
-            process=self.duty.process,
-            kind=kind,
-            phase=heartbeat.phase,
-            step=heartbeat.step,
-            beat=heartbeat.beat,
-            seconds=round(self._seconds, 1) if heartbeat == self._heartbeat else 0.0,
-            state=state,
-            words=words,
-            stacks=stacks_path,
-            innermost=innermost_line(stacks),
-        )
+        reports = [
+            RankReport(
+                rank=rank.rank,
+                host=os.uname().nodename,
+                process=rank.process,
+                kind=rank.kind(self.duty.hang_seconds),
+                phase=heartbeat.phase,
+                step=heartbeat.step,
+                beat=heartbeat.beat,
+                seconds=rank.seconds_in(heartbeat),
+                state="" if rank.ending == GONE else state,
+                words=rank.words,
+                stacks=stacks_path if rank.rank in stacks else "",
+                innermost=innermost_line(stacks.get(rank.rank, "")),
+            )
+            for rank, (heartbeat, state) in zip(ranks, seen, strict=True)
+            if rank.ending != CLEAN
+        ]
         with contextlib.suppress(OSError):
-            write_json(path.with_suffix(".json"), asdict(report))
-        return report
+            write_json(path.with_suffix(".json"), [asdict(report) for report in reports])
+        return reports
 
-    def _take_stacks(self) -> str:
-        """The rank's stacks, as faulthandler writes them in a C signal handler, which needs no lock of Python's."""
-        start = size = os.fstat(self.duty.stacks_file).st_size  # somebody may have sent the signal before
+    def _take_stacks(self, ranks: list[Watched]) -> dict[int, str]:
+        """The stacks of the ranks that can write them, by rank. If one prints its own error, nobody reads them."""
+        if self._any_is(FAILED):
+            return {}
+        asked = [rank for rank in ranks if rank.ask_for_stacks()]
+
+        # Meanwhile a rank may prove to be gone: one that lost the connection to it may be heard first.
         until = time.monotonic() + self.duty.stacks_seconds
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.duty.process, STACKS_SIGNAL)
-
-        # the file is whole once it has stopped growing
-        while time.monotonic() < until:
+        waiting = asked
+        while waiting and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
-            before = size
-            size = os.fstat(self.duty.stacks_file).st_size
-            if start < before == size:
-                break
-        return os.pread(self.duty.stacks_file, _MOST_STACKS, start).decode(errors="replace")
+            self._look(0)
+            waiting = [rank for rank in waiting if not (rank.has_written() or rank.ending)]
+        return {rank.rank: text for rank in asked if (text := rank.stacks())}
 
-    def _gather(self, mine: RankReport) -> list[RankReport]:
+    def _gather(self, mine: list[RankReport]) -> list[RankReport]:
         """The reports of all ranks, or of those that come in time.
 
         If one rank failed and prints its own error, the others get that time to end by themselves.
@@ -201,18 +222,28 @@ class Monitor:
         until = time.monotonic() + self.duty.gather_seconds
         while True:
             reports = self._read_reports(mine)
-            everyone = len(reports) == self.duty.size and (self._ending or all(one.kind != FAILED for one in reports))
-            if everyone or self._ending == CLEAN or time.monotonic() > until:
+            ended = all(rank.ending for rank in self.ranks)
+            everyone = len(reports) == self.duty.size and (ended or all(one.kind != FAILED for one in reports))
+            if everyone or self._all_are(CLEAN, FAILED) or time.monotonic() > until:
                 return reports
-            if self._ending:
-                time.sleep(_POLL_SECONDS)
-            else:
-                self._rank_says(_POLL_SECONDS)
+            self._look(_POLL_SECONDS)
 
-    def _read_reports(self, mine: RankReport) -> list[RankReport]:
-        reports = {mine.rank: mine}
+    def _await_verdict(self) -> list[RankReport]:
+        """Wait as long as `_gather` would: for the verdict of a monitor that speaks, or for the end of the ranks."""
+        until = time.monotonic() + self.duty.gather_seconds
+        while not (all(rank.ending for rank in self.ranks) or time.monotonic() > until):
+            if (self.folder / VERDICT).exists():
+                break
+            self._look(_POLL_SECONDS)
+        return []
+
+    def _read_reports(self, mine: list[RankReport]) -> list[RankReport]:
+        reports = {report.rank: report for report in mine}
         for path in self._report_files():
-            if report := read_report(path, self.duty.size):
+            found = self._reports.get(path.name) or read_reports(path, self.duty.size)
+            if found:
+                self._reports[path.name] = found
+            for report in found:
                 reports.setdefault(report.rank, report)
         return [reports[rank] for rank in sorted(reports)]
 
@@ -221,7 +252,7 @@ class Monitor:
         if sentence is None:
             return
         try:
-            with open(self.folder / "verdict.txt", "x") as file:
+            with open(self.folder / VERDICT, "x") as file:
                 file.write(sentence + "\n")
         except FileExistsError:
             return
@@ -231,44 +262,43 @@ class Monitor:
             os.write(2, f"ecar-dist: {sentence}\n".encode())
 
     def _end(self) -> NoReturn:
-        """End the rank, unless it is ending by itself, and this process."""
-        if not self._ending and self._alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.duty.process, signal.SIGKILL)
+        """End the ranks that are not ending by themselves, and this process."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.answer(LAST)
         os._exit(0)
 
 
-def read_report(path: Path, size: int) -> RankReport | None:
-    """The report of another monitor in a world of `size` ranks; None for a torn or hostile file.
+def read_reports(path: Path, size: int) -> list[RankReport]:
+    """The reports of another monitor in a world of `size` ranks; none for a torn or hostile file.
 
     Checked by hand: `storage/untrusted.py` needs more than the standard library.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return None
-            tree = json.loads(file.read(_MOST_REPORT))
-        report = RankReport(**tree)
-        numbers = (report.rank, report.process, report.step, report.beat)
-        texts = (report.host, report.kind, report.phase, report.state, report.words, report.stacks, report.innermost)
-        known = all(type(number) is int for number in numbers) and all(type(text) is str for text in texts)
-        if known and type(report.seconds) in (int, float) and 0 <= report.rank < size:
-            return report
-    return None
+                return []
+            trees = json.loads(file.read(_MOST_REPORT))
+        reports = [RankReport(**tree) for tree in trees]
+        if all(_is_known(report, size) for report in reports):
+            return reports
+    return []
 
 
-def process_state(process: int) -> str:
-    """R, S, D, T, t, Z as in /proc; empty if there is no such process."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+def _is_known(report: RankReport, size: int) -> bool:
+    numbers = (report.rank, report.process, report.step, report.beat)
+    texts = (report.host, report.kind, report.phase, report.state, report.words, report.stacks, report.innermost)
+    known = all(type(number) is int for number in numbers) and all(type(text) is str for text in texts)
+    return known and type(report.seconds) in (int, float) and 0 <= report.rank < size
 
 
-def innermost_line(stacks: str) -> str:
-    """Where the main thread is. faulthandler writes the main thread last, and of each thread the last call first."""
-    last = stacks.rpartition("hread 0x")[2].splitlines()
-    return last[1].strip() if len(last) > 1 else ""
+def _stem(ranks: list[int]) -> str:
+    """Of the names of a node's files: the first and the last rank of it."""
+    return f"rank-{ranks[0]:05d}" if len(ranks) == 1 else f"ranks-{ranks[0]:05d}-{ranks[-1]:05d}"
+
+
+def _together(stacks: dict[int, str]) -> str:
+    return "\n".join(f"rank {rank}:\n{text}" for rank, text in stacks.items())
 
 
 def _oom_kills() -> int:

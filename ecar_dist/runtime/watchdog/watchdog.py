@@ -1,15 +1,17 @@
 """A watchdog over every rank: a rank that hangs, stops or dies is named, and ends the job instead of stalling it.
 
-Each rank says where it is (`beat`) in memory that it shares with a small process of its own, the monitor. The monitor
-ends its rank, and so the job, in three cases: the rank stays in one phase for longer than hang_seconds (times a factor,
-see `heartbeat.PHASES`), the rank is gone without a word, or the monitor of another rank reports. What it saw is in
-`folder`/`attempt`: rank-00003.json, rank-00003.stacks.txt, and verdict.txt, the one line that was printed on stderr. A
-run without a fault writes nothing there.
+Each rank says where it is (`beat`) in memory that it shares with a small process of its node, the monitor. The first
+rank of a node to come starts it; see `meeting`. Where ranks of a node cannot meet, each has its own. The monitor ends
+its ranks, and so the job, in three cases: one stays in one phase for longer than hang_seconds (times a factor, see
+`heartbeat.PHASES`), one is gone without a word, or the monitor of another node reports. What it saw is in
+`folder`/`attempt`: ranks-00000-00007.json and .stacks.txt (rank-00003 if it watches one), and verdict.txt, the one line
+that was printed on stderr. A run without a fault writes nothing there.
 
 From the fault (or from the end of hang_seconds) to the end of the last rank it takes at most ten seconds, if all nodes
-see a new file within a second. NFS may take a minute; the limit of each rank holds in any case. A wait for data that
-lasts longer than hang_seconds is a hang. hang_seconds=0 turns the watchdog off, for a debugger, and so does a system
-other than Linux. If a monitor is killed, one line says so and another monitor takes over.
+see a new file within a second; beyond a thousand nodes, three seconds more for each thousand. NFS may take a minute;
+the limit of each node holds in any case. A wait for data that lasts longer than hang_seconds is a hang. hang_seconds=0
+turns the watchdog off, for a debugger, and so does a system other than Linux. If a monitor is killed, one line says so
+and another monitor takes over.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -34,13 +38,16 @@ from ecar_dist.errors import EcarError
 from ecar_dist.runtime.peers import RemoteError, lost_peer
 from ecar_dist.runtime.watchdog.diagnosis import FAILED, LOST
 from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, LONGEST_FACTOR, NO_STEP, PHASE_INDEX
-from ecar_dist.runtime.watchdog.monitor import CLEAN, STACKS_SIGNAL, Duty
+from ecar_dist.runtime.watchdog.meeting import PAUSE_SECONDS, SEARCH_SECONDS, introduce, join, name_for, take
+from ecar_dist.runtime.watchdog.monitor import Duty
+from ecar_dist.runtime.watchdog.watched import CLEAN, LAST, MOST_WORDS, STACKS_SIGNAL
 
 if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
 
 KEPT_ATTEMPTS = 5  # attempts with reports that are kept
-MAX_MONITORS = 3  # of one rank: if they die one after another, it continues without
+MAX_MONITORS = 3  # that one rank starts: if they die one after another, it continues without
+_LOOKUPS_A_SECOND = 1024  # of the folder of reports, by all monitors
 _STOP_GRACE = 2.0  # seconds beyond the monitor's own limit
 # The monitor is started with -I and -S: without site-packages and variables of the user, it starts in milliseconds. Its
 # path is the standard library, and the folder that holds the package ecar_dist, which is its first argument.
@@ -58,15 +65,19 @@ class Watchdog:
         seconds: the limits of the monitor's own work, fields of `Duty`.
         """
         self._memory: mmap.mmap | None = None
-        self._monitor: subprocess.Popen[bytes] | None = None
-        self._started = 0  # monitors
-        self._changing = threading.Lock()  # of _monitor
+        self._link: socket.socket | None = None  # to the monitor
+        self._monitor: subprocess.Popen[bytes] | None = None  # if this rank has started it
+        self._started = 0  # monitors, by this rank
+        self._changing = threading.Lock()  # of _link and _monitor
+        self._is_closing = False
+        self._answer = b""  # what the monitor said to this rank's last word
         if hang_seconds == 0 or sys.platform != "linux":
             return
         if world.is_first:
             _prune(folder)
 
         # what the rank shares with its monitor
+        self._rank = world.rank
         self._step = NO_STEP
         self._beat = 0
         self._first_step = NO_STEP
@@ -78,47 +89,84 @@ class Watchdog:
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
 
         self._duty = Duty(
-            rank=world.rank,
             size=world.size,
-            process=os.getpid(),
             folder=str((folder / attempt).absolute()),
             hang_seconds=hang_seconds,
-            heartbeat_file=self._heartbeat,
-            stacks_file=self._stacks,
-            **seconds,
+            link=-1,  # these two differ between monitors
+            listener=-1,
+            **{**_limits(len(set(world.nodes))), **seconds},
         )
-        self._start()
+        self._find_monitor()
+        self._follower = threading.Thread(target=self._follow, daemon=True)
+        self._follower.start()
 
-    def _start(self) -> None:
-        """Start a monitor, and a thread that waits for its end."""
-        self._monitor = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START, str(_FOLDER), json.dumps(asdict(self._duty))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(self._heartbeat, self._stacks),
-            start_new_session=True,  # signals of the launcher to the rank's process group are not for the monitor
-            cwd="/",
-        )
+    def _find_monitor(self) -> None:
+        """Join the monitor of this node, or start it. Where ranks cannot meet, start one for this rank alone."""
+        self._monitor = None
+        until = time.monotonic() + SEARCH_SECONDS
+        with contextlib.suppress(OSError):  # no such names on this system, or not for us
+            name = name_for(self._duty.folder)
+            while time.monotonic() < until:
+                if listener := take(name):
+                    with listener:
+                        self._start(listener)
+                    return
+                if (link := join(name)) and introduce(link, self._rank, self._heartbeat, self._stacks):
+                    self._link = link
+                    return
+                time.sleep(PAUSE_SECONDS)
+        self._start(None)
+
+    def _start(self, listener: socket.socket | None) -> None:
+        """Start a monitor, which other ranks reach through `listener`."""
         self._started += 1
-        threading.Thread(target=self._replace, args=(self._monitor,), daemon=True).start()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        shared = {"link": theirs.fileno(), **({"listener": listener.fileno()} if listener else {})}
+        with theirs:
+            self._monitor = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _START, str(_FOLDER), json.dumps({**asdict(self._duty), **shared})],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=tuple(shared.values()),
+                start_new_session=True,  # signals of the launcher to the rank's process group are not for the monitor
+                cwd="/",
+            )
+        introduce(ours, self._rank, self._heartbeat, self._stacks)
+        self._link = ours
 
-    def _replace(self, monitor: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of a monitor. If this rank did not ask for it, start another one and say so."""
-        status = monitor.wait()
-        with self._changing:
-            if self._monitor is not monitor:
-                return
-            self._monitor = None
-            outcome = "nobody watches this rank any more"
-            if self._started < MAX_MONITORS:
-                with contextlib.suppress(OSError):
-                    self._start()
-                    outcome = "another one is started"
+    def _follow(self) -> None:
+        """In a thread: wait for the answer to this rank's last word. A monitor that ends before it is replaced."""
+        while (link := self._link) is not None:
+            answer = b""
+            with contextlib.suppress(OSError):  # reset
+                answer = link.recv(MOST_WORDS)
+            with self._changing:
+                if answer or self._is_closing:
+                    self._answer = answer
+                    return
 
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        line = f"warning: the watchdog process of rank {self._duty.rank} ended with {how}; {outcome}\n"
+                ended = self._monitor
+                link.close()
+                self._link = None
+                # One that this rank has joined does not count: it may have been the dying one, whose listener closes
+                # after its link.
+                if self._started < MAX_MONITORS:
+                    with contextlib.suppress(OSError):
+                        self._find_monitor()
+                replaced = self._link is not None
+            self._warn(ended, replaced)
+
+    def _warn(self, ended: subprocess.Popen[bytes] | None, replaced: bool) -> None:
+        """Say that a monitor has ended: the rank that started it, and each one that has none any more."""
+        if ended is None and replaced:
+            return
+        how = "was lost"
+        if ended is not None:
+            status = ended.wait()
+            how = f"ended with signal {-status}" if status < 0 else f"ended with status {status}"
+        outcome = "another one is started" if replaced else "nobody watches this rank any more"
         with contextlib.suppress(OSError):
-            os.write(2, line.encode())
+            os.write(2, f"warning: the watchdog process of rank {self._rank} {how}; {outcome}\n".encode())
 
     def beat(self, phase: str, step: int) -> None:
         """This rank now enters `phase` of `step`. A few stores to memory: no system call, no lock."""
@@ -133,26 +181,29 @@ class Watchdog:
     def close(self, ending: str = CLEAN) -> bool:
         """Tell the monitor how this rank ends, and wait for it; True once it has done all that is to be done."""
         with self._changing:
-            monitor = self._monitor
-            self._monitor = None
-        if monitor is None:
-            return False
+            link = self._link
+            if self._is_closing or link is None:
+                return False
+            self._is_closing = True
 
-        # its last word, and the end of the monitor
-        assert monitor.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            monitor.stdin.write(ending.encode())
-            monitor.stdin.close()
-        try:
-            status = monitor.wait(self._duty.end_seconds + _STOP_GRACE)
-        except subprocess.TimeoutExpired:
-            monitor.kill()
-            status = monitor.wait()
+        # Its last word, and the answer. A monitor that gives none is of no use to the other ranks either.
+        with contextlib.suppress(OSError):
+            link.send(ending.encode()[:MOST_WORDS])
+        self._follower.join(self._duty.end_seconds + _STOP_GRACE)
+        if self._follower.is_alive():
+            if self._monitor:
+                self._monitor.kill()
+            link.shutdown(socket.SHUT_RDWR)
+            self._follower.join()
+        link.close()
 
+        # the end of a monitor that has no more to do
+        if self._monitor and self._answer in (LAST, b""):
+            self._monitor.wait()
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._stacks)
         os.close(self._heartbeat)
-        return status == 0
+        return bool(self._answer)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -171,6 +222,13 @@ class Watchdog:
                 raise RemoteError("the watchdog says which rank is gone", again=True) from error
         else:
             self.close(FAILED)
+
+
+def _limits(nodes: int) -> dict[str, float]:
+    """The seconds of `Duty` that depend on the number of nodes: a thousand lookups a second are enough for a disk."""
+    looks = max(1.0, nodes / _LOOKUPS_A_SECOND)
+    extra = looks - 1.0
+    return {"folder_seconds": looks, "gather_seconds": 4.0 + extra, "end_seconds": 8.0 + 2 * extra}
 
 
 def longest_wait(hang_seconds: float, otherwise: datetime.timedelta) -> datetime.timedelta:

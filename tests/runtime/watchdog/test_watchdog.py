@@ -12,24 +12,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from ecar_dist.runtime.watchdog.diagnosis import AGAIN, HUNG, RankReport
+from ecar_dist.runtime.watchdog import monitor as monitor_module
+from ecar_dist.runtime.watchdog.diagnosis import AGAIN, CALLED, HUNG, RankReport, diagnose
 from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Heartbeat, read_heartbeat
-from ecar_dist.runtime.watchdog.monitor import Duty, innermost_line, process_state, read_report
-from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MAX_MONITORS, Watchdog, longest_wait
+from ecar_dist.runtime.watchdog.meeting import name_for, take
+from ecar_dist.runtime.watchdog.monitor import MOST_SPEAKERS, Duty, Monitor, read_reports
+from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MAX_MONITORS, Watchdog, _limits, longest_wait
+from ecar_dist.runtime.watchdog.watched import innermost_line, process_state
 from tests.conftest import free_port
 from tests.fork_server import run_ranks
 from tests.runtime.watchdog import watched_world
 
 HERE = Path(__file__).parent
 SLACK = 5.0  # for starting processes on a busy machine
+ALONE = SimpleNamespace(rank=0, size=1, is_first=True, nodes=("here",))
 QUICK = {"look_seconds": 0.1, "folder_seconds": 0.1}
 
 
-def start(folder, size, hang_seconds, failpoint="", waiting=40.0, **duty):
+def start(folder, size, hang_seconds, failpoint="", waiting=40.0, nodes=1, **duty):
     """Fake ranks, one process each. Their monitors look often, and `duty` has other limits of theirs."""
     numbers = [str(hang_seconds), str(waiting), json.dumps({**QUICK, **duty})]
     command = [sys.executable, str(HERE / "watched_rank.py"), str(folder), *numbers]
-    shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size)}
+    shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size), "NODES": str(nodes)}
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=pipe, stderr=pipe, text=True)
@@ -49,20 +53,32 @@ def end(ranks, within):
 
 
 def reports(folder):
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("first/rank-*.json"))]
-    return {report["rank"]: report for report in found}
+    found = [json.loads(path.read_text()) for path in folder.glob("first/rank*.json")]
+    return {report["rank"]: report for reports_of_node in found for report in reports_of_node}
 
 
-def monitor_of(rank):
-    """The process beside a rank, once it ignores what is sent to the rank."""
-    (monitor,) = children_of(rank.pid)
+def monitor_of(*ranks):
+    """The process beside one rank or several, once it ignores what is sent to the ranks."""
+    until = time.monotonic() + 2 * SLACK
+    while len(found := [child for child in children_of(*ranks) if is_alive(child)]) != 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    (monitor,) = found
     while not int(status_of(monitor, "SigIgn"), 16) >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.02)
     return monitor
 
 
-def children_of(process):
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def is_alive(process):
+    try:
+        return status_of(process, "State") != "Z"
+    except OSError:
+        return False
+
+
+def children_of(*ranks):
+    """Of all threads: a thread that replaces a monitor is its parent."""
+    lists = [path.read_text() for rank in ranks for path in Path(f"/proc/{rank.pid}/task").glob("*/children")]
+    return [int(child) for child in " ".join(lists).split()]
 
 
 def status_of(process, field):
@@ -88,12 +104,15 @@ def test_a_stopped_rank_is_named_and_the_job_ended(tmp_path):
     ]
     assert (tmp_path / "first/verdict.txt").read_text() == lines[0].removeprefix("ecar-dist: ") + "\n"
     found = reports(tmp_path)
-    assert [found[rank]["state"] for rank in (0, 1, 2)] == ["S", "T", "S"]
-    assert "watched_rank.py" in Path(found[0]["stacks"]).read_text()
+    assert [found[rank]["state"] == "T" for rank in (0, 1, 2)] == [False, True, False]
+    stacks = Path(found[0]["stacks"])
+    assert stacks == tmp_path / "first/ranks-00000-00002.stacks.txt"
+    assert re.findall(r"^rank \d", stacks.read_text(), re.MULTILINE) == ["rank 0", "rank 2"]
+    assert "watched_rank.py" in found[2]["innermost"]
 
 
 def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(tmp_path):
-    statuses, lines = end(start(tmp_path, 3, 1, "data:rank=2:step=3:gil"), 1 + Duty.end_seconds + SLACK)
+    statuses, lines = end(start(tmp_path, 3, 1, "data:rank=2:step=3:gil", nodes=3), 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 3
     stacks = tmp_path / "first/rank-00002.stacks.txt"
     assert len(lines) == 1
@@ -115,8 +134,10 @@ def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
     assert reports(tmp_path)[0]["stacks"] == ""
 
 
-def test_an_error_of_one_rank_ends_the_others_and_only_that_rank_prints_it(tmp_path):
-    statuses, lines = end(start(tmp_path, 2, 600, "backward:rank=1:step=2:raise", gather_seconds=1), 1 + SLACK)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_error_of_one_rank_ends_the_others_and_only_that_rank_prints_it(tmp_path, nodes):
+    ranks = start(tmp_path, 2, 600, "backward:rank=1:step=2:raise", nodes=nodes, gather_seconds=1)
+    statuses, lines = end(ranks, 1 + SLACK)
     assert statuses == [-signal.SIGKILL, 1]
     assert lines[0].startswith("Traceback")
     assert lines[-1] == "RuntimeError: failpoint backward"
@@ -191,10 +212,11 @@ def test_an_agreed_error_is_a_clean_end(tmp_path):
 
 
 def test_hang_seconds_0_starts_nothing(tmp_path):
-    before = children_of(os.getpid())
-    with Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 0, "first") as dog:
+    this = SimpleNamespace(pid=os.getpid())
+    before = children_of(this)
+    with Watchdog(tmp_path, ALONE, 0, "first") as dog:
         dog.beat("data", 1)
-        assert children_of(os.getpid()) == before
+        assert children_of(this) == before
     assert not dog.close()
 
 
@@ -202,7 +224,7 @@ def test_reports_of_the_last_attempts_are_kept(tmp_path):
     for number in range(KEPT_ATTEMPTS + 3):
         (tmp_path / f"attempt-{number}").mkdir()
         os.utime(tmp_path / f"attempt-{number}", (number, number))
-    Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 600, "now").close()
+    Watchdog(tmp_path, ALONE, 600, "now").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"attempt-{number}" for number in range(4, 8)]
 
 
@@ -243,7 +265,7 @@ def heartbeat_of(dog):
 
 
 def test_a_beat_says_where_the_rank_is(tmp_path):
-    with Watchdog(tmp_path, SimpleNamespace(rank=0, size=1, is_first=True), 600, "first") as dog:
+    with Watchdog(tmp_path, ALONE, 600, "first") as dog:
         assert heartbeat_of(dog) == Heartbeat(0, 0, "start", NO_STEP)
         for phase, step, heartbeat in (
             ("load", 0, Heartbeat(0, 1, "load", NO_STEP)),
@@ -293,19 +315,59 @@ def test_the_innermost_line_is_that_of_the_main_thread():
     assert innermost_line("") == ""
 
 
-def test_a_killed_monitor_is_replaced_and_the_rank_continues(tmp_path):
-    (rank,) = start(tmp_path, 1, 600)
-    assert rank.stdout.readline() == "waiting\n"
-    killed = monitor_of(rank)
+@pytest.mark.parametrize(("nodes", "monitors"), [(1, 1), (2, 2), (0, 2)])
+def test_the_ranks_of_a_node_have_one_monitor_and_those_that_cannot_meet_one_each(tmp_path, nodes, monitors):
+    ranks = start(tmp_path, 2, 600, nodes=nodes)
+    assert [rank.stdout.readline() for rank in ranks] == ["waiting\n"] * 2
+    assert len(children_of(*ranks)) == monitors
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    assert end(ranks, SLACK) == ([0, 0], [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_monitor_outlives_the_rank_that_started_it(tmp_path):
+    ranks = start(tmp_path, 2, 600)
+    assert [rank.stdout.readline() for rank in ranks] == ["waiting\n"] * 2
+    monitor = monitor_of(*ranks)
+    starter = next(rank for rank in ranks if children_of(rank))
+    starter.kill()
+    statuses, (line,) = end(ranks, Duty.end_seconds + SLACK)
+    assert statuses == [-signal.SIGKILL] * 2
+    assert f'process {starter.pid}) is gone since phase "backward" of step 5' in line
+    assert process_state(monitor) in ("", "Z")
+
+
+def test_a_rank_that_ends_well_leaves_the_monitor_to_the_others(tmp_path):
+    ranks = start(tmp_path, 2, 600)
+    assert [rank.stdout.readline() for rank in ranks] == ["waiting\n"] * 2
+    starter, other = sorted(ranks, key=lambda rank: not children_of(rank))
+    monitor = monitor_of(starter)
+    starter.send_signal(signal.SIGUSR1)
+    assert starter.wait(SLACK) == 0
+    assert process_state(monitor) in ("R", "S")
+    other.kill()
+    statuses, (line,) = end([starter, other], SLACK)
+    assert statuses == [0, -signal.SIGKILL]
+    assert f"process {other.pid}) is gone" in line
+
+
+def test_a_killed_monitor_is_replaced_and_the_ranks_continue(tmp_path):
+    ranks = start(tmp_path, 2, 600)
+    assert [rank.stdout.readline() for rank in ranks] == ["waiting\n"] * 2
+    killed = monitor_of(*ranks)
     os.kill(killed, signal.SIGKILL)
     until = time.monotonic() + SLACK
-    while (children_of(rank.pid) or [killed]) == [killed] and time.monotonic() < until:
+    while killed in (found := children_of(*ranks)) or not found:
+        assert time.monotonic() < until
         time.sleep(0.02)
-    assert monitor_of(rank) != killed
-    rank.send_signal(signal.SIGUSR1)
-    statuses, lines = end([rank], SLACK)
-    assert statuses == [0]
-    assert [line.partition(";")[0] for line in lines] == ["warning: the watchdog process of rank 0 ended with signal 9"]
+    assert len(found) == 1
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    statuses, lines = end(ranks, SLACK)
+    assert statuses == [0, 0]
+    (line,) = lines
+    assert re.match(r"warning: the watchdog process of rank \d ended with signal 9; another one is started", line)
 
 
 def test_a_replaced_monitor_ends_a_hang(tmp_path):
@@ -322,9 +384,12 @@ def test_monitors_that_die_one_after_another_are_replaced_a_few_times(tmp_path):
     (rank,) = start(tmp_path, 1, 600)
     assert rank.stdout.readline() == "waiting\n"
     for _ in range(MAX_MONITORS):
-        os.kill(monitor_of(rank), signal.SIGKILL)
-        time.sleep(0.3)
-    assert children_of(rank.pid) == []
+        killed = monitor_of(rank)
+        os.kill(killed, signal.SIGKILL)
+        while killed in children_of(rank):
+            time.sleep(0.02)
+    time.sleep(0.3)
+    assert children_of(rank) == []
     rank.send_signal(signal.SIGUSR1)
     statuses, lines = end([rank], SLACK)
     assert statuses == [0]
@@ -332,19 +397,77 @@ def test_monitors_that_die_one_after_another_are_replaced_a_few_times(tmp_path):
     assert lines[-1].endswith("nobody watches this rank any more")
 
 
+def test_monitors_that_turn_a_rank_away_are_not_counted(tmp_path):
+    """A monitor that is killed may take the rank's connection with its listener a moment after its link."""
+    listener = take(name_for(f"{tmp_path / 'first'} 0"))  # of node 0
+    (rank,) = start(tmp_path, 1, 600)
+    with listener:
+        listener.settimeout(2 * SLACK)
+        for _ in range(MAX_MONITORS + 2):
+            listener.accept()[0].close()
+    killed = monitor_of(rank)
+    os.kill(killed, signal.SIGKILL)
+    while killed in children_of(rank):
+        time.sleep(0.02)
+    monitor_of(rank)
+    rank.send_signal(signal.SIGUSR1)
+    statuses, (line,) = end([rank], SLACK)
+    assert statuses == [0]
+    assert line.endswith("another one is started")
+
+
 def test_a_file_that_is_not_a_report_is_not_read(tmp_path):
     report = RankReport(1, "gpu07", 4001, HUNG, "forward", 3, 2, 1.5)
     path = tmp_path / "rank-00001.json"
-    path.write_text(json.dumps(dataclasses.asdict(report)))
-    assert read_report(path, 2) == report
-    assert read_report(path, 1) is None
     tree = dataclasses.asdict(report)
+    path.write_text(json.dumps([tree]))
+    assert read_reports(path, 2) == [report]
+    assert read_reports(path, 1) == []
     wrong = [{**tree, "rank": "1"}, {**tree, "seconds": None}, {**tree, "phase": []}, {**tree, "more": 1}, [], None]
+    wrong = [*([tree, one] for one in wrong), tree, [], 1, None]
     for text in (*map(json.dumps, wrong), "", "{", "[" * 10**5, "\xff"):
         path.write_text(text, encoding="latin-1")
-        assert read_report(path, 2) is None, text[:40]
+        assert read_reports(path, 2) == [], text[:40]
     path.unlink()
     for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
         make(path)
-        assert read_report(path, 2) is None
+        assert read_reports(path, 2) == []
         path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("nodes", [1, 16, 128])
+def test_the_cost_of_a_fault_is_linear_in_the_nodes(tmp_path, monkeypatch, nodes):
+    """All ranks are called because one hangs: a few monitors read the file of each node once, and one prints."""
+    size, written = 8 * nodes, {}
+    for node in range(nodes):
+        written[node] = [
+            RankReport(rank, "gpu07", 4001, HUNG if rank == 5 else CALLED, "forward", 3, 0 if rank == 5 else 2, 9.0)
+            for rank in range(8 * node, 8 * node + 8)
+        ]
+        path = tmp_path / f"ranks-{8 * node:05d}-{8 * node + 7:05d}.json"
+        path.write_text(json.dumps([dataclasses.asdict(report) for report in written[node]]))
+
+    read, said = [], set()
+    monkeypatch.setattr(monitor_module, "read_reports", lambda *given: read.append(given) or read_reports(*given))
+    monkeypatch.setattr(Monitor, "_look", lambda self, seconds: None)
+    for node in range(nodes):
+        monitor = Monitor(Duty(size, str(tmp_path), 9.0, link=-1))
+        ranks = [report.rank for report in written[node]]
+        monitor.ranks = [SimpleNamespace(rank=rank, ending="") for rank in ranks]
+        if monitor.duty.has_speaker(ranks):
+            found = monitor._gather(written[node])
+            assert [one.rank for one in found] == list(range(size))
+            assert monitor._gather(written[node]) == found  # a second look reads no file again
+            monitor._say(diagnose(found, size, "reports"))
+        else:
+            assert monitor._await_verdict() == []
+        said.add((tmp_path / "verdict.txt").read_text())
+    assert len(read) == min(nodes, MOST_SPEAKERS) * nodes
+    assert [line.partition(" (")[0] for line in said] == ["rank 5"]
+
+
+def test_many_monitors_look_less_often():
+    assert _limits(8) == _limits(1000) == {"folder_seconds": 1.0, "gather_seconds": 4.0, "end_seconds": 8.0}
+    assert _limits(4096) == {"folder_seconds": 4.0, "gather_seconds": 7.0, "end_seconds": 14.0}
+    assert sum(Duty(4096, "", 1.0, 0).has_speaker([rank]) for rank in range(4096)) == MOST_SPEAKERS
+    assert all(Duty(8, "", 1.0, 0).has_speaker([rank]) for rank in range(8))
