@@ -2,7 +2,8 @@
 
 All tensors of the preset, each reduced to a few values a rank, because the laws depend on fragments and files, not on
 bytes. A few ranks write with the product's code, the others' files are made from a template with the same format. Then
-rank 0 commits, and the checkpoint is listed, verified and restored. Seconds are CPU seconds of one process.
+rank 0 commits, and the checkpoint is listed, verified and restored. Seconds are CPU seconds of one process. What a node
+copies from a bucket under another ZeRO stage or number of ranks is computed for the true sizes.
 """
 
 from __future__ import annotations
@@ -40,18 +41,26 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
     options = parser.parse_args()
 
-    names = tensor_names(options.preset)
+    true_shapes = shapes_of(options.preset)
+    names = list(true_shapes)
     rows = {}
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             rows[ranks] = measure(Path(folder), names, ranks, options.zero_stage)
+        for name, stage, others in (
+            ("the other stage", 5 - options.zero_stage, ranks),
+            ("3/4 of the ranks", options.zero_stage, 3 * ranks // 4),
+        ):
+            rows[ranks][f"copied over own, {name}"] = copied_over_own(
+                true_shapes, options.zero_stage, ranks, stage, others
+            )
         print(f"{ranks:,} ranks: {rows[ranks]}", flush=True)
     result = {"preset": options.preset, "zero_stage": options.zero_stage, "tensors": len(names), "ranks": rows}
     rounds.publish({**result, "hardware": rounds.hardware()}, options.save)
 
 
-def tensor_names(preset: str) -> list[str]:
-    """The parameters of the ECAR model of a preset."""
+def shapes_of(preset: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of the ECAR model of a preset, by name."""
     from ecar_dist.config.read import config_from_dict
     from ecar_dist.kinds.table import KINDS
 
@@ -63,7 +72,8 @@ def tensor_names(preset: str) -> list[str]:
         "train": {"total_samples": 1000},
     }
     with torch.device("meta"):
-        return [name for name, _ in KINDS["ecar"].build_model(config_from_dict(tree)).named_parameters()]
+        model = KINDS["ecar"].build_model(config_from_dict(tree))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict[str, float]:
@@ -111,6 +121,58 @@ def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict
     with cpu_seconds(found, "verify"):
         verify(path)
     return {key: round(value, 4) for key, value in found.items()}
+
+
+def copied_over_own(
+    shapes: dict[str, tuple[int, ...]], written_stage: int, written_by: int, stage: int, ranks: int
+) -> dict[str, float]:
+    """Bytes that a node of 8 ranks copies from a bucket over those of its own state: in parts, and in whole files.
+
+    It is the node in the middle. The files are laid out as a save does it, without their values.
+    """
+    from ecar_dist.runtime.checkpoint.restore import intervals_of
+
+    middle = ranks // 16 * 8
+    node = [fragment for rank in range(middle, middle + 8) for fragment in fragments_of(shapes, rank, ranks, stage)]
+    wanted = intervals_of(node)
+    files = [
+        copied_of_file(fragments_of(shapes, rank, written_by, written_stage), wanted) for rank in range(written_by)
+    ]
+    own = 4 * len(KINDS) * sum(fragment.numel for fragment in node)
+    return {name: round(sum(found[place] for found in files) / own, 3) for place, name in enumerate(("parts", "files"))}
+
+
+def copied_of_file(fragments: list[Any], wanted: Any) -> tuple[int, int]:
+    """Bytes that are copied of the file with these fragments: in parts, and whole; 0 if nothing of it is wanted."""
+    from ecar_dist.runtime.checkpoint.bucket import _MOSTLY, PART_BYTES
+    from ecar_dist.runtime.checkpoint.manifest import Piece, overlaps
+    from ecar_dist.storage.parts import PartTable, table_bytes
+
+    # Where the needed values are, every kind of each fragment after the other.
+    header, needed, ranges, end = 8, 0, [], 0
+    for fragment in fragments:
+        piece = Piece(fragment.name, fragment.start, fragment.numel)
+        found = list(overlaps(piece, wanted))
+        needed += sum(high - low for low, high in found)
+        for kind in KINDS:
+            header += len(kind) + len(piece.name) + len(f'"::{piece.start}"{tensor_header(piece.numel, end)},')
+            first = end - 4 * piece.start
+            ranges += [(first + 4 * low, first + 4 * high) for low, high in found]
+            end += 4 * piece.numel
+    if not needed:
+        return 0, 0
+
+    # The header, the table, and whole parts; or the file.
+    size = header + end + table_bytes(end, PART_BYTES)
+    if needed > _MOSTLY * sum(fragment.numel for fragment in fragments):
+        return size, size
+    table = PartTable(0, end, PART_BYTES, b"")
+    bounds = [table.bounds(part, part) for part in table.parts_of(ranges)]
+    return size - end + sum(stop - start for start, stop in bounds), size
+
+
+def tensor_header(numel: int, start: int) -> str:
+    return f':{{"dtype":"F32","shape":[{numel}],"data_offsets":[{start},{start + 4 * numel}]}}'
 
 
 def file_of(rank: int, ranks: int) -> str:

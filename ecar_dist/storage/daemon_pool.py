@@ -48,6 +48,21 @@ class DaemonPool:
         futures = [self.submit(run, item) for item in items]
         return (future.result() for future in futures)
 
+    def errors_of(self, run: Callable[[Item], object], items: Iterable[Item]) -> list[Exception]:
+        """Run it for each item and wait for all; returns the errors. After an error no other item is begun."""
+        failed = threading.Event()
+
+        def attempt(item: Item) -> Exception | None:
+            if not failed.is_set():
+                try:
+                    run(item)
+                except Exception as error:
+                    failed.set()
+                    return error
+            return None
+
+        return [error for error in self.map(attempt, items) if error is not None]
+
     def one_ahead(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; while one is used, the pool makes the next."""
         pending = self.submit(next, items, _END)

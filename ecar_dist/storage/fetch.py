@@ -81,11 +81,7 @@ def fetch_file(
         DataError: the store is out of reach, or the object changed during the download.
         OSError: the file cannot be written.
     """
-    # An object of another size is not downloaded at all.
-    before = stat(remote.url, transfer)
-    if before.size not in (remote.bytes, None):
-        raise WrongContentError(remote.url, f"has {before.size} bytes, the manifest says {remote.bytes}")
-
+    before = stat_sized(remote, transfer)
     with owned_temporary(path) as (temporary, file):
         # A full disk is an error now, not after half of the download.
         if remote.bytes:
@@ -104,6 +100,17 @@ def fetch_file(
 
     problem = f"has xxh3_128 {found}, the manifest says {remote.xxh3_128}"
     raise WrongContentError(remote.url, f"{problem}, {damage}" if damage else problem)
+
+
+def stat_sized(remote: RemoteFile, transfer: Transfer) -> ObjectVersion:
+    """The object as it is now. Raises WrongContentError for one of another size: it is not downloaded at all.
+
+    A range beyond its end would be retried for minutes.
+    """
+    found = stat(remote.url, transfer)
+    if found.size not in (remote.bytes, None):
+        raise WrongContentError(remote.url, f"has {found.size} bytes, the manifest says {remote.bytes}")
+    return found
 
 
 def _check_unchanged(remote: RemoteFile, before: ObjectVersion, after: ObjectVersion) -> None:

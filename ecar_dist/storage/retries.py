@@ -95,7 +95,7 @@ class _Failure:
     status: int | None  # of HTTP
     final: bool  # another attempt would not help
     missing: bool
-    expired: bool  # credentials
+    expired: bool  # credentials; or there were none when this process first looked
     timed_out: bool
     tls: bool  # no trust, or no common protocol; not a connection that broke
 
@@ -123,7 +123,8 @@ class _Failure:
             reason = "no such object"
         elif timed_out:
             reason = "no complete answer in time"
-        return _Failure(reason, status, final, missing, code in _EXPIRED, timed_out, tls is not None)
+        outdated = code in _EXPIRED or type(root).__name__ in _NO_CREDENTIALS
+        return _Failure(reason, status, final, missing, outdated, timed_out, tls is not None)
 
     @property
     def fix(self) -> str:
@@ -156,7 +157,7 @@ def with_retries(
     """Call `attempt(timeout)` until it succeeds, fails for good, or the deadline is over.
 
     what: the action, for messages, e.g. "reading". size: bytes that a request moves, for its timeout. renew: called
-    once when credentials have expired, before one more attempt.
+    once when credentials have expired or are missing, before one more attempt.
 
     Raises ObjectMissing for 404 and DataError, one line, for every other end. A DataError of the attempt is final.
     """
@@ -225,6 +226,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_WORDS = 160  # characters of another library's message
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}  # a client keeps what it found first
 _FINAL_TYPES = (
     FileNotFoundError,
     PermissionError,
@@ -238,8 +240,7 @@ _FINAL_TYPES = (
     NotImplementedError,
 )
 _FINAL_NAMES = {  # botocore's
-    "NoCredentialsError",
-    "PartialCredentialsError",
+    *_NO_CREDENTIALS,
     "NoRegionError",
     "ProfileNotFound",
     "ParamValidationError",

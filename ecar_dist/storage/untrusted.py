@@ -33,6 +33,7 @@ MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
 MAX_LINE_BYTES = 1 << 24  # bad_steps.jsonl: the samples of a global batch of a million
 # terminal control characters, ends of lines, and lone surrogates, which are not UTF-8
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # what `isprintable` refuses but file names have: spaces of all widths (macOS writes them), joiners and tags of emoji,
@@ -116,6 +117,8 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
         raise
     except ValueError as error:
         raise UntrustedError(f"it is not JSON: {str(error).splitlines()[0]}") from None
+
+    # What the parser lets pass.
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise UntrustedError(f"it is nested deeper than {MAX_JSON_DEPTH}")
     if not foreign and "\\u" in document and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -137,6 +140,13 @@ def parse_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
     return validate_record(text, model)
 
 
+def adapter_of(kind: type[T]) -> TypeAdapter[T]:
+    """The validator of a type. Building it takes milliseconds, so it is built once."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def parse_dataclass(text: bytes, kind: type[T]) -> T:
     """The instance of a dataclass in a JSON document, which gives all of its fields. Raises UntrustedError.
 
@@ -146,7 +156,7 @@ def parse_dataclass(text: bytes, kind: type[T]) -> T:
     if absent := [field.name for field in dataclasses.fields(cast(Any, kind)) if field.name not in found]:
         raise UntrustedError(f"{absent[0]} is missing")
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return adapter_of(kind).validate_json(text)
     except ValidationError as error:
         raise UntrustedError(first_violation(error)) from None
 

@@ -142,6 +142,16 @@ def test_expired_credentials_are_read_again_once(object_store, url, transfer, ti
     assert len(object_store.log()) == 2
 
 
+def test_credentials_given_after_a_failure_are_used(object_store, url, transfer, monkeypatch):
+    monkeypatch.setattr(remote, "_filesystems", {})  # as in a process that has read nothing yet
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(DataError, match="Credentials"):
+        read_range(url, 0, 10, transfer)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS["AWS_ACCESS_KEY_ID"])
+    assert read_range(url, 0, 10, transfer) == BODY[:10]
+
+
 def test_listing_is_whole_and_sorted(object_store, transfer):
     names = ["top", "b/2", "b/1", "a/deep/er/x", "a/y"]
     for name in names:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -37,22 +38,47 @@ from ecar_dist.runtime.checkpoint.files import (
     readable,
     step_of,
 )
-from ecar_dist.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, RankFile
-from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
+from ecar_dist.runtime.checkpoint.manifest import (
+    MAX_MANIFEST_BYTES,
+    VALUE_BYTES,
+    Intervals,
+    Manifest,
+    RankFile,
+    header_limit,
+    overlaps,
+)
+from ecar_dist.runtime.checkpoint.tensor_file import TensorIndex, WrittenFile, read_index
 from ecar_dist.storage.atomic import DISK_FULL, atomic_write
-from ecar_dist.storage.fetch import RemoteFile, WrongContentError, fetch_file
+from ecar_dist.storage.daemon_pool import DaemonPool
+from ecar_dist.storage.fetch import RemoteFile, WrongContentError, fetch_file, stat_sized
 from ecar_dist.storage.hashing import hash_file
 from ecar_dist.storage.node_lock import node_lock, owned_temporary, sweep_temporaries
+from ecar_dist.storage.parts import fetch_parts
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import abort_uploads, join, list_files, read_object, remove, remove_many, stat, upload
+from ecar_dist.storage.remote import (
+    abort_uploads,
+    join,
+    list_files,
+    read_object,
+    read_range,
+    remove,
+    remove_many,
+    stat,
+    upload,
+)
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
-from ecar_dist.storage.untrusted import path_inside
+from ecar_dist.storage.untrusted import UntrustedError, path_inside
 
+PART_BYTES = 1 << 16  # docs/scale.md has what a node copies with it
+_FILES_AT_ONCE = 8
+_MOSTLY = 0.75  # of the values of a file: then it is copied whole
 _SLOWEST = 8 << 20  # bytes a second; the deadline of a transfer grows with its size at this rate
 
 
 class BucketStorage:
     """The checkpoints of one run under `url`. Local copies go to a subfolder of `cache`, on a disk of the node."""
+
+    copies = True
 
     def __init__(self, url: str, cache: Path, retry: RetryPolicy | None = None) -> None:
         self.where = redact(url)
@@ -90,17 +116,37 @@ class BucketStorage:
                     found.append((name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
+    def fetch(
+        self,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        needed: Needed = all_files,
+        intervals: Intervals | None = None,
+    ) -> Path:
         self.make_scratch()
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
         manifest = self._manifest(name, folder)
 
-        kinds: set[str] = set()
-        for file in needed(manifest):
-            # One process of the node downloads, the others wait and find the file.
+        # One process of the node downloads, the others wait and find the file.
+        def copy(file: RankFile, wanted: Intervals | None = None) -> None:
             with node_lock(path_inside(folder, file.name).with_suffix(".lock"), self._stopping):
-                self._download(name, file, folder)
+                self._download(name, file, folder, manifest, wanted)
+
+        # Slices are small requests, which mostly wait: several files at a time. Whole files have threads of their own.
+        files = needed(manifest)
+        sparse = [file for file in files if intervals is not None and _is_sparse(file, manifest, intervals)]
+        with DaemonPool(min(_FILES_AT_ONCE, len(sparse)), "slices") as pool:
+            errors = pool.errors_of(partial(copy, wanted=intervals), sparse)
+        if errors:
+            raise min(errors, key=lambda error: not isinstance(error, DamagedError))
+        begun = {file.name for file in sparse}
+        for file in files:
+            if file.name not in begun:
+                copy(file)
+
+        kinds: set[str] = set()
+        for file in files:
             _, kinds = open_fragments(folder, manifest, file, "np", kinds)
         return folder
 
@@ -215,20 +261,22 @@ class BucketStorage:
         except ObjectMissing:
             raise DamagedError(where, f"{file} is missing") from None
 
-    def _download(self, name: str, file: RankFile, folder: Path) -> None:
-        """Make sure that `folder` contains `file`, proven.
+    def _download(self, name: str, file: RankFile, folder: Path, manifest: Manifest, wanted: Intervals | None) -> None:
+        """Make sure that `folder` contains `file`, or what is wanted of it, proven.
 
         Raises DamagedError if the object is missing or has another content, DataError if the store is out of reach,
         CheckpointError if the disk of the node is full.
         """
-        # Another process of the node may have downloaded it, or an earlier attempt.
         path = path_inside(folder, file.name)
-        if path.exists() and path.stat().st_size == file.bytes and hash_file(path) == file.xxh3_128:
-            return
-
         remote = RemoteFile(join(self._url, f"{name}/{file.name}"), file.bytes, file.xxh3_128)
         try:
-            fetch_file(remote, path, self.transfer(file.bytes))
+            if wanted is not None:
+                self._fetch_slices(remote, path, file, manifest, wanted)
+            # Another process of the node may have downloaded it, or an earlier attempt.
+            elif not (path.exists() and path.stat().st_size == file.bytes and hash_file(path) == file.xxh3_128):
+                fetch_file(remote, path, self.transfer(file.bytes))
+        except UntrustedError as error:
+            raise DamagedError(redact(remote.url), f"{file.name} {error}") from None
         except ObjectMissing:
             raise DamagedError(redact(remote.url), f"{file.name} is missing") from None
         except WrongContentError as error:
@@ -241,6 +289,34 @@ class BucketStorage:
                 f"{folder} is full: {file.name} needs {readable(file.bytes)}, "
                 f"{readable(found.f_bavail * found.f_frsize)} are free; set data.cache.dir to a larger disk of the node"
             ) from None
+
+    def _fetch_slices(
+        self, remote: RemoteFile, path: Path, file: RankFile, manifest: Manifest, intervals: Intervals
+    ) -> None:
+        """Copy header, table of parts, and the parts with any element of the intervals.
+
+        Raises as `fetch_parts`, and UntrustedError if they are not what was written.
+        """
+        if not path.exists() or path.stat().st_size != file.bytes:
+            with open(path, "wb") as new:
+                new.truncate(file.bytes)
+        pieces = list(file.pieces(manifest.shapes))
+        transfer = self.transfer(file.bytes)
+        index = _proven_index(remote, path, file, header_limit(pieces, manifest.most_kinds), transfer)
+
+        # Every kind of state of each element.
+        places: dict[str, list[tuple[int, int]]] = {}
+        for name, place in index.tensors.items():
+            places.setdefault(name.partition(":")[2], []).append(place)
+        ranges = []
+        for piece in pieces:
+            wanted = list(overlaps(piece, intervals))
+            for start, stop in places.get(f"{piece.name}:{piece.start}", ()) if wanted else ():
+                if stop - start != VALUE_BYTES * piece.numel:
+                    raise UntrustedError(f"has {stop - start} bytes for {piece.numel} values of {piece.name}")
+                first = start - VALUE_BYTES * piece.start
+                ranges += [(first + VALUE_BYTES * low, first + VALUE_BYTES * high) for low, high in wanted]
+        fetch_parts(remote, path, index.table, index.table.parts_of(ranges), transfer)
 
     def _remove(self, name: str, objects: Mapping[str, int]) -> None:
         """Remove a checkpoint. The marker goes first: from then on no reader sees it."""
@@ -256,7 +332,43 @@ class BucketStorage:
         self.release(name)
 
 
+def _is_sparse(file: RankFile, manifest: Manifest, intervals: Intervals) -> bool:
+    """Whether so little of a file is needed that its parts are copied, and not the file."""
+    if not file.in_slices:
+        return False
+    pieces = list(file.pieces(manifest.shapes))
+    wanted = sum(high - low for piece in pieces for low, high in overlaps(piece, intervals))
+    return wanted <= _MOSTLY * sum(piece.numel for piece in pieces)
+
+
+def _proven_index(remote: RemoteFile, path: Path, file: RankFile, limit: int, transfer: Transfer) -> TensorIndex:
+    """Header and table of a file with parts, which are in the local file afterwards."""
+    assert file.parts is not None
+    proof = file.parts.bytes, file.parts.xxh3_128
+    with open(path, "r+b", buffering=0) as local:
+
+        def read_local(start: int, stop: int) -> bytes:
+            return os.pread(local.fileno(), stop - start, start)
+
+        # Another process of the node may have copied them.
+        with contextlib.suppress(UntrustedError):
+            return read_index(read_local, file.bytes, limit, *proof)
+
+        # A wrong hash may be the fault of the connection: once more.
+        stat_sized(remote, transfer)
+        read = partial(read_range, remote.url, transfer=transfer)
+        try:
+            index = read_index(read, file.bytes, limit, *proof)
+        except UntrustedError:
+            index = read_index(read, file.bytes, limit, *proof)
+        os.pwrite(local.fileno(), index.head, 0)
+        os.pwrite(local.fileno(), index.table.digests, index.table.stop)
+    return index
+
+
 class _PendingObjects:
+    part_bytes: int | None = PART_BYTES
+
     def __init__(self, storage: BucketStorage, name: str) -> None:
         self.name = name
         self._storage = storage

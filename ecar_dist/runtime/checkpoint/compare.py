@@ -11,9 +11,11 @@ from typing import Any
 
 from ecar_dist.command_line import counted
 from ecar_dist.errors import CheckpointError
+from ecar_dist.runtime.checkpoint.files import readable
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.storage.untrusted import printable
 
+RESHARDING = 1.2  # bytes that a node copies over bytes of its state; more is said in the log
 Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 
 
@@ -121,6 +123,21 @@ def describe_conversion(
     dropped = [description for kind, description in found.items() if kind not in sources.values()]
     parts += [f"the EMA with {description} is dropped" for description in dropped]
     return "; ".join(parts) or None
+
+
+def describe_resharding(manifest: Manifest, layout: Mapping[str, Any], read: int, own: int) -> str | None:
+    """One line if a node copies more than RESHARDING times its own share of the checkpoint; None if it does not.
+
+    layout: as for `describe_conversion`. read: bytes of the files that the node needs. own: bytes of its state.
+    """
+    if read <= RESHARDING * own:
+        return None
+    there = {key: getattr(manifest, key) for key in ("world_size", "zero_stage", "precision")}
+    return (
+        f"one re-sharding pass: written by {_describe_layout(there, layout)}, read by "
+        f"{_describe_layout(layout, there)}, so the first node copies {readable(read)} for its {readable(own)} of "
+        f"state, {read / own:.3g} times as much; the next checkpoint has the new layout"
+    )
 
 
 def _describe_layout(layout: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from ecar_dist.errors import CheckpointError, reason_of
 from ecar_dist.runtime.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
+    PARTS,
     Manifest,
     OtherSchemaError,
     RankFile,
@@ -257,6 +258,8 @@ def open_fragments(
     # All files of a checkpoint have the same kinds of state. A rank has no fragments if there are more ranks than
     # tensors (ZeRO 0) or values.
     keys = set(handle.keys())
+    if file.parts is not None:
+        keys.discard(PARTS)  # their hashes
     kinds = {key.partition(":")[0] for key in keys}
     if not pieces and not keys:
         return handle, set(expected)

@@ -26,7 +26,7 @@ from ecar_dist.runtime.checkpoint.files import (
     sized_file,
     verify,
 )
-from ecar_dist.runtime.checkpoint.manifest import Manifest
+from ecar_dist.runtime.checkpoint.manifest import Intervals, Manifest
 from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
 from ecar_dist.storage.atomic import sync_to_disk
 from ecar_dist.storage.untrusted import printable
@@ -34,6 +34,8 @@ from ecar_dist.storage.untrusted import printable
 
 class LocalStorage:
     """The checkpoints of one run in `folder`. See `CheckpointStorage`."""
+
+    copies = False
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
@@ -75,7 +77,13 @@ class LocalStorage:
             found.append((path.name, manifest.progress.samples_seen))
         return found
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
+    def fetch(
+        self,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        needed: Needed = all_files,
+        intervals: Intervals | None = None,
+    ) -> Path:
         """The checkpoint itself: every rank sees all files and hashes its share."""
         verify(self._folder / name, *share)
         return self._folder / name
@@ -118,6 +126,8 @@ class LocalStorage:
 
 class _PendingFolder:
     """A checkpoint under a temporary name. See `PendingCheckpoint`."""
+
+    part_bytes: int | None = None  # all ranks see the files whole
 
     def __init__(self, folder: Path, name: str, attempt: str) -> None:
         self.name = name

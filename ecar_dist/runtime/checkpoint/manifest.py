@@ -6,6 +6,8 @@ Unknown keys are ignored, because a later version may add some. The schema chang
 Under ZeRO 3 every rank has a part of every parameter: millions of fragments on thousands of ranks. They follow a rule,
 so the manifest has only the number of each file's share. Each file's own header still names its fragments, and readers
 compare it with the rule.
+
+In a bucket, where a reader copies what it needs, each file has hashes of its parts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from ecar_dist.storage.parts import table_bytes
 from ecar_dist.storage.untrusted import (
     MAX_JSON_BYTES,
     Record,
@@ -30,12 +33,16 @@ from ecar_dist.storage.untrusted import (
 
 SCHEMA = "ecar-checkpoint-v2"  # files list their fragments
 EVEN_SCHEMA = "ecar-checkpoint-v3"  # files have equal shares of every parameter
+PARTS_SCHEMA = "ecar-checkpoint-v4"  # files of either kind have hashes of their parts
+PARTS = "parts"  # the tensor of a file that holds the table of their hashes
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
 VALUE_BYTES = 4  # of an fp32 value
 MOMENTS_AND_MASTER = 3  # kinds of state besides the EMAs
 _MAX_COUNT = 2**63 - 1
 _MAX_VALUES = 2**43  # in all parameters together
 _HEADER_BYTES = 200  # at most, of one tensor in a file's header, without its name
+_TYPICAL_HEADER = 100
+_FEW_PARTS = 8  # a file of so many is copied whole
 _FRAGMENT = re.compile(r"([A-Za-z0-9_.\-]{1,512}):(\d{1,19}):(\d{1,19})", re.ASCII)
 
 
@@ -52,6 +59,15 @@ class Piece(NamedTuple):
 
 
 Shapes = Mapping[str, Sequence[int]]  # of parameters, by name
+Intervals = Mapping[str, Sequence[tuple[int, int]]]  # elements [start, stop) of flattened parameters, by name
+
+
+def overlaps(piece: Piece, wanted: Intervals) -> Iterator[tuple[int, int]]:
+    """The wanted elements [start, stop) of the parameter that are in this piece."""
+    for start, stop in wanted.get(piece.name, ()):
+        low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
+        if low < high:
+            yield low, high
 
 
 def even_pieces(shapes: Shapes, share: int, shares: int) -> Iterator[Piece]:
@@ -94,6 +110,15 @@ class WeightsFile(Record):
     xxh3_128: Hash
 
 
+class Parts(Record):
+    """The size of the parts of a file, and the hash of its header and of the table of their hashes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bytes: Annotated[int, Field(ge=256, le=2**30)]
+    xxh3_128: Hash
+
+
 class RankFile(WeightsFile):
     """A rank's file. For each of its fragments it has one tensor of every kind of state.
 
@@ -102,12 +127,18 @@ class RankFile(WeightsFile):
 
     fragments: tuple[str, ...] | None = None
     share: tuple[Count, Annotated[int, Field(ge=1, le=2**20)]] | None = None
+    parts: Parts | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> RankFile:
         if (self.fragments is None) == (self.share is None):
             raise UntrustedError(f"{self.name} must have either fragments or a share")
         return self
+
+    @property
+    def in_slices(self) -> bool:
+        """Whether a reader of a bucket copies only those parts of it that have what it needs."""
+        return self.parts is not None and self.bytes > _FEW_PARTS * self.parts.bytes
 
     def pieces(self, shapes: Shapes) -> Iterator[Piece]:
         """The fragments. Raises UntrustedError for one of another form."""
@@ -171,7 +202,7 @@ class Manifest(Record):
 
     model_config = ConfigDict(extra="ignore")
 
-    schema_name: Literal["ecar-checkpoint-v2", "ecar-checkpoint-v3"] = Field(alias="schema")
+    schema_name: Literal["ecar-checkpoint-v2", "ecar-checkpoint-v3", "ecar-checkpoint-v4"] = Field(alias="schema")
     progress: Progress
     client_state: dict[str, Any] = Field(alias="notes")  # the training loop's, returned by a restore
     run: Word
@@ -209,7 +240,7 @@ class Manifest(Record):
         """The number of kinds of state in a file of a full checkpoint: master weights, two AdamW moments, EMAs."""
         return MOMENTS_AND_MASTER + len(self.ema_kinds)
 
-    def files_with(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> list[RankFile]:
+    def files_with(self, wanted: Intervals) -> list[RankFile]:
         """The files with any element of the intervals [start, stop) of parameters, given by name."""
         if self.files[0].share is None:
             return [file for file in self.files if self._has_any(file, wanted)]
@@ -222,12 +253,25 @@ class Manifest(Record):
                 shares.update(range(start // length, (stop - 1) // length + 1))
         return [file for file in self.files if file.share is not None and file.share[0] in shares]
 
-    def _has_any(self, file: RankFile, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> bool:
-        return any(
-            piece.start < stop and start < piece.start + piece.numel
-            for piece in file.pieces(self.shapes)
-            for start, stop in wanted.get(piece.name, ())
-        )
+    def copied(self, files: Sequence[RankFile], needed: int) -> int:
+        """About how many bytes of these files a reader of `needed` bytes copies from a bucket.
+
+        Of a file in slices it copies header and table, and parts that hardly exceed what it needs.
+        """
+        in_slices = [file for file in files if file.in_slices]
+        whole = sum(file.bytes for file in files if not file.in_slices)
+        if not in_slices:
+            return whole
+
+        # Files with equal shares have equal headers.
+        alike = len(in_slices) if in_slices[0].share is not None else 1
+        names = [piece.name for file in in_slices[::alike] for piece in file.pieces(self.shapes)]
+        headers = alike * self.most_kinds * sum(len(name) + _TYPICAL_HEADER for name in names)
+        tables = sum(table_bytes(file.bytes, file.parts.bytes) for file in in_slices if file.parts)
+        return whole + headers + tables + needed
+
+    def _has_any(self, file: RankFile, wanted: Intervals) -> bool:
+        return any(True for piece in file.pieces(self.shapes) for _ in overlaps(piece, wanted))
 
     def _check_shares(self) -> None:
         """The files have all shares, each once. Together these have every value."""
@@ -264,8 +308,10 @@ class Manifest(Record):
     def _check_bytes(self, files: Iterable[RankFile], pieces: Sequence[Piece]) -> None:
         """No file is larger than its fragments, because files are read whole."""
         values = sum(piece.numel for piece in pieces)
-        most = self.most_kinds * values * VALUE_BYTES + header_limit(pieces, self.most_kinds)
+        state = self.most_kinds * values * VALUE_BYTES
         for file in files:
+            table = table_bytes(state, file.parts.bytes) if file.parts else 0
+            most = state + table + header_limit(pieces, self.most_kinds)
             if file.bytes > most:
                 raise UntrustedError(f"{file.name} has {file.bytes:,} bytes, its fragments take at most {most:,}")
 
@@ -288,9 +334,9 @@ def parse_manifest(text: bytes) -> Manifest:
 
     # The version first: other keys may have another meaning there.
     tree = parse_object(text)
-    if tree.get("schema") not in (SCHEMA, EVEN_SCHEMA):
+    if tree.get("schema") not in (SCHEMA, EVEN_SCHEMA, PARTS_SCHEMA):
         raise OtherSchemaError(
-            f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r} and "
-            f"{EVEN_SCHEMA!r}; use the version that wrote it"
+            f"it has schema {printable(repr(tree.get('schema')))}, this version of ecar_dist reads {SCHEMA!r}, "
+            f"{EVEN_SCHEMA!r} and {PARTS_SCHEMA!r}; use the version that wrote it"
         )
     return validate_record(text, Manifest)

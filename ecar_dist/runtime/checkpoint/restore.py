@@ -1,6 +1,7 @@
 """What a resume does. All ranks restore the same checkpoint: the newest that is damaged on none of them.
 
     list       rank 0 lists the committed checkpoints, newest first
+    say        behind a URL: how much a node copies, if that is more than its share
     fetch      every rank gets the files that it needs, proven by their hashes
     compare    the manifest must fit this run (compare.py)
     load       every rank reads its fragments, whatever layout wrote them
@@ -10,6 +11,7 @@ If any rank finds damage, all ranks go to the next older checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ecar_dist.command_line import say
 from ecar_dist.errors import CheckpointError, reason_of
 from ecar_dist.failpoint import failpoint
 from ecar_dist.runtime.checkpoint.compare import (
@@ -26,11 +29,12 @@ from ecar_dist.runtime.checkpoint.compare import (
     check_run,
     check_shapes,
     describe_conversion,
+    describe_resharding,
     ema_start_steps,
     match_emas,
 )
 from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, read_manifest
-from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress
+from ecar_dist.runtime.checkpoint.manifest import VALUE_BYTES, Intervals, Manifest, Progress
 from ecar_dist.runtime.checkpoint.reader import MASTER, FragmentReader
 from ecar_dist.runtime.checkpoint.save import state_by_kind
 from ecar_dist.runtime.checkpoint.storage import CheckpointStorage, PassedOver, none_whole, warn_of_damage
@@ -84,8 +88,12 @@ def restore_newest(
         where = f"{storage.where}/{name}"
         restored = None
 
+        if storage.copies:
+            _say_resharding(storage, name, world, engine, expected.layout)
+
         # Every rank proves its files before any rank loads.
-        fetch = partial(storage.fetch, name, (world.rank, world.size), needed_by(engine.fragments))
+        share = (world.rank, world.size)
+        fetch = partial(storage.fetch, name, share, needed_by(engine.fragments), intervals_of(engine.fragments))
         folder, damage = _unless_damaged(where, world, fetch)
         if folder is not None:
             restored, damage = _unless_damaged(where, world, partial(_load, where, folder, engine, ema, expected))
@@ -115,6 +123,39 @@ def restore_newest(
 def _list_checkpoints(storage: CheckpointStorage) -> list[str]:
     storage.check_writable()
     return storage.committed()
+
+
+def _say_resharding(
+    storage: CheckpointStorage, name: str, world: World, engine: Engine, layout: Mapping[str, Any]
+) -> None:
+    """Rank 0 says how much its node copies for its state, if that is more than its share. Collective."""
+    on_first_node = 0 in world.node_ranks
+
+    # The ranks of the first node look up what they need. Whatever is damaged, `fetch` finds and reports.
+    def look() -> tuple[Manifest | None, set[str]]:
+        with contextlib.suppress(DamagedError):
+            manifest = storage.manifest(name) if on_first_node else None
+            return manifest, {file.name for file in needed_by(engine.fragments)(manifest)} if manifest else set()
+        return None, set()
+
+    manifest, mine = world.together(look)
+    number = world.broadcast(len(manifest.files) if manifest else 0)
+    if not number:
+        return
+
+    # One sum over ranks: which files any of them needs, and how many values they hold (without ZeRO, all the same).
+    holds = world.is_first if engine.replicated else on_first_node
+    values = sum(fragment.numel for fragment in engine.fragments) if holds else 0
+    wanted = [file.name in mine for file in manifest.files] if manifest else [False] * number
+    *readers, held = world.sum(world.tensor([*wanted, values])).tolist()
+
+    # Rank 0 has the manifest.
+    if world.is_first and manifest:
+        own = int(held) * VALUE_BYTES * manifest.most_kinds
+        read = manifest.copied([file for file, count in zip(manifest.files, readers, strict=True) if count], own)
+        line = describe_resharding(manifest, layout, read, own)
+        if line:
+            say(f"restore of {storage.where}/{name}: {line}")
 
 
 def _unless_damaged(where: str, world: World, action: Callable[[], T]) -> tuple[T | None, PassedOver | None]:
@@ -186,8 +227,13 @@ def load_fragments(
 
 def needed_by(fragments: Sequence[Fragment]) -> Needed:
     """The files of a checkpoint that contain any part of `fragments`."""
-    # The elements that are needed of each parameter.
+    intervals = intervals_of(fragments)
+    return lambda manifest: manifest.files_with(intervals)
+
+
+def intervals_of(fragments: Sequence[Fragment]) -> Intervals:
+    """The elements of each parameter that are in `fragments`."""
     intervals: dict[str, list[tuple[int, int]]] = {}
     for fragment in fragments:
         intervals.setdefault(fragment.name, []).append((fragment.start, fragment.start + fragment.numel))
-    return lambda manifest: manifest.files_with(intervals)
+    return intervals

@@ -22,7 +22,7 @@ import torch
 
 from ecar_dist.errors import CheckpointError, EcarError, reason_of
 from ecar_dist.failpoint import failpoint
-from ecar_dist.runtime.checkpoint.manifest import EVEN_SCHEMA, SCHEMA, Piece, Progress, even_pieces
+from ecar_dist.runtime.checkpoint.manifest import EVEN_SCHEMA, PARTS_SCHEMA, SCHEMA, Piece, Progress, even_pieces
 from ecar_dist.runtime.checkpoint.reader import MASTER, value_problem
 from ecar_dist.runtime.checkpoint.storage import PendingCheckpoint
 from ecar_dist.runtime.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
@@ -111,16 +111,22 @@ class RankShare:
         entries = [self._entry(kind, fragment) for fragment in self.fragments for kind in target.kinds]
 
         def write(path: Path) -> WrittenFile:
-            return write_tensor_file(path, entries, halfway=lambda: failpoint("checkpoint.write", self.step))
+            return write_tensor_file(
+                path,
+                entries,
+                halfway=lambda: failpoint("checkpoint.write", self.step),
+                part_bytes=target.pending.part_bytes,
+            )
 
         # The storage chooses the path: in a folder the final disk, for a bucket a local one.
         written = target.pending.write_file(self.file, write)
         failpoint("checkpoint.written", self.step)
 
         # Millions of fragments, on thousands of ranks, that follow from a rule are not told.
+        entry = {key: value for key, value in dataclasses.asdict(written).items() if value is not None}
         if self.even is not None:
-            return {**dataclasses.asdict(written), "share": self.even}
-        return {**dataclasses.asdict(written), "fragments": list(map(_text_of, self.fragments))}
+            return {**entry, "share": self.even}
+        return {**entry, "fragments": list(map(_text_of, self.fragments))}
 
     def _entry(self, kind: str, fragment: Fragment) -> TensorEntry:
         def make() -> torch.Tensor:
@@ -150,8 +156,9 @@ def _text_of(fragment: Fragment | Piece) -> str:
 
 def _with_files(manifest: Mapping[str, Any], files: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The manifest with its schema and the files of all ranks, which have shares on all of them or on none."""
+    in_parts = any("parts" in file for file in files)
     if all("share" in file for file in files):
-        return {**manifest, "schema": EVEN_SCHEMA, "files": files}
+        return {**manifest, "schema": PARTS_SCHEMA if in_parts else EVEN_SCHEMA, "files": files}
 
     # Some rank has other fragments: all of them list theirs.
     listed = []
@@ -160,7 +167,7 @@ def _with_files(manifest: Mapping[str, Any], files: Sequence[dict[str, Any]]) ->
         if "share" in file:
             kept["fragments"] = list(map(_text_of, even_pieces(manifest["shapes"], *file["share"])))
         listed.append(kept)
-    return {**manifest, "schema": SCHEMA, "files": listed}
+    return {**manifest, "schema": PARTS_SCHEMA if in_parts else SCHEMA, "files": listed}
 
 
 class TakenOverError(CheckpointError):

@@ -17,7 +17,7 @@ from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.runtime.checkpoint.bucket import BucketStorage
 from ecar_dist.runtime.checkpoint.files import DamagedError, Needed, UnreadableError, all_files, committed
 from ecar_dist.runtime.checkpoint.folder import LocalStorage
-from ecar_dist.runtime.checkpoint.manifest import Manifest
+from ecar_dist.runtime.checkpoint.manifest import Intervals, Manifest
 from ecar_dist.runtime.checkpoint.tensor_file import WrittenFile
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.fetch import cache_folder
@@ -28,6 +28,7 @@ class PendingCheckpoint(Protocol):
     """A checkpoint that is not committed yet. Methods raise OSError or DataError if the storage rejects the data."""
 
     name: str  # of the committed checkpoint
+    part_bytes: int | None  # the size of the parts of a file that have a hash of their own; None: the file has none
 
     def write_file(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
         """Any rank: call `write` with a local path, and store the file that it writes there, durably."""
@@ -49,6 +50,7 @@ class CheckpointStorage(Protocol):
     """The checkpoints of one run. Methods raise OSError or DataError if the storage cannot be read or changed."""
 
     where: str  # folder, or URL without secrets, for messages
+    copies: bool  # whether `fetch` copies files, or parts of them, to a disk of the node
 
     def check_writable(self) -> None:
         """Rank 0, before training. Raises if nothing can be written here."""
@@ -62,10 +64,17 @@ class CheckpointStorage(Protocol):
     def complete(self) -> list[tuple[str, int]]:
         """(name, samples_seen), newest first, of checkpoints with a valid manifest and files of the right size."""
 
-    def fetch(self, name: str, share: tuple[int, int] = (0, 1), needed: Needed = all_files) -> Path:
+    def fetch(
+        self,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        needed: Needed = all_files,
+        intervals: Intervals | None = None,
+    ) -> Path:
         """A local folder with the manifest and all `needed` files, each proven by its hash on some rank.
 
-        share: (rank, world size). If all ranks read the same files, each hashes its share of them.
+        share: (rank, world size). If all ranks read the same files, each hashes its share of them. intervals: what the
+        caller reads of the files. Of a file with parts, the rest may be absent.
 
         Raises DamagedError, or UnreadableError for a checkpoint of another version.
         """

@@ -82,6 +82,37 @@ def test_each_node_downloads_the_files_of_its_ranks_once(bucket, config):
     assert torch.equal(FragmentReader(folder).read("master", "a", 0, 5), State(0, 1, 1).full["master"][:5])
 
 
+MANY_TENSORS = {f"layer.{number}.weight": (32, 32) for number in range(16)}
+
+
+def written_for(config, capsys, written, read, per_node, **layout):
+    """What a restore by `read` ranks says of what a node copies."""
+    save(config, written, seed=1, shapes=MANY_TENSORS, **layout)
+    capsys.readouterr()
+    other = {} if layout else {"shares": True}
+    load(config, read, ranks=Ranks(read, per_node), shapes=MANY_TENSORS, **other)
+    return [line for line in capsys.readouterr().out.splitlines() if "re-sharding" in line]
+
+
+def test_a_restore_that_reads_more_than_its_share_says_so_with_the_numbers(bucket, config, capsys):
+    """From ZeRO 2 to 3 on four nodes: each rank has a part of every parameter, which are in all files."""
+    (line,) = written_for(config, capsys, 8, 8, 2)
+    assert "step-00000004" in line
+    assert "written by 8 ranks with ZeRO-2, read by 8 ranks with ZeRO-3" in line
+    assert "the first node copies 0.3 MiB for its 0.1 MiB of state" in line
+    assert 4 <= float(line.split(" of state, ")[1].split(" times")[0]) < 4.3  # beside the headers
+    (back,) = written_for(config, capsys, 8, 8, 2, shares=True)
+    assert "written by 8 ranks with ZeRO-3, read by 8 ranks with ZeRO-2" in back
+
+
+def test_a_restore_of_its_share_says_nothing(bucket, config, capsys):
+    assert not written_for(config, capsys, 2, 2, 2)  # one node reads all, and has all
+    save(config, 8, seed=1, shapes=MANY_TENSORS)
+    capsys.readouterr()
+    load(config, 4, ranks=Ranks(4, 2), shapes=MANY_TENSORS)
+    assert "re-sharding" not in capsys.readouterr().out
+
+
 def test_a_burst_of_503_is_retried(bucket, config):
     bucket.break_on(
         {"kind": "status", "status": 503, "method": "PUT", "match": ".safetensors", "times": 2},

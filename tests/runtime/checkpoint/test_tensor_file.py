@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ecar_dist.runtime.checkpoint.tensor_file import _NAMES, TensorEntry, write_tensor_file
+from ecar_dist.runtime.checkpoint import tensor_file
+from ecar_dist.runtime.checkpoint.tensor_file import _NAMES, TensorEntry, read_index, write_tensor_file
 
 TENSORS = st.tuples(
     st.sampled_from(list(_NAMES)), st.lists(st.integers(0, 4), max_size=3), st.text("ab.é", min_size=1, max_size=8)
@@ -84,3 +85,25 @@ def test_halfway_comes_once_when_about_half_is_written(tmp_path, elements):
     assert len(called) == 1
     if elements > 1:
         assert 0.4 < called[0] / written.bytes < 0.6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 700), max_size=5), st.integers(1, 300), st.integers(256, 600))
+def test_parts_have_hashes_wherever_blocks_end(tmp_path_factory, sizes, block, part):
+    path = tmp_path_factory.mktemp("files") / "x.safetensors"
+    tensors = {f"kind:{number}:0": torch.randn(size) for number, size in enumerate(sizes)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_file, "_BLOCK", block)
+        written = write_tensor_file(path, entries_of(tensors), part_bytes=part)
+    content = path.read_bytes()
+    assert set(load_file(path)) == {*tensors, "parts"}
+    assert written.xxh3_128 == xxhash.xxh3_128_hexdigest(content)
+    limit, proof = len(content), written.parts["xxh3_128"]
+    index = read_index(lambda start, stop: content[start:stop], len(content), limit, part, proof)
+    assert {name: bits(load_file(path)[name]) for name in index.tensors} == {k: bits(t) for k, t in tensors.items()}
+    for name, (start, stop) in index.tensors.items():
+        assert content[start:stop] == tensors[name].numpy().tobytes()
+    values = content[index.table.start : index.table.stop]
+    expected = [xxhash.xxh3_128_digest(values[start : start + part]) for start in range(0, len(values), part)]
+    assert index.table.digests == b"".join(expected)
+    assert len(values) == 4 * sum(sizes)

@@ -98,6 +98,9 @@ class ThreadWorld(World):
         super().__init__(Placement(rank, ranks.size, local, ranks.per_node), torch.device("cpu"))
         self._ranks = ranks
 
+    def sum(self, values):
+        return torch.stack(self._ranks.exchange(self.rank, values)).sum(0)
+
     def gather(self, value):
         return self._ranks.exchange(self.rank, value)
 
