@@ -3,93 +3,176 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.encode.commit import CommittedFailures, Marker, is_committed, read_marker
+from data_tools.encode.commit import Marker, committed_marker
 from data_tools.encode.plan import EncodePlan, read_plan
-from data_tools.failures import ERRORS_NAME, MAX_BAD, FailureTally
-from data_tools.moments_statistics import combine
+from data_tools.failures import ERRORS_NAME, MAX_BAD, TASK_ERRORS, Failure, FailureTally, error_line
+from data_tools.moments_statistics import add_up, combine
 from ecar_dist.data.images.decode import RESIZES
-from ecar_dist.data.shards.manifest import LatentEntry, Manifest, write_manifest
+from ecar_dist.data.shards.entries import TABLE_NAME, LatentEntry, ShardTable, write_table
+from ecar_dist.data.shards.manifest import (
+    MANIFEST_NAME,
+    TABLE_SHARDS,
+    Manifest,
+    load_manifest,
+    schema_of,
+    write_manifest,
+)
 from ecar_dist.errors import DataError
-from ecar_dist.storage.atomic import TEMPORARY_SUFFIX
+from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write
 from ecar_dist.vae.codec import EncoderIdentity
+
+_MOST_SUMS = 10_000  # statistics of shards that are kept before they are added up
+_MOST_LISTED = 10  # missing shards in an error
 
 
 def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
-    """Write OUT/manifest.json.
+    """Write OUT/manifest.json. A set of more than TABLE_SHARDS gets a table beside it, unless it has a manifest without
+    one already.
 
-    Raises DataError if shards are missing, if they do not cover the plan, and if more than max_bad x count images are
-    bad.
+    The markers are read once, one after the other, so the memory does not grow with the number of shards. Raises
+    DataError if shards are missing, if they do not cover the plan, and if more than max_bad x count images are bad.
     """
-    # Every shard must be committed. The error has the command that makes the others.
     plan = read_plan(out)
-    missing = [index for index in range(plan.num_shards) if not is_committed(out, index, plan)]
-    if missing:
-        listed = ", ".join(f"{index:06d}" for index in missing[:10]) + (", ..." if len(missing) > 10 else "")
-        command = plan.command(out, 0, 1, max_bad)
-        raise DataError(f"{out} lacks {len(missing)} of {plan.num_shards} shards ({listed}); make them with: {command}")
+    tally = FailureTally(out, plan.count, max_bad)
+    survey = Survey(out, plan, max_bad)
+    as_table = plan.num_shards > TABLE_SHARDS and not _has_list(out)
+    shards: Sequence[LatentEntry]
+    with atomic_write(out / ERRORS_NAME) as errors:
+        entries = survey.entries(errors)
+        if as_table:
+            name_bytes = len(f"{plan.num_shards:06d}.tar")
+            shards = ShardTable(out / TABLE_NAME, write_table(out, entries, plan.num_shards, name_bytes))
+        else:
+            shards = list(entries)
 
-    # Together they must be the plan, with few enough bad images.
-    markers = [marker for index in range(plan.num_shards) if (marker := read_marker(out, index)) is not None]
-    prove_coverage(out, plan, markers)
-    tally = FailureTally(out, plan.count, max_bad, CommittedFailures(out))
-    failures = tally.write()
-    tally.check()
+    # Few enough images are bad.
+    if survey.last_failure is None:
+        (out / ERRORS_NAME).unlink()
+    else:
+        tally.check_number(survey.failed, survey.last_failure)
 
-    manifest = _manifest(plan, markers, failures)
+    manifest = _with_codebooks(out, _manifest(plan, shards, survey))
     write_manifest(out, manifest)
-    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):  # temporary files of workers that were killed
-        leftover.unlink(missing_ok=True)
-    bad = f", failed images: {failures} ({out / ERRORS_NAME})" if failures else ""
+    # The temporary files of workers that were killed, and what is in errors.jsonl now.
+    for pattern in (f".*{TEMPORARY_SUFFIX}", TASK_ERRORS):
+        for leftover in out.glob(pattern):
+            leftover.unlink(missing_ok=True)
+    bad = f", failed images: {survey.failed} ({out / ERRORS_NAME})" if survey.failed else ""
     print(f"{out}: {manifest.count} samples in {plan.num_shards} shards{bad}, dataset_id {manifest.dataset_id}")
 
 
-def prove_coverage(out: Path, plan: EncodePlan, markers: Sequence[Marker]) -> None:
-    """Raises DataError unless every row of the plan is exactly one sample or one failure."""
-    sampled = [marker.entry.rows for marker in markers]
-    failed = [np.array([failure.row for failure in marker.failures], dtype=np.int64) for marker in markers]
-    found, times = np.unique(np.concatenate([*sampled, *failed]), return_counts=True)
-    wanted = np.arange(plan.count, dtype=np.int64)
-    if np.array_equal(found, wanted) and (times == 1).all():
+class Survey:
+    """One pass over the shards of a folder, and what they add up to."""
+
+    def __init__(self, out: Path, plan: EncodePlan, max_bad: float) -> None:
+        self.failed = 0
+        self.last_failure: Failure | None = None
+        self.sums: list[dict[str, Any]] = []  # of the shards, or of many of them together
+        self._out = out
+        self._plan = plan
+        self._max_bad = max_bad
+
+    def entries(self, errors: BinaryIO) -> Iterator[LatentEntry]:
+        """The entries of all shards; the failures go to `errors`, in the order of their rows.
+
+        `first_index` counts samples: rows of failures are skipped. Raises DataError at the end if shards are missing,
+        and before it for a shard that does not cover its rows of the plan.
+        """
+        missing = 0
+        listed: list[str] = []
+        first_index = 0
+        for index in range(self._plan.num_shards):
+            marker = committed_marker(self._out, index, self._plan)
+            if marker is None:
+                missing += 1
+                listed += [f"{index:06d}"] * (missing <= _MOST_LISTED)
+                continue
+            prove_coverage(self._out, self._plan, index, marker)
+
+            errors.writelines(error_line(dataclasses.asdict(failure)) for failure in marker.failures)
+            self.failed += len(marker.failures)
+            self.last_failure = marker.failures[-1] if marker.failures else self.last_failure
+            self._add(marker.statistics)
+            yield dataclasses.replace(marker.entry, first_index=first_index)
+            first_index += marker.entry.count
+
+        # The error has the command that makes the others.
+        if missing:
+            command = self._plan.command(self._out, 0, 1, self._max_bad)
+            names = ", ".join(listed) + (", ..." if missing > _MOST_LISTED else "")
+            raise DataError(
+                f"{self._out} lacks {missing} of {self._plan.num_shards} shards ({names}); make them with: {command}"
+            )
+
+    def _add(self, statistics: dict[str, Any]) -> None:
+        self.sums.append(statistics)
+        if len(self.sums) > _MOST_SUMS:
+            self.sums = [add_up(self.sums)]
+
+
+def prove_coverage(out: Path, plan: EncodePlan, index: int, marker: Marker) -> None:
+    """Raises DataError unless every row of a shard is exactly one sample or one failure.
+
+    The rows of the shards are the plan without gap or overlap, so together the shards cover the plan.
+    """
+    # The samples are the rows from the first one on without the missing ones, so numbers tell whether all are there.
+    entry = marker.entry
+    rows = plan.rows(index)
+    failed = [failure.row for failure in marker.failures]
+    number = (entry.first_row, entry.count + len(entry.missing)) == (rows.start, len(rows))
+    inside = all(row in rows for row in failed)
+    if number and inside and sorted(entry.missing) == sorted(failed) == sorted(set(failed)):
         return
 
-    # The first row that is wrong, and the shard to make again.
-    wrong = np.union1d(np.setxor1d(found, wanted), found[times > 1])
-    index = int(np.clip(wrong[0] // plan.samples_per_shard, 0, plan.num_shards - 1))
+    # Only for the message: which rows are wrong.
+    found, times = np.unique(np.concatenate([entry.rows, np.array(failed, dtype=np.int64)]), return_counts=True)
+    wrong = np.union1d(np.setxor1d(found, np.arange(rows.start, rows.stop)), found[times > 1])
     raise DataError(
-        f"{out}: shards and failures do not match the plan: rows missing, repeated or outside "
-        f"0..{plan.count - 1}: {len(wrong)}, the first is {wrong[0]}; delete {index:06d}.* and run: "
+        f"{out}: samples and failures of shard {index:06d} do not match the plan: rows missing, repeated or outside "
+        f"{rows.start}..{rows.stop - 1}: {len(wrong)}, the first is {wrong[0]}; delete {index:06d}.* and run: "
         f"{plan.command(out, index, plan.num_shards)}"
     )
 
 
-def _manifest(plan: EncodePlan, markers: Sequence[Marker], failures: int) -> Manifest:
+def _has_list(out: Path) -> bool:
+    """Whether the folder has a manifest that lists its shards itself: the dataset_id of a run depends on the form."""
+    return (out / MANIFEST_NAME).exists() and schema_of(out) == Manifest.SCHEMA
+
+
+def _manifest(plan: EncodePlan, shards: Sequence[LatentEntry], survey: Survey) -> Manifest:
     return Manifest(
-        count=plan.count - failures,
+        count=plan.count - survey.failed,
         num_classes=plan.num_classes,
         class_names=plan.class_names,
         moments_shape=plan.moments_shape,
         has_flip=plan.has_flip,
         encoder=plan.encoder,
         preprocessing=_preprocessing(plan),
-        statistics=combine([marker.statistics for marker in markers], EncoderIdentity.from_dict(plan.encoder)),
-        shards=_dense([marker.entry for marker in markers]),
-        failures={"count": failures, "file": ERRORS_NAME if failures else None},
+        statistics=combine(survey.sums, EncoderIdentity.from_dict(plan.encoder)),
+        shards=shards,
+        failures={"count": survey.failed, "file": ERRORS_NAME if survey.failed else None},
     )
 
 
-def _dense(entries: Sequence[LatentEntry]) -> list[LatentEntry]:
-    """The entries with `first_index` counted over samples: rows of failures are skipped."""
-    ends = np.cumsum([entry.count for entry in entries]).tolist()
-    return [dataclasses.replace(entry, first_index=end - entry.count) for entry, end in zip(entries, ends, strict=True)]
+def _with_codebooks(out: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the codebooks of an earlier one of the same samples."""
+    try:
+        earlier = load_manifest(out)
+    except DataError:
+        return manifest
+    same = earlier.dataset_id == manifest.dataset_id
+    return dataclasses.replace(manifest, codebooks=earlier.codebooks if same else [])
 
 
 def _preprocessing(plan: EncodePlan) -> dict[str, object]:
     background = {} if plan.background is None else {"background": plan.background}
+    order = {} if plan.order is None else {"order": dataclasses.asdict(plan.order)}
     pixels = {"resize": f"{plan.resize}: {RESIZES[plan.resize]}", "crop": "centre"}
     if plan.imported is not None:  # how its pixels were prepared is not known
         pixels = {"scale": plan.imported["scale"], "shift": plan.imported["shift"]}
@@ -103,5 +186,6 @@ def _preprocessing(plan: EncodePlan) -> dict[str, object]:
         "versions": plan.versions,
         "source_dataset_id": plan.source_dataset_id,
         "order_seed": plan.seed,
+        **order,
         "plan_id": plan.plan_id,
     }

@@ -12,17 +12,13 @@ from PIL import Image
 
 from data_tools.moments_statistics import POINT_SHARPNESS
 from data_tools.progress import progress
+from data_tools.spectrum.report import print_spectrum
+from ecar_dist.data.codebook import read_codebook
 from ecar_dist.data.images.decode import ImageDecoder, PilDecoder
 from ecar_dist.data.images.names import readable
 from ecar_dist.data.images.shards import ImageRecord, ImageShards
-from ecar_dist.data.shards.manifest import (
-    MANIFEST_NAME,
-    ImageManifest,
-    Manifest,
-    ShardEntry,
-    load_manifest,
-    schema_of,
-)
+from ecar_dist.data.shards.entries import ShardEntry
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, ImageManifest, Manifest, load_manifest, schema_of
 from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.data.shards.tar_index import index_tar, write_dali_index
@@ -47,8 +43,8 @@ def verify(folder: Path) -> None:
     print(f"{folder}: {count} samples verified")
 
 
-def stats(folder: Path) -> None:
-    """Print the manifest of latent shards."""
+def stats(folder: Path, *, spectrum: bool = False) -> None:
+    """Print the manifest of latent shards; with `spectrum` also their eigenvalues, and the calls that these need."""
     _refuse_url(folder)
     manifest = load_manifest(folder)
     encoder = EncoderIdentity.from_dict(manifest.encoder)
@@ -70,11 +66,18 @@ def stats(folder: Path) -> None:
     print(f"{_share(numbers.get('clamped_logvar_share'))} of logvars at their clamp")
     print(f"posterior_sharpness {_sharpness(numbers.get('posterior_sharpness'), encoder.deterministic)}")
 
+    # Codebooks fitted to it.
+    for codebook in manifest.codebooks:
+        patch = f"{codebook.patch_size} x {codebook.patch_size}"
+        print(f"codebook            {codebook.size} codes for tokens of {patch}, {codebook.name}")
+
     # How it was made.
     made = manifest.preprocessing
     print(f"preprocessing       {made.get('decoder', 'unknown')}, resize {made.get('resize', 'unknown')}")
     print(f"failures            {failures['count']}" + (f", listed in {failures['file']}" if failures["file"] else ""))
     print(f"dataset_id          {manifest.dataset_id}")
+    if spectrum:
+        print_spectrum(folder, manifest)
 
 
 def _class_list(names: list[str]) -> str:
@@ -217,6 +220,8 @@ def _verify_latents(folder: Path) -> int:
             f"{folder}: the shards hold {first_index} samples, the manifest says {manifest.count}; run "
             "`ecar-data finalize` again"
         )
+    for codebook in manifest.codebooks:
+        read_codebook(folder, manifest, codebook)
     return manifest.count
 
 

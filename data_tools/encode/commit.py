@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import AfterValidator
 
 from data_tools.encode.plan import EncodePlan
 from data_tools.failures import Failure
 from data_tools.moments_statistics import check_sums
+from ecar_dist.data.shards.entries import LatentEntry
 from ecar_dist.data.shards.layout import ShardLayout
-from ecar_dist.data.shards.manifest import LatentEntry
 from ecar_dist.data.shards.read import open_latent_shard, parse_description
 from ecar_dist.data.shards.tar_index import index_tar
 from ecar_dist.data.shards.write import ShardContent, describe_latent_shard, marker_of, seal, write_latent_shard
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import temporary_beside
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, read_plain_file
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, adapter_of, parse_json, read_plain_file
 
+_LISTING_PAUSE = 20  # times the duration of a listing
 _MARKER_NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -47,43 +51,77 @@ def read_marker(out: Path, shard_index: int) -> Marker | None:
     """None if the marker is missing or damaged: a damaged marker proves nothing."""
     try:
         tree = parse_json(read_plain_file(out / f"{shard_index:06d}.json", MAX_JSON_BYTES))
-        return _MARKER.validate_python(tree)
+        return adapter_of(Marker).validate_python(tree)
     except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
 
 
 def marker_from(described: dict[str, Any], entry: LatentEntry) -> Marker:
     """The marker that belongs to a tar with this description. Raises ValueError if the description is incomplete."""
-    return _MARKER.validate_python(marker_of(described, entry))
+    return adapter_of(Marker).validate_python(marker_of(described, entry))
 
 
 class CommittedFailures:
-    """The failures listed by the markers of a folder, for FailureTally."""
+    """The number of failures in the finished shards of a folder, also in those of other tasks, for FailureTally.
+
+    A listing of a folder with a million files takes seconds, so after one that took t, the next comes after 20 t.
+    """
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        self._by_shard: dict[int, tuple[Failure, ...]] = {}  # each marker is read once: it never changes
+        self._by_shard: dict[int, int] = {}  # each marker is read once: it never changes
+        self.in_work = -1  # the shard of `begin`; -1: none
+        self._next_listing = -math.inf  # time.monotonic()
 
-    def __call__(self) -> list[Failure]:
-        for path in self._out.iterdir():
-            name = _MARKER_NAME.fullmatch(path.name)
-            if name is None or int(name[1]) in self._by_shard:
-                continue
-            marker = read_marker(self._out, int(name[1]))
-            if marker is not None:
-                self._by_shard[int(name[1])] = marker.failures
-        return [failure for failures in self._by_shard.values() for failure in failures]
+    def begin(self, shard_index: int) -> None:
+        """The shard that this process works on does not count, also if another worker finishes it first."""
+        self.in_work = shard_index
+
+    def note(self, shard_index: int, failures: int) -> None:
+        """A shard that this process has just committed: its failures count without a listing."""
+        self._by_shard[shard_index] = failures
+        self.in_work = -1
+
+    def __call__(self) -> int:
+        began = time.monotonic()
+        if began >= self._next_listing:
+            for shard_index in marked_shards(self._out):
+                if shard_index not in self._by_shard and (marker := read_marker(self._out, shard_index)) is not None:
+                    self._by_shard[shard_index] = len(marker.failures)
+            ended = time.monotonic()
+            self._next_listing = ended + _LISTING_PAUSE * (ended - began)
+        return sum(self._by_shard.values()) - self._by_shard.get(self.in_work, 0)
+
+
+def marked_shards(out: Path) -> Iterator[int]:
+    """The numbers of the shards with a marker, in any order."""
+    with os.scandir(out) as files:
+        for match in (_MARKER_NAME.fullmatch(file.name) for file in files):
+            if match:
+                yield int(match[1])
+
+
+def failures_of(out: Path, shards: Iterable[int], in_work: Mapping[int, Sequence[Failure]]) -> Iterator[Failure]:
+    """The failures of some shards, from their markers; those in work have no marker yet."""
+    for shard_index in shards:
+        marker = read_marker(out, shard_index)
+        yield from marker.failures if marker is not None else in_work.get(shard_index, ())
 
 
 def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:
-    """True if the marker exists, belongs to this plan and agrees with the description in the tar.
+    """True if `committed_marker` finds one."""
+    return committed_marker(out, shard_index, plan) is not None
+
+
+def committed_marker(out: Path, shard_index: int, plan: EncodePlan) -> Marker | None:
+    """The marker, if it belongs to this plan and agrees with the description in the tar; otherwise None.
 
     Reads the end of the tar, not its samples. Those are checked by `verify` and by every loader.
     """
     marker = read_marker(out, shard_index)
     path = out / f"{shard_index:06d}.tar"
     if marker is None or marker.plan_id != plan.plan_id or not path.with_suffix(".idx").exists():
-        return False
+        return None
     entry = marker.entry
     try:
         # The description is the last member, at an offset that follows from the number of samples.
@@ -96,9 +134,9 @@ def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:
         row = described["first_row"]
         missing = tuple(described["missing"])
         wanted = dataclasses.replace(entry, name=path.name, bytes=size, first_index=row, first_row=row, missing=missing)
-        return marker == marker_from(described, wanted)
+        return marker if marker == marker_from(described, wanted) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def commit(out: Path, shard_index: int, plan: EncodePlan, content: ShardContent, about: dict[str, Any]) -> None:
@@ -150,6 +188,3 @@ def _drop(path: Path, seen: os.stat_result) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
-
-
-_MARKER = TypeAdapter(Marker)

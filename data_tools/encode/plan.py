@@ -6,6 +6,7 @@ It is written before the first image is read. Any worker can then make any shard
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
 from dataclasses import dataclass
@@ -13,25 +14,30 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from data_tools.failures import MAX_BAD
+from ecar_dist.data.order.chunks import ChunkOrder
 from ecar_dist.data.order.lanes import sample_indices
 from ecar_dist.data.prepared import PLAN_NAME
-from ecar_dist.data.shards.manifest import KNOWN_FIELDS
+from ecar_dist.data.shards.entries import KNOWN_FIELDS
 from ecar_dist.data.shards.manifest_rules import Classes, MomentsShape, Samples, Side, Tree, Visible
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import claim_name, temporary_beside, write_json
 from ecar_dist.storage.untrusted import (
     MAX_JSON_BYTES,
     UntrustedError,
+    adapter_of,
     first_violation,
     parse_object,
     read_plain_file,
 )
 from ecar_dist.vae.codec import EncoderIdentity, hash_config
 
+_HINTS = {"decoder": " (--decoder and --device decide this)", "order": " (--chunk decides this)"}
+
 MAX_SHARDS = 1_000_000
+CHUNKED_FROM = 10_000_000  # images in tars; of fewer, a task can keep all tables in memory
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,10 @@ class EncodePlan:
     flip: Visible
     versions: dict[str, Visible]  # of the libraries that compute the moments
     background: Visible | None = None  # behind transparent pixels; None: old version that dropped transparency
+    order: ChunkOrder | None = None  # None: one permutation of all images
     imported: Tree | None = None  # of `ecar-data import`: scale, shift and the other options; None: an encoding
 
-    @property
+    @functools.cached_property
     def plan_id(self) -> str:
         """sha256 of everything that decides the bytes of the shards. Folder names do not."""
         return hash_config(self.content())
@@ -69,6 +76,8 @@ class EncodePlan:
         content = {**dataclasses.asdict(self), "source_folder": "", "encoder": encoder}
         if self.background is None:
             del content["background"]  # older plans have no such key, and their ids must not change
+        if self.order is None:
+            del content["order"]
         if self.imported is None:
             del content["imported"]
         else:
@@ -88,9 +97,18 @@ class EncodePlan:
         first = shard_index * self.samples_per_shard
         return range(first, min(first + self.samples_per_shard, self.count))
 
+    def read_order(self, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a shard in the order in which to read them, and the source sample of each: int64 both."""
+        rows = self.rows(shard_index)
+        if self.order is not None:
+            return self.order.read_order(rows, shard_index, self.count, self.seed)
+        ascending = np.array(rows, dtype=np.int64)
+        return ascending, sample_indices(ascending, self.count, self.seed)
+
     def source_indices(self, shard_index: int) -> np.ndarray:
         """Source sample of each row of a shard, int64."""
-        return sample_indices(np.array(self.rows(shard_index), dtype=np.int64), self.count, self.seed)
+        rows, indices = self.read_order(shard_index)
+        return indices[np.argsort(rows)]
 
     def command(self, out: Path, task: int, tasks: int, max_bad: float = MAX_BAD) -> str:
         """The shell command that makes the shards task, task + tasks, ..."""
@@ -110,6 +128,8 @@ class EncodePlan:
         }
         if self.background not in (None, "white"):
             settings["background"] = self.background
+        if self.order is not None or self.count >= CHUNKED_FROM:
+            settings["chunk"] = 1 if self.order is None else self.order.chunk
         settings |= {"task": task, "tasks": tasks}
         if max_bad != MAX_BAD:
             settings["max-bad"] = max_bad
@@ -123,11 +143,12 @@ class EncodePlan:
         return shlex.join(["ecar-data", "import", self.source_folder, str(out), *words])
 
 
-def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
+def settle_plan(out: Path, plan: EncodePlan, *, keep_order: bool = False) -> EncodePlan:
     """Write the plan if OUT is new, and return the plan that OUT has.
 
     Raises DataError if OUT holds another plan or anything else. A folder that an old version began continues with
-    transparency dropped, unless another background than white is requested.
+    transparency dropped, unless another background than white is requested. `keep_order`: whether a folder that was
+    begun with another order, as those of old versions, continues with it.
     """
     if plan.num_shards > MAX_SHARDS:
         raise DataError(
@@ -145,14 +166,16 @@ def settle_plan(out: Path, plan: EncodePlan) -> EncodePlan:
 
     if settled.background is None and plan.background == "white":
         plan = dataclasses.replace(plan, background=None)
+    if keep_order:
+        plan = dataclasses.replace(plan, order=settled.order)
     if settled.plan_id != plan.plan_id:
         # Name the first field that differs: it is what the user has to change.
         ours = plan.content()
         theirs = settled.content()
-        name = next(key for key in ours if ours[key] != theirs.get(key))
-        hint = " (--decoder and --device decide this)" if name == "decoder" else ""
+        name = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+        hint = _HINTS.get(name, "")
         raise DataError(
-            f"{out} holds another plan: its {name} is {theirs.get(name)}, this command has {ours[name]}; "
+            f"{out} holds another plan: its {name} is {theirs.get(name)}, this command has {ours.get(name)}; "
             f"repeat the first command{hint}, or give another folder"
         )
     return settled
@@ -164,7 +187,7 @@ def read_plan(out: Path) -> EncodePlan:
     try:
         tree = parse_object(read_plain_file(path, MAX_JSON_BYTES))
         stated = tree.pop("plan_id", None)
-        plan = TypeAdapter(EncodePlan).validate_python(tree)
+        plan = adapter_of(EncodePlan).validate_python(tree)
         EncoderIdentity.from_dict(plan.encoder)
         if plan.num_shards > MAX_SHARDS or stated not in (None, plan.plan_id):
             raise UntrustedError("its content is not what was written")

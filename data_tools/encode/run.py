@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_tools.encode.commit import CommittedFailures, commit, is_committed, recover
+from data_tools.encode.commit import CommittedFailures, commit, failures_of, is_committed, marked_shards, recover
 from data_tools.encode.plan import EncodePlan, settle_plan
 from data_tools.encode.settings import EncodeSettings, resolve_device, warn_if_enlarged
-from data_tools.failures import MAX_BAD, Failure, FailureTally
+from data_tools.failures import MAX_BAD, Failure, FailureTally, errors_name, write_failures
 from data_tools.moments_statistics import FP16_MAX, measure
 from data_tools.progress import progress
 from ecar_dist.data.images.decode import ImageDecoder, Separated
 from ecar_dist.data.images.names import readable
 from ecar_dist.data.images.shards import ImageRecord, ImageShards
+from ecar_dist.data.shards.manifest import MANIFEST_NAME
 from ecar_dist.data.shards.write import ShardContent
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.daemon_pool import PATIENCE, DaemonPool
@@ -45,8 +45,9 @@ def encode(
 ) -> None:
     """Make the shards task, task + tasks, ... of the plan that are not there yet. `settings`: of EncodeSettings.
 
-    Bad images are left out and listed in errors.jsonl. Raises DataError if they are more than max_bad x count, if the
-    source is missing or damaged, and if OUT is occupied; ConfigError for settings that do not fit.
+    Bad images are left out and listed in a file of this task. Raises DataError if those of all tasks are more than
+    max_bad x count, if the source is missing or damaged, and if OUT is occupied; ConfigError for settings that do not
+    fit.
     """
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} is outside 0..{tasks - 1} for --tasks {tasks}; count tasks from 0")
@@ -55,10 +56,13 @@ def encode(
     images = ImageShards(shards)
     codec = chosen.open_codec(target)
     decoder = chosen.open_decoder(target)
-    tally = FailureTally(out, len(images), max_bad, CommittedFailures(out))
+    committed = CommittedFailures(out)
+    listed = out / errors_name(task, tasks)
+    tally = FailureTally(out, len(images), max_bad, committed, listed.name)
 
     # Settle the plan, or resume the one that is there.
-    plan = settle_plan(out, chosen.draft(shards, images, codec.identity, decoder))
+    drafted = chosen.draft(shards, images, codec.identity, decoder)
+    plan = settle_plan(out, drafted, keep_order=chosen.chunk is None)
     todo = [index for index in range(task, plan.num_shards, tasks) if not is_committed(out, index, plan)]
     if todo:
         warn_if_enlarged(images, plan.image_size)
@@ -69,39 +73,47 @@ def encode(
         )
         decoder = chosen.open_decoder(target, drop_transparency=True)
 
-    # Encode shard by shard. The list of errors is written even if this ends in an error.
+    # Encode shard by shard. This task's list of errors is written even if this ends in an error.
     with progress(sum(len(plan.rows(index)) for index in todo), "image", "encode") as bar:
         worker = EncodeWorker(images, decoder, codec, target, batch_size, tally, bar)
         with contextlib.closing(worker):
             try:
                 for index in todo:
-                    _encode_shard(worker, plan, out, index)
+                    _encode_shard(worker, plan, out, index, committed)
             finally:
-                failed = tally.write(worker.open_failures)
+                own = range(task, plan.num_shards, tasks)
+                failures = failures_of(out, own, {committed.in_work: worker.open_failures})
+                # A finalized set has one list of all.
+                finalized = (out / MANIFEST_NAME).exists()
+                failed = len(list(failures)) if finalized else write_failures(listed, failures)
 
     # Tell the user what this task did and what comes next.
-    summary = f"{out}: task {task} of {tasks} is done, {len(todo)} shards by this run, failed images so far: {failed}"
+    summary = f"{out}: task {task} of {tasks} is done, {len(todo)} shards by this run"
+    summary += f", failed images in its shards: {failed}" + f" ({listed})" * (failed > 0 and not finalized)
     if decoder.animated:
         summary += f", animated or multi-page: {decoder.animated}, of which the first picture is used"
     print(f"{summary}; {_next_step(out, plan.num_shards, max_bad)}")
 
 
-def _encode_shard(worker: EncodeWorker, plan: EncodePlan, out: Path, shard_index: int) -> None:
+def _encode_shard(
+    worker: EncodeWorker, plan: EncodePlan, out: Path, shard_index: int, committed: CommittedFailures
+) -> None:
     # Another task may have made the shard since this one started, or have died after writing its tar.
     if is_committed(out, shard_index, plan) or recover(out, shard_index, plan):
         return
+    committed.begin(shard_index)
     content = worker.encode_shard(plan, shard_index)
     about = {
         "statistics": measure(content.moments, EncoderIdentity.from_dict(plan.encoder)),
         "failures": [dataclasses.asdict(failure) for failure in worker.open_failures],
     }
     commit(out, shard_index, plan, content, about)
+    committed.note(shard_index, len(worker.open_failures))
     worker.open_failures = []
 
 
 def _next_step(out: Path, num_shards: int, max_bad: float) -> str:
-    names = set(os.listdir(out))
-    finished = sum(f"{index:06d}.json" in names for index in range(num_shards))
+    finished = sum(shard_index < num_shards for shard_index in marked_shards(out))
     if finished < num_shards:
         return f"{finished} of {num_shards} shards are finished; other tasks make the rest"
     return f"next: ecar-data finalize {out}" + f" --max-bad {max_bad:g}" * (max_bad != MAX_BAD)
@@ -109,7 +121,7 @@ def _next_step(out: Path, num_shards: int, max_bad: float) -> str:
 
 @dataclass(frozen=True)
 class _Batch:
-    rows: list[int]  # of the plan
+    rows: list[int]  # of the plan, in any order
     records: list[ImageRecord]
     decoded: Separated
 
@@ -149,15 +161,19 @@ class EncodeWorker:
         """
         self.open_failures = []
         encoded = [self._encode(batch, plan) for batch in self._ahead.one_ahead(self._batches(plan, shard_index))]
-        straight, mirrored, labels = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+        rows, straight, mirrored, labels = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
         if not len(labels):
             raise DataError(
                 f"shard {shard_index:06d} would be empty: none of its {len(plan.rows(shard_index))} images can be "
                 f"encoded ({self.open_failures[-1].error}); give a larger --samples-per-shard, or repair the source"
             )
+
+        # From the order in which they were read to the order of the rows.
+        places = np.argsort(rows)
+        self.open_failures.sort(key=lambda failure: failure.row)
         missing = tuple(failure.row for failure in self.open_failures)
-        first_row = plan.rows(shard_index).start
-        return ShardContent(first_row, straight, labels, mirrored if plan.has_flip else None, missing)
+        flipped = mirrored[places] if plan.has_flip else None
+        return ShardContent(plan.rows(shard_index).start, straight[places], labels[places], flipped, missing)
 
     def close(self) -> None:
         # Closing the images first ends their reads, which would otherwise retry for minutes. A decoder must not be at
@@ -166,16 +182,15 @@ class EncodeWorker:
         self._ahead.end(PATIENCE)
 
     def _batches(self, plan: EncodePlan, shard_index: int) -> Iterator[_Batch]:
-        rows = plan.rows(shard_index)
-        indices = plan.source_indices(shard_index)
+        rows, indices = plan.read_order(shard_index)
         for first in range(0, len(rows), self._batch_size):
             chosen = slice(first, first + self._batch_size)
             records = self._images.read_many(indices[chosen].tolist())
             decoded = self._decoder.separate([record.data for record in records], records, plan.image_size)
-            yield _Batch(list(rows[chosen]), records, decoded)
+            yield _Batch(rows[chosen].tolist(), records, decoded)
 
-    def _encode(self, batch: _Batch, plan: EncodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the G good images: moments, moments of the mirrored images (both fp16 [G, 2C or C, H, W]), labels [G]."""
+    def _encode(self, batch: _Batch, plan: EncodePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the G good images: rows [G], moments, those of mirrored images (fp16 [G, C or 2C, H, W]), labels [G]."""
         # Moments of all images that could be decoded. Only bytes go to the device; they become floats there.
         straight = mirrored = np.empty((0, *plan.moments_shape), np.float32)
         if batch.decoded.good:
@@ -188,8 +203,9 @@ class EncodeWorker:
         good = np.array(batch.decoded.good, dtype=np.int64)[fits]
         self._note_failures(batch, frozenset(good.tolist()))
         self._bar.update(len(batch.rows))
+        rows = np.array(batch.rows, dtype=np.int64)[good]
         labels = np.array([batch.records[place].label for place in good], dtype=np.int64)
-        return straight[fits].astype(np.float16), mirrored[fits].astype(np.float16), labels
+        return rows, straight[fits].astype(np.float16), mirrored[fits].astype(np.float16), labels
 
     def _note_failures(self, batch: _Batch, good: frozenset[int]) -> None:
         """`good`: positions in the batch. Raises DataError if too many images are bad."""

@@ -13,18 +13,22 @@ from typing import Any
 
 import torch
 
-from data_tools.encode.plan import EncodePlan, settle_plan
+from data_tools.encode.plan import CHUNKED_FROM, EncodePlan, settle_plan
 from ecar_dist.data.images.decode import ImageDecoder, image_sides, open_decoder
 from ecar_dist.data.images.formats import background_name, parse_background
 from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.order.chunks import ChunkOrder
 from ecar_dist.data.shards.layout import ShardLayout
 from ecar_dist.data.shards.manifest_rules import MAX_SIDE
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.redaction import redact
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec
+from ecar_dist.vae.table import CODECS
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CHUNK = 32  # images; docs/scale.md compares sizes
+_LEAST_CHUNKS = 64  # in a shard: from so many places of the source its images come
 _SIZED_IMAGES = 64  # images whose size is measured, spread over the first shard
 
 
@@ -42,6 +46,7 @@ class EncodeSettings:
     precision: str = "fp32"
     flip: str = "none"
     background: str = "white"
+    chunk: int | None = None  # None: by the number of images
 
     def open_codec(self, device: str | torch.device) -> LatentCodec:
         return open_codec_by_spec(self.vae, device, _PRECISIONS[self.precision])
@@ -66,7 +71,7 @@ class EncodeSettings:
             raise _missing_image_size(images, identity.downsample)
         side = latent_side(self.image_size, identity.downsample)
         versions = {"torch": torch.__version__, "decoder": decoder.library}
-        if identity.kind != "dct":
+        if CODECS[identity.kind].needs_path:
             versions["diffusers"] = version("diffusers")
         return EncodePlan(
             source_folder=redact(str(shards)),
@@ -85,7 +90,20 @@ class EncodeSettings:
             flip=self.flip,
             versions=versions,
             background=background_name(parse_background(self.background)),
+            order=self._order(images),
         )
+
+    def _order(self, images: ImageShards) -> ChunkOrder | None:
+        """Raises ConfigError for a chunk that is larger than a shard."""
+        chunk = self.chunk
+        if chunk is None:
+            many = images.manifest.in_tars and len(images) >= CHUNKED_FROM
+            chunk = min(_CHUNK, self.samples_per_shard // _LEAST_CHUNKS) if many else 1
+        if chunk > self.samples_per_shard:
+            raise ConfigError(
+                f"--chunk {chunk} is more than --samples-per-shard {self.samples_per_shard}; give a smaller one"
+            )
+        return ChunkOrder(chunk) if chunk > 1 else None
 
 
 def plan(shards: str | Path, out: Path, *, tasks: int = 1, **settings: Any) -> None:
@@ -100,7 +118,8 @@ def plan(shards: str | Path, out: Path, *, tasks: int = 1, **settings: Any) -> N
     # The workers may run on another machine, so a named device is not checked here.
     target = torch.device(resolve_device("auto") if chosen.device == "auto" else chosen.device)
     decoder = chosen.open_decoder(target)
-    settled = settle_plan(out, chosen.draft(shards, images, codec.identity, decoder))
+    drafted = chosen.draft(shards, images, codec.identity, decoder)
+    settled = settle_plan(out, drafted, keep_order=chosen.chunk is None)
 
     warn_if_enlarged(images, settled.image_size)
     if chosen.device == "auto" and target.type == "cpu":
@@ -187,6 +206,8 @@ def _print_plan(plan: EncodePlan, out: Path, tasks: int) -> None:
     print(f"samples   {plan.count} of {shape} fp16" + (", and mirrored" if plan.has_flip else ""))
     print(f"shards    {plan.num_shards} of at most {plan.samples_per_shard} samples")
     print(f"bytes     {plan.count * stride / 1e9:.3f} GB, {stride} per sample")
+    if plan.order is not None:
+        print(f"order     chunks of {plan.order.chunk} consecutive images")
     print(f"decoding  {plan.decoder}, resize {plan.resize}, autoencoder in {plan.precision}")
     print(f"tasks     {tasks}, at most {math.ceil(plan.num_shards / tasks)} shards each; the command of task i:")
     print(plan.command(out, 0, tasks).replace("--task 0 ", "--task i "))

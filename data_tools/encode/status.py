@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_tools.encode.commit import read_marker
 from data_tools.encode.plan import EncodePlan, read_plan
-from data_tools.failures import ERRORS_NAME
+from data_tools.failures import ERRORS_NAME, TASK_ERRORS
 from ecar_dist.command_line import duration
 from ecar_dist.data.prepared import PLAN_NAME
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_manifest
@@ -42,7 +42,8 @@ def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> 
 
     print(f"shards    {len(done)} of {plan.num_shards}")
     print(f"images    {images} of {plan.count}, {100 * images / plan.count:.1f} %")
-    print(f"failures  {failures}" + (f", listed in {out / ERRORS_NAME}" if failures else ""))
+    listed = ERRORS_NAME if (out / ERRORS_NAME).exists() else TASK_ERRORS
+    print(f"failures  {failures}" + (f", listed in {out / listed}" if failures else ""))
 
     # The recent rate tells the time left; the overall rate includes pauses.
     recent = _recent_rate(done, begun, now)

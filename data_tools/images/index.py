@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from data_tools.images.sources import ClassFolders, FoundFile, Tars, find_source
+from data_tools.images.indexing import IndexedTar, IndexFolder
+from data_tools.images.sources import ClassFolders, Tars, find_source
 from data_tools.images.tar_samples import LabelRule, index_image_tar
 from data_tools.progress import progress
 from ecar_dist.data.images.names import readable
 from ecar_dist.data.images.table import UNKNOWN_HASH, ImageRow, write_table
-from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, write_manifest
+from ecar_dist.data.shards.entries import ImageEntry
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, ImageManifest, write_manifest
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.atomic import temporary_beside
 from ecar_dist.storage.daemon_pool import DaemonPool
@@ -24,34 +26,106 @@ from ecar_dist.storage.retries import Transfer
 _TARS_AT_ONCE = 4  # threads; each reads one tar from start to end, and hashing releases the interpreter lock
 
 
-def index(source: str, out: Path, *, label: str = "cls", classes: Path | None = None, flat: bool = False) -> None:
+def index(
+    source: str,
+    out: Path,
+    *,
+    label: str = "cls",
+    classes: Path | None = None,
+    flat: bool = False,
+    task: int = 0,
+    tasks: int = 1,
+) -> None:
     """Write OUT/manifest.json and a table for each tar or class folder. OUT appears only when all is written.
 
-    Raises DataError if OUT is occupied or the source is damaged or ambiguous, ConfigError for a wrong `label`.
+    Tars that are done stay so after a kill or an error, and the same command goes on. Several tasks may share the tars.
+    Raises DataError if OUT is occupied or the source is damaged or ambiguous, ConfigError for a wrong `label` or task.
     """
+    # What can be refused without looking at the source.
+    if not 0 <= task < tasks:
+        raise ConfigError(f"--task {task} is outside 0..{tasks - 1} for --tasks {tasks}; count tasks from 0")
     rule = LabelRule.parse(label, read_class_names(classes))
-    with new_folder(out) as working:
-        manifest = write_index(source, working, rule, flat=flat)
-    places = "tars" if manifest.in_tars else "class folders"
-    print(
-        f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
-        f"next: ecar-data encode {out} LATENTS --vae NAME --image-size SIDE"
-    )
+    if tasks > 1 and (out / MANIFEST_NAME).exists():
+        print(f"{out} is finished")
+        return
+    refuse_occupied(out)
+
+    # Tars are read in parts that stay after a kill; class folders are listed at once.
+    transfer = Transfer()
+    found = find_source(source, transfer, flat=flat)
+    if isinstance(found, Tars):
+        manifest = _index_in_parts(source, found, out, rule, transfer, task, tasks)
+    elif tasks > 1:
+        raise ConfigError(f"--tasks {tasks} is for tars, and {redact(source)} has class folders; leave it out")
+    else:
+        with new_folder(out) as working:
+            manifest = _write(source, found, working, *_index_folders(found, working, rule))
+
+    # Report, where this task was the one that finished the set.
+    if manifest is not None:
+        places = "tars" if manifest.in_tars else "class folders"
+        print(
+            f"{out}: {manifest.count} images of {manifest.num_classes} classes in {len(manifest.shards)} {places}; "
+            f"next: ecar-data encode {out} LATENTS --vae NAME --image-size SIDE"
+        )
 
 
 def write_index(source: str, folder: Path, rule: LabelRule, *, flat: bool = False) -> ImageManifest:
     """Index a source into an existing folder, and print what is left out."""
     transfer = Transfer()
     found = find_source(source, transfer, flat=flat)
-    if isinstance(found, Tars):
-        entries, names = _index_tars(found, folder, rule, transfer)
-    else:
-        entries, names = _index_folders(found, folder, rule)
+    if isinstance(found, ClassFolders):
+        return _write(source, found, folder, *_index_folders(found, folder, rule))
+    done: dict[int, IndexedTar] = {}
+    _index_tars(found, range(len(found.files)), folder, rule, transfer, done.__setitem__)
+    return _write(source, found, folder, *_of_tars([done[place] for place in sorted(done)], found, rule))
+
+
+def _write(
+    source: str, found: Tars | ClassFolders, folder: Path, entries: list[ImageEntry], names: list[str]
+) -> ImageManifest:
+    """Write the manifest, and print what is left out."""
     _print_left_out(found)
     count = sum(entry.count for entry in entries)
     # A URL may hold secrets. They are not written down: each reader has credentials of its own.
     manifest = ImageManifest(redact(source), count, len(names), names, entries, redact(found.location))
     write_manifest(folder, manifest)
+    return manifest
+
+
+def _index_in_parts(
+    source: str, found: Tars, out: Path, rule: LabelRule, transfer: Transfer, task: int, tasks: int
+) -> ImageManifest | None:
+    """Index this task's tars that are not done; then, if all tars are, make OUT. None if other tasks have tars left."""
+    # This task has every tasks-th tar, without those that are done.
+    shared = IndexFolder(out, found, rule, alone=tasks == 1)
+    todo = [place for place in range(task, len(found.files), tasks) if shared.record(place) is None]
+    try:
+        _index_tars(found, todo, shared.path, rule, transfer, shared.add)
+        done = shared.all_done()
+        if done is None:
+            share = f"{shared.number_done()} of {len(found.files)} tars are indexed"
+            print(f"{out}: task {task} of {tasks} is done, {share}; other tasks make the rest")
+            return None
+
+        # All tars are done: the last task to see it makes the set of them.
+        try:
+            manifest = _write(source, found, shared.path, *_of_tars(done, found, rule))
+        except DataError:
+            shared.drop()  # no tar is left to be done, so a repetition would end alike
+            raise
+        shared.finish()
+    except DataError:
+        if not shared.number_done():
+            shared.drop()
+        raise
+    except OSError as error:
+        if (out / MANIFEST_NAME).exists():  # another task was first
+            print(f"{out} is finished")
+            return None
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from None  # the error of a full disk names no path
     return manifest
 
 
@@ -72,14 +146,19 @@ def read_class_names(path: Path | None) -> tuple[str, ...] | None:
     return names
 
 
+def refuse_occupied(out: Path) -> None:
+    """Raises DataError if `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty; remove it or give another folder")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `out` at the end, or removed after an error.
 
     Raises DataError if `out` exists and is not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is not empty; remove it or give another folder")
+    refuse_occupied(out)
     working = temporary_beside(out)
     try:
         working.mkdir(parents=True)
@@ -93,26 +172,37 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _index_tars(found: Tars, folder: Path, rule: LabelRule, transfer: Transfer) -> tuple[list[ImageEntry], list[str]]:
-    """An entry for each tar, in the order of the tars, and the class names."""
-    entries: list[ImageEntry] = []
-    largest = -1
+def _index_tars(
+    found: Tars,
+    places: Sequence[int],
+    folder: Path,
+    rule: LabelRule,
+    transfer: Transfer,
+    done: Callable[[int, IndexedTar], None],
+) -> None:
+    """Write the tables of the tars at these places, and call `done(place, what it is)` for each."""
 
-    def read(file: FoundFile) -> tuple[list[ImageRow], ImageEntry]:
+    def read(place: int) -> None:
+        file = found.files[place]
         tar = index_image_tar(found.location, file.name, file.size, rule, foreign=True, transfer=transfer)
-        table = f"{found.files.index(file):06d}.npy"
+        table = f"{place:06d}.npy"
         digest = write_table(folder / table, tar.rows)
         entry = ImageEntry(file.name, tar.size, len(tar.rows), 0, tar.xxh3_128, tar.sha256, table, digest, "tar")
-        return tar.rows, entry
+        largest = max((row.label for row in tar.rows), default=-1)
+        done(place, IndexedTar(entry if tar.rows else None, largest))
 
-    # Several tars at once. `map` keeps their order.
-    bar = progress(len(found.files), "tar", "index")
+    # Several tars at once.
+    bar = progress(len(places), "tar", "index")
     pool = DaemonPool(_TARS_AT_ONCE, "index-tar")
     with bar, pool, transfer.stopped_by_errors():
-        for rows, entry in pool.map(read, found.files):
-            entries.append(entry)
-            largest = max(largest, max((row.label for row in rows), default=-1))
+        for _ in pool.map(read, places):
             bar.update()
+
+
+def _of_tars(done: Sequence[IndexedTar], found: Tars, rule: LabelRule) -> tuple[list[ImageEntry], list[str]]:
+    """An entry for each tar with images, in the order of the tars, and the class names."""
+    largest = max((one.largest for one in done), default=-1)
+    entries = [one.entry for one in done if one.entry is not None]
     return _number(entries, found.location), list(rule.class_names or map(str, range(largest + 1)))
 
 
@@ -154,13 +244,12 @@ def _print_left_out(found: Tars | ClassFolders) -> None:
 
 
 def _number(entries: list[ImageEntry], location: str) -> list[ImageEntry]:
-    """The entries that hold images, each with the index of its first image."""
+    """The entries, each with the index of its first image."""
     numbered = []
     first = 0
     for entry in entries:
-        if entry.count:
-            numbered.append(dataclasses.replace(entry, first_index=first))
-            first += entry.count
+        numbered.append(dataclasses.replace(entry, first_index=first))
+        first += entry.count
     if not numbered:
         raise DataError(f"{redact(location)} holds no images; check the source")
     return numbered

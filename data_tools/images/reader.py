@@ -38,6 +38,12 @@ class ImageReader:
     read_many: Callable[[Sequence[int]], list[ImageRecord]]  # indices in [0, count) -> encoded images, in that order
     identity: str = ""  # changes if the images or their order change; empty: the name says it all
 
+    # What only some sources have.
+    captions: Sequence[str] = ()  # one for each image, empty where there is none
+    groups: np.ndarray | None = None  # int64 [count]; images with the same number are variants of one picture
+    heldout: np.ndarray | None = None  # bool [count]: the source's own split, in place of a random one
+    attribution: str | None = None  # of the pictures, where their licence asks for one
+
 
 def read_digits() -> ImageReader:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as grey PNGs. Values 0..16 become 0..255."""
@@ -56,8 +62,29 @@ def read_digits() -> ImageReader:
     return ImageReader("digits", names, labels, lambda indices: [read(int(index)) for index in indices])
 
 
+def _read_emoji() -> ImageReader:
+    from data_tools.images.emoji import read_emoji
+
+    return read_emoji()
+
+
+def _read_plain_emoji() -> ImageReader:
+    from data_tools.images.emoji import read_emoji
+
+    return read_emoji("emoji-plain", skin_tones=False)
+
+
+def _read_photos() -> ImageReader:
+    from data_tools.images.photos import read_photos
+
+    return read_photos()
+
+
 BUILT_IN_SOURCES: dict[str, Callable[[], ImageReader]] = {
     "digits": read_digits,
+    "emoji": _read_emoji,
+    "emoji-plain": _read_plain_emoji,
+    "photos": _read_photos,
 }
 
 

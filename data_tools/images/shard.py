@@ -6,6 +6,7 @@ names are known. The names are stored beside the tars, for later messages.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ from ecar_dist.data.images.formats import image_extension
 from ecar_dist.data.images.names import NAMES_SUFFIX, readable, write_names
 from ecar_dist.data.images.shards import ImageRecord
 from ecar_dist.data.images.table import write_table
-from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, write_manifest
+from ecar_dist.data.shards.entries import ImageEntry
+from ecar_dist.data.shards.manifest import ImageManifest, write_manifest
 from ecar_dist.data.shards.tar_index import write_dali_index
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
@@ -52,8 +54,9 @@ def shard(
 ) -> None:
     """Write OUT; or, with `holdout` in (0, 1), OUT/train and OUT/heldout.
 
-    The two parts are disjoint, and `heldout` gets the share `holdout` of every class. `shuffle` shuffles each part by
-    `seed`; otherwise source order is kept. Images that cannot be decoded are left out and listed in errors.jsonl, up to
+    The two parts are disjoint, and `heldout` gets the share `holdout` of every class; or the images that the source
+    itself holds out, if it does. Variants of one picture stay together. `shuffle` shuffles each part by `seed`;
+    otherwise source order is kept. Images that cannot be decoded are left out and listed in errors.jsonl, up to
     the share `max_bad` of a part. Raises DataError if OUT is occupied, the source cannot be read or too many images are
     bad, ConfigError for settings outside their range.
     """
@@ -66,7 +69,7 @@ def shard(
 
     with unfinished_folder(out) as working, open_images(source, rule, flat=flat) as images:
         # Which images go to which folder below OUT, and in which order.
-        chosen = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images.labels, holdout, seed)
+        chosen = {"": np.arange(len(images.labels))} if holdout == 0.0 else _split(images, holdout, seed)
         if shuffle:
             chosen = {name: np.random.default_rng(seed).permutation(indices) for name, indices in chosen.items()}
 
@@ -105,13 +108,19 @@ def _check_failures(parts: Sequence[_Part]) -> None:
     )
 
 
-def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarray]:
+def _split(images: ImageReader, holdout: float, seed: int) -> dict[str, np.ndarray]:
     """Indices of the two parts, each in source order. The choice within a class depends on `seed` and the class."""
+    labels = images.labels
     held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        chosen = np.random.default_rng([seed, int(label)]).permutation(members)
-        held[chosen[: round(holdout * len(members))]] = True
+    if images.heldout is not None:
+        held = images.heldout
+    elif images.groups is not None:
+        held = _split_groups(labels, images.groups, holdout, seed)
+    else:
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels == label)
+            chosen = np.random.default_rng([seed, int(label)]).permutation(members)
+            held[chosen[: round(holdout * len(members))]] = True
     if held.all() or not held.any():
         # A share of n images is rounded, so it must be above 1 / 2n.
         least = math.ceil(50 / np.bincount(labels).max() + 1) / 100
@@ -122,6 +131,24 @@ def _split(labels: np.ndarray, holdout: float, seed: int) -> dict[str, np.ndarra
         )
         raise ConfigError(f"--holdout {holdout} puts all {len(labels)} images into one part; {fix}")
     return {"train": np.flatnonzero(~held), "heldout": np.flatnonzero(held)}
+
+
+def _split_groups(labels: np.ndarray, groups: np.ndarray, holdout: float, seed: int) -> np.ndarray:
+    """Which images are held out, bool [count]: whole groups, in random order, up to the share of each class.
+
+    A group belongs to the class of its first image.
+    """
+    numbers, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    held: list[int] = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels[first] == label)
+        room = round(holdout * sizes[members].sum())
+        # A group that is larger than the rest of the share is left to training.
+        for place in np.random.default_rng([seed, int(label)]).permutation(members):
+            if sizes[place] <= room:
+                held.append(numbers[place])
+                room -= sizes[place]
+    return np.isin(groups, held)
 
 
 class _Part:
@@ -167,7 +194,8 @@ class _Part:
         if self.failures:
             write_errors(self.folder, self.failures)
         names = self.images.class_names
-        write_manifest(self.folder, ImageManifest(self.images.name, self.count, len(names), names, self.entries))
+        about = ImageManifest(self.images.name, self.count, len(names), names, self.entries)
+        write_manifest(self.folder, dataclasses.replace(about, attribution=self.images.attribution))
 
     @property
     def count(self) -> int:
@@ -185,7 +213,9 @@ class _Part:
                 if fault is not None or extension is None:
                     self._leave_out(index, record, fault or f"image {record.where} has an unknown format")
                     continue
-                writer.write({"__key__": key, extension: record.data, "cls": str(record.label).encode()})
+                caption = self.images.captions[index] if self.images.captions else ""
+                text = {"txt": caption.encode()} if caption else {}
+                writer.write({"__key__": key, extension: record.data, "cls": str(record.label).encode(), **text})
                 names.append((key, record.name))
 
         # A shard of bad images alone does not exist.

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from ecar_dist.data.shards.manifest import ImageEntry
+from ecar_dist.data.shards.entries import ImageEntry
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
 from ecar_dist.storage.node_lock import try_lock
-from ecar_dist.storage.untrusted import MAX_JSON_BYTES, parse_json, read_plain_file
+from ecar_dist.storage.untrusted import MAX_JSON_BYTES, adapter_of, parse_json, read_plain_file
 
 _RECORDS = ".shards"  # one file for each finished shard, and the identity of the command
 _LOCK = ".lock"
@@ -82,7 +80,7 @@ class ShardRecords:
         found: list[FinishedShard] = []
         while (tree := self._read(f"{part}-{len(found):06d}.json")) is not None:
             try:
-                shard = TypeAdapter(FinishedShard).validate_python(tree)
+                shard = adapter_of(FinishedShard).validate_python(tree)
                 entry = shard.entry
                 if entry is not None and (self._working / part / entry.name).stat().st_size != entry.bytes:
                     break

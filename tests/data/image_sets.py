@@ -11,7 +11,8 @@ import webdataset
 from PIL import Image
 
 from ecar_dist.data.images.table import ImageRow, write_table
-from ecar_dist.data.shards.manifest import ImageEntry, ImageManifest, Manifest
+from ecar_dist.data.shards.entries import ImageEntry
+from ecar_dist.data.shards.manifest import ImageManifest, Manifest
 
 NUM_CLASSES = 10
 

@@ -7,7 +7,9 @@ read a whole tar before its first image. With a `ShardStore`, whole tars are pro
 from __future__ import annotations
 
 import bisect
+import itertools
 import mmap
+import threading
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ import xxhash
 
 from ecar_dist.data.images.names import read_names, readable
 from ecar_dist.data.images.table import MAX_IMAGE_BYTES, UNKNOWN_HASH, decode_table, key_of, largest_table
-from ecar_dist.data.shards.manifest import ImageEntry, load_image_manifest
+from ecar_dist.data.shards.entries import ImageEntry
+from ecar_dist.data.shards.manifest import load_image_manifest
 from ecar_dist.data.shards.proof import ProvenMap, check_presence
 from ecar_dist.data.shards.store import ShardStore
 from ecar_dist.errors import DataError
@@ -28,7 +31,10 @@ from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import ObjectMissing, Transfer
 
+TABLE_BYTES = 1 << 30  # of tables that are kept: 30 million images
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
+_TOGETHER = 2 << 20  # bytes of a tar in one read of several images
+_GAP = 1 << 16  # bytes between two images that are read and thrown away, to save a read
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,16 @@ class ImageRecord:
         return None if self.find_name is None else self.find_name()
 
 
+@dataclass
+class _Span:
+    """Images of one shard that are read at once: their rows, and the range of bytes that holds them."""
+
+    shard: int
+    rows: list[int]
+    start: int
+    stop: int
+
+
 class ImageShards:
     """The samples [0, count) of a set of images. Safe to use from several threads.
 
@@ -76,7 +92,8 @@ class ImageShards:
         self._first_index = [entry.first_index for entry in self.manifest.shards]
 
         # By shard index, filled when first needed.
-        self._tables: dict[int, np.ndarray] = {}
+        self._tables: dict[int, np.ndarray] = {}  # at most TABLE_BYTES, see `_trim`
+        self._trimming = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}  # of tars in the store
         self._names: dict[int, dict[str, str]] = {}
         self._first_hashes: dict[int, np.ndarray] = {}  # for files in directories: xxh3_64 of the first read, or 0
@@ -94,11 +111,12 @@ class ImageShards:
         return self.read_many([sample_index])[0]
 
     def read_many(self, sample_indices: Sequence[int]) -> list[ImageRecord]:
-        """The samples in this order, read in parallel."""
+        """The samples in this order, read in parallel. Images that follow one another in a tar are one read."""
         locations = [self._locate(int(index)) for index in sample_indices]
         shards = sorted({shard for shard, _ in locations})
 
         # Maps of the store need no threads.
+        self._trim()
         if self._store is not None or len(locations) == 1:
             for shard in shards:
                 self._prepare(shard)
@@ -108,16 +126,19 @@ class ImageShards:
             self._pool = DaemonPool(_READERS, "images")
         try:
             list(self._pool.map(self._prepare, shards))
-            return list(self._pool.map(lambda location: self._record(*location), locations))
+            found = list(self._pool.map(self._read_span, self._spans(locations)))
+            return list(itertools.chain.from_iterable(found))
         except CancelledError:
             raise DataError(f"reading {redact(self._home)} was stopped; start again to continue") from None
 
     def labels(self) -> np.ndarray:
         """Labels of all samples, int64 [count]. Reads only the tables."""
-        shards = range(len(self.manifest.shards))
-        for shard in shards:
-            self._prepare_table(shard)
-        return np.concatenate([self._tables[shard]["label"] for shard in shards]).astype(np.int64)
+        labels = np.empty(len(self), dtype=np.int64)
+        for shard, first in enumerate(self._first_index):
+            found = self._table(shard)["label"]
+            labels[first : first + len(found)] = found
+            self._trim()
+        return labels
 
     def forget(self, needed: Container[int]) -> None:
         """Release the maps and tables of all shards but the `needed` ones. Not while another thread reads."""
@@ -140,33 +161,86 @@ class ImageShards:
 
     def _prepare(self, shard: int) -> None:
         """Read the table of a shard, and open its tar if there is a store."""
-        self._prepare_table(shard)
+        self._table(shard)
         if self._store is not None and self.manifest.shards[shard].kind == "tar" and shard not in self._maps:
             self._maps[shard] = self._store.open(shard)
 
-    def _prepare_table(self, shard: int) -> None:
-        if shard not in self._tables:
+    def _table(self, shard: int) -> np.ndarray:
+        """The table of a shard. It is read again if another thread has released it."""
+        table = self._tables.get(shard)
+        if table is None:
             entry = self.manifest.shards[shard]
             where = remote.join(self._folder, entry.table)
             data = remote.read_bytes(where, self._transfer, limit=largest_table(entry.count))
-            self._tables[shard] = decode_table(data, entry, self.manifest.num_classes, redact(where))
+            table = decode_table(data, entry, self.manifest.num_classes, redact(where))
+            self._tables[shard] = table
+        return table
+
+    def _trim(self) -> None:
+        """Release the tables that were read first, down to TABLE_BYTES: an index of 10^9 images has 33 GB of them."""
+        with self._trimming:
+            tables = list(self._tables.items())
+            total = sum(table.nbytes for _, table in tables)
+            for shard, table in tables:
+                if total <= TABLE_BYTES:
+                    return
+                self._tables.pop(shard, None)
+                total -= table.nbytes
+
+    def _range(self, shard: int, row: int) -> tuple[int, int]:
+        """Where an image begins and ends in its tar."""
+        columns = self._table(shard)[row]
+        start = int(columns["offset"])
+        return start, start + int(columns["size"])
+
+    def _spans(self, locations: Sequence[tuple[int, int]]) -> list[_Span]:
+        """The images in this order; a span ends where the next image is not near behind it, or at _TOGETHER bytes."""
+        spans: list[_Span] = []
+        for shard, row in locations:
+            start, stop = self._range(shard, row)
+            last = spans[-1] if spans and spans[-1].shard == shard else None
+            near = last is not None and last.stop <= start <= last.stop + _GAP and stop - last.start <= _TOGETHER
+            if last is not None and near and self.manifest.shards[shard].kind == "tar":
+                last.rows.append(row)
+                last.stop = stop
+            else:
+                spans.append(_Span(shard, [row], start, stop))
+        return spans
+
+    def _read_span(self, span: _Span) -> list[ImageRecord]:
+        if len(span.rows) == 1:
+            return [self._record(span.shard, span.rows[0])]
+        data = self._read_tar(self.manifest.shards[span.shard], span.start, span.stop)
+        records = []
+        for row in span.rows:
+            start, stop = self._range(span.shard, row)
+            records.append(self._proven(span.shard, row, data[start - span.start : stop - span.start]))
+        return records
 
     def _record(self, shard: int, row: int) -> ImageRecord:
         """Read and check one image. Its shard must be prepared."""
         entry = self.manifest.shards[shard]
-        columns = self._tables[shard][row]
+        start, stop = self._range(shard, row)
+        mapped = self._maps.get(shard)
+        if mapped is not None:
+            # Reading a map past the end of a truncated file would end the process with SIGBUS.
+            data = mapped[start:stop] if mapped.size() >= stop else b""
+        elif entry.kind == "tar":
+            data = self._read_tar(entry, start, stop)
+        else:
+            folder = remote.join(self._home, entry.name)
+            data = self._read_file(remote.join(folder, key_of(self._table(shard)[row])), stop)
+        return self._proven(shard, row, data)
+
+    def _proven(self, shard: int, row: int, data: bytes) -> ImageRecord:
+        """The record of an image, if `data` is what the table says."""
+        entry = self.manifest.shards[shard]
+        columns = self._table(shard)[row]
         key = key_of(columns)
         start = int(columns["offset"])
-        stop = start + int(columns["size"])
-
-        # Reading a map past the end of a truncated file would end the process with SIGBUS.
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            data = self._read(entry, key, start, stop)
-        else:
-            data = mapped[start:stop] if mapped.size() >= stop else b""
-        if len(data) != stop - start:
-            raise self._wrong(shard, key, start, "bytes", len(data), stop - start)
+        size = int(columns["size"])
+        if len(data) != size:
+            raise self._wrong(shard, key, start, "bytes", len(data), size)
 
         # If indexing did not read the file, the hash of its first read is the one to expect from then on.
         expected = int(columns["xxh3_64"])
@@ -187,16 +261,14 @@ class ImageShards:
             self._names[shard] = read_names(self._home, self.manifest.shards[shard].name, self._transfer)
         return self._names[shard].get(key)
 
-    def _read(self, entry: ImageEntry, key: str, start: int, stop: int) -> bytes:
-        """A range of a tar, or a whole file of a directory. A file that has grown is then longer than expected."""
+    def _read_tar(self, entry: ImageEntry, start: int, stop: int) -> bytes:
         where = remote.join(self._home, entry.name)
-        if entry.kind == "files":
-            return self._read_file(remote.join(where, key), stop)
         if remote.is_remote(where):
             return remote.read_range(where, start, stop, self._transfer) if stop > start else b""
         return _read_local(where, start, stop)
 
     def _read_file(self, path: str, size: int) -> bytes:
+        """A whole file. One that has grown is longer than `size`."""
         try:
             if remote.is_remote(path):
                 return remote.read_object(path, size, self._transfer)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from ecar_dist.data.shards.manifest import ImageEntry
+from ecar_dist.data.shards.entries import ImageEntry
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.untrusted import MAX_NAME_BYTES, printable

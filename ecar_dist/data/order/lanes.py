@@ -89,7 +89,7 @@ class LaneOrder:
     """
 
     def __init__(
-        self, counts: Sequence[int], seed: int, lanes: int, window_shards: int, *, endless: bool = False
+        self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, window_shards: int, *, endless: bool = False
     ) -> None:
         self.endless = endless
         self.name = "lanes-feistel-v2" if endless else "lanes-feistel-v1"

@@ -17,6 +17,8 @@ import numpy as np
 # An even number of rounds, so that the two halves have their first widths again at the end.
 _ROUNDS = 8
 
+_PIECE = 1 << 16  # values
+
 # The increment of SplitMix64: 2^64 divided by the golden ratio, odd.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -47,12 +49,31 @@ def permute(values: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits:
     follow from constants of an order, never from the values in one call. Each extra bit doubles the expected number of
     passes.
     """
-    return _walk(_feistel, values, sizes, keys, bits)
+    return _in_pieces(_feistel, values, sizes, keys, bits)
 
 
 def unpermute(images: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
     """The values that `permute` takes to these images; int64 [N] in and out. Arguments as there."""
-    return _walk(_feistel_back, images, sizes, keys, bits)
+    return _in_pieces(_feistel_back, images, sizes, keys, bits)
+
+
+def _in_pieces(
+    network: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    values: np.ndarray,
+    sizes: int | np.ndarray,
+    keys: np.ndarray,
+    bits: int,
+) -> np.ndarray:
+    """`_walk` for a bounded number of values at a time: it needs about 150 bytes for each."""
+    if len(values) <= _PIECE:
+        return _walk(network, values, sizes, keys, bits)
+    bounds = np.broadcast_to(np.asarray(sizes, dtype=np.int64), values.shape)
+    keys = np.broadcast_to(keys, values.shape)
+    images = np.empty_like(values)
+    for first in range(0, len(values), _PIECE):
+        piece = slice(first, first + _PIECE)
+        images[piece] = _walk(network, values[piece], bounds[piece], keys[piece], bits)
+    return images
 
 
 def _walk(

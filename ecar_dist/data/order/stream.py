@@ -68,7 +68,7 @@ class SampleStream:
 
     def __init__(
         self,
-        sources: Sequence[Sequence[int]],
+        sources: Sequence[Sequence[int] | np.ndarray],
         *,
         seed: int,
         global_batch_size: int,
@@ -86,7 +86,7 @@ class SampleStream:
         self._split: Buckets | Mixture | EvenMixture
         counts = [self.made.batch] * len(sources)  # samples of each source in a batch that has any of it
         if by_step:
-            self._split = Buckets([sum(shards) for shards in sources], seed, global_batch_size, weights)
+            self._split = Buckets([int(np.sum(shards)) for shards in sources], seed, global_batch_size, weights)
         elif self.made.is_first or len(sources) == 1:
             self._split = Mixture(weights, seed)
         else:
@@ -145,19 +145,46 @@ class SampleStream:
         found = self._shares_at(step_start)
         if found is None:
             return rank_positions(step_start, self._global_batch_size, rank, world_size)
-
-        # Where the rank's samples are in their source's own stream: the next turns of their lanes.
         shares, first_source, begins = found
+        return self._positions_in(shares, first_source, np.array([step_start]), begins[None], rank, world_size)
+
+    def positions_of_steps(self, step_starts: Sequence[int], rank: int, world_size: int) -> np.ndarray:
+        """`rank_positions` of several steps, laid end to end: int64 [steps x batch / ranks]."""
+        # Most of the time goes into the calls of numpy, so the steps that have the same shares are computed together.
+        found = [self._shares_at(start) for start in step_starts]
+        first = found[0]
+        if first is None or any(one is None or one[0] is not first[0] for one in found):
+            return np.concatenate([self.rank_positions(start, rank, world_size) for start in step_starts])
+        begins = np.array([one[2] for one in found if one is not None])  # [steps, sources]
+        return self._positions_in(first[0], first[1], np.array(step_starts), begins, rank, world_size)
+
+    def _positions_in(
+        self,
+        shares: LaneShares,
+        first_source: int,
+        step_starts: np.ndarray,
+        begins: np.ndarray,
+        rank: int,
+        world_size: int,
+    ) -> np.ndarray:
+        """Positions of a rank in the steps that begin at `step_starts`, of those shares; ascending in each step.
+
+        begins: where the sources of the shares are at each step, int64 [steps, sources].
+        """
+        # Where the rank's samples are in their source's own stream: the next turns of their lanes. [steps, n]
         sources, offsets = shares.of_rank(rank, world_size)
         lanes = np.array([order.lanes for order in self.orders])[first_source + sources]
         turns, lane = np.divmod(offsets, lanes)
-        begin = begins[sources]
+        begin = begins[:, sources]
         inside = begin + (lane - begin) % lanes + turns * lanes
 
         # And in the stream of the run.
         if isinstance(self._split, EvenMixture):
-            return np.sort(self._split.positions(sources, inside))
-        return np.sort(step_start + inside - begin)
+            every = np.broadcast_to(sources, inside.shape)
+            positions = self._split.positions(every.reshape(-1), inside.reshape(-1)).reshape(inside.shape)
+        else:
+            positions = step_starts[:, None] + inside - begin
+        return np.sort(positions, axis=1).reshape(-1)
 
     def locate(self, positions: np.ndarray) -> Locations:
         """The location of each position, int64 [n] in any order."""

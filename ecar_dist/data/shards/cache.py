@@ -6,7 +6,7 @@ shard at a time, into a temporary file. The file gets its name after its size an
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 import os
 import threading
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
-from ecar_dist.data.shards.manifest import ShardEntry
+from ecar_dist.data.shards.entries import ShardEntry, ShardTable
 from ecar_dist.data.shards.proof import ProvenMap, ShardDamaged, describe_damage_in, map_open_file
 from ecar_dist.errors import DataError
 from ecar_dist.storage.daemon_pool import DaemonPool
@@ -74,8 +74,8 @@ class ShardCache:
 
         # The cached file of a shard in a subfolder has one quoted name. `join` rejects names that leave the folder.
         self._folder = options.folder / dataset_id
-        self._urls = [join(url, entry.name) for entry in entries]
-        self._paths = [self._folder / quote(entry.name, safe="") for entry in entries]
+        self._url = url
+        self._indices: dict[str, int] = {}  # by the name of the cached file
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             sweep_temporaries(self._folder)
@@ -90,18 +90,19 @@ class ShardCache:
         self._future: Mapping[int, int] | None = None  # the argument of the last `retire`
 
     def where(self, shard_index: int) -> str:
-        return redact(self._urls[shard_index])
+        return redact(join(self._url, self.entries[shard_index].name))
 
     def open(self, shard_index: int) -> Any:
-        path = self._paths[shard_index]
+        entry = self.entries[shard_index]
+        path = self._path(entry)
         damaged = None  # the state of a cached file that was damaged
         self._finish_prefetch(shard_index)
         while True:
             try:
                 with open(path, "rb", buffering=0) as file:
                     found = os.fstat(file.fileno())
-                    mapped = map_open_file(file, path, self.entries[shard_index])
-                return self._opened(mapped, self.where(shard_index), self.entries[shard_index])
+                    mapped = map_open_file(file, path, entry)
+                return self._opened(mapped, self.where(shard_index), entry)
             except FileNotFoundError:  # not downloaded yet, or evicted by another process
                 pass
             except OSError as error:
@@ -121,7 +122,9 @@ class ShardCache:
         fitting = self._fitting()
         with self._lock:
             for index in filter(fitting.__contains__, shard_indices):
-                if self._transfer.stopping.is_set() or index in self._downloads or self._paths[index].exists():
+                if self._transfer.stopping.is_set() or index in self._downloads:
+                    continue
+                if self._path(self.entries[index]).exists():
                     continue
                 self._downloads[index] = self._shards.submit(self._download, index)
                 self._downloads[index].add_done_callback(partial(self._forget_prefetch, index))
@@ -148,24 +151,57 @@ class ShardCache:
             return
 
         # What does this node hold now, whichever process downloaded it?
-        names = set(os.listdir(self._folder))
-        cached = [index for index, path in enumerate(self._paths) if path.name in names]
-        total = needed + sum(self.entries[index].bytes for index in cached)
+        cached = self._cached()
+        total = needed + sum(found.st_size for _, found in cached.values())
 
+        # The cost depends on the number of cached files, not on the number of shards.
         future = self._future
         for index in sorted(cached, key=lambda index: future.get(index, math.inf), reverse=True):
             if total <= budget:
                 return
-            self._paths[index].unlink(missing_ok=True)
-            total -= self.entries[index].bytes
+            path, found = cached[index]
+            path.unlink(missing_ok=True)
+            total -= found.st_size
+
+    def _cached(self) -> dict[int, tuple[Path, os.stat_result]]:
+        """The shards in the folder, by index. Temporary files and locks are not shards."""
+        found = {}
+        with os.scandir(self._folder) as listing:
+            for file in listing:
+                index = self._index_of(file.name)
+                with contextlib.suppress(FileNotFoundError):  # another process has evicted it
+                    if index is not None:
+                        found[index] = (self._folder / file.name, file.stat())
+        return found
+
+    def _index_of(self, name: str) -> int | None:
+        """The shard whose cached file has this name; None if it is another file. Each shard is looked up once."""
+        if not self._indices and not isinstance(self.entries, ShardTable):
+            self._indices = {self._path(entry).name: index for index, entry in enumerate(self.entries)}
+        found = self._indices.get(name)
+        if found is None and isinstance(self.entries, ShardTable):
+            found = self.entries.find(unquote(name))
+            if found is not None and self._path(self.entries[found]).name == name:
+                self._indices[name] = found
+        return self._indices.get(name)
+
+    def _path(self, entry: ShardEntry) -> Path:
+        """Where a shard is cached. Raises DataError for a name that leads out of the set."""
+        join(self._url, entry.name)
+        return self._folder / quote(entry.name, safe="")
 
     def _fitting(self) -> Container[int]:
         """The shards that the budget can hold until their next use. Prefetching others would evict these."""
         if self._options.budget_bytes is None or self._future is None:
             return range(len(self.entries))
-        order = sorted(self._future, key=self._future.__getitem__)
-        ends = itertools.accumulate(self.entries[index].bytes for index in order)
-        return {index for index, end in zip(order, ends, strict=True) if end <= self._options.budget_bytes}
+        fitting = set()
+        total = 0
+        for index in sorted(self._future, key=self._future.__getitem__):
+            total += self.entries[index].bytes
+            if total > self._options.budget_bytes:
+                break
+            fitting.add(index)
+        return fitting
 
     def _finish_prefetch(self, shard_index: int) -> None:
         """Wait for the prefetch of this shard and raise its error. Cancels it if it has not started."""
@@ -186,8 +222,8 @@ class ShardCache:
 
         A damaged file counts as the first of two downloads.
         """
-        path = self._paths[shard_index]
         entry = self.entries[shard_index]
+        path = self._path(entry)
         try:
             if self._transfer.stopping.is_set():
                 raise CancelledError
@@ -199,7 +235,7 @@ class ShardCache:
                     self._make_room(entry.bytes)
                     self.stats.add(refetches=damaged is not None)
                     fetch_file(
-                        RemoteFile(self._urls[shard_index], entry.bytes, entry.xxh3_128),
+                        RemoteFile(join(self._url, entry.name), entry.bytes, entry.xxh3_128),
                         path,
                         self._transfer,
                         pool=self._ranges,

@@ -1,5 +1,7 @@
 """The two kinds of manifest: `ecar-latents-v1` (read by training) and `ecar-images-v1` (read by encoding).
 
+In `ecar-latents-v2` the entries of the shards are in a file of their own, see `entries.py`.
+
 Only the manifest says what belongs to a data set. To a tar reader, a tar that ends early or a missing shard looks like
 a smaller set.
 
@@ -9,103 +11,67 @@ content, and the fields against each other (`check_sums`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
+from ecar_dist.data.shards.entries import (
+    KNOWN_FIELDS,
+    TABLE_NAME,
+    CodebookEntry,
+    ImageEntry,
+    LatentEntry,
+    ShardTable,
+    TableRecord,
+)
 from ecar_dist.data.shards.manifest_rules import (
-    Bytes,
     Classes,
-    Count,
     FailureCount,
     Flag,
     MomentsShape,
-    PlainName,
-    RelativeName,
     Samples,
-    Sha256,
     Tree,
     Visible,
-    Xxh3,
     check_channels,
+    check_class_names,
+    check_codebooks,
     check_entries,
     check_rows,
     check_tar,
+    check_total,
 )
-from ecar_dist.errors import DataError
-from ecar_dist.storage.atomic import write_json
+from ecar_dist.errors import DataError, reason_of
+from ecar_dist.storage.atomic import atomic_write, write_json
+from ecar_dist.storage.fetch import RemoteFile, cache_folder, fetch_file
+from ecar_dist.storage.node_lock import node_lock
 from ecar_dist.storage.redaction import redact
-from ecar_dist.storage.remote import is_remote, join, meant_url, read_bytes
-from ecar_dist.storage.retries import ObjectMissing
+from ecar_dist.storage.remote import file_in, is_remote, join, meant_url, read_bytes
+from ecar_dist.storage.retries import ObjectMissing, Transfer
 from ecar_dist.storage.untrusted import (
     UntrustedError,
+    adapter_of,
     first_violation,
     parse_json,
     printable,
+    validate_record,
 )
 
 MANIFEST_NAME = "manifest.json"
 
-# A manifest of a million shards has about 300 MB.
+# The entries of a million shards have about 300 MB as JSON. New sets of more than TABLE_SHARDS have a table instead.
 MAX_MANIFEST_BYTES = 1 << 30
-
-# For pydantic: no unknown fields, no NaN or infinity.
-KNOWN_FIELDS = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-# ---- one shard
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """What a shard must be: its file name, size, number of samples, and hashes."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
-
-    name: RelativeName
-    bytes: Bytes
-    count: Samples
-    first_index: Count  # index of the first sample in the set
-
-    # xxh3 is fast, and checked at every opening. sha256 identifies the content in the dataset_id.
-    xxh3_128: Xxh3
-    sha256: Sha256
-
-
-@dataclass(frozen=True)
-class LatentEntry(ShardEntry):
-    """A latent shard. The keys of its samples are consecutive rows of the encode plan, from `first_row` on.
-
-    An image that could not be encoded leaves a gap. So the row of a sample does not depend on other samples.
-    """
-
-    first_row: Count
-    missing: tuple[Count, ...] = ()  # the rows of the gaps, ascending
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The row in the plan of each sample, int64 [count]."""
-        # The shard covers `count` rows and the gaps between them.
-        reserved = np.arange(self.first_row, self.first_row + self.count + len(self.missing), dtype=np.int64)
-        return np.setdiff1d(reserved, np.array(self.missing, dtype=np.int64), assume_unique=True)
-
-
-@dataclass(frozen=True)
-class ImageEntry(ShardEntry):
-    """One tar or one class directory of encoded images. A table gives the offset and size of each image.
-
-    For a directory (`kind` "files"), `bytes` is the sum of the sizes of its images and the hashes are empty, because
-    indexing does not read the files.
-    """
-
-    table: PlainName  # a file beside the manifest
-    table_xxh3_128: Xxh3
-    kind: Literal["tar", "files"]
+TABLE_SHARDS = 10_000
+TABLE_SCHEMA = "ecar-latents-v2"
 
 
 # ---- a whole set
@@ -125,11 +91,17 @@ class ImageManifest:
     class_names: list[Visible]
     shards: list[ImageEntry]
     location: Visible | None = None  # folder or URL of the tars or directories; None: the manifest's own folder
+    attribution: Visible | None = None  # of the images, where their licence asks for one; absent in the file if None
 
-    @property
+    @cached_property
     def dataset_id(self) -> str:
         """Covers the images and their order, but not their location: users may move a set and edit `location`."""
-        return _dataset_id(dataclasses.replace(self, source="", location=None))
+        return _dataset_id(dataclasses.replace(self, source="", location=None, attribution=None))
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """The number of images of each shard: int64 [shards]."""
+        return np.array([entry.count for entry in self.shards], dtype=np.int64)
 
     @property
     def in_tars(self) -> bool:
@@ -168,16 +140,33 @@ class Manifest:
     encoder: Tree  # vae.codec.EncoderIdentity.to_dict()
     preprocessing: Tree
     statistics: Tree
-    shards: list[LatentEntry]
+    shards: Sequence[LatentEntry]  # a list, or a ShardTable
     failures: FailureCount = field(default_factory=lambda: {"count": 0, "file": None})
+    codebooks: list[CodebookEntry] = field(default_factory=list)
 
-    @property
+    @cached_property
     def dataset_id(self) -> str:
-        return _dataset_id(self)
+        """Covers the samples and their order, but not the codebooks: a new one does not make another set.
+
+        With a table, it covers the table's sha256, so it does not take time for each shard.
+        """
+        return _dataset_id(dataclasses.replace(self, codebooks=[]))
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """The number of samples of each shard: int64 [shards]."""
+        if isinstance(self.shards, ShardTable):
+            return self.shards.counts
+        return np.array([entry.count for entry in self.shards], dtype=np.int64)
 
     def check_sums(self) -> None:
-        """Check the fields against each other. Raises UntrustedError."""
+        """Check the fields against each other. Raises UntrustedError. The entries of a table were checked with it."""
         check_channels(self.encoder, self.moments_shape)
+        check_codebooks([(entry.patch_size, entry.size) for entry in self.codebooks])
+        if isinstance(self.shards, ShardTable):
+            check_class_names(self.num_classes, self.class_names)
+            check_total(self.shards.samples, self.count)
+            return
         check_entries(self.shards, self.count, self.num_classes, self.class_names)
 
         # The rows of the shards ascend without overlap, so every key is unique.
@@ -192,17 +181,34 @@ AnyManifest = TypeVar("AnyManifest", bound=Manifest | ImageManifest)
 # ---- reading and writing
 
 
-def load_manifest(folder: str | Path) -> Manifest:
+def load_manifest(folder: str | Path, cache: Path | None = None) -> Manifest:
     """Read the manifest of latent shards from a folder or fsspec URL.
+
+    cache: root of the node's cache, for the table of a set behind a URL; None: as `cache_folder`.
 
     Raises DataError if it is missing, not JSON, of another schema, was edited, or breaks a rule.
     """
-    return _load(folder, Manifest)
+    url = join(folder, MANIFEST_NAME)
+    tree = _read_tree(url, Manifest)
+    if not (isinstance(tree, dict) and tree.get("schema") == TABLE_SCHEMA):
+        return _proven(tree, Manifest, redact(url))
+
+    # The table is proven by the manifest, and is opened before the id of both is compared.
+    try:
+        record = validate_record(json.dumps(tree.pop("table", None)).encode(), TableRecord)
+        table = _open_table(folder, record, cache)
+    except UntrustedError as error:
+        raise DataError(f"{redact(url)} is damaged: {error}; restore it, or run `{Manifest.MADE_BY}` again") from None
+    return _proven({**tree, "schema": Manifest.SCHEMA, "shards": []}, Manifest, redact(url), table)
 
 
 def load_image_manifest(folder: str | Path) -> ImageManifest:
     """Read the manifest of image shards from a folder or fsspec URL. Raises DataError as `load_manifest` does."""
-    return _load(folder, ImageManifest)
+    url = join(folder, MANIFEST_NAME)
+    # The location is checked last, because the rule depends on where the manifest came from.
+    manifest = _proven(_read_tree(url, ImageManifest), ImageManifest, redact(url))
+    _check_location(manifest.location, str(url))
+    return manifest
 
 
 def schema_of(folder: str | Path) -> str:
@@ -216,24 +222,52 @@ def schema_of(folder: str | Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
-    """Write `manifest.json`. Raises DataError for a manifest that `load_manifest` would reject."""
+    """Write `manifest.json`, and the table of a manifest that has one.
+
+    Raises DataError for a manifest that `load_manifest` would reject.
+    """
     # Checked as a reader would check it. Names of classes and folders come from users.
-    tree = dataclasses.asdict(manifest)
+    table = manifest.shards if isinstance(manifest.shards, ShardTable) else None
+    tree = _content(manifest)
     try:
-        _by_the_rules(tree, type(manifest)).check_sums()
+        fields = {name: value for name, value in tree.items() if name not in ("schema", "table")}
+        _by_the_rules({"shards": [], **fields}, type(manifest), table).check_sums()
     except UntrustedError as error:
         raise DataError(f"cannot write a manifest for {folder}: {error}; fix that in its source") from None
-    write_json(folder / MANIFEST_NAME, {"schema": manifest.SCHEMA, **tree, "dataset_id": manifest.dataset_id})
+
+    # The table first: a manifest is never there without it.
+    if table is not None and table.path != folder / TABLE_NAME:
+        with atomic_write(folder / TABLE_NAME) as copy, open(table.path, "rb") as original:
+            shutil.copyfileobj(original, copy)
+    write_json(folder / MANIFEST_NAME, {**tree, "dataset_id": manifest.dataset_id})
 
 
-def _load(folder: str | Path, kind: type[AnyManifest]) -> AnyManifest:
-    """A manifest of the given kind. Raises DataError as `load_manifest` does."""
-    url = join(folder, MANIFEST_NAME)
-    # The location is checked last, because the rule depends on where the manifest came from.
-    manifest = _proven(_read_tree(url, kind), kind, redact(url))
-    if isinstance(manifest, ImageManifest):
-        _check_location(manifest.location, str(url))
-    return manifest
+def _open_table(folder: str | Path, record: TableRecord, cache: Path | None) -> ShardTable:
+    """The table of a set; behind a URL it is downloaded once for each node, to a file that is named by its sha256.
+
+    Raises UntrustedError for a table that is not the one in `record`, DataError if it cannot be read.
+    """
+    if not is_remote(folder):
+        try:
+            return ShardTable(file_in(folder, TABLE_NAME), record)
+        except UntrustedError as error:
+            raise UntrustedError(f"{TABLE_NAME}: {error}") from None
+        except OSError as error:
+            raise UntrustedError(f"{TABLE_NAME} cannot be read ({reason_of(error)})") from None
+
+    path = cache_folder(cache) / "tables" / f"{record.sha256}.npy"
+    transfer = Transfer()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with node_lock(path.with_name(f".{path.name}.lock"), transfer.stopping):
+            # A cached file that is damaged is replaced.
+            if path.exists():
+                with contextlib.suppress(UntrustedError):
+                    return ShardTable(path, record)
+            fetch_file(RemoteFile(join(folder, TABLE_NAME), record.bytes, record.xxh3_128), path, transfer)
+            return ShardTable(path, record)
+    except OSError as error:
+        raise DataError(f"cannot use the cache {path.parent} ({reason_of(error)}); set data.cache.dir") from None
 
 
 def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
@@ -252,8 +286,11 @@ def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
         raise DataError(f"{redact(url)} is damaged: {error}; restore it, or run `{kind.MADE_BY}` again") from None
 
 
-def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
-    """The manifest in a JSON value. Raises DataError if the schema, the dataset_id or a rule does not hold."""
+def _proven(tree: Any, kind: type[AnyManifest], where: str, table: ShardTable | None = None) -> AnyManifest:
+    """The manifest in a JSON value and its table.
+
+    Raises DataError if the schema, the dataset_id or a rule does not hold.
+    """
     # Another schema usually means that the folder of another command was given.
     found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
     if found != kind.SCHEMA:
@@ -264,7 +301,7 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str) -> AnyManifest:
     stated = tree.pop("dataset_id", None)
     del tree["schema"]
     try:
-        manifest = _by_the_rules(tree, kind)
+        manifest = _by_the_rules(tree, kind, table)
         if manifest.dataset_id != stated:
             said = printable(str(stated), 80)
             raise DataError(
@@ -286,16 +323,33 @@ def _check_location(location: str | None, url: str) -> None:
         )
 
 
-def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
+def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest], table: ShardTable | None = None) -> AnyManifest:
     """Check each field by its type. Raises UntrustedError that names the first field that breaks its rule."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
+        manifest = adapter_of(kind).validate_python(tree)
     except ValidationError as error:
         raise UntrustedError(first_violation(error)) from None
+    return manifest if table is None else dataclasses.replace(cast(Any, manifest), shards=table)
+
+
+def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
+    """Schema and fields as JSON values. Instead of the entries of a table, what identifies its file."""
+    if isinstance(manifest.shards, ShardTable):
+        tree = _fields(dataclasses.replace(manifest, shards=[]))
+        del tree["shards"]
+        return {"schema": TABLE_SCHEMA, **tree, "table": manifest.shards.record.model_dump()}
+    return {"schema": manifest.SCHEMA, **_fields(manifest)}
+
+
+def _fields(manifest: Manifest | ImageManifest) -> dict[str, Any]:
+    """The fields as JSON values. Sets of earlier versions have no attribution and no codebooks, and keep their ids."""
+    tree = dataclasses.asdict(manifest)
+    absent: dict[str, Any] = {"attribution": None, "codebooks": []}
+    return {name: value for name, value in tree.items() if name not in absent or value != absent[name]}
 
 
 def _dataset_id(manifest: Manifest | ImageManifest) -> str:
     """sha256 of the canonical JSON of all other fields."""
     # Sorted keys and no spaces: equal manifests have equal texts, whoever writes them.
-    content = {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(_content(manifest), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

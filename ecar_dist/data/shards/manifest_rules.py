@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 from pydantic import AfterValidator, Field
 
 from ecar_dist.data.shards.tar_index import BLOCK
@@ -81,14 +84,30 @@ def check_channels(encoder: dict[str, Any], shape: Sequence[int]) -> None:
             raise UntrustedError(f"moments_shape is {list(shape)}, its encoder makes {expected} channels")
 
 
+def check_class_names(num_classes: int, class_names: Sequence[str]) -> None:
+    """Raises UntrustedError unless each class has a name."""
+    if len(class_names) != num_classes:
+        raise UntrustedError(f"it has {len(class_names)} class names for {num_classes} classes")
+
+
+def check_total(samples: int, count: int) -> None:
+    """Raises UntrustedError unless the shards have as many samples as the set."""
+    if samples != count:
+        raise UntrustedError(f"its shards have {samples} samples in all, it says {count}")
+
+
+def check_codebooks(kinds: Sequence[tuple[int, int]]) -> None:
+    """Check that no two codebooks have the same patch and the same number of codes. Raises UntrustedError."""
+    if len(set(kinds)) != len(kinds):
+        raise UntrustedError("it lists two codebooks of one size and patch")
+
+
 def check_entries(entries: Sequence[_Entry], count: int, num_classes: int, class_names: Sequence[str]) -> None:
     """Check that the entries follow each other without a gap and add up to `count`.
 
     Raises UntrustedError that names the first wrong entry.
     """
-    if len(class_names) != num_classes:
-        raise UntrustedError(f"it has {len(class_names)} class names for {num_classes} classes")
-
+    check_class_names(num_classes, class_names)
     first = 0
     names = set()
     for entry in entries:
@@ -99,8 +118,7 @@ def check_entries(entries: Sequence[_Entry], count: int, num_classes: int, class
             raise UntrustedError(f"{entry.name!r} begins at sample {entry.first_index}, the one before ends at {first}")
         first += entry.count
 
-    if first != count:
-        raise UntrustedError(f"its shards have {first} samples in all, it says {count}")
+    check_total(first, count)
 
 
 def check_tar(entry: _Entry, hashes: Sequence[str]) -> None:
@@ -122,6 +140,94 @@ def check_rows(entry: _Entry, first_row: int, missing: Sequence[int], after: int
     if first_row < after or end > MAX_ROWS or not rising or not inside:
         raise UntrustedError(f"the rows of {entry.name!r} are not {entry.count} ascending rows from {after} on")
     return end
+
+
+@dataclass(frozen=True)
+class TableTotals:
+    """How far the rows of a table have been checked: what the next row has to follow."""
+
+    shards: int = 0
+    samples: int = 0
+    missing: int = 0
+    row: int = 0  # after the last row of the plan that a shard covers
+    name: bytes = b""
+
+
+def check_table_rows(rows: np.ndarray, missing: np.ndarray, before: TableTotals | None) -> TableTotals:
+    """The rules of `check_entries`, `check_tar` and `check_rows` for some rows of a `ShardTable`, all at once.
+
+    rows: [n], of at most 2^15 shards, so that no sum of valid values leaves int64. missing: their missing rows, int64.
+    The names have to be plain and to ascend, by length first, so none comes twice. Returns the totals with these rows.
+    Raises UntrustedError that names the first wrong shard.
+    """
+    before = before or TableTotals()
+
+    # The ranges, without which the sums below could overflow.
+    counts, gaps, first_rows = rows["count"], rows["missing"], rows["first_row"]
+    _check_all(before, (counts >= 1) & (counts <= MAX_ROWS), "count")
+    _check_all(before, (gaps >= 0) & (gaps <= MAX_ROWS), "number of missing rows")
+    _check_all(before, (first_rows >= 0) & (first_rows <= MAX_ROWS), "first row")
+    _check_all(before, (rows["bytes"] <= MAX_BYTES) & (counts <= rows["bytes"] // (2 * BLOCK)), "size")
+
+    # Each shard follows the one before.
+    samples = before.samples + np.cumsum(counts)
+    gap_ends = before.missing + np.cumsum(gaps)
+    _check_all(before, (rows["first_index"] == samples - counts) & (samples <= MAX_ROWS), "first index")
+    _check_all(before, (rows["missing_at"] == gap_ends - gaps) & (gap_ends <= MAX_ROWS), "missing rows")
+    ends = first_rows + counts + gaps
+    _check_all(before, (first_rows >= np.append(before.row, ends[:-1])) & (ends <= MAX_ROWS), "first row")
+    _check_names(before, rows["name"])
+
+    # The missing rows ascend within their shard.
+    if len(missing) != gaps.sum():
+        raise UntrustedError(f"the missing rows of shards from {before.shards} on are not there")
+    if len(missing):
+        owners = np.repeat(np.arange(len(rows)), gaps)
+        falls = np.flatnonzero((np.diff(missing) <= 0) & (np.diff(owners) == 0))
+        outside = (missing < first_rows[owners]) | (missing >= ends[owners])
+        outside[falls] = True
+        wrong = np.zeros(len(rows), dtype=bool)
+        wrong[owners[outside]] = True
+        _check_all(before, ~wrong, "missing rows")
+    return TableTotals(
+        before.shards + len(rows), int(samples[-1]), int(gap_ends[-1]), int(ends[-1]), rows["name"][-1].item()
+    )
+
+
+def _check_all(before: TableTotals, right: np.ndarray, what: str) -> None:
+    if not right.all():
+        raise UntrustedError(f"shard {before.shards + int(right.argmin())} has a wrong {what}")
+
+
+def _check_names(before: TableTotals, names: np.ndarray) -> None:
+    """Plain names in folders, ascending by length and then by bytes: uint8 [n, width] at once."""
+    letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), -1)
+    filled = letters != 0
+    lengths = filled.sum(axis=1)
+
+    # A part of a name begins with a letter, a digit or _, so it is neither empty nor a dot. Zeros are at the end only.
+    starts = np.ones_like(filled)
+    starts[:, 1:] = letters[:, :-1] == ord("/")
+    allowed = np.where(starts, _NAME_START[letters], _NAME_PART[letters]) | ~filled
+    padded_right = filled == (np.arange(letters.shape[1]) < lengths[:, None])
+    last = letters[np.arange(len(names)), np.maximum(lengths - 1, 0)]
+    _check_all(before, allowed.all(axis=1) & padded_right.all(axis=1) & (lengths > 0) & (last != ord("/")), "name")
+
+    earlier = np.append(np.array([before.name], names.dtype), names[:-1])
+    earlier_lengths = np.append(len(before.name), lengths[:-1])
+    rises = (lengths > earlier_lengths) | ((lengths == earlier_lengths) & (names > earlier))
+    _check_all(before, rises, "place: its name does not follow the one before")
+
+
+def _table_of(letters: str) -> np.ndarray:
+    table = np.zeros(256, dtype=bool)
+    table[[ord(letter) for letter in letters]] = True
+    return table
+
+
+# As `plain_name`, for each part of a path.
+_NAME_START = _table_of(string.ascii_letters + string.digits + "_")
+_NAME_PART = _table_of(string.ascii_letters + string.digits + "_.-/")
 
 
 def _check_plain(key: str, value: Any) -> None:

@@ -13,15 +13,15 @@ import mmap
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
+from ecar_dist.data.shards.entries import ShardEntry
 from ecar_dist.data.shards.layout import DESCRIPTION_NAME, Description, MemberRecord, description_text
-from ecar_dist.data.shards.manifest import ShardEntry
 from ecar_dist.data.shards.tar_index import BLOCK, padded
 from ecar_dist.errors import DataError
 from ecar_dist.storage.hashing import hash_open_file
@@ -87,8 +87,8 @@ def check_size(path: Path, entry: ShardEntry) -> None:
         raise _wrong_size(path, size, entry)
 
 
-def check_presence(folder: str | Path, entries: Sequence[ShardEntry]) -> None:
-    """Check that every shard of a local set exists and has its size. Raises DataError that names the first bad one.
+def check_presence(folder: str | Path, entries: Iterable[ShardEntry]) -> None:
+    """Check that these shards of a local set exist and have their sizes. Raises DataError that names the first bad one.
 
     Shards behind a URL are not checked here, because that costs one request each. They are checked when downloaded.
     """

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ecar_dist.data.shards.entries import LatentEntry
 from ecar_dist.data.shards.layout import (
     DESCRIPTION_NAME,
     LABEL_BYTES,
@@ -21,7 +22,6 @@ from ecar_dist.data.shards.layout import (
     npy_header,
     sample_key,
 )
-from ecar_dist.data.shards.manifest import LatentEntry
 from ecar_dist.data.shards.proof import ProvenMap, map_verified
 from ecar_dist.data.shards.tar_index import BLOCK
 from ecar_dist.errors import DataError

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ecar_dist.data.shards.cache import CacheOptions, OpenedAs, ShardCache, as_map
-from ecar_dist.data.shards.manifest import ShardEntry
+from ecar_dist.data.shards.entries import ShardEntry
 from ecar_dist.data.shards.proof import check_presence, local_folder, map_verified
 from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.remote import file_in, is_remote
@@ -59,15 +59,18 @@ def open_store(
     entries: Sequence[ShardEntry],
     cache: CacheOptions,
     opened: OpenedAs[Any] = as_map,
+    checked: Iterable[int] | None = None,
 ) -> ShardStore[Any]:
     """The store of a data set. Raises DataError if a local shard is missing or has another size.
+
+    checked: the indices of the shards that are looked up now; None: all. The others are looked up when they are used.
 
     `opened(mapped, where, entry)` makes what `ShardStore.open` returns of each proven map. For local shards it runs in
     the background, with the proof. Shards behind a URL are checked after their download.
     """
     if is_remote(folder):
         return ShardCache(str(folder), dataset_id, entries, cache, opened)
-    return LocalShards(folder, entries, opened)
+    return LocalShards(folder, entries, opened, checked)
 
 
 class LocalShards:
@@ -80,14 +83,16 @@ class LocalShards:
         folder: str | Path,
         entries: Sequence[ShardEntry],
         opened: OpenedAs[Any] = as_map,
+        checked: Iterable[int] | None = None,
     ) -> None:
+        """As `open_store`."""
         self.entries = entries
         self._opened = opened
         self.stats = TransferStats()
         self._folder = local_folder(folder)
         self._pool = DaemonPool(_PROVING_THREADS, "shard-prove")
         self._prefetched: dict[int, Future[Any]] = {}  # by shard index
-        check_presence(folder, entries)
+        check_presence(folder, entries if checked is None else map(entries.__getitem__, checked))
 
     def open(self, shard_index: int) -> Any:
         # A prefetch that has not started is cancelled, and the shard is proven here.

@@ -45,31 +45,53 @@ class WatchedShard(Protocol):
 class ShardWatch:
     """The checks of one data set, given the samples of each shard and the number of values (`width`) of a sample.
 
-    Memory: 2 bytes per sample, 4 with mirrored images.
+    Memory: 8 bytes for each shard of the set. For each sample of the shards that are open at a time, 2 bytes, or 4 with
+    mirrored images.
     """
 
-    def __init__(self, counts: Sequence[int], width: int, has_flip: bool) -> None:
+    def __init__(self, counts: Sequence[int] | np.ndarray, width: int, has_flip: bool) -> None:
         self._width = width
         self._next_check = -math.inf  # time.perf_counter()
 
-        # One probe for each row and side (plain, mirrored) of each shard.
+        # One probe for each row and side (plain, mirrored) of each shard that is known now. Every such shard has a slot
+        # of the size of the largest.
         self._sides = 1 + has_flip
-        ends = np.cumsum(counts, dtype=np.int64)
-        self._firsts = (ends - counts) * self._sides
-        self._probes = np.empty(int(ends[-1]) * self._sides, _PROBE)  # [samples, sides]
+        self._slot_size = int(np.max(counts)) * self._sides
+        self._slots = np.zeros(len(counts), dtype=np.int64)  # of each shard that is known
+        self._free: list[int] = []
+        self._probes = np.empty(0, _PROBE)  # [slots, rows, sides]
 
         # The column to compare in each row of a shard. It is unpredictable, so no writer can leave it out.
         generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
-        self._columns = generator.integers(0, width, max(counts), dtype=np.int64)  # [largest shard]
+        self._columns = generator.integers(0, width, int(np.max(counts)), dtype=np.int64)  # [largest shard]
+        self._known: set[int] = set()
 
     def learn(self, owner: int, shard: WatchedShard) -> None:
         """Remember the probes of a shard that was just proven. The next batch will be checked."""
+        if owner not in self._known:
+            self._slots[owner] = self._free.pop() if self._free else self._new_slot()
+            self._known.add(owner)
         rows = np.arange(len(shard.moments))
-        at = self._firsts[owner] + rows * self._sides
+        at = self._slots[owner] * self._slot_size + rows * self._sides
         for side, view in enumerate((shard.moments, shard.mirrored)[: self._sides]):
             values = view.reshape(len(rows), -1).view(_PROBE)  # [count, width]
             self._probes[at + side] = values[rows, self._columns[rows]]
         self._next_check = -math.inf
+
+    def forget(self, owner: int) -> None:
+        """The shard is not open any more: its memory may hold the probes of another one."""
+        if owner in self._known:
+            self._known.remove(owner)
+            self._free.append(int(self._slots[owner]))
+
+    def _new_slot(self) -> int:
+        """The number of an unused slot. The table doubles when it is full."""
+        used = len(self._known)
+        if (used + 1) * self._slot_size > len(self._probes):
+            grown = np.empty(2 * (used + 1) * self._slot_size, _PROBE)
+            grown[: len(self._probes)] = self._probes
+            self._probes = grown
+        return used
 
     def is_due(self) -> bool:
         """Whether the next batch must be checked."""
@@ -85,7 +107,7 @@ class ShardWatch:
         """Shards with a row that is not what was proven. `copied`: fp16 [n, ...], mirrored where `flip` is set."""
         # Index of the probe of each row in the flat copy, and in the table of probes. [n]
         positions = np.arange(len(rows)) * self._width + self._columns[rows]
-        at = self._firsts[owners] + rows * self._sides
+        at = self._slots[owners] * self._slot_size + rows * self._sides
         if self._sides == 2 and flip is not None:
             at += flip
         different = copied.reshape(-1).view(_PROBE)[positions] != self._probes[at]

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ecar_dist.data.shards.entries import LatentEntry
 from ecar_dist.data.shards.layout import (
     DESCRIPTION_NAME,
     LABEL_EXTENSION,
@@ -28,7 +29,6 @@ from ecar_dist.data.shards.layout import (
     npy_header,
     sample_key,
 )
-from ecar_dist.data.shards.manifest import LatentEntry
 from ecar_dist.data.shards.proof import describe_shard
 from ecar_dist.data.shards.read import parse_description
 from ecar_dist.data.shards.tar_index import BLOCK, TarMember, index_tar, write_dali_index

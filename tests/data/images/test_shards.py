@@ -101,6 +101,23 @@ def test_class_directories(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_tars, write_class_folders])
+def test_the_tables_that_are_kept_are_bounded(tmp_path, monkeypatch, write):
+    write(tmp_path)
+    shards = ImageShards(tmp_path / "index")
+    everything = shards.read_many(range(len(shards)))
+    labels = shards.labels()
+    one = max(table.nbytes for table in shards._tables.values())
+    assert len(shards._tables) == len(shards.manifest.shards) > 2
+    monkeypatch.setattr(image_shards, "TABLE_BYTES", one)
+    order = random.Random(0).choices(range(len(shards)), k=30)
+    for place in order:
+        assert shards.read_many([place]) == [everything[place]]
+        assert len(shards._tables) <= 2  # what is kept, and what this read needed
+    assert shards.labels().tolist() == labels.tolist() == [record.label for record in everything]
+    assert len(shards._tables) == 1
+
+
+@pytest.mark.parametrize("write", [write_tars, write_class_folders])
 def test_remote_images_and_tables(tmp_path, bucket, write):
     """Everything behind URLs, the manifest too; then the same set with its images moved."""
     write(tmp_path)
@@ -126,10 +143,9 @@ def test_remote_reads_overlap(tmp_path, bucket, monkeypatch):
         return true_read(*arguments)
 
     monkeypatch.setattr(image_shards.remote, "read_range", read)
-    order = random.Random(0).sample(range(12), 8)
-    assert [record.data for record in ImageShards(tmp_path / "remote").read_many(order)] == [
-        content[i][1] for i in order
-    ]
+    order = range(11, 3, -1)  # none lies behind the one before it
+    records = ImageShards(tmp_path / "remote").read_many(order)
+    assert [record.data for record in records] == [content[i][1] for i in order]
 
 
 @pytest.mark.parametrize("through_store", [False, True])
@@ -160,8 +176,9 @@ def test_damage_is_found(tmp_path):
     damage(path, 512 + 20)
     shards = ImageShards(tmp_path / "index")
     assert shards.read(6).data == content[6][1], "other images of the shard are proven one by one"
-    with pytest.raises(DataError, match=r"005\.tar\b.* 000005 .* 512 .*xxh3_64 \w{16}\b.* \w{16}\b"):
-        shards.read_many([4, 5])
+    for asked in ([4, 5], [5, 6, 7]):  # on its own, and in one read with others
+        with pytest.raises(DataError, match=r"005\.tar\b.* 000005 .* 512 .*xxh3_64 \w{16}\b.* \w{16}\b"):
+            shards.read_many(asked)
     os.truncate(path, 1024)
     with pytest.raises(DataError, match=r"005\.tar\b.* 1024 "):
         ImageShards(tmp_path / "index")

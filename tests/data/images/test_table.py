@@ -6,7 +6,7 @@ import pytest
 import xxhash
 
 from ecar_dist.data.images.table import ImageRow, decode_table, encode_table, key_of, write_table
-from ecar_dist.data.shards.manifest import ImageEntry
+from ecar_dist.data.shards.entries import ImageEntry
 from ecar_dist.errors import DataError
 
 ROWS = [ImageRow("a/é", 3, 512, 700, 2**64 - 1), ImageRow("k" * 20, 0, 5 << 33, 256 << 20, 0)]

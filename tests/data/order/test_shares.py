@@ -1,5 +1,7 @@
 """The second version of the order: exactly once, the same on any ranks, and no node reads much more than its part."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -172,3 +174,30 @@ def test_an_order_stays_what_its_first_attempt_made():
     assert first.describe() == {"name": "lanes-feistel-v1", "seed": 1, "lanes": 64, "window_shards": 4}
     assert (first.rank_positions(96, 1, 4) == np.arange(97, 192, 4)).all()
     assert OrderMade.recorded({}) is None
+
+
+def test_a_thousand_orders_are_read_exactly_once():
+    """Random sets, weights, batches and ranks: each batch is divided exactly once, step by step and all at once."""
+    rng = random.Random(0)
+    together = 0
+    for case in range(1000):
+        batch = rng.choice([4, 6, 8, 12, 16, 24])
+        ranks = rng.choice([number for number in range(1, batch + 1) if batch % number == 0])
+        sources = [[rng.randint(1, 9) for _ in range(rng.randint(1, 40))] for _ in range(rng.choice([1, 1, 2, 3]))]
+        options = {"weights": [rng.choice([1.0, 2.0, 0.3]) for _ in sources], "by_step": rng.random() < 0.3}
+        options["made"] = rng.choice([None, None, OrderMade(0), OrderMade(12)])
+        stream = SampleStream(sources, seed=case, global_batch_size=batch, **options)
+        begin = rng.randrange(9) * batch
+        starts = range(begin, begin + rng.randint(1, 5) * batch, batch)
+        whole = []
+        for rank in range(ranks):
+            parts = [stream.rank_positions(start, rank, ranks) for start in starts]
+            assert all(len(part) == batch // ranks and (np.diff(part) > 0).all() for part in parts), case
+            together += len(starts) > 1
+            assert stream.positions_of_steps(starts, rank, ranks).tolist() == np.concatenate(parts).tolist(), case
+            whole += parts
+        assert sorted(np.concatenate(whole).tolist()) == list(range(starts[0], starts[-1] + batch)), case
+        if len(sources) == 1:
+            epoch = stream.locate(np.arange(stream.count))
+            assert sorted(epoch.sample_ids.tolist()) == list(range(stream.count)), case
+    assert together > 1000

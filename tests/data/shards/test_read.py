@@ -43,6 +43,17 @@ def test_what_went_in_comes_out(tmp_path, flip):
     shard.check_samples()
 
 
+@pytest.mark.parametrize("wrong", ["moments", "mirrored"])
+def test_a_number_that_is_not_finite_is_found_on_either_side(tmp_path, wrong):
+    sides = {side: np.zeros((3, *SHAPE), np.float16) for side in ("moments", "mirrored")}
+    sides[wrong][1, 0, 0, 0] = np.inf
+    content = ShardContent(0, sides["moments"], np.array([1, 2, 3]), sides["mirrored"])
+    entry = write_latent_shard(tmp_path, 0, content, {})
+    form = Manifest(3, NUM_CLASSES, [], SHAPE, True, {}, {}, {}, [entry])
+    with pytest.raises(DataError, match=r"000000\.tar .*not finite"):
+        open_latent_shard(tmp_path / "000000.tar", entry, form).check_samples()
+
+
 def test_rows_with_gaps(tmp_path):
     """Keys are the plan's rows; the place in the shard counts only what is there."""
     moments, labels = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float16), np.array([4, 5, 6])

@@ -161,7 +161,7 @@ def test_the_last_line_has_the_next_command(images, tmp_path, capsys):
     encode_small(images, tmp_path / "out", task=1, tasks=2, max_bad=0.25)
     printed = capsys.readouterr().out
     assert printed.endswith(f" ecar-data finalize {tmp_path}/out --max-bad 0.25\n")
-    assert "failed images so far: 0" in printed
+    assert "failed images in its shards: 0" in printed
 
 
 def test_an_occupied_folder_is_refused(images, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from data_tools import failures as failures_module
 from data_tools.encode import settings as settings_module
+from data_tools.encode.commit import CommittedFailures
 from data_tools.encode.plan import read_plan
 from data_tools.finalize import finalize
 from data_tools.inspection import verify
@@ -41,8 +42,8 @@ def bad_rows(out):
     return sorted(np.flatnonzero(np.isin(order, BAD)).tolist())
 
 
-def errors_of(out):
-    return [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+def errors_of(out, name="errors.jsonl"):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 def samples_of(folder):
@@ -105,9 +106,33 @@ def test_failures_of_other_tasks_count(images, tmp_path):
     assert len(set(shards)) == 3
     encode_small(images, out, max_bad=2 / 24, task=shards[0], tasks=5)
     encode_small(images, out, max_bad=2 / 24, task=shards[1], tasks=5)
-    with pytest.raises(DataError, match="3 of 24 images"):
+    with pytest.raises(DataError, match=rf"3 of 24 images .*{out}/errors-{shards[2]}-of-5\.jsonl"):
         encode_small(images, out, max_bad=2 / 24, task=shards[2], tasks=5)
-    assert len(errors_of(out)) == 3
+
+
+def test_each_task_lists_the_failures_of_its_shards_and_finalize_those_of_all(images, tmp_path, capsys):
+    out = tmp_path / "latents"
+    for task in (2, 0, 1):
+        for _ in range(2):  # a repetition reads them in its markers
+            encode_small(images, out, max_bad=0.2, task=task, tasks=3)
+    lists = {path.name: [error["row"] for error in errors_of(out, path.name)] for path in out.glob("errors*")}
+    by_task = {task: [row for row in bad_rows(out) if row // 5 % 3 == task] for task in range(3)}
+    assert lists == {f"errors-{task}-of-3.jsonl": rows for task, rows in by_task.items() if rows}
+    assert len(lists) > 1
+    finalize(out, max_bad=0.2)
+    assert [error["row"] for error in errors_of(out)] == bad_rows(out)
+    encode_small(images, out, max_bad=0.2, task=0, tasks=3)  # a task of the array that comes late
+    assert [path.name for path in out.glob("errors*")] == ["errors.jsonl"]
+
+
+def test_the_shard_in_work_counts_once(images, tmp_path):
+    """Another worker commits it while this one has its failures in hand."""
+    out = tmp_path / "latents"
+    encode_small(images, out, max_bad=0.2)
+    committed = CommittedFailures(out)
+    assert committed() == 3
+    committed.begin(bad_rows(out)[0] // 5)
+    assert committed() == 2
 
 
 def test_a_higher_bound_takes_up_where_the_lower_one_ended(images, tmp_path):

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import random
 import re
 import tarfile
 
@@ -7,9 +9,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_tools.images import index as index_module
 from data_tools.images import tar_samples
 from data_tools.images.index import index
-from data_tools.images.tar_samples import LabelRule
+from data_tools.images.tar_samples import LabelRule, index_image_tar
 from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.shards.manifest import load_image_manifest
 from ecar_dist.errors import ConfigError, DataError
@@ -341,3 +344,91 @@ def test_json_of_other_programs_need_not_be_strict(tmp_path):
     """img2dataset writes NaN for what it does not know, and captions with half of an emoji."""
     rule = LabelRule.parse("json:label")
     assert rule.read(b'{"similarity": NaN, "caption": "\\ud83d", "label": 3}') == 3
+
+
+def test_tasks_share_the_tars_in_any_order(tmp_path, capsys):
+    """The result is the same to the byte, whoever comes last."""
+    write_tars(tmp_path / "tars", count=24)
+    index(str(tmp_path / "tars"), tmp_path / "alone")
+    for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2, 2]):
+        out = tmp_path / "-".join(map(str, order))
+        for place, task in enumerate(order):
+            assert not (out / "manifest.json").exists() or place == len(order) - 1
+            index(str(tmp_path / "tars"), out, task=task, tasks=3)
+        assert content(out) == content(tmp_path / "alone")
+        assert not list(tmp_path.glob(".*"))
+    assert "2 of 5 tars are indexed; other tasks make the rest" in capsys.readouterr().out
+
+
+def test_a_stop_or_a_bad_tar_loses_no_other_tar(tmp_path, monkeypatch):
+    write_tars(tmp_path / "tars", count=24)
+    good = (tmp_path / "tars/015.tar").read_bytes()
+    (tmp_path / "tars/015.tar").write_bytes(good[:10] + b"x" + good[11:])
+    read = []
+    monkeypatch.setattr(
+        index_module, "index_image_tar", lambda *given, **how: read.append(given[1]) or index_image_tar(*given, **how)
+    )
+    monkeypatch.setattr(index_module, "_TARS_AT_ONCE", 1)
+    with pytest.raises(DataError, match=r"015\.tar"):
+        index(str(tmp_path / "tars"), tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    (tmp_path / "tars/015.tar").write_bytes(good)
+    (tmp_path / ".index.indexing/000001.npy").unlink()
+    before = len(read)
+    index(str(tmp_path / "tars"), tmp_path / "index")
+    # The table that is gone, what was bad, and the next one if it had not begun when that was found.
+    again = set(read[before:])
+    assert {"005.tar", "015.tar"} <= again <= {"005.tar", "015.tar", "020.tar"}
+    index(str(tmp_path / "tars"), tmp_path / "again")
+    assert content(tmp_path / "index") == content(tmp_path / "again")
+
+
+def test_an_unfinished_index_of_other_tars_or_options_is_not_continued(tmp_path):
+    write_tars(tmp_path / "tars")
+    index(str(tmp_path / "tars"), tmp_path / "index", task=0, tasks=2)
+    with pytest.raises(DataError, match="other options"):
+        index(str(tmp_path / "tars"), tmp_path / "index", label="none", task=1, tasks=2)
+    index(str(tmp_path / "tars"), tmp_path / "index", label="none")
+    assert load_image_manifest(tmp_path / "index").num_classes == 1
+    index(str(tmp_path / "tars"), tmp_path / "index", task=0, tasks=2)  # a late task of an array
+
+
+def test_a_task_that_is_none(tmp_path):
+    write_tars(tmp_path / "tars")
+    with pytest.raises(ConfigError, match="--task 2"):
+        index(str(tmp_path / "tars"), tmp_path / "index", task=2, tasks=2)
+    write_image_folder(tmp_path / "in")
+    with pytest.raises(ConfigError, match="class folders"):
+        index(str(tmp_path / "in"), tmp_path / "index", task=0, tasks=2)
+    assert not (tmp_path / "index").exists()
+
+
+KILLS = 15
+
+
+def test_tasks_that_are_killed_anywhere_give_the_same_index(tmp_path, monkeypatch):
+    """Random tasks that end at a random write, as a kill would, then one run without a kill."""
+    write_tars(tmp_path / "tars", count=24)
+    index(str(tmp_path / "tars"), tmp_path / "alone")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    rng, true_replace = random.Random(0), os.replace
+    for case in range(KILLS):
+        out = tmp_path / f"{case}"
+        tasks = rng.randint(1, 4)
+        for _ in range(rng.randint(1, 4)):
+            left = [rng.randint(0, 6)]
+
+            def replace(*given, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                true_replace(*given)
+
+            monkeypatch.setattr(os, "replace", replace)
+            with contextlib.suppress(KeyboardInterrupt):
+                if not (out / "manifest.json").exists():
+                    index(str(tmp_path / "tars"), out, task=rng.randrange(tasks), tasks=tasks)
+            monkeypatch.setattr(os, "replace", true_replace)
+        if not (out / "manifest.json").exists():
+            index(str(tmp_path / "tars"), out)
+        assert content(out) == content(tmp_path / "alone"), case
