@@ -11,6 +11,7 @@ from typing import Any
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.shards.manifest import MANIFEST_NAME, ImageManifest, Manifest, load_image_manifest, load_manifest
 from ecar_dist.errors import DataError
+from ecar_dist.kinds.table import KINDS
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.remote import is_remote, local_path
 
@@ -41,6 +42,9 @@ def _local_folders(config: RunConfig) -> list[str]:
 def check_fits(config: RunConfig, sets: Sequence[Found]) -> None:
     """Raises DataError that lists every value in which the config and the data sets differ, with the value to set."""
     problems = [problem for folder, manifest in sets for problem in _problems(config, folder, manifest)]
+    # The weights of another run come with the codebook whose codes they predict.
+    if KINDS[config.model.kind].needs_codebook and sets and config.train.init_from is None:
+        problems += _codebook_problems(config, *sets[0])
     if problems:
         raise DataError("; ".join(problems))
 
@@ -69,6 +73,21 @@ def _problems(config: RunConfig, folder: str, manifest: Manifest | ImageManifest
         fix = " ".join(f"{key}={found[key]}" for key in differing)
         problems.append(f"{given}, but the samples in {shown} have {theirs}; set {fix}")
     return problems
+
+
+def _codebook_problems(config: RunConfig, folder: str, manifest: Manifest | ImageManifest) -> list[str]:
+    """A message if the set lacks the codebook that the model needs. The first set of a mixture has it for all."""
+    size, patch_size = config.model.codebook_size, config.model.patch_size
+    listed = manifest.codebooks if isinstance(manifest, Manifest) else []
+    if any((entry.size, entry.patch_size) == (size, patch_size) for entry in listed):
+        return []
+    has = ", ".join(f"{entry.size} codes for tokens of {entry.patch_size} x {entry.patch_size}" for entry in listed)
+    shown = redact(folder)
+    return [
+        f"model.kind={config.model.kind} needs a codebook of {size} codes for tokens of {patch_size} x {patch_size}, "
+        f"{shown} has {has or 'none'}; make it with `ecar-data fit-codebook {shown} --size {size} --patch-size "
+        f"{patch_size}`" + (", or set model.codebook_size or model.patch_size to those" if has else "")
+    ]
 
 
 def _configured(config: RunConfig, key: str) -> Any:

@@ -211,8 +211,7 @@ class SampleLoader:
             end = at + steps * share.global_batch_size
             self._plan_shards(at, max(at + self.stream.window, end + share.global_batch_size))
             starts = range(at, end, share.global_batch_size)
-            parts = [self.stream.rank_positions(start, share.rank, share.world_size) for start in starts]
-            yield self.stream.locate(np.concatenate(parts))
+            yield self.stream.locate(self.stream.positions_of_steps(starts, share.rank, share.world_size))
             at = end
 
     def _plan_shards(self, at: int, soon: int) -> None:

@@ -19,6 +19,12 @@ RECORD_NAME = "prepare.json"  # what prepare was told; there from its start on
 IMAGES, VAE, LATENTS = "images", "vae", "latents"
 HELDOUT_LATENTS = "heldout_latents"
 TRAIN, HELDOUT = "train", "heldout"
+BUILT_IN = (
+    "digits",
+    "emoji",
+    "emoji-plain",
+    "photos",
+)  # sources of images that are named by what they are, not by where they lie
 PLAN_NAME = "plan.json"  # in LATENTS: names the image shards that were encoded
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ecar_dist.data.order.stream import Locations
 from ecar_dist.data.order.substitution import BadSamples
 from ecar_dist.data.shards.gather import gather_rows, gather_values
 from ecar_dist.data.shards.layout import MOMENTS_DTYPE, ShardLayout
-from ecar_dist.data.shards.manifest import load_image_manifest, load_manifest
+from ecar_dist.data.shards.manifest import Manifest, load_image_manifest, load_manifest
 from ecar_dist.data.shards.proof import ShardDamaged
 from ecar_dist.data.shards.read import LatentShard
 from ecar_dist.data.shards.store import CacheOptions, ShardStore, open_store
@@ -46,17 +46,29 @@ class LatentSource:
     """A set of latent shards, local or behind a URL.
 
     A shard is proven when it is first used, and again after its file has changed. With `pin_memory` the moments are
-    copied into pinned memory at once. Raises DataError if the set is not complete.
+    copied into pinned memory at once.
+
+    manifest: that of the folder, if it has been read already. checked: the shards of a local set that are looked up
+    now, all by default. Raises DataError if one of them is missing.
     """
 
-    def __init__(self, folder: str | Path, cache: CacheOptions | None = None, *, pin_memory: bool = False) -> None:
-        self.manifest = load_manifest(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        cache: CacheOptions | None = None,
+        *,
+        pin_memory: bool = False,
+        manifest: Manifest | None = None,
+        checked: Iterable[int] | None = None,
+    ) -> None:
+        cache = cache or CacheOptions()
+        self.manifest = manifest or load_manifest(folder, cache.root)
         # The store checks the structure too, so that it happens in the background.
         opened = partial(LatentShard, manifest=self.manifest)
         self.store: ShardStore[LatentShard] = open_store(
-            folder, self.manifest.dataset_id, self.manifest.shards, cache or CacheOptions(), opened
+            folder, self.manifest.dataset_id, self.manifest.shards, cache, opened, checked
         )
-        self.shard_counts = [entry.count for entry in self.manifest.shards]
+        self.shard_counts = self.manifest.counts
         self.can_flip = self.manifest.has_flip
         self.watch = ShardWatch(self.shard_counts, math.prod(self.manifest.moments_shape), self.can_flip)
         self._stride = ShardLayout.of(1, self.manifest.moments_shape, self.can_flip).stride
@@ -158,6 +170,7 @@ class LatentSource:
         for shard_index in shard_indices:
             del self._open[shard_index]
             self._places[shard_index] = 0
+            self.watch.forget(shard_index)
 
     def _prove(self, shard_index: int) -> LatentShard:
         shard = self.store.open(shard_index)

@@ -1,4 +1,4 @@
-"""The flow-matching losses: of all stages, eq. (5), and of masked tokens."""
+"""The losses: flow matching of all stages, eq. (5), and of tokens; cross-entropy of codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -32,3 +33,19 @@ def masked_loss(velocities: torch.Tensor, targets: torch.Tensor, mask: torch.Ten
     errors = (velocities.float() - targets).square().mean(dim=(1, 3))  # [B, T]
     # Each sample divides by its own number of masked tokens, so that all samples weigh the same.
     return (errors * mask).sum(1) / mask.sum(1)
+
+
+def token_loss(velocities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over draws, channels and all tokens, float32 [B]; inputs [B, R, T, c]."""
+    return (velocities.float() - targets).square().flatten(1).mean(1)
+
+
+def masked_code_loss(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, mean over the masked tokens of a sample, float32 [B]; mask bool [B, T], as `code_loss`."""
+    errors = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape)
+    return (errors * mask).sum(1) / mask.sum(1)
+
+
+def code_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, mean over the tokens of a sample, float32 [B]; logits [B, T, V], codes int64 [B, T]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape).mean(1)

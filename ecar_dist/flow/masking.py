@@ -23,6 +23,11 @@ def mask_ratio(u: torch.Tensor) -> torch.Tensor:
     return 1.0 + RATIO_STD * torch.special.ndtri(lowest + u.double() * (0.5 - lowest))
 
 
+def arccosine_ratio(u: torch.Tensor) -> torch.Tensor:
+    """Shares of tokens to mask, 2/pi arccos(u), from uniform numbers: DC-AR's; shaped like u."""
+    return 2.0 / math.pi * torch.arccos(u.double())
+
+
 def random_order(u: torch.Tensor) -> torch.Tensor:
     """A random permutation of the tokens of each sample, from uniform numbers [B, T]; int64 [B, T]."""
     return u.argsort(dim=1, stable=True)

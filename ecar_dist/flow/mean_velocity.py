@@ -30,10 +30,10 @@ class Interval:
     split: torch.Tensor  # the share of the interval that lies before its middle point m, in (0, 1)
 
     @staticmethod
-    def draw(u: torch.Tensor, uniform: torch.Tensor, instant_share: float) -> Interval:
+    def draw(u: torch.Tensor, uniform: torch.Tensor, instant_share: float, whole_share: float = 0.0) -> Interval:
         """An interval between u [B] and another time, from uniform [B, 4], all U(0, 1).
 
-        A share of `instant_share` has length 0 and starts at u.
+        A share of `instant_share` has length 0 and starts at u. Of the others, `whole_share` is the whole stage.
         """
         other, split, kind, end = uniform.unbind(1)
 
@@ -43,6 +43,11 @@ class Interval:
         to_the_end = end < TO_THE_END
         start = torch.where(to_the_end, u, start)
         length = torch.where(to_the_end, 1.0 - u, length)
+
+        # The whole stage, which sampling with one call a stage asks for and the others never reach.
+        whole = end >= 1.0 - whole_share
+        start = torch.where(whole, 0.0, start)
+        length = torch.where(whole, 1.0, length)
 
         # No interval at all: the velocity at u.
         is_instant = kind < instant_share

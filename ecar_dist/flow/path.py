@@ -44,6 +44,14 @@ def interpolate(start: torch.Tensor, end: torch.Tensor, u: torch.Tensor) -> torc
     return (1.0 - weight) * start + weight * end
 
 
+def logit_normal_times(uniform: torch.Tensor) -> torch.Tensor:
+    """Times of the logit-normal distribution with m = 0, s = 1 from numbers of U(0, 1), shaped like them.
+
+    Esser et al., arXiv 2403.03206, section 3.1: fewer times at both ends of a path than in its middle.
+    """
+    return torch.sigmoid(torch.special.ndtri(uniform))
+
+
 def model_time(schedule: StageSchedule, stage: int, u: torch.Tensor) -> torch.Tensor:
     """mt_k(u) in [0, 1], distinct between stages; float32, same shape as u."""
     # Time in float32 even under autocast: bf16 would merge neighbouring times.

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
-def masked_counts(num_tokens: int, ar_steps: int) -> tuple[int, ...]:
+def cosine(share: float) -> float:
+    """cos(pi/2 share): the schedule of MaskGIT (Chang et al., arXiv 2202.04200) that MAR uses."""
+    return math.cos(math.pi / 2 * share)
+
+
+def arccosine(share: float) -> float:
+    """2/pi arccos(share): that of DC-AR (arXiv 2507.04947), which unmasks the last tokens in fewer steps."""
+    return 2 / math.pi * math.acos(share)
+
+
+def masked_counts(num_tokens: int, ar_steps: int, schedule: Callable[[float], float] = cosine) -> tuple[int, ...]:
     """Tokens that are masked before the first step and after each: from T down to 0, at least one less in each step.
 
-    After step i of n it is floor(T cos(pi/2 i/n)), the cosine schedule of MaskGIT (Chang et al., arXiv 2202.04200)
-    that MAR uses. There are never more steps than tokens.
+    After step i of n it is floor(T schedule(i/n)). There are never more steps than tokens.
     """
     # A step without a token would be a pass of the trunk for nothing.
     steps = min(ar_steps, num_tokens)
     counts = [num_tokens]
     for done in range(1, steps):
-        cosine = math.floor(num_tokens * math.cos(math.pi / 2 * done / steps))
+        scheduled = math.floor(num_tokens * schedule(done / steps))
         # Every step draws a token, and leaves one for each step that follows.
-        counts.append(max(steps - done, min(counts[-1] - 1, cosine)))
+        counts.append(max(steps - done, min(counts[-1] - 1, scheduled)))
     return (*counts, 0)
 
 

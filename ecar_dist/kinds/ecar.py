@@ -17,6 +17,7 @@ from ecar_dist.kinds.kind import StagedKind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
     block_parameters,
+    block_weights,
     linear,
     transformer_parameters,
     velocity_parameters,
@@ -36,6 +37,8 @@ class EcarKind(StagedKind):
     parts = ("AR", "velocity network")
     feeds_states = True
     averages = True
+    merges = True
+    widens = True
 
     def check(self, config: RunConfig) -> None:
         super().check(config)
@@ -62,7 +65,8 @@ class EcarKind(StagedKind):
             block_parameters(width, "shared", width // preset.ar_heads),
             block_parameters(preset.flow_width, preset.flow_adaln, preset.flow_width // preset.flow_heads),
         )
-        return ParameterCount(ar, flow, block)
+        quantized = block_weights(width, preset.ar_depth) + block_weights(preset.flow_width, preset.flow_depth)
+        return ParameterCount(ar, flow, block, quantized + width * preset.flow_width)
 
     def training_macs(self, config: RunConfig) -> int:
         """One AR pass and one velocity call in each stage, forward and backward, and what the targets need."""

@@ -7,12 +7,14 @@ build, train and sample import the rooms above inside the function: this room is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.flow.guidance import stage_guidance_scales
 from ecar_dist.kinds.activations import Activations
 from ecar_dist.kinds.flops import guidance_passes, velocity_calls, velocity_evaluations
 from ecar_dist.kinds.parameters import ParameterCount
+from ecar_dist.kinds.presets import preset_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +32,12 @@ class Kind(ABC):
     parts: names of the two networks that `parameters` counts; "" for a part that the kind does not have.
     one_stage: True for a model of the full resolution alone; `flow.num_stages` must then be 1.
     feeds_states: True where the states of coarser stages are fed back to the network, with noise of std tau.
-    averages: True where the network can learn average velocities (`flow.objective=mean_velocity`).
+    averages: True where a sample has one time in each stage, so that the network can learn average velocities
+        (`flow.objective=mean_velocity`) and the times may follow another distribution (`flow.times`).
+    merges: True where tokens can be merged while sampling (`sample.merge_ratio`).
+    needs_codebook: True where tokens are codes of a codebook beside the latents.
     compilable: True where sampling calls the network with few shapes of input (`ecar-dist sample --compile`).
+    widens: True where the network follows muP (`optim.mup`).
     """
 
     title: str
@@ -39,18 +45,47 @@ class Kind(ABC):
     one_stage: bool = False
     feeds_states: bool = False
     averages: bool = False
+    merges: bool = False
+    needs_codebook: bool = False
     compilable: bool = False
+    widens: bool = False
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError where the configuration does not suit this kind."""
+        # What is trained.
         name = config.model.kind
         num_stages = config.flow.num_stages
         if self.one_stage and num_stages != 1:
             raise ValueError(f"model.kind={name} has one stage, got flow.num_stages={num_stages}; set it to 1")
+        if self.needs_codebook and config.data.images is not None:
+            raise ValueError(
+                f"model.kind={name} needs the codebook of a set of latents, but the data are images; encode them and "
+                "set data.latents"
+            )
         if config.flow.learns_mean_velocity and not self.averages:
             raise ValueError(
                 f"model.kind={name} cannot learn average velocities; set flow.objective=velocity, or take "
                 "model.kind=ecar, pyramid or dit"
+            )
+        if config.flow.times != "uniform" and not self.averages:
+            raise ValueError(
+                f"model.kind={name} has uniform times, got flow.times={config.flow.times}; set flow.times=uniform, "
+                "or take model.kind=ecar, pyramid or dit"
+            )
+        if config.optim.mup and not self.widens:
+            raise ValueError(
+                f"model.kind={name} does not follow muP; set optim.mup=false, or take model.kind=ecar, pyramid or dit"
+            )
+        preset_of(config)  # checks model.width
+
+        # What is sampled.
+        ratio = config.sample.merge_ratio
+        if ratio and not self.merges:
+            raise ValueError(f"model.kind={name} cannot merge tokens, got sample.merge_ratio={ratio:g}; set it to 0")
+        if ratio and config.sample.guidance_scale in (0.0, 1.0):
+            raise ValueError(
+                f"sample.merge_ratio={ratio:g} needs guidance, which says what matters, got sample.guidance_scale="
+                f"{config.sample.guidance_scale:g}; set sample.merge_ratio to 0, or guide"
             )
 
     # Size and cost, in closed form.
@@ -72,10 +107,24 @@ class Kind(ABC):
         """Multiply-adds to sample one image with the solver and the guidance of `config.sample`."""
 
     @abstractmethod
+    def serial_calls(self, config: RunConfig) -> int:
+        """Passes of networks that wait for one another while a batch is drawn, with or without guidance.
+
+        Of ECAR the velocity calls alone: its AR transformer runs once a stage.
+        """
+
+    @abstractmethod
     def describe_calls(self, config: RunConfig) -> str:
         """How often sampling calls the network, as `ecar-dist plan` prints it."""
 
     # The parts themselves. Import them inside the method.
+
+    def from_codebook(self, codes: torch.Tensor, residual_std: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """First weights of a new run that its data's codebook gives, by name.
+
+        codes: [V, c]. residual_std: of what the codes leave out of a token, [1].
+        """
+        return {}
 
     @abstractmethod
     def build_model(self, config: RunConfig) -> nn.Module:
@@ -95,7 +144,7 @@ class Kind(ABC):
     def velocities(
         self, model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
     ) -> list[torch.Tensor]:
-        """The network's output at inputs fixed by index and seed, K of [B, C, h_k, w_k]; verifies an export."""
+        """The network's output at inputs fixed by index and seed, K of [B, ...]; verifies an export."""
 
 
 class StagedKind(Kind):
@@ -114,6 +163,9 @@ class StagedKind(Kind):
     def _scales(self, config: RunConfig) -> tuple[float, ...]:
         sample = config.sample
         return stage_guidance_scales(sample.guidance_scale, config.flow.num_stages, sample.guidance_ramp)
+
+    def serial_calls(self, config: RunConfig) -> int:
+        return sum(velocity_calls(config))
 
     def describe_calls(self, config: RunConfig) -> str:
         calls = velocity_calls(config)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
 from ecar_dist.kinds.activations import (
-    FP32,
-    NORM_ROW,
     Activations,
     number_bytes,
-    time_embedding_bytes,
     transformer_activations,
 )
 from ecar_dist.kinds.flops import (
@@ -24,15 +20,21 @@ from ecar_dist.kinds.flops import (
     velocity_calls,
     velocity_evaluations,
 )
+from ecar_dist.kinds.flow_head import (
+    TrunkSize,
+    head_bytes,
+    head_macs,
+    head_parameters,
+    quantized_weights,
+    trunk_size_of,
+)
 from ecar_dist.kinds.kind import Kind
 from ecar_dist.kinds.parameters import (
     ParameterCount,
     block_parameters,
     linear,
-    time_embedding_parameters,
     transformer_parameters,
 )
-from ecar_dist.kinds.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -43,29 +45,6 @@ if TYPE_CHECKING:
     from ecar_dist.train.objective import Normalise, Objective
 
 
-@dataclass(frozen=True)
-class MaskedSize:
-    """Depth, width and heads of the trunk, and the number of blocks of the head, which has the same width."""
-
-    depth: int
-    width: int
-    heads: int
-    head_depth: int
-
-
-def masked_size_of(config: RunConfig) -> MaskedSize:
-    """The trunk has the depths of both networks of the preset; the head has a quarter of that, and at least 3 blocks.
-
-    At B this is MAR-B as its authors evaluate it, 24 x 768 with a head of 6 blocks (README of LTH14/mar); MAR-L has
-    32 x 1024 and 8, MAR-H 40 x 1280 and 12. Their heads are 1024, 1280 and 1536 wide.
-    """
-    row = PRESETS[config.model.preset]
-    model = config.model
-    depth = row.ar_depth + row.flow_depth
-    head_depth = model.flow_depth or max(3, depth // 4)
-    return MaskedSize(model.ar_depth or depth, row.flow_width, row.flow_heads, head_depth)
-
-
 class MarKind(Kind):
     """Not compilable: each step draws another number of tokens."""
 
@@ -74,7 +53,7 @@ class MarKind(Kind):
     one_stage = True
 
     def parameters(self, config: RunConfig) -> ParameterCount:
-        size = masked_size_of(config)
+        size = trunk_size_of(config)
         channels = config.token_channels
         tokens = config.stage_tokens[-1]
         width = size.width
@@ -83,27 +62,24 @@ class MarKind(Kind):
         trunk = transformer_parameters(size.depth, width, "shared", width // size.heads)
         trunk += linear(channels, width) + (1 + config.data.num_classes + 1 + 2 * tokens) * width
 
-        # head: residual blocks with adaLN, time embedding, projections of the state, the condition and the velocity
-        block = 2 * linear(width, width) + linear(width, 3 * width)
-        head = size.head_depth * block + linear(width, 2 * width) + time_embedding_parameters(width)
-        head += linear(channels, width) + linear(width, width) + linear(width, channels)
-        return ParameterCount(trunk, head, block_parameters(width, "shared", width // size.heads))
+        block = block_parameters(width, "shared", width // size.heads)
+        return ParameterCount(trunk, head_parameters(size, channels), block, quantized_weights(size))
 
     def training_macs(self, config: RunConfig) -> int:
         """One trunk pass, and `flow.token_draws` velocities of every token, each at its own time.
 
         The head's outputs at tokens that are not masked are dropped, as in MAR, so that shapes do not depend on data.
         """
-        size = masked_size_of(config)
+        size = trunk_size_of(config)
         channels = config.token_channels
         tokens = config.stage_tokens[-1]
-        velocity = mar_head_macs(size, channels) + time_macs(size.width)
+        velocity = head_macs(size, channels) + time_macs(size.width)
         forward = mar_trunk_macs(size, tokens, channels) + config.flow.token_draws * tokens * velocity
         return TRAINING_PASSES * forward
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
         """The trunk on all tokens, and the head on every draw of every token."""
-        size = masked_size_of(config)
+        size = trunk_size_of(config)
         channels = config.token_channels
         tokens = config.stage_tokens[-1]
         width = size.width
@@ -112,14 +88,7 @@ class MarKind(Kind):
         # Trunk: its operands are the tokens, the mask, the class, and in W_c the output.
         trunk = transformer_activations(tokens, width, size.depth, size.heads, "shared", precision)
         ends = tokens * ((channels + width) * number + 1) + width * number
-
-        # Head, per draw: projections, the conditioning and its time, the last norm with its adaLN, and the errors.
-        draw = number * (channels + width) + FP32 * channels
-        draw += time_embedding_bytes(width, precision) + width * number
-        draw += 2 * FP32 * width + NORM_ROW + 2 * width * number
-        # A block: its norm, the operands of its two layers and of its adaLN, its output, gate and 1 + scale.
-        block = 2 * FP32 * width + NORM_ROW + (4 + 1 + 3 + 1) * width * number
-        head = config.flow.token_draws * tokens * (draw + size.head_depth * block)
+        head = config.flow.token_draws * tokens * head_bytes(size, channels, precision)
         return trunk + Activations(rest=ends + head)
 
     def sampling_macs(self, config: RunConfig) -> int:
@@ -127,7 +96,7 @@ class MarKind(Kind):
 
         The time is embedded once a call for all tokens.
         """
-        size = masked_size_of(config)
+        size = trunk_size_of(config)
         channels = config.token_channels
         sample = config.sample
         counts = _counts(config)
@@ -135,13 +104,18 @@ class MarKind(Kind):
         scales = masked_guidance_scales(sample.guidance_scale, counts, sample.guidance_ramp)
 
         trunk = mar_trunk_macs(size, counts[0], channels)
-        head = mar_head_macs(size, channels)
+        head = head_macs(size, channels)
         return sum(
             guidance_passes(scale) * trunk
             + velocity_evaluations(config, 0, scale) * (before - after) * head
             + calls * time_macs(size.width)
             for (before, after), scale in zip(pairwise(counts), scales, strict=True)
         )
+
+    def serial_calls(self, config: RunConfig) -> int:
+        """In each step the trunk, and then the head, for the tokens of the step together."""
+        (calls,) = velocity_calls(config)
+        return (len(_counts(config)) - 1) * (1 + calls)
 
     def describe_calls(self, config: RunConfig) -> str:
         steps = len(_counts(config)) - 1
@@ -152,7 +126,7 @@ class MarKind(Kind):
         from ecar_dist.models.mar import MAR
 
         return MAR(
-            masked_size_of(config),
+            trunk_size_of(config),
             latent_size=config.data.latent_size,
             latent_channels=config.data.latent_channels,
             patch_size=config.model.patch_size,
@@ -185,13 +159,8 @@ def _counts(config: RunConfig) -> tuple[int, ...]:
     return masked_counts(config.stage_tokens[-1], config.sample.ar_steps)
 
 
-def mar_trunk_macs(size: MaskedSize, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
+def mar_trunk_macs(size: TrunkSize, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
     """One pass of the trunk over all tokens, and the head's condition of each."""
     ends = tokens * (token_channels + size.width) * size.width
     blocks = block_macs(tokens, size.width, size.depth, linears_only=linears_only)
     return blocks + adaln_macs(size.width, 1, "shared") + ends
-
-
-def mar_head_macs(size: MaskedSize, token_channels: int) -> int:
-    """One velocity of one token, without its time embedding: 2 D^2 and the adaLN's 3 D^2 a block, 2 D^2 at the end."""
-    return (5 * size.head_depth + 2) * size.width**2 + 2 * token_channels * size.width

@@ -18,11 +18,13 @@ class ParameterCount:
     """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head).
 
     block: of the largest transformer block, which is part of one of them.
+    quantized: weights of the layers that `ecar-dist quantize` rounds (quantize/layers.py); 0 where nobody has counted.
     """
 
     ar: int
     flow: int
     block: int = 0
+    quantized: int = 0
 
     @property
     def total(self) -> int:
@@ -42,6 +44,11 @@ def block_parameters(width: int, adaln: str, head_width: int = 0) -> int:
 
     # modulation: a matrix of its own, or an offset to that of all blocks
     return block + (linear(width, 6 * width) if adaln == "per_block" else 6 * width)
+
+
+def block_weights(width: int, depth: int) -> int:
+    """The four matrices of each of `depth` blocks, which are quantised: 3 + 1 + 4 + 4 times D^2."""
+    return 12 * width**2 * depth
 
 
 def transformer_parameters(depth: int, width: int, adaln: str, head_width: int = 0) -> int:

@@ -17,6 +17,7 @@ class Preset:
 
     flow_adaln: `per_block` gives each velocity block its own adaLN matrix (DiT). `shared` gives all blocks one matrix
     and each block a learned offset, because a third of the weights of the largest models would be adaLN otherwise.
+    base_width: of the base model under muP; None without muP.
     """
 
     ar_depth: int
@@ -26,6 +27,11 @@ class Preset:
     flow_width: int
     flow_heads: int
     flow_adaln: AdaLNKind = "per_block"
+    base_width: int | None = None
+
+    def width_ratio(self, width: int) -> float:
+        """By how much a network of this width is wider than the base model of muP; 1 without muP."""
+        return 1.0 if self.base_width is None else width / self.base_width
 
 
 PRESETS: dict[str, Preset] = {
@@ -41,10 +47,29 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_of(config: RunConfig) -> Preset:
-    """The row of `model.preset`; `model.ar_depth` and `model.flow_depth` override its depths."""
-    row = PRESETS[config.model.preset]
+    """The row of `model.preset`; `model.width`, `model.ar_depth` and `model.flow_depth` override what it says.
+
+    Raises ValueError where `model.width` is not a multiple of the width of a head.
+    """
+    row = sized_row(config)
     return replace(
         row,
         ar_depth=config.model.ar_depth or row.ar_depth,
         flow_depth=config.model.flow_depth or row.flow_depth,
+        base_width=config.optim.mup_base_width if config.optim.mup else None,
     )
+
+
+def sized_row(config: RunConfig) -> Preset:
+    """The row of `model.preset` at the width of `model.width`, with heads as wide as those of the row."""
+    row, width = PRESETS[config.model.preset], config.model.width
+    if width is None:
+        return row
+    ar_head, flow_head = row.ar_width // row.ar_heads, row.flow_width // row.flow_heads
+    if width % ar_head or width % flow_head:
+        head = max(ar_head, flow_head)
+        raise ValueError(
+            f"model.width={width} is not a multiple of {head}, the width of a head of model.preset="
+            f"{config.model.preset}; set model.width={max(1, round(width / head)) * head}"
+        )
+    return replace(row, ar_width=width, ar_heads=width // ar_head, flow_width=width, flow_heads=width // flow_head)

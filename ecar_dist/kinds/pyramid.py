@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ecar_dist.kinds.activations import Activations, velocity_activations
 from ecar_dist.kinds.flops import stages_macs, velocity_training_macs
 from ecar_dist.kinds.kind import StagedKind
-from ecar_dist.kinds.parameters import ParameterCount, block_parameters, velocity_parameters
+from ecar_dist.kinds.parameters import ParameterCount, block_parameters, block_weights, velocity_parameters
 from ecar_dist.kinds.presets import preset_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ class PyramidKind(StagedKind):
 
     parts = ("", "velocity network")
     averages = True
+    merges = True
+    widens = True
 
     def __init__(self, title: str, *, one_stage: bool = False) -> None:
         self.title = title
@@ -30,7 +32,8 @@ class PyramidKind(StagedKind):
         preset = preset_of(config)
         flow = velocity_parameters(config, preset)
         width = preset.flow_width
-        return ParameterCount(0, flow, block_parameters(width, preset.flow_adaln, width // preset.flow_heads))
+        block = block_parameters(width, preset.flow_adaln, width // preset.flow_heads)
+        return ParameterCount(0, flow, block, block_weights(width, preset.flow_depth))
 
     def training_macs(self, config: RunConfig) -> int:
         """One velocity call in each stage, forward and backward, and what the targets need."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ecar_dist.kinds.ecar import EcarKind
+from ecar_dist.kinds.hybrid import HybridKind
 from ecar_dist.kinds.kind import Kind
 from ecar_dist.kinds.mar import MarKind
+from ecar_dist.kinds.par import ParContinuousKind, ParKind
 from ecar_dist.kinds.pyramid import PyramidKind
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ KINDS: dict[str, Kind] = {
     "dit": PyramidKind("a diffusion transformer trained by flow matching", one_stage=True),
     "pyramid": PyramidKind("a multistage flow without autoregression"),
     "mar": MarKind(),
+    "par": ParKind(),
+    "par_cont": ParContinuousKind(),
+    "hybrid": HybridKind(),
 }
 
 

@@ -1,9 +1,9 @@
 """Self-attention, and the rules of which token may attend to which.
 
 All models of the family follow one rule on group ids, `allow(query, key) = group[query] >= group[key]`: the groups of
-ECAR are its stages (docs/ecar.md, section 6), causal AR has one group per token, masked AR has one group. `Attention`
-leaves the rule to an `attend` function, so the mask-free form for training, the masked reference and the cached form
-for sampling use the same weights.
+ECAR are its stages (docs/ecar.md, section 6), causal AR has one group per token, PAR first single tokens and then
+groups, masked AR has one group. `Attention` leaves the rule to an `attend` function, so the mask-free form for
+training, the masked reference and the cached form for sampling use the same weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ecar_dist.compiled_constants import constant_when_compiled
 from ecar_dist.models.layers import Linear, RMSNorm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q, k, v, out: [B, heads, T, D / heads]
@@ -29,6 +30,35 @@ def block_causal_mask(stage_tokens: Sequence[int]) -> torch.Tensor:
     """A token sees its own stage and the coarser ones: bool [T, T], T = sum(stage_tokens)."""
     # The group of a token is the number of its stage.
     return group_mask(torch.arange(len(stage_tokens)).repeat_interleave(torch.tensor(stage_tokens)))
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A token sees itself and those before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def grouped_attention(group_sizes: Sequence[int]) -> Attend:
+    """A token sees its own group and those before it: for many small groups, under one mask.
+
+    Groups of single tokens are `causal_attention`, which keeps the fused kernels.
+    """
+    sizes = tuple(group_sizes)
+    return causal_attention if max(sizes) == 1 else functools.partial(_grouped, sizes)
+
+
+def _grouped(group_sizes: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_group_mask_on(group_sizes, q.device))
+
+
+@constant_when_compiled
+def _group_mask_on(group_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _group_mask_once(group_sizes, device)
+
+
+@functools.lru_cache(maxsize=16)  # else each layer would wait for a copy from the host
+def _group_mask_once(group_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a mask first met while sampling must serve training too
+        return block_causal_mask(group_sizes).to(device)
 
 
 def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -75,31 +105,41 @@ class KVCache:
         self.num_stages = 0
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
-    def attends(self) -> list[Attend]:
-        """One function per layer: it appends the new stage's keys and values, and attends to all of them."""
-        return [functools.partial(self._attend, layer) for layer in range(len(self._layers))]
+    def attends(self, mask: torch.Tensor | None = None) -> list[Attend]:
+        """One function per layer: it appends the new keys and values, and attends to all, or to those in `mask`.
 
-    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask: bool [new tokens, all tokens], True = attend.
+        """
+        return [functools.partial(self._attend, layer, mask) for layer in range(len(self._layers))]
+
+    def keep(self, num_tokens: int) -> None:
+        """Forget all tokens but the first ones."""
+        kept = (pair and (pair[0][:, :, :num_tokens], pair[1][:, :, :num_tokens]) for pair in self._layers)
+        self._layers = list(kept)
+
+    def _attend(
+        self, layer: int, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         cached = self._layers[layer]
         if cached is not None:
             k = torch.cat((cached[0], k), dim=2)
             v = torch.cat((cached[1], v), dim=2)
         self._layers[layer] = (k, v)
-        # No mask: the new stage may see itself and all stages before it.
-        return F.scaled_dot_product_attention(q, k, v)
+        # Without a mask, the new stage or group sees itself and all before it.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with RMS-normalised queries and keys."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, width_ratio: float = 1.0) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width, width_ratio)
         # One gain per channel of a head, shared by all heads.
         self.query_norm = RMSNorm(width // heads)
         self.key_norm = RMSNorm(width // heads)
-        self.out = Linear(width, width)
+        self.out = Linear(width, width, width_ratio)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""

@@ -67,7 +67,14 @@ class TokenMapTransformer(nn.Module):
         if feeds_state and num_stages > 1:
             self.context_projection = Linear(token_channels, width)
         # Trunk, and the positions that tell the tokens of a map apart.
-        self.transformer = Transformer(preset.ar_depth, width, preset.ar_heads, adaln="shared", recompute=recompute)
+        self.transformer = Transformer(
+            preset.ar_depth,
+            width,
+            preset.ar_heads,
+            adaln="shared",
+            recompute=recompute,
+            width_ratio=preset.width_ratio(width),
+        )
         self.output_positions = PositionEmbedding(grid_sides, width)
 
     def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> torch.Tensor:

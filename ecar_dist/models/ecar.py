@@ -138,6 +138,11 @@ class ECAR(nn.Module):
         condition: torch.Tensor | None,
         labels: torch.Tensor,
         lengths: torch.Tensor | None = None,
+        modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `MeanVelocityModel`; `condition` is from `condition`."""
-        return self.flow(x, time, stage, condition, labels, lengths)
+        return self.flow(x, time, stage, condition, labels, lengths, modulations)
+
+    def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:
+        """See `StagedModel`."""
+        return self.flow.modulations(times, stage, labels)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ecar_dist.compiled_constants import constant_when_compiled
 
 # Initialisation and norms.
 INIT_STD = 0.02
@@ -28,11 +31,19 @@ POSITION_RATIO = 100.0  # highest over lowest frequency
 class Linear(nn.Linear):
     """A projection with N(0, 0.02^2) weights and zero bias. It casts its input down to the type of its weights.
 
+    width_ratio: under muP, by how much the width of its input exceeds that of the base model; 1 where the input does
+        not grow with the model. The weights have variance 0.02^2 / width_ratio, and `parameter_groups` divides their
+        learning rate by it (Yang et al., arXiv 2203.03466, table 3).
+
     DeepSpeed's bf16 has bf16 weights without autocast, while norms and latents are float32.
     """
 
+    def __init__(self, inputs: int, outputs: int, width_ratio: float = 1.0) -> None:
+        self.width_ratio = width_ratio  # torch's constructor initialises the weights
+        super().__init__(inputs, outputs)
+
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=INIT_STD / math.sqrt(self.width_ratio))
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,16 +108,20 @@ class RMSNorm(nn.RMSNorm):
 class MLP(nn.Sequential):
     """D -> 4 D -> D with tanh-approximated GELU."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(Linear(width, 4 * width), nn.GELU(approximate="tanh"), Linear(4 * width, width))
+    def __init__(self, width: int, width_ratio: float = 1.0) -> None:
+        super().__init__(
+            Linear(width, 4 * width, width_ratio),
+            nn.GELU(approximate="tanh"),
+            Linear(4 * width, width, width_ratio),
+        )
 
 
 class AdaLN(nn.Module):
     """`parts` modulation vectors from a conditioning vector: [B, D] -> [B, parts * D]. Zero at the start."""
 
-    def __init__(self, width: int, parts: int) -> None:
+    def __init__(self, width: int, parts: int, width_ratio: float = 1.0) -> None:
         super().__init__()
-        self.project = ZeroLinear(width, parts * width)
+        self.project = ZeroLinear(width, parts * width, width_ratio)
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return self.project(F.silu(conditioning))
@@ -157,9 +172,9 @@ class TimeEmbedding(nn.Module):
     zero: the output is zero before training.
     """
 
-    def __init__(self, width: int, *, zero: bool = False) -> None:
+    def __init__(self, width: int, *, zero: bool = False, width_ratio: float = 1.0) -> None:
         super().__init__()
-        last = ZeroLinear(width, width) if zero else Linear(width, width)
+        last = ZeroLinear(width, width, width_ratio) if zero else Linear(width, width, width_ratio)
         self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), last)
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
@@ -175,7 +190,7 @@ def sinusoid(x: torch.Tensor, num_frequencies: int, ratio: float) -> torch.Tenso
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)
 
 
-@torch.compiler.assume_constant_result  # a compiled network holds the table; traced, it would make it in each call
+@constant_when_compiled
 def position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
     """Fixed 2-D sin-cos positions of a side x side token grid, float32 [side * side, width]; width a multiple of 4.
 
@@ -203,6 +218,26 @@ def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
     decay = [parameter for parameter in model.parameters() if id(parameter) in matrices]
     no_decay = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
     return decay, no_decay
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for the optimizer: `params`, `weight_decay`, and `rate`, by which the learning rate is multiplied.
+
+    Weight decay is for the matrices of linear maps alone. Under muP each has the rate 1 / width_ratio; its decay is
+    multiplied by width_ratio, so that what a step takes off a weight does not depend on the width.
+    """
+    ratios = {id(module.weight): module.width_ratio for module in model.modules() if isinstance(module, Linear)}
+    decay, no_decay = weight_decay_groups(model)
+
+    # One group for each ratio; without muP there is one.
+    by_ratio: dict[float, list[nn.Parameter]] = {}
+    for parameter in decay:
+        by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": weight_decay * ratio, "rate": 1.0 / ratio}
+        for ratio, parameters in sorted(by_ratio.items())
+    ]
+    return [*groups, {"params": no_decay, "weight_decay": 0.0, "rate": 1.0}]
 
 
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:

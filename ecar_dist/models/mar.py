@@ -14,7 +14,7 @@ import math
 import torch
 from torch import nn
 
-from ecar_dist.kinds.mar import MaskedSize
+from ecar_dist.kinds.flow_head import TrunkSize
 from ecar_dist.models.attention import full_attention
 from ecar_dist.models.layers import (
     AdaLN,
@@ -75,7 +75,7 @@ class FlowHead(nn.Module):
 class MaskedTransformer(nn.Module):
     """A vector for every place, from the tokens that are not masked and the class."""
 
-    def __init__(self, size: MaskedSize, *, grid_side: int, token_channels: int, num_classes: int, recompute: bool):
+    def __init__(self, size: TrunkSize, *, grid_side: int, token_channels: int, num_classes: int, recompute: bool):
         super().__init__()
         self.state_projection = Linear(token_channels, size.width)
         self.mask_vector = Embedding(1, size.width)
@@ -112,7 +112,7 @@ class MAR(nn.Module):
 
     def __init__(
         self,
-        size: MaskedSize,
+        size: TrunkSize,
         *,
         latent_size: int,
         latent_channels: int,

@@ -38,6 +38,25 @@ class StagedModel(Protocol):
         """dx/du at x [B, C, h, w] and model time [B]; float32 [B, C, h, w]."""
 
 
+class ModulatedModel(StagedModel, Protocol):
+    """One that can compute what its calls need of time and class before the state is known, for many calls at once."""
+
+    def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:
+        """Of calls at model times [n] with labels [B]: [n, B, M]."""
+
+    def velocity(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        stage: int,
+        condition: torch.Tensor | None,
+        labels: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        modulations: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As that of `MeanVelocityModel`; modulations: the row for this time, [B, M]."""
+
+
 class MeanVelocityModel(StagedModel, Protocol):
     """One that may also give average velocities over intervals (flow/mean_velocity.py).
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ecar_dist.kinds.presets import Preset
-from ecar_dist.models.attention import within_stage_attention
+from ecar_dist.models.attention import full_attention, within_stage_attention
 from ecar_dist.models.layers import (
     ClassEmbedding,
     Linear,
@@ -44,6 +44,7 @@ class VelocityNetwork(nn.Module):
     ) -> None:
         super().__init__()
         width = preset.flow_width
+        ratio = preset.width_ratio(width)
         self.grid_sides = tuple(grid_sides)
         self.width = width
         self.patch_size = patch_size
@@ -51,18 +52,18 @@ class VelocityNetwork(nn.Module):
         # Tokens: the state, and W_m for the token map.
         self.state_projection = Linear(token_channels, width)
         if condition_width is not None:
-            self.condition_projection = Linear(condition_width, width)
+            self.condition_projection = Linear(condition_width, width, preset.width_ratio(condition_width))
 
         # What modulates all blocks: time, stage and class; the last row of the classes is the null label.
-        self.time_embedding = TimeEmbedding(width)
-        self.length_embedding = TimeEmbedding(width, zero=True) if mean_velocity else None
+        self.time_embedding = TimeEmbedding(width, width_ratio=ratio)
+        self.length_embedding = TimeEmbedding(width, zero=True, width_ratio=ratio) if mean_velocity else None
         self.stage_embedding = StageEmbedding(grid_sides, width)
         self.class_embedding = ClassEmbedding(num_classes, width)
 
         self.transformer = Transformer(
-            preset.flow_depth, width, preset.flow_heads, preset.flow_adaln, recompute=recompute
+            preset.flow_depth, width, preset.flow_heads, preset.flow_adaln, recompute=recompute, width_ratio=ratio
         )
-        self.output = ZeroLinear(width, token_channels)
+        self.output = ZeroLinear(width, token_channels, ratio)
 
     def forward(
         self,
@@ -72,10 +73,30 @@ class VelocityNetwork(nn.Module):
         condition: torch.Tensor | None,
         labels: torch.Tensor,
         lengths: torch.Tensor | None = None,
+        modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B], lengths [B] -> float32 [B, C, h, w]."""
-        (velocity,) = self._run([x], [time], [stage], condition, labels, None if lengths is None else [lengths])
-        return velocity
+        """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B], lengths [B] -> float32 [B, C, h, w].
+
+        modulations: [B, M] of `modulations` for this time, which then is not looked at, nor are labels and lengths.
+        """
+        if modulations is None:
+            (velocity,) = self._run([x], [time], [stage], condition, labels, None if lengths is None else [lengths])
+            return velocity
+        tokens = self._tokens([x], [stage], condition)
+        attends = [full_attention] * len(self.transformer.blocks)
+        outputs = self.output(self.transformer(tokens, None, attends, modulations=modulations[:, None])).float()
+        return unpatchify(outputs, self.patch_size)
+
+    def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:
+        """All that calls of a stage at times [n] compute from time and labels [B] alone, [n, B, M].
+
+        Made at once, it reads the weights of adaLN once a stage instead of once a call: they are a third of the trunk
+        of DiT-XL.
+        """
+        conditioning = self._conditioning(
+            times.expand(len(labels), -1).T.reshape(-1, 1), [stage], labels.repeat(len(times))
+        )
+        return self.transformer.modulations(conditioning[:, 0]).unflatten(0, (len(times), len(labels)))
 
     def all_stages(
         self,
@@ -101,28 +122,35 @@ class VelocityNetwork(nn.Module):
         labels: torch.Tensor,
         lengths: Sequence[torch.Tensor] | None,
     ) -> list[torch.Tensor]:
-        # Tokens: the patches of each state, with positions of its stage's own grid, plus the condition of that grid.
-        patches = [patchify(state, self.patch_size) for state in states]
-        segments = [part.shape[1] for part in patches]
-        device = labels.device
-        positions = [position_table(self.grid_sides[stage], self.width, device) for stage in stages]
-        tokens = self.state_projection(_joined(patches, dim=1)) + _joined(positions, dim=0)  # [B, T, D]
-        if condition is not None:
-            tokens = tokens + condition
-
-        # The vector that modulates all blocks, for each stage.
-        time = self.time_embedding(torch.stack(list(times), dim=1).flatten())  # [B S, D]
-        if self.length_embedding is not None:
-            lengths = [torch.zeros_like(each) for each in times] if lengths is None else lengths
-            time = time + self.length_embedding(torch.stack(list(lengths), dim=1).flatten())
-        stage_index = torch.arange(stages[0], stages[0] + len(stages), device=device)
-        conditioning = time.unflatten(0, (-1, len(stages))) + self.stage_embedding(stage_index)  # [B, S, D]
-        conditioning = conditioning + self.class_embedding(labels)[:, None]
+        tokens = self._tokens(states, stages, condition)
+        stacked = None if lengths is None else torch.stack(list(lengths), dim=1)
+        conditioning = self._conditioning(torch.stack(list(times), dim=1), stages, labels, stacked)
 
         # Attention stays within the stage. The velocity is float32, as the ODE's state.
+        segments = [self.grid_sides[stage] ** 2 for stage in stages]
         attends = [within_stage_attention(segments)] * len(self.transformer.blocks)
         outputs = self.output(self.transformer(tokens, conditioning, attends, segments)).float()
         return [unpatchify(part, self.patch_size) for part in outputs.split(segments, dim=1)]
+
+    def _tokens(
+        self, states: Sequence[torch.Tensor], stages: Sequence[int], condition: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The patches of each state, with positions of its stage's own grid, plus the condition: [B, T, D]."""
+        patches = [patchify(state, self.patch_size) for state in states]
+        positions = [position_table(self.grid_sides[stage], self.width, states[0].device) for stage in stages]
+        tokens = self.state_projection(_joined(patches, dim=1)) + _joined(positions, dim=0)
+        return tokens if condition is None else tokens + condition
+
+    def _conditioning(
+        self, times: torch.Tensor, stages: Sequence[int], labels: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The vector that modulates all blocks, for each of S stages: times and lengths [B, S] -> [B, S, D]."""
+        time = self.time_embedding(times.flatten())  # [B S, D]
+        if self.length_embedding is not None:
+            time = time + self.length_embedding((torch.zeros_like(times) if lengths is None else lengths).flatten())
+        stage_index = torch.arange(stages[0], stages[0] + len(stages), device=labels.device)
+        conditioning = time.unflatten(0, (-1, len(stages))) + self.stage_embedding(stage_index)
+        return conditioning + self.class_embedding(labels)[:, None]
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -26,6 +26,10 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
         return model
     if not KINDS[plan.kind].compilable:
         raise ConfigError(f"model.kind={plan.kind} cannot be compiled, its steps differ in size; leave --compile out")
+    if plan.merge_ratio:
+        raise ConfigError(
+            f"sample.merge_ratio={plan.merge_ratio:g} cannot be compiled; leave --compile out, or set it to 0"
+        )
     if fault := compiler_fault(device):
         cache = os.environ.get(CACHE_VARIABLE)
         hint = f", or empty {cache}" if cache and cache in fault else ""
@@ -53,6 +57,8 @@ class CompiledModel:
 
     def __init__(self, model: StagedModel, device: torch.device) -> None:
         self.start_cache = model.start_cache
+        if hasattr(model, "modulations"):
+            self.modulations = model.modulations
         # Not a CUDA graph: the next replay would overwrite the keys and values that the cache holds.
         self.begin_stage = compiled(model.begin_stage)
         self._velocity = compiled(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -65,7 +71,10 @@ class CompiledModel:
         condition: torch.Tensor | None,
         labels: torch.Tensor,
         lengths: torch.Tensor | None = None,
+        modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `StagedModel`."""
+        more = {"lengths": lengths, "modulations": modulations}
+        given = {name: value for name, value in more.items() if value is not None}
         # A copy, because the next replay writes to the same memory, and a solver may still use this result.
-        return self._velocity(x, time, stage, condition, labels, lengths).clone()
+        return self._velocity(x, time, stage, condition, labels, **given).clone()

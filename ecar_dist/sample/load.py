@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,20 +16,23 @@ from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import CheckpointError, ConfigError
 from ecar_dist.kinds.table import kind_of
+from ecar_dist.quantize.layers import quantizable, shaped_like
 from ecar_dist.runtime.checkpoint.compare import check_identity
 from ecar_dist.runtime.checkpoint.files import has_marker, read_manifest, verify
 from ecar_dist.runtime.checkpoint.inspect import fetch_step
 from ecar_dist.runtime.checkpoint.manifest import Manifest, Progress, flat_identity
 from ecar_dist.runtime.checkpoint.storage import open_ema_storage, open_storage
 from ecar_dist.runtime.export.ema import WantedEma, open_ema_weights
-from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, is_export
+from ecar_dist.runtime.export.files import CONFIG, ExportFacts, ExportReader, Quantization, is_export
 from ecar_dist.runtime.export.names import CLASS_NAMES, class_names
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.fast import prepare
 from ecar_dist.sample.generate import generate_in_batches
 from ecar_dist.sample.labels import ClassNames
 from ecar_dist.sample.options import with_settings
+from ecar_dist.sample.preview import StripPreview
 from ecar_dist.sample.sampling_plan import SamplingPlan
+from ecar_dist.storage.untrusted import printable
 from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.codec import LatentCodec
 
@@ -40,6 +44,7 @@ class TrainedModel:
     source: the checkpoint or the export that the weights are from.
     home: the run directory or the export.
     weights: name of the weights, such as `ema`.
+    dataset_ids: of the latents that it was trained on.
     """
 
     config: RunConfig
@@ -51,6 +56,7 @@ class TrainedModel:
     home: Path
     weights: str
     classes: ClassNames
+    dataset_ids: tuple[str, ...] = ()
 
     def with_settings(self, settings: Mapping[str, Any]) -> TrainedModel:
         """The same model with other values of `sample.*`. Raises ConfigError."""
@@ -80,6 +86,7 @@ def open_trained(path: Path, device: torch.device, *, step: int | None = None, e
     # The config, the weights, and what their files say of them.
     weights: Mapping[str, torch.Tensor]
     facts: ExportFacts | Manifest
+    quantization = None
     home = path
     if is_export(path):
         if step is not None or ema is not None:
@@ -88,6 +95,7 @@ def open_trained(path: Path, device: torch.device, *, step: int | None = None, e
         source = path
         weights = reader = ExportReader(path)
         facts = reader.facts
+        quantization = facts.quantization
         name = reader.facts.average.get("kind", "ema")
         named = reader.facts.class_names
     else:
@@ -108,9 +116,27 @@ def open_trained(path: Path, device: torch.device, *, step: int | None = None, e
             f"{source} was trained on latents of another autoencoder than {codec.identity.name}; point vae.path in "
             f"{home / CONFIG} to the one that encoded them"
         )
-    model = load_weights(config, weights, device)
+    model = load_weights(config, weights, device, quantization)
     classes = ClassNames(config.data.num_classes, class_names(config, named))
-    return TrainedModel(config, model, codec, device, facts.progress, source, home, name, classes)
+    ids = tuple(map(str, identity.get("dataset_ids") or ()))
+    return TrainedModel(config, model, codec, device, facts.progress, source, home, name, classes, ids)
+
+
+def draw_preview(run: Path, step: int, device: torch.device) -> np.ndarray:
+    """The strip that training draws after a step, uint8 [H, W, 3], from the checkpoint or EMA snapshot of that step.
+
+    On the same kind of device it is training's own to the bit. Raises as `open_trained`.
+    """
+    trained = open_trained(run, device, step=step)
+    config = trained.config
+
+    # As in training: weights in the run's precision, and an autoencoder on the CPU unless it encodes on the device.
+    bf16 = config.precision_on(device.type) == "bf16"
+    model = trained.model.bfloat16() if bf16 else trained.model
+    encodes = config.data.images is not None
+    dtype = torch.bfloat16 if encodes and bf16 else torch.float32
+    preview = StripPreview(config, open_codec(config.vae, device if encodes else "cpu", dtype), device)
+    return preview.picture(preview.draw(model))
 
 
 def find_weights(path: Path, step: int | None) -> tuple[Path, Path | None]:
@@ -139,14 +165,34 @@ def find_weights(path: Path, step: int | None) -> tuple[Path, Path | None]:
     return path, fetch_step(step, open_storage(config, path), open_ema_storage(config, path))
 
 
-def load_weights(config: RunConfig, weights: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
-    """The config's model with `weights`, fp32, in eval mode. Raises CheckpointError if they are of another model."""
+def load_weights(
+    config: RunConfig,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> nn.Module:
+    """The config's model with `weights`, in eval mode: fp32, and integers in the layers that `quantization` lists.
+
+    Raises CheckpointError if they are of another model.
+    """
     # Without memory, then with memory that is not initialised: every number is copied from `weights`.
     with torch.device("meta"):
         model = kind_of(config).build_model(config)
+        if quantization is not None:
+            _prepare_quantized(model, quantization)
     model = model.to_empty(device=device)
     copy_weights(model, weights)
     return model.eval()
+
+
+def _prepare_quantized(model: nn.Module, quantization: Quantization) -> None:
+    layers = {name: (layer.weights, layer.rotated) for name, layer in quantization.layers.items()}
+    if unknown := sorted(layers.keys() - quantizable(model).keys()):
+        raise CheckpointError(
+            f"layer {printable(unknown[0])} is quantised in the weights and not one that this version quantises; the "
+            "weights are of another model than the config"
+        )
+    shaped_like(model, layers)
 
 
 @torch.no_grad()

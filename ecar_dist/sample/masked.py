@@ -16,7 +16,7 @@ from ecar_dist.flow.unmasking import masked_counts, masked_guidance_scales
 from ecar_dist.models.layers import patchify, unpatchify
 from ecar_dist.models.mar import MAR
 from ecar_dist.rng import Purpose, normal, uniform
-from ecar_dist.sample.guided import guided_velocity, with_null
+from ecar_dist.sample.guided import guided_velocity, head_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
 
@@ -69,12 +69,8 @@ def _velocity_fn(
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = _take(model.conditions(tokens, mask, labels), chosen)  # [B or 2 B, n, D]
 
-    # The head, at each solver call: for the batch, or with its null half. It learns no averages over a length.
-    def network(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
-        time = model_time(plan.schedule, 0, torch.full((1, 1), u, device=x.device))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
-            return model.velocity(x, time, condition[: x.shape[0]])
-
+    # The head, at each solver call.
+    network = head_velocity(model, plan, condition)
     return guided_velocity(network, network, scale, plan.guided_at(0, scale))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,8 @@ class StripPreview:
     """
 
     def __init__(self, config: RunConfig, codec: LatentCodec | None, device: torch.device) -> None:
-        self._plan = SamplingPlan.from_config(config, device)
+        # Under ZeRO-3 the weights of a compiled block are gathered for the block as a whole, and for nothing else.
+        self._plan = dataclasses.replace(SamplingPlan.from_config(config, device), modulates_ahead=False)
         self._indices = torch.arange(PREVIEW_SAMPLES, device=device)
         self._labels = self._indices % config.data.num_classes
         self._seed = config.run.seed

@@ -16,8 +16,10 @@ from ecar_dist.flow.schedule import StageSchedule
 class SamplingPlan:
     """The settings of the sampler.
 
-    tau is None for a model that is fed no states; only `mar` uses ar_steps. mean_velocity: the network gives average
-    velocities (flow/mean_velocity.py).
+    tau is None for a model that is fed no states; only `mar` uses ar_steps, only `par` top_k and jacobi_window, only
+    `hybrid` code_steps and residuals, and these two temperature. mean_velocity: the network gives average velocities
+    (flow/mean_velocity.py). merge_ratio: share of the tokens that are merged in the last stage. modulates_ahead: adaLN
+    is computed for all calls of a stage at once, outside of the blocks that it belongs to.
     """
 
     kind: str
@@ -35,6 +37,13 @@ class SamplingPlan:
     bf16: bool
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     mean_velocity: bool = False
+    merge_ratio: float = 0.0
+    modulates_ahead: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    jacobi_window: int = 1
+    code_steps: int = 12
+    residuals: bool = True
 
     @staticmethod
     def from_config(config: RunConfig, device: torch.device) -> SamplingPlan:
@@ -56,6 +65,12 @@ class SamplingPlan:
             bf16=config.precision_on(device.type) == "bf16",
             guidance_interval=sample.guidance_interval,
             mean_velocity=config.flow.learns_mean_velocity,
+            merge_ratio=sample.merge_ratio,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            jacobi_window=sample.jacobi_window,
+            code_steps=sample.code_steps,
+            residuals=sample.residuals,
         )
 
     def guided_at(self, stage: int, guidance_scale: float) -> Callable[[float], bool]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -11,9 +13,13 @@ from ecar_dist.flow.multistage import sample_stages
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn
 from ecar_dist.models.staged import MeanVelocityModel, StagedModel
+from ecar_dist.models.token_merger import TokenMerger
 from ecar_dist.rng import Draw, Purpose, draw_all
 from ecar_dist.sample.guided import guided_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
+
+# Calls times images for which modulations are kept: 0.4 GB in bf16 at preset XL.
+MOST_MODULATIONS = 1024
 
 
 def draw_stages(
@@ -44,9 +50,13 @@ def draw_stages(
 
         # The flow, many times a stage. Where it is not guided, it needs the conditional half alone.
         half = None if condition is None else condition[:batch]
-        plain = _network(model, plan, stage, half, labels)
-        doubled = _network(model, plan, stage, condition, all_labels)
-        return guided_velocity(plain, doubled, scales[stage], plan.guided_at(stage, scales[stage]))
+        guided_at = plan.guided_at(stage, scales[stage])
+        table = _modulations(model, plan, stage, labels, all_labels, guided_at)
+        plain = _network(model, plan, stage, half, labels, table)
+        doubled = _network(model, plan, stage, condition, all_labels, table)
+        if plan.merge_ratio and stage == schedule.num_stages - 1:
+            return _merging_velocity(model, plan, plain, doubled, scales[stage], guided_at)
+        return guided_velocity(plain, doubled, scales[stage], guided_at)
 
     return sample_stages(
         schedule,
@@ -59,19 +69,77 @@ def draw_stages(
     )
 
 
+def _merging_velocity(
+    model: Any,
+    plan: SamplingPlan,
+    plain: VelocityFn,
+    doubled: VelocityFn,
+    scale: float,
+    guided_at: Callable[[float], bool],
+) -> VelocityFn:
+    """The guided velocity with token merging. The first call has no importance yet, and merges nothing."""
+    merger = TokenMerger(model.flow.transformer, plan.merge_ratio)
+    learn = functools.partial(merger.learn, patch_size=model.flow.patch_size)
+    velocity = guided_velocity(plain, doubled, scale, guided_at, learn)
+
+    def merged(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
+        with merger.active():
+            return velocity(x, u, length)
+
+    return merged
+
+
+def _modulations(
+    model: Any,
+    plan: SamplingPlan,
+    stage: int,
+    labels: torch.Tensor,
+    all_labels: torch.Tensor,
+    guided_at: Callable[[float], bool],
+) -> dict[float, torch.Tensor]:
+    """By time u of a stage, what its call computes from time and labels alone, [B or 2 B, M]; all of them made at once.
+
+    Empty where calls do that themselves: for a model that has no `modulations`, for average velocities, which also
+    depend on a length, and for a batch so large that the table would be, too.
+    """
+    solver = SOLVERS[plan.solver]
+    times = list(dict.fromkeys(solver.call_times(plan.steps_per_stage[stage], plan.time_shift)))
+    too_large = len(times) * len(all_labels) > MOST_MODULATIONS
+    if plan.mean_velocity or too_large or not plan.modulates_ahead or not hasattr(model, "modulations"):
+        return {}
+
+    # Calls that are not guided need the conditional half alone.
+    table: dict[float, torch.Tensor] = {}
+    for guided, these in ((False, labels), (True, all_labels)):
+        some = [u for u in times if guided_at(u) == guided]
+        if some:
+            # Filled in on the device: a list of numbers would be copied to it from the host.
+            at = torch.stack([torch.full((), u, device=labels.device) for u in some])
+            at = model_time(plan.schedule, stage, at)
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=plan.bf16):
+                table |= dict(zip(some, model.modulations(at, stage, these), strict=True))
+    return table
+
+
 def _network(
-    model: StagedModel, plan: SamplingPlan, stage: int, condition: torch.Tensor | None, labels: torch.Tensor
+    model: StagedModel,
+    plan: SamplingPlan,
+    stage: int,
+    condition: torch.Tensor | None,
+    labels: torch.Tensor,
+    table: dict[float, torch.Tensor],
 ) -> VelocityFn:
     """The network in one stage as a function of x, u and the length of an interval, which only average velocities have.
 
-    It computes in the plan's precision; float32 out, as the ODE's state.
+    It computes in the plan's precision; float32 out, as the ODE's state. table: of `_modulations`.
     """
 
     def network(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
         time = model_time(plan.schedule, stage, torch.full((x.shape[0],), u, device=x.device))
-        interval = (torch.full_like(time, length),) if plan.mean_velocity else ()
+        more = {"lengths": torch.full_like(time, length)} if plan.mean_velocity else {}
+        more |= {"modulations": table[u]} if table else {}
         with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.bf16):
-            return model.velocity(x, time, stage, condition, labels, *interval).float()
+            return model.velocity(x, time, stage, condition, labels, **more).float()
 
     return network
 

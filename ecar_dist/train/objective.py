@@ -15,7 +15,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.flow.loss import masked_loss, multistage_loss, stage_losses
 from ecar_dist.flow.masking import mask_ratio, random_mask, token_points
 from ecar_dist.flow.mean_velocity import Interval, splitting_targets
-from ecar_dist.flow.path import model_time, training_points
+from ecar_dist.flow.path import logit_normal_times, model_time, training_points
 from ecar_dist.models.layers import patchify
 from ecar_dist.models.staged import MeanVelocityModel
 from ecar_dist.rng import Draw, Purpose, draw_all
@@ -143,7 +143,10 @@ class FlowObjective(Objective):
     def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
         num_stages = len(self._sizes)
         *fields, posterior = numbers
-        return Drawn(fields[-num_stages:], fields[:num_stages], posterior, context=fields[num_stages:-num_stages])
+        times = fields[-num_stages:]
+        if self._config.flow.times == "logit_normal":
+            times = [logit_normal_times(u) for u in times]
+        return Drawn(times, fields[:num_stages], posterior, context=fields[num_stages:-num_stages])
 
 
 class MeanVelocityObjective(FlowObjective):
@@ -184,9 +187,9 @@ class MeanVelocityObjective(FlowObjective):
     def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
         num_stages = len(self._sizes)
         drawn = super()._sorted(numbers[num_stages:])
-        share = self._config.flow.instant_share
+        flow = self._config.flow
         pairs = zip(drawn.times, numbers[:num_stages], strict=True)
-        return replace(drawn, intervals=[Interval.draw(u, uniform, share) for u, uniform in pairs])
+        return replace(drawn, intervals=[Interval.draw(*pair, flow.instant_share, flow.whole_share) for pair in pairs])
 
     def _single_times(self, drawn: Drawn) -> torch.Tensor:
         return torch.stack([each.start for each in drawn.intervals], dim=1)

@@ -23,15 +23,17 @@ def check_nodes(config: RunConfig, world: World) -> TrainingData:
     """Check that every node is fit and sees the same data; rank 0 reports. Returns the data. Collective.
 
     Every rank reads the manifests, and one rank of each node the beginning of the shards: a thousand ranks that read
-    the same bytes past their nodes' caches would be a load of their own.
+    the same bytes past their nodes' caches would be a load of their own. The ranks of a node look up the shards
+    together, see `check_data`.
 
     Raises on all ranks: NodeError if some nodes are unfit, DataError if no node can read the data, ConfigError if the
     nodes see different data.
     """
-    first_of_node = world.nodes.index(world.nodes[world.rank]) == world.rank
+    on_node = [rank for rank, node in enumerate(world.nodes) if node == world.nodes[world.rank]]
+    first_of_node = on_node[0] == world.rank
 
     def read() -> tuple[TrainingData, dict[str, Any]]:
-        data = check_data(config)
+        data = check_data(config, on_node.index(world.rank), len(on_node))
         probe = try_data(data) if first_of_node else NO_PROBE
         return data, {"where": probe.where, "bytes": probe.nbytes, "seconds": probe.seconds}
 

@@ -28,12 +28,12 @@ from ecar_dist.runtime.engine import Engine
 from ecar_dist.runtime.peers import lost_peer
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.runtime.run.drift import resume_lines
-from ecar_dist.runtime.run.metrics import MetricsWriter
+from ecar_dist.runtime.run.metrics import PREVIEW, MetricsWriter
 from ecar_dist.runtime.signals import StoppedEarlyError, StopRequest
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.remote import is_remote
-from ecar_dist.train.sources import TrainingData
+from ecar_dist.train.sources import MAX_LOOKED_UP, TrainingData
 from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_line
 
 
@@ -120,7 +120,7 @@ class Recorder:
         with engine.weights_of(ema.partitions) as model:
             stages = self._preview.draw(model) if self._world.is_first or engine.splits_weights else []
         if self._writer:
-            self._writer.image("samples/stages", self._preview.picture(stages), progress.step)
+            self._writer.image(PREVIEW, self._preview.picture(stages), progress.step)
 
     def rewind(self, step: int) -> None:
         """The run was rolled back to `step`: drop the metrics after it."""
@@ -265,9 +265,12 @@ def opening_lines(
     layout = f"{ranks} on {world.device.type}, ZeRO-{config.deepspeed.zero_stage}, {precision}"
     product = f"{batch.micro_batch_size} x {config.grad_accum_steps(world.size)} x {ranks}"
     epochs = f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps"
+    looked_up = ""
+    if data.encoder and any(len(manifest.shards) > MAX_LOOKED_UP for manifest in data.manifests):
+        looked_up = f"; each rank has looked up its next {MAX_LOOKED_UP:,} shards at most, not all"
     return [
         f"run {config.run_directory}: {model}, {tokens}",
         f"{layout}; global batch {batch.global_batch_size} = {product}",
-        f"data {data.count:,} {samples}, a global batch from about {batch_spread:.0f} of {shards}",
+        f"data {data.count:,} {samples}, a global batch from about {batch_spread:.0f} of {shards}{looked_up}",
         f"{epochs}; {resuming if progress.samples_seen else 'from the start'}",
     ]

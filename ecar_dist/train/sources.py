@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 
 from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.config.run import RunConfig
+from ecar_dist.data.codebook import codebook_of
 from ecar_dist.data.fit import check_fits
 from ecar_dist.data.images.decode import open_decoder
 from ecar_dist.data.images.formats import parse_background
@@ -26,12 +26,16 @@ from ecar_dist.data.shards.proof import check_presence
 from ecar_dist.data.shards.store import CacheOptions
 from ecar_dist.data.sources import DaliLatentSource, ImageSource, LatentSource
 from ecar_dist.errors import ConfigError
+from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.checkpoint.files import DamagedError
 from ecar_dist.runtime.checkpoint.storage import open_storage
+from ecar_dist.runtime.placement import allow_many_files
 from ecar_dist.runtime.world import World
 from ecar_dist.train.objective import Normalise
 from ecar_dist.vae.codec import EncoderIdentity, LatentCodec, check_same_encoder, normalise
 from ecar_dist.vae.pixels import from_pixels
+
+MAX_LOOKED_UP = 10_000  # shards of each set that a rank looks up before it reads
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class TrainingData:
         return [manifest.dataset_id for manifest in self.manifests]
 
 
-def check_data(config: RunConfig) -> TrainingData:
-    """Read the manifests. Raises DataError if a set does not fit the config, or a local shard is missing."""
+def check_data(config: RunConfig, part: int = 0, parts: int = 1) -> TrainingData:
+    """Read the manifests, and look up one of `parts` equal parts of the local shards of sets that are not large.
+
+    A set is large if it has more than MAX_LOOKED_UP shards. Raises DataError if a set does not fit the config, or one
+    of these shards is missing.
+    """
     data = config.data
 
     # One set of images.
@@ -68,16 +76,30 @@ def check_data(config: RunConfig) -> TrainingData:
 
     # Sets of latents: all of one encoder.
     places = tuple(source.latents for source in data.latent_sources)
-    manifests = tuple(load_manifest(place) for place in places)
+    cache = cache_options(data).root
+    manifests = tuple(load_manifest(place, cache) for place in places)
     encoders = [EncoderIdentity.from_dict(manifest.encoder) for manifest in manifests]
     for place, encoder in zip(places, encoders, strict=True):
         check_same_encoder(encoders[0], encoder, place)
 
-    # They fit the config, and their shards exist.
+    # They fit the config, and this part of their shards exists. `open_loader` looks up what a rank reads.
     check_fits(config, list(zip(places, manifests, strict=True)))
     for place, manifest in zip(places, manifests, strict=True):
-        check_presence(place, manifest.shards)
+        if len(manifest.shards) <= MAX_LOOKED_UP:
+            check_presence(place, manifest.shards[part::parts])
     return TrainingData(places, manifests, encoders[0])
+
+
+def read_weights(config: RunConfig, data: TrainingData) -> Mapping[str, torch.Tensor]:
+    """Parameters of a new run's model that the data give, by name: the codebook. Raises DataError if it is damaged.
+
+    None where the run starts from other weights: those predict the codes of the codebook that is among them.
+    """
+    if not kind_of(config).needs_codebook or config.train.init_from is not None:
+        return {}
+    manifests = cast(tuple[Manifest, ...], data.manifests)
+    found = codebook_of(data.places, manifests, config.model.codebook_size, config.model.patch_size)
+    return kind_of(config).from_codebook(*found)
 
 
 def try_data(data: TrainingData) -> Probe:
@@ -118,7 +140,7 @@ def open_stream(config: RunConfig, data: TrainingData, made: OrderMade | None = 
     Raises ConfigError if the lanes do not fit the shards.
     """
     return SampleStream(
-        [[entry.count for entry in manifest.shards] for manifest in data.manifests],
+        [manifest.counts for manifest in data.manifests],
         seed=config.run.seed,
         global_batch_size=config.batch.global_batch_size,
         weights=[source.weight for source in config.data.latent_sources] or [1.0],
@@ -129,12 +151,17 @@ def open_stream(config: RunConfig, data: TrainingData, made: OrderMade | None = 
     )
 
 
-def open_loader(config: RunConfig, world: World, stream: SampleStream, start: int) -> SampleLoader:
-    """This rank's samples from position `start` on."""
-    _allow_many_files()
+def open_loader(config: RunConfig, world: World, found: TrainingData, stream: SampleStream, start: int) -> SampleLoader:
+    """This rank's samples from position `start` on.
+
+    Raises DataError if a local shard is missing that the rank reads in the next epoch; of more than MAX_LOOKED_UP, only
+    the first are looked up. The others are looked up when they are used.
+    """
+    allow_many_files()
     data = config.data
+    own = stream.upcoming(start, start + stream.count, [world.rank], world.size)
     return SampleLoader(
-        _open_sources(config, world.device),
+        _open_sources(config, world.device, found, [shards[:MAX_LOOKED_UP] for shards in own]),
         stream,
         Share(config.batch.global_batch_size, config.batch.micro_batch_size, world.rank, world.size, world.node_ranks),
         seed=config.run.seed,
@@ -158,7 +185,10 @@ def _encode(codec: LatentCodec, pixels: torch.Tensor, noise: torch.Tensor) -> to
     return normalise(codec.identity, codec.encode(from_pixels(pixels)), noise)
 
 
-def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
+def _open_sources(
+    config: RunConfig, device: torch.device, found: TrainingData, checked: Sequence[Sequence[int]]
+) -> Sequence[Source]:
+    """The sources of a run. `checked`: of each one the local shards to look up."""
     data = config.data
     cache = cache_options(data)
 
@@ -173,17 +203,14 @@ def _open_sources(config: RunConfig, device: torch.device) -> Sequence[Source]:
     # Latents, one source for each set of a mixture.
     # Not for DALI and not for a mixture, because what they read from a source is copied once more.
     pinned = device.type == "cuda" and data.backend != "dali" and len(data.latent_sources) == 1
-    sources = [LatentSource(source.latents, cache, pin_memory=pinned) for source in data.latent_sources]
+    sets = zip(found.places, cast(tuple[Manifest, ...], found.manifests), checked, strict=True)
+    sources = [
+        LatentSource(place, cache, pin_memory=pinned, manifest=manifest, checked=shards)
+        for place, manifest, shards in sets
+    ]
     if data.backend == "dali":
         return [DaliLatentSource(source, config.batch.micro_batch_size, device) for source in sources]
     return sources
-
-
-def _allow_many_files() -> None:
-    """Raise the limit of open files: a mapped shard takes one, and many systems allow 1,024 by default."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # if it is refused, the limit stays
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def cache_options(data: DataSection) -> CacheOptions:

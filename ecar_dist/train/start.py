@@ -19,7 +19,7 @@ from ecar_dist.data.loader import SampleLoader
 from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.errors import ConfigError
 from ecar_dist.kinds.table import kind_of
-from ecar_dist.models.layers import weight_decay_groups
+from ecar_dist.models.layers import parameter_groups
 from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.checkpoint.restore import Restored
 from ecar_dist.runtime.checkpoint.storage import check_adoption
@@ -58,6 +58,7 @@ from ecar_dist.train.sources import (
     normaliser,
     open_loader,
     open_stream,
+    read_weights,
     recorded_order,
     run_identity,
 )
@@ -106,7 +107,7 @@ def start_training(
     begin(inputs.beginning, world, state.engine, state.ema)
 
     # The samples from there on, and the held-out ones.
-    reader = open_reader(config, world, inputs.stream, progress.samples_seen, stop, phases)
+    reader = open_reader(config, world, inputs, progress.samples_seen, stop, phases)
     ends.callback(reader.close)
     validation = Validation(config, world, inputs.heldout, phases) if inputs.heldout else None
 
@@ -166,7 +167,8 @@ def open_inputs(config: RunConfig, world: World, adopt: bool, new_data_order: bo
 
     # The samples of the validation loss; and weights of another run, for a run that has none of its own.
     heldout = open_heldout(config, world, encoder_of(data, codec))
-    beginning = plan_beginning(config, world, data.class_names, identity["model"]["encoder.weights_sha256"])
+    given = world.together(lambda: read_weights(config, data))
+    beginning = plan_beginning(config, world, data.class_names, identity["model"]["encoder.weights_sha256"], given)
     return Inputs(data, stream, codec, precision, identity, heldout, beginning)
 
 
@@ -248,12 +250,7 @@ def build_engine(
         model = kind.build_model(config)
         objective = kind.objective(model, normalise, config, precision)
 
-    # Weight decay is for the matrices of linear layers alone.
-    decay, no_decay = weight_decay_groups(model)
-    groups = [
-        {"params": decay, "weight_decay": config.optim.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, config.optim.weight_decay)
     return Engine(objective, model, groups, config, world, precision, is_good, backend=backend)
 
 
@@ -280,12 +277,12 @@ def open_store(
 
 
 def open_reader(
-    config: RunConfig, world: World, stream: SampleStream, position: int, stop: StopRequest, phases: Phases
+    config: RunConfig, world: World, inputs: Inputs, position: int, stop: StopRequest, phases: Phases
 ) -> StepReader:
     """The samples of the run from `position` on. Raises on all ranks where one cannot open them."""
 
     def open_at(position: int) -> SampleLoader:
-        return world.together(lambda: open_loader(config, world, stream, position))
+        return world.together(lambda: open_loader(config, world, inputs.data, inputs.stream, position))
 
     return StepReader(config=config, world=world, open_loader=open_at, position=position, stop=stop, phases=phases)
 

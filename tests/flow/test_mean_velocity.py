@@ -111,7 +111,7 @@ def test_no_gradient_flows_through_a_target() -> None:
 def test_intervals_lie_inside_the_stage() -> None:
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(20_000, generator=generator)
-    drawn = Interval.draw(u, torch.rand(20_000, 4, generator=generator), instant_share=0.3)
+    drawn = Interval.draw(u, torch.rand(20_000, 4, generator=generator), instant_share=0.3, whole_share=0.2)
     ends = drawn.start + drawn.length
     assert float(drawn.start.min()) >= 0.0
     assert float(ends.max()) <= 1.0 + 1e-6
@@ -119,7 +119,9 @@ def test_intervals_lie_inside_the_stage() -> None:
     assert float(instant.float().mean()) == pytest.approx(0.3, abs=0.01)
     assert torch.equal(drawn.start[instant], u[instant])  # an instant is where `FlowObjective` has it
     to_the_end = (ends > 1.0 - 1e-6) & ~instant
-    assert float(to_the_end[~instant].float().mean()) == pytest.approx(TO_THE_END, abs=0.01)
+    assert float(to_the_end[~instant].float().mean()) == pytest.approx(TO_THE_END + 0.2, abs=0.01)
+    whole = (drawn.start == 0.0) & (drawn.length == 1.0)
+    assert float(whole[~instant].float().mean()) == pytest.approx(0.2, abs=0.01)
     between = ~instant & ~to_the_end
     assert float(drawn.length[between].mean()) == pytest.approx(1 / 3, abs=0.01)  # of two uniform times
 

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ecar_dist.flow.path import TrainingPoints, interpolate, model_time, stage_endpoints, training_points
+from ecar_dist.flow.path import (
+    TrainingPoints,
+    interpolate,
+    logit_normal_times,
+    model_time,
+    stage_endpoints,
+    training_points,
+)
 from ecar_dist.flow.pyramid import latent_pyramid, noise_pyramid, upsample
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 
@@ -103,6 +110,13 @@ def test_model_time_fills_the_window_of_its_stage() -> None:
         assert time.dtype == torch.float32
         torch.testing.assert_close(time, torch.tensor([low, (low + high) / 2, high], dtype=torch.float32))
         torch.testing.assert_close(points_at(schedule, u).times[stage], time)
+
+
+def test_logit_normal_times_are_sigmoids_of_normal_numbers() -> None:
+    below = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([-2.0, 0.0, 1.0]))  # U(0, 1) numbers
+    torch.testing.assert_close(logit_normal_times(below), torch.sigmoid(torch.tensor([-2.0, 0.0, 1.0])))
+    ends = logit_normal_times(torch.tensor([2.0**-24, 1.0 - 2.0**-24]))  # the least and the largest that are drawn
+    assert 0.0 < float(ends[0]) < float(ends[1]) < 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

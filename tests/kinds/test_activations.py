@@ -16,6 +16,9 @@ SHAPES = [  # kind, preset, depths, K; the smallest stage has 4 tokens
     ("pyramid", "T", {}, 3),
     ("dit", "T", {}, 1),
     ("mar", "T", {}, 1),
+    ("par", "T", {}, 1),
+    ("par_cont", "T", {}, 1),
+    ("hybrid", "T", {}, 1),
 ]
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from ecar_dist.config.knobs_training import TrainSection
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
-from ecar_dist.kinds.mar import masked_size_of
+from ecar_dist.kinds.flow_head import trunk_size_of
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.models.layers import weight_decay_groups
 
@@ -110,7 +110,7 @@ def test_depths_of_the_config_replace_the_presets():
 
 
 def test_mar_has_both_depths_in_its_trunk_and_a_quarter_in_its_head():
-    sizes = [masked_size_of(config(preset, kind="mar", num_stages=1)) for preset in ("T", "B", "L", "XL")]
+    sizes = [trunk_size_of(config(preset, kind="mar", num_stages=1)) for preset in ("T", "B", "L", "XL")]
     found = [(size.depth, size.width, size.heads, size.head_depth) for size in sizes]
     assert found == [(7, 128, 4, 3), (24, 768, 12, 6), (36, 1024, 16, 9), (42, 1152, 16, 10)]
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -5,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecar_dist.kinds.ecar import ar_macs, condition_macs
 from ecar_dist.kinds.flops import FLOPS_PER_MAC, dit_macs, time_macs, velocity_macs
-from ecar_dist.kinds.mar import mar_head_macs, mar_trunk_macs, masked_size_of
+from ecar_dist.kinds.flow_head import head_macs, trunk_size_of
+from ecar_dist.kinds.mar import mar_trunk_macs
 from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.sample.generate import generate
@@ -13,6 +16,9 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 
 TOKENS = (16, 64, 256)
 DIT_XL = dit_macs(256, 1152, 28)
+DATA = {"latents": "nowhere", "num_classes": 10, "latent_size": 16}
+SERIAL = ("velocity", "next_logits", "next_conditions")  # passes that wait for one another, of any kind
+MORE_SERIAL = {"mar": ("conditions",), "hybrid": ("hidden",)}
 UNGUIDED = {"guidance_scale": 1.0}  # with the default solver: 16 calls in each stage
 
 
@@ -153,18 +159,34 @@ def test_training_of_mar_matches_torch_counter(make_config, preset):
         model = build_model(config)
         tokens, mask = torch.zeros(1, 256, 16), torch.zeros(1, 256, dtype=torch.bool)
         draws, times, labels = torch.zeros(1, 3, 256, 16), torch.zeros(1, 3, 256), torch.zeros(1, dtype=torch.long)
-    size = masked_size_of(config)
+    size = trunk_size_of(config)
     assert training_macs(config) * FLOPS_PER_MAC == 3 * counted_flops(lambda: model(tokens, mask, draws, times, labels))
-    linears = mar_trunk_macs(size, 256, 16, linears_only=True) + 3 * 256 * (
-        mar_head_macs(size, 16) + time_macs(size.width)
-    )
+    linears = mar_trunk_macs(size, 256, 16, linears_only=True) + 3 * 256 * (head_macs(size, 16) + time_macs(size.width))
     counted = counted_flops(lambda: model(tokens, mask, draws, times, labels), linears_only=True)
     assert counted == FLOPS_PER_MAC * linears
 
 
+def counting(function, calls):
+    def called(*arguments, **more):
+        calls.append(1)
+        return function(*arguments, **more)
+
+    return called
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("ecar", [2]), ("ecar", [3, 1]), ("dit", [2]), ("pyramid", [1, 3]), ("mar", [2])]
+    ("kind", "steps"),
+    [
+        ("ecar", [2]),
+        ("ecar", [3, 1]),
+        ("dit", [2]),
+        ("pyramid", [1, 3]),
+        ("mar", [2]),
+        ("par", [2]),
+        ("par_cont", [2]),
+        ("hybrid", [2]),
+    ],
 )
 def test_sampling_matches_torch_counter(make_config, kind, steps, guidance_scale):
     """The production sampler itself, from labels to latents: no pass more and none less than `plan` says.
@@ -176,12 +198,17 @@ def test_sampling_matches_torch_counter(make_config, kind, steps, guidance_scale
         model={"kind": kind, "preset": "T", "patch_size": 2},
         flow={"num_stages": 2 if kind in ("ecar", "pyramid") else 1},
         data={"latents": "nowhere", "num_classes": 10, "latent_size": 8},
-        sample={"steps_per_stage": steps, "guidance_scale": guidance_scale, "ar_steps": 5},
+        sample={"steps_per_stage": steps, "guidance_scale": guidance_scale, "ar_steps": 5, "code_steps": 5},
     )
     model = build_model(config).eval()
     plan, label = SamplingPlan.from_config(config, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
+    calls = []
+    for name in (*SERIAL, *MORE_SERIAL.get(kind, ())):
+        if hasattr(model, name):
+            setattr(model, name, counting(getattr(model, name), calls))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         generate(model, plan, label, label, 0)
+    assert len(calls) == kind_of(config).serial_calls(config)
     spared = condition_macs(PRESETS["T"], 4) if kind == "ecar" and guidance_scale != 1.0 else 0
     assert counter.get_total_flops() == (sampling_macs(config) + spared) * FLOPS_PER_MAC
 
@@ -196,8 +223,8 @@ def test_mar_runs_its_trunk_each_step_and_its_head_once_a_token(make_config):
             )
             for scale in (1.0, 2.0)
         )
-        size = masked_size_of(plain)
-        trunk, head, time = mar_trunk_macs(size, 256, 16), mar_head_macs(size, 16), time_macs(size.width)
+        size = trunk_size_of(plain)
+        trunk, head, time = mar_trunk_macs(size, 256, 16), head_macs(size, 16), time_macs(size.width)
         assert sampling_macs(plain) == steps * (trunk + 16 * time) + 256 * 16 * head
         assert sampling_macs(guided) == 2 * (steps * trunk + 256 * 16 * head) + steps * 16 * time
 
@@ -208,3 +235,45 @@ def test_dit_costs_what_the_published_dit_costs(make_config):
     ours = sampling_macs(make_config(model={"kind": "dit", "preset": "XL"}, flow={"num_stages": 1}, sample=one_call))
     assert ours == DIT_XL - 256 * 1152 * 16
     assert ours / 1e9 == pytest.approx(118.64, rel=0.01)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["par", "par_cont"])
+@pytest.mark.parametrize("group", [4, 16])
+def test_sampling_in_groups_matches_torch_counter(make_config, kind, group, guidance_scale):
+    config = make_config(
+        model={"kind": kind, "ar_depth": 1, "flow_depth": 1, "patch_size": 1, "codebook_size": 32},
+        par={"group": group},
+        flow={"num_stages": 1},
+        data={"latents": "nowhere", "num_classes": 10, "latent_size": 2 * math.isqrt(group)},
+        sample={"steps_per_stage": 1, "guidance_scale": guidance_scale},
+    )
+    model = build_model(config).eval()
+    plan, label = SamplingPlan.from_config(config, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        generate(model, plan, label, label, 0)
+    assert counter.get_total_flops() == sampling_macs(config) * FLOPS_PER_MAC
+
+
+def test_training_of_par_matches_torch_counter_but_for_the_mask(make_config):
+    """The kernel counts the products that its mask hides; the closed form does not."""
+    model = {"kind": "par", "ar_depth": 2, "codebook_size": 64}
+    config = make_config("T", model=model, par={"group": 4}, flow={"num_stages": 1}, data=DATA)
+    network, size = build_model(config), trunk_size_of(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 64, 16), torch.zeros(1, dtype=torch.long))
+    hidden = 2 * size.depth * size.width * (64**2 - (1 + 2 + 3 + 4 + 4 * sum(range(8, 65, 4))))
+    search = 64 * 16 * 64
+    forward = counter.get_total_flops() / FLOPS_PER_MAC - hidden - search
+    assert training_macs(config) == 3 * forward + search
+
+
+def test_training_of_hybrid_matches_torch_counter(make_config):
+    model = {"kind": "hybrid", "ar_depth": 2, "codebook_size": 64}
+    config = make_config("T", model=model, flow={"num_stages": 1, "token_draws": 3}, data=DATA)
+    network, labels = build_model(config), torch.zeros(1, dtype=torch.long)
+    tokens, mask, times = torch.zeros(1, 64, 16), torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 3, 64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(tokens, mask, torch.zeros(1, 3, 64, 16), times, times, labels)
+    search = 64 * 16 * 64
+    assert training_macs(config) == 3 * (counter.get_total_flops() / FLOPS_PER_MAC - search) + search

@@ -4,8 +4,17 @@ import torch
 from ecar_dist.kinds.parameters import linear, time_embedding_parameters, transformer_parameters
 from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.kinds.table import KINDS, kind_of
+from ecar_dist.quantize.layers import quantizable
 
-PARTS = {"ecar": ("ar", "flow"), "dit": (None, "flow"), "pyramid": (None, "flow"), "mar": ("trunk", "head")}
+PARTS = {
+    "ecar": ("ar", ("flow",)),
+    "dit": (None, ("flow",)),
+    "pyramid": (None, ("flow",)),
+    "mar": ("trunk", ("head",)),
+    "par": ("", ()),  # the whole model
+    "par_cont": ("", ("head",)),
+    "hybrid": ("", ("head", "code_projection", "residual_scale")),
+}
 
 
 def parameter_count(config):
@@ -15,18 +24,34 @@ def parameter_count(config):
 def built(config):
     with torch.device("meta"):
         model = kind_of(config).build_model(config)
-    parts = [getattr(model, name) if name else torch.nn.Identity() for name in PARTS[config.model.kind]]
-    counts = tuple(sum(p.numel() for p in part.parameters()) for part in parts)
-    assert sum(counts) == sum(p.numel() for p in model.parameters())
-    return counts
+    first, second = PARTS[config.model.kind]
+    total = sum(p.numel() for p in model.parameters())
+    flow = sum(p.numel() for name in second for p in getattr(model, name).parameters())
+    ar = total - flow if first == "" else sum(p.numel() for p in getattr(model, first).parameters()) if first else 0
+    assert ar + flow == total
+    return ar, flow
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("dit", 1), ("pyramid", 3), ("pyramid", 2), ("mar", 1)])
+@pytest.mark.parametrize(
+    ("kind", "num_stages"),
+    [("ecar", 3), ("dit", 1), ("pyramid", 3), ("pyramid", 2), ("mar", 1), ("par", 1), ("par_cont", 1), ("hybrid", 1)],
+)
 def test_every_kind_counts_what_it_builds(make_config, kind, num_stages, preset):
     config = make_config(model={"kind": kind, "preset": preset}, flow={"num_stages": num_stages})
     count = parameter_count(config)
     assert (count.ar, count.flow) == built(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages"),
+    [("ecar", 3), ("dit", 1), ("pyramid", 3), ("mar", 1), ("par", 1), ("par_cont", 1), ("hybrid", 1)],
+)
+def test_every_kind_counts_the_weights_that_are_quantised(make_config, kind, num_stages):
+    config = make_config(model={"kind": kind, "preset": "S"}, flow={"num_stages": num_stages})
+    with torch.device("meta"):
+        layers = quantizable(kind_of(config).build_model(config))
+    assert parameter_count(config).quantized == sum(layer.weight.numel() for layer in layers.values()) > 0
 
 
 @pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("dit", 1)])
@@ -42,7 +67,7 @@ def test_depths_of_the_config_are_built_and_counted(make_config, kind):
     own = make_config(model={"kind": kind, "preset": "T", "ar_depth": 5, "flow_depth": 7}, flow=flow)
     count, usual = parameter_count(own), parameter_count(make_config(model={"kind": kind, "preset": "T"}, flow=flow))
     assert (count.ar, count.flow) == built(own)
-    assert count.flow > usual.flow
+    assert (count.flow > usual.flow) == (usual.flow > 0)
     assert (count.ar != usual.ar) == (usual.ar > 0)
 
 

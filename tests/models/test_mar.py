@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ecar_dist.kinds.mar import MaskedSize
+from ecar_dist.kinds.flow_head import TrunkSize
 from ecar_dist.models.mar import MAR
 
 CHANNELS, NUM_CLASSES, TOKENS, DRAWS = 3, 5, 16, 2  # 8 x 8 latents in patches of 2: 12 numbers a token
@@ -12,7 +12,7 @@ CHANNELS, NUM_CLASSES, TOKENS, DRAWS = 3, 5, 16, 2  # 8 x 8 latents in patches o
 def make_model(*, trained=True, recompute=False):
     torch.manual_seed(0)
     model = MAR(
-        MaskedSize(2, 32, 2, 2),
+        TrunkSize(2, 32, 2, 2),
         latent_size=8,
         latent_channels=CHANNELS,
         patch_size=2,

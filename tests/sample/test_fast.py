@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_each_call_of_the_compiled_velocity_has_memory_of_its_own(monkeypatch):
     expected = generate(model, plan, LABELS, INDICES, SEED)[-1]
     place = torch.empty(4, 4, 8, 8)
     monkeypatch.setattr(module, "compiler_fault", lambda device: None)
-    replayed = lambda function: lambda *arguments: place.copy_(function(*arguments))  # noqa: E731
+    replayed = lambda function: lambda *arguments, **more: place.copy_(function(*arguments, **more))  # noqa: E731
     monkeypatch.setattr(
         module, "compiled", lambda function, mode=None: replayed(function) if function == model.velocity else function
     )
@@ -87,7 +89,10 @@ def test_the_velocity_alone_is_a_cuda_graph_and_on_a_gpu_alone(monkeypatch):
     assert modes == [("begin_stage", None), ("velocity", None), ("begin_stage", None), ("velocity", "reduce-overhead")]
 
 
-@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("pyramid", 3), ("dit", 1), ("mar", 1)])
+KINDS = [("ecar", 3), ("pyramid", 3), ("dit", 1), ("mar", 1), ("par", 1), ("hybrid", 1)]
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), KINDS)
 def test_rounded_matrices_draw_the_same_bits_under_autocast(kind, num_stages):
     model, plan = small(kind, num_stages)
     plan = dataclasses.replace(plan, bf16=True)
@@ -153,3 +158,11 @@ def test_a_library_that_cannot_be_loaded_is_a_fault_with_its_name(monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "/tmp/x")
     with pytest.raises(ConfigError, match=r"invalid ELF header\); leave --compile out, or empty /tmp/x$"):
         prepare(small("dit", 1)[0], small("dit", 1)[1], CPU, compiles=True)
+
+
+def test_the_compiler_is_not_imported_before_it_is_needed():
+    """It takes as long as the rest of torch, in every rank and in every command that draws."""
+    code = "import sys, ecar_dist.sample.load, ecar_dist.train.start, ecar_dist.train.loop; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in imported
+    assert not {"torch._dynamo", "torch._inductor", "deepspeed"} & set(imported)

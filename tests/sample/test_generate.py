@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ecar_dist.sample.masked as masked
+import ecar_dist.sample.guided as guided
 import ecar_dist.sample.staged as module
 from ecar_dist.flow.path import model_time
 from ecar_dist.flow.schedule import StageSchedule, uniform_ends
 from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.models.ecar import ECAR
+from ecar_dist.models.layers import AdaLN
 from ecar_dist.rng import Purpose, draw_all, normal
 from ecar_dist.sample.generate import generate, generate_in_batches
 from ecar_dist.sample.sampling_plan import SamplingPlan
@@ -108,9 +110,9 @@ def count_velocity_rows(model):
     rows = {}
     original = model.velocity
 
-    def counting(x, time, stage, condition, labels):
+    def counting(x, time, stage, *rest, **more):
         rows[stage] = rows.get(stage, 0) + x.shape[0]
-        return original(x, time, stage, condition, labels)
+        return original(x, time, stage, *rest, **more)
 
     model.velocity = counting
     return rows
@@ -177,7 +179,7 @@ def test_stages_may_have_different_numbers_of_steps():
 @pytest.mark.parametrize("kind", ["ecar", "mar"])
 def test_the_shift_moves_the_times_of_the_network(kind, monkeypatch):
     """Of every stage, and of the flow head alike."""
-    home = module if kind == "ecar" else masked
+    home = module if kind == "ecar" else guided
     seen = []
 
     def watching(schedule, stage, u):
@@ -189,14 +191,40 @@ def test_the_shift_moves_the_times_of_the_network(kind, monkeypatch):
     model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
     changes = {"kind": kind, "solver": "euler", "ar_steps": 1, "steps_per_stage": (4,) * num_stages, "time_shift": 3.0}
     generate(model, make_plan(num_stages, **changes), LABELS, INDICES, SEED)
-    shifted = [0, 1 / 10, 1 / 4, 1 / 2]
-    assert [stage for stage, _ in seen] == [stage for stage in range(num_stages) for _ in shifted]
-    assert [u for _, u in seen] == pytest.approx(shifted * num_stages)
+    # Before its calls, a stage of ecar makes the modulations of all times at once, the first of them 0.
+    times = [*([0] if kind == "ecar" else []), 0, 1 / 10, 1 / 4, 1 / 2]
+    assert [stage for stage, _ in seen] == [stage for stage in range(num_stages) for _ in times]
+    assert [u for _, u in seen] == pytest.approx(times * num_stages)
+
+
+@pytest.mark.parametrize("adaln", ["per_block", "shared"])
+def test_adaln_runs_once_a_stage(adaln, monkeypatch):
+    """Its matrices are read once for all calls of a stage, unless the batch is large; the samples are the same."""
+    row = dataclasses.replace(PRESETS["T"], flow_adaln=adaln)
+    monkeypatch.setitem(PRESETS, "T", row)
+    model, plan = make_model(3), make_plan(3, guidance_scale=2.0, steps_per_stage=(2, 3, 1))
+    runs = []
+    for one in model.flow.modules():
+        if isinstance(one, AdaLN):
+            one.register_forward_hook(lambda *_: runs.append(1))
+    matrices = 2 if adaln == "shared" else row.flow_depth + 1
+    at_once = generate(model, plan, LABELS, INDICES, SEED)
+    assert len(runs) == 3 * matrices
+
+    # A call makes its own where the table would be too large.
+    runs.clear()
+    monkeypatch.setattr(module, "MOST_MODULATIONS", 0)
+    one_by_one = generate(model, plan, LABELS, INDICES, SEED)
+    assert len(runs) == (2 + 3 + 1) * 2 * matrices
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(at_once, one_by_one, strict=True))
 
 
 def test_one_stage_is_plain_flow_matching():
-    """E16: with K = 1 a sample is the ODE of the velocity from N(0, I) on [0, 1], by the same solver, bit for bit."""
-    model, plan = make_model(1), make_plan(1, solver="euler", steps_per_stage=(4,))
+    """E16: with K = 1 a sample is the ODE of the velocity from N(0, I) on [0, 1], by the same solver, bit for bit.
+
+    Each call makes its own adaLN vectors, because some CPUs round those of a larger batch differently.
+    """
+    model, plan = make_model(1), make_plan(1, solver="euler", steps_per_stage=(4,), modulates_ahead=False)
     (ours,) = generate(model, plan, LABELS, INDICES, SEED)
     with torch.no_grad():
         x = normal(SEED, INDICES, Purpose.GENERATE_START, (4, 8, 8))
@@ -248,7 +276,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar"])
+@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar", "par", "hybrid"])
 def test_the_host_never_waits_for_the_device(kind, guidance_scale):
     num_stages = 3 if kind in ("ecar", "pyramid") else 1
     model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
@@ -274,16 +302,22 @@ class StaysOn(NoWaiting):
         return results
 
 
-@pytest.mark.parametrize("solver", ["midpoint", "heun"])
-@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar"])
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [*product(("ecar", "pyramid", "dit", "mar"), ("midpoint", "heun")), ("par", "midpoint")],  # par calls no solver
+)
 def test_nothing_is_made_on_the_host_within_a_batch(kind, solver, monkeypatch):
     """On the meta device, which has no values that the host could read, and no autocast."""
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **more: contextlib.nullcontext())
     num_stages = 3 if kind in ("ecar", "pyramid") else 1
-    model = make_model_of(make_config(kind, num_stages=num_stages)).eval().to("meta")
+    config = make_config(kind, num_stages=num_stages)
+    config = config.model_copy(update={"par": config.par.model_copy(update={"group": 16})})
+    model = make_model_of(config).eval().to("meta")
     tau = 0.3 if kind == "ecar" else None
     plan = make_plan(num_stages, kind=kind, tau=tau, guidance_scale=2.0, solver=solver, time_shift=3.0)
     labels, indices = LABELS.to("meta"), INDICES.to("meta")
+    if kind == "par":  # the order of the tokens is copied once
+        generate(model, plan, labels, indices, SEED)
     with StaysOn("meta"):
         drawn = generate(model, plan, labels, indices, SEED)
         with pytest.raises(AssertionError, match="aten::"):
@@ -294,7 +328,9 @@ def test_nothing_is_made_on_the_host_within_a_batch(kind, solver, monkeypatch):
 def test_a_last_batch_that_is_filled_up_draws_the_same_samples():
     model, plan, drawn = make_model(1), make_plan(1), []
     labels = torch.tensor([7, 3, 7, 1, 0])
-    model.velocity = lambda x, *rest, original=model.velocity: drawn.append(len(x)) or original(x, *rest)
+    model.velocity = lambda x, *rest, original=model.velocity, **more: (
+        drawn.append(len(x)) or original(x, *rest, **more)
+    )
     filled = list(generate_in_batches(model, plan, labels, SEED, batch_size=2, fill=True))
     assert set(drawn) == {2}
     assert [len(stages[-1]) for stages in filled] == [2, 2, 1]
@@ -357,7 +393,7 @@ def test_the_plan_is_the_configs_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-@pytest.mark.parametrize("kind", ["pyramid", "dit", "mar"])
+@pytest.mark.parametrize("kind", ["pyramid", "dit", "mar", "par", "hybrid"])
 def test_a_sample_of_any_kind_does_not_depend_on_the_batch_around_it(kind, guidance_scale):
     num_stages = 3 if kind == "pyramid" else 1
     model = make_model_of(make_config(kind, num_stages=num_stages)).eval()

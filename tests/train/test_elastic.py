@@ -68,7 +68,8 @@ def test_every_sample_is_trained_on_once_and_in_its_own_step(parted):
     """What the ranks really fed to the model, against the order as one rank reads it."""
     config, _, lines = parted
     alone = load_config(config)
-    loader = open_loader(alone, World(Placement(), torch.device("cpu")), open_stream(alone, check_data(alone)), 0)
+    data = check_data(alone)
+    loader = open_loader(alone, World(Placement(), torch.device("cpu")), data, open_stream(alone, data), 0)
     order = [n for micro in loader.take(BATCH * STEPS // MICRO_BATCH[2]) for n in micro.sample_ids.tolist()]
     loader.close()
     seen = Counter(position for line in lines for position in line["positions"])

@@ -1,14 +1,21 @@
 """`train.init_from`: a run that starts from the weights of another one."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_tools.codebook.fit import fit_codebook
+from data_tools.finalize import finalize
 from ecar_dist.cli import main
+from ecar_dist.data.codebook import codebook_of, write_codebook
+from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.runtime.checkpoint.reader import FragmentReader
 from ecar_dist.runtime.export.ema import open_ema_weights
 from ecar_dist.runtime.run.directory import RunDirectory
-from tests.conftest import losses, train_on_ranks, write_yaml
+from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
+from tests.data_tools.image_folders import encode_small
 from tests.train.test_start import train_alone
 
 STILL = ("optim.learning_rate=1e-30", "train.total_samples=16")  # one step that moves weights by 1e-30 at most
@@ -84,3 +91,35 @@ def test_a_run_with_a_checkpoint_resumes_and_says_so(source):
     assert len(begun["initial_weights"]["xxh3_128"]) == 32
     assert resumed["resumed_from_step"] == 1
     assert "initial_weights" not in resumed
+
+
+def test_hybrid_goes_on_at_twice_the_resolution(digits, make_tree, tmp_path):
+    """DC-AR's training from low to high. The codebook is that of the weights, and the larger latents need none."""
+    low, high = shutil.copytree(digits / "latents", tmp_path / "low"), tmp_path / "high"
+    fit_codebook(low, size=32, patch_size=1, iterations=1, max_samples=100)
+    encode_small(digits / "images/heldout", high, image_size=64, samples_per_shard=512, batch_size=64)
+    finalize(high)
+    tree = make_tree(tmp_path) | {"flow": {"num_stages": 1}, "ema": {"half_life_samples": [32]}}
+    tree["model"] |= {"kind": "hybrid", "codebook_size": 32}
+    tree["optim"]["learning_rate"] = 1e-2
+    tree["data"]["latents"] = str(low)
+    config, runs = write_yaml(tree, tmp_path), tmp_path / "runs"
+    train_alone(config, "run.name=source", "train.total_samples=128")
+    larger = ("data.latent_size=8", f"data.latents={high}")
+    said, _ = train_alone(config, "run.name=high", f"train.init_from={runs / 'source'}", *larger, *STILL)
+
+    # A place is a quarter of the way from one of the 4 x 4 to the next; outside of them there is nothing to go to.
+    source, reader = open_ema_weights(runs / "source"), FragmentReader(runs / "high/checkpoints/step-00000001")
+    for name in ("trunk.positions.weight", "trunk.output_positions.weight"):
+        assert any(line.split()[:2] == ["resized", name] and "4x4 -> 8x8" in line for line in said)
+        old, new = source[name].view(4, 4, -1), reader.full("master", name).view(8, 8, -1)
+        torch.testing.assert_close(new[0, 0], old[0, 0])
+        torch.testing.assert_close(new[7, 2], 0.75 * old[3, 1] + 0.25 * old[3, 0])
+    fitted = codebook_of([str(low)], [load_manifest(low)], 32, 1)
+    assert torch.equal(reader.full("master", "codebook.codes"), fitted.codes)
+
+    # A run from nothing, with the same codes, is behind after four steps.
+    write_codebook(high, load_manifest(high), fitted, 1)
+    train_alone(config, "run.name=scratch", "train.total_samples=64", *larger)
+    (first,) = losses(read_metrics(config, "run.name=high"))
+    assert first < min(losses(read_metrics(config, "run.name=scratch")))

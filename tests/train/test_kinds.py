@@ -1,30 +1,44 @@
 """The baselines through the commands: trained, resumed, drawn, exported and scored."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_tools.codebook.fit import fit_codebook
 from ecar_dist.cli import main
+from ecar_dist.data.codebook import codebook_of
+from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.runtime.checkpoint.files import read_manifest
+from ecar_dist.sample.load import open_trained
 from tests.conftest import losses, read_metrics, train_on_ranks, write_yaml
 from tests.train.test_start import train_alone
 
-NUM_STAGES = {"dit": 1, "pyramid": 2, "mar": 1}
+NUM_STAGES = {"dit": 1, "pyramid": 2, "mar": 1, "par": 1, "hybrid": 1}
+OVER_CODES = ("par", "hybrid")
 
 
 @pytest.fixture(scope="module", params=NUM_STAGES)
 def trained(request, digits, make_tree, tmp_path_factory):
-    """(kind, run directory, metrics): two steps, and two more; of `mar` the first two on two ranks and ZeRO-3."""
+    """(kind, run directory, metrics): two steps, then two; of `mar` and `par` the first two on two ranks and ZeRO-3."""
     kind, folder = request.param, tmp_path_factory.mktemp("kinds")
     tree = make_tree(folder)
-    tree["model"] |= {"kind": kind, "flow_depth": 2}
+    tree["model"] |= {"kind": kind, "width": None, "flow_depth": 2}  # the width of T learns faster
     tree["flow"] = {"num_stages": NUM_STAGES[kind]}
     tree["data"] |= {"train_images": str(digits / "images/train"), "heldout_images": str(digits / "images/heldout")}
-    tree["sample"] = {"steps_per_stage": 2, "every_samples": 32, "ar_steps": 4}
+    tree["sample"] = {"steps_per_stage": 2, "every_samples": 32, "ar_steps": 4, "code_steps": 2}
     tree["log"]["tensorboard"] = True
+    if kind in OVER_CODES:
+        latents = shutil.copytree(digits / "latents", folder / "latents")
+        fit_codebook(latents, size=64, patch_size=1, iterations=2)
+        tree["model"]["codebook_size"] = 64
+        tree["data"]["latents"] = str(latents)
+        tree["par"] = {"group": 4}
+        tree["deepspeed"]["precision"] = "bf16"
     config = write_yaml(tree, folder)
-    if kind == "mar":
+    if kind in ("mar", "par"):
         train_on_ranks(2, config, "train.total_samples=32", "deepspeed.zero_stage=3")
     else:
         train_alone(config, "train.total_samples=32")
@@ -40,7 +54,17 @@ def test_a_run_goes_on_and_its_loss_falls(trained):
     identity = read_manifest(run / "checkpoints/step-00000004").identity["model"]
     assert (identity["model.kind"], identity["model.flow_depth"]) == (kind, 2)
     by_time = [tag for tag in metrics[-1] if tag.startswith("train/loss_stage0_t")]
-    assert bool(by_time) == (kind != "mar")
+    assert bool(by_time) == (kind not in ("mar", *OVER_CODES))
+
+
+def test_the_codebook_is_that_of_the_data_to_the_bit(trained):
+    """After training in bf16, of `par` on two ranks, and after an average of its values."""
+    kind, run, _ = trained
+    if kind in OVER_CODES:
+        folder = run.parents[1] / "latents"
+        codes = codebook_of([str(folder)], [load_manifest(folder)], 64, 1).codes
+        for name in ("ema", "raw"):
+            assert torch.equal(open_trained(run, torch.device("cpu"), ema=name).model.codebook.codes, codes)
 
 
 def test_previews_show_every_stage(trained):

@@ -7,7 +7,7 @@ import torch
 
 import ecar_dist.train.objective as module
 from ecar_dist.config.read import config_from_dict
-from ecar_dist.flow.path import model_time
+from ecar_dist.flow.path import logit_normal_times, model_time
 from ecar_dist.flow.schedule import StageSchedule
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.rng import Purpose, draw_all, normal, uniform
@@ -21,7 +21,15 @@ def make_config(kind="ecar", **flow):
     return config_from_dict(
         {
             "run": {"name": "test"},
-            "model": {"kind": kind, "preset": "T", "patch_size": 1},
+            "model": {
+                "kind": kind,
+                "preset": "T",
+                "width": 64,
+                "ar_depth": 2,
+                "flow_depth": 2,
+                "patch_size": 1,
+                "codebook_size": 32,
+            },
             "flow": flow,
             "vae": {"kind": "dct"},
             "data": {"latents": "none", "num_classes": 10, "latent_channels": 4, "latent_size": 8},
@@ -44,6 +52,8 @@ def make_model(config):
     model = kind_of(config).build_model(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
+    if hasattr(model, "residual_scale"):  # it divides
+        torch.nn.init.ones_(model.residual_scale.scale)
     return model
 
 
@@ -69,6 +79,7 @@ def test_a_sample_is_shown_the_same_whatever_batch_it_comes_in():
 
 
 KINDS = [("ecar", 1), ("ecar", 2), ("ecar", 3), ("ecar", 4), ("pyramid", 3), ("dit", 1), ("mar", 1)]
+KINDS += [("par", 1), ("par_cont", 1), ("hybrid", 1)]
 
 
 @pytest.mark.parametrize(("kind", "num_stages"), KINDS)
@@ -91,6 +102,15 @@ def test_the_times_are_those_of_the_losses_stage_by_stage():
     assert times.shape == per_stage.shape == (16, 3)
     for k, shown in enumerate(recorder.seen[2]):
         assert torch.equal(model_time(schedule, k, times[:, k]), shown)
+
+
+@pytest.mark.parametrize("flow", [{}, {"objective": "mean_velocity", "instant_share": 1.0}])
+def test_logit_normal_times_are_those_of_the_same_numbers(flow):
+    found = {}
+    for times in ("uniform", "logit_normal"):
+        config = make_config(num_stages=3, times=times, **flow)
+        found[times] = objective(config, make_model(config))(*batch(range(16)))[2]
+    torch.testing.assert_close(found["logit_normal"], logit_normal_times(found["uniform"]))
 
 
 def test_labels_are_dropped_to_the_null_label_at_the_configured_rate():
@@ -129,7 +149,9 @@ def test_the_fed_back_state_is_noisy_and_its_noise_is_its_own():
     assert all(torch.equal(a, b) for a, b in zip(exact.seen[1], noisy.seen[1], strict=True))  # the states are not
 
 
-@pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 2), ("pyramid", 2), ("mar", 1)])
+@pytest.mark.parametrize(
+    ("kind", "num_stages"), [("ecar", 2), ("pyramid", 2), ("mar", 1), ("par", 1), ("par_cont", 1), ("hybrid", 1)]
+)
 def test_bf16_touches_the_network_alone(kind, num_stages):
     config = make_config(kind, num_stages=num_stages)
     model = make_model(config)

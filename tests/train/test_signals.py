@@ -5,7 +5,7 @@ import os
 import time
 from signal import SIGTERM
 
-from ecar_dist.runtime.watchdog.monitor import process_state
+from ecar_dist.runtime.watchdog.watched import process_state
 from tests.conftest import read_metrics
 from tests.train.struck_ranks import REQUEUE, Struck, launch
 

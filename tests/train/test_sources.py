@@ -85,7 +85,27 @@ def test_the_backend_is_that_of_the_config(tree, digits, backend, kind):
 def open_rank(tree, rank=1, world_size=2, start=0):
     config = config_from_dict(tree)
     world = SimpleNamespace(rank=rank, size=world_size, node_ranks=(0, 1), device=torch.device("cpu"))
-    return sources.open_loader(config, world, open_stream(config, check_data(config)), start)
+    data = check_data(config)
+    return sources.open_loader(config, world, data, open_stream(config, data), start)
+
+
+def test_a_rank_looks_up_its_own_shards(tree, monkeypatch, tmp_path):
+    """Of a large set, in which no rank of two reads all shards in an epoch."""
+    monkeypatch.setattr(sources, "MAX_LOOKED_UP", 2)
+    shutil.copytree(tree["data"]["latents"], tmp_path / "latents")
+    tree["data"] |= {"latents": str(tmp_path / "latents"), "lanes": 2}
+    config = config_from_dict(tree)
+    data = check_data(config)
+    own = [set(open_stream(config, data).upcoming(0, data.count, [rank], 2)[0]) for rank in range(2)]
+    lost = min(own[0] - own[1])
+    (tmp_path / "latents" / data.manifests[0].shards[lost].name).unlink()
+    open_rank(tree, 1).close()
+    with pytest.raises(DataError, match=data.manifests[0].shards[lost].name):
+        open_rank(tree, 0)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=data.manifests[0].shards[lost].name):
+        check_data(config)
+    check_data(config, (lost + 1) % 2, 2)
 
 
 def test_a_rank_reads_its_part_from_where_the_run_stands(tree):
@@ -242,7 +262,8 @@ def test_another_order_is_refused_on_resume_by_name(write_config):
 
 def test_images_lie_on_the_background_that_the_config_says(tree, digits):
     images(tree, digits, background="#010203")
-    (source,) = sources._open_sources(config_from_dict(tree), torch.device("cpu"))
+    config = config_from_dict(tree)
+    (source,) = sources._open_sources(config, torch.device("cpu"), check_data(config), [[]])
     assert source._decoder._background == (1, 2, 3)
     source.close()
 
@@ -250,7 +271,8 @@ def test_images_lie_on_the_background_that_the_config_says(tree, digits):
 @pytest.mark.parametrize("resize", ["cubic", "adm"])
 def test_images_are_resized_as_the_config_says(tree, digits, resize):
     images(tree, digits, resize=resize)
-    (source,) = sources._open_sources(config_from_dict(tree), torch.device("cpu"))
+    config = config_from_dict(tree)
+    (source,) = sources._open_sources(config, torch.device("cpu"), check_data(config), [[]])
     assert source._decoder.resize == resize
     source.close()
 

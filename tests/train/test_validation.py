@@ -27,13 +27,13 @@ def heldout(digits, tmp_path_factory):
 def validated(tree, heldout, tmp_path):
     """The config of a run that validates after every second step."""
     tree["data"]["heldout_latents"] = str(heldout)
-    tree["train"] |= {"total_samples": 80, "validate_every_samples": 32, "validate_samples": 103}
+    tree["train"] |= {"total_samples": 48, "validate_every_samples": 32, "validate_samples": 19}
     return write_yaml(tree, tmp_path)
 
 
 def test_it_is_equal_on_any_number_of_ranks_and_changes_nothing(validated, tree):
     alone = train_on_ranks(1, validated, "run.name=alone")
-    assert [line["step"] for line in alone if "eval/loss" in line] == [2, 4, 5]  # and at the last step
+    assert [line["step"] for line in alone if "eval/loss" in line] == [2, 3]  # and at the last step
     assert alone[1].keys() >= TAGS
     assert alone[1]["eval/loss"] == pytest.approx(sum(alone[1][f"eval/loss_stage{k}"] for k in range(3)) / 3)
 
@@ -71,7 +71,7 @@ def test_the_losses_depend_on_key_and_time_alone(kind, num_stages):
     whole = losses_at(0.5)
     assert whole.shape == (6, num_stages)
     assert torch.allclose(losses_at(0.5, [4, 1]), whole[[4, 1]], atol=1e-5)
-    assert not torch.allclose(losses_at(0.25), whole)
+    assert kind == "par" or not torch.allclose(losses_at(0.25), whole)  # the loss of codes has no time
     reseeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": 9})})
     other = objective(reseeded, compute.model)
     assert torch.equal(other.heldout_losses(moments, labels, positions, 0.5, compute._normalise), whole)

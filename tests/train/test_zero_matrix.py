@@ -1,4 +1,4 @@
-"""One model, one order of samples, 6 steps on two ranks: every engine setting trains it alike and refuses steps alike.
+"""One model, one order of samples, 4 steps on two ranks: every engine setting trains it alike and refuses steps alike.
 
 Accumulation is 2. In fp32 the settings differ by the order of sums alone. In bf16 the losses of all steps stay within
 BF16_LOSS of fp32's (1.0e-4 measured), and the weights within BF16_WEIGHTS in L2 (1.7e-3 measured): Adam brings
@@ -10,6 +10,7 @@ import json
 import pytest
 
 from ecar_dist.plan.memory import model_state
+from ecar_dist.train.flags import Flags
 from tests.conftest import free_port, write_yaml
 from tests.fork_server import run_ranks
 from tests.train.zero_matrix import BATCH, BF16, COMPILED, FP32, REFERENCE, SETTINGS, STEPS
@@ -26,6 +27,7 @@ def reports(make_tree, tmp_path_factory):
     """What each rank reports, by setting."""
     folder = tmp_path_factory.mktemp("matrix")
     tree = make_tree(folder) | {"flow": {"num_stages": 2}, "train": {"total_samples": STEPS * BATCH}}
+    tree["sample"] = {"solver": "euler", "steps_per_stage": 2}
     tree["ema"] = {"half_life_samples": [40, 400], "rampup": 0.5, "sigma_rel": [0.1]}
     files = (str(write_yaml(tree, folder)), str(folder / "report.json"))
     ended = run_ranks(2, free_port(), *files, main=run_matrix, timeout=900)
@@ -61,6 +63,19 @@ def test_a_step_is_queued_without_a_read_of_the_host(reports, setting):
     reads = [report["host reads"] for report in reports[setting]]
     reading = setting == "zero 0, bf16" or "offload" in setting or "together" in setting
     assert min(reads) > 0 if reading else reads == [0, 0]
+
+
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting not in COMPILED])
+def test_losses_and_flags_of_a_step_are_one_sum_of_constant_size(reports, setting):
+    """The loss of each of two stages, the number of replaced samples, and the flags.
+
+    All other collectives are of gradients, of weights, and of the norm of the gradients: DeepSpeed's for up to two
+    groups of parameters, or rank 0's where DeepSpeed takes none.
+    """
+    for report in reports[setting]:
+        sums = [(kind, number) for name, kind, number in report["collectives"] if name == "allreduce_" and number < 100]
+        assert [one for one in sums if one[1] > 1] == [("float64", 2 + 1 + len(Flags._fields))]
+        assert sum(number == 1 for _, number in sums) <= 2
 
 
 @pytest.mark.parametrize("setting", BF16)

@@ -1,6 +1,6 @@
 """The settings that test_zero_matrix.py compares: `section.key=value` overrides of one tiny config."""
 
-STEPS, BATCH = 6, 16
+STEPS, BATCH = 4, 16
 REFERENCE = "zero 0"
 
 _BF16 = ("deepspeed.precision=bf16",)

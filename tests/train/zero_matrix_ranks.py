@@ -1,4 +1,4 @@
-"""What each rank of test_zero_matrix.py runs: the same 6 steps under many engine settings, in one process."""
+"""What each rank of test_zero_matrix.py runs: the same steps under many engine settings, in one process."""
 
 import contextlib
 import gc
@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
+from ecar_dist.data.loader import MicroBatch
 from ecar_dist.kinds.presets import PRESETS, Preset
+from ecar_dist.runtime.checkpoint.manifest import Progress
 from ecar_dist.runtime.compiler import repeated_blocks
 from ecar_dist.runtime.deepspeed_config import REDUCE_BUCKET
 from ecar_dist.runtime.ema import ShardedEma, tracked_decays
@@ -28,9 +30,13 @@ from ecar_dist.runtime.world import World
 from ecar_dist.sample.load import load_weights
 from ecar_dist.sample.preview import StripPreview
 from ecar_dist.train import start
+from ecar_dist.train.flags import Flags
 from ecar_dist.train.guard import is_good
 from ecar_dist.train.sources import check_data, normaliser, open_loader, open_stream
 from ecar_dist.train.start import build_engine
+from ecar_dist.train.step import train_step
+from ecar_dist.train.telemetry import Telemetry
+from ecar_dist.train.time_budget import Goodput, Phases
 from tests.train.zero_matrix import BATCH, COMPILED, REFERENCE, SETTINGS, STEPS
 
 Averages = dict[str, torch.Tensor]
@@ -40,7 +46,7 @@ Micro = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def read_batches(config: RunConfig, world: World) -> list[list[Micro]]:
     """The micro-batches of all steps, read once for all settings."""
     data = check_data(config)
-    loader = open_loader(config, world, open_stream(config, data), 0)
+    loader = open_loader(config, world, data, open_stream(config, data), 0)
     steps = [loader.take(config.grad_accum_steps(world.size)) for _ in range(STEPS)]
     loader.close()
     return [[(micro.values, micro.labels, micro.positions) for micro in step] for step in steps]
@@ -245,6 +251,39 @@ def preview(engine: Engine, ema: ShardedEma, config: RunConfig, batches: list[Mi
     }
 
 
+class Collectives(TorchDispatchMode):
+    """Lists what this rank calls: operation, type, and number of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[tuple[str, str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            values = [one for one in tree_leaves(args[0]) if isinstance(one, torch.Tensor)]
+            dtype = str(values[0].dtype).removeprefix("torch.")
+            self.called.append((func._opname, dtype, sum(one.numel() for one in values)))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(engine: Engine, config: RunConfig, batches: list[Micro]) -> list[tuple[str, str, int]]:
+    """Those of one step of training, until its numbers are read."""
+    phases = Phases(lambda name, step: None)
+    telemetry = Telemetry(config, engine.world, phases, Goodput(), 1.0)
+    micros = [MicroBatch(*micro, torch.arange(len(micro[0]))) for micro in batches]
+    with Collectives() as seen:
+        train_step(
+            micros,
+            Progress(0, 0),
+            lambda: Flags(0.0, 0.0, 0.0),
+            config=config,
+            world=engine.world,
+            engine=engine,
+            telemetry=telemetry,
+        ).read(config)
+    return seen.called
+
+
 def host_reads(engine: Engine, batches: list[Micro]) -> int:
     """Of one step, until its status is read."""
     with HostReads() as reads:
@@ -278,6 +317,7 @@ def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Mic
         "breaks": sum(counters["graph_break"].values()),
         "refusals": refusals(engine, steps[0], limit),
         "preview": preview(engine, ema, config, steps[0]),
+        "collectives": collectives(engine, config, steps[0]) if name not in COMPILED else [],
         "host reads": host_reads(engine, steps[0]) if name not in COMPILED else 0,
     }
     del ema, unsharded
