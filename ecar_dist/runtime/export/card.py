@@ -33,7 +33,8 @@ def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
         f"# {config['run']['name']}",
         _what(facts),
         "## How it was trained\n\n" + _table(_training(facts)),
-        _sampling(config),
+        *_quantization(facts),
+        _sampling(config, "parity.json" if "quantization" not in facts else "quantization.json"),
         "## What was measured\n\n" + _measured(facts, scores),
         f"## What was not measured\n\n{_NOT_MEASURED}",
     ]
@@ -98,7 +99,25 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _sampling(config: dict[str, Any]) -> str:
+def _quantization(facts: dict[str, Any]) -> list[str]:
+    """A section for a quantised export alone."""
+    about = facts.get("quantization")
+    if about is None:
+        return []
+    bits = {name: layer["weights"] for name, layer in about["layers"].items()}
+    rows: list[tuple[str, Any]] = [
+        (f"layers with {each} bits", list(bits.values()).count(each)) for each in sorted(set(bits.values()))
+    ]
+    rows += [("bits of activations", about["activations"]), ("bits per weight", f"{about['mean_bits']:.3g}")]
+    rows += [(printable(name), "equal" if value is None else f"{value:.4g}") for name, value in about["paired"].items()]
+    what = (
+        "After training, with `ecar-dist quantize`. The other layers are not quantised. The paired numbers compare "
+        "samples of the same noise with those of the weights before."
+    )
+    return [f"## How it was quantised\n\n{what}\n\n{_table(rows)}"]
+
+
+def _sampling(config: dict[str, Any], report: str) -> str:
     sample = config["sample"]
     shift = f", time shift {sample['time_shift']:g}," if sample["time_shift"] != 1.0 else ""
     return (
@@ -106,7 +125,7 @@ def _sampling(config: dict[str, Any]) -> str:
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
         f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps a stage{shift} and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
-        "autoencoder is; point it to your copy. `parity.json` compares these files with the run."
+        f"autoencoder is; point it to your copy. `{report}` compares these files with the run."
     )
 
 

@@ -7,6 +7,10 @@
         config.yaml                            the resolved config of the run
         README.md, parity.json                 the model card; the comparison of the export with the run
         model_index.json, pipeline.py          make it a pipeline of diffusers
+        quantization.json                      of a quantised export, in place of parity.json: what it costs and changes
+
+A quantised export (`ecar-dist quantize`) has integers in place of some matrices, and a schema of its own, so that an
+older version refuses it. config.json then lists those layers.
 
 Names and index are those of the Hugging Face hub. An export may come from anybody, so names, sizes and hashes are
 checked before any weight is used.
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from ecar_dist.errors import CheckpointError, reason_of
 from ecar_dist.runtime.checkpoint.files import DamagedError, open_tensors, sized_file
@@ -39,23 +43,64 @@ FACTS, CONFIG, CARD = "config.json", "config.yaml", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIPELINE_INDEX, PIPELINE = "model_index.json", "pipeline.py"
 SCHEMA = "ecar-export-v1"
+QUANTIZED_SCHEMA = "ecar-export-v2"
+QUANTIZATION = "quantization.json"
 MAX_HEADER_BYTES = MAX_JSON_BYTES  # of a file of weights
 _COPY = "copy the whole folder again"
 _STORED_AS = {"fp32": "F32", "bf16": "BF16"}
+_INTEGERS = {4: "U8", 8: "I8"}  # of quantised weights, by their bits; two weights of 4 bits are one byte
 
 
-class ExportFacts(Record):
-    """The part of config.json that a loader needs."""
+def _known_schema(name: str) -> str:
+    if name not in (SCHEMA, QUANTIZED_SCHEMA):
+        raise UntrustedError(
+            f"it has schema {printable(name, 60)!r}, this version of ecar_dist reads {SCHEMA!r} and "
+            f"{QUANTIZED_SCHEMA!r}; use the version that wrote it"
+        )
+    return name
+
+
+class QuantizedLayer(Record):
+    """Bits of a layer's weights, and whether its input is rotated. Its activations have 8 bits."""
+
+    weights: Literal[4, 8]
+    rotated: bool
+
+
+class Quantization(Record):
+    """The layers with integer weights, by name."""
 
     model_config = ConfigDict(extra="ignore")
 
-    schema_name: Literal["ecar-export-v1"] = Field(alias="schema")
+    layers: Annotated[dict[str, QuantizedLayer], Field(min_length=1)]
+
+
+class ExportFacts(Record):
+    """The part of config.json that a loader needs. quantization: of a quantised export alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_name: Annotated[str, AfterValidator(_known_schema)] = Field(alias="schema")
     dtype: Literal["fp32", "bf16"]
     files: Annotated[tuple[WeightsFile, ...], Field(min_length=1)]
     progress: Progress
     identity: dict[str, Any]
     average: dict[str, Any] = Field(default_factory=dict)
     class_names: list[str] | None = None  # older exports have none
+    quantization: Quantization | None = None
+
+    @model_validator(mode="after")
+    def _of_its_schema(self) -> ExportFacts:
+        if (self.quantization is None) != (self.schema_name == SCHEMA):
+            raise UntrustedError(f"it has schema {self.schema_name}, which does not fit its key quantization")
+        return self
+
+    def stored_type(self, name: str) -> str:
+        """The safetensors type of a tensor."""
+        layer, _, part = name.rpartition(".")
+        if self.quantization is None or layer not in self.quantization.layers:
+            return _STORED_AS[self.dtype]
+        return _INTEGERS[self.quantization.layers[layer].weights] if part == "weight" else "F32"
 
 
 class _Index(Record):
@@ -85,7 +130,7 @@ class ExportReader(Mapping[str, torch.Tensor]):
         self.facts = read_facts(path)
 
         # Hash and open every file. A parameter may be in one file only.
-        opened = {file.name: _opened(path, file, self.facts.dtype) for file in self.facts.files}
+        opened = {file.name: _opened(path, file, self.facts) for file in self.facts.files}
         self._where = {name: handle for handle in opened.values() for name in handle.keys()}  # noqa: SIM118
         if len(self._where) != sum(len(handle.keys()) for handle in opened.values()):
             raise CheckpointError(f"{path} has a parameter twice; export the run again")
@@ -126,16 +171,17 @@ def _read(path: Path, name: str, model: type[AnyRecord]) -> AnyRecord:
         ) from None
 
 
-def _opened(path: Path, file: WeightsFile, dtype: str) -> Any:
+def _opened(path: Path, file: WeightsFile, facts: ExportFacts) -> Any:
     """Open a file of the export after checks of its size, header and hash."""
     # Header and type before the hash: they are small, and the hash reads the file to its end.
     try:
         found = sized_file(path, file)
         handle = open_tensors(found, "pt", MAX_HEADER_BYTES)
         types = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
-        odd = next((name for name, stored in types.items() if stored != _STORED_AS[dtype]), None)
+        odd = next((name for name, stored in types.items() if stored != facts.stored_type(name)), None)
         if odd is not None:
-            raise UntrustedError(f"has {printable(odd)}, which is not {dtype}")
+            expected = facts.stored_type(odd) if facts.quantization else facts.dtype
+            raise UntrustedError(f"has {printable(odd)}, which is not {expected}")
         if (digest := hash_file(found)) != file.xxh3_128:
             raise UntrustedError(f"has xxh3_128 {digest}, {FACTS} says {file.xxh3_128}")
     except DamagedError as damage:

@@ -6,7 +6,7 @@ Each parameter is read from the ranks' files, converted and written before the n
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +81,13 @@ def export_run(
     temporary = temporary_beside(out)
     try:
         temporary.mkdir(parents=True)
-        files = _write_weights(temporary, weights, DTYPES[dtype], int(max_shard_gib * GIB))
-        facts = _facts(directory, config, weights, dtype, files)
-        _write_texts(temporary, config, facts, _scores(directory))
+        entries = [
+            TensorEntry(name, DTYPES[dtype], shape, _producer(weights, name, DTYPES[dtype]))
+            for name, shape in weights.shapes.items()
+        ]
+        files = write_weights(temporary, entries, int(max_shard_gib * GIB))
+        facts = export_facts(directory, config, weights, dtype, files)
+        write_texts(temporary, config, facts, _scores(directory))
         temporary.rename(out)
         sync_to_disk(out.parent)
     except OSError as error:
@@ -102,20 +106,17 @@ def without_credentials(config: RunConfig) -> RunConfig:
     return config_from_dict(redact_tree(config.model_dump(mode="json"), variables=False))
 
 
-def _write_weights(folder: Path, weights: EmaWeights, dtype: torch.dtype, max_bytes: int) -> list[dict[str, Any]]:
+def write_weights(folder: Path, entries: Sequence[TensorEntry], max_bytes: int) -> list[dict[str, Any]]:
     """Write the shards, and an index if there are several. Returns name, bytes and hash of every file."""
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in weights.shapes.items()}
+    by_name = {entry.name: entry for entry in entries}
+    sizes = {entry.name: entry.bytes for entry in entries}
     shards = list(_in_shards(sizes, max_bytes))
     names = (
         [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
     )
     files = []
-    for name, parameters in zip(names, shards, strict=True):
-        entries = [
-            TensorEntry(parameter, dtype, weights.shapes[parameter], _producer(weights, parameter, dtype))
-            for parameter in parameters
-        ]
-        files.append(asdict(write_tensor_file(folder / name, entries, {"format": "pt"})))
+    for name, shard in zip(names, shards, strict=True):
+        files.append(asdict(write_tensor_file(folder / name, [by_name[tensor] for tensor in shard], {"format": "pt"})))
     if len(shards) > 1:
         shard_of = {parameter: name for name, shard in zip(names, shards, strict=True) for parameter in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shard_of})
@@ -145,7 +146,7 @@ def _shard_name(number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
 
 
-def _facts(
+def export_facts(
     directory: RunDirectory, config: RunConfig, weights: EmaWeights, dtype: Precision, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """config.json: facts for a loader, and the origin of the weights."""
@@ -194,7 +195,7 @@ def _scores(directory: RunDirectory) -> dict[str, Any] | None:
         ) from None
 
 
-def _write_texts(folder: Path, config: RunConfig, facts: dict[str, Any], scores: dict[str, Any] | None) -> None:
+def write_texts(folder: Path, config: RunConfig, facts: dict[str, Any], scores: dict[str, Any] | None) -> None:
     """Write everything but the weights. The facts come last: they make a folder an export."""
     (folder / CONFIG).write_text(config_to_yaml(config))
     (folder / CARD).write_text(model_card(facts, scores))
