@@ -10,17 +10,19 @@ from typing import Any
 from data_tools.options import (
     add_background,
     add_classes,
+    add_decoder_tuning,
     add_encoding,
     add_flip,
     add_holdout,
     add_labels,
     add_max_bad,
     add_source,
+    add_vae,
     device,
     local,
 )
 from ecar_dist import __version__
-from ecar_dist.command_line import CommandParser, finish_parser, positive, prepare_process, run_command
+from ecar_dist.command_line import EX_TEMPFAIL, CommandParser, finish_parser, positive, prepare_process, run_command
 from ecar_dist.commands.examples import EXAMPLES
 
 
@@ -75,9 +77,15 @@ def _shard(**values: Any) -> None:
 
 
 def _train_vae(**values: Any) -> None:
-    from data_tools.train_vae import train_vae
+    from data_tools.autoencoder.train import train_vae
 
     train_vae(**values)
+
+
+def _pyramid_check(**values: Any) -> None:
+    from data_tools.autoencoder.pyramid_check import pyramid_check
+
+    pyramid_check(**values)
 
 
 def _plan(**values: Any) -> None:
@@ -102,6 +110,16 @@ def _finalize(**values: Any) -> None:
     from data_tools.finalize import finalize
 
     finalize(**values)
+
+
+def _fit_codebook(**values: Any) -> None:
+    from data_tools.codebook.fit import fit_codebook
+    from ecar_dist.runtime.peers import RemoteError
+
+    try:
+        fit_codebook(**values)
+    except RemoteError as remote:  # the rank that met the error prints it
+        raise SystemExit(EX_TEMPFAIL if remote.again else 1) from None
 
 
 def _verify(**values: Any) -> None:
@@ -134,10 +152,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": _index,
     "shard": _shard,
     "train-vae": _train_vae,
+    "pyramid-check": _pyramid_check,
     "plan": _plan,
     "encode": _encode,
     "status": _status,
     "finalize": _finalize,
+    "fit-codebook": _fit_codebook,
     "verify": _verify,
     "stats": _stats,
     "preview": _preview,
@@ -157,10 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_index(commands)
     _add_shard(commands)
     _add_train_vae(commands)
+    _add_pyramid_check(commands)
     _add_plan(commands)
     _add_encode(commands)
     _add_status(commands)
     _add_finalize(commands)
+    _add_fit_codebook(commands)
     _add_inspection(commands)
     _add_push(commands)
     finish_parser(parser, EXAMPLES)
@@ -179,10 +201,11 @@ def _add_prepare(commands: Subparsers) -> None:
     command.add_argument(
         "--vae",
         default="dct-f8",
-        help="dct-f8 or dct-f32, which have no weights and blur; folder or hub name of an AutoencoderKL or "
-        "AutoencoderDC; train: a small AutoencoderKL is trained on the images",
+        help="dct-f8 or dct-f32, which have no weights and blur; identity-f1: the pixels themselves; folder or hub "
+        "name of an AutoencoderKL or AutoencoderDC; train: a small AutoencoderKL is trained on the images",
     )
     command.add_argument("--vae-steps", type=positive, default=250, help="optimizer steps of --vae train")
+    command.add_argument("--vae-channels", type=positive, default=4, help="channels of the latents of --vae train")
     command.add_argument(
         "--image-size",
         type=positive,
@@ -220,6 +243,8 @@ def _add_index(commands: Subparsers) -> None:
     command = _command(commands, "index", "record the position, size and label of every image; copies nothing")
     add_source(command, "")
     add_labels(command)
+    command.add_argument("--task", type=int, default=0, help="number of this worker, from 0 to TASKS - 1")
+    command.add_argument("--tasks", type=positive, default=1, help="workers that share the tars (default: 1)")
 
 
 def _add_shard(commands: Subparsers) -> None:
@@ -261,6 +286,20 @@ def _add_train_vae(commands: Subparsers) -> None:
     add_max_bad(command)
 
 
+def _add_pyramid_check(commands: Subparsers) -> None:
+    command = _command(
+        commands, "pyramid-check", "print whether the latents of an autoencoder pool as images do, for each stage"
+    )
+    command.add_argument("source", help="images, as for shard: a folder, tars, image shards, an index or `digits`")
+    command.add_argument("--flat", action="store_true", help="make all images below the folder one class")
+    add_vae(command)
+    command.add_argument("--image-size", type=positive, required=True, help="side of the square images (required)")
+    command.add_argument("--stages", type=positive, default=3, help="stages of the flow: flow.num_stages of the runs")
+    command.add_argument("--count", type=positive, default=256, help="images, a random choice")
+    command.add_argument("--device", type=device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
+    command.add_argument("--json", dest="as_json", action="store_true", help="print a line of JSON instead of a table")
+
+
 def _add_plan(commands: Subparsers) -> None:
     command = _command(commands, "plan", "write the plan of an encoding, and print it with the command of each task")
     add_encoding(command, "device of the workers: auto (the GPU if this machine has one), cpu or cuda")
@@ -290,6 +329,27 @@ def _add_finalize(commands: Subparsers) -> None:
     add_max_bad(command)
 
 
+def _add_fit_codebook(commands: Subparsers) -> None:
+    command = _command(
+        commands,
+        "fit-codebook",
+        "fit a codebook to a finished set, for model.kind=par and hybrid; under torchrun or srun too",
+    )
+    command.add_argument("out", type=local, help="folder of latent shards with a manifest.json")
+    command.add_argument(
+        "--size", type=positive, required=True, help="codes: model.codebook_size of the runs (required)"
+    )
+    command.add_argument(
+        "--patch-size", type=positive, default=2, help="side of a token in latent pixels: model.patch_size of the runs"
+    )
+    command.add_argument("--iterations", type=positive, default=20, help="passes of k-means; it may end earlier")
+    command.add_argument(
+        "--max-samples", type=positive, default=20_000, help="samples that are read, in equal shares of all shards"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the first codes and of --hybrid, an integer")
+    add_decoder_tuning(command)
+
+
 def _add_inspection(commands: Subparsers) -> None:
     for name, help_text in (
         ("verify", "check hashes, structure and every sample of latent or image shards"),
@@ -297,13 +357,19 @@ def _add_inspection(commands: Subparsers) -> None:
     ):
         command = _command(commands, name, help_text)
         command.add_argument("folder", type=local, help="folder with a manifest.json")
+    command.add_argument(
+        "--spectrum",
+        action="store_true",
+        help="also the largest eigenvalues of the latents, and a forecast of the calls that they need in 1, 2 and 3 "
+        "stages; takes seconds to a minute",
+    )
     command = _command(commands, "preview", "decode 64 samples into one image")
     command.add_argument("folder", type=local, help="folder of latent shards with a manifest.json")
     command.add_argument("--out", type=local, required=True, help="image to write, e.g. sheet.png (required)")
     command.add_argument(
         "--vae",
         default=None,
-        help="dct-f8, dct-f32, or folder or hub name of the autoencoder (default: the one in the manifest)",
+        help="dct-f8, dct-f32, identity-f1, or folder or hub name of the autoencoder (default: that of the manifest)",
     )
 
 

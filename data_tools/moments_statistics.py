@@ -11,6 +11,7 @@ from ecar_dist.storage.untrusted import Record
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity
 
 FP16_MAX = float(np.finfo(np.float16).max)
+_CHANNEL_SUMS = ("mean_sum", "mean_square_sum", "sigma_sum", "sigma_square_sum")
 POINT_SHARPNESS = 1e-3  # posterior_sharpness below which the posterior is practically a point
 
 
@@ -52,17 +53,24 @@ def check_sums(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def add_up(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of several shards as those of one."""
+    numbers = ("values_per_channel", "saturated_means", "clamped_logvars")
+    return {
+        **{name: np.sum([shard[name] for shard in shards], axis=0) for name in _CHANNEL_SUMS},
+        **{name: sum(shard[name] for shard in shards) for name in numbers},
+    }
+
+
 def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str, Any]:
     """Statistics of the set, per channel where they are lists.
 
     `posterior_sharpness` is mean(sigma) / std(mean). The shares are fractions of all means or logvars.
     """
     # Means over all values of each channel.
-    number = sum(shard["values_per_channel"] for shard in shards)
-    average = {
-        name: np.sum([shard[name] for shard in shards], axis=0) / number
-        for name in ("mean_sum", "mean_square_sum", "sigma_sum", "sigma_square_sum")
-    }
+    sums = add_up(shards)
+    number = sums["values_per_channel"]
+    average = {name: sums[name] / number for name in _CHANNEL_SUMS}
 
     # Var[x] = E[x^2] - E[x]^2. A sample of the posterior adds the variance sigma^2.
     mean = average["mean_sum"]
@@ -74,7 +82,7 @@ def combine(shards: list[dict[str, Any]], identity: EncoderIdentity) -> dict[str
         "raw_std": np.sqrt(variance).tolist(),
         "normalised_mean": ((mean - identity.shift_factor) * identity.scaling_factor).tolist(),
         "normalised_std": (np.sqrt(sampled) * identity.scaling_factor).tolist(),
-        "saturated_mean_share": sum(shard["saturated_means"] for shard in shards) / (number * len(mean)),
-        "clamped_logvar_share": sum(shard["clamped_logvars"] for shard in shards) / (number * len(mean)),
+        "saturated_mean_share": sums["saturated_means"] / (number * len(mean)),
+        "clamped_logvar_share": sums["clamped_logvars"] / (number * len(mean)),
         "posterior_sharpness": float(average["sigma_sum"].mean()) / spread if spread else 0.0,
     }

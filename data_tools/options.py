@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ecar_dist.command_line import positive
+from ecar_dist.command_line import above_zero, positive
 
 
 def local(text: str) -> Path:
@@ -60,15 +60,19 @@ def add_classes(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vae(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vae",
+        required=True,
+        help="dct-f8, dct-f32, identity-f1, or folder or hub name of an AutoencoderKL or AutoencoderDC (required)",
+    )
+
+
 def add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
     """The options that decide the bytes of the shards."""
     command.add_argument("shards", help="folder of image shards or an index, local or s3://")
     command.add_argument("out", type=local, help="folder for the latent shards; the same one for all workers")
-    command.add_argument(
-        "--vae",
-        required=True,
-        help="dct-f8, dct-f32, or folder or hub name of an AutoencoderKL or AutoencoderDC (required)",
-    )
+    add_vae(command)
     command.add_argument(
         "--image-size",
         type=positive,
@@ -78,6 +82,13 @@ def add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
     )
     command.add_argument("--samples-per-shard", type=positive, default=4096, help="samples per tar")
     command.add_argument("--seed", type=int, default=0, help="seed for the order of the samples, an integer")
+    command.add_argument(
+        "--chunk",
+        type=positive,
+        default=None,
+        help="consecutive images of the source that stay in one shard and are read at once; 1: all are permuted one by "
+        "one (default: 32, but at least 64 chunks a shard, for 10 million images in tars or more; otherwise 1)",
+    )
     command.add_argument(
         "--decoder",
         choices=("auto", "dali", "dali-cpu", "pil"),
@@ -114,4 +125,22 @@ def add_max_bad(command: argparse.ArgumentParser) -> None:
         type=float,
         default=1e-3,
         help="share of images that may be left out and listed in errors.jsonl, from 0 to 1",
+    )
+
+
+def add_decoder_tuning(command: argparse.ArgumentParser) -> None:
+    """The options of `fit-codebook --hybrid`."""
+    command.add_argument(
+        "--hybrid",
+        type=local,
+        metavar="IMAGES",
+        default=None,
+        help="then tune the decoder of the autoencoder on these image shards, to decode codes as well as latents; by "
+        "L1 alone, without a perceptual or adversarial loss; writes OUT/decoder-pP-vV (default: no tuning)",
+    )
+    command.add_argument("--vae", default=None, help="--hybrid: autoencoder of OUT (default: that of the manifest)")
+    command.add_argument("--steps", type=positive, default=500, help="--hybrid: optimizer steps")
+    command.add_argument("--batch-size", type=positive, default=32, help="--hybrid: images per step")
+    command.add_argument(
+        "--learning-rate", type=above_zero, default=5e-4, help="--hybrid: peak rate of the one-cycle schedule"
     )

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import cli
+from data_tools.autoencoder.state import STATE_NAME
 from data_tools.encode.settings import latent_side, propose_image_size, resolve_device
 from data_tools.failures import MAX_BAD, FailureTally
 from data_tools.images.index import read_class_names
 from data_tools.images.shard import check_holdout
 from data_tools.images.tar_samples import LabelRule
-from data_tools.train_vae_state import STATE_NAME
 from ecar_dist.data.images.formats import parse_background
 from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.prepared import HELDOUT, HELDOUT_LATENTS, IMAGES, LATENTS, RECORD_NAME, TRAIN, VAE
@@ -43,6 +43,7 @@ class PrepareSettings:
 
     vae: str
     vae_steps: int = 250  # of --vae train
+    vae_channels: int = 4  # of its latents
     image_size: int | None = None  # None: proposed by the images
     holdout: float = 0.1
     seed: int = 0
@@ -103,6 +104,7 @@ def prepare(
 @contextlib.contextmanager
 def _claimed(out: Path, source: str, settings: PrepareSettings) -> Iterator[None]:
     """OUT belongs to this command alone, and to these settings. Raises DataError otherwise."""
+    # A folder of something else is not touched.
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is not a folder; give another one")
     path = out / RECORD_NAME
@@ -113,6 +115,8 @@ def _claimed(out: Path, source: str, settings: PrepareSettings) -> Iterator[None
     with open(out / ".prepare.lock", "ab") as lock:
         if not try_lock(lock):
             raise DataError(f"another `ecar-data prepare` is writing {out}; wait for it, or give another folder")
+
+        # The first command wrote its settings down; another one with others would mix two sets.
         wanted = {"source": redact(source), **dataclasses.asdict(settings)}
         found = _read_record(path) if path.exists() else wanted
         defaults = {field.name: field.default for field in dataclasses.fields(settings)}  # older versions lack some
@@ -184,6 +188,7 @@ class _Steps:
         words = ["train-vae", self.images, folder]
         words += ["--image-size", size, "--downsample", self.settings.downsample(size)]
         words += _options(steps=self.settings.vae_steps, seed=self.settings.seed)
+        words += _options(latent_channels=self.settings.vae_channels)
         words += _options(background=self.settings.background, device=self.device)
         done = (folder / "config.json").exists() and not (folder / STATE_NAME).exists()
         self._run("autoencoder", done, words)
@@ -219,6 +224,7 @@ def _options(**values: Any) -> list[str]:
 
 _DEFAULTS = {
     "steps": 250,
+    "latent_channels": 4,
     "seed": 0,
     "label": "cls",
     "classes": None,

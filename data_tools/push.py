@@ -16,12 +16,11 @@ from pathlib import Path
 
 from data_tools.progress import progress
 from ecar_dist.data.images.names import NAMES_SUFFIX
+from ecar_dist.data.shards.entries import TABLE_NAME, ImageEntry, ShardEntry, ShardTable
 from ecar_dist.data.shards.manifest import (
     MANIFEST_NAME,
-    ImageEntry,
     ImageManifest,
     Manifest,
-    ShardEntry,
     load_image_manifest,
     load_manifest,
     write_manifest,
@@ -120,8 +119,13 @@ def _files_of(folder: Path, manifest: Manifest | ImageManifest) -> Iterator[_Fil
                 yield _File(name, beside)
         if isinstance(entry, ImageEntry):
             yield _File(entry.table, file_in(folder, entry.table))
+    if isinstance(manifest, Manifest):
+        for codebook in manifest.codebooks:
+            yield _File(codebook.name, file_in(folder, codebook.name))
     if isinstance(manifest, Manifest) and manifest.failures["file"]:
         yield _File(manifest.failures["file"], file_in(folder, manifest.failures["file"]))
+    if isinstance(manifest.shards, ShardTable):
+        yield _File(TABLE_NAME, folder / TABLE_NAME)
 
 
 def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:

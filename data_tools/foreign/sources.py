@@ -109,6 +109,7 @@ def _array_files(
     left_out: Counter[str],
 ) -> ForeignSet:
     """Many samples a file. All headers are read here."""
+    # All files must hold samples like those of the first; every one that does not is reported.
     contents = [open_file(path, readable(path.name)) for path in files]
     shape, has_flip = _sample_shape(contents[0]), contents[0].flipped is not None
     problems = []
@@ -118,6 +119,8 @@ def _array_files(
         except DataError as error:
             problems.append(str(error))
     _raise_all(problems)
+
+    # Labels of all samples, and names for them.
     ends = np.cumsum([content.count for content in contents])
     numbers = _labels_of(root, contents, labels, int(ends[-1]))
     names = list(class_names or map(str, range(int(numbers.max()) + 1)))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ecar_dist.errors import DataError
-from ecar_dist.storage.untrusted import first_violation
+from ecar_dist.storage.untrusted import adapter_of, first_violation
 
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp that latent-diffusion autoencoders put on their own posterior
 
@@ -50,7 +50,7 @@ class EncoderIdentity:
         """Raises DataError if a field is missing, unknown, of another type or out of range."""
         try:
             # As JSON, because only then strict mode accepts an array for a tuple.
-            return TypeAdapter(EncoderIdentity).validate_json(json.dumps(tree), strict=True)
+            return adapter_of(EncoderIdentity).validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             reason = first_violation(error)
         except (TypeError, ValueError) as error:
@@ -88,6 +88,11 @@ def sample_posterior(identity: EncoderIdentity, moments: torch.Tensor, noise: to
 def normalise(identity: EncoderIdentity, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Raw moments -> what the model sees, float32 [B, C, h, w]. `noise` is N(0, 1) of that same shape."""
     return (sample_posterior(identity, moments, noise) - identity.shift_factor) * identity.scaling_factor
+
+
+def normalised_mean(identity: EncoderIdentity, moments: torch.Tensor) -> torch.Tensor:
+    """`normalise` of the mean of the posterior, without noise."""
+    return normalise(identity, moments, moments.new_zeros(()))
 
 
 def denormalise(identity: EncoderIdentity, latents: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,16 @@ diffusers takes seconds to import, so it is imported where it is used.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.untrusted import (
@@ -26,30 +29,36 @@ from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, deno
 
 NORM_GROUPS = 8  # of `new_autoencoder`: its widths must be multiples of it
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
+TUNED_NAME = "tuned_decoder.json"  # in a folder whose decoder alone was trained further: whose latents it decodes
+_DECODER = ("decoder.", "post_quant_conv.")  # names of the weights that latents do not depend on
 _MAX_CONFIG_BYTES = 1 << 20
 _MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
 
 
-class _PretrainedCodec(ABC):
-    """Common to both kinds: computes in `dtype`, returns float32."""
+class PretrainedCodec(ABC):
+    """Common to both kinds: computes in `dtype`, returns float32. `model` is the autoencoder of diffusers."""
 
     def __init__(self, model: Any, identity: EncoderIdentity, device: torch.device, dtype: torch.dtype) -> None:
         if dtype == torch.float16:
             raise ConfigError("fp16 overflows inside autoencoders and gives NaN; compute in fp32 or bf16")
         self.identity = identity
         self._dtype = dtype
-        self._model = model.to(device, dtype).eval().requires_grad_(False)
+        self.model = model.to(device, dtype).eval().requires_grad_(False)
 
     @abstractmethod
     def encode(self, images: torch.Tensor) -> torch.Tensor: ...
 
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """Those that latents do not depend on."""
+        return [value for name, value in self.model.named_parameters() if name.startswith(_DECODER)]
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         raw = denormalise(self.identity, latents)
-        return self._model.decode(raw.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
+        return self.model.decode(raw.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
 
 
-class KlCodec(_PretrainedCodec):
+class KlCodec(PretrainedCodec):
     """An AutoencoderKL behind `LatentCodec`: moments are mean and logvar."""
 
     def __init__(self, model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -58,12 +67,12 @@ class KlCodec(_PretrainedCodec):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        posterior = self._model.encode(images.to(self._dtype)).latent_dist
+        posterior = self.model.encode(images.to(self._dtype)).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float().clamp(*LOGVAR_RANGE)
         return torch.cat((mean, logvar), dim=1)  # [B, 2C, h, w]
 
 
-class DcCodec(_PretrainedCodec):
+class DcCodec(PretrainedCodec):
     """An AutoencoderDC behind `LatentCodec`: deterministic, so the moments are the latent itself."""
 
     def __init__(self, model: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,7 +81,7 @@ class DcCodec(_PretrainedCodec):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self._model.encode(images.to(self._dtype)).latent.float()  # [B, C, h, w]
+        return self.model.encode(images.to(self._dtype)).latent.float()  # [B, C, h, w]
 
 
 _CODECS: dict[str, type[KlCodec | DcCodec]] = {"kl": KlCodec, "dc": DcCodec}
@@ -116,6 +125,23 @@ def save_autoencoder(model: Any, folder: Path, scaling_factor: float, shift_fact
     """Write a folder for `open_pretrained`. The normalisation becomes part of the autoencoder's own config."""
     model.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
     model.save_pretrained(folder)
+
+
+def save_tuned(codec: PretrainedCodec, folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write a codec whose decoder was trained further, for `open_pretrained`.
+
+    Its latents are those of `codec.identity`, and it keeps that identity as long as its encoder has the same weights.
+    `notes` say how the decoder was trained.
+    """
+    codec.model.register_to_config(_name_or_path="")  # else the config tells where the codec lay on this machine
+    codec.model.save_pretrained(folder)
+    of = {"weights_sha256": codec.identity.weights_sha256, "encoder_sha256": encoder_sha256(codec.model)}
+    (folder / TUNED_NAME).write_text(json.dumps({**of, **notes}, indent=1) + "\n")
+
+
+def encoder_sha256(model: Any) -> str:
+    """Of the weights that latents depend on."""
+    return hash_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(_DECODER)})
 
 
 def _autoencoder_class(name: str) -> Any:
@@ -183,7 +209,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _identity(kind: str, model: Any, name: str, downsample: int) -> EncoderIdentity:
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    return EncoderIdentity(
+    identity = EncoderIdentity(
         kind=kind,
         name=name,
         weights_sha256=hash_state_dict(model.state_dict()),
@@ -194,3 +220,21 @@ def _identity(kind: str, model: Any, name: str, downsample: int) -> EncoderIdent
         shift_factor=float(config.get("shift_factor") or 0.0),
         deterministic=kind == "dc",
     )
+    record = Path(name) / TUNED_NAME
+    return _tuned_from(record, model, identity) if record.is_file() else identity
+
+
+def _tuned_from(record: Path, model: Any, identity: EncoderIdentity) -> EncoderIdentity:
+    """The identity of the autoencoder from which a decoder was tuned. Raises ConfigError for another encoder."""
+    try:
+        stated = parse_json(read_plain_file(record, _MAX_CONFIG_BYTES), foreign=True)
+        weights, encoder = str(stated["weights_sha256"]), str(stated["encoder_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{record} cannot be read; tune the decoder again") from None
+    found = encoder_sha256(model)
+    if found != encoder:
+        raise ConfigError(
+            f"the encoder of {record.parent} has sha256 {found}, {TUNED_NAME} says {printable(encoder, 64)}; tune the "
+            "decoder again, or remove that file to use it as an autoencoder of its own"
+        )
+    return dataclasses.replace(identity, weights_sha256=weights)

@@ -52,8 +52,15 @@ def _open_dct(path: str | None, downsample: int, device: torch.device, dtype: to
     return DctCodec(downsample, device)
 
 
+def _open_identity(path: str | None, downsample: int, device: torch.device, dtype: torch.dtype) -> LatentCodec:
+    from ecar_dist.vae.identity import IdentityCodec
+
+    return IdentityCodec(device)
+
+
 CODECS: dict[str, CodecKind] = {
     "kl": CodecKind(_open_kl),
     "dc": CodecKind(_open_dc),
     "dct": CodecKind(_open_dct, downsamples=(8, 32)),
+    "identity": CodecKind(_open_identity, downsamples=(1,)),
 }

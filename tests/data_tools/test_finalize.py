@@ -10,6 +10,7 @@ from data_tools.encode.plan import read_plan
 from data_tools.failures import Failure
 from data_tools.finalize import finalize, prove_coverage
 from data_tools.moments_statistics import combine, measure
+from ecar_dist.data.shards.entries import ShardTable
 from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.data.shards.read import open_latent_shard
 from ecar_dist.errors import DataError
@@ -85,35 +86,54 @@ def changed(marker, **changes):
     return dataclasses.replace(marker, entry=dataclasses.replace(marker.entry, **changes))
 
 
-def test_shards_and_failures_must_cover_the_plan(encoded):
+def test_samples_and_failures_must_cover_the_rows_of_a_shard(encoded):
     """Rows 5..9 are shard 1's."""
-    plan, markers = read_plan(encoded), [read_marker(encoded, index) for index in range(5)]
-    prove_coverage(encoded, plan, markers)
-    failed = dataclasses.replace(changed(markers[1], count=4, missing=(7,)), failures=(Failure(7, "k", "s", "", ""),))
-    prove_coverage(encoded, plan, [markers[0], failed, *markers[2:]])
+    plan, marker = read_plan(encoded), read_marker(encoded, 1)
+    prove_coverage(encoded, plan, 1, marker)
+    failed = dataclasses.replace(changed(marker, count=4, missing=(7,)), failures=(Failure(7, "k", "s", "", ""),))
+    prove_coverage(encoded, plan, 1, failed)
     wrong = {
-        "lost": (5, markers[:1] + markers[2:]),
-        "lost in a shard": (9, [markers[0], changed(markers[1], count=4), *markers[2:]]),
-        "no failure for a gap": (7, [markers[0], changed(markers[1], count=4, missing=(7,)), *markers[2:]]),
-        "twice": (5, [*markers, markers[1]]),
-        "sampled and failed": (7, [markers[0], dataclasses.replace(failed, entry=markers[1].entry), *markers[2:]]),
-        "outside": (24, [*markers[:4], changed(markers[4], count=5)]),
+        "lost": (9, changed(marker, count=4)),
+        "no failure for a gap": (7, changed(marker, count=4, missing=(7,))),
+        "sampled and failed": (7, dataclasses.replace(failed, entry=marker.entry)),
+        "another shard": (5, read_marker(encoded, 2)),
+        "outside": (10, changed(marker, count=6)),
     }
     for name, (row, found) in wrong.items():
-        with pytest.raises(DataError, match=rf"the first is {row}; delete .*ecar-data encode"):
-            prove_coverage(encoded, plan, found)
+        with pytest.raises(DataError, match=rf"the first is {row}; delete 000001.*ecar-data encode"):
+            prove_coverage(encoded, plan, 1, found)
         assert name
 
 
 def test_finalize_checks_coverage_itself(encoded, monkeypatch):
-    """Markers that agree with tars that agree with each other, and yet a row is lost."""
+    """A marker that agrees with a tar, and yet a row is lost."""
     marker = json.loads((encoded / "000001.json").read_text())
     marker["entry"] = {**marker["entry"], "count": 4, "missing": [7]}
     (encoded / "000001.json").write_text(json.dumps(marker))
-    monkeypatch.setattr(finalize_module, "is_committed", lambda *_: True)
+    monkeypatch.setattr(finalize_module, "committed_marker", lambda out, index, _: read_marker(out, index))
     with pytest.raises(DataError, match=r"rows missing, .*: 1, the first is 7"):
         finalize(encoded)
-    assert not (encoded / "manifest.json").exists()
+    assert sorted(path.name for path in encoded.iterdir() if path.name[0] not in "0p") == []
+
+
+def test_many_shards_have_a_table(encoded, monkeypatch):
+    """The same set in both forms, with the sums added up in parts."""
+    finalize(encoded)
+    listed = load_manifest(encoded)
+    monkeypatch.setattr(finalize_module, "TABLE_SHARDS", 4)
+    monkeypatch.setattr(finalize_module, "_MOST_SUMS", 2)
+    finalize(encoded)
+    assert load_manifest(encoded) == listed  # a run that has begun finds the same id
+    (encoded / "manifest.json").unlink()
+    finalize(encoded)
+    manifest = load_manifest(encoded)
+    assert isinstance(manifest.shards, ShardTable)
+    assert list(manifest.shards) == listed.shards
+    assert manifest.dataset_id != listed.dataset_id
+    assert np.allclose(manifest.statistics["raw_std"], listed.statistics["raw_std"], rtol=1e-12)
+    before = content(encoded)
+    finalize(encoded)
+    assert content(encoded) == before
 
 
 def test_a_marker_of_another_plan_counts_as_missing(encoded):

@@ -89,11 +89,13 @@ def test_an_autoencoder_can_be_trained(pictures, tmp_path, monkeypatch, capsys):
         cli.COMMANDS, "train-vae", lambda **values: original(**{**values, "channels": 8, "batch_size": 4})
     )
     out = tmp_path / "out"
-    assert prepare(pictures, out, "--vae", "train", "--vae-steps", "2") == 0
+    words = ("--vae", "train", "--vae-steps", "2", "--vae-channels", "3")
+    assert prepare(pictures, out, *words) == 0
     encoder = load_manifest(out / "latents").encoder
     assert (encoder["kind"], encoder["downsample"], encoder["name"]) == ("kl", 4, str(out / "vae"))
+    assert encoder["latent_channels"] == 3
     capsys.readouterr()
-    assert prepare(pictures, out, "--vae", "train", "--vae-steps", "2") == 0
+    assert prepare(pictures, out, *words) == 0
     assert capsys.readouterr().out.count("done already") == len(RUN) + 1
 
 

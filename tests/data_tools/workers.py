@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from data_tools import train_vae
+from data_tools.autoencoder import steps as training_steps
+from data_tools.autoencoder import train
 from data_tools.cli import main
 from data_tools.encode import commit
 from data_tools.encode import plan as encode_plan
@@ -30,6 +32,11 @@ def start(target: Callable[..., None], *values: object) -> BaseProcess:
     return process
 
 
+def ecar_data() -> None:
+    """`ecar-data` with the words of the process, for the ranks of `run_ranks`."""
+    raise SystemExit(main(sys.argv[1:]))
+
+
 def die_at(place: str, images: Path, out: Path, settings: dict[str, Any]) -> None:
     """Encode and finalize; SIGKILL to itself at `place`, one of PLACES."""
     PLACES[place]()
@@ -39,17 +46,17 @@ def die_at(place: str, images: Path, out: Path, settings: dict[str, Any]) -> Non
 
 def die_in_training(step: int, arguments: list[str]) -> None:
     """`ecar-data` train-vae that saves after each step; SIGKILL to itself before its step `step`."""
-    train_vae._SAVE_SECONDS = 0.0
-    train_vae.time = Ticking()  # type: ignore[assignment]
-    original = train_vae._step
+    training_steps._SAVE_SECONDS = 0.0
+    training_steps.time = Ticking()  # type: ignore[assignment]
+    original = train._step
     steps = iter(range(1_000_000))
 
-    def deadly(*values: Any) -> Any:
+    def deadly(*values: Any, **more: Any) -> Any:
         if next(steps) == step:
             _die()
-        return original(*values)
+        return original(*values, **more)
 
-    train_vae._step = deadly
+    train._step = deadly
     main(arguments)
 
 

@@ -12,6 +12,7 @@ from ecar_dist.vae import pretrained
 from ecar_dist.vae.build import open_codec, open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, normalise
 from ecar_dist.vae.pretrained import KlCodec, new_autoencoder, save_autoencoder
+from tests.vae.small_dc import save_small_dc
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +50,7 @@ def test_moments_and_decoding_are_those_of_diffusers(folder):
 
 @pytest.fixture(scope="module")
 def dc_folder(tmp_path_factory):
-    """A DC autoencoder of three levels: residual blocks outside, attention over two scales inside."""
-    from diffusers import AutoencoderDC
-
-    torch.manual_seed(0)
-    channels = {f"{side}_block_out_channels": (8, 16, 16) for side in ("encoder", "decoder")}
-    layers = {f"{side}_layers_per_block": (1, 1, 1) for side in ("encoder", "decoder")}
-    blocks = {f"{side}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")}
-    scales = {f"{side}_qkv_multiscales": ((), (), (5,)) for side in ("encoder", "decoder")}
-    sizes = {"latent_channels": 8, "attention_head_dim": 8, "scaling_factor": 0.41}
-    model = AutoencoderDC(**channels, **layers, **blocks, **scales, **sizes)
-    path = tmp_path_factory.mktemp("vae") / "dc"
-    model.save_pretrained(path)
-    return path
+    return save_small_dc(tmp_path_factory.mktemp("vae") / "dc", levels=3)
 
 
 def test_dc_is_deterministic_and_equals_diffusers(dc_folder):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from data_tools import train_vae, train_vae_state
+from data_tools.autoencoder import state, train
+from data_tools.autoencoder.pictures import Pictures
 from data_tools.cli import main
 from data_tools.failures import FailureTally
 from data_tools.finalize import finalize
@@ -21,12 +22,12 @@ from tests.data_tools.image_folders import content, encode_small
 from tests.data_tools.workers import die_in_training, start
 
 
-def train(digits, out, *more):
+def train_on_digits(digits, out, *more):
     return main(["train-vae", str(digits / "images/train"), str(out), "--channels", "8", "--batch-size", "16", *more])
 
 
 def test_it_learns_and_its_normalisation_fits(digits, tmp_path, capsys):
-    assert train(digits, tmp_path / "vae", "--steps", "40", "--learning-rate", "4e-3") == 0
+    assert train_on_digits(digits, tmp_path / "vae", "--steps", "40", "--learning-rate", "4e-3") == 0
     printed = capsys.readouterr().out
     psnr = float(re.search(r"held-back images ([\d.]+) dB", printed).group(1))
     assert psnr > 15  # an untrained net reaches about 6, the mean image about 10
@@ -84,8 +85,8 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(bad_images, tmp_path
         process = start(die_in_training, step, command(bad_images, killed, "--max-bad", "0.2"))
         process.join()
         assert process.exitcode == -9
-    with safe_open(killed / train_vae_state.STATE_NAME, framework="pt") as state:
-        assert json.loads(state.metadata()["about"])["step"] == 5
+    with safe_open(killed / state.STATE_NAME, framework="pt") as file:
+        assert json.loads(file.metadata()["about"])["step"] == 5
     capsys.readouterr()
     assert main(command(bad_images, killed, "--max-bad", "0.2", "--steps", "8")) == 1
     assert "with steps 7, this command has 8; repeat the first command" in capsys.readouterr().err
@@ -99,7 +100,7 @@ def test_one_image_is_too_few(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "in/a/0.png")
     assert main(["shard", str(tmp_path / "in"), str(tmp_path / "images")]) == 0
     assert main(command(tmp_path / "images", tmp_path / "vae")) == 1
-    assert "has 1 image, train-vae needs at least 2" in capsys.readouterr().err
+    assert "has 1 image, a training needs at least 2" in capsys.readouterr().err
 
 
 def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypatch):
@@ -113,7 +114,7 @@ def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypa
     assert main(command(images, out)) == 130
     monkeypatch.undo()
     assert not (out / "config.json").exists()
-    monkeypatch.setattr(train_vae, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "_step", lambda *_, **__: pytest.fail("trained again"))
     assert main(command(images, out)) == 0
     assert sorted(content(out)) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -122,7 +123,7 @@ def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypa
 def test_a_damaged_state_is_one_line(digits, tmp_path, capsys, damage):
     out = tmp_path / "vae"
     out.mkdir()
-    (out / train_vae_state.STATE_NAME).write_bytes(damage)
+    (out / state.STATE_NAME).write_bytes(damage)
     assert main(command(digits / "images/heldout", out)) == 1
     said = capsys.readouterr().err.splitlines()
     assert "is damaged" in said[-1]
@@ -132,10 +133,10 @@ def test_a_damaged_state_is_one_line(digits, tmp_path, capsys, damage):
 def test_an_occupied_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/mine.txt").write_text("mine")
-    assert train(digits, tmp_path / "vae") == 1
+    assert train_on_digits(digits, tmp_path / "vae") == 1
     assert "vae exists and holds mine.txt; remove it" in capsys.readouterr().err
     assert content(tmp_path / "vae") == {"mine.txt": b"mine"}
-    assert train(digits, tmp_path / "new", "--downsample", "3") == 1
+    assert train_on_digits(digits, tmp_path / "new", "--downsample", "3") == 1
     assert "--downsample 3 must be a power of 2" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -150,7 +151,7 @@ def test_a_width_that_the_norms_cannot_take_is_refused(capsys, tmp_path):
 def test_a_batch_across_the_end_of_an_epoch_may_hold_an_image_twice(digits, tmp_path):
     images = ImageShards(digits / "images/train")
     tally = FailureTally(tmp_path, len(images), 0)
-    pictures = train_vae._Pictures(images, open_decoder("pil"), 16, torch.device("cpu"), 0, tally)
+    pictures = Pictures(images, open_decoder("pil"), 16, torch.device("cpu"), 0, tally)
     batch = pictures.load(np.array([3, 3, 5]))
     assert len(batch) == 3
     assert batch[0].equal(batch[1])

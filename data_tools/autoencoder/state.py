@@ -1,10 +1,11 @@
-"""The state of an unfinished `train-vae`: one file in OUT, from which the same command resumes. Removed at the end."""
+"""The state of an unfinished training: a file in its folder, from which the same command resumes."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from data_tools.failures import ERRORS_NAME
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write, sync_to_disk
 from ecar_dist.storage.untrusted import parse_json
-from ecar_dist.vae.pretrained import save_autoencoder
 
 STATE_NAME = ".train-vae.state"
 _FINISHED_NAME = ".finished"
@@ -35,7 +35,7 @@ class Training:
 
 
 class TrainingFolder:
-    """OUT of `train-vae`: holds the state during training, and the autoencoder afterwards.
+    """The folder of a training: holds the state during it, and the autoencoder afterwards.
 
     `settings` identify the training. Raises DataError if OUT holds anything else, or the state of another training.
     """
@@ -109,11 +109,14 @@ class TrainingFolder:
         with atomic_write(self._state) as file:
             file.write(safetensors.torch.save(stored, {"about": json.dumps(about)}))
 
-    def finish(self, model: Any, scaling_factor: float, shift_factor: float) -> None:
-        """Write the autoencoder and remove the state. If killed in between, the same command does it again."""
+    def finish(self, save: Callable[[Path], None]) -> None:
+        """Write the autoencoder and remove the state. If killed in between, the same command does it again.
+
+        save: writes config.json and all else into a folder, which it makes.
+        """
         working = self._out / _FINISHED_NAME
         shutil.rmtree(working, ignore_errors=True)
-        save_autoencoder(model, working, scaling_factor, shift_factor)
+        save(working)
         for name in sorted(os.listdir(working), key=lambda name: name == _CONFIG_NAME):
             os.replace(working / name, self._out / name)
         working.rmdir()
