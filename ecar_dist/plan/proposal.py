@@ -85,7 +85,7 @@ def _choose(found: PreparedLatents, hardware: Hardware, name: str, preset: str) 
     """The values that are not copied from the manifest."""
     count = found.manifest.count
     side = found.manifest.moments_shape[-1]
-    patch, stages = _stages(side)
+    patch, stages = _stages(side, found.manifest.encoder["downsample"])
     chosen: dict[str, Any] = {"name": name, "preset": preset, "patch": patch, "stages": stages}
     chosen["learning_rate"] = LEARNING_RATES.get(preset, SMALLEST_LEARNING_RATE)
     chosen["guidance"] = 1.5 if found.manifest.num_classes > 1 else 1.0
@@ -104,9 +104,12 @@ def _choose(found: PreparedLatents, hardware: Hardware, name: str, preset: str) 
     return chosen | {"total": total, "fifth": total // 5, "tenth": total // 10, "warmup": total // 20}
 
 
-def _stages(side: int) -> tuple[int, int]:
-    """Side of a token, and number of stages, for latents of `side`: three stages where they divide."""
-    patch = 2 if side % 8 == 0 else 1
+def _stages(side: int, downsample: int) -> tuple[int, int]:
+    """Side of a token, and number of stages, for latents of `side`: three stages where they divide.
+
+    Pixels get larger tokens than the latents of an autoencoder, which has already made one of several pixels.
+    """
+    patch = 4 if downsample == 1 and side % 16 == 0 else 2 if side % 8 == 0 else 1
     stages = max(k for k in (1, 2, 3) if side % (patch << (k - 1)) == 0)
     return patch, stages
 

@@ -63,6 +63,7 @@ def plan_lines(
         *_state_lines(config, parameters.total, world_size),
         *_memory_lines(config, parameters, world_size),
         f"checkpoint: {gib(checkpoint)} (fp32 weights, two moments, EMA), {config.checkpoint.keep} are kept",
+        *_quantized_lines(parameters),
     ]
 
     # What depends on the device.
@@ -74,6 +75,15 @@ def plan_lines(
         *_fit_lines(config, world_size, device, known),
         *_time_lines(config, world_size, device, known, gpus_per_node, bandwidth),
     ]
+
+
+def _quantized_lines(parameters: ParameterCount) -> list[str]:
+    """Files of `ecar-dist quantize`, whose other layers are fp32; without the scales, one number for each row."""
+    rounded, rest = parameters.quantized, parameters.total - parameters.quantized
+    if not rounded:
+        return []
+    eight, four = (gib(rounded * bits // 8 + rest * 4) for bits in (8, 4))
+    return [f"quantised: {eight} with 8-bit weights, {four} with 4-bit, of {gib(parameters.total * 4)} in fp32"]
 
 
 def _batch_line(config: RunConfig, world_size: int) -> str:
@@ -190,6 +200,23 @@ def _time_lines(
         *_step_lines(config, world_size, name, device, times[config.deepspeed.zero_stage]),
         f"forecast, not a measurement; assumed: {'compiled' if compiled else 'eager'} blocks; {assumptions(compiled)}",
     ]
+
+
+def forecast_step(
+    config: RunConfig, world_size: int, device: str | None, *, gpus_per_node: int, bandwidth: float
+) -> StepTime | None:
+    """The time of a step; None without a device or in fp32. Raises ConfigError for an unknown device."""
+    if device is None or precision_of(config) == "fp32":
+        return None
+    return step_time(
+        config,
+        world_size,
+        known_device(device),
+        zero_stage=config.deepspeed.zero_stage,
+        compiled=config.compiles_on("cuda"),
+        gpus_per_node=gpus_per_node,
+        bandwidth=bandwidth,
+    )
 
 
 def _communication_line(config: RunConfig, world_size: int, zero_stage: int, time: StepTime) -> str:
