@@ -16,7 +16,7 @@ import closed_form
 import rounds
 from ablation_report import plot, report
 from digits import DEVICE, IMAGE_SIZE, Draw, Run, is_trained, measure, parser, prepare, side_by_side
-from quality import KINDS, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
+from quality import ECAR, SCORING, at_equal_compute, macs_of, spread, summary, train_and_measure
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.evaluate.bands import band_variances
@@ -71,13 +71,12 @@ def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, lis
 
     The reference at the config's full length is quality.py's own `ecar`, which may be trained already.
     """
-    config = KINDS["ecar"]
-    budget = macs_of(Run("ecar", 0, config).load(work)) * share
+    budget = macs_of(Run("ecar", 0, ECAR).load(work)) * share
     names = {name: f"{name.replace(' ', '-')}-x{share:g}" for name in VARIANTS}
     if share == 1:
         names[REFERENCE] = "ecar"
     return {
-        name: [at_equal_compute(work, Run(names[name], seed, config, changes), budget) for seed in range(seeds)]
+        name: [at_equal_compute(work, Run(names[name], seed, ECAR, changes), budget) for seed in range(seeds)]
         for name, changes in VARIANTS.items()
     }
 
@@ -106,7 +105,7 @@ def matched_draw(config: RunConfig, macs: float) -> Draw:
 
 def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
     """Scores of the trained reference by solver and calls a stage, and how long the runs were."""
-    full = [Run("ecar", run.seed, KINDS["ecar"]) for run in own]
+    full = [Run("ecar", run.seed, ECAR) for run in own]
     runs = full if all(stands_in_full(work, run) for run in full) else own
     draws = [
         unguided({"solver": solver, "steps_per_stage": calls // SOLVERS[solver].calls_per_step})

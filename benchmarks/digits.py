@@ -25,12 +25,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_tools.spectrum.report import read_latents
 from ecar_dist.config.knobs_model import SampleSection
 from ecar_dist.config.read import load_config
 from ecar_dist.config.run import RunConfig
+from ecar_dist.data.codebook import codebook_of
+from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.evaluate.images import read_images, reconstruct
 from ecar_dist.evaluate.score import LabelledImages, Scorer
+from ecar_dist.flow.discrete.nearest_code import nearest_codes
 from ecar_dist.kinds.table import kind_of
+from ecar_dist.models.layers import patchify, unpatchify
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.sample.generate import SamplingPlan, generate_in_batches
 from ecar_dist.sample.load import TrainedModel, open_trained
@@ -117,13 +122,13 @@ def prepare(work: Path) -> None:
     ]
     for done, words in steps:
         if not done.exists():
-            _call(["-m", "data_tools", *map(str, words)], threads=2)
+            call(["-m", "data_tools", *map(str, words)], threads=2)
 
 
 def train(work: Path, run: Run) -> Path:
     """The run's directory, trained to the end by the command. A run that stands is not trained again."""
     if not is_trained(work, run):
-        _call(["-m", "ecar_dist", "train", str(run.config), *run.words(work)], threads=1)
+        call(["-m", "ecar_dist", "train", str(run.config), *run.words(work)], threads=1)
     return run.load(work).run_directory
 
 
@@ -150,7 +155,7 @@ def measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]
             scores = _score(work, trained, draw) | cost(trained.config, draw)
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(scores | {"draw": draw.changes, "loss": final_loss(file.parent.parent)}))
-        found.append(json.loads(file.read_text()))
+        found.append(json.loads(file.read_text()) | cost(run.load(work), draw))
     return found
 
 
@@ -161,6 +166,7 @@ def cost(config: RunConfig, draw: Draw) -> dict[str, float]:
         "training_macs": kind_of(config).training_macs(config) * config.train.total_samples,
         "samples_seen": config.train.total_samples,
         "sampling_macs": kind_of(config).sampling_macs(draw.of(config)),
+        "serial_calls": kind_of(config).serial_calls(draw.of(config)),
     }
 
 
@@ -170,6 +176,18 @@ def _score(work: Path, trained: TrainedModel, draw: Draw) -> dict[str, Any]:
     batches = generate_in_batches(trained.model, plan, torch.from_numpy(labels), draw.seed, BATCH_SIZE)
     pixels = np.concatenate([to_pixels(trained.codec.decode(stages[-1])) for stages in batches])
     return scorer.score(LabelledImages(pixels, labels))
+
+
+def score_of_codes(work: Path, size: int, patch_size: int) -> dict[str, Any]:
+    """The scores of training images whose tokens are their nearest codes: the best that a model over them can do."""
+    folder = work / "latents"
+    scorer, _ = _scorer(work)
+    manifest = load_manifest(folder)
+    codes = codebook_of([str(folder)], [manifest], size, patch_size).codes
+    latents, labels = read_latents(folder, manifest, manifest.count)
+    tokens = codes[nearest_codes(patchify(torch.from_numpy(latents), patch_size), codes)]
+    codec = open_codec(Run("ecar", 0, ROOT / "configs/digits_cpu.yaml").load(work).vae, DEVICE)
+    return scorer.score(LabelledImages(to_pixels(codec.decode(unpatchify(tokens, patch_size))), labels))
 
 
 @cache
@@ -189,12 +207,13 @@ def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], j
         return [future.result() for future in tqdm(futures, desc=what, mininterval=5)]
 
 
-def _call(words: Sequence[str], threads: int) -> None:
+def call(words: Sequence[str], threads: int) -> None:
     """Python with these words. Raises RuntimeError with the end of what it said where it failed."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -51,7 +51,8 @@ def held_while_reading(work: Path) -> float:
 
 def write_hollow_set(folder: Path, size: int) -> None:
     """A set of `size` samples with a real manifest and sparse files of zeros in the place of the shards."""
-    from ecar_dist.data.shards.manifest import LatentEntry, Manifest, write_manifest
+    from ecar_dist.data.shards.entries import LatentEntry
+    from ecar_dist.data.shards.manifest import Manifest, write_manifest
 
     folder.mkdir()
     entries = []

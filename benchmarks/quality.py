@@ -1,57 +1,97 @@
 """Quality against sampling compute: ECAR and its relatives on digits, at equal parameters and equal training MACs.
 
-`python benchmarks/quality.py` takes one to two hours on two cores and goes on where it was stopped; `--share 0.02`
-tries it out in minutes. The last line is JSON. See benchmarks/README.md.
+`python benchmarks/quality.py` compares those of the claim in one to two hours on two cores; `--kinds` takes others. It
+goes on where it was stopped; `--share 0.02` tries it out in minutes. The last line is JSON. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import rounds
-from digits import ROOT, Draw, Run, measure, parser, prepare, side_by_side, train
+from digits import ROOT, Draw, Run, call, measure, parser, prepare, score_of_codes, side_by_side, train
+from speed import LATENCY, THROUGHPUT, speeds
 
 from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.table import kind_of
 
-KINDS = {
-    kind: ROOT / f"configs/digits_{'cpu' if kind == 'ecar' else kind}.yaml"
-    for kind in ("ecar", "pyramid", "dit", "mar")
-}
 GUIDANCE = (1.0, 1.15, 1.3, 1.6, 2.0)
 CHOOSING, SCORING = 0, 1  # seeds of the samples by which the guidance is chosen, and of those that are reported
-STEPS: dict[str, tuple[dict[str, Any], ...]] = {
-    "ecar": tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8)),
-    "pyramid": tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8)),
-    "dit": (
-        *({"steps_per_stage": steps} for steps in (1, 2, 4, 8, 24)),
-        {"solver": "euler", "steps_per_stage": 50},
+CODES, PATCH = 512, 2  # of kinds over codes: with so many they have about as many parameters as the others
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the comparison: how a kind is trained, and with which settings it is sampled."""
+
+    config: Path
+    draws: tuple[dict[str, Any], ...]
+    overrides: tuple[str, ...] = ()
+
+    def run(self, variant: str, seed: int) -> Run:
+        return Run(variant, seed, self.config, self.overrides)
+
+
+def over_codes(kind: str, *overrides: str) -> tuple[str, ...]:
+    return f"model.kind={kind}", f"model.codebook_size={CODES}", *overrides
+
+
+ECAR, PYRAMID, DIT, MAR = (ROOT / f"configs/digits_{name}.yaml" for name in ("cpu", "pyramid", "dit", "mar"))
+STAGED = tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8))
+DEEPER = "model.ar_depth=8"  # a block in place of the head that `par` does not have
+CLAIMED = ("ecar", "pyramid", "dit", "mar")  # those that docs/claim.md compares
+KINDS = {
+    "ecar": Contender(ECAR, STAGED),
+    "pyramid": Contender(PYRAMID, STAGED),
+    "dit": Contender(DIT, (*STAGED, {"steps_per_stage": 24}, {"solver": "euler", "steps_per_stage": 50})),
+    "mar": Contender(
+        MAR,
+        tuple({"ar_steps": steps, "steps_per_stage": inner} for steps, inner in ((2, 4), (4, 8), (8, 8), (16, 8))),
     ),
-    "mar": tuple({"ar_steps": steps, "steps_per_stage": inner} for steps, inner in ((2, 4), (4, 8), (8, 8), (16, 8))),
+    "par1": Contender(MAR, ({"temperature": 1.0}, {"temperature": 0.8}), over_codes("par", "par.group=1", DEEPER)),
+    "par4": Contender(MAR, ({"temperature": 1.0}, {"temperature": 0.8}), over_codes("par", "par.group=4", DEEPER)),
+    "par_cont4": Contender(MAR, STAGED[2:], ("model.kind=par_cont", "par.group=4")),
+    "hybrid": Contender(
+        MAR, ({"code_steps": 4}, {"code_steps": 12}, {"code_steps": 12, "residuals": False}), over_codes("hybrid")
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, seeds=3).parse_args(arguments)
+    given = parser(__doc__, seeds=3)
+    given.add_argument("--kinds", nargs="+", choices=KINDS, default=CLAIMED, help="rows of the table of contenders")
+    options = given.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
     prepare(work)
-    runs = runs_at_equal_compute(work, options.seeds, options.share)
+    runs = runs_at_equal_compute(work, options.seeds, options.share, options.kinds)
+    uses_codes = any(kind_of(run.load(work)).needs_codebook for run in runs)
+    if uses_codes:
+        fit_codes(work)
     result = compare(work, runs, options.jobs)
+    if uses_codes:
+        result["FD-digits of codes"] = distance_of(score_of_codes(work, CODES, PATCH))
     print(table(result))
     if options.plot:
         plot(result, options.plot)
     rounds.publish(result | {"hardware": options.hardware or rounds.hardware()}, options.save)
 
 
-def runs_at_equal_compute(work: Path, seeds: int, share: float) -> list[Run]:
+def fit_codes(work: Path) -> None:
+    """The codebook beside the latents, which stay the same set. One that stands is left alone."""
+    if not (work / f"latents/codebook-p{PATCH}-v{CODES}.safetensors").exists():
+        words = ["fit-codebook", str(work / "latents"), "--size", str(CODES), "--patch-size", str(PATCH)]
+        call(["-m", "data_tools", *words], threads=2)
+
+
+def runs_at_equal_compute(work: Path, seeds: int, share: float, kinds: Sequence[str] = CLAIMED) -> list[Run]:
     """Every kind and seed, seed by seed; each sees as many samples as ECAR's training MACs pay for."""
-    budget = macs_of(Run("ecar", 0, KINDS["ecar"]).load(work)) * share
-    return [at_equal_compute(work, Run(kind, seed, KINDS[kind]), budget) for seed in range(seeds) for kind in KINDS]
+    budget = macs_of(KINDS["ecar"].run("ecar", 0).load(work)) * share
+    return [at_equal_compute(work, KINDS[kind].run(kind, seed), budget) for seed in range(seeds) for kind in kinds]
 
 
 def at_equal_compute(work: Path, run: Run, budget: float) -> Run:
@@ -69,21 +109,33 @@ def macs_of(config: RunConfig) -> int:
 
 def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:
     """Train all; choose each kind's guidance on one seed of samples; score all its settings on another."""
+    kinds = list(dict.fromkeys(run.variant for run in runs))
+
+    def by_kind(found: Sequence[Any]) -> dict[str, list[Any]]:
+        return {kind: [one for run, one in zip(runs, found, strict=True) if run.variant == kind] for kind in kinds}
+
+    # The guidance of each kind, then the scores of its settings with it.
     sweep = [Draw(CHOOSING, {"guidance_scale": scale}) for scale in GUIDANCE]
-    swept = side_by_side(train_and_measure, [(work, run, sweep) for run in runs], jobs, "trained and swept")
-    distances = {kind: [found for run, found in zip(runs, swept, strict=True) if run.variant == kind] for kind in KINDS}
-    best = {kind: best_guidance(found) for kind, found in distances.items()}
-    draws = [[Draw(SCORING, {"guidance_scale": best[run.variant]} | one) for one in STEPS[run.variant]] for run in runs]
-    scored = side_by_side(measure, [(work, run, some) for run, some in zip(runs, draws, strict=True)], jobs, "scored")
-    by_kind = {kind: [found for run, found in zip(runs, scored, strict=True) if run.variant == kind] for kind in KINDS}
+    swept = by_kind(side_by_side(train_and_measure, [(work, run, sweep) for run in runs], jobs, "trained and swept"))
+    best = {kind: best_guidance(found) for kind, found in swept.items()}
+    draws = {kind: [Draw(SCORING, {"guidance_scale": best[kind]} | one) for one in KINDS[kind].draws] for kind in kinds}
+    items = [(work, run, draws[run.variant]) for run in runs]
+    scored = by_kind(side_by_side(measure, items, jobs, "scored"))
+
+    # Speed does not depend on the seed of the training. Nothing else runs beside it.
+    first = {run.variant: run for run in reversed(runs)}
+    rows = [(kind, number) for kind in kinds for number in range(len(draws[kind]))]
+    timed = dict(zip(rows, speeds(work, [(first[kind], draws[kind][i]) for kind, i in rows]), strict=True))
     return {
         "guidance": {
             kind: {str(scale): spread([one[i] for one in found], distance_of) for i, scale in enumerate(GUIDANCE)}
-            for kind, found in distances.items()
+            for kind, found in swept.items()
         },
         "kinds": {
-            kind: [summary([one[i] for one in found], best[kind]) for i in range(len(STEPS[kind]))]
-            for kind, found in by_kind.items()
+            kind: [
+                summary([one[i] for one in found], best[kind]) | timed[kind, i] for i in range(len(KINDS[kind].draws))
+            ]
+            for kind, found in scored.items()
         },
     }
 
@@ -115,7 +167,7 @@ def summary(scores: Sequence[dict[str, Any]], guidance_scale: float) -> dict[str
     return {
         "draw": first["draw"],
         "guidance_scale": guidance_scale,
-        **{key: first[key] for key in ("parameters", "training_macs", "samples_seen", "sampling_macs")},
+        **{key: first[key] for key in ("parameters", "training_macs", "samples_seen", "sampling_macs", "serial_calls")},
         "FD-digits": spread(scores, distance_of),
         "ratio to floor": spread(scores, lambda one: one["ratio to floor"]),
         "class accuracy": spread(scores, lambda one: one["class accuracy"]),
@@ -134,18 +186,17 @@ def summary(scores: Sequence[dict[str, Any]], guidance_scale: float) -> dict[str
 
 def table(result: dict[str, Any]) -> str:
     """One row a setting, in markdown."""
-    first = result["kinds"]["ecar"][0]
+    first = next(iter(result["kinds"].values()))[0]
     bands = list(first["band variance ratio"])
     lines = [
-        "| kind | steps | guidance | MMAC a sample | FD-digits (seeds) | x floor | accuracy | neighbours | "
-        + " | ".join(f"var {band}" for band in bands)
-        + " |",
-        "|---" * (8 + len(bands)) + "|",
+        "| kind | steps | guidance | calls | MMAC a sample | ms at batch 1 | images/s | FD-digits (seeds) | x floor "
+        "| accuracy | neighbours | " + " | ".join(f"var {band}" for band in bands) + " |",
+        "|---" * (11 + len(bands)) + "|",
     ]
     for kind, rows in result["kinds"].items():
         lines += [f"| {kind} | {row_of(row)} |" for row in rows]
     lines += [
-        f"| real | | | | {first['FD-digits real-vs-real floor']:.1f} | 1.00 | "
+        f"| real | | | | | | | {first['FD-digits real-vs-real floor']:.1f} | 1.00 | "
         f"{first['class accuracy real heldout']:.3f} | {first['neighbour ratio real heldout']:.3f} |"
         + " 1 |"
         * len(bands),
@@ -156,6 +207,8 @@ def table(result: dict[str, Any]) -> str:
             for kind, rows in result["kinds"].items()
         ),
     ]
+    if (of_codes := result.get("FD-digits of codes")) is not None:
+        lines.append(f"real images from their nearest codes: FD-digits {of_codes:.1f}")
     return "\n".join(lines)
 
 
@@ -165,7 +218,10 @@ def row_of(row: dict[str, Any]) -> str:
     cells = [
         words.replace("steps_per_stage", "steps").replace("ar_steps", "AR steps"),
         f"{row['guidance_scale']:g}",
+        str(row["serial_calls"]),
         f"{row['sampling_macs'] / 1e6:.0f}",
+        f"{1e3 * row[LATENCY]:.1f}",
+        f"{row[THROUGHPUT]:.0f}",
         f"{row['FD-digits']['mean']:.1f} ({seeds})",
         f"{row['ratio to floor']['mean']:.2f}",
         f"{row['class accuracy']['mean']:.3f}",
@@ -201,7 +257,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             capsize=2,
             label=f"{kind}, guidance {rows[0]['guidance_scale']:g}",
         )
-    first = result["kinds"]["ecar"][0]
+    first = next(iter(result["kinds"].values()))[0]
     axes.axhline(first["FD-digits reconstructions"], color="gray", linestyle=":", label="real, after the autoencoder")
     axes.axhline(first["FD-digits real-vs-real floor"], color="gray", linestyle="--", label="real (floor)")
     axes.set(xscale="log", yscale="log", xlabel="GMAC a sample, guidance included", ylabel="FD-digits, lower is better")

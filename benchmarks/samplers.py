@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ecar_dist.compress.report import memory_bytes
+from ecar_dist.compress.write import tensor_entries
 from ecar_dist.config.read import config_from_dict
 from ecar_dist.config.run import RunConfig
-from ecar_dist.kinds.flops import velocity_calls
-from ecar_dist.kinds.table import kind_of
+from ecar_dist.kinds.table import KINDS, kind_of
+from ecar_dist.quantize.layers import quantizable, shaped_like
+from ecar_dist.runtime.checkpoint.tensor_file import file_bytes
 from ecar_dist.sample.fast import prepare
 from ecar_dist.sample.generate import generate
 from ecar_dist.sample.sampling_plan import SamplingPlan
@@ -27,22 +30,42 @@ SHARE_RUNS = 3
 
 @dataclass(frozen=True)
 class Contender:
+    """One row: a kind, and where it differs from the defaults of config/knobs_model.py.
+
+    steps: of the solver, in each stage or each time that a head is integrated; a kind without a solver ignores them.
+    sections: of the config, such as {"par": {"group": 4}}.
+    """
+
     kind: str
-    num_stages: int
-    solver: str
-    steps: int  # in each stage
+    num_stages: int = 1
+    solver: str = "midpoint"
+    steps: int = 8
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+# Every kind has a row. The first one is that with which the others are compared.
 CONTENDERS = {
-    "ECAR": Contender("ecar", 3, "midpoint", 8),  # the defaults of config/knobs_model.py
-    "dit, 250 steps": Contender("dit", 1, "euler", 250),
-    "dit, 50 steps": Contender("dit", 1, "euler", 50),
+    "ECAR": Contender("ecar", 3),
+    "dit, 250 steps": Contender("dit", solver="euler", steps=250),
+    "dit, 50 steps": Contender("dit", solver="euler", steps=50),
+    "pyramid": Contender("pyramid", 3),
+    "mar": Contender("mar"),
+    "par, n = 1": Contender("par", sections={"par": {"group": 1}}),
+    "par, n = 4": Contender("par", sections={"par": {"group": 4}}),
+    "par_cont, n = 4": Contender("par_cont", sections={"par": {"group": 4}}),
+    "hybrid": Contender("hybrid"),
 }
+OURS = next(iter(CONTENDERS))
+
+
+def of_kinds(kinds: Collection[str]) -> list[str]:
+    """Names of the rows of these kinds; the first row is always among them."""
+    return [name for name, contender in CONTENDERS.items() if name == OURS or contender.kind in kinds]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured; `batches` has the images that each contender draws at once."""
+    """What is measured; `batches` has the images that each contender draws at once, and names the contenders."""
 
     preset: str
     latent_size: int
@@ -63,6 +86,8 @@ class Measured:
     steps_run: dict[str, int]
     macs: dict[str, int]
     calls: dict[str, int]
+    parameters: dict[str, int]
+    compiled: dict[str, bool]
     tokens: str
     shares: dict[str, float]
 
@@ -96,10 +121,28 @@ def _measure(case: Case, rounds: int) -> Measured:
         seconds,
         steps_run={name: turn.steps_run for name, turn in turns.items()},
         macs={name: kind_of(turn.config).sampling_macs(turn.config) for name, turn in turns.items()},
-        calls={name: sum(velocity_calls(turn.config)) for name, turn in turns.items()},
-        tokens="/".join(map(str, turns["ECAR"].config.stage_tokens)),
-        shares=turns["ECAR"].shares(),
+        calls={name: kind_of(turn.config).serial_calls(turn.config) for name, turn in turns.items()},
+        parameters={name: kind_of(turn.config).parameters(turn.config).total for name, turn in turns.items()},
+        compiled={name: turn.compiles for name, turn in turns.items()},
+        tokens="/".join(map(str, turns[OURS].config.stage_tokens)),
+        shares=turns[OURS].shares(),
     )
+
+
+def model_sizes(config: RunConfig) -> dict[str, dict[str, float]]:
+    """MiB in memory and on disk, in fp32 and with 8-bit and 4-bit weights, as `ecar-dist quantize` has them.
+
+    They follow from the shapes alone, so nothing is allocated.
+    """
+    found: dict[str, dict[str, float]] = {"memory MiB": {}, "file MiB": {}}
+    for name, bits in {"fp32": None, "W8A8": 8, "W4A8": 4}.items():
+        with torch.device("meta"):
+            model = kind_of(config).build_model(config)
+            if bits is not None:
+                shaped_like(model, dict.fromkeys(quantizable(model), (bits, True)))
+        found["memory MiB"][name] = memory_bytes(model) / 2**20
+        found["file MiB"][name] = file_bytes(tensor_entries(model, torch.float32), {"format": "pt"}) / 2**20
+    return found
 
 
 class Turn:
@@ -107,11 +150,12 @@ class Turn:
 
     def __init__(self, contender: Contender, case: Case, batch: int, model: Any = None) -> None:
         self.contender, self._device = contender, case.device
-        self.config = _config(contender, case)
+        self.config = config_of(contender, case)
         self._plan = SamplingPlan.from_config(self.config, case.device)
         share = case.dit_share if contender.kind == "dit" else 1.0
         self.steps_run = max(1, round(contender.steps * share))
-        self.model = model or self._made(case)
+        self.compiles = case.mode == "compiled" and KINDS[contender.kind].compilable
+        self.model = model or self._made()
         self._indices = torch.arange(batch, device=case.device)
 
     def run(self, steps: int, model: Any = None) -> float:
@@ -135,9 +179,9 @@ class Turn:
         medians = {part: statistics.median(values) for part, values in found.items()}
         return {**medians, "noise, guidance and solver": 1.0 - sum(medians.values())}
 
-    def _made(self, case: Case) -> Any:
-        untrained = _untrained(self.config).to(case.device)
-        return prepare(untrained, self._plan, case.device, compiles=case.mode == "compiled")
+    def _made(self) -> Any:
+        untrained = _untrained(self.config).to(self._device)
+        return prepare(untrained, self._plan, self._device, compiles=self.compiles)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -149,15 +193,16 @@ class _Clocked:
 
     def __init__(self, model: Any, wait: Callable[[], None]) -> None:
         self.start_cache, self._wait = model.start_cache, wait
+        self.modulations = model.modulations  # of all calls of a stage at once: in neither part's share
         self.seconds = {"begin_stage": 0.0, "velocity": 0.0}
         for name in self.seconds:
             setattr(self, name, self._clock(name, getattr(model, name)))
 
     def _clock(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def clocked(*arguments: Any) -> Any:
+        def clocked(*arguments: Any, **more: Any) -> Any:
             self._wait()
             began = time.perf_counter()
-            returned = function(*arguments)
+            returned = function(*arguments, **more)
             self._wait()
             self.seconds[name] += time.perf_counter() - began
             return returned
@@ -169,7 +214,8 @@ def largest_batches(case: Case, bound: int | None) -> Case:
     """The case with the largest batch that fits for each contender, found by doubling one that draws eagerly."""
     eager = dataclasses.replace(case, mode="eager")
     found: dict[str, int] = {}
-    for name, contender in CONTENDERS.items():
+    for name in case.batches:
+        contender = CONTENDERS[name]
         model = Turn(contender, eager, 1).model
 
         def fits(batch: int, contender: Contender = contender, model: Any = model) -> bool:
@@ -195,16 +241,19 @@ def doubled_while(fits: Callable[[int], bool], bound: int | None) -> int:
 
 
 def _turns(case: Case) -> dict[str, Turn]:
-    """All contenders; those of one kind share a model. The velocity networks are of one preset."""
+    """The contenders of a case; those of one kind and sections share a model. All are of one preset."""
     turns: dict[str, Turn] = {}
-    models: dict[str, Any] = {}
-    for name, contender in CONTENDERS.items():
-        turns[name] = Turn(contender, case, case.batches[name], models.get(contender.kind))
-        models[contender.kind] = turns[name].model
+    models: dict[tuple[str, str], Any] = {}
+    for name, batch in case.batches.items():
+        contender = CONTENDERS[name]
+        key = (contender.kind, str(contender.sections))
+        turns[name] = Turn(contender, case, batch, models.get(key))
+        models[key] = turns[name].model
     return turns
 
 
-def _config(contender: Contender, case: Case) -> RunConfig:
+def config_of(contender: Contender, case: Case) -> RunConfig:
+    """The config of a contender's untrained model."""
     sample = {"solver": contender.solver, "steps_per_stage": contender.steps, "guidance_scale": case.guidance}
     return config_from_dict(
         {
@@ -220,6 +269,7 @@ def _config(contender: Contender, case: Case) -> RunConfig:
             },
             "train": {"total_samples": 1},
             "sample": sample,
+            **contender.sections,
         }
     )
 

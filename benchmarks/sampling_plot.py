@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = ("#33658a", "#a23b52")
-WIDTH = 0.36
+COLOURS = ("#33658a", "#a23b52", *plt.get_cmap("Set2").colors)
+SPACE = 0.72  # of the bars of a case
 PREDICTIONS: dict[str, Literal["-", ":"]] = {"macs_predict": "-", "calls_predict": ":"}
 LABELS = {"macs_predict": "ratio of MACs", "calls_predict": "ratio of calls"}
 
@@ -19,14 +19,16 @@ LABELS = {"macs_predict": "ratio of MACs", "calls_predict": "ratio of calls"}
 def plot(result: dict[str, Any], path: Path) -> None:
     """One group of bars a case, one bar a baseline; a line for the ratio of MACs, a dotted one for that of calls."""
     cases = result["cases"]
-    figure, axes = plt.subplots(figsize=(2.5 + 1.7 * len(cases), 4.2), layout="constrained")
-    for index, (name, colour) in enumerate(zip(cases[0]["faster"], COLOURS, strict=True)):
-        places = [number + (index - 0.5) * WIDTH for number in range(len(cases))]
+    names = list(cases[0]["faster"])
+    width = SPACE / len(names)
+    figure, axes = plt.subplots(figsize=(2.5 + 0.85 * max(2, len(names)) * len(cases), 4.2), layout="constrained")
+    for index, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+        places = [number + (index - (len(names) - 1) / 2) * width for number in range(len(cases))]
         ratios = [case["faster"][name] for case in cases]
-        bars = axes.bar(places, [ratio["measured"] for ratio in ratios], WIDTH, color=colour, label=f"over {name}")
+        bars = axes.bar(places, [ratio["measured"] for ratio in ratios], width, color=colour, label=f"over {name}")
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", weight="bold", fontsize=9)
         for what, line in PREDICTIONS.items():
-            found, half = [ratio[what] for ratio in ratios], WIDTH / 2
+            found, half = [ratio[what] for ratio in ratios], width / 2
             starts, ends = ([place + side for place in places] for side in (-half, half))
             axes.hlines(found, starts, ends, colors="black", linestyles=line, label="" if index else LABELS[what])
     axes.axhline(1.0, color="grey", linewidth=0.8)

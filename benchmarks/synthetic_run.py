@@ -49,7 +49,7 @@ class Visitor(Protocol):
         """A step on `batches` is over and the next one has not begun; None before the first."""
 
 
-def write_latents(folder: Path, latent_size: int) -> None:
+def write_latents(folder: Path, latent_size: int, samples: int = SAMPLES, shards: int = SHARDS) -> None:
     """Random latents, fp16 [12, S, S], as real shards with the identity of the block-DCT codec."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -58,8 +58,8 @@ def write_latents(folder: Path, latent_size: int) -> None:
 
     # The shards.
     entries = []
-    for index in range(SHARDS):
-        count = SAMPLES // SHARDS
+    for index in range(shards):
+        count = samples // shards
         moments = generator.standard_normal((count, *shape), dtype=np.float32).astype(np.float16)
         content = ShardContent(index * count, moments, generator.integers(0, CLASSES, count))
         entry = write_latent_shard(folder, index, content, {"encoder": encoder, "plan_id": ""})
@@ -68,7 +68,7 @@ def write_latents(folder: Path, latent_size: int) -> None:
 
     # Their manifest.
     names = [str(label) for label in range(CLASSES)]
-    write_manifest(folder, Manifest(SAMPLES, CLASSES, names, shape, False, encoder, {}, {}, entries))
+    write_manifest(folder, Manifest(samples, CLASSES, names, shape, False, encoder, {}, {}, entries))
 
 
 def run_tree(folder: Path, name: str, preset: str, latent_size: int, micro_batch: int) -> dict[str, Any]:

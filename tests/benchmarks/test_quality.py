@@ -10,10 +10,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import quality
 from digits import cost
 
+from ecar_dist.kinds.table import KINDS
+
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_all_kinds_have_as_many_parameters_and_training_macs(tmp_path, share):
-    runs = quality.runs_at_equal_compute(tmp_path, 2, share)
+    assert {one.run(name, 0).load(tmp_path).model.kind for name, one in quality.KINDS.items()} == set(KINDS)
+    runs = quality.runs_at_equal_compute(tmp_path, 2, share, list(quality.KINDS))
     assert [run.name for run in runs] == [f"{kind}-{seed}" for seed in (0, 1) for kind in quality.KINDS]
     costs = {run.variant: cost(run.load(tmp_path), quality.Draw(0)) for run in runs}
     ecar = costs.pop("ecar")
@@ -43,6 +46,7 @@ def test_what_is_reported_was_not_chosen_on(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "measure", scores)
     monkeypatch.setattr(quality, "train", lambda work, run: None)
     monkeypatch.setattr(quality, "side_by_side", lambda action, items, jobs, what: [action(*item) for item in items])
+    monkeypatch.setattr(quality, "speeds", lambda work, rows: [{} for _ in rows])
     monkeypatch.setattr(quality, "summary", lambda scores, scale: {"guidance_scale": scale})
     result = quality.compare(tmp_path, quality.runs_at_equal_compute(tmp_path, 1, 0.01), 1)
     assert {(seed, scale) for _, seed, scale in asked if seed == quality.CHOOSING} == {

@@ -8,6 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ecar_dist.compress.calibration import Calibration
+from ecar_dist.compress.model import Recipe, quantized_model
+from ecar_dist.compress.report import memory_bytes
+from ecar_dist.compress.write import tensor_entries
+from ecar_dist.kinds.table import KINDS, kind_of
+from ecar_dist.quantize.layers import quantizable, tied_units
+from ecar_dist.runtime.export.write import write_weights
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = ["--latent-size", "8", "--rounds", "2", "--batches", "2", "--dit-share", "0.04"]
 
@@ -22,16 +30,16 @@ def benchmark(monkeypatch):
 def calls_by_row(model, rows):
     original = model.velocity
 
-    def counting(x, time, stage, condition, labels):
+    def counting(x, time, stage, *rest, **more):
         rows.append((stage, len(x)))
-        return original(x, time, stage, condition, labels)
+        return original(x, time, stage, *rest, **more)
 
     model.velocity = counting
 
 
 def case(samplers, **changes):
     settings = {"preset": "T", "latent_size": 8, "mode": "eager", "guidance": 1.0, "dit_share": 1.0, "largest": False}
-    batches = dict.fromkeys(samplers.CONTENDERS, 2)
+    batches = dict.fromkeys(samplers.of_kinds(["dit"]), 2)
     return samplers.Case(**{**settings, "batches": batches, "device": torch.device("cpu"), **changes})
 
 
@@ -56,12 +64,52 @@ def test_it_ends_with_json_a_table_a_plot_and_the_targets(benchmark, tmp_path, c
     assert "target of XL on an H200 >= 10" in out
 
 
+def test_all_kinds_in_one_table(benchmark, capsys):
+    samplers = benchmark("samplers")
+    assert {contender.kind for contender in samplers.CONTENDERS.values()} == set(KINDS)
+    small = ["--latent-size", "8", "--rounds", "1", "--batches", "1", "--guidance", "2", "--dit-share", "0.04"]
+    benchmark("sampling").main([*small, "--kinds", *KINDS])
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])["cases"][-1]
+    assert list(last["calls"]) == list(samplers.CONTENDERS)
+
+    # 16 tokens: 16 steps of MAR and of single codes; 4 + 12 / 4 groups of four; each head is integrated in 16 calls.
+    calls = {"pyramid": 48, "mar": 16 * 17, "par, n = 1": 16, "par, n = 4": 7, "par_cont, n = 4": 7 * 17, "hybrid": 28}
+    assert {name: last["calls"][name] for name in calls} == calls
+    assert last["faster"]["par, n = 4"]["calls_predict"] == 7 / 48
+    assert last["parameters"]["par, n = 1"] == last["parameters"]["par, n = 4"] - 3 * 128  # three markers
+    rows = out.partition("all contenders")[2].splitlines()
+    assert rows[1].split("  ")[-1] == "at batch"
+    assert [row.rsplit(maxsplit=6)[0] for row in rows[2 : 2 + len(last["calls"])]] == list(samplers.CONTENDERS)
+
+
+def test_sizes_are_those_of_the_quantised_files(benchmark, tmp_path, monkeypatch, capsys):
+    samplers = benchmark("samplers")
+    monkeypatch.setattr(samplers, "generate", None)  # nothing is drawn
+    benchmark("sampling").main(["--sizes", "--latent-size", "8", "--kinds", "hybrid"])
+    sizes = json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"]
+    assert list(sizes) == ["ECAR", "hybrid"]
+    for name, bits in (("ECAR", 8), ("hybrid", 4)):
+        config = samplers.config_of(samplers.CONTENDERS[name], case(samplers))
+        model = kind_of(config).build_model(config)
+        fp32 = sum(value.numel() for value in model.parameters()) * 4
+        seen = {f"{layer}|stage0|all": torch.ones(linear.in_features) for layer, linear in quantizable(model).items()}
+        units = dict.fromkeys(tied_units(quantizable(model)), bits)
+        rounded = quantized_model(model, units, Calibration(seen), Recipe())
+        (file,) = write_weights(tmp_path, tensor_entries(rounded, torch.float32), 2**30)
+        assert sizes[name]["memory MiB"]["fp32"] == fp32 / 2**20
+        assert sizes[name]["memory MiB"][f"W{bits}A8"] == memory_bytes(rounded) / 2**20
+        assert sizes[name]["file MiB"][f"W{bits}A8"] == file["bytes"] / 2**20
+
+
 def test_at_full_size_the_prediction_is_that_of_the_claim(benchmark):
     """11.6 times the MACs of docs/ecar.md, whose DiT learns a variance, and 5.2 times the calls; both sides guided."""
     samplers = benchmark("samplers")
     macs = {}
-    for name, contender in samplers.CONTENDERS.items():
-        config = samplers._config(contender, case(samplers, preset="XL", latent_size=32, guidance=1.0))
+    for name in samplers.of_kinds(["dit"]):
+        config = samplers.config_of(
+            samplers.CONTENDERS[name], case(samplers, preset="XL", latent_size=32, guidance=1.0)
+        )
         assert (config.model.preset, config.stage_tokens[-1]) == ("XL", 256)
         macs[name] = samplers.kind_of(config).sampling_macs(config)
     assert macs["dit, 250 steps"] / macs["ECAR"] == pytest.approx(11.6, rel=0.01)
@@ -127,7 +175,7 @@ def test_where_memory_ends_each_contender_has_its_own_batch_and_a_case_that_does
     assert found.batches == {"ECAR": 16, "dit, 250 steps": 32, "dit, 50 steps": 32}
     assert found.largest
     assert not samplers.largest_batches(case(samplers), 8).largest  # the bound ended it, not memory
-    too_large = case(samplers, batches=dict.fromkeys(samplers.CONTENDERS, 64))
+    too_large = case(samplers, batches=dict.fromkeys(samplers.of_kinds(["dit"]), 64))
     assert set(samplers.measure(too_large, 1).case.batches.values()) == {16}
 
 
@@ -135,7 +183,7 @@ def test_targets_are_met_or_missed_on_a_gpu_alone(benchmark, capsys):
     sampling = benchmark("sampling")
 
     def found(batch, ratio):
-        batches = dict.fromkeys(sampling.CONTENDERS, batch)
+        batches = dict.fromkeys(sampling.of_kinds(["dit"]), batch)
         faster = {"dit, 250 steps": {"measured": ratio}}
         return {
             "batches": batches, "faster": faster, "guidance": 2.0, "mode": "compiled", "largest_that_fits": batch > 1
