@@ -16,7 +16,17 @@ from typing import Any, NoReturn
 
 from ecar_dist import __version__
 from ecar_dist.command_line import CommandParser, finish_parser, prepare_process, run_command
-from ecar_dist.commands import checkpoints, drilling, generation, proposing, scoring, submitting, training, watching
+from ecar_dist.commands import (
+    checkpoints,
+    drilling,
+    generation,
+    proposing,
+    quantizing,
+    scoring,
+    submitting,
+    training,
+    watching,
+)
 from ecar_dist.commands.examples import EXAMPLES
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -63,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_commands(add)
     generation.add_commands(add)
     scoring.add_commands(add)
+    quantizing.add_commands(add)
     checkpoints.add_verbs(commands.add_parser("checkpoint", help="inspect the checkpoints of a run, or export one"))
     submitting.add_commands(add)
     drilling.add_commands(add)

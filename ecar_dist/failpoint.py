@@ -8,6 +8,7 @@ ECAR_FAILPOINT has one or more points, separated by commas: `SITE[:rank=R][:step
     hang       sleep for ever                   eio        OSError, input/output error
     gil        the same, holding Python's lock  delay=SEC  sleep
     nan        nothing here: the caller sets its numbers to NaN
+    burn=SEC   compute for so many seconds of CPU time
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import NoReturn
 
 from ecar_dist.errors import ConfigError
 
-ACTIONS = ("kill", "stop", "hang", "gil", "nan", "raise", "enospc", "eio", "delay=SECONDS")
-_POINT = re.compile(r"[a-z.]+(:(rank|step|nth)=\d+)*:(kill|stop|hang|gil|nan|raise|enospc|eio|delay=[\d.]+)")
+ACTIONS = ("kill", "stop", "hang", "gil", "nan", "raise", "enospc", "eio", "delay=SECONDS", "burn=SECONDS")
+_POINT = re.compile(r"[a-z.]+(:(rank|step|nth)=\d+)*:(kill|stop|hang|gil|nan|raise|enospc|eio|(delay|burn)=[\d.]+)")
 _reached: Counter[str] = Counter()
 
 
@@ -68,6 +69,10 @@ def _strike(action: str, site: str) -> bool:
         os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGSTOP)
     elif name == "delay":
         time.sleep(float(value))
+    elif name == "burn":
+        until = time.thread_time() + float(value)
+        while time.thread_time() < until:
+            pass
     elif name == "hang":
         _sleep_for_ever()
     elif name == "gil":

@@ -42,6 +42,8 @@ class Purpose(enum.IntEnum):
     GENERATE_JUMP = 17  # sampling: renoising at a stage jump
     GENERATE_CONTEXT = 18  # sampling: noise on the fed-back state
     GENERATE_ORDER = 19  # sampling: the order in which tokens are drawn
+    GENERATE_CODE = 20  # sampling: which code a token is
+    CODEBOOK = 21  # fitting a codebook: the first codes, and those that replace dead ones
 
 
 def philox4x32(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:

@@ -11,9 +11,11 @@ from ecar_dist.cluster.job_script import Options
 from ecar_dist.cluster.resources import Resources
 from ecar_dist.cluster.submission import Step
 from ecar_dist.config.run import RunConfig
+from ecar_dist.data.prepared import BUILT_IN
 from ecar_dist.data.shards.manifest import MANIFEST_NAME
 from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.storage.remote import is_remote, local_path
+from ecar_dist.vae.table import CODECS
 
 _GLOB_CHARACTERS = frozenset("{*?")
 
@@ -22,7 +24,7 @@ _GLOB_CHARACTERS = frozenset("{*?")
 class Pipeline:
     """How the data of a config are created."""
 
-    source: str  # folder with a directory per class, tars, an index, or `digits`
+    source: str  # folder with a directory per class, tars, an index, or a built-in source such as `digits`
     shards: Path  # the parent of train/ and heldout/
     latents: Path
     vae: str  # as in `ecar-data encode --vae`
@@ -131,7 +133,7 @@ def plan_pipeline(
             f"--pipeline writes to a local folder, but data.latents is {config.data.latents}; set it to a folder, and "
             "copy that to a bucket with `ecar-data push` later"
         )
-    is_folder = source != "digits" and not is_remote(source) and not _GLOB_CHARACTERS & set(source)
+    is_folder = source not in BUILT_IN and not is_remote(source) and not _GLOB_CHARACTERS & set(source)
     if is_folder and not local_path(source).exists():
         raise DataError(f"--pipeline {source} does not exist; give a folder of class directories, or tars")
     if classes is not None and not classes.is_file():
@@ -173,9 +175,9 @@ def _shards_folder(config: RunConfig, given: Path | None) -> Path:
 
 def _vae(config: RunConfig, given: str | None) -> str:
     """The config's autoencoder as `ecar-data encode --vae` expects it."""
-    if config.vae.kind != "dct":
+    if CODECS[config.vae.kind].needs_path:
         return given or str(config.vae.path)
-    name = f"dct-f{config.vae.downsample}"
+    name = f"{config.vae.kind}-f{config.vae.downsample}"
     if given not in (None, name):
         raise ConfigError(f"--vae {given}, but the config has {name}; omit --vae, or change vae.kind")
     return name

@@ -88,6 +88,7 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import manifest_as_it_is
     from ecar_dist.runtime.checkpoint.inspect import find_checkpoint, inspect_lines
 
+    _refuse_exports(parsed.run_directory)
     path = find_checkpoint(parsed.run_directory, parsed.step)
     print(json.dumps(manifest_as_it_is(path), indent=1) if parsed.json else "\n".join(inspect_lines(path)))
     return 0
@@ -96,6 +97,7 @@ def checkpoint_inspect(parsed: argparse.Namespace) -> int:
 def checkpoint_diff(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.inspect import diff_checkpoints, find_checkpoint
 
+    _refuse_exports(parsed.a, parsed.b)
     print("\n".join(diff_checkpoints(find_checkpoint(parsed.a), find_checkpoint(parsed.b)).lines))
     return 0
 
@@ -129,11 +131,21 @@ def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
     from ecar_dist.runtime.checkpoint.storage import open_storage
     from ecar_dist.runtime.run.directory import RunDirectory
 
+    _refuse_exports(run)
     storage = open_storage(RunDirectory(run).load_config(), run)
     names = storage.committed()
     if not names:
         raise CheckpointError(f"{storage.where} contains no checkpoint; train first, or wait for the first save")
     return storage, names
+
+
+def _refuse_exports(*paths: Path) -> None:
+    """Raises ConfigError for an export, which has a config.yaml as a run has."""
+    from ecar_dist.runtime.export.files import is_export
+
+    for path in paths:
+        if is_export(path):
+            raise ConfigError(f"{path} is an export, which has no checkpoints; give the run that it was made from")
 
 
 def checkpoint_export(parsed: argparse.Namespace) -> int:

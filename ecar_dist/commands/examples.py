@@ -19,7 +19,20 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ecar-dist sample runs/mine --out older --step 5000 --ema raw --solver heun --steps-per-stage 4,8,16",
         "ecar-dist sample runs/mine --out sweep --sweep guidance-scale=1,1.5,2,4",
     ),
+    "ecar-dist preview": (
+        "ecar-dist preview runs/mine",
+        "ecar-dist preview runs/mine --watch 60",
+    ),
     "ecar-dist evaluate": ("ecar-dist evaluate runs/mine --guidance-scale 1.5 --out scores-1.5.json",),
+    "ecar-dist quantize": (
+        "ecar-dist quantize runs/mine mine-w8a8 --weights 8 --activations 8",
+        "torchrun --nproc-per-node 8 -m ecar_dist quantize runs/mine mine-w4a8 --weights 4 --images 256",
+        "ecar-dist quantize runs/mine mine-5-bits --mean-bits 5.0 --sensitivity mine-sensitivity",
+    ),
+    "ecar-dist sensitivity": (
+        "ecar-dist sensitivity runs/mine mine-sensitivity",
+        "ecar-dist sensitivity runs/mine mine-sensitivity --task 3 --tasks 16",
+    ),
     "ecar-dist checkpoint": (
         "ecar-dist checkpoint list runs/mine",
         "ecar-dist checkpoint export runs/mine",
@@ -46,6 +59,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "ecar-data index": ("ecar-data index 's3://bucket/train-{000..123}.tar' data/index",),
     "ecar-data shard": ("ecar-data shard pictures data/images --holdout 0.02",),
     "ecar-data train-vae": ("ecar-data train-vae data/images/train data/vae --latent-channels 4",),
+    "ecar-data pyramid-check": ("ecar-data pyramid-check data/images/train --vae data/vae --image-size 32",),
     "ecar-data plan": ("ecar-data plan data/images/train data/latents --vae data/vae --tasks 16",),
     "ecar-data encode": (
         "ecar-data encode data/images/train data/latents --vae stabilityai/sd-vae-ft-ema --image-size 256",
@@ -53,6 +67,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "ecar-data status": ("ecar-data status data/latents",),
     "ecar-data finalize": ("ecar-data finalize data/latents",),
+    "ecar-data fit-codebook": (
+        "ecar-data fit-codebook data/latents --size 1024",
+        "ecar-data fit-codebook data/latents --size 1024 --hybrid data/images/train",
+    ),
     "ecar-data verify": ("ecar-data verify data/latents",),
     "ecar-data stats": ("ecar-data stats data/latents",),
     "ecar-data preview": ("ecar-data preview data/latents --out sheet.png",),

@@ -1,19 +1,23 @@
-"""sample: draw images with trained weights. Imports what it needs when it runs."""
+"""sample and preview: draw images with trained weights. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecar_dist.command_line import AddCommand, positive
+from ecar_dist.command_line import AddCommand, error_line, positive
 from ecar_dist.commands.drawing import add_drawing, draw, open_model, with_private_cache
-from ecar_dist.errors import ConfigError
+from ecar_dist.errors import ConfigError, EcarError
 from ecar_dist.sample.options import WEIGHTS, parse_sweep
 
 if TYPE_CHECKING:
+    from ecar_dist.runtime.run.directory import RunDirectory
     from ecar_dist.sample.load import TrainedModel
 
 
@@ -38,6 +42,76 @@ def add_commands(add: AddCommand) -> None:
     drawing.add_argument(
         "--out", required=True, type=Path, help="new folder for grid.png and stages.png, or sweep.png, and images/"
     )
+
+    previewing = add("preview", preview, "draw the previews of checkpoints that have none, beside a training or later")
+    previewing.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
+    previewing.add_argument(
+        "--watch",
+        type=positive,
+        metavar="SECONDS",
+        help="look for new checkpoints every SECONDS seconds, until the last one of the run is drawn (default: once)",
+    )
+
+
+def preview(parsed: argparse.Namespace) -> int:
+    """Exit status 1 if a checkpoint could not be drawn."""
+    from ecar_dist.runtime.run.directory import RunDirectory
+
+    directory = RunDirectory(parsed.run_directory)
+    if not parsed.watch:
+        failed: set[str] = set()
+        _draw_new(directory, failed)
+        return 1 if failed else 0
+    with contextlib.suppress(KeyboardInterrupt):
+        return _watch(directory, parsed.watch)
+    return 0
+
+
+def _watch(directory: RunDirectory, seconds: int) -> int:
+    """Draw each checkpoint once it is there, up to the last one of the run."""
+    failed: set[str] = set()
+    if not directory.config.exists():
+        print("waiting for the run to begin", flush=True)
+    while True:
+        try:
+            if directory.config.exists() and _draw_new(directory, failed):
+                return 1 if failed else 0
+        except (EcarError, OSError) as error:  # a storage that is away may come back
+            print(error_line(error), file=sys.stderr, flush=True)
+        time.sleep(seconds)
+
+
+def _draw_new(directory: RunDirectory, failed: set[str]) -> bool:
+    """Draw the checkpoints without a picture, oldest first; True if the last one of the run is among those drawn.
+
+    One that cannot be drawn is added to `failed`, with a message, and not tried again.
+    """
+    import torch
+
+    from ecar_dist.runtime.checkpoint.files import step_of
+    from ecar_dist.runtime.checkpoint.storage import open_storage
+    from ecar_dist.runtime.run.metrics import log_preview
+    from ecar_dist.sample.load import draw_preview
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = directory.load_config()
+    with contextlib.closing(open_storage(config, directory.path)) as storage:
+        found = storage.complete()
+        for name, _ in reversed(found):
+            step = step_of(name)
+            if name in failed or directory.preview(step).exists():
+                continue
+            try:
+                picture = draw_preview(directory.path, step, device)
+                path = log_preview(directory, step, picture, config.log.tensorboard)
+                print(f"step {step:,}: {path}", flush=True)
+            except (EcarError, OSError) as error:
+                if name in storage.committed():  # else it was removed meanwhile (checkpoint.keep)
+                    failed.add(name)
+                    print(error_line(error), file=sys.stderr, flush=True)
+            finally:
+                storage.release(name)
+    return bool(found) and found[0][1] >= config.train.total_samples
 
 
 @with_private_cache

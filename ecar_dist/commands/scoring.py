@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ from ecar_dist.commands.drawing import add_drawing, draw, open_model, settings, 
 from ecar_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from ecar_dist.evaluate.frechet import Gaussian
     from ecar_dist.evaluate.networks import FeatureNetwork
     from ecar_dist.evaluate.score import LabelledImages
     from ecar_dist.sample.load import TrainedModel
+
+NEIGHBOURS_SHOWN = 3  # training images below a sample
 
 
 def add_commands(add: AddCommand) -> None:
@@ -48,9 +52,16 @@ def add_commands(add: AddCommand) -> None:
     scoring.add_argument(
         "--sampling-seeds",
         type=positive,
-        default=1,
-        help="seeds to draw samples with, --seed and those after it; from 2 on the distances have a spread "
-        "(default: 1; use 3 or more to compare models)",
+        default=3,
+        help="sets of samples to draw, with --seed and the seeds after it: scores are means over them, and distances "
+        "have a spread (default: 3)",
+    )
+    scoring.add_argument(
+        "--neighbours",
+        type=Path,
+        metavar="PNG",
+        help="also write a picture: a sample of each class above the three training images that are nearest to it "
+        "(default: none)",
     )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run or export)")
 
@@ -65,22 +76,34 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.storage.atomic import write_json
 
     # The model, the networks to score with, and the real images: what is missing is an error before anything is drawn.
+    if parsed.neighbours and parsed.neighbours.suffix.lower() != ".png":
+        raise ConfigError(f"--neighbours {parsed.neighbours} is a picture; give a name that ends in .png")
     trained = open_model(parsed)
     networks = _open_networks(parsed, trained.device)
     real, heldout, source = _real_images(trained, parsed)
 
-    # Draw samples of the same classes, once for each seed.
-    labels = [int(real.labels[i % len(real.labels)]) for i in range(parsed.count or len(real.labels))]
+    # Samples of the same classes in the same shares, once for each seed. Only one set is in memory.
+    number, count = len(real.labels), parsed.count or len(real.labels)
+    labels = [int(real.labels[i * number // count]) for i in range(count)]
     seeds = range(parsed.seed, parsed.seed + parsed.sampling_seeds)
-    samples = [_drawn_images(trained, parsed, labels, seed) for seed in seeds]
+    features: list[list[np.ndarray]] = [[] for _ in networks]
 
-    # Score them.
+    def sample_sets() -> Iterator[LabelledImages]:
+        for seed in seeds:
+            samples = _drawn_images(trained, parsed, labels, seed)
+            if parsed.neighbours and seed == parsed.seed:
+                _draw_neighbours(parsed.neighbours, samples, real, trained)
+            for (network, _), of_network in zip(networks, features, strict=True):
+                of_network.append(network(samples.pixels))
+            yield samples
+
+    # Score them as they are drawn.
     rebuilt = reconstruct(trained.codec, real, trained.device)
-    scores = seeds_scores(Scorer(rebuilt, real, heldout, source, trained.device), samples)
-    for network, reference in networks:
+    scores = seeds_scores(Scorer(rebuilt, real, heldout, source, trained.device), sample_sets())
+    for (network, reference), drawn in zip(networks, features, strict=True):
         scores |= frozen_scores(
             network,
-            samples=[each.pixels for each in samples],
+            drawn=drawn,
             train=real.pixels,
             heldout=heldout.pixels,
             reconstructions=rebuilt.pixels,
@@ -166,3 +189,25 @@ def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: lis
 
     pixels = [to_pixels(trained.codec.decode(stages[-1])) for stages in draw(trained, parsed, labels, seed)]
     return LabelledImages(np.concatenate(pixels), np.array(labels))
+
+
+def _draw_neighbours(path: Path, samples: LabelledImages, train: LabelledImages, trained: TrainedModel) -> None:
+    """A sheet with a column for each class: its first sample, and the training images that are nearest to that one."""
+    import numpy as np
+
+    from ecar_dist.evaluate.classifier import inputs_of
+    from ecar_dist.evaluate.neighbours import nearest_images
+    from ecar_dist.sample.pictures import GRID_COLUMNS, labelled_grid, save_picture
+    from ecar_dist.sample.preview import SMALLEST_SIDE
+
+    # The samples, and which training images of any class are nearest to them.
+    classes, first = np.unique(samples.labels, return_index=True)
+    chosen = samples.pixels[first[:GRID_COLUMNS]]
+    seen, references = (inputs_of(pixels, trained.device) for pixels in (chosen, train.pixels))
+    places = nearest_images(seen, references, NEIGHBOURS_SHOWN).cpu().numpy()  # [columns, shown]
+
+    rows = [list(chosen), *(list(train.pixels[column]) for column in places.T)]
+    titles = [trained.classes.title(int(label)) for label in classes[:GRID_COLUMNS]]
+    scale = max(1, SMALLEST_SIDE // chosen.shape[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(path, labelled_grid(rows, titles, ["sample", "nearest", "2nd", "3rd"][: len(rows)], scale=scale))

@@ -53,15 +53,53 @@ def add_commands(add: AddCommand) -> None:
         metavar="GB/S",
         help="rate between nodes in GB/s per GPU (default: 50, one 400 Gb/s adapter for each)",
     )
+    planning.add_argument(
+        "--ladder",
+        action="store_true",
+        help="print the runs of narrower models that find the learning rate of this one by muP, and their cost",
+    )
+    _add_machines(planning)
     training.add_argument(
         "--new-data-order", action="store_true", help="resume although the data or its order has changed"
     )
     training.add_argument("--adopt", action="store_true", help="start from checkpoints that another run saved")
 
 
+def _add_machines(planning: argparse.ArgumentParser) -> None:
+    """Options of `plan` about storage and failures, and the simulation."""
+    planning.add_argument(
+        "--storage",
+        type=above_zero,
+        default=2.0,
+        metavar="GB/S",
+        help="rate of a node to and from the storage of data and checkpoints (default: 2)",
+    )
+    planning.add_argument(
+        "--failure-hours",
+        type=above_zero,
+        default=50_000.0,
+        metavar="H",
+        help="GPU hours between two failures (default: 50000, as on 16,384 GPUs of Llama 3)",
+    )
+    planning.add_argument(
+        "--simulate",
+        action="store_true",
+        help="walk one epoch of order, cache and saves, with failures; needs --device",
+    )
+    planning.add_argument(
+        "--samples",
+        type=positive,
+        help="with --simulate: size of the set, in shards of 4,096 (default: as it is)",
+    )
+    planning.add_argument(
+        "--cache-gib", type=above_zero, help="with --simulate: cache of a node (default: data.cache.gib)"
+    )
+
+
 def check(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.resources import usable_nodes
     from ecar_dist.data.fit import absent_sets, check_fits, local_sets
+    from ecar_dist.plan.large import FEW_IMAGES
 
     config = load_run_config(parsed)
 
@@ -89,10 +127,10 @@ def check(parsed: argparse.Namespace) -> int:
     print(f"# {config.total_steps:,} steps of {batch.global_batch_size} samples; micro-batches on R ranks:")
     for world_size in (2**power for power in range(11)):
         if divides(batch.global_batch_size, batch.micro_batch_size, world_size):
-            print(
-                f"#   R = {world_size}: {batch.global_batch_size} = {batch.micro_batch_size} x "
-                f"{config.grad_accum_steps(world_size)} x {world_size}"
-            )
+            product = f"{batch.micro_batch_size} x {config.grad_accum_steps(world_size)} x {world_size}"
+            images = batch.global_batch_size // world_size
+            few = f", {images} a rank: too few for a GPU" if images < FEW_IMAGES and world_size > 1 else ""
+            print(f"#   R = {world_size}: {batch.global_batch_size} = {product}{few}")
     return 0
 
 
@@ -112,8 +150,37 @@ def plan(parsed: argparse.Namespace) -> int:
     shares = config.batch.global_batch_size // config.batch.micro_batch_size
     ranks = parsed.world_size or max(ranks for ranks in (1, 2, 4, 8) if shares % ranks == 0)
     lines = plan_lines(config, ranks, parsed.device, gpus_per_node=parsed.gpus_per_node, bandwidth=parsed.bandwidth)
+    lines += _job_lines(parsed, config, ranks)
+    if parsed.ladder:
+        from ecar_dist.plan.ladder import ladder_lines
+
+        lines = ladder_lines(config, parsed.config, parsed.overrides)
     print("\n".join(lines))
     return 0
+
+
+def _job_lines(parsed: argparse.Namespace, config: RunConfig, ranks: int) -> list[str]:
+    """What depends on storage and failures. Raises ConfigError for a simulation without the time of a step."""
+    from ecar_dist.plan.large import Job, large_lines, simulation_lines
+    from ecar_dist.plan.report import forecast_step
+
+    step = forecast_step(config, ranks, parsed.device, gpus_per_node=parsed.gpus_per_node, bandwidth=parsed.bandwidth)
+    if step is None:
+        if parsed.simulate:
+            raise ConfigError("--simulate needs the time of a step; give --device, and a precision other than fp32")
+        return []
+    job = Job(
+        config,
+        ranks,
+        parsed.device,
+        step.total,
+        gpus_per_node=parsed.gpus_per_node,
+        storage=parsed.storage,
+        failure_hours=parsed.failure_hours,
+        samples=parsed.samples,
+        cache_gib=parsed.cache_gib,
+    )
+    return [*large_lines(job), *(simulation_lines(job) if parsed.simulate else [])]
 
 
 def train(parsed: argparse.Namespace) -> int:

@@ -116,6 +116,8 @@ def _points(lines: Sequence[MetricsLine], config: RunConfig) -> list[Point]:
     per_sample = FLOPS_PER_MAC * kind_of(config).training_macs(config)
     known = [line.step_seconds for line in lines if line.step_seconds is not None]
     usual = statistics.median(known) if known else 0.0
+
+    # Steps since the line before, times the seconds of a step.
     before = [0, *(line.step for line in lines)]
     seconds = [
         (line.step - earlier) * (usual if line.step_seconds is None else line.step_seconds)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ecar_dist.config.knob import OneOf, OnResume, Section, knob
+from ecar_dist.flow.discrete.region_order import GROUPS
 from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
 from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.kinds.presets import PRESETS
@@ -28,6 +29,14 @@ class ModelSection(Section):
     preset: Annotated[str, OneOf(PRESETS)] = knob(
         "T", "width, heads and depths of the network, a row of kinds/presets.py", on_resume=OnResume.MODEL
     )
+    width: int | None = knob(
+        None,
+        "width of all networks; null: the preset's. Heads stay as wide as the preset's, so their number follows",
+        unit="channels",
+        on_resume=OnResume.MODEL,
+        added_later=True,
+        ge=1,
+    )
     ar_depth: int | None = knob(
         None,
         "depth of the AR transformer (mar: of the trunk); null: the preset's",
@@ -43,6 +52,15 @@ class ModelSection(Section):
         ge=1,
     )
     patch_size: int = knob(2, "side of a token", unit="latent pixels", on_resume=OnResume.MODEL, ge=1)
+    codebook_size: int = knob(
+        1024,
+        "par and hybrid only: codes of the codebook beside the latents (`ecar-data fit-codebook`)",
+        unit="codes",
+        on_resume=OnResume.MODEL,
+        added_later=True,
+        ge=2,
+        le=1 << 16,
+    )
     label_dropout: float = knob(
         0.1,
         "share of training samples that get the null label, for classifier-free guidance",
@@ -51,6 +69,26 @@ class ModelSection(Section):
         ge=0,
         lt=1,
     )
+
+
+class ParSection(Section):
+    """Parallelised autoregression (par and par_cont only)."""
+
+    group: int = knob(
+        1,
+        "n: regions of the token grid, and tokens that are drawn at once after the first n; 1 is plain autoregression",
+        unit="tokens",
+        allowed="1, 4 or 16; its root divides the side of the token grid",
+        on_resume=OnResume.MODEL,
+        added_later=True,
+    )
+
+    @field_validator("group")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value not in GROUPS:
+            raise ValueError(f"par.group={value} must be one of {', '.join(map(str, GROUPS))}; set par.group=4")
+        return value
 
 
 class ContextSection(Section):
@@ -125,6 +163,22 @@ class FlowSection(Section):
         gt=0,
         le=1,
     )
+    whole_share: float = knob(
+        0.0,
+        "mean_velocity only: share of the other intervals that are the whole stage, which one call a stage asks for",
+        unit="fraction",
+        on_resume=OnResume.OPTIMISATION,
+        added_later=True,
+        ge=0,
+        le=0.75,
+    )
+    times: Literal["uniform", "logit_normal"] = knob(
+        "uniform",
+        "distribution of the training times within a stage (ecar, pyramid and dit). logit_normal: as in Stable "
+        "Diffusion 3, fewer at both ends",
+        on_resume=OnResume.OPTIMISATION,
+        added_later=True,
+    )
     token_draws: int = knob(
         4,
         "mar only: times and noises drawn for each token in a training step",
@@ -190,7 +244,8 @@ class VaeSection(Section):
 
     kind: Annotated[str, OneOf(CODECS)] = knob(
         "kl",
-        "kl: AutoencoderKL of diffusers; dc: AutoencoderDC of diffusers; dct: block DCT, without weights",
+        "kl: AutoencoderKL of diffusers; dc: AutoencoderDC of diffusers; dct: block DCT, without weights; identity: "
+        "the pixels themselves",
         on_resume=OnResume.LATENTS,
     )
     path: str | None = knob(
@@ -252,6 +307,15 @@ class SampleSection(Section):
         allowed="two numbers, 0 <= low < high <= 1",
         on_resume=OnResume.SAFE,
     )
+    merge_ratio: float = knob(
+        0.0,
+        "share of the tokens of the last stage that the velocity network merges into similar ones; those that guidance "
+        "changes most are never merged away; 0: none",
+        unit="share",
+        on_resume=OnResume.SAFE,
+        ge=0,
+        le=0.75,
+    )
     ar_steps: int = knob(
         64,
         "mar only: steps in which the tokens are drawn, at most one per token",
@@ -259,9 +323,42 @@ class SampleSection(Section):
         on_resume=OnResume.SAFE,
         ge=1,
     )
+    temperature: float = knob(
+        1.0,
+        "par and hybrid only: divides the logits (hybrid: with its own schedule); 0: the most probable code",
+        unit="factor",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
+    top_k: int = knob(
+        0,
+        "par only: codes are drawn from the k most probable ones; 0: from all",
+        unit="codes",
+        on_resume=OnResume.SAFE,
+        ge=0,
+    )
+    code_steps: int = knob(
+        12,
+        "hybrid only: steps in which the codes are drawn, at most one per token",
+        unit="steps",
+        on_resume=OnResume.SAFE,
+        ge=1,
+    )
+    residuals: bool = knob(
+        True, "hybrid only: draw what the codes leave out; false: codes alone", on_resume=OnResume.SAFE
+    )
+    jacobi_window: int = knob(
+        1,
+        "par with par.group=1 only: tokens that are guessed and checked in one pass; draws the same images in fewer "
+        "passes; 1: one token a pass",
+        unit="tokens",
+        on_resume=OnResume.SAFE,
+        ge=1,
+    )
     every_samples: int = knob(
         0,
-        "interval between previews in samples/ and TensorBoard; 0: none",
+        "interval between previews in samples/ and TensorBoard, for which all ranks wait; 0: none, and `ecar-dist "
+        "preview` draws them from checkpoints",
         unit="training samples",
         on_resume=OnResume.SAFE,
         ge=0,

@@ -79,6 +79,20 @@ class OptimSection(Section):
         on_resume=OnResume.OPTIMISATION,
         ge=0,
     )
+    mup: bool = knob(
+        False,
+        "maximal update parametrisation (muP): matrices whose input grows with the width start smaller and learn "
+        "more slowly, so that the best learning_rate of a narrow model is that of a wide one (ecar, pyramid and dit)",
+        on_resume=OnResume.OPTIMISATION,
+    )
+    mup_base_width: int = knob(
+        128,
+        "mup only: width of the base model, for which learning_rate and weight_decay are meant; mup changes nothing at "
+        "this width",
+        unit="channels",
+        on_resume=OnResume.OPTIMISATION,
+        ge=1,
+    )
     clip_grad_norm: float = knob(
         1.0,
         "gradients with a larger global norm are scaled down to it; 0: never",

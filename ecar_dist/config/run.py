@@ -18,6 +18,7 @@ from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.config.knobs_model import (
     FlowSection,
     ModelSection,
+    ParSection,
     SampleSection,
     VaeSection,
 )
@@ -41,6 +42,7 @@ class RunConfig(Section):
 
     run: RunSection
     model: ModelSection = ModelSection()
+    par: ParSection = ParSection()
     flow: FlowSection = FlowSection()
     vae: VaeSection
     data: DataSection

@@ -134,9 +134,12 @@ class Trial:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         return Job([*prefix, *command], environment, log, ground.patience)
 
-    def slow_steps(self) -> str:
-        """A failpoint that makes steps long enough for a signal to hit a chosen one."""
-        return f"train.step:delay={SHORTEST_STEP}" if self._ground.quiet.step_seconds < SHORTEST_STEP else ""
+    def slow_steps(self, action: str = "delay") -> str:
+        """A failpoint that makes steps long enough for a signal to hit a chosen one.
+
+        action: `delay` or, for ranks whose speed is compared, `burn`, which takes longer where a rank gets less time.
+        """
+        return f"train.step:{action}={SHORTEST_STEP}" if self._ground.quiet.step_seconds < SHORTEST_STEP else ""
 
     def reach(self, job: Job, step: int) -> None:
         """Wait for this step and for the checkpoint before it, which is written while training continues."""

@@ -92,16 +92,14 @@ class Job:
 
     def strike(self, number: signal.Signals, *ranks: int) -> None:
         """Send a signal to these ranks. The seconds of `end` count from here."""
-        processes = self.rank_processes()
+        processes = [self._process_of(rank) for rank in ranks]
         self._struck = time.monotonic()
-        for rank in ranks:
-            if rank not in processes:
-                raise UnexpectedError(f"rank {rank} had ended before the fault: {last_words(self.text)}")
-            _send(processes[rank], number)
+        for process in processes:
+            _send(process, number)
 
     def hobble(self, rank: int, stopped: float, running: float) -> None:
         """Until the job ends, stop this rank for `stopped` seconds and let it run for `running` seconds, in turn."""
-        process = self.rank_processes()[rank]
+        process = self._process_of(rank)
         while self._launcher.poll() is None and time.monotonic() - self._began < self._patience:
             _send(process, signal.SIGSTOP)
             time.sleep(stopped)
@@ -132,6 +130,12 @@ class Job:
             self._launcher.poll()
             time.sleep(POLL_SECONDS)
         self._launcher.wait()
+
+    def _process_of(self, rank: int) -> int:
+        process = self.rank_processes().get(rank)
+        if process is None:
+            raise UnexpectedError(f"rank {rank} had ended before the fault: {last_words(self.text)}")
+        return process
 
     def rank_processes(self) -> dict[int, int]:
         """Process id by rank: children of the launcher with a rank in their environment."""

@@ -64,7 +64,7 @@ def slow_rank(ground: Ground) -> Iterator[Finding]:
     if ground.ranks < 2:
         raise CannotRunError("a rank is slow beside others; use --ranks 2")
     trial, victim = Trial(ground, "slow-rank"), ground.ranks - 1
-    with trial.start(failpoint=trial.slow_steps()) as job:
+    with trial.start(failpoint=trial.slow_steps("burn")) as job:
         job.reach(1)
         job.hobble(victim, STOPPED, RUNNING)
         ended = job.end()

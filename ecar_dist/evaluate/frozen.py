@@ -10,30 +10,29 @@ import numpy as np
 import torch
 
 from ecar_dist.errors import ConfigError
-from ecar_dist.evaluate.frechet import Gaussian, frechet_distance
+from ecar_dist.evaluate.frechet import Gaussian, bootstrap_std, frechet_distance
 from ecar_dist.evaluate.networks import FeatureNetwork
 
 NEIGHBOURS = 3  # k of precision and recall, as in their paper
-BOOTSTRAPS = 10  # resamples of the images
 ROWS = 1024  # of a matrix of distances, at once
 
 
 def frozen_scores(
     network: FeatureNetwork,
     *,
-    samples: Sequence[np.ndarray],
+    drawn: Sequence[np.ndarray],
     train: np.ndarray,
     heldout: np.ndarray,
     reconstructions: np.ndarray,
     reference: Gaussian | None = None,
 ) -> dict[str, Any]:
-    """Scores of sample sets, one for each sampling seed, against held-out images; all uint8 [N, H, W, 3].
+    """Scores of sample sets, one for each sampling seed, against held-out images, uint8 [N, H, W, 3] as the others.
 
+    drawn: the network's features of each set, [N, d], so that no more than one set need be kept.
     The distance is the mean over the seeds. "std over seeds" is None for a single seed; "bootstrap std" resamples the
     images of the first. The floor is the distance of the training images to the held-out ones; it is comparable if
     there are as many samples. `reference`: moments to use in place of the held-out images, for the distance alone.
     """
-    drawn = [network(images) for images in samples]
     real, seen = network(heldout), network(train)
     target = Gaussian.of(real) if reference is None else reference
     distances = [frechet_distance(features, target) for features in drawn]
@@ -66,13 +65,6 @@ def _share_inside(points: torch.Tensor, centres: torch.Tensor) -> float:
     radii = torch.cat([torch.cdist(part, centres).kthvalue(k, dim=1).values for part in centres.split(ROWS)])
     inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(ROWS)]
     return float(torch.cat(inside).float().mean())
-
-
-def bootstrap_std(features: np.ndarray, target: Gaussian) -> float:
-    """Standard deviation of the distance over resamples of the images, with replacement."""
-    generator = np.random.default_rng(0)
-    picks = (generator.integers(len(features), size=len(features)) for _ in range(BOOTSTRAPS))
-    return float(np.std([frechet_distance(features[pick], target) for pick in picks], ddof=1))
 
 
 def read_reference(path: Path, network: FeatureNetwork) -> Gaussian:

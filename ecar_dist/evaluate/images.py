@@ -9,6 +9,7 @@ from ecar_dist.config.knobs_data import DataSection
 from ecar_dist.data.images.decode import WHITE, Background, open_decoder
 from ecar_dist.data.images.formats import parse_background
 from ecar_dist.data.images.shards import ImageShards
+from ecar_dist.data.prepared import BUILT_IN
 from ecar_dist.data.shards.manifest import ImageManifest, load_manifest
 from ecar_dist.errors import DataError
 from ecar_dist.evaluate.score import LabelledImages
@@ -16,7 +17,6 @@ from ecar_dist.rng import Purpose, normal
 from ecar_dist.vae.codec import LatentCodec, normalise
 from ecar_dist.vae.pixels import from_pixels, to_pixels
 
-KNOWN_SETS = ("digits",)  # sets named by what they are, not by where they lie
 ID_DIGITS = 8
 
 
@@ -38,7 +38,7 @@ def read_images(
 
 def short_name(manifest: ImageManifest) -> str:
     """For names of metrics: the same on every machine, wherever the images lie."""
-    return manifest.source if manifest.source in KNOWN_SETS else manifest.dataset_id[:ID_DIGITS]
+    return manifest.source if manifest.source in BUILT_IN else manifest.dataset_id[:ID_DIGITS]
 
 
 def background_of(data: DataSection) -> Background:

@@ -24,6 +24,12 @@ def heldout_ratio(train: torch.Tensor, heldout: torch.Tensor) -> float | None:
     return _ratio(_nearest(heldout, train), _nearest(heldout, heldout, exclude_self=True))
 
 
+def nearest_images(images: torch.Tensor, references: torch.Tensor, number: int) -> torch.Tensor:
+    """Which references are nearest to each image, the nearest first: int64 [N, number], fewer if there are fewer."""
+    distances = torch.cdist(images.flatten(1), references.flatten(1))
+    return distances.topk(min(number, len(references)), largest=False).indices
+
+
 def _ratio(to_train: torch.Tensor, to_heldout: torch.Tensor) -> float | None:
     return float(to_train.mean() / to_heldout.mean()) if to_heldout.any() else None
 

@@ -76,8 +76,15 @@ def inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
         )
     if not weights.is_file():
         raise ConfigError(f"--feature-weights {weights} does not exist; fetch {INCEPTION_FILE} from {INCEPTION_SOURCE}")
+    _state(weights)  # the library unpickles whatever the file holds, so that is proven to be weights alone
     library = _package("torch_fidelity.feature_extractor_inceptionv3", "inception")
-    model = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
+    try:
+        model = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
+    except RuntimeError:  # names or shapes of another network
+        raise ConfigError(
+            f"--feature-weights {weights} has the weights of another network; fetch {INCEPTION_FILE} from "
+            f"{INCEPTION_SOURCE}"
+        ) from None
     return FeatureNetwork("inception", "FID", 2048, lambda pixels: model(pixels)[0], device)
 
 

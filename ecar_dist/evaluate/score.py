@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ecar_dist.evaluate.classifier import (
     inputs_of,
     train_classifier,
 )
-from ecar_dist.evaluate.frechet import frechet_distance
+from ecar_dist.evaluate.frechet import Gaussian, bootstrap_std, frechet_distance
 from ecar_dist.evaluate.neighbours import heldout_ratio, neighbour_ratio
 
 MIN_IMAGES = 2  # for a covariance
@@ -77,6 +77,7 @@ class Scorer:
         }
 
     def score(self, samples: LabelledImages) -> dict[str, Any]:
+        """Scores of one sample set."""
         _check_count("samples", samples)
         count = len(samples.labels)
         features, accuracy = self._features_and_accuracy(samples)
@@ -85,6 +86,7 @@ class Scorer:
         seen = inputs_of(samples.pixels, self._device)
         return {
             self.name: distance,
+            f"{self.name} bootstrap std": bootstrap_std(features, Gaussian.of(self._heldout)),
             # A Frechet distance depends on the number of images, so there is no ratio of different numbers.
             "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
             "class accuracy": accuracy,
@@ -99,14 +101,31 @@ class Scorer:
         return features, float((predictions == images.labels).mean())
 
 
-def seeds_scores(scorer: Scorer, samples: Sequence[LabelledImages]) -> dict[str, Any]:
-    """Scores of the first sample set. Of several, one a sampling seed, also the mean and the spread of the distance."""
+def seeds_scores(scorer: Scorer, samples: Iterable[LabelledImages]) -> dict[str, Any]:
+    """Means over sample sets, one for each sampling seed, and how far the distance scatters.
+
+    "std over seeds" is the standard deviation of the distance from set to set, None for a single one; "bootstrap std"
+    resamples the images of the first set. A set is scored before the next one is asked for.
+    """
     each = [scorer.score(images) for images in samples]
-    if len(each) == 1:
-        return each[0]
     distances = [one[scorer.name] for one in each]
-    mean, std = float(np.mean(distances)), float(np.std(distances, ddof=1))
-    return each[0] | {f"{scorer.name} mean over seeds": mean, f"{scorer.name} std over seeds": std}
+    bootstrap = f"{scorer.name} bootstrap std"
+    return _mean(each) | {
+        bootstrap: each[0][bootstrap],
+        f"{scorer.name} std over seeds": float(np.std(distances, ddof=1)) if len(each) > 1 else None,
+    }
+
+
+def _mean(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each floating-point number, whose place is the same in all trees; all else is that of the first."""
+    found: dict[str, Any] = {}
+    for key, value in trees[0].items():
+        of_each = [tree[key] for tree in trees]
+        if isinstance(value, dict):
+            found[key] = _mean(of_each)
+        else:
+            found[key] = float(np.mean(of_each)) if isinstance(value, float) else value
+    return found
 
 
 def _num_classes(*sets: LabelledImages) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ecar_dist.errors import ConfigError
 
@@ -25,6 +24,9 @@ def private_cache() -> Iterator[None]:
     All processes of a user share the compiler's default folder. A process that is killed while it compiles leaves
     truncated libraries there, which make later ones fail.
     """
+    # The compiler takes as long to import as the rest of torch, so a command that compiles nothing does without.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     before = os.environ.get(CACHE_VARIABLE)
     # torch sets the variable to the default when it is imported.
     if before not in (None, default_cache_dir()):

@@ -181,8 +181,9 @@ class Engine:
         return self._optimizer is self._adam
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all parameter groups, each times its `rate` if it has one."""
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
 
     @property
     def replicated(self) -> bool:

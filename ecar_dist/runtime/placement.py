@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,3 +103,13 @@ def job_logs() -> Path | None:
     """The folder where ranks leave files for their job script; None without a job script."""
     folder = os.environ.get("ECAR_JOB_LOGS")
     return Path(folder) if folder else None
+
+
+def allow_many_files() -> None:
+    """Raise the limit of open files, which is 1,024 by default on many systems.
+
+    A mapped shard takes one, and on rank 0 each rank of the job takes one in the rendezvous.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # if it is refused, the limit stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -18,7 +18,8 @@ from ecar_dist.runtime.placement import Placement, node_name
 T = TypeVar("T")
 _DECISION_SECONDS = 30.0  # for rank 0's decision, once its own time is over
 _HEARD_SECONDS = 10.0  # for the others to read it
-_LONGEST_POLL = 0.25  # seconds
+_LONGEST_POLL = 0.25  # seconds, of up to _POLLS_A_SECOND / 4 ranks
+_POLLS_A_SECOND = 2000  # of all ranks together: rank 0's store answers in one thread
 
 
 class World:
@@ -46,6 +47,12 @@ class World:
         """Elementwise sum over ranks, in place, the same on all of them."""
         if self.size > 1:
             dist.all_reduce(values)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over ranks, in place, the same on all of them."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
     def tensor(self, values: Sequence[float]) -> torch.Tensor:
@@ -112,9 +119,10 @@ class World:
 
         # who has answered by then
         answers = [f"{name}/answer/{rank}" for rank in range(self.size)]
-        _await_keys(self._store, answers, seconds)
-        came = [self._store.check([key]) for key in answers]
-        texts = [self._store.get(key).decode() if here else None for key, here in zip(answers, came, strict=True)]
+        all_came = _await_keys(self._store, answers, seconds)
+        came = [all_came or self._store.check([key]) for key in answers]
+        found = iter(self._store.multi_get([key for key, here in zip(answers, came, strict=True) if here]))
+        texts = [next(found).decode() if here else None for here in came]
 
         # The store is part of this process, which may end now: wait until those that came have read the decision.
         decision = decide(texts)
@@ -126,7 +134,7 @@ class World:
     def _hear_decision(self, name: str, seconds: float) -> str:
         assert self._store is not None
         limit = seconds + _DECISION_SECONDS
-        if not _await_keys(self._store, [f"{name}/decision"], limit):
+        if not _await_keys(self._store, [f"{name}/decision"], limit, ranks=self.size):
             raise RemoteError(f"rank 0 did not decide within {limit:g} s", again=True)
         decision = self._store.get(f"{name}/decision").decode()
         self._store.set(f"{name}/heard/{self.rank}", "")
@@ -174,13 +182,17 @@ class World:
         return self.together(lambda: action() if self.is_first else None)
 
 
-def _await_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
-    """Whether all keys were set in time. Polls: `store.wait` blocks signals, and fills stderr when it gives up."""
+def _await_keys(store: dist.Store, keys: Sequence[str], seconds: float, ranks: int = 1) -> bool:
+    """Whether all keys were set in time. `ranks`: how many wait like this one at the same time.
+
+    Polls: `store.wait` blocks signals, and fills stderr when it gives up.
+    """
+    longest = max(_LONGEST_POLL, ranks / _POLLS_A_SECOND)
     until = time.monotonic() + seconds
     pause = 0.005
     while not store.check(list(keys)):
         if time.monotonic() > until:
             return False
         time.sleep(pause)
-        pause = min(_LONGEST_POLL, 1.5 * pause)
+        pause = min(longest, 1.5 * pause)
     return True

@@ -81,6 +81,14 @@ def test_stages_fit_every_size(digits, side, patch, sides):
     assert (config.model.patch_size, config.stage_sizes) == (patch, sides)
 
 
+@pytest.mark.parametrize(("side", "patch"), [(32, 4), (64, 4), (16, 4), (24, 2), (28, 1)])
+def test_pixels_get_larger_tokens(digits, side, patch):
+    pixels = found(digits, shape=(3, side, side))
+    encoder = {**pixels.manifest.encoder, "kind": "identity", "downsample": 1, "latent_channels": 3}
+    pixels = dataclasses.replace(pixels, manifest=dataclasses.replace(pixels.manifest, encoder=encoder))
+    assert proposed(pixels, CPU).model.patch_size == patch
+
+
 @pytest.mark.parametrize("count", [1, 9, 100, 700, 5_000, 60_000, 1_281_167])
 @pytest.mark.parametrize("device", ["cpu", "A100", "H200"])
 def test_the_numbers_fit_the_samples(digits, count, device):

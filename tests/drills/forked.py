@@ -27,7 +27,7 @@ class ForkedJob(Job):
     def __init__(self, command, environment, log, patience):
         self._mark, self._log, self._patience = os.urandom(8).hex(), log, patience
         self._struck = self._began = time.monotonic()
-        log.touch()
+        log.write_text("")
         self._launcher = Launcher(command, {**environment, processes.MARK: self._mark}, log)
         SESSIONS[self._mark] = self._launcher.pid
 

@@ -34,7 +34,9 @@ def ground(make_tree, tmp_path_factory):
         patch.setattr(ground_module, "Job", forked.ForkedJob)
         patch.setattr(processes, "marked", forked.marked)
         patch.setattr(storage_faults, "SmallDisk", no_small_disk)
-        yield Ground(config_from_dict(make_tree(folder)), folder / "drills", 2)
+        tree = make_tree(folder)
+        tree["batch"]["micro_batch_size"] = 8  # one of each rank a step
+        yield Ground(config_from_dict(tree), folder / "drills", 2)
     shutil.rmtree(folder)
 
 

@@ -45,7 +45,9 @@ def killed(make_tree, tmp_path_factory):
         return kind(command, environment, log, patience)
 
     folder, kinds = tmp_path_factory.mktemp("drill"), []
-    config = write_yaml(make_tree(folder), folder)
+    tree = make_tree(folder)
+    tree["batch"]["micro_batch_size"] = 8  # one of each rank a step
+    config = write_yaml(tree, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ground_module, "Job", start)
         patch.setattr(processes, "marked", forked.marked)
@@ -128,7 +130,8 @@ def test_a_folder_to_keep_must_be_new(write_config, tmp_path):
         run_drills(["nan"], write_config(), keep=tmp_path)
 
 
-def test_a_quiet_run_that_fails_is_the_users_to_mend(write_config, tree, tmp_path):
+def test_a_quiet_run_that_fails_is_the_users_to_fix(write_config, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(ground_module, "Job", forked.ForkedJob)
     tree["data"]["num_classes"] = 9
     with pytest.raises(TrainingError, match=r"quiet run .*: ecar-dist: data\.num_classes=9.*; fix that first \(log: "):
         run_drills(["nan"], write_config(), keep=tmp_path / "kept", ranks=1)

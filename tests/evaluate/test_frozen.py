@@ -1,5 +1,8 @@
 """Scores in the features of frozen networks: the real EfficientNet-Lite0, and pretend networks of known features."""
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -38,15 +41,38 @@ def test_weights_that_are_none_are_refused(name, tmp_path):
         NETWORKS[name](tmp_path / "none.pth", CPU)
 
 
-def test_a_pickle_is_not_executed(tmp_path):
+class StandInForInception:
+    """Loads its file as torch-fidelity does: any pickle, then any names."""
+
+    def __init__(self, name, features, path):
+        state = torch.load(path, weights_only=False)
+        torch.nn.Module().load_state_dict(state)
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    library = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    library.FeatureExtractorInceptionV3 = StandInForInception
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pickle_is_not_executed(name, tmp_path, torch_fidelity):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save(Trap(), tmp_path / "trap.pth")
     with pytest.raises(ConfigError):
-        NETWORKS["effnet-lite0"](tmp_path / "trap.pth", CPU)
+        NETWORKS[name](tmp_path / "trap.pth", CPU)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_of_another_network_are_refused(tmp_path, torch_fidelity):
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"other\.pth"):
+        NETWORKS["inception"](tmp_path / "other.pth", CPU)
 
 
 def test_precision_and_recall_of_sets_with_known_overlap():
@@ -67,13 +93,13 @@ def test_precision_and_recall_of_sets_with_known_overlap():
 def test_scores_state_their_spread_and_their_floor():
     sets = {"train": noise(400, 1), "heldout": noise(400, 2), "reconstructions": noise(400, 3)}
     alike = [noise(400, 4), noise(400, 5), noise(400, 6)]
-    scores = frozen_scores(first_pixels(), samples=alike, **sets)
+    scores = frozen_scores(first_pixels(), drawn=[first_pixels()(each) for each in alike], **sets)
     assert scores["FD-pixels"] == pytest.approx(scores["FD-pixels real-vs-real floor"], rel=0.5)
     assert 0 < scores["FD-pixels std over seeds"] < scores["FD-pixels"]
     assert 0 < scores["FD-pixels bootstrap std"] < scores["FD-pixels"]
     assert min(scores["precision pixels"], scores["recall pixels"]) > 0.85
 
-    darker = frozen_scores(first_pixels(), samples=[noise(400, 4, high=128)], **sets)
+    darker = frozen_scores(first_pixels(), drawn=[first_pixels()(noise(400, 4, high=128))], **sets)
     assert darker["FD-pixels"] > 20 * scores["FD-pixels"]
     assert darker["FD-pixels std over seeds"] is None
     assert darker["recall pixels"] < scores["recall pixels"]
@@ -85,9 +111,9 @@ def test_a_reference_takes_the_place_of_the_held_out_images(tmp_path):
     features = first_pixels()(sets["heldout"])
     np.savez(tmp_path / "reference.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False), other=np.ones(3))
     reference = read_reference(tmp_path / "reference.npz", first_pixels())
-    without = frozen_scores(first_pixels(), samples=[noise(400, 4)], **sets)
+    without = frozen_scores(first_pixels(), drawn=[first_pixels()(noise(400, 4))], **sets)
     with_it = frozen_scores(
-        first_pixels(), samples=[noise(400, 4)], **{**sets, "heldout": noise(400, 9)}, reference=reference
+        first_pixels(), drawn=[first_pixels()(noise(400, 4))], **{**sets, "heldout": noise(400, 9)}, reference=reference
     )
     assert with_it["FD-pixels"] == pytest.approx(without["FD-pixels"], rel=1e-6)
 

@@ -10,7 +10,7 @@ from ecar_dist.evaluate.bands import band_variances
 from ecar_dist.evaluate.classifier import features_and_predictions, train_classifier
 from ecar_dist.evaluate.frechet import frechet_distance
 from ecar_dist.evaluate.images import read_images, reconstruct, short_name
-from ecar_dist.evaluate.neighbours import _nearest, heldout_ratio, neighbour_ratio
+from ecar_dist.evaluate.neighbours import _nearest, heldout_ratio, nearest_images, neighbour_ratio
 from ecar_dist.evaluate.score import LabelledImages, Scorer, seeds_scores
 from ecar_dist.vae.dct import DctCodec
 from tests.pretend_device import DEVICE, PretendDevice
@@ -91,7 +91,7 @@ def real(digits):
 
 @pytest.fixture(scope="module")
 def classifier(real):
-    return train_classifier(real[0].pixels, real[0].labels, 10, CPU)
+    return train_classifier(real[0].pixels, real[0].labels, 10, CPU, epochs=10)
 
 
 def test_the_classifier_learns_the_digits(real, classifier):
@@ -152,13 +152,26 @@ def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     assert noisy["neighbour ratio"] == pytest.approx(1, abs=0.02)
     assert 0.7 < noisy["neighbour ratio real heldout"] < 0.95
 
-    # Several sets: the scores of the first, with the mean and the spread of the distance.
-    assert seeds_scores(scorer, [train]) == good
-    several = seeds_scores(scorer, [train, heldout, train])
-    distances = [good["FD-digits"], scorer.score(heldout)["FD-digits"], good["FD-digits"]]
-    assert several["FD-digits mean over seeds"] == pytest.approx(np.mean(distances))
+    # Several sets: means, and the spread of the distance.
+    alone = seeds_scores(scorer, [train])
+    assert alone.items() > good.items()
+    assert alone["FD-digits std over seeds"] is None
+    assert 0 < alone["FD-digits bootstrap std"] < 0.2 * noisy["FD-digits"]
+    several = seeds_scores(scorer, [train, LabelledImages(noise, train.labels), train])
+    distances = [good["FD-digits"], noisy["FD-digits"], good["FD-digits"]]
+    assert several["FD-digits"] == pytest.approx(np.mean(distances))
     assert several["FD-digits std over seeds"] == pytest.approx(np.std(distances, ddof=1))
-    assert several.items() >= good.items()
+    for key in ("ratio to floor", "class accuracy", "neighbour ratio"):
+        assert several[key] == pytest.approx((2 * good[key] + noisy[key]) / 3)
+    band = (2 * good["band variance ratio"]["32px"] + noisy["band variance ratio"]["32px"]) / 3
+    assert several["band variance ratio"]["32px"] == pytest.approx(band)
+
+
+def test_the_nearest_images_come_in_order():
+    references = torch.tensor([[0.0, 0.0], [3.0, 0.0], [1.0, 0.0]]).reshape(3, 1, 1, 2)
+    images = torch.tensor([[0.9, 0.1], [9.0, 0.0]]).reshape(2, 1, 1, 2)
+    assert nearest_images(images, references, 2).tolist() == [[2, 0], [1, 2]]
+    assert nearest_images(images, references, 9).shape == (2, 3)
 
 
 def test_the_neighbour_ratio_separates_copies_from_new_draws():

@@ -1,6 +1,6 @@
 """The models that test_sharded_build.py builds: `section.key=value` overrides of one tiny config."""
 
-DEPTH = 6  # blocks in each transformer
+DEPTH = 4  # blocks in each transformer
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "ecar": (),
@@ -8,4 +8,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "ecar, offload": ("deepspeed.offload_optimizer=true", "deepspeed.offload_params=true"),
     "pyramid": ("model.kind=pyramid",),
     "mar": ("model.kind=mar", "flow.num_stages=1"),
+    "par": ("model.kind=par", "flow.num_stages=1", "par.group=4", "model.codebook_size=64"),
+    "hybrid": ("model.kind=hybrid", "flow.num_stages=1", "model.codebook_size=64"),
+    "par_cont": ("model.kind=par_cont", "flow.num_stages=1"),
 }

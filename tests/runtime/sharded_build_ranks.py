@@ -34,12 +34,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in MEASURED:
                 storage = tensor.untyped_storage()
                 self._alive[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._alive.values()))
+
+        # What is gone is left out of the sum only where it could matter: looking for it takes long.
+        if sum(self._alive.values()) > self.peak:
+            self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+            self.peak = max(self.peak, sum(self._alive.values()))
         return out
 
 

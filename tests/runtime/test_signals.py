@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ecar_dist.runtime.signals import BURST_SECONDS, STOP_SIGNALS, StoppedEarlyError, StopRequest
-from ecar_dist.runtime.watchdog.monitor import process_state
+from ecar_dist.runtime.watchdog.watched import process_state
 
 CHILD = "import time; from ecar_dist.runtime.signals import die_with_parent;die_with_parent(); print(1); time.sleep(60)"
 PARENT = (

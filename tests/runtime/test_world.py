@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -70,6 +71,38 @@ def test_a_roll_call_gives_all_ranks_what_the_first_decides_on_all_texts():
     made = worlds(3)
     decisions = in_threads(*(lambda w=w: w.roll_call("names", f"I am {w.rank}", 30, " | ".join) for w in made))
     assert decisions == ["I am 0 | I am 1 | I am 2"] * 3
+
+
+class CountedStore:
+    """A store that counts its requests."""
+
+    def __init__(self):
+        self.requests, self._store, self._lock = 0, dist.HashStore(), threading.Lock()
+
+    def __getattr__(self, name):
+        with self._lock:
+            self.requests += 1
+        return getattr(self._store, name)
+
+
+def test_a_thousand_ranks_meet(monkeypatch):
+    """With a bounded number of requests for each, and although the last one comes later."""
+    size, store = 1024, CountedStore()
+    made = [World(Placement(rank, size), torch.device("cpu"), store) for rank in range(size)]
+    monkeypatch.setattr("ecar_dist.runtime.world._LONGEST_POLL", 0.005)
+
+    def call(world):
+        if world.rank == size - 1:
+            time.sleep(1.5)
+        return world.roll_call("names", str(world.rank), 60, lambda texts: str(sum(map(int, texts))))
+
+    before = threading.stack_size(1 << 18)
+    try:
+        decisions = in_threads(*(lambda w=w: call(w) for w in made))
+    finally:
+        threading.stack_size(before)
+    assert decisions == [str(size * (size - 1) // 2)] * size
+    assert store.requests < 40 * size
 
 
 def test_a_roll_call_has_a_time_limit(monkeypatch):

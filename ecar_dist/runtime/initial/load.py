@@ -7,7 +7,7 @@ counterpart keeps the initial weights of this run, which depend on its seed alon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ecar_dist.runtime.replicas import check_replicas
 from ecar_dist.runtime.start.agreement import agree_on
 from ecar_dist.runtime.world import World
 from ecar_dist.storage.untrusted import printable
+from ecar_dist.vae.codec import hash_state_dict
 
 SHOWN_PARAMETERS = 3  # in an error message
 
@@ -56,28 +57,42 @@ class Beginning:
 
     lines: for the log. facts: for lineage.json.
     source, transfers: weights that were compared with this run's model, None and empty where they are not needed.
+    given: parameters that the run's data give, by name; the weights of another run come after them.
     """
 
     lines: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     source: InitialWeights | None = None
     transfers: list[Transfer] = field(default_factory=list)
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def plan_beginning(
-    config: RunConfig, world: World, class_names: Sequence[str] | None, encoder: str | None
+    config: RunConfig,
+    world: World,
+    class_names: Sequence[str] | None,
+    encoder: str | None,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> Beginning:
     """Open the weights that `train.init_from` names for a run without a checkpoint, before anything is allocated.
 
-    class_names: of this run's data. encoder: the hash of the autoencoder of its latents. Collective. Raises EcarError,
-    on all ranks, if the weights do not fit.
+    class_names: of this run's data. encoder: the hash of the autoencoder of its latents. given: parameters from the
+    data. Collective. Raises EcarError, on all ranks, if the weights do not fit.
     """
-    if config.train.init_from is None:
+    given = given or {}
+    if config.train.init_from is None and not given:
         return Beginning()
 
     # A checkpoint of the run's own wins, and then the source may be gone.
     if world.broadcast(world.on_first_rank(lambda: has_checkpoint(config))):
-        return Beginning([f"train.init_from={config.train.init_from} is not used: the run has a checkpoint of its own"])
+        unused = f"train.init_from={config.train.init_from} is not used: the run has a checkpoint of its own"
+        return Beginning([unused] if config.train.init_from else [])
+
+    # What the data give has to be the same on all ranks.
+    if given:
+        agree_on(world, "codebook", {"sha256": hash_state_dict(given)}, "give every node the same data")
+    if config.train.init_from is None:
+        return Beginning(given=given)
 
     # Every rank reads for itself: all must have found the same weights.
     path = Path(config.train.init_from)
@@ -87,15 +102,21 @@ def plan_beginning(
     lines = transfer_lines(config, source, transfers)
     if encoder is not None and source.identity.get("encoder.weights_sha256", encoder) != encoder:
         lines.append("  warning: these weights were trained on latents of another autoencoder")
-    return Beginning(lines, {"initial_weights": source.facts}, source, transfers)
+    return Beginning(lines, {"initial_weights": source.facts}, source, transfers, given)
 
 
 def begin(beginning: Beginning, world: World, engine: Engine, ema: ShardedEma) -> None:
-    """Fill the model of a new run, if its weights come from another run; a run that resumes has none. Collective."""
+    """Fill the model of a new run where its weights come from the data or another run. A run that resumes has none.
+
+    Collective.
+    """
     source = beginning.source
-    if source is None:
+    if source is None and not beginning.given:
         return
-    world.together(lambda: fill(engine, source, beginning.transfers))
+    given = [Transfer(name, tuple(value.shape), from_source=True) for name, value in beginning.given.items()]
+    world.together(lambda: fill(engine, beginning.given, given))
+    if source is not None:
+        world.together(lambda: fill(engine, source.weights, beginning.transfers))
 
     # What the forward pass reads, and the averages, follow the master weights.
     engine.publish_master_weights()
@@ -155,7 +176,7 @@ def check_architecture(config: RunConfig, source: InitialWeights) -> None:
 def _settings(config: RunConfig, keys: Sequence[str]) -> str:
     """The knobs that give a model the facts `keys` of the config's model."""
     knobs = {"kind": "model.kind", "patch_size": "model.patch_size", "latent_channels": "data.latent_channels"}
-    knobs |= {"ar_depth": "model.ar_depth", "flow_depth": "model.flow_depth"}
+    knobs |= {"ar_depth": "model.ar_depth", "flow_depth": "model.flow_depth", "codebook_size": "model.codebook_size"}
     values = dict(config.values())
     if any(key not in knobs for key in keys):  # widths and heads are the preset's
         return f"model.preset={config.model.preset} with its depths"
@@ -168,7 +189,10 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
     # A kind without an AR transformer does not look at its depth.
     preset = asdict(preset_of(config))
     has_ar = bool(KINDS[config.model.kind].parts[0])
+    del preset["base_width"]  # muP changes how weights start and learn, not what they are
     sizes = {key: value for key, value in preset.items() if has_ar or not key.startswith("ar_")}
+    if KINDS[config.model.kind].needs_codebook:
+        sizes["codebook_size"] = config.model.codebook_size
     channels = config.data.latent_channels
     return {"kind": config.model.kind, **sizes, "patch_size": config.model.patch_size, "latent_channels": channels}
 
@@ -191,13 +215,13 @@ def _refused(source: InitialWeights, there: str, here: str, fix: str) -> Checkpo
 
 
 @torch.no_grad()
-def fill(engine: Engine, source: InitialWeights, transfers: Sequence[Transfer]) -> None:
+def fill(engine: Engine, weights: Mapping[str, torch.Tensor], transfers: Sequence[Transfer]) -> None:
     """Fill the master weights of this rank. Rows without a source stay as they are."""
     planned = {transfer.name: transfer for transfer in transfers if transfer.from_source}
     for fragment in engine.fragments:
         if (transfer := planned.get(fragment.name)) is None:
             continue
-        converted = transfer.convert(source.weights[fragment.name])
+        converted = transfer.convert(weights[fragment.name])
 
         # The part of the flattened parameter that this rank holds.
         part = slice(fragment.start, fragment.start + fragment.numel)

@@ -86,6 +86,11 @@ def _of_export(path: Path) -> InitialWeights:
     config = load_config(path / CONFIG)
     weights = ExportReader(path)
     facts = weights.facts
+    if facts.quantization is not None:
+        raise CheckpointError(
+            f"train.init_from={path} is a quantised export, whose weights are rounded; give the run or the export that "
+            "it was made from"
+        )
     return InitialWeights(
         path=path,
         weights=weights,

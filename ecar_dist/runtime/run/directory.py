@@ -59,6 +59,10 @@ class RunDirectory:
         self._written: list[dict[str, Any]] = []  # what this process last wrote to lineage.json,
         self._written_inode = 0  # and the file that this made
 
+    def preview(self, step: int) -> Path:
+        """The picture of a step."""
+        return self.samples / f"step-{step:08d}.png"
+
     def open_for_training(self) -> None:
         """Make the directory, or take over the one that an earlier attempt left. Call on rank 0 only.
 

@@ -52,6 +52,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "steps that moved no weight": ("^train/skipped_steps$",),
     },
 }
+PREVIEW = "samples/stages"  # the tag of the strips
 _LINEAGE = ("started", "world_size", "zero_stage", "precision", "device", "resumed_from_step", "ended", "reason")
 
 
@@ -95,7 +96,7 @@ class MetricsWriter:
         """Write a picture, uint8 [H, W, 3], to TensorBoard and to samples/step-NNNNNNNN.png in the run directory."""
         try:
             self._directory.samples.mkdir(exist_ok=True)  # there is no such folder before the first picture
-            Image.fromarray(picture).save(self._directory.samples / f"step-{step:08d}.png")
+            Image.fromarray(picture).save(self._directory.preview(step))
         except OSError as error:
             reason = reason_of(error)
             print(f"warning: the picture of step {step} is not in samples/ ({reason})", file=sys.stderr, flush=True)
@@ -211,6 +212,25 @@ def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) ->
         if isinstance(value, float):
             board.add(step, partial(summary.scalar, f"eval/{name}", value))
     board.close()
+
+
+def log_preview(directory: RunDirectory, step: int, picture: np.ndarray, tensorboard: bool) -> Path:
+    """Write a picture as `MetricsWriter.image` does, beside a training that may go on; returns its path.
+
+    The TensorBoard file is in a folder of its own: a reader leaves the file of the training for good once there is a
+    newer one beside it. The PNG file comes last, and whole: it says that the step is done. Raises OSError.
+    """
+    if tensorboard:
+        from torch.utils.tensorboard import summary
+
+        board = EventFile(directory.tensorboard / "previews")
+        board.add(step, partial(summary.image, PREVIEW, picture, dataformats="HWC"))
+        board.close()
+
+    directory.samples.mkdir(exist_ok=True)
+    with atomic_write(directory.preview(step)) as file:
+        Image.fromarray(picture).save(file, format="PNG")
+    return directory.preview(step)
 
 
 def _keep_up_to(path: Path, step: int) -> int:

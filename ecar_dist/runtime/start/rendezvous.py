@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ecar_dist.errors import ConfigError, NodeError
 from ecar_dist.runtime.placement import (
     Placement,
+    allow_many_files,
     job_nodes,
     node_name,
     placement_from_environment,
@@ -43,6 +44,7 @@ def start_world(
     `collective_timeout` is for the collectives of World; DeepSpeed makes groups of its own, which ignore it.
     Raises NodeError, in one line, if the port is taken, ranks do not come, or some nodes have no usable GPU.
     """
+    allow_many_files()  # before the first connection
     environment = dict(os.environ if environment is None else environment)
     placement = placement_from_environment(environment)
     # DeepSpeed reads the launcher's variables itself; srun does not set them.
@@ -80,6 +82,8 @@ def open_store(placement: Placement, environment: Mapping[str, str]) -> dist.Sto
     """The store where the ranks meet: rank 0's, or that of torchrun's agent, which holds the port. Raises NodeError."""
     if placement.size == 1:
         return dist.HashStore()  # no port is opened that could be taken
+
+    # Open or reach the store of all ranks.
     hosts = placement.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{placement.master_address}:{placement.master_port}"
     timeout = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
@@ -99,6 +103,8 @@ def open_store(placement: Placement, environment: Mapping[str, str]) -> dist.Sto
             f"rank {placement.rank} on {node_name()} cannot {action} at {where} ({reason.rstrip('.')}); make sure that "
             f"{placement.master_address} is the name or address of the first node, then run the same command again"
         ) from None
+
+    # A port may be met by ranks of another attempt: keys begin with the names of this one.
     return dist.PrefixStore("ecar/" + "/".join(environment.get(name, "") for name in _IDENTITY), store)
 
 

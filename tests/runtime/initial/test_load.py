@@ -12,11 +12,18 @@ from ecar_dist.runtime.initial.load import plan_transfers, transfer_lines
 from ecar_dist.runtime.initial.source import InitialWeights
 
 
-def make_config(kind="ecar", preset="T", size=4, classes=3, flow_depth=1, **flow):
+def make_config(kind="ecar", preset="T", size=4, classes=3, flow_depth=1, codes=16, **flow):
     return config_from_dict(
         {
             "run": {"name": "x"},
-            "model": {"kind": kind, "preset": preset, "patch_size": 1, "ar_depth": 1, "flow_depth": flow_depth},
+            "model": {
+                "kind": kind,
+                "preset": preset,
+                "patch_size": 1,
+                "ar_depth": 1,
+                "flow_depth": flow_depth,
+                "codebook_size": codes,
+            },
             "flow": flow,
             "vae": {"kind": "dct"},
             "data": {"latents": "none", "num_classes": classes, "latent_channels": 2, "latent_size": size},
@@ -41,9 +48,9 @@ def filled(config, source, names=None):
     return made
 
 
-@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar"])
+@pytest.mark.parametrize("kind", ["ecar", "pyramid", "dit", "mar", "par", "par_cont", "hybrid"])
 def test_the_same_model_takes_everything(kind):
-    config = make_config(kind, num_stages=1 if kind in ("dit", "mar") else 2)
+    config = make_config(kind, num_stages=1 if kind not in ("ecar", "pyramid") else 2)
     source = made_source(config)
     made = filled(config, source)
     assert made.keys() == source.weights.keys()
@@ -78,6 +85,12 @@ def test_another_width_depth_or_kind_is_refused_with_the_numbers(other, number):
         plan_transfers(make_config(num_stages=2), made_source(other), None)
     assert number in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_codebook_of_another_size_is_refused_with_the_setting():
+    theirs, ours = (make_config("hybrid", codes=codes, num_stages=1) for codes in (16, 32))
+    with pytest.raises(CheckpointError, match=r"codebook_size=16.*set model\.codebook_size=16"):
+        plan_transfers(ours, made_source(theirs), None)
 
 
 def test_a_file_without_a_config_needs_the_same_parameters():

@@ -1,6 +1,7 @@
 """Ranks meet by themselves, and a rank that cannot be there is named."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from ecar_dist.errors import ConfigError
 from ecar_dist.runtime.placement import Placement
+from ecar_dist.runtime.start import rendezvous
 from ecar_dist.runtime.start.rendezvous import decide_on_devices, local_device, open_store
 from ecar_dist.runtime.start.roll_call import Answer
 from tests.conftest import free_port
@@ -119,3 +121,19 @@ def test_under_torchrun_the_first_rank_uses_the_store_of_the_agent():
     agent = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     open_store(Placement(0, 2, master_port=port), {"TORCHELASTIC_USE_AGENT_STORE": "True"}).set("name", "guest")
     assert agent.num_keys() >= 1
+
+
+def test_many_files_are_allowed_before_the_first_connection(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    seen = []
+    monkeypatch.setattr(rendezvous, "open_store", lambda *_: seen.append(resource.getrlimit(resource.RLIMIT_NOFILE)))
+    monkeypatch.setattr(rendezvous, "_meet", lambda *_: 1 / 0)
+    monkeypatch.setattr(rendezvous, "threads_of_rank", lambda *_: 0)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+        with pytest.raises(ZeroDivisionError):
+            rendezvous.start_world({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert seen == [(limits[1], limits[1])]
