@@ -42,7 +42,7 @@ def make_tree(digits):
     def make(folder):
         return {
             "run": {"name": "tiny", "dir": str(folder / "runs")},
-            "model": {"preset": "T", "patch_size": 1, "ar_depth": 1, "flow_depth": 1},
+            "model": {"preset": "T", "width": 32, "patch_size": 1, "ar_depth": 1, "flow_depth": 1},
             "vae": {"kind": "dct", "downsample": 8},
             "data": {"latents": str(digits / "latents"), "num_classes": 10, "latent_channels": 12, "latent_size": 4},
             "batch": {"global_batch_size": 16, "micro_batch_size": 4},

@@ -180,7 +180,13 @@ def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(
     def keep(function, mode=None):
         compiled.append(function.__name__)
         folders.add(cache_dir())
-        return lambda x, *rest: (batches.append(len(x)) if torch.is_tensor(x) else None) or function(x, *rest)
+
+        def called(x, *rest, **more):
+            if torch.is_tensor(x):
+                batches.append(len(x))
+            return function(x, *rest, **more)
+
+        return called
 
     for module in (fast, compiler):
         monkeypatch.setattr(module, "compiled", keep)
@@ -202,7 +208,11 @@ def test_sample_compiles_where_it_is_told_to_and_leaves_nothing_where_it_cannot(
 
 def test_evaluate_writes_scores(trained, quick_classifier, tmp_path):
     _, run, _ = trained
-    assert main(["evaluate", str(run), "--count", "128", "--out", str(tmp_path / "scores.json")]) == 0
+    more = ["--out", str(tmp_path / "scores.json"), "--neighbours", str(tmp_path / "near.png")]
+    assert main(["evaluate", str(run), "--count", "128", *more]) == 0
+    near = np.asarray(Image.open(tmp_path / "near.png"))
+    assert near.shape[0] == 14 + 2 + 4 * (64 + 2)  # a sample and three training images, under the names
+    assert near.shape[1] > 2 + 10 * (64 + 2)  # all classes, also with fewer samples than training images
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["FD-digits"] > scores["FD-digits real-vs-real floor"] > 0
     assert 0 <= scores["class accuracy"] < 0.9 < scores["class accuracy real heldout"]

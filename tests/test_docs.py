@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ecar_dist.config.read import load_config
+
 ROOT = Path(__file__).parents[1]
 RESULT = json.loads((ROOT / "docs/demo_result.json").read_text())
 BLOCK = next(part for part in (ROOT / "README.md").read_text().split("```") if "[1/7] image shards" in part)
@@ -46,7 +48,22 @@ def test_the_readme_quotes_the_time_of_the_last_demo():
     assert len(RESULT["seconds"]) == 7
 
 
+def steps_of(script, demo):
+    body = script.partition(f"{demo}() {{")[2].partition("\n}")[0]
+    return re.findall(r'^  step "([^"]+)"', body, re.MULTILINE)
+
+
+def test_the_emoji_demo_makes_the_steps_that_its_page_shows():
+    page = (ROOT / "docs/emoji.md").read_text()
+    script = (ROOT / "demo.sh").read_text()
+    assert re.findall(r"^\| ([\w, ]+) \| `", page, re.MULTILINE) == steps_of(script, "emoji")
+    config = load_config(ROOT / "configs/emoji_cpu.yaml")
+    (quoted,) = re.findall(r"a run of ([\d,]+) samples", page)
+    assert int(quoted.replace(",", "")) == config.train.total_samples
+    assert f"--vae-channels {config.data.latent_channels} " in script
+
+
 def test_the_demo_makes_the_steps_that_the_readme_shows():
     script = (ROOT / "demo.sh").read_text()
-    named = re.findall(r'^step "([^"]+)"', script, re.MULTILINE)
+    named = steps_of(script, "digits")
     assert re.findall(r"^\[\d/7\] ([\w ]+) \(", BLOCK, re.MULTILINE) == named == list(RESULT["seconds"])

@@ -140,6 +140,7 @@ def test_a_config_that_breaks_a_rule_is_refused_without_its_secrets(make_tree, t
 
 WHERE_A_FOLDER_BELONGS = [
     (main, ("sample", "URL", "--labels", "0", "--count", "1", "--out", "OUT")),
+    (main, ("preview", "URL")),
     (main, ("evaluate", "URL")),
     (main, ("status", "URL")),
     (main, ("checkpoint", "list", "URL")),

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from pydantic import TypeAdapter
 
 from data_tools.cli import main as ecar_data
 from ecar_dist.command_line import run_command
 from ecar_dist.config.read import load_config
 from ecar_dist.data.shards import manifest as manifest_module
 from ecar_dist.data.shards.cache import CacheOptions, ShardCache
-from ecar_dist.data.shards.manifest import MANIFEST_NAME, ShardEntry, load_image_manifest, load_manifest
+from ecar_dist.data.shards.entries import ShardEntry
+from ecar_dist.data.shards.manifest import MANIFEST_NAME, load_image_manifest, load_manifest
 from ecar_dist.errors import CheckpointError, ConfigError, DataError
 from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER, marker_of, read_manifest
 from ecar_dist.vae.build import open_codec_by_spec
@@ -158,7 +160,7 @@ def write_manifest_tree(path, tree):
     del tree["dataset_id"]
     kind = manifest_module.ImageManifest
     content = {name: value for name, value in tree.items() if name != "schema"}
-    manifest_module.write_manifest(path.parent, manifest_module.TypeAdapter(kind).validate_python(content))
+    manifest_module.write_manifest(path.parent, TypeAdapter(kind).validate_python(content))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,17 @@ def test_a_remote_shard_is_cached_in_its_folder_whatever_it_is_named(tmp_path):
         return [ShardEntry(name, 1, 1, index, "0" * 32, "0" * 64) for index, name in enumerate(names)]
 
     for name in ("../../up.tar", "/etc/up.tar"):
-        with pytest.raises(DataError):
-            ShardCache("s3://bucket/set", "id", entries(name), CacheOptions(tmp_path))
+        cache = ShardCache("s3://bucket/set", "id", entries(name), CacheOptions(tmp_path))
+        for use in (cache.open, cache.where, lambda index, cache=cache: cache.prefetch([index])):
+            with pytest.raises(DataError, match="leads out"):
+                use(0)
+        cache.close()
     names = ["a/b.tar", "..\\up.tar"]
     cache = ShardCache("s3://bucket/set", "id", entries(*names), CacheOptions(tmp_path))
     cache.close()
-    assert {path.resolve().parent for path in cache._paths} == {tmp_path / "id"}
-    assert len({path.name for path in cache._paths}) == len(names)
+    paths = [cache._path(entry) for entry in cache.entries]
+    assert {path.resolve().parent for path in paths} == {tmp_path / "id"}
+    assert len({path.name for path in paths}) == len(names)
 
 
 BOMBS = {

@@ -136,7 +136,15 @@ def test_ranks_are_to_be_given_where_there_are_no_gpus(submit):
 
 
 def test_a_model_that_no_device_holds_is_refused(submit):
-    large = ["model.preset=7B", "model.ar_depth=null", "model.flow_depth=null", "--device", "h100", "--dry-run"]
+    large = [
+        "model.preset=7B",
+        "model.width=null",
+        "model.ar_depth=null",
+        "model.flow_depth=null",
+        "--device",
+        "h100",
+        "--dry-run",
+    ]
     large += ["deepspeed.zero_stage=0", "deepspeed.precision=bf16"]
     said = refusal(submit(*large))
     assert re.search(r"zero_stage=0 on 4 ranks.* 73 GiB usable; use .*deepspeed.zero_stage=2$", said)

@@ -55,7 +55,7 @@ def test_the_resolved_config_reads_back_equal(path, tmp_path):
         ("flow.context.mode=gamma_relaxed", "tau=0.3 and gamma=-0.3333;"),
         ("model.kind=dit", "model.kind=dit has one stage, got flow.num_stages=3; set it to 1"),
         ("model.kind=mar", "model.kind=mar has one stage, got flow.num_stages=3; set it to 1"),
-        ("model.kind=var", "model.kind='var': input should be 'ecar', 'dit', 'pyramid' or 'mar'"),
+        ("model.kind=var", "model.kind='var': input should be 'ecar', 'dit', 'pyramid', 'mar', 'par', "),
         ("model.flow_depth=0", "model.flow_depth=0"),
         ("deepspeed.raw.train_batch_size=8", "derived from batch.*"),
         ("deepspeed.raw.gradient_clipping=1", "raw.gradient_clipping would clip twice; set optim.clip_grad_norm"),

@@ -91,6 +91,7 @@ RELAXED = "flow.context.mode=gamma_relaxed"
         ["deepspeed.offload_params=true"],
         ["sample.solver=mean"],  # the network learns velocities
         ["model.kind=mar", "flow.num_stages=1", "flow.objective=mean_velocity"],
+        ["model.kind=mar", "flow.num_stages=1", "flow.times=logit_normal"],
     ],
 )
 def test_values_that_only_work_together(path, overrides):

@@ -1,6 +1,6 @@
 """The two forms of the suite.
 
-quick   200 cases of each family, the same ones every time: part of the tests
+quick   80 cases of each family, the same ones every time: part of the tests
 long    FUZZ_CASES of each, others every time, and failures listed by cause at the end: `make fuzz`
 """
 
@@ -14,7 +14,7 @@ _QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_b
 # A failure is small as it is drawn: one to three changes. Making it smaller takes longer than reading it.
 _NEVER_SHRUNK = (Phase.explicit, Phase.generate)
 settings.register_profile(
-    "fuzz-quick", max_examples=200, derandomize=True, database=None, phases=_NEVER_SHRUNK, **_QUIET
+    "fuzz-quick", max_examples=80, derandomize=True, database=None, phases=_NEVER_SHRUNK, **_QUIET
 )
 settings.register_profile(
     "fuzz-long",

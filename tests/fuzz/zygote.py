@@ -56,7 +56,7 @@ HEAVY = (
     "data_tools.push",
     "data_tools.images.shard",
     "data_tools.encode.status",
-    "data_tools.train_vae",
+    "data_tools.autoencoder.train",
     "ecar_dist.runtime.checkpoint.inspect",
     "ecar_dist.runtime.export.write",
     "ecar_dist.sample.fast",
