@@ -1,9 +1,9 @@
-# make install | demo | test | test-slurm | fuzz | lint | docs   (each installs first when needed; VENV=/path chooses the environment)
+# make install | demo | demo-emoji | test | test-slurm | fuzz | lint | docs   (each installs first when needed; VENV=/path chooses the environment)
 VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slurm fuzz lint docs clean
+.PHONY: install demo demo-emoji test test-slurm fuzz lint docs clean
 
 install: $(STAMP)
 
@@ -14,6 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	VENV=$(VENV) bash demo.sh
+
+# The same in colour, on 4,009 emoji.
+demo-emoji: $(STAMP)
+	VENV=$(VENV) bash demo.sh emoji
 
 # Whole files on two workers; the tests on a real Slurm after them. Beside them, on two cores, both take longer.
 test: $(STAMP)

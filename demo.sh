@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # The whole path on real images: shard, autoencoder, latents, training on two ranks, samples, scores.
-# Everything lands in demo/. A step whose result stands is not done again, so `make demo` goes on where it was stopped.
+# `bash demo.sh` takes handwritten digits and writes demo/; `bash demo.sh emoji` takes pictures in colour, demo/emoji/.
+# A step whose result stands is not done again, so the same command goes on where it was stopped.
 set -euo pipefail
 
 PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
-OUT=demo
-CONFIG=configs/digits_cpu.yaml
-RUN=$OUT/runs/digits
+DEMO=${1:-digits}
+case $DEMO in
+  digits) OUT=demo STEPS=7 ;;
+  emoji) OUT=demo/emoji STEPS=4 ;;
+  *) echo "there is no demo $DEMO; give digits or emoji" >&2 && exit 2 ;;
+esac
+CONFIG=configs/${DEMO}_cpu.yaml
+RUN=$OUT/runs/$DEMO
 # Two ranks on CPU; on a machine with GPUs one rank a GPU, two at most, with NCCL and bf16.
 RANKS=$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')
-STEPS=7
 number=0
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
@@ -27,28 +32,45 @@ step() { # step NAME DONE_FILE COMMAND...
   printf '%s\t%d\n' "$1" $((SECONDS - began)) >>$OUT/seconds.tsv
 }
 
-step "image shards" $OUT/images/heldout/manifest.json \
-  ecar-data shard digits $OUT/images --holdout 0.2
-step "autoencoder" $OUT/vae/config.json \
-  ecar-data train-vae $OUT/images/train $OUT/vae --latent-channels 2
-step "latent shards" $OUT/latents/000000.json \
-  ecar-data encode $OUT/images/train $OUT/latents --vae $OUT/vae --image-size 32
-step "manifest" $OUT/latents/manifest.json \
-  ecar-data finalize $OUT/latents
-# The held-out digits too, for the validation loss.
-if [ ! -e $OUT/heldout_latents/manifest.json ]; then
-  ecar-data encode $OUT/images/heldout $OUT/heldout_latents --vae $OUT/vae --image-size 32
-  ecar-data finalize $OUT/heldout_latents
-fi
-step "training" $RUN/scores.json \
-  env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG \
-  data.heldout_latents=$OUT/heldout_latents train.validate_every_samples=9_600
-step "samples" $OUT/samples/stages.png \
-  ecar-dist sample $RUN --out $OUT/samples --count 80
-step "scores" $RUN/scores.json \
-  ecar-dist evaluate $RUN
+digits() {
+  step "image shards" $OUT/images/heldout/manifest.json \
+    ecar-data shard digits $OUT/images --holdout 0.2
+  step "autoencoder" $OUT/vae/config.json \
+    ecar-data train-vae $OUT/images/train $OUT/vae --latent-channels 2
+  step "latent shards" $OUT/latents/000000.json \
+    ecar-data encode $OUT/images/train $OUT/latents --vae $OUT/vae --image-size 32
+  step "manifest" $OUT/latents/manifest.json \
+    ecar-data finalize $OUT/latents
+  # The held-out digits too, for the validation loss.
+  if [ ! -e $OUT/heldout_latents/manifest.json ]; then
+    ecar-data encode $OUT/images/heldout $OUT/heldout_latents --vae $OUT/vae --image-size 32
+    ecar-data finalize $OUT/heldout_latents
+  fi
+  step "training" $RUN/scores.json \
+    env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG \
+    data.heldout_latents=$OUT/heldout_latents train.validate_every_samples=9_600
+  step "samples" $OUT/samples/stages.png \
+    ecar-dist sample $RUN --out $OUT/samples --count 80
+  step "scores" $RUN/scores.json \
+    ecar-dist evaluate $RUN
+}
 
-# What README.md quotes: after a run from the beginning, docs/demo_result.json is this file (tests/test_docs.py).
+# Pictures of Twemoji, by Twitter and other contributors, CC-BY 4.0.
+emoji() {
+  step "shards, autoencoder, latents" $OUT/heldout_latents/manifest.json \
+    ecar-data prepare emoji-plain $OUT --vae train --vae-channels 8 --vae-steps 600 --image-size 32
+  step "training" $RUN/scores.json \
+    env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -m ecar_dist train $CONFIG
+  step "samples" $OUT/samples/stages.png \
+    ecar-dist sample $RUN --out $OUT/samples --count 88
+  step "scores" $RUN/scores.json \
+    ecar-dist evaluate $RUN --neighbours $OUT/samples/neighbours.png
+}
+
+"$DEMO"
+
+# What the documentation quotes: after a run from the beginning, docs/demo_result.json is this file of the digits, and
+# docs/demo_emoji_result.json that of the emoji (tests/test_docs.py).
 python - $RUN $OUT >$OUT/result.json <<'PYTHON'
 import csv, datetime, json, os, platform, sys
 from importlib.metadata import version
@@ -76,7 +98,7 @@ cat <<TEXT
 $(grep -E '"(FD-|ratio|class accuracy)' $RUN/scores.json)
 
 done in $((SECONDS / 60))m$((SECONDS % 60))s
-  pictures     $OUT/samples/grid.png (classes 0-9), $OUT/samples/stages.png (coarse to fine)
+  pictures     $OUT/samples/grid.png (a column for each class), $OUT/samples/stages.png (coarse to fine)
   scores       $RUN/scores.json
   TensorBoard  ${VENV:-.venv}/bin/tensorboard --logdir $OUT/runs
 TEXT

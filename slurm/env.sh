@@ -14,6 +14,7 @@
 # export NCCL_DEBUG=WARN
 # PYXIS_IMAGE=/images/ecar.sqsh                # a container by pyxis and enroot
 # APPTAINER_IMAGE=/images/ecar.sif             # or by apptainer; set at most one of the two
+#   An image also keeps imports, 37,000 file operations a rank, off the shared file system: docs/scale.md
 # MOUNTS=$PWD,/data                            # folders of the host that are mounted at the same path
 # IMAGE_VENV=/opt/venv                         # environment in the image, if ecar-dist is not on its PATH
 
