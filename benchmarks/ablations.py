@@ -94,7 +94,7 @@ def compare(work: Path, variants: dict[str, list[Run]], jobs: int) -> dict[str, 
 
 
 def unguided(changes: Row) -> Draw:
-    return Draw(SCORING, {"guidance_scale": GUIDANCE} | changes)
+    return Draw(SCORING[0], {"guidance_scale": GUIDANCE} | changes)
 
 
 def matched_draw(config: RunConfig, macs: float) -> Draw:

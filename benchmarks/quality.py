@@ -20,7 +20,9 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.kinds.table import kind_of
 
 GUIDANCE = (1.0, 1.15, 1.3, 1.6, 2.0)
-CHOOSING, SCORING = 0, 1  # seeds of the samples by which the guidance is chosen, and of those that are reported
+CHOOSING, SCORING = 0, (1, 2, 3)  # seeds of the samples by which the guidance is chosen, and of those that are reported
+SCORES = ("FD-digits", "ratio to floor", "class accuracy", "neighbour ratio")
+OF_SAMPLES = "FD-digits of each sampling seed"
 CODES, PATCH = 512, 2  # of kinds over codes: with so many they have about as many parameters as the others
 
 
@@ -47,7 +49,7 @@ CLAIMED = ("ecar", "pyramid", "dit", "mar")  # those that docs/claim.md compares
 KINDS = {
     "ecar": Contender(ECAR, STAGED),
     "pyramid": Contender(PYRAMID, STAGED),
-    "dit": Contender(DIT, (*STAGED, {"steps_per_stage": 24}, {"solver": "euler", "steps_per_stage": 50})),
+    "dit": Contender(DIT, (*STAGED, {"solver": "euler", "steps_per_stage": 50})),
     "mar": Contender(
         MAR,
         tuple({"ar_steps": steps, "steps_per_stage": inner} for steps, inner in ((2, 4), (4, 8), (8, 8), (16, 8))),
@@ -118,14 +120,15 @@ def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:
     sweep = [Draw(CHOOSING, {"guidance_scale": scale}) for scale in GUIDANCE]
     swept = by_kind(side_by_side(train_and_measure, [(work, run, sweep) for run in runs], jobs, "trained and swept"))
     best = {kind: best_guidance(found) for kind, found in swept.items()}
-    draws = {kind: [Draw(SCORING, {"guidance_scale": best[kind]} | one) for one in KINDS[kind].draws] for kind in kinds}
+    draws = {kind: [{"guidance_scale": best[kind]} | one for one in KINDS[kind].draws] for kind in kinds}
     items = [(work, run, draws[run.variant]) for run in runs]
-    scored = by_kind(side_by_side(measure, items, jobs, "scored"))
+    scored = by_kind(side_by_side(measure_often, items, jobs, "scored"))
 
     # Speed does not depend on the seed of the training. Nothing else runs beside it.
     first = {run.variant: run for run in reversed(runs)}
     rows = [(kind, number) for kind in kinds for number in range(len(draws[kind]))]
-    timed = dict(zip(rows, speeds(work, [(first[kind], draws[kind][i]) for kind, i in rows]), strict=True))
+    drawn = [(first[kind], Draw(SCORING[0], draws[kind][i])) for kind, i in rows]
+    timed = dict(zip(rows, speeds(work, drawn), strict=True))
     return {
         "guidance": {
             kind: {str(scale): spread([one[i] for one in found], distance_of) for i, scale in enumerate(GUIDANCE)}
@@ -143,6 +146,26 @@ def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:
 def train_and_measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]:
     train(work, run)
     return measure(work, run, draws)
+
+
+def measure_often(work: Path, run: Run, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores of each setting: means over the seeds of the samples, with the distance of each."""
+    draws = [[Draw(seed, setting) for seed in SCORING] for setting in settings]
+    scores = iter(measure(work, run, [draw for some in draws for draw in some]))
+    return [mean_over_samples([next(scores) for _ in some]) for some in draws]
+
+
+def mean_over_samples(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one training and setting. What does not depend on the samples is that of the first."""
+    bands = scores[0]["band variance ratio"]
+    return {
+        **scores[0],
+        **{key: statistics.mean(one[key] for one in scores) for key in SCORES},
+        "band variance ratio": {
+            band: statistics.mean(one["band variance ratio"][band] for one in scores) for band in bands
+        },
+        OF_SAMPLES: [distance_of(one) for one in scores],
+    }
 
 
 def best_guidance(found: Sequence[Sequence[dict[str, Any]]]) -> float:
@@ -168,10 +191,8 @@ def summary(scores: Sequence[dict[str, Any]], guidance_scale: float) -> dict[str
         "draw": first["draw"],
         "guidance_scale": guidance_scale,
         **{key: first[key] for key in ("parameters", "training_macs", "samples_seen", "sampling_macs", "serial_calls")},
-        "FD-digits": spread(scores, distance_of),
-        "ratio to floor": spread(scores, lambda one: one["ratio to floor"]),
-        "class accuracy": spread(scores, lambda one: one["class accuracy"]),
-        "neighbour ratio": spread(scores, lambda one: one["neighbour ratio"]),
+        **{name: spread(scores, lambda one, name=name: one[name]) for name in SCORES},
+        **({OF_SAMPLES: [one[OF_SAMPLES] for one in scores]} if OF_SAMPLES in first else {}),
         "neighbour ratio real heldout": first["neighbour ratio real heldout"],
         "class accuracy real heldout": first["class accuracy real heldout"],
         "FD-digits real-vs-real floor": first["FD-digits real-vs-real floor"],
@@ -189,14 +210,14 @@ def table(result: dict[str, Any]) -> str:
     first = next(iter(result["kinds"].values()))[0]
     bands = list(first["band variance ratio"])
     lines = [
-        "| kind | steps | guidance | calls | MMAC a sample | ms at batch 1 | images/s | FD-digits (seeds) | x floor "
-        "| accuracy | neighbours | " + " | ".join(f"var {band}" for band in bands) + " |",
-        "|---" * (11 + len(bands)) + "|",
+        "| kind | steps | guidance | calls | MMAC a sample | ms at batch 1 | images/s | FD-digits (trainings) "
+        "| sd over samplings | x floor | accuracy | neighbours | " + " | ".join(f"var {band}" for band in bands) + " |",
+        "|---" * (12 + len(bands)) + "|",
     ]
     for kind, rows in result["kinds"].items():
         lines += [f"| {kind} | {row_of(row)} |" for row in rows]
     lines += [
-        f"| real | | | | | | | {first['FD-digits real-vs-real floor']:.1f} | 1.00 | "
+        f"| real | | | | | | | {first['FD-digits real-vs-real floor']:.1f} | | 1.00 | "
         f"{first['class accuracy real heldout']:.3f} | {first['neighbour ratio real heldout']:.3f} |"
         + " 1 |"
         * len(bands),
@@ -215,6 +236,7 @@ def table(result: dict[str, Any]) -> str:
 def row_of(row: dict[str, Any]) -> str:
     words = ", ".join(f"{key} {value}" for key, value in row["draw"].items() if key != "guidance_scale")
     seeds = ", ".join(f"{value:.1f}" for value in row["FD-digits"]["seeds"])
+    within = statistics.mean(statistics.stdev(some) for some in row[OF_SAMPLES])
     cells = [
         words.replace("steps_per_stage", "steps").replace("ar_steps", "AR steps"),
         f"{row['guidance_scale']:g}",
@@ -223,6 +245,7 @@ def row_of(row: dict[str, Any]) -> str:
         f"{1e3 * row[LATENCY]:.1f}",
         f"{row[THROUGHPUT]:.0f}",
         f"{row['FD-digits']['mean']:.1f} ({seeds})",
+        f"{within:.1f}",
         f"{row['ratio to floor']['mean']:.2f}",
         f"{row['class accuracy']['mean']:.3f}",
         f"{row['neighbour ratio']['mean']:.3f}",

@@ -41,7 +41,8 @@ def test_what_is_reported_was_not_chosen_on(tmp_path, monkeypatch):
 
     def scores(work, run, draws):
         asked.extend((run.variant, draw.seed, draw.changes["guidance_scale"]) for draw in draws)
-        return [{"FD-digits": abs(draw.changes["guidance_scale"] - 1.6)} for draw in draws]
+        far = [abs(draw.changes["guidance_scale"] - 1.6) for draw in draws]
+        return [dict.fromkeys(quality.SCORES, distance) | {"band variance ratio": {}} for distance in far]
 
     monkeypatch.setattr(quality, "measure", scores)
     monkeypatch.setattr(quality, "train", lambda work, run: None)
@@ -52,6 +53,19 @@ def test_what_is_reported_was_not_chosen_on(tmp_path, monkeypatch):
     assert {(seed, scale) for _, seed, scale in asked if seed == quality.CHOOSING} == {
         (quality.CHOOSING, scale) for scale in quality.GUIDANCE
     }
-    assert {(seed, scale) for _, seed, scale in asked if seed != quality.CHOOSING} == {(quality.SCORING, 1.6)}
-    assert quality.CHOOSING != quality.SCORING
+    assert {(seed, scale) for _, seed, scale in asked if seed != quality.CHOOSING} == {
+        (seed, 1.6) for seed in quality.SCORING
+    }
+    assert quality.CHOOSING not in quality.SCORING
     assert {row["guidance_scale"] for rows in result["kinds"].values() for row in rows} == {1.6}
+
+
+def test_scores_of_one_training_are_means_over_samples_and_tell_each_distance():
+    def score(distance):
+        return dict.fromkeys(quality.SCORES, distance) | {"band variance ratio": {"4px": distance / 2}, "loss": 0.5}
+
+    mean = quality.mean_over_samples([score(12.0), score(13.0), score(17.0)])
+    assert mean["FD-digits"] == mean["class accuracy"] == 14.0
+    assert mean["band variance ratio"] == {"4px": 7.0}
+    assert mean[quality.OF_SAMPLES] == [12.0, 13.0, 17.0]
+    assert mean["loss"] == 0.5
