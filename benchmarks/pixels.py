@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from digits import DEVICE, ROOT, Draw, Run, call, cost, final_loss, is_trained, parser, side_by_side
 
+from data_tools.images.photos import PHOTOGRAPHS
 from ecar_dist.config.run import RunConfig
 from ecar_dist.data.images.shards import ImageShards
 from ecar_dist.data.shards.manifest import load_manifest
@@ -93,6 +94,18 @@ def prepare(work: Path, data: str) -> None:
     for done, words in steps:
         if not done.exists():
             call(["-m", "data_tools", *map(str, words)], threads=2)
+    if data == "photos":
+        require_all_photographs(work / data, load_manifest(str(latents)).num_classes)
+
+
+def require_all_photographs(folder: Path, found: int) -> None:
+    """A class is a photograph. Raises SystemExit where the packages that hold some of them were not installed."""
+    wanted = sum(len(names) for _, names in PHOTOGRAPHS.values())
+    if found != wanted:
+        raise SystemExit(
+            f"{folder} has crops of {found} photographs, and results are for {wanted}; "
+            "pip install 'ecar-dist[photos]', then remove that folder"
+        )
 
 
 def at_compute(work: Path, run: PixelRun, budget: float) -> PixelRun:

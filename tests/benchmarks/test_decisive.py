@@ -117,3 +117,13 @@ def test_every_variant_is_trained_for_the_same_compute(group, monkeypatch, tmp_p
         macs = kind_of(config).training_macs(config) * config.train.total_samples
         costs.append(macs + (1e12 if variant.continues else 0.0))
     assert costs == pytest.approx([costs[0]] * len(costs), rel=0.01)
+
+
+def test_a_set_without_all_photographs_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(pixels, "call", lambda *_, **__: None)
+    monkeypatch.setattr(pixels, "load_manifest", lambda _: SimpleNamespace(num_classes=3))
+    with pytest.raises(SystemExit, match=r"3 photographs.* 17; pip install"):
+        pixels.prepare(tmp_path, "photos")
+    pixels.prepare(tmp_path, "emoji")
+    monkeypatch.setattr(pixels, "load_manifest", lambda _: SimpleNamespace(num_classes=17))
+    pixels.prepare(tmp_path, "photos")
