@@ -11,14 +11,14 @@ def divides(global_batch_size: int, micro_batch_size: int, world_size: int) -> b
 
 
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-steps of each rank per optimizer step. Raises ConfigError where the numbers do not multiply out."""
+    """Micro-steps of each rank per optimizer step. Raises ConfigError if the numbers do not divide evenly."""
     if not divides(global_batch_size, micro_batch_size, world_size):
         raise ConfigError(mismatch(global_batch_size, micro_batch_size, world_size))
     return global_batch_size // (micro_batch_size * world_size)
 
 
 def mismatch(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
-    """The error message for numbers that do not multiply out, with the nearest global batch sizes that do."""
+    """The error message for numbers that do not divide evenly, with the nearest global batch sizes that do."""
     unit = micro_batch_size * world_size
     below = global_batch_size // unit * unit
     fits = f"{below} or {below + unit}" if below else f"{unit}"

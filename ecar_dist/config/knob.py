@@ -1,6 +1,6 @@
-"""How a knob is defined: its default, meaning and unit, and what a new value does to a run that is resumed.
+"""How a knob is defined: its default, meaning and unit, and the effect of a new value on a resumed run.
 
-All of this stands at the knob's definition. Validation, the comparison on resume (`runtime/run/drift.py`), the
+The knob's definition contains all of this. Validation, the comparison on resume (`runtime/run/drift.py`), the
 identity of a model (`RunConfig.model_identity`) and the reference page (`docs/config.md`) read it from there.
 """
 
@@ -19,7 +19,7 @@ REQUIRED: Any = ...  # the default of a knob that the user must set
 
 
 class OnResume(enum.Enum):
-    """What a new value does to a run that is resumed. Users read the text."""
+    """The effect of a new value on a resumed run. The text is shown to users."""
 
     SAFE = "safe"
     OPTIMISATION = "changes optimisation"
@@ -41,9 +41,9 @@ def knob(
 ) -> Any:
     """A pydantic field that documents itself.
 
-    allowed: the permitted values in words, for rules that a validator checks.
+    allowed: description of the permitted values, for rules that a validator checks.
     per_node: the ranks of a run may have different values.
-    added_later: checkpoints were written before the knob existed; they were made with its default.
+    added_later: older checkpoints were written before the knob existed, that is, with its default.
     rules: the constraints of `pydantic.Field`, e.g. `ge=0`.
     """
     extra = {
@@ -58,7 +58,7 @@ def knob(
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotated[str, OneOf(TABLE)]: one of the keys of a table, as Literal does for names that are written out."""
+    """Annotated[str, OneOf(TABLE)]: one of the keys of a table; like Literal, without a written-out list of names."""
 
     names: Collection[str]
 
@@ -68,7 +68,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Knob:
-    """One leaf of the config, by dotted key, with what its definition says."""
+    """One leaf of the config: its dotted key and its definition."""
 
     key: str
     field: FieldInfo
@@ -103,13 +103,13 @@ class Knob:
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, closed to unknown keys, finite numbers only."""
+    """Base class of all sections: frozen, no unknown keys, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def knobs(cls, prefix: str = "") -> Iterator[Knob]:
-        """All knobs of this section and of the sections in it, in the order of their definition."""
+        """All knobs of this section and of its subsections, in the order of their definition."""
         for name, field in cls.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
                 yield from field.annotation.knobs(f"{prefix}{name}.")
@@ -117,7 +117,7 @@ class Section(BaseModel):
                 yield Knob(prefix + name, field)
 
     def values(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """(dotted key, JSON value) of every knob; a null that stands for something else is given as `resolved_*`."""
+        """(dotted key, JSON value) of every knob; a null is replaced by `resolved_*`, if there is one."""
         dumped = self.model_dump(mode="json")
         for name in type(self).model_fields:
             value = getattr(self, name)

@@ -33,7 +33,7 @@ class CacheSection(Section):
     )
     gib: float | None = knob(
         None,
-        "size limit of each data set; beyond it the shards that are needed last are deleted; null: no limit",
+        "size limit per data set; above it, the shards whose next use is farthest away are deleted; null: no limit",
         unit="GiB",
         per_node=True,
         on_resume=OnResume.SAFE,
@@ -41,7 +41,7 @@ class CacheSection(Section):
     )
     threads: int = knob(
         8,
-        "ranges of 8 MiB that a rank downloads at the same time",
+        "number of 8 MiB ranges that a rank downloads in parallel",
         unit="threads",
         per_node=True,
         on_resume=OnResume.SAFE,
@@ -55,37 +55,37 @@ class DataSection(Section):
 
     latents: str | None = knob(
         None,
-        "folder or URL of latent shards with their manifest.json. A copy elsewhere is fine: data sets are compared "
-        "by id",
+        "folder or URL of latent shards with their manifest.json. A copy at another path is fine: data sets are "
+        "compared by id",
         per_node=True,
         on_resume=OnResume.DATA_ORDER,
     )
     mixture: tuple[MixtureSource, ...] = knob(
         (),
-        "several sets of latents with weights; only the weights must be the same on all ranks",
+        "several sets of latents with weights; the paths may differ between ranks, the weights must not",
         allowed="list of {latents, weight}",
         on_resume=OnResume.DATA_ORDER,
     )
     mixture_by: Literal["sample", "step"] = knob(
         "sample",
-        "sample: the sets are mixed inside each global batch; step: each global batch comes from one set, as "
-        "resolution buckets need",
+        "sample: the sets are mixed within each global batch; step: each global batch comes from one set, as "
+        "resolution buckets require",
         on_resume=OnResume.DATA_ORDER,
     )
     images: str | None = knob(
         None,
-        "folder or URL of image shards, which are encoded during training",
+        "folder or URL of image shards, to be encoded during training",
         per_node=True,
         on_resume=OnResume.DATA_ORDER,
     )
     flip_images: bool = knob(
         False,
-        "images only: mirror half of them (for latents use `ecar-data encode --flip store`)",
+        "images only: mirror half of the images (for latents use `ecar-data encode --flip store`)",
         on_resume=OnResume.DATA_ORDER,
     )
     resize: Literal["cubic", "adm"] = knob(
         "cubic",
-        "images only: cubic, or adm, the PIL reference of ADM and DiT",
+        "images only: resizing. cubic: antialiased cubic; adm: the PIL reference of ADM and DiT",
         on_resume=OnResume.LATENTS,
     )
     background: str = knob(
@@ -97,22 +97,22 @@ class DataSection(Section):
     )
     num_classes: int = knob(
         REQUIRED,
-        "labels are 0 to num_classes-1; the null label is num_classes",
+        "number of classes; labels are 0 to num_classes-1, and the null label is num_classes",
         unit="classes",
         on_resume=OnResume.MODEL,
         ge=1,
     )
-    latent_channels: int = knob(4, "channels of the latents", unit="channels", on_resume=OnResume.MODEL, ge=1)
+    latent_channels: int = knob(4, "number of latent channels", unit="channels", on_resume=OnResume.MODEL, ge=1)
     latent_size: int = knob(
         32,
-        "side of the latents at the finest stage",
+        "side length of the latents at the finest stage",
         unit="latent pixels",
         allowed="a multiple of model.patch_size x 2^(flow.num_stages-1)",
         on_resume=OnResume.MODEL,
         ge=1,
     )
     train_images: str | None = knob(
-        None, "image shards that train the classifier for scoring", per_node=True, on_resume=OnResume.SAFE
+        None, "image shards on which the classifier for scoring is trained", per_node=True, on_resume=OnResume.SAFE
     )
     heldout_images: str | None = knob(
         None, "image shards that samples are scored against", per_node=True, on_resume=OnResume.SAFE
@@ -130,7 +130,7 @@ class DataSection(Section):
     )
     prefetch: int = knob(
         2,
-        "micro-batches that each rank reads ahead; more than fit the CPU cache cost time",
+        "number of micro-batches that each rank reads ahead; more than fit in the CPU cache are slower",
         unit="micro-batches",
         per_node=True,
         on_resume=OnResume.SAFE,
@@ -138,14 +138,14 @@ class DataSection(Section):
     )
     lanes: int | None = knob(
         None,
-        "parallel streams that the sample order is made of; null: chosen from the number of shards",
+        "number of parallel streams that make up the sample order; null: chosen from the number of shards",
         unit="lanes",
         on_resume=OnResume.DATA_ORDER,
         ge=1,
     )
     window_shards: int = knob(
         4,
-        "shards of a lane that are shuffled together; 0: all of them",
+        "number of shards of a lane that are shuffled together; 0: all of them",
         unit="shards",
         on_resume=OnResume.DATA_ORDER,
         ge=0,
@@ -153,12 +153,12 @@ class DataSection(Section):
     cache: CacheSection = CacheSection()
     on_bad: Literal["fail", "substitute"] = knob(
         "fail",
-        "fail: a damaged sample ends the run; substitute: it is replaced by another one and listed",
+        "fail: a damaged sample ends the run; substitute: it is replaced by another sample and listed",
         on_resume=OnResume.OPTIMISATION,
     )
     max_bad: float | None = knob(
         None,
-        "substitute only: share of samples that may be replaced; null: 1e-5 of latents, 1e-3 of images",
+        "substitute only: maximum share of replaced samples; null: 1e-5 for latents, 1e-3 for images",
         unit="fraction",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
@@ -167,7 +167,7 @@ class DataSection(Section):
 
     @property
     def latent_sources(self) -> tuple[MixtureSource, ...]:
-        """The sets of latents, one or several; empty where the run reads images."""
+        """The sets of latents, one or several; empty if the run reads images."""
         return (MixtureSource(latents=self.latents, weight=1.0),) if self.latents else self.mixture
 
     @property

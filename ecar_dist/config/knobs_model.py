@@ -1,4 +1,4 @@
-"""Knobs that say what is trained and how it is sampled: model, flow, vae and sample."""
+"""Knobs that define what is trained and how it is sampled: model, flow, vae and sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecar_dist.kinds.presets import PRESETS
 from ecar_dist.kinds.table import KINDS
 from ecar_dist.vae.table import CODECS
 
-# Exact states may be fed back only with a larger gamma, where the jump noise itself spreads the start of a stage
+# Exact states may be fed back only with a larger gamma: then the jump noise itself spreads the start of a stage
 # (docs/ecar.md, "the trap").
 RELAXED_GAMMA = GAMMA_EXTREME + 0.03
 
@@ -31,7 +31,7 @@ class ModelSection(Section):
     )
     width: int | None = knob(
         None,
-        "width of all networks; null: the preset's. Heads stay as wide as the preset's, so their number follows",
+        "width of all networks; null: the preset's. Each head keeps the preset's width, so the number of heads changes",
         unit="channels",
         on_resume=OnResume.MODEL,
         added_later=True,
@@ -39,22 +39,22 @@ class ModelSection(Section):
     )
     ar_depth: int | None = knob(
         None,
-        "depth of the AR transformer (mar: of the trunk); null: the preset's",
+        "depth of the AR transformer (mar: of its trunk); null: the preset's",
         unit="blocks",
         on_resume=OnResume.MODEL,
         ge=1,
     )
     flow_depth: int | None = knob(
         None,
-        "depth of the velocity network (mar: of the head); null: the preset's",
+        "depth of the velocity network (mar: of its head); null: the preset's",
         unit="blocks",
         on_resume=OnResume.MODEL,
         ge=1,
     )
-    patch_size: int = knob(2, "side of a token", unit="latent pixels", on_resume=OnResume.MODEL, ge=1)
+    patch_size: int = knob(2, "side length of a token", unit="latent pixels", on_resume=OnResume.MODEL, ge=1)
     codebook_size: int = knob(
         1024,
-        "par and hybrid only: codes of the codebook beside the latents (`ecar-data fit-codebook`)",
+        "par and hybrid only: number of codes in the codebook stored with the latents (`ecar-data fit-codebook`)",
         unit="codes",
         on_resume=OnResume.MODEL,
         added_later=True,
@@ -76,9 +76,10 @@ class ParSection(Section):
 
     group: int = knob(
         1,
-        "n: regions of the token grid, and tokens that are drawn at once after the first n; 1 is plain autoregression",
+        "n: number of regions of the token grid, and of tokens drawn at once after the first n; 1: plain "
+        "autoregression",
         unit="tokens",
-        allowed="1, 4 or 16; its root divides the side of the token grid",
+        allowed="1, 4 or 16; its square root divides the side of the token grid",
         on_resume=OnResume.MODEL,
         added_later=True,
     )
@@ -97,30 +98,30 @@ class ContextSection(Section):
     mode: Literal["noisy_state", "gamma_relaxed", "class_only"] = knob(
         "noisy_state",
         "noisy_state: the state plus fresh noise; gamma_relaxed: the exact state, with a larger flow.gamma; "
-        "class_only: the class label alone",
+        "class_only: only the class label",
         on_resume=OnResume.MODEL,
     )
     tau: float = knob(
         0.3,
-        "noise that is added to the state before it is fed back",
+        "noise added to the state before it is fed back",
         unit="standard deviation",
         on_resume=OnResume.MODEL,
         ge=0,
     )
     allow_unsafe: bool = knob(
         False,
-        "accept tau=0 with noisy_state, which loses low-frequency variance (as a negative control)",
+        "accept tau=0 with noisy_state, which loses low-frequency variance (for a negative control)",
         on_resume=OnResume.SAFE,
     )
     allow_small_tau: bool = knob(False, "accept 0 < tau < 0.1, which needs many solver steps", on_resume=OnResume.SAFE)
 
 
 class FlowSection(Section):
-    """The stages of growing resolution, and the flow-matching loss."""
+    """The stages of increasing resolution, and the flow-matching loss."""
 
     num_stages: int = knob(
         3,
-        "K, the number of resolutions from coarse to fine, each twice the one before",
+        "K, the number of resolutions from coarse to fine; each is twice the previous one",
         unit="stages",
         on_resume=OnResume.MODEL,
         ge=1,
@@ -130,12 +131,12 @@ class FlowSection(Section):
         None,
         "data coefficient e_k at the end of each stage; null: (k+1)/K",
         unit="data coefficient",
-        allowed="K numbers that rise strictly inside (0, 1], the last one 1",
+        allowed="K strictly increasing numbers in (0, 1], the last one 1",
         on_resume=OnResume.MODEL,
     )
     gamma: float = knob(
         GAMMA_EXTREME,
-        "correlation between the pixels of one 2x2 block of jump noise; -1/3 is the least renoising",
+        "correlation between the pixels of one 2x2 block of jump noise; -1/3 gives the least renoising",
         unit="correlation",
         allowed="[-1/3, 0)",
         on_resume=OnResume.MODEL,
@@ -150,8 +151,8 @@ class FlowSection(Section):
     )
     objective: Literal["velocity", "mean_velocity"] = knob(
         "velocity",
-        "what the network learns. velocity: dx/du at a time; mean_velocity: its mean over intervals of a stage, which "
-        "sample.solver=mean crosses in one call each (ecar, pyramid and dit)",
+        "what the network learns. velocity: dx/du at one time; mean_velocity: its mean over an interval of a stage, "
+        "which sample.solver=mean crosses in one call (ecar, pyramid and dit)",
         on_resume=OnResume.MODEL,
         added_later=True,
     )
@@ -165,7 +166,8 @@ class FlowSection(Section):
     )
     whole_share: float = knob(
         0.0,
-        "mean_velocity only: share of the other intervals that are the whole stage, which one call a stage asks for",
+        "mean_velocity only: share of the other intervals that cover the full stage, as sampling with one call per "
+        "stage needs",
         unit="fraction",
         on_resume=OnResume.OPTIMISATION,
         added_later=True,
@@ -175,13 +177,13 @@ class FlowSection(Section):
     times: Literal["uniform", "logit_normal"] = knob(
         "uniform",
         "distribution of the training times within a stage (ecar, pyramid and dit). logit_normal: as in Stable "
-        "Diffusion 3, fewer at both ends",
+        "Diffusion 3, with fewer times near both ends",
         on_resume=OnResume.OPTIMISATION,
         added_later=True,
     )
     token_draws: int = knob(
         4,
-        "mar only: times and noises drawn for each token in a training step",
+        "mar only: number of times and noises drawn per token in a training step",
         unit="draws",
         on_resume=OnResume.OPTIMISATION,
         ge=1,
@@ -197,7 +199,7 @@ class FlowSection(Section):
 
     @property
     def schedule(self) -> StageSchedule:
-        """Windows and jumps of the stages. Raises ConfigError where ends or gamma leave their range."""
+        """Windows and jumps of the stages. Raises ConfigError if ends or gamma are out of range."""
         return StageSchedule(self.resolved_ends, self.gamma)
 
     @property
@@ -223,7 +225,7 @@ class FlowSection(Section):
         return self
 
     def check_context(self) -> None:
-        """Raises ValueError where a model that is fed states would meet the trap (docs/ecar.md, section 5)."""
+        """Raises ValueError if a model that is fed states would run into the trap (docs/ecar.md, section 5)."""
         if self.num_stages == 1 or self.context.allow_unsafe:
             return
         mode, tau = self.context.mode, self.context.tau
@@ -244,19 +246,19 @@ class VaeSection(Section):
 
     kind: Annotated[str, OneOf(CODECS)] = knob(
         "kl",
-        "kl: AutoencoderKL of diffusers; dc: AutoencoderDC of diffusers; dct: block DCT, without weights; identity: "
-        "the pixels themselves",
+        "kl: AutoencoderKL from diffusers; dc: AutoencoderDC from diffusers; dct: block DCT, without weights; "
+        "identity: the pixels themselves",
         on_resume=OnResume.LATENTS,
     )
     path: str | None = knob(
         None,
-        "local folder or Hugging Face name of the autoencoder; required for kl and dc. A copy elsewhere is fine: its "
-        "weights are compared by hash",
+        "local folder or Hugging Face name of the autoencoder; required for kl and dc. A copy at another path is fine: "
+        "its weights are compared by hash",
         per_node=True,
         on_resume=OnResume.SAFE,
     )
     downsample: int = knob(
-        8, "image pixels along the side of a latent pixel", unit="pixels", on_resume=OnResume.LATENTS, ge=1
+        8, "image pixels per latent pixel along one side", unit="pixels", on_resume=OnResume.LATENTS, ge=1
     )
 
     @model_validator(mode="after")
@@ -274,8 +276,8 @@ class SampleSection(Section):
     )
     steps_per_stage: tuple[Annotated[int, Field(ge=1)], ...] = knob(
         (8,),
-        "solver steps, one number for all stages or a list with one for each; euler calls the network once a step, "
-        "midpoint and heun twice",
+        "solver steps per stage: one number for all stages, or a list with one per stage; euler calls the network once "
+        "per step, midpoint and heun twice",
         unit="steps",
         allowed="one number >= 1, or K of them",
         on_resume=OnResume.SAFE,
@@ -301,8 +303,8 @@ class SampleSection(Section):
     )
     guidance_interval: tuple[float, float] = knob(
         (0.0, 1.0),
-        "model times between which samples are guided, from 0 (noise) to 1 (data) over all stages; outside of them the "
-        "conditional model alone is evaluated, at half the cost",
+        "model times between which samples are guided, from 0 (noise) to 1 (data) over all stages; outside of them "
+        "only the conditional model is evaluated, at half the cost",
         unit="model time",
         allowed="two numbers, 0 <= low < high <= 1",
         on_resume=OnResume.SAFE,
@@ -318,47 +320,47 @@ class SampleSection(Section):
     )
     ar_steps: int = knob(
         64,
-        "mar only: steps in which the tokens are drawn, at most one per token",
+        "mar only: number of steps in which the tokens are drawn, at most one per token",
         unit="steps",
         on_resume=OnResume.SAFE,
         ge=1,
     )
     temperature: float = knob(
         1.0,
-        "par and hybrid only: divides the logits (hybrid: with its own schedule); 0: the most probable code",
+        "par and hybrid only: divides the logits (hybrid: with its own schedule); 0: always the most probable code",
         unit="factor",
         on_resume=OnResume.SAFE,
         ge=0,
     )
     top_k: int = knob(
         0,
-        "par only: codes are drawn from the k most probable ones; 0: from all",
+        "par only: codes are drawn from the k most probable ones; 0: from all codes",
         unit="codes",
         on_resume=OnResume.SAFE,
         ge=0,
     )
     code_steps: int = knob(
         12,
-        "hybrid only: steps in which the codes are drawn, at most one per token",
+        "hybrid only: number of steps in which the codes are drawn, at most one per token",
         unit="steps",
         on_resume=OnResume.SAFE,
         ge=1,
     )
     residuals: bool = knob(
-        True, "hybrid only: draw what the codes leave out; false: codes alone", on_resume=OnResume.SAFE
+        True, "hybrid only: also draw what the codes leave out; false: codes only", on_resume=OnResume.SAFE
     )
     jacobi_window: int = knob(
         1,
-        "par with par.group=1 only: tokens that are guessed and checked in one pass; draws the same images in fewer "
-        "passes; 1: one token a pass",
+        "par with par.group=1 only: number of tokens guessed and checked in one pass; draws the same images in fewer "
+        "passes; 1: one token per pass",
         unit="tokens",
         on_resume=OnResume.SAFE,
         ge=1,
     )
     every_samples: int = knob(
         0,
-        "interval between previews in samples/ and TensorBoard, for which all ranks wait; 0: none, and `ecar-dist "
-        "preview` draws them from checkpoints",
+        "interval between previews in samples/ and TensorBoard; all ranks wait for them; 0: none (`ecar-dist preview` "
+        "draws them from checkpoints instead)",
         unit="training samples",
         on_resume=OnResume.SAFE,
         ge=0,

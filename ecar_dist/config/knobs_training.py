@@ -16,7 +16,7 @@ class RunSection(Section):
 
     name: str = knob(
         REQUIRED,
-        "name of the run and of its directory; a new name begins a new run",
+        "name of the run and of its directory; a new name starts a new run",
         allowed="letters, digits, `.`, `_` and `-`; a letter or digit first; at most 200",
         on_resume=OnResume.SAFE,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -45,14 +45,14 @@ class BatchSection(Section):
 
     global_batch_size: int = knob(
         256,
-        "samples of one optimizer step, over all ranks",
+        "samples per optimizer step, over all ranks",
         unit="samples",
         allowed="a multiple of micro_batch_size x ranks",
         on_resume=OnResume.OPTIMISATION,
         ge=1,
     )
     micro_batch_size: int = knob(
-        32, "samples of one forward and backward pass of a rank", unit="samples", on_resume=OnResume.SAFE, ge=1
+        32, "samples per forward and backward pass of a rank", unit="samples", on_resume=OnResume.SAFE, ge=1
     )
 
 
@@ -70,7 +70,7 @@ class OptimSection(Section):
         on_resume=OnResume.OPTIMISATION,
     )
     eps: float = knob(
-        1e-8, "term in AdamW's denominator, for stability", unit="gradient", on_resume=OnResume.OPTIMISATION, gt=0
+        1e-8, "term added to AdamW's denominator, for stability", unit="gradient", on_resume=OnResume.OPTIMISATION, gt=0
     )
     weight_decay: float = knob(
         0.02,
@@ -82,34 +82,35 @@ class OptimSection(Section):
     mup: bool = knob(
         False,
         "maximal update parametrisation (muP): matrices whose input grows with the width start smaller and learn "
-        "more slowly, so that the best learning_rate of a narrow model is that of a wide one (ecar, pyramid and dit)",
+        "more slowly, so that the best learning_rate of a narrow model is also that of a wide one (ecar, pyramid and "
+        "dit)",
         on_resume=OnResume.OPTIMISATION,
     )
     mup_base_width: int = knob(
         128,
-        "mup only: width of the base model, for which learning_rate and weight_decay are meant; mup changes nothing at "
-        "this width",
+        "mup only: width of the base model, to which learning_rate and weight_decay apply unchanged; mup has no effect "
+        "at this width",
         unit="channels",
         on_resume=OnResume.OPTIMISATION,
         ge=1,
     )
     clip_grad_norm: float = knob(
         1.0,
-        "gradients with a larger global norm are scaled down to it; 0: never",
+        "gradients with a larger global norm are scaled down to this norm; 0: never",
         unit="gradient norm",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
     )
     schedule: Annotated[str, OneOf(SCHEDULES)] = knob(
         "constant",
-        "after warm-up: constant; cosine to final_learning_rate; or cooldown, constant and then linear to "
-        "final_learning_rate",
+        "learning rate after warm-up. constant; cosine: cosine decay to final_learning_rate; cooldown: constant, then "
+        "linear decay to final_learning_rate",
         on_resume=OnResume.OPTIMISATION,
     )
     warmup_samples: int = knob(0, "length of the linear warm-up", unit="samples", on_resume=OnResume.OPTIMISATION, ge=0)
     cooldown_samples: int = knob(
         0,
-        "length of the final linear decay; goes together with schedule=cooldown",
+        "length of the final linear decay; required with schedule=cooldown, and only allowed with it",
         unit="samples",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
@@ -135,11 +136,12 @@ class OptimSection(Section):
 
 
 class EmaSection(Section):
-    """Exponential moving averages (EMA) of the weights. The first one is sampled from and exported."""
+    """Exponential moving averages (EMA) of the weights. The first one is used for sampling and export."""
 
     half_life_samples: tuple[Annotated[int, Field(ge=1)], ...] = knob(
         (1_000_000,),
-        "one half-life or a list of them, one EMA each: samples after which the share of a weight has halved",
+        "half-life of the EMA, or a list with one per EMA: samples after which the share of past weights in the "
+        "average has halved",
         unit="samples",
         allowed="one or more numbers >= 1",
         on_resume=OnResume.OPTIMISATION,
@@ -153,14 +155,14 @@ class EmaSection(Section):
     )
     sigma_rel: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = knob(
         (),
-        "relative widths of further EMAs of EDM2's power-function form, e.g. [0.05, 0.1]",
+        "relative widths of additional EMAs in EDM2's power-function form, e.g. [0.05, 0.1]",
         unit="fraction",
         allowed="any number of values in (0, 0.28)",
         on_resume=OnResume.OPTIMISATION,
     )
     snapshot_every_samples: int = knob(
         0,
-        "interval between copies of the EMA weights alone, kept for post-hoc EMA; 0: none",
+        "interval between snapshots of only the EMA weights, kept for post-hoc EMA; 0: none",
         unit="samples",
         on_resume=OnResume.SAFE,
         ge=0,
@@ -204,7 +206,7 @@ class DeepSpeedSection(Section):
         if derived := sorted(batch_sizes & self.raw.keys()):
             raise ValueError(f"deepspeed.raw.{derived[0]} is derived from batch.*; set it there, remove it here")
 
-        # The guarded optimizer clips.
+        # The guarded optimizer clips already.
         if "gradient_clipping" in self.raw:
             raise ValueError(
                 "deepspeed.raw.gradient_clipping would clip twice; set optim.clip_grad_norm, remove it here"
@@ -222,32 +224,32 @@ class DeepSpeedSection(Section):
 
         if self.offload_params and self.zero_stage != 3:
             raise ValueError(
-                f"deepspeed.offload_params=true needs deepspeed.zero_stage=3, got {self.zero_stage}; change one of both"
+                f"deepspeed.offload_params=true needs deepspeed.zero_stage=3, got {self.zero_stage}; change one of them"
             )
         return self
 
 
 class BadStepsSection(Section):
-    """Bad steps: the loss or the gradient norm is not finite, or the norm spikes. A bad step moves no weight."""
+    """Bad steps: the loss or the gradient norm is not finite, or the norm spikes. A bad step changes no weight."""
 
     spike_factor: float = knob(
         0.0,
-        "a gradient norm above this multiple of the median of the last steps makes a step bad; 0: never",
+        "a step is bad if its gradient norm exceeds this multiple of the median of the last steps; 0: never",
         unit="factor",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
     )
-    window: int = knob(128, "steps that the median is taken over", unit="steps", on_resume=OnResume.OPTIMISATION, ge=8)
+    window: int = knob(128, "number of steps in the median", unit="steps", on_resume=OnResume.OPTIMISATION, ge=8)
     roll_back_after: int = knob(
         3,
-        "bad steps in a row after which the last checkpoint is restored",
+        "number of bad steps in a row after which the last checkpoint is restored",
         unit="steps",
         on_resume=OnResume.OPTIMISATION,
         ge=1,
     )
     stop_after: int = knob(
         2,
-        "roll-backs of a run; when one more is needed, it ends with exit status 93",
+        "number of roll-backs allowed; if one more is needed, the run ends with exit status 93",
         unit="roll-backs",
         on_resume=OnResume.OPTIMISATION,
         ge=0,
@@ -259,7 +261,7 @@ class TrainSection(Section):
 
     total_samples: int = knob(
         REQUIRED,
-        "the run ends when this many samples were seen",
+        "the run ends after this many samples",
         unit="samples",
         on_resume=OnResume.OPTIMISATION,
         ge=1,
@@ -267,7 +269,7 @@ class TrainSection(Section):
     init_from: str | None = knob(
         None,
         "run directory (EMA of its newest checkpoint), export, or .safetensors file whose weights a new run starts "
-        "from. A run that has a checkpoint of its own resumes from that and ignores this",
+        "from. A run that already has a checkpoint resumes from it and ignores this knob",
         per_node=True,
         on_resume=OnResume.SAFE,
     )
@@ -278,27 +280,27 @@ class TrainSection(Section):
     )
     compile: Literal["auto"] | bool = knob(
         "auto",
-        "compile each block (torch.compile): a faster step after a start of minutes; auto: true on a GPU",
+        "compile each block (torch.compile): faster steps after a start that takes minutes; auto: true on a GPU",
         on_resume=OnResume.OPTIMISATION,
     )
     validate_every_samples: int = knob(
         1_000_000,
-        "interval between validation losses on data.heldout_latents, at the next logged step and at the last one; "
-        "0: none",
+        "interval between validation losses on data.heldout_latents, each computed at the next logged step, and once "
+        "more at the last step; 0: none",
         unit="samples",
         on_resume=OnResume.SAFE,
         ge=0,
     )
     validate_samples: int = knob(
         1024,
-        "held-out samples that a validation uses at most, the first of the set",
+        "maximum number of held-out samples per validation; the first ones of the set are used",
         unit="samples",
         on_resume=OnResume.SAFE,
         ge=1,
     )
     hang_seconds: float = knob(
         600.0,
-        "a rank that stays longer in one phase of a step is named, and the job is ended; 0: never",
+        "a rank that stays longer than this in one phase of a step is reported, and the job is ended; 0: never",
         unit="seconds",
         on_resume=OnResume.SAFE,
         ge=0,
@@ -312,12 +314,12 @@ class CheckpointSection(Section):
     every_samples: int = knob(1_000_000, "interval between checkpoints", unit="samples", on_resume=OnResume.SAFE, ge=1)
     min_seconds: float = knob(
         0.0,
-        "least time between two checkpoints: one that is due earlier waits; 0: every_samples alone decides",
+        "minimum time between two checkpoints; one that is due earlier waits; 0: only every_samples decides",
         unit="seconds",
         on_resume=OnResume.SAFE,
         ge=0,
     )
-    keep: int = knob(3, "newest checkpoints that are kept", unit="checkpoints", on_resume=OnResume.SAFE, ge=2)
+    keep: int = knob(3, "number of newest checkpoints to keep", unit="checkpoints", on_resume=OnResume.SAFE, ge=2)
     keep_every_samples: int = knob(
         0,
         "interval between milestones, checkpoints that are never deleted; 0: none",
@@ -332,7 +334,7 @@ class CheckpointSection(Section):
     )
     overlap: bool = knob(True, "continue training while a checkpoint is written", on_resume=OnResume.SAFE)
     max_failures: int = knob(
-        3, "saves in a row that may fail before the run ends", unit="saves", on_resume=OnResume.SAFE, ge=1
+        3, "the run ends after this many failed saves in a row", unit="saves", on_resume=OnResume.SAFE, ge=1
     )
 
 
@@ -344,7 +346,7 @@ class LogSection(Section):
     )
     time_bins: int = knob(
         4,
-        "bins of flow time t, in each stage, by which the loss is logged",
+        "number of bins of flow time t in each stage; the loss is logged for each bin",
         unit="bins",
         on_resume=OnResume.SAFE,
         ge=1,
@@ -352,13 +354,13 @@ class LogSection(Section):
     )
     wandb: str | None = knob(
         None,
-        "project of Weights & Biases that gets the metrics and previews as well; null: none; needs "
+        "Weights & Biases project that also receives the metrics and previews; null: none; needs "
         "`pip install 'ecar-dist[wandb]'`",
         on_resume=OnResume.SAFE,
     )
     mlflow: str | None = knob(
         None,
-        "tracking server of MLflow (URI) that gets the metrics and previews as well; null: none; needs "
+        "URI of an MLflow tracking server that also receives the metrics and previews; null: none; needs "
         "`pip install 'ecar-dist[mlflow]'`",
         on_resume=OnResume.SAFE,
     )

@@ -1,7 +1,7 @@
-"""Reads a configuration: defaults < YAML file < `a.b=c` overrides. Whatever is wrong is one line.
+"""Reads a configuration: defaults < YAML file < `a.b=c` overrides. Every error is one line.
 
-An unknown key is an error that names the nearest known one. Messages contain no secrets, and only the first characters
-of a long value.
+An unknown key is an error that names the nearest known one. Messages contain no secrets. Of a long
+value they show only the first characters.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ecar_dist.storage.redaction import redact_text, redact_tree
 from ecar_dist.storage.untrusted import UntrustedError, printable, read_plain_file
 
 MAX_CONFIG_BYTES = 1 << 20
-SHOWN_VALUE = 80  # characters of a value that a message repeats
+SHOWN_VALUE = 80  # characters of a value that a message shows
 SHOWN_MESSAGE = 600
-SEARCHED = 1 << 15  # characters of a text that are searched for secrets before its first ones are shown
+SEARCHED = 1 << 15  # leading characters of a text that are searched for secrets before it is shortened
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and apply `a.b=c` overrides. Raises ConfigError, one line, for whatever is wrong."""
+    """Read a YAML file and apply `a.b=c` overrides. Raises ConfigError with a one-line message for any error."""
     shown = _shorten(os.fspath(path))
 
-    # the file: regular, small, UTF-8, and YAML within bounds
+    # the file: regular, small, UTF-8, and YAML within the limits
     try:
         tree = parse_yaml(read_plain_file(Path(path), MAX_CONFIG_BYTES).decode("utf-8"))
     except OSError as error:
@@ -48,8 +48,8 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
         raise ConfigError(f"{shown} is empty; write the sections run:, vae:, data: and train:, or copy one of configs/")
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{shown} holds a {type(tree).__name__}, not sections; write run:, vae:, data: and train:, or copy one of "
-            "configs/"
+            f"{shown} contains a {type(tree).__name__}, not sections; write run:, vae:, data: and train:, or copy "
+            "one of configs/"
         )
     for override in overrides:
         _apply_override(tree, override)
@@ -72,7 +72,7 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
 
 
 def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """The config with other values, by dotted key of an existing knob. Raises ConfigError as `config_from_dict`."""
+    """The config with other values, by dotted key of an existing knob. Raises ConfigError like `config_from_dict`."""
     tree = config.model_dump(mode="json")
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
@@ -89,12 +89,12 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def shown_config(config: RunConfig) -> str:
-    """The resolved config without secrets, to be printed, or written where others read it."""
+    """The resolved config without secrets, for printing or for a file that others can read."""
     return _dump_without_secrets(config.model_dump(mode="json"))
 
 
 def shown_yaml(text: str) -> str:
-    """The output of `config_to_yaml` without secrets. Raises UntrustedError where it is not YAML within bounds."""
+    """The output of `config_to_yaml` without secrets. Raises UntrustedError if it is not YAML within the limits."""
     return _dump_without_secrets(parse_yaml(text))
 
 
@@ -112,7 +112,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if len(parents) >= MAX_DEPTH:
         raise ConfigError(f"override {shown} is nested deeper than {MAX_DEPTH}; check the dotted name")
 
-    # the section, which the file need not have
+    # the section, which may be missing in the file
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -123,7 +123,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def override_value(dotted: str, text: str) -> Any:
-    """The YAML value of `text`. Where the field holds text, the word as it is: `run.name=off`, `run.name=1`.
+    """The YAML value of `text`; for a text field, `text` itself: `run.name=off`, `run.name=1`.
 
     Raises ConfigError.
     """
@@ -164,7 +164,7 @@ def _explain(error: ValidationError) -> str:
     if kind == "missing":
         return _explain_missing(first, errors)
 
-    # rules of our own are whole messages
+    # our own rules raise complete messages
     message = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message
@@ -212,5 +212,5 @@ def _value(value: Any) -> str:
 
 
 def _shorten(text: str, limit: int = 3 * SHOWN_VALUE) -> str:
-    """Printable, without secrets, and at most `limit` characters; text far behind those is not even searched."""
+    """Printable, without secrets, and at most `limit` characters; text far beyond that is not even searched."""
     return printable(redact_text(text[:SEARCHED]), limit)

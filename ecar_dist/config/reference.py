@@ -17,7 +17,7 @@ OPENING = """\
 
 <!-- Written by `make docs` from the definitions in ecar_dist/config/knobs_*.py. Do not edit. -->
 
-One YAML file defines a run. `ecar-dist check CONFIG` validates it, and prints every value and the arithmetic.
+One YAML file defines a run. `ecar-dist check CONFIG` validates it, and prints every value and the derived numbers.
 
 Precedence: **defaults < YAML < overrides**. An override is `section.knob=value` on the command line; the last one wins.
 
@@ -35,11 +35,11 @@ train: {total_samples: 10_000_000}
 ecar-dist train mine.yaml optim.learning_rate=2e-4 'ema.half_life_samples=[100_000, 1_000_000]'
 ```
 
-- Values are YAML. Numbers may be written as `1e6` or `1_000_000`. An override of a text knob is taken as it is:
+- Values are YAML. Numbers may be written as `1e6` or `1_000_000`. An override of a text knob is taken literally:
   `run.name=1` is the text `1`.
-- An unknown key is an error that names the nearest known one. A value that breaks a rule is an error with the rule.
+- An unknown key is an error that names the nearest known one. For an invalid value, the error states the rule.
 - The resolved values are written to `config.yaml` in the run directory.
-- \\* marks knobs that may differ between nodes. All others must be the same on all ranks, which a start checks.
+- \\* marks knobs that may differ between nodes. All others must be the same on all ranks; this is checked at start.
 
 ## On resume
 
@@ -49,15 +49,15 @@ difference is printed with its class:
 | class | what a new value does |
 |---|---|
 | safe | Training continues as before. |
-| optimisation | Training continues from the checkpoint, and the loss takes another course from there. |
-| data order | Checkpoints are refused unless `--new-data-order` is given; then training continues on the new order. |
-| latents | Checkpoints are refused: their latents were made differently. Set it back, or choose another `run.name`. |
-| model | Checkpoints are refused: their weights are of another model. Set it back, or choose another `run.name`. |
+| optimisation | Training continues from the checkpoint, and the loss curve changes from there. |
+| data order | Checkpoints are refused unless `--new-data-order` is given; then training continues in the new order. |
+| latents | Checkpoints are refused: their latents were made differently. Undo the change, or set a new `run.name`. |
+| model | Checkpoints are refused: their weights are of a different model. Undo the change, or set a new `run.name`. |
 
 Exceptions:
 
 - `train.total_samples` is safe with `optim.schedule=constant`.
-- `data.latents`, `data.mixture` and `data.images` are safe if the new path holds the same data set.
+- `data.latents`, `data.mixture` and `data.images` are safe if the new path contains the same data set.
 - `batch.global_batch_size` changes the data order with `data.mixture_by=step`.
 """
 
@@ -71,7 +71,7 @@ CLASSES = {
 
 
 def page() -> str:
-    """docs/config.md, whole."""
+    """The complete text of docs/config.md."""
     parts = [OPENING]
     for name, field in RunConfig.model_fields.items():
         assert isinstance(field.annotation, type)
@@ -81,7 +81,7 @@ def page() -> str:
 
 
 def _section(section: type[Section], name: str, heading: str) -> Iterator[str]:
-    """Heading, description and table of a section, then the same of the sections in it."""
+    """Heading, description and table of a section, then the same for its subsections."""
     rows = ["| knob | default | type | unit | allowed | meaning | on resume |", "|---|---|---|---|---|---|---|"]
     inner: dict[str, type[Section]] = {}
     for key, field in section.model_fields.items():
@@ -127,7 +127,7 @@ def _number(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """The type in the words of YAML: `list of float`, `str or null`."""
+    """The type in YAML terms: `list of float`, `str or null`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join("null" if part is NoneType else _type(part) for part in parts)
@@ -143,7 +143,7 @@ def _type(annotation: Any) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    """The allowed values as far as the field's type and constraints say them."""
+    """The allowed values, as far as the field's type and constraints define them."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     bounds: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """RunConfig: all sections together, the rules between them, and the numbers that follow from them.
 
 The knobs themselves are defined in knobs_model.py, knobs_data.py and knobs_training.py; read.py reads them from YAML.
-Nothing here imports torch, so `ecar-dist check` answers at once on a login node.
+Nothing here imports torch, so `ecar-dist check` is fast on a login node.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ecar_dist.storage.untrusted import CONTROL_CHARACTER, is_one_line
 
 
 class RunConfig(Section):
-    """All that defines a run: typed, frozen, validated once. The resolved copy is written to the run directory."""
+    """All settings of a run: typed, frozen, validated once. The resolved copy is written to the run directory."""
 
     run: RunSection
     model: ModelSection = ModelSection()
@@ -71,7 +71,7 @@ class RunConfig(Section):
 
     @property
     def token_channels(self) -> int:
-        """Numbers in one token: C p^2."""
+        """Number of values in one token: C p^2."""
         return self.data.latent_channels * self.model.patch_size**2
 
     @property
@@ -82,7 +82,7 @@ class RunConfig(Section):
 
     @property
     def context_tau(self) -> float | None:
-        """Std of the noise on the states that are fed back; None where the model is fed none."""
+        """Std of the noise on the states that are fed back; None if the model is fed no states."""
         return self.flow.context.tau if KINDS[self.model.kind].feeds_states else None
 
     @property
@@ -93,7 +93,7 @@ class RunConfig(Section):
     def model_identity(self) -> dict[str, Any]:
         """What a checkpoint's weights mean, by dotted key; JSON values only. Compared whenever one is loaded."""
         identifying = {knob.key: knob for knob in self.knobs() if knob.on_resume is OnResume.MODEL}
-        # A knob of which older checkpoints know nothing is left out at its default, which they were made with.
+        # A knob added later is left out at its default: older checkpoints lack it and were made with that value.
         return {
             key: value
             for key, value in self.values()
@@ -111,7 +111,7 @@ class RunConfig(Section):
         return device_type != "cpu" if self.train.compile == "auto" else self.train.compile
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-steps per optimizer step. Raises ConfigError where the three numbers do not multiply out."""
+        """Micro-steps per optimizer step. Raises ConfigError if the three numbers do not divide evenly."""
         return grad_accum_steps(self.batch.global_batch_size, self.batch.micro_batch_size, world_size)
 
     @model_validator(mode="before")
@@ -124,7 +124,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         KINDS[self.model.kind].check(self)
 
-        # every stage has whole tokens
+        # every stage has a whole number of tokens
         num_stages, patch_size = self.flow.num_stages, self.model.patch_size
         divisor = patch_size * 2 ** (num_stages - 1)
         if self.data.latent_size % divisor:
@@ -156,14 +156,14 @@ class RunConfig(Section):
                 f"optim.warmup_samples + optim.cooldown_samples = {scheduled} exceed "
                 f"train.total_samples={self.train.total_samples}; shorten them"
             )
-        self.grad_accum_steps(world_size=1)  # raises where the batch does not divide on a single rank
+        self.grad_accum_steps(world_size=1)  # raises if the batch does not divide on a single rank
         return self
 
 
 def _check_leaves(tree: Any, dotted: str = "") -> None:
     """Raises ValueError for text that would break a line or a terminal, and for numbers that are not finite.
 
-    Texts go into job scripts, messages and lists of one line each.
+    Text values go into job scripts, messages, and lists with one entry per line.
     """
     if isinstance(tree, dict):
         for key, value in tree.items():

@@ -1,4 +1,4 @@
-"""Every knob says what it means, in which unit, and what a new value does to a resumed run."""
+"""Every knob has a meaning, a unit, and a class: the effect of a new value on a resumed run."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""Reading a config: defaults < YAML < overrides, and one line for whatever is wrong."""
+"""Reading a config: defaults < YAML < overrides, and one-line errors."""
 
 import os
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_bytes_that_are_not_text_are_refused_in_one_line(tmp_path, content):
 
 
 def refusal(path, *overrides):
-    """The one line by which a config is refused."""
+    """The one-line error for a config that is refused."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, list(overrides))
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""docs/config.md is what the definitions of the knobs say."""
+"""docs/config.md matches the definitions of the knobs."""
 
 import re
 from pathlib import Path
