@@ -28,11 +28,15 @@ CODES, PATCH = 512, 2  # of kinds over codes: with so many they have about as ma
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the comparison: how a kind is trained, and with which settings it is sampled."""
+    """One row of the comparison: how a kind is trained, and with which settings it is sampled, cheap ones first.
+
+    typical: place of the setting at which the guidance is chosen.
+    """
 
     config: Path
     draws: tuple[dict[str, Any], ...]
     overrides: tuple[str, ...] = ()
+    typical: int = 0
 
     def run(self, variant: str, seed: int) -> Run:
         return Run(variant, seed, self.config, self.overrides)
@@ -47,12 +51,13 @@ STAGED = tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8))
 DEEPER = "model.ar_depth=8"  # a block in place of the head that `par` does not have
 CLAIMED = ("ecar", "pyramid", "dit", "mar")  # those that docs/claim.md compares
 KINDS = {
-    "ecar": Contender(ECAR, STAGED),
-    "pyramid": Contender(PYRAMID, STAGED),
-    "dit": Contender(DIT, (*STAGED, {"solver": "euler", "steps_per_stage": 50})),
+    "ecar": Contender(ECAR, STAGED, typical=1),
+    "pyramid": Contender(PYRAMID, STAGED, typical=1),
+    "dit": Contender(DIT, (*STAGED, {"solver": "euler", "steps_per_stage": 50}), typical=1),
     "mar": Contender(
         MAR,
         tuple({"ar_steps": steps, "steps_per_stage": inner} for steps, inner in ((2, 4), (4, 8), (8, 8), (16, 8))),
+        typical=1,
     ),
     "par1": Contender(MAR, ({"temperature": 1.0}, {"temperature": 0.8}), over_codes("par", "par.group=1", DEEPER)),
     "par4": Contender(MAR, ({"temperature": 1.0}, {"temperature": 0.8}), over_codes("par", "par.group=4", DEEPER)),
@@ -66,6 +71,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parser(__doc__, seeds=3)
     given.add_argument("--kinds", nargs="+", choices=KINDS, default=CLAIMED, help="rows of the table of contenders")
+    given.add_argument("--settings", type=int, default=9, help="how many of each kind's settings, cheap ones first")
     options = given.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
@@ -74,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     uses_codes = any(kind_of(run.load(work)).needs_codebook for run in runs)
     if uses_codes:
         fit_codes(work)
-    result = compare(work, runs, options.jobs)
+    result = compare(work, runs, options.jobs, options.settings)
     if uses_codes:
         result["FD-digits of codes"] = distance_of(score_of_codes(work, CODES, PATCH))
     print(table(result))
@@ -109,20 +115,23 @@ def macs_of(config: RunConfig) -> int:
     return kind_of(config).training_macs(config) * config.train.total_samples
 
 
-def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:
-    """Train all; choose each kind's guidance on one seed of samples; score all its settings on another."""
+def compare(work: Path, runs: Sequence[Run], jobs: int, settings: int) -> dict[str, Any]:
+    """Train all; choose each kind's guidance on one set of samples; score its first settings on others."""
     kinds = list(dict.fromkeys(run.variant for run in runs))
 
     def by_kind(found: Sequence[Any]) -> dict[str, list[Any]]:
         return {kind: [one for run, one in zip(runs, found, strict=True) if run.variant == kind] for kind in kinds}
 
-    # The guidance of each kind, then the scores of its settings with it.
-    sweep = [Draw(CHOOSING, {"guidance_scale": scale}) for scale in GUIDANCE]
-    swept = by_kind(side_by_side(train_and_measure, [(work, run, sweep) for run in runs], jobs, "trained and swept"))
+    # The guidance of each kind, at its typical setting.
+    to_train = [(work, run, guidance_sweep(KINDS[run.variant])) for run in runs]
+    swept = by_kind(side_by_side(train_and_measure, to_train, jobs, "trained and swept"))
     best = {kind: best_guidance(found) for kind, found in swept.items()}
-    draws = {kind: [{"guidance_scale": best[kind]} | one for one in KINDS[kind].draws] for kind in kinds}
-    items = [(work, run, draws[run.variant]) for run in runs]
-    scored = by_kind(side_by_side(measure_often, items, jobs, "scored"))
+
+    # The scores of its settings with that guidance.
+    guided = {kind: {"guidance_scale": scale} for kind, scale in best.items()}
+    draws = {kind: [guided[kind] | one for one in KINDS[kind].draws[:settings]] for kind in kinds}
+    to_score = [(work, run, draws[run.variant]) for run in runs]
+    scored = by_kind(side_by_side(measure_often, to_score, jobs, "scored"))
 
     # Speed does not depend on the seed of the training. Nothing else runs beside it.
     first = {run.variant: run for run in reversed(runs)}
@@ -135,12 +144,15 @@ def compare(work: Path, runs: Sequence[Run], jobs: int) -> dict[str, Any]:
             for kind, found in swept.items()
         },
         "kinds": {
-            kind: [
-                summary([one[i] for one in found], best[kind]) | timed[kind, i] for i in range(len(KINDS[kind].draws))
-            ]
+            kind: [summary([one[i] for one in found], best[kind]) | timed[kind, i] for i in range(len(draws[kind]))]
             for kind, found in scored.items()
         },
     }
+
+
+def guidance_sweep(contender: Contender) -> list[Draw]:
+    typical = contender.draws[contender.typical]
+    return [Draw(CHOOSING, typical | {"guidance_scale": scale}) for scale in GUIDANCE]
 
 
 def train_and_measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]:

@@ -49,7 +49,8 @@ def test_what_is_reported_was_not_chosen_on(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "side_by_side", lambda action, items, jobs, what: [action(*item) for item in items])
     monkeypatch.setattr(quality, "speeds", lambda work, rows: [{} for _ in rows])
     monkeypatch.setattr(quality, "summary", lambda scores, scale: {"guidance_scale": scale})
-    result = quality.compare(tmp_path, quality.runs_at_equal_compute(tmp_path, 1, 0.01), 1)
+    result = quality.compare(tmp_path, quality.runs_at_equal_compute(tmp_path, 1, 0.01), 1, 2)
+    assert {kind: len(rows) for kind, rows in result["kinds"].items()} == dict.fromkeys(quality.CLAIMED, 2)
     assert {(seed, scale) for _, seed, scale in asked if seed == quality.CHOOSING} == {
         (quality.CHOOSING, scale) for scale in quality.GUIDANCE
     }
