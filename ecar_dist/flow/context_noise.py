@@ -1,9 +1,9 @@
-"""How much noise on the fed-back states is enough: docs/ecar.md, section 5, where tau is small but not zero.
+"""How much noise the fed-back states need, for a tau that is small but not zero; section 5 of docs/ecar.md.
 
-With little noise the contexts almost determine the start of a stage, and the velocity has to create the spread of its
-end within the first part of the stage. The solver needs a number of steps in proportion to 1 / tau. This module
-follows the mean of a Gaussian field, which suffers most, through the sampler. It needs no torch, so that
-`ecar-dist check` can report the result.
+With little noise the contexts almost determine the start of a stage, and the velocity has to create the spread of the
+stage's end early in the stage. The number of solver steps needed is proportional to 1 / tau. This module follows the
+mean of a Gaussian field, which suffers most, through the sampler. It does not import torch, so that `ecar-dist check`
+can report the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.flow.solvers import time_grid
 Array = npt.NDArray[np.float64]
 
 SMALLEST_TAU = 0.1  # keeps 99 % of the variance at the default 8 midpoint steps (test); 0.03 keeps 76 %
-MOST_STEPS = 4096  # that `steps_to_keep` tries
+MOST_STEPS = 4096  # the most that `steps_to_keep` tries
 
 
 def kept_variance(
@@ -28,20 +28,20 @@ def kept_variance(
 ) -> float:
     """Share of the variance of the field's mean that is left after sampling with optimal velocities.
 
-    Everything is linear in independent unit normals, so a quantity is a row of coefficients: over (latent, noises,
-    context noises) in training, and over (start, jump noises, context noises) in sampling. Nothing is drawn.
+    Everything is linear in independent unit normals, so each quantity is a row of coefficients: over (latent, noises,
+    context noises) in training, and over (start, jump noises, context noises) in sampling. No random numbers are drawn.
 
     Arguments:
         steps: midpoint steps of every stage.
-        time_shift: of their grid (flow/solvers.py).
-        variance: of the mean of the latents, in units of the noise on a pixel of the coarsest stage. For latents of
-            unit variance it is at most the number of that stage's pixels.
+        time_shift: time shift of their grid (flow/solvers.py).
+        variance: variance of the mean of the latents, in units of the noise on a pixel of the coarsest stage. For
+            latents of unit variance it is at most the number of pixels of that stage.
     """
     K = schedule.num_stages
     trained = _Rows(schedule, tau, variance)
     sources = np.eye(2 * K)
 
-    # As flow/multistage.py: begin with noise, feed back, jump, integrate.
+    # As in flow/multistage.py: start from noise, feed back, jump, integrate.
     x = sources[0]
     contexts = np.empty((0, 2 * K))
     for stage in range(K):
@@ -56,7 +56,7 @@ def kept_variance(
 def steps_to_keep(
     schedule: StageSchedule, tau: float, share: float, *, variance: float, time_shift: float = 1.0
 ) -> int | None:
-    """The fewest midpoint steps in each stage that keep `share` of the variance; None if MOST_STEPS do not suffice."""
+    """The fewest midpoint steps in each stage that keep `share` of the variance; None if MOST_STEPS are too few."""
 
     def enough(steps: int) -> bool:
         each = [steps] * schedule.num_stages
@@ -83,8 +83,8 @@ def steps_to_keep(
 class _Rows:
     """The mean of the field in training, as rows over (latent, noises, context noises): float64 [2 K].
 
-    The mean of the latents is the same at every stage. By eq. (14), the std of the mean of the noise falls by the
-    factor from one stage to the next; at the extreme gamma the stage's own share of it is zero.
+    The mean of the latents is the same at every stage. By eq. (14), the std of the mean of the noise is divided by
+    `factor` from one stage to the next; at the extreme gamma the stage's own contribution to it is zero.
     """
 
     def __init__(self, schedule: StageSchedule, tau: float, variance: float) -> None:
@@ -108,7 +108,7 @@ class _Rows:
         ).reshape(-1, 2 * K)
 
     def pixel_noise(self, stage: int) -> float:
-        """Std of the mean of white noise at a stage, in units of that of the coarsest."""
+        """Std of the mean of white noise at a stage, in units of that at the coarsest stage."""
         return float(self._schedule.factor**-stage)
 
     def block_noise(self, stage: int) -> float:
@@ -129,7 +129,7 @@ class _Rows:
 
 
 def _through(trained: _Rows, stage: int, x: Array, contexts: Array, times: Sequence[float]) -> Array:
-    """The sampled state after one stage of midpoint steps between the times with v = E[d | x_u, contexts]."""
+    """The sampled state after one stage of midpoint steps between `times`, with v = E[d | x_u, contexts]."""
     # Regress both ends of the path on the contexts. The residuals move along the line between the two ends.
     start, end = trained.path(stage)
     seen = trained.contexts[:stage]
@@ -142,7 +142,7 @@ def _through(trained: _Rows, stage: int, x: Array, contexts: Array, times: Seque
         state = (1.0 - u) * residual_start + u * residual_end
         return float((residual_end - residual_start) @ state / (state @ state))
 
-    # So every midpoint step multiplies the residual by a number.
+    # So every midpoint step multiplies the residual by a scalar.
     factor = 1.0
     for u, end_u in pairwise(times):
         h = end_u - u

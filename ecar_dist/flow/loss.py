@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 def stage_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean squared error per sample and stage, float32 [B, K]; inputs are K of [B, C, h_k, w_k]."""
-    # Mean over the elements of a stage, eq. (5): stages of all resolutions weigh the same.
+    # Mean over the elements of a stage, eq. (5): stages of all resolutions have the same weight.
     errors = [(v.float() - d).square().flatten(1).mean(1) for v, d in zip(velocities, targets, strict=True)]
     return torch.stack(errors, dim=1)
 
@@ -22,16 +22,16 @@ def multistage_loss(per_stage: torch.Tensor, stage_weights: Sequence[float]) -> 
     return (per_stage.mean(0) * weights).sum()
 
 
-@functools.lru_cache(maxsize=64)  # else each micro-batch would wait for a copy from the host
+@functools.lru_cache(maxsize=64)  # otherwise each micro-batch would wait for a copy from the host
 def _weights_on(stage_weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # weights first met in evaluation must serve training too
+    with torch.inference_mode(False):  # weights first made in evaluation must also work in training
         return torch.tensor(stage_weights, dtype=torch.float32, device=device)
 
 
 def masked_loss(velocities: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean squared error over draws, channels and masked tokens, float32 [B]; inputs [B, R, T, c], mask bool [B, T]."""
     errors = (velocities.float() - targets).square().mean(dim=(1, 3))  # [B, T]
-    # Each sample divides by its own number of masked tokens, so that all samples weigh the same.
+    # Each sample divides by its own number of masked tokens, so that all samples have the same weight.
     return (errors * mask).sum(1) / mask.sum(1)
 
 
@@ -41,7 +41,7 @@ def token_loss(velocities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def masked_code_loss(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, mean over the masked tokens of a sample, float32 [B]; mask bool [B, T], as `code_loss`."""
+    """Cross-entropy in nats, mean over each sample's masked tokens, float32 [B]; mask bool [B, T], see `code_loss`."""
     errors = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape)
     return (errors * mask).sum(1) / mask.sum(1)
 

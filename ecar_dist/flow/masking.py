@@ -2,7 +2,7 @@
 
 The rules are those of masked autoregression without quantisation (MAR: Li et al., arXiv 2406.11838, and LTH14/mar,
 models/mar.py). MAR draws one ratio for a whole batch. Here each sample has its own, so that the loss of a sample does
-not depend on the batch around it.
+not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mask_ratio(u: torch.Tensor) -> torch.Tensor:
 
 
 def arccosine_ratio(u: torch.Tensor) -> torch.Tensor:
-    """Shares of tokens to mask, 2/pi arccos(u), from uniform numbers: DC-AR's; shaped like u."""
+    """Shares of tokens to mask, 2/pi arccos(u), as in DC-AR, from uniform numbers; shaped like u."""
     return 2.0 / math.pi * torch.arccos(u.double())
 
 

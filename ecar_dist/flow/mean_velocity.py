@@ -5,7 +5,7 @@ U(x, a, h) is the mean of dx/du along the path that leaves x at time a, over the
     U(x_a, a, h) = (1/h) int_a^{a+h} v(x_u, u) du,    so that    x_{a+h} = x_a + h U(x_a, a, h).
 
 At h = 0 it is the velocity v itself (Geng et al., "Mean flows", arXiv 2505.13447). The functions here work on lists of
-stages, with states [B, C, h_k, w_k] and numbers [B], because training computes all stages in one pass.
+stages, with states [B, C, h_k, w_k] and scalars [B], because training computes all stages in one pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-TO_THE_END = 0.25  # share of the intervals that end at u = 1: sampling with one call a stage needs them most
+TO_THE_END = 0.25  # share of the intervals that end at u = 1: sampling with one call per stage needs them most
 
 Tensors = Sequence[torch.Tensor]
 MeanVelocityFn = Callable[[Tensors, Tensors, Tensors], list[torch.Tensor]]  # (states, times a, lengths h) -> U
@@ -27,29 +27,29 @@ class Interval:
 
     start: torch.Tensor  # a
     length: torch.Tensor  # h; 0 where the sample learns the velocity at a
-    split: torch.Tensor  # the share of the interval that lies before its middle point m, in (0, 1)
+    split: torch.Tensor  # the share of the interval before its split point m, in (0, 1)
 
     @staticmethod
     def draw(u: torch.Tensor, uniform: torch.Tensor, instant_share: float, whole_share: float = 0.0) -> Interval:
         """An interval between u [B] and another time, from uniform [B, 4], all U(0, 1).
 
-        A share of `instant_share` has length 0 and starts at u. Of the others, `whole_share` is the whole stage.
+        A share `instant_share` has length 0 and starts at u. Of the others, a share `whole_share` spans the full stage.
         """
         other, split, kind, end = uniform.unbind(1)
 
-        # Between two times in either order; or from u to the end of the stage.
+        # Between the two times, whichever comes first; or from u to the end of the stage.
         start = torch.minimum(u, other)
         length = (u - other).abs()
         to_the_end = end < TO_THE_END
         start = torch.where(to_the_end, u, start)
         length = torch.where(to_the_end, 1.0 - u, length)
 
-        # The whole stage, which sampling with one call a stage asks for and the others never reach.
+        # The full stage: sampling with one call per stage uses it, and the other intervals never span it.
         whole = end >= 1.0 - whole_share
         start = torch.where(whole, 0.0, start)
         length = torch.where(whole, 1.0, length)
 
-        # No interval at all: the velocity at u.
+        # An interval of length 0: the velocity at u.
         is_instant = kind < instant_share
         return Interval(torch.where(is_instant, u, start), torch.where(is_instant, 0.0, length), split)
 

@@ -1,7 +1,7 @@
-"""The sampler: K stages of flow, each from where the last one ended; section 8 of docs/ecar.md.
+"""The sampler: K stages of flow, each starting where the previous one ended; section 8 of docs/ecar.md.
 
-It knows neither networks nor labels: a stage's velocity comes from `begin_stage`, every random number from `draw`.
-The exact tests put closed-form velocities through this very function.
+It knows nothing about networks or labels: velocities come from `begin_stage`, and random numbers from `draw`. The exact
+tests run closed-form velocities through this same function.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sample_stages(
     steps_per_stage: Sequence[int],
     time_shift: float = 1.0,
 ) -> list[torch.Tensor]:
-    """Draw a batch; returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
+    """Draw a batch. Returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
 
     `begin_stage` is called once per stage, in order, with the context C_{k-1} = X^e_{k-1} + tau xi. The context is None
     in stage 0, and in every stage of a model that is fed no states (tau is None). The solver's grid is shifted within
@@ -42,7 +42,7 @@ def sample_stages(
     for stage in range(schedule.num_stages):
         context = None
         if stage > 0:
-            # Feed back the end of the last stage with fresh noise, before it is upsampled (section 5).
+            # Feed back the end of the previous stage with fresh noise, before it is upsampled (section 5).
             if tau is not None:
                 context = x + tau * draw(Purpose.GENERATE_CONTEXT, stage - 1) if tau else x
             # Jump to the next resolution: upsample, rescale and renoise, eq. (6).

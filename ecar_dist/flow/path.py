@@ -26,9 +26,9 @@ def stage_endpoints(
     """(X^s_k, X^e_k) of every stage, eq. (1)-(3), from the pyramids of latents and noise (K of [B, C, h_k, w_k])."""
     endpoints = []
     for k, (start, end) in enumerate(zip(schedule.starts, schedule.ends, strict=True)):
-        # Eq. (1): the stage ends at its own latent, noisy but for the last stage.
+        # Eq. (1): the stage ends at its own latent, noisy except in the last stage.
         state_end = end * latents[k] + (1.0 - end) * noises[k]
-        # Eq. (2)-(3): it starts at the coarser latent, upsampled, with the same noise; the first stage at noise alone.
+        # Eq. (2)-(3): it starts at the upsampled coarser latent with the same noise; the first stage, at pure noise.
         if k == 0:
             state_start = noises[0]
         else:
@@ -45,9 +45,9 @@ def interpolate(start: torch.Tensor, end: torch.Tensor, u: torch.Tensor) -> torc
 
 
 def logit_normal_times(uniform: torch.Tensor) -> torch.Tensor:
-    """Times of the logit-normal distribution with m = 0, s = 1 from numbers of U(0, 1), shaped like them.
+    """Logit-normal times with m = 0, s = 1, from U(0, 1) numbers; same shape.
 
-    Esser et al., arXiv 2403.03206, section 3.1: fewer times at both ends of a path than in its middle.
+    Esser et al., arXiv 2403.03206, section 3.1: fewer times near both ends of a path than in its middle.
     """
     return torch.sigmoid(torch.special.ndtri(uniform))
 

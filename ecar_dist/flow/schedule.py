@@ -28,7 +28,7 @@ class StageSchedule:
     `gamma` is the correlation between two pixels of one block of jump noise. Blocks have n_b = factor^2 pixels, so the
     covariance is positive semidefinite from gamma = -1/(n_b - 1), the least renoising, upwards.
 
-    Raises ConfigError where ends or gamma leave their range.
+    Raises ConfigError if the ends or gamma are out of range.
     """
 
     ends: tuple[float, ...]
@@ -36,11 +36,11 @@ class StageSchedule:
     factor: int = 2
 
     def __post_init__(self) -> None:
-        # written so that a NaN is refused too
+        # written so that NaN is refused too
         rising = all(a < b for a, b in itertools.pairwise((0.0, *self.ends)))
         if not self.ends or self.ends[-1] != 1.0 or not rising:
             raise ConfigError(
-                f"flow.ends={list(self.ends)} must rise strictly inside (0, 1] and end at 1; null gives (k+1)/K"
+                f"flow.ends={list(self.ends)} must increase strictly within (0, 1] and end at 1; null gives (k+1)/K"
             )
         if not self.gamma_extreme - 1e-9 <= self.gamma < 0:
             raise ConfigError(
@@ -63,14 +63,14 @@ class StageSchedule:
 
     @cached_property
     def starts(self) -> tuple[float, ...]:
-        """s_k for every stage: s_0 = 0, then eq. (8) from the end of the stage before."""
-        # Stage 0 starts at pure noise. Each later start follows from the end of the stage before it.
+        """s_k for every stage: s_0 = 0, then eq. (8) from the end of the previous stage."""
+        # Stage 0 starts at pure noise. Each later start follows from the end of the previous stage.
         return (0.0, *(start_after(end, self.gamma) for end in self.ends[:-1]))
 
     def jump(self, stage: int) -> tuple[float, float]:
         """(a, alpha) of eq. (6)-(7): X^s_k = a U(X^e_{k-1}) + alpha n', for the jump into `stage` >= 1."""
         start = self.starts[stage]
-        # a matches the mean of the two laws; alpha tops the variance up to (1 - s)^2.
+        # a matches the means of the two laws; alpha raises the variance to (1 - s)^2.
         return start / self.ends[stage - 1], (1.0 - start) / math.sqrt(1.0 - self.gamma)
 
     @cached_property
@@ -82,7 +82,7 @@ class StageSchedule:
         return tuple(itertools.pairwise(edges))
 
     def model_time(self, stage: int, u: float) -> float:
-        """mt_k(u) of one time, see `path.model_time`."""
+        """mt_k(u) of a single time; see `path.model_time`."""
         low, high = self.model_windows[stage]
         return low + u * (high - low)
 
@@ -94,7 +94,7 @@ class StageSchedule:
 
 def start_after(end: float, gamma: float) -> float:
     """s_k from e_{k-1}, eq. (8)."""
-    # The ratio of signal to noise falls in the jump by sqrt(-gamma) / sqrt(1 - gamma), whatever e is.
+    # The jump multiplies the signal-to-noise ratio by sqrt(-gamma) / sqrt(1 - gamma), whatever e is.
     keep = math.sqrt(-gamma) * end
     return keep / (math.sqrt(1.0 - gamma) * (1.0 - end) + keep)
 

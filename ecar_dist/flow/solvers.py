@@ -1,8 +1,8 @@
 """Fixed-step ODE solvers for dx/du = v(x, u) from u = 0 to u = 1. To add one, add an entry to SOLVERS.
 
-The grid is closed, from exactly 0 to exactly 1, so no velocity call is wasted next to u = 1. Its steps are equal unless
-a time shift is given. Plain arithmetic on tensors: torch is imported for the types alone, because the configuration
-reads the names.
+The grid is closed, from exactly 0 to exactly 1, so no velocity call is wasted close to u = 1. Its steps are equal
+unless a time shift is given. Plain arithmetic on tensors. torch is imported only for type annotations, because the
+configuration reads the solver names without torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VelocityFn(Protocol):
-    """dx/du at x and u, shaped like x. A network of average velocities gives that over [u, u + length]."""
+    """dx/du at x and u, shaped like x. A network of average velocities averages over [u, u + length]."""
 
     def __call__(self, x: torch.Tensor, u: float, length: float = 0.0, /) -> torch.Tensor: ...
 
@@ -30,8 +30,8 @@ class Solver:
     """`solver(velocity_fn, x, num_steps)` integrates x from u = 0 to u = 1, on the grid of `time_grid`.
 
     step: one step of the scheme, from u to the next point of the grid.
-    calls_per_step: velocity calls that a step makes; `ecar-dist plan` counts compute with it.
-    averages: the scheme asks for average velocities, which `flow.objective=mean_velocity` trains.
+    calls_per_step: velocity calls in one step; `ecar-dist plan` uses it to count compute.
+    averages: the scheme needs average velocities, which `flow.objective=mean_velocity` trains.
     """
 
     step: Step
@@ -46,7 +46,7 @@ class Solver:
         return x
 
     def call_times(self, num_steps: int, time_shift: float = 1.0) -> list[float]:
-        """The times u at which a solver of `num_steps` steps asks for the velocity, in order."""
+        """The times u at which a solver of `num_steps` steps evaluates the velocity, in order."""
         times: list[float] = []
 
         # A solver is plain arithmetic, so a number can take the place of the tensor.
@@ -62,7 +62,7 @@ class Solver:
 def time_grid(num_steps: int, time_shift: float = 1.0) -> list[float]:
     """The num_steps + 1 times between which a solver steps, rising from 0 to 1.
 
-    i h with h = 1 / num_steps, and then shifted:
+    They are i h with h = 1 / num_steps, then shifted:
 
         u -> u / (u + s (1 - u)).
 
@@ -70,20 +70,20 @@ def time_grid(num_steps: int, time_shift: float = 1.0) -> list[float]:
     for t = 1 - u: there t = 1 is noise, here u = 0 is. The slope is 1 / s at u = 0 and s at u = 1. So s > 1 takes
     shorter steps near noise and longer ones near data; s < 1 does the opposite, and s = 1 changes nothing.
     """
-    # Times from i, since a running sum of h would collect rounding errors.
+    # Computed from i, since a running sum of h would accumulate rounding errors.
     h = 1.0 / num_steps
     uniform = [*(i * h for i in range(num_steps)), 1.0]
     return [u / (u + time_shift * (1.0 - u)) for u in uniform]
 
 
 def euler(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
-    """First order. Shrinks the variance of the samples systematically."""
+    """First order. Systematically shrinks the variance of the samples."""
     return x + (end - u) * v(x, u)
 
 
 def midpoint(v: VelocityFn, x: torch.Tensor, u: float, end: float) -> torch.Tensor:
     """Second order: the slope at the middle of the step."""
-    # Half an Euler step finds the middle, and the slope there moves x the whole way.
+    # Half an Euler step reaches the middle. The slope there is used for the full step.
     h = end - u
     middle = x + 0.5 * h * v(x, u)
     return x + h * v(middle, 0.5 * (u + end))

@@ -1,14 +1,15 @@
-"""Merging similar tokens for the length of a layer, so that it computes on fewer (ToMe: arXiv 2210.09461).
+"""Merge similar tokens for the duration of a layer, so that it computes on fewer tokens (ToMe: arXiv 2210.09461).
 
-Which tokens may go is decided by importance (importance-based token merging: Wu et al., ICCV 2025, arXiv 2411.16720).
-That is the size of a token's guidance difference |v_cond - v_null|, which the solver's last call has computed anyway.
+Importance decides which tokens may be merged (importance-based token merging: Wu et al., ICCV 2025, arXiv 2411.16720).
+The importance of a token is the size of its guidance difference |v_cond - v_null|, which the solver's previous call has
+computed anyway.
 
-- The quarter of the tokens that matters most are destinations. They are never merged away.
-- Of the rest, those that are most similar to a destination are averaged into it.
+- The most important quarter of the tokens are destinations. They are never merged away.
+- Of the rest, the tokens that are most similar to a destination are averaged into it.
 - Afterwards each merged token gets a copy of its destination's result.
 
-The paper draws its destinations at random from a larger pool of important tokens; here they are that pool, so that a
-sample stays a function of its seed.
+The paper draws its destinations at random from a larger pool of important tokens. Here the destinations are the full
+pool, so that a sample stays a function of its seed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ LARGEST_RATIO = 1.0 - DESTINATIONS
 
 @dataclass(frozen=True)
 class Merging:
-    """Where the T tokens of each row go. All are int64 places, [B, n].
+    """Where the T tokens of each row go. All fields are int64 places, [B, n].
 
-    kept: the T - r tokens that are there after merging, the destinations last. merged: the r that go. into: the place
-    of their destination among those that are kept.
+    kept: the T - r tokens that remain after merging, destinations last. merged: the r tokens that are merged away.
+    into: the place of each one's destination among the kept tokens.
     """
 
     kept: torch.Tensor
@@ -35,12 +36,12 @@ class Merging:
     into: torch.Tensor
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> [B, T - r, D]; a destination is the mean of itself and of what goes into it."""
+        """[B, T, D] -> [B, T - r, D]; a destination becomes the mean of itself and the tokens merged into it."""
         into = _over(self.into, x)
         return _take(x, self.kept).scatter_reduce(1, into, _take(x, self.merged), reduce="mean", include_self=True)
 
     def unmerge(self, y: torch.Tensor) -> torch.Tensor:
-        """[B, T - r, D] -> [B, T, D]: every token in its place."""
+        """[B, T - r, D] -> [B, T, D]: every token back in its place."""
         tokens = y.new_empty(y.shape[0], self.kept.shape[1] + self.merged.shape[1], y.shape[2])
         tokens = tokens.scatter(1, _over(self.kept, y), y)
         return tokens.scatter(1, _over(self.merged, y), _take(y, self.into))
@@ -52,11 +53,11 @@ def match_tokens(tokens: torch.Tensor, importance: torch.Tensor, ratio: float) -
     destinations = max(1, round(DESTINATIONS * count))
     removed = min(int(ratio * count), count - destinations)
 
-    # The most important tokens are destinations, the others may go.
+    # The most important tokens are destinations; the others may be merged away.
     order = importance.argsort(dim=1, descending=True, stable=True)  # [B, T]
     important, others = order[:, :destinations], order[:, destinations:]
 
-    # The nearest destination of each of the others, and the `removed` best pairs.
+    # The nearest destination for each of the others, and the `removed` best pairs.
     unit = F.normalize(tokens.float(), dim=-1)
     similarity = _take(unit, others) @ _take(unit, important).transpose(1, 2)  # [B, T - d, d]
     best, nearest = similarity.max(dim=-1)

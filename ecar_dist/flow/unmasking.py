@@ -12,27 +12,27 @@ def cosine(share: float) -> float:
 
 
 def arccosine(share: float) -> float:
-    """2/pi arccos(share): that of DC-AR (arXiv 2507.04947), which unmasks the last tokens in fewer steps."""
+    """2/pi arccos(share): the schedule of DC-AR (arXiv 2507.04947), which unmasks the last tokens in fewer steps."""
     return 2 / math.pi * math.acos(share)
 
 
 def masked_counts(num_tokens: int, ar_steps: int, schedule: Callable[[float], float] = cosine) -> tuple[int, ...]:
-    """Tokens that are masked before the first step and after each: from T down to 0, at least one less in each step.
+    """Masked tokens before the first step and after each step: from T down to 0, at least one less per step.
 
-    After step i of n it is floor(T schedule(i/n)). There are never more steps than tokens.
+    After step i of n, floor(T schedule(i/n)) tokens are masked. There are never more steps than tokens.
     """
-    # A step without a token would be a pass of the trunk for nothing.
+    # A step that draws no token would waste a pass of the trunk.
     steps = min(ar_steps, num_tokens)
     counts = [num_tokens]
     for done in range(1, steps):
         scheduled = math.floor(num_tokens * schedule(done / steps))
-        # Every step draws a token, and leaves one for each step that follows.
+        # Every step draws at least one token, and leaves at least one for each later step.
         counts.append(max(steps - done, min(counts[-1] - 1, scheduled)))
     return (*counts, 0)
 
 
 def masked_guidance_scales(guidance_scale: float, counts: tuple[int, ...], ramp: str) -> tuple[float, ...]:
-    """The guidance scale of each step. `linear`, as in MAR: from 1 to w with the share of tokens that are drawn.
+    """The guidance scale of each step. `linear`, as in MAR: from 1 to w with the share of tokens drawn.
 
     w = 0 is the unconditional model: 0 in every step, whatever the ramp.
     """

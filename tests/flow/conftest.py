@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    """These are thousands of small matrix products: more threads only wait for each other."""
+    """These tests run thousands of small matrix products: more threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,9 +1,9 @@
 """Closed-form optimal velocities for Gaussian data and mixtures of Gaussians.
 
-Everything the training points hold is linear in a vector of sources: the latents, the white noise of every stage and
-the noise on the contexts. The maps come out of the production `training_points`, fed with the basis vectors of that
-vector; only the conditioning of Gaussians is written here. A wrong training point is therefore a wrong oracle, and the
-production sampler, which shares with `training_points` the schedule, the upsampling and the block noise, will show it.
+Everything in the training points is linear in a vector of sources: the latents, the white noise of every stage and the
+noise on the contexts. The maps come from the production `training_points`, applied to the basis vectors of that space;
+only the conditioning of Gaussians is written here. So a wrong training point gives a wrong oracle. The production
+sampler, which shares the schedule, the upsampling and the block noise with `training_points`, will show it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ecar_dist.rng import Purpose
 
 History = Literal["none", "all"]
 
-# A direction whose variance is below this share of the largest is a deterministic one. With tau > 0 none is. With exact
-# contexts at the extreme gamma the coarsest mean of stage 2 always is, and the block means are at u = 0 alone: at
-# u = 1e-3 their share is above 1e-8, so they are told apart.
+# A direction whose variance is below this share of the largest counts as deterministic. With tau > 0 none is. With
+# exact contexts at the extreme gamma, the coarsest mean of stage 2 always is, and the block means are at u = 0 only: at
+# u = 1e-3 their share is above 1e-8, so the two cases are distinguished.
 RANK_TOLERANCE = 1e-11
 
 
@@ -39,7 +39,7 @@ def exponential_covariance(side: int, length: float = 1.5) -> torch.Tensor:
 
 
 def stage_sides(side: int, schedule: StageSchedule) -> list[int]:
-    """Sides of the square fields of all stages, coarse to fine, of which the last is `side`."""
+    """Sides of the square fields of all stages, coarse to fine; the last one is `side`."""
     return [side // schedule.factor ** (schedule.num_stages - 1 - k) for k in range(schedule.num_stages)]
 
 
@@ -53,7 +53,7 @@ class Oracle(Protocol):
     """E[d_k | x_u, contexts], the minimiser of eq. (5)."""
 
     def velocity(self, stage: int, x: torch.Tensor, u: float, contexts: list[torch.Tensor]) -> torch.Tensor:
-        """x [B, 1, h, h] and the contexts that are seen, each [B, 1, h_j, h_j], to a velocity [B, 1, h, h]."""
+        """x [B, 1, h, h] and the visible contexts, each [B, 1, h_j, h_j], to a velocity [B, 1, h, h]."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class GaussianOracle:
         return torch.nn.functional.pad(self.mean, (0, self.num_sources - len(self.mean)))[None]
 
     def points(self, sources: torch.Tensor, u: float | torch.Tensor) -> TrainingPoints:
-        """Production training points of N source vectors [N, S]: latents, white noise and context noise, in this order.
+        """Production training points of N source vectors [N, S]: latents, white noise, context noise, in this order.
 
         `u` is one time for all, or [N, K].
         """
@@ -153,7 +153,7 @@ def concatenate(x: torch.Tensor, contexts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def principal_axes(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal axes [M, R] and standard deviations [R] of a covariance [M, M], deterministic directions left out."""
+    """Orthonormal axes [M, R] and standard deviations [R] of a covariance [M, M], without deterministic directions."""
     variances, axes = torch.linalg.eigh(covariance)
     kept = variances > RANK_TOLERANCE * variances[-1]
     return axes[:, kept], variances[kept].sqrt()
@@ -209,7 +209,7 @@ def sampled_covariance(
     steps: int,
     time_shift: float = 1.0,
 ) -> torch.Tensor:
-    """Covariance [D, D] of what the production sampler makes of linear velocities, exactly."""
+    """Exact covariance [D, D] of the production sampler's output under linear velocities."""
     draw, each = basis_draws(schedule, side), [steps] * schedule.num_stages
     ends = sample_stages(
         schedule, begin_stage, draw, tau=tau, solver=SOLVERS[solver], steps_per_stage=each, time_shift=time_shift

@@ -1,4 +1,4 @@
-"""What a small tau costs: the arithmetic of `flow/context_noise.py` against the production sampler."""
+"""The cost of a small tau: the arithmetic of `flow/context_noise.py` against the production sampler."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ VARIANCE = float(TRUTH.sum()) / TRUTH.numel()  # of the field's mean; its coarse
     ("tau", "share"), [(0.0, 0.0751), (1e-9, 0.0751), (0.01, 0.2347), (0.03, 0.7579), (0.1, 0.9935), (0.3, 0.9996)]
 )
 def test_what_eight_midpoint_steps_keep(tau: float, share: float) -> None:
-    """By the production sampler under optimal velocities."""
+    """With the production sampler under optimal velocities."""
     assert mean_variance_ratio(covariance(field(tau), "all", "midpoint", 8)) == pytest.approx(share, abs=6e-5)
 
 
 def on_a_torus() -> torch.Tensor:
-    """exp(-distance / 1.5) on a 4 x 4 field without edges, where the mean of the field is a direction of its own."""
+    """exp(-distance / 1.5) on a 4 x 4 field without edges, where the mean of the field is an eigenvector."""
     axis = torch.arange(4, dtype=torch.float64)
     apart = (axis[:, None] - axis[None, :]).abs()
     squared = torch.minimum(apart, 4 - apart).square()

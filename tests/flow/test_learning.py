@@ -1,7 +1,7 @@
-"""The trap of docs/ecar.md, learnt: small networks on 2 x 2 pixels, two stages, the production path and sampler.
+"""The trap of docs/ecar.md, as learned by small networks: 2 x 2 pixels, two stages, the production path and sampler.
 
-The linear model that nears the closed form is in test_multistage.py. Networks like these find the closed form too: the
-sound setting keeps the variance of a block's mean, and the control loses as much of it as its oracle does.
+The linear model that approaches the closed form is in test_multistage.py. Networks like these find the closed form too:
+the sound setting keeps the variance of a block's mean, and the control loses as much of it as its oracle does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.flow.oracle import (
 )
 
 SCHEDULE = StageSchedule(uniform_ends(2))
-TRUTH = 0.35 * torch.eye(4, dtype=torch.float64) + 0.65  # any two pixels of the block correlate by .65
+TRUTH = 0.35 * torch.eye(4, dtype=torch.float64) + 0.65  # any two pixels of the block have correlation .65
 NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 1000, 2048, 40_000
 
 
@@ -56,7 +56,7 @@ class ToyNetwork(nn.Module):
         return self.stages[stage](seen).reshape(x.shape)
 
     def losses(self, points: TrainingPoints, times: torch.Tensor) -> torch.Tensor:
-        """Of each stage, over a batch; [K]."""
+        """The loss of each stage over a batch; [K]."""
         velocities = [
             self.velocity(k, state, times[:, k], points.contexts[:k]) for k, state in enumerate(points.states)
         ]
@@ -64,7 +64,7 @@ class ToyNetwork(nn.Module):
 
 
 def batches(data: GaussianOracle) -> Callable[[int], tuple[TrainingPoints, torch.Tensor]]:
-    """Production training points of fresh random sources, in float32, and their times [B, K]."""
+    """Production training points from fresh random sources, in float32, and their times [B, K]."""
     generator, root = torch.Generator().manual_seed(0), data.source_root.float()
 
     def draw(count: int) -> tuple[TrainingPoints, torch.Tensor]:
@@ -91,14 +91,14 @@ def trained(tau: float) -> tuple[ToyNetwork, torch.Tensor]:
 
 @torch.no_grad()
 def sampled_mean_variance(network: ToyNetwork, tau: float) -> float:
-    """Variance of the block's mean in samples, by 50 Euler steps a stage, as a share of the truth."""
+    """Variance of the block's mean in samples, by 50 Euler steps per stage, as a share of the truth."""
     positions, sides = torch.arange(NUM_SAMPLES), stage_sides(2, SCHEDULE)
 
     def draw(purpose: Purpose, stage: int) -> torch.Tensor:
         return normal(0, positions, purpose, (1, sides[stage], sides[stage]), stream=stage)
 
     def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
-        contexts = [] if context is None else [context]  # of two stages there is one to be seen
+        contexts = [] if context is None else [context]  # with two stages there is at most one context
         return lambda x, u: network.velocity(stage, x, torch.full((len(x),), u), contexts)
 
     each = [50] * SCHEDULE.num_stages
@@ -122,7 +122,7 @@ def test_noisy_states_keep_the_variance_of_the_mean() -> None:
 
 
 def test_exact_states_lose_it_and_have_the_lower_loss() -> None:
-    """Negative control: training goes better than in the sound setting, nearly as well as it can, and samples worse."""
+    """Negative control: the loss is lower than in the sound setting, near its optimum, and the samples are worse."""
     network, losses = trained(0.0)
     assert losses.tolist() == pytest.approx(best_losses(0.0), rel=0.04)
     assert losses[1] < 0.8 * best_losses(0.3)[1]

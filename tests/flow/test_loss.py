@@ -43,7 +43,7 @@ def test_loss_of_a_network_that_outputs_zero_exactly() -> None:
 
 
 def test_loss_of_a_network_that_outputs_zero_on_random_batches() -> None:
-    """The same in float32, from random latents, noise and a time per image and stage, as training draws them."""
+    """The same in float32, with random latents, noise and one time per image and stage, as training draws them."""
     oracle, batch = field(0.3), 200_000
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(batch, oracle.num_sources, generator=generator)

@@ -1,4 +1,4 @@
-"""Masks of training, and the schedule of sampling."""
+"""The masks of training and the schedule of sampling."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def uniforms(count, shape=(), purpose=Purpose.MASK_RATIO):
 
 
 def test_ratios_have_the_published_distribution():
-    """A normal of mean 1 and std 0.25, cut to [0.7, 1]."""
+    """A normal distribution with mean 1 and std 0.25, truncated to [0.7, 1]."""
     u = torch.linspace(0.001, 0.999, 999)
     published = stats.truncnorm((0.7 - 1.0) / 0.25, 0.0, loc=1.0, scale=0.25)
     assert mask_ratio(u).numpy() == pytest.approx(published.ppf(u.double().numpy()), abs=1e-9)

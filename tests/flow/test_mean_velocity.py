@@ -1,4 +1,4 @@
-"""Average velocities whose truth is known: of one Gaussian number in closed form, of Gaussian fields by integration."""
+"""Average velocities with known truth: for one Gaussian number in closed form, for Gaussian fields by integration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def true_velocity(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def true_mean_velocity(states, starts, lengths):
-    """The flow carries x_a to x_a s(b) / s(a), in every stage alike."""
+    """The flow carries x_a to x_a s(b) / s(a), in every stage."""
     found = []
     for x, a, h in zip(states, starts, lengths, strict=True):
         growth = (spread(a + h) / spread(a) - 1.0) / h.clamp(min=1e-12)
@@ -56,10 +56,10 @@ def cases(count: int = 64) -> tuple[list[torch.Tensor], list[torch.Tensor], list
 def differential_targets(
     mean_velocity: MeanVelocityFn, states: Tensors, velocities: Tensors, intervals: list[Interval]
 ) -> list[torch.Tensor]:
-    """`splitting_targets` by the differential identity of MeanFlow (arXiv 2505.13447, eq. 6).
+    """`splitting_targets` from the differential identity of MeanFlow (arXiv 2505.13447, eq. 6).
 
     With the end b = a + h held fixed, U(x_a, a, h) = v + h dU/da, where dU/da is the derivative along the path:
-    (v, 1, -1) in (x, a, h). It needs forward-mode derivatives, which fused attention does not have.
+    (v, 1, -1) in (x, a, h). It needs forward-mode derivatives, which fused attention does not support.
     """
     starts = [each.start for each in intervals]
     lengths = [each.length for each in intervals]
@@ -117,17 +117,17 @@ def test_intervals_lie_inside_the_stage() -> None:
     assert float(ends.max()) <= 1.0 + 1e-6
     instant = drawn.length == 0.0
     assert float(instant.float().mean()) == pytest.approx(0.3, abs=0.01)
-    assert torch.equal(drawn.start[instant], u[instant])  # an instant is where `FlowObjective` has it
+    assert torch.equal(drawn.start[instant], u[instant])  # an instant is at the time that `FlowObjective` uses
     to_the_end = (ends > 1.0 - 1e-6) & ~instant
     assert float(to_the_end[~instant].float().mean()) == pytest.approx(TO_THE_END + 0.2, abs=0.01)
     whole = (drawn.start == 0.0) & (drawn.length == 1.0)
     assert float(whole[~instant].float().mean()) == pytest.approx(0.2, abs=0.01)
     between = ~instant & ~to_the_end
-    assert float(drawn.length[between].mean()) == pytest.approx(1 / 3, abs=0.01)  # of two uniform times
+    assert float(drawn.length[between].mean()) == pytest.approx(1 / 3, abs=0.01)  # mean distance of two uniform times
 
 
 def averaged(oracle: GaussianOracle, steps: int) -> BeginStage:
-    """Stages of average velocities, each by integration of the oracle's velocity in `steps` steps."""
+    """Stages of average velocities, each by integrating the oracle's velocity in `steps` steps."""
     begin_instant = begin_stages(oracle, "all")
 
     def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:

@@ -1,6 +1,6 @@
 """The production sampler under closed-form velocities.
 
-Gaussian setting: 4 x 4 field, covariance exp(-distance / 1.5), K = 3 with ends 1/3, 2/3, 1, gamma = -1/3 unless said.
+Gaussian setting: 4 x 4 field, covariance exp(-distance / 1.5), K = 3 with ends 1/3, 2/3, 1, gamma = -1/3 by default.
 Its covariances are propagated exactly; only the mixture is Monte Carlo.
 """
 
@@ -29,7 +29,7 @@ from tests.flow.oracle import (
 
 TRUTH = exponential_covariance(4)
 TAU = 0.3
-EXACT_LIMIT = 0.5  # what the error of exact contexts at gamma = -1/3 must stay above, however many the steps
+EXACT_LIMIT = 0.5  # the error of exact contexts at gamma = -1/3 must stay above this for any number of steps
 
 
 def field(tau: float, gamma: float = -1 / 3) -> GaussianOracle:
@@ -78,13 +78,13 @@ def test_midpoint_needs_few_steps() -> None:
     ],
 )
 def test_share_of_the_variance_at_equal_calls(history: History, solver: str, steps: int, ratio: float) -> None:
-    """16 or 8 calls a stage: Euler shrinks the samples, the second-order solvers hardly do."""
+    """16 or 8 calls per stage: Euler shrinks the samples, the second-order solvers hardly do."""
     sampled = covariance(field(TAU), history, solver, steps)
     assert float(sampled.trace() / TRUTH.trace()) == pytest.approx(ratio, abs=6e-4)
 
 
 def test_exact_contexts_never_converge() -> None:
-    """Negative control, the trap of docs/ecar.md. If this setting ever looks right, the tests see nothing."""
+    """Negative control, the trap of docs/ecar.md. If this setting ever looks right, the tests detect nothing."""
     errors = [relative_error(covariance(field(0.0), "all", "euler", steps), TRUTH) for steps in (50, 1000)]
     assert min(errors) > EXACT_LIMIT
     assert errors == pytest.approx([0.794, 0.793], abs=6e-4)
@@ -106,7 +106,7 @@ def test_low_frequency_variance_is_the_alarm(history: History, tau: float, gamma
 
 
 def states_of_sampling(oracle: GaussianOracle, steps: int) -> tuple[list[torch.Tensor], ...]:
-    """Contexts, starts and ends of all stages under optimal velocities: rows are the random numbers of the sampler."""
+    """Contexts, starts and ends of all stages under optimal velocities; the rows are the sampler's random numbers."""
     contexts: list[torch.Tensor] = []
     starts: list[torch.Tensor] = []
     begin = begin_stages(oracle, "all")
@@ -131,7 +131,7 @@ def states_of_sampling(oracle: GaussianOracle, steps: int) -> tuple[list[torch.T
 
 
 def states_of_training(oracle: GaussianOracle) -> tuple[list[torch.Tensor], ...]:
-    """The same of the training points: rows are the sources of the data, scaled."""
+    """The same for the training points; the rows are the scaled sources of the data."""
     at_start = oracle.points(oracle.source_root, 0.0)
     starts = [state.flatten(1) for state in at_start.states]
     ends = [start + target.flatten(1) for start, target in zip(starts, at_start.targets, strict=True)]
@@ -166,7 +166,7 @@ def test_any_gamma_samples_the_data(gamma: float, history: History) -> None:
 
 
 def test_linear_velocity_learns_the_optimum() -> None:
-    """Fitted to production training points: the loss nears the closed form, and the samples follow."""
+    """Fitted to production training points: the loss approaches the closed form, and so do the samples."""
     oracle = field(TAU)
     fitted = fit_linear_velocity(oracle, num_samples=60_000, seed=0)
     best, got = (expected_losses(velocity, oracle, "none") for velocity in (oracle, fitted))
@@ -186,7 +186,7 @@ def mixture(tau: float) -> MixtureOracle:
 
 
 def sample_mixture(oracle: MixtureOracle, tau: float, history: History, count: int) -> torch.Tensor:
-    """[count, 16], by the run's own random numbers and 100 Euler steps a stage."""
+    """[count, 16], with the run's own random numbers and 100 Euler steps per stage."""
     schedule, positions = oracle.components[0].schedule, torch.arange(count)
     sides = stage_sides(4, schedule)
 
@@ -199,7 +199,7 @@ def sample_mixture(oracle: MixtureOracle, tau: float, history: History, count: i
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
-    """W2 between equally many samples [N, D], root mean square over 128 random directions."""
+    """W2 between two sets of N samples [N, D], root mean square over 128 random directions."""
     directions = torch.randn(a.shape[1], 128, dtype=a.dtype, generator=torch.Generator().manual_seed(2))
     directions /= directions.norm(dim=0)
     return float(((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean().sqrt())
@@ -220,7 +220,7 @@ def test_mixture_keeps_its_weights_and_shape(history: History) -> None:
 
 
 def test_exact_contexts_break_the_mixture() -> None:
-    """Negative control, as for the Gaussian field."""
+    """Negative control, as with the Gaussian field."""
     oracle = mixture(0.0)
     samples = sample_mixture(oracle, 0.0, "all", 20_000)
     truth = oracle.sample_data(20_000, torch.Generator().manual_seed(1))

@@ -115,7 +115,7 @@ def test_model_time_fills_the_window_of_its_stage() -> None:
 def test_logit_normal_times_are_sigmoids_of_normal_numbers() -> None:
     below = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([-2.0, 0.0, 1.0]))  # U(0, 1) numbers
     torch.testing.assert_close(logit_normal_times(below), torch.sigmoid(torch.tensor([-2.0, 0.0, 1.0])))
-    ends = logit_normal_times(torch.tensor([2.0**-24, 1.0 - 2.0**-24]))  # the least and the largest that are drawn
+    ends = logit_normal_times(torch.tensor([2.0**-24, 1.0 - 2.0**-24]))  # the smallest and the largest draw
     assert 0.0 < float(ends[0]) < float(ends[1]) < 1.0
 
 

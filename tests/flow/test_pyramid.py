@@ -50,7 +50,7 @@ def test_latent_pyramid_is_means_of_blocks() -> None:
 
 
 def test_one_bilinear_call_by_four_is_not_the_mean() -> None:
-    """Why the pyramid pools twice by 2: bilinear sees the centre 2 x 2 of a 4 x 4 block and keeps twice the std."""
+    """Why the pyramid pools by 2 twice: bilinear sees the centre 2 x 2 of a 4 x 4 block and keeps twice the std."""
     white = torch.randn(1, 1, 512, 512, generator=torch.Generator().manual_seed(0))
     direct = F.interpolate(white, scale_factor=0.25, mode="bilinear")
     assert direct.std().item() == pytest.approx(0.5, abs=0.01)
@@ -59,7 +59,7 @@ def test_one_bilinear_call_by_four_is_not_the_mean() -> None:
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_block_noise_covariance(gamma: float) -> None:
-    """Over 131,072 blocks: 1 on the diagonal, gamma beside it."""
+    """Over 131,072 blocks: 1 on the diagonal, gamma off it."""
     white = torch.randn(2, 1, 512, 512, generator=torch.Generator().manual_seed(0))
     expected = torch.full((4, 4), gamma).fill_diagonal_(1.0)
     assert (block_covariance(block_noise(white, gamma), 2) - expected).abs().max() < 0.02
@@ -115,7 +115,7 @@ def endpoints_of(schedule: StageSchedule, white: list[torch.Tensor]) -> list[tup
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 def test_pathwise_identity(num_stages: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Eq. (13), for every sample: the start is the end before it, upsampled, plus block-centred noise."""
+    """Eq. (13), for every sample: a start is the upsampled previous end plus block-centred noise."""
     schedule = StageSchedule(uniform_ends(num_stages))
     white = white_pyramid(schedule, 4, 16, dtype)
     noises, endpoints = noise_pyramid(white, schedule), endpoints_of(schedule, white)
@@ -138,7 +138,7 @@ def test_the_jump_leads_to_the_start_that_was_trained(factor: int, gamma: float)
 
 
 def test_jump_noise_at_the_extreme_gamma_is_block_centred() -> None:
-    """There block_noise is sqrt(4/3) (z - m): the block means of the start are a function of the end before it."""
+    """There block_noise is sqrt(4/3) (z - m): the block means of the start are a function of the previous end."""
     white = torch.randn(4, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = block_noise(white, -1 / 3)
     torch.testing.assert_close(noise, math.sqrt(4 / 3) * (white - upsample(downsample(white))))

@@ -9,7 +9,7 @@ import torch
 from ecar_dist.flow.solvers import SOLVERS, VelocityFn, time_grid
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2}
-GRIDS = {  # where u is evaluated with four steps: no call beyond 1, none wasted close to it
+GRIDS = {  # where u is evaluated in four steps: no call beyond 1, none wasted close to it
     "euler": [0, 0.25, 0.5, 0.75],
     "midpoint": [0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875],
     "heun": [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1],
@@ -52,7 +52,7 @@ def test_a_shifted_grid_is_shorter_near_noise_by_sd3s_formula() -> None:
             theirs = [1.0 - i / steps for i in range(steps + 1)]
             assert times == pytest.approx([1.0 - shift * t / (1.0 + (shift - 1.0) * t) for t in theirs], abs=1e-12)
 
-            # lengths: from 1 / shift of the mean one at noise to shift times it at data
+            # step lengths: from 1 / shift times the mean at noise to shift times the mean at data
             lengths = [end - u for u, end in itertools.pairwise(times)]
             if shift != 1.0:
                 assert lengths == sorted(lengths, reverse=shift < 1.0)
@@ -66,7 +66,7 @@ def test_a_shift_of_1_is_the_uniform_grid_to_the_last_bit() -> None:
 
 
 def by_index(name: str, v: VelocityFn, x: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """The schemes on a uniform grid, written with the number of the step in place of two times."""
+    """The schemes on a uniform grid, written with the step number instead of two times."""
     h = 1.0 / num_steps
     for i in range(num_steps):
         first = v(x, i * h)
@@ -81,7 +81,7 @@ def by_index(name: str, v: VelocityFn, x: torch.Tensor, num_steps: int) -> torch
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_without_a_shift_samples_are_those_of_equal_steps_bit_for_bit(name: str) -> None:
-    """In float32, as the sampler has states and times."""
+    """In float32, like the sampler's states and times."""
 
     def velocity(x: torch.Tensor, u: float) -> torch.Tensor:
         return pendulum(x, 0.0) * torch.full((2, 1), u)

@@ -1,4 +1,4 @@
-"""Merging and unmerging: which tokens go, where, and what comes back."""
+"""Merging and unmerging: which tokens are merged, into which ones, and what is restored."""
 
 import pytest
 import torch

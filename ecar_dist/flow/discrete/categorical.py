@@ -6,11 +6,11 @@ import torch
 
 
 def draw_codes(logits: torch.Tensor, u: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0) -> torch.Tensor:
-    """Codes int64 [...] of the law softmax(logits / temperature), from logits [..., V] and U(0, 1) numbers [..., V].
+    """Draw codes int64 [...] from softmax(logits / temperature), given logits [..., V] and U(0, 1) numbers [..., V].
 
-    argmax_v (l_v / temperature - log(-log u_v)) has that law (Gumbel, 1954). The same numbers under logits that have
-    changed little give mostly the same code, which the Jacobi sampler relies on. top_k > 0 keeps the k largest logits.
-    Temperature 0 gives the largest logit.
+    argmax_v (l_v / temperature - log(-log u_v)) has that distribution (Gumbel, 1954). With the same numbers, a small
+    change of the logits rarely changes the code; the Jacobi sampler relies on this. top_k > 0 keeps the k largest
+    logits. Temperature 0 gives the code with the largest logit.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)

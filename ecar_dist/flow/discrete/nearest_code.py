@@ -11,7 +11,7 @@ _ROWS = 4096  # tokens compared with all codes at once: 256 MiB of scores at 16,
 def nearest_codes(tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """argmin_v |z - c_v|^2 for tokens z [..., c] and codes [V, c], in float32; int64 [...]. Ties go to the lower v.
 
-    |z - c|^2 = |z|^2 - 2 (z . c - |c|^2 / 2): the first term is the same for all codes, so the rest is one product.
+    |z - c|^2 = |z|^2 - 2 (z . c - |c|^2 / 2): the first term is the same for all codes, which leaves one product.
     """
     codes = codes.float()
     offsets = -0.5 * codes.square().sum(-1)  # [V]

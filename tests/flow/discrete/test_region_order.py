@@ -1,4 +1,4 @@
-"""PAR's order, groups and inputs, against its paper's numbers and against the rules themselves."""
+"""PAR's order, groups and inputs, against the paper's numbers and against the rules themselves."""
 
 import pytest
 
