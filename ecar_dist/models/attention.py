@@ -1,8 +1,8 @@
-"""Self-attention, and the rules of which token may attend to which.
+"""Self-attention, and the rules for which token may attend to which.
 
 All models of the family follow one rule on group ids, `allow(query, key) = group[query] >= group[key]`: the groups of
-ECAR are its stages (docs/ecar.md, section 6), causal AR has one group per token, PAR first single tokens and then
-groups, masked AR has one group. `Attention` leaves the rule to an `attend` function, so the mask-free form for
+ECAR are its stages (docs/ecar.md, section 6), causal AR has one group per token, PAR has single tokens first and
+then groups, and masked AR has one group. `Attention` leaves the rule to an `attend` function, so the mask-free form for
 training, the masked reference and the cached form for sampling use the same weights.
 """
 
@@ -22,7 +22,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q
 
 
 def group_mask(groups: torch.Tensor) -> torch.Tensor:
-    """Who may attend to whom: int [T] -> bool [T, T], True = attend; query on the first axis."""
+    """Which token may attend to which: int [T] -> bool [T, T], True = attend; query on the first axis."""
     return groups[:, None] >= groups[None, :]
 
 
@@ -33,12 +33,12 @@ def block_causal_mask(stage_tokens: Sequence[int]) -> torch.Tensor:
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A token sees itself and those before it."""
+    """A token sees itself and the tokens before it."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def grouped_attention(group_sizes: Sequence[int]) -> Attend:
-    """A token sees its own group and those before it: for many small groups, under one mask.
+    """A token sees its own group and the groups before it. For many small groups, with one mask.
 
     Groups of single tokens are `causal_attention`, which keeps the fused kernels.
     """
@@ -55,9 +55,9 @@ def _group_mask_on(group_sizes: tuple[int, ...], device: torch.device) -> torch.
     return _group_mask_once(group_sizes, device)
 
 
-@functools.lru_cache(maxsize=16)  # else each layer would wait for a copy from the host
+@functools.lru_cache(maxsize=16)  # otherwise each layer would wait for a copy from the host
 def _group_mask_once(group_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a mask first met while sampling must serve training too
+    with torch.inference_mode(False):  # a mask first made while sampling must also work in training
         return block_causal_mask(group_sizes).to(device)
 
 
@@ -76,12 +76,12 @@ def _masked(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 
 def block_causal_attention(stage_tokens: Sequence[int]) -> Attend:
-    """`masked_attention(block_causal_mask(...))` as one mask-free call a stage, which keeps the fused kernels."""
+    """`masked_attention(block_causal_mask(...))` as one mask-free call per stage, which keeps the fused kernels."""
     return functools.partial(_by_stage, tuple(stage_tokens), True)
 
 
 def within_stage_attention(stage_tokens: Sequence[int]) -> Attend:
-    """The tokens of several stages side by side: a token sees its own stage alone."""
+    """The tokens of several stages side by side: a token sees only its own stage."""
     return functools.partial(_by_stage, tuple(stage_tokens), False) if len(stage_tokens) > 1 else full_attention
 
 
@@ -91,7 +91,7 @@ def _by_stage(
     outputs = []
     end = 0
     for count in stage_tokens:
-        # The queries of stage k against the keys of stages 0 .. k, which lie side by side at the front; or of stage k.
+        # The queries of stage k against the keys of stages 0 .. k, which come first in the sequence; or of stage k.
         start, end = end, end + count
         first = 0 if sees_coarser else start
         outputs.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]))
@@ -106,14 +106,14 @@ class KVCache:
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
     def attends(self, mask: torch.Tensor | None = None) -> list[Attend]:
-        """One function per layer: it appends the new keys and values, and attends to all, or to those in `mask`.
+        """One function per layer: it appends the new keys and values, and attends to all of them, or as `mask` allows.
 
         mask: bool [new tokens, all tokens], True = attend.
         """
         return [functools.partial(self._attend, layer, mask) for layer in range(len(self._layers))]
 
     def keep(self, num_tokens: int) -> None:
-        """Forget all tokens but the first ones."""
+        """Keep only the first `num_tokens` tokens."""
         kept = (pair and (pair[0][:, :, :num_tokens], pair[1][:, :, :num_tokens]) for pair in self._layers)
         self._layers = list(kept)
 
@@ -125,7 +125,7 @@ class KVCache:
             k = torch.cat((cached[0], k), dim=2)
             v = torch.cat((cached[1], v), dim=2)
         self._layers[layer] = (k, v)
-        # Without a mask, the new stage or group sees itself and all before it.
+        # Without a mask, the new stage or group sees itself and everything before it.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

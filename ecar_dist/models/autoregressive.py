@@ -55,7 +55,7 @@ class TokenMapTransformer(nn.Module):
         self.context_scales = tuple(context_scales)
         self.feeds_state = feeds_state
 
-        # Where the tokens of each stage lie in the sequence.
+        # Where the tokens of each stage are in the sequence.
         self.grid_sides = tuple(grid_sides)
         self.stage_tokens = tuple(side**2 for side in grid_sides)
         self.stage_starts = (0, *accumulate(self.stage_tokens))
@@ -80,7 +80,7 @@ class TokenMapTransformer(nn.Module):
     def forward(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor, *, masked: bool) -> torch.Tensor:
         """Training: M_0 .. M_{K-1} side by side, [B, T_0 + .. + T_{K-1}, D], in one pass.
 
-        contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]. `masked` takes the reference attention instead of the mask-free one.
+        contexts: C_0 .. C_{K-2}, [B, C, h_k, w_k]. `masked` selects the reference attention, not the mask-free one.
         """
         if masked:
             attend = masked_attention(block_causal_mask(self.stage_tokens))
@@ -98,14 +98,14 @@ class TokenMapTransformer(nn.Module):
     def next_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
-        """Sampling: M_k of one stage, [B, T_k, D], from C_{k-1} and the keys and values of the stages before.
+        """Sampling: M_k of one stage, [B, T_k, D], from C_{k-1} and the keys and values of earlier stages.
 
-        The call appends those of this stage to the cache.
+        The call appends this stage's keys and values to the cache.
         """
         assert cache.num_stages == stage, f"the cache holds {cache.num_stages} stages, stage {stage} needs {stage}"
         cache.num_stages += 1
 
-        # The same input as in `forward`; the rule of who sees whom is in the order of the calls.
+        # The same input as in `forward`; the order of the calls enforces the block-causal rule.
         classes = self.class_embedding(labels)  # [B, D]
         tokens = self._stage_input(stage, context, classes)
         return self._run(tokens, classes, cache.attends(), start=self.stage_starts[stage])
@@ -118,7 +118,7 @@ class TokenMapTransformer(nn.Module):
         """inp_k of eq. (16) with positions and stage, [B, T_k, D]."""
         device = classes.device
 
-        # Content: the class, or the last stage's state at unit variance on this stage's grid.
+        # Content: the class, or the previous stage's state at unit variance on this stage's grid.
         if stage == 0 or not self.feeds_state:
             start = self.stage_starts[stage]
             tokens = classes[:, None] + self.start_positions(_range(start, self.stage_tokens[stage], device))
@@ -127,7 +127,7 @@ class TokenMapTransformer(nn.Module):
             scaled = self.context_scales[stage - 1] * context
             tokens = self.context_projection(patchify(upsample(scaled), self.patch_size))
 
-        # Place within the stage, and the stage itself.
+        # Position within the stage, and the stage itself.
         position = position_table(self.grid_sides[stage], self.width, device)  # [T_k, D]
         return tokens + position + self.stage_embedding(_range(stage, 1, device))
 

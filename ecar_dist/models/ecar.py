@@ -1,4 +1,4 @@
-"""ECAR: an AR transformer makes each stage's token map, a velocity network flows each stage's latent under it."""
+"""ECAR: an AR transformer makes a token map for each stage; conditioned on it, a velocity network draws the latent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class ECAR(nn.Module):
 
     Arguments:
         preset: depths, widths and heads.
-        stage_sizes: latent side of each of the K stages, coarse to fine, each twice the last.
+        stage_sizes: latent side of each of the K stages, coarse to fine, each twice the previous one.
         latent_channels: C.
         patch_size: p; a stage of side h has (h / p)^2 tokens.
         num_classes: labels are 0 .. num_classes - 1; num_classes is the null label.
-        context_scales: K - 1 factors that bring the contexts to unit variance.
+        context_scales: K - 1 factors that scale the contexts to unit variance.
         feeds_state: False ignores the contexts (`class_only`).
-        mean_velocity: the velocity network gives average velocities, and is told the lengths of their intervals.
+        mean_velocity: the velocity network gives average velocities, and receives the lengths of their intervals.
         recompute: the backward pass recomputes each transformer block instead of keeping its activations.
     """
 
@@ -46,7 +46,7 @@ class ECAR(nn.Module):
         sides = [size // patch_size for size in stage_sizes]
         channels = latent_channels * patch_size**2
 
-        # Token maps M_k, once a stage.
+        # Token maps M_k, once per stage.
         self.ar = TokenMapTransformer(
             preset,
             grid_sides=sides,
@@ -58,7 +58,7 @@ class ECAR(nn.Module):
             recompute=recompute,
         )
 
-        # Velocities under these maps, at each solver call.
+        # Velocities conditioned on these maps, at each solver call.
         self.flow = VelocityNetwork(
             preset,
             grid_sides=sides,
@@ -85,7 +85,7 @@ class ECAR(nn.Module):
             times: model time of every stage in [0, 1], float32 [B].
             labels: int64 [B]; num_classes is the null label.
         """
-        # One AR pass for all stages, then one of the velocity network under their maps. Gradients reach both.
+        # One AR pass for all stages, then one velocity pass under their maps. Gradients reach both.
         return self.all_velocities(states, times, self.conditions(contexts, labels), labels)
 
     def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -116,8 +116,8 @@ class ECAR(nn.Module):
     def begin_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
-        """The condition of `stage`, [B, T_k, d_f]; arguments as those of `next_token_map`."""
-        # Projected once a stage; the solver's calls add it to their tokens.
+        """The condition of `stage`, [B, T_k, d_f]; arguments as for `next_token_map`."""
+        # Projected once per stage; the solver's calls add it to their tokens.
         return self.condition(self.next_token_map(stage, context, labels, cache))
 
     def next_token_map(
@@ -127,7 +127,7 @@ class ECAR(nn.Module):
         return self.ar.next_stage(stage, context, labels, cache)
 
     def condition(self, token_map: torch.Tensor) -> torch.Tensor:
-        """W_m M_k, [B, T_k, d_f]: what `velocity` adds to its tokens. Once a stage, not once a solver call."""
+        """W_m M_k, [B, T_k, d_f]: what `velocity` adds to its tokens. Once per stage, not per solver call."""
         return self.flow.condition_projection(token_map)
 
     def velocity(
@@ -140,7 +140,7 @@ class ECAR(nn.Module):
         lengths: torch.Tensor | None = None,
         modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `MeanVelocityModel`; `condition` is from `condition`."""
+        """See `MeanVelocityModel`; the method `condition` makes the argument `condition`."""
         return self.flow(x, time, stage, condition, labels, lengths, modulations)
 
     def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Parts shared by the transformers: projections, embeddings, adaLN, patches and positions.
 
 Every part initialises its own weights in its own constructor, so a module whose weights are partitioned as soon as it
-is built (ZeRO-3) starts from the same distribution. Norms, positions and times are float32 whatever the weights are.
+is built (ZeRO-3) starts from the same distribution. Norms, positions and times are float32 for weights of any type.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ INIT_STD = 0.02
 NORM_EPS = 1e-6
 
 # Embeddings of time and position.
-TIME_FREQUENCIES = 128  # of each of cos and sin
-TIME_SCALE = 1000.0  # model time in [0, 1] becomes DiT's range before the sinusoid
-POSITION_SPAN = 32.0  # radians across the image at the highest frequency: one radian a token on a 32 x 32 grid
+TIME_FREQUENCIES = 128  # each for cos and sin
+TIME_SCALE = 1000.0  # scales model time from [0, 1] to DiT's range before the sinusoid
+POSITION_SPAN = 32.0  # radians across the image at the highest frequency: one radian per token on a 32 x 32 grid
 POSITION_RATIO = 100.0  # highest over lowest frequency
 
 
 class Linear(nn.Linear):
     """A projection with N(0, 0.02^2) weights and zero bias. It casts its input down to the type of its weights.
 
-    width_ratio: under muP, by how much the width of its input exceeds that of the base model; 1 where the input does
-        not grow with the model. The weights have variance 0.02^2 / width_ratio, and `parameter_groups` divides their
+    width_ratio: under muP, the width of its input over that in the base model; 1 where the input does not grow with
+        the model. The weights have variance 0.02^2 / width_ratio, and `parameter_groups` divides their
         learning rate by it (Yang et al., arXiv 2203.03466, table 3).
 
-    DeepSpeed's bf16 has bf16 weights without autocast, while norms and latents are float32.
+    DeepSpeed's bf16 mode has bf16 weights without autocast, while norms and latents are float32.
     """
 
     def __init__(self, inputs: int, outputs: int, width_ratio: float = 1.0) -> None:
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Float32 weights, as under autocast, take every input as it is.
+        # Float32 weights, as under autocast, accept any input unchanged.
         if self.weight.dtype.itemsize < x.dtype.itemsize:
             x = x.to(self.weight.dtype)
         return super().forward(x)
@@ -69,9 +69,9 @@ class Embedding(nn.Embedding):
 
 
 class ClassEmbedding(Embedding):
-    """A row for each of `num_classes` labels; the last row is the null label's.
+    """A row for each of `num_classes` labels, and a last row for the null label.
 
-    Fine-tuning matches the rows of this table and of the two below by what they mean (runtime/initial/rows.py).
+    Fine-tuning matches the rows of this table and of the two below by their meaning (runtime/initial/rows.py).
     """
 
     def __init__(self, num_classes: int, width: int) -> None:
@@ -79,7 +79,7 @@ class ClassEmbedding(Embedding):
 
 
 class StageEmbedding(Embedding):
-    """A row for each stage. `sides`: of the stages' token grids, coarse to fine."""
+    """A row for each stage. `sides`: the sides of the stages' token grids, coarse to fine."""
 
     def __init__(self, sides: Sequence[int], width: int) -> None:
         super().__init__(len(sides), width)
@@ -87,7 +87,7 @@ class StageEmbedding(Embedding):
 
 
 class PositionEmbedding(Embedding):
-    """A row for each token of one or several square grids, one grid after another. `sides`: of the grids."""
+    """A row for each token of one or several square grids, one grid after another. `sides`: their sides."""
 
     def __init__(self, sides: Sequence[int], width: int) -> None:
         super().__init__(sum(side**2 for side in sides), width)
@@ -101,7 +101,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The weights may be bf16 too, under DeepSpeed's bf16.
+        # Under DeepSpeed's bf16 the weights may be bf16 too.
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -117,7 +117,7 @@ class MLP(nn.Sequential):
 
 
 class AdaLN(nn.Module):
-    """`parts` modulation vectors from a conditioning vector: [B, D] -> [B, parts * D]. Zero at the start."""
+    """`parts` modulation vectors from a conditioning vector: [B, D] -> [B, parts * D]. Zero before training."""
 
     def __init__(self, width: int, parts: int, width_ratio: float = 1.0) -> None:
         super().__init__()
@@ -141,10 +141,10 @@ class AdaLNOffset(nn.Module):
 def modulated_norm(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, segments: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Layer norm without weights, then (1 + scale) and shift, each segment by its own. float32 out.
+    """Layer norm without weights, then (1 + scale) and shift, each segment with its own. float32 out.
 
-    x [B, T, D]; shift and scale [B, S, D], one for each of S segments of tokens. `segments` are their lengths; left out
-    if there is one.
+    x [B, T, D]; shift and scale [B, S, D], one for each of S segments of tokens. `segments` are their lengths, omitted
+    if S = 1.
     """
     # 1 + scale: a zero modulation is the plain norm.
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
@@ -152,14 +152,14 @@ def modulated_norm(
 
 
 def gated(branch: torch.Tensor, gate: torch.Tensor, segments: Sequence[int] = ()) -> torch.Tensor:
-    """gate * branch [B, T, D], each segment by its own gate; gate [B, S, D], segments as in `modulated_norm`."""
+    """gate * branch [B, T, D], each segment with its own gate; gate [B, S, D], segments as in `modulated_norm`."""
     return _by_segment(branch, segments, lambda part, s: gate[:, s] * part)
 
 
 def _by_segment(
     x: torch.Tensor, segments: Sequence[int], function: Callable[[torch.Tensor, slice], torch.Tensor]
 ) -> torch.Tensor:
-    # Slices instead of vectors spread out over the tokens, which would be as large as x.
+    # Slices, not vectors expanded over the tokens: those would be as large as x.
     if len(segments) <= 1:
         return function(x, slice(None))
     parts = x.split(list(segments), dim=1)
@@ -202,17 +202,17 @@ def position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _position_table(side: int, width: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a table first met while sampling must serve training too
+    with torch.inference_mode(False):  # a table first made while sampling must also work in training
         # One axis: cos and sin of the token's centre, at frequencies that fall geometrically.
         centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
         axis = sinusoid(centres * POSITION_SPAN, width // 4, POSITION_RATIO)  # [side, D / 2]
-        # Two axes: the table of a token is that of its row beside that of its column.
+        # Two axes: a token's entry is that of its row, then that of its column.
         rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
         return torch.cat((rows, columns), dim=-1).reshape(side * side, width)  # [T, D]
 
 
 def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(decay, no_decay): the matrices of linear maps, and all else (embeddings, biases, norms, offsets)."""
+    """(decay, no_decay): the matrices of linear maps, and everything else (embeddings, biases, norms, offsets)."""
     # By identity, since parameters compare elementwise.
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decay = [parameter for parameter in model.parameters() if id(parameter) in matrices]
@@ -223,13 +223,13 @@ def weight_decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for the optimizer: `params`, `weight_decay`, and `rate`, by which the learning rate is multiplied.
 
-    Weight decay is for the matrices of linear maps alone. Under muP each has the rate 1 / width_ratio; its decay is
-    multiplied by width_ratio, so that what a step takes off a weight does not depend on the width.
+    Weight decay applies to the matrices of linear maps only. Under muP each has the rate 1 / width_ratio; its decay is
+    multiplied by width_ratio, so that the decay of a weight per step does not depend on the width.
     """
     ratios = {id(module.weight): module.width_ratio for module in model.modules() if isinstance(module, Linear)}
     decay, no_decay = weight_decay_groups(model)
 
-    # One group for each ratio; without muP there is one.
+    # One group for each ratio; without muP there is only one.
     by_ratio: dict[float, list[nn.Parameter]] = {}
     for parameter in decay:
         by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
@@ -243,7 +243,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """[B, C, H, W] -> [B, T, C * p * p], tokens in row-major order."""
     batch, channels, height, width = x.shape
-    # Split both axes into (token, pixel within the token), then bring the two token axes to the front.
+    # Split both axes into (token, pixel within the token), then move the two token axes to the front.
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)  # [B, T, C * p * p]

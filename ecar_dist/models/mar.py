@@ -3,8 +3,8 @@
 The method is the paper's: a bidirectional transformer sees the tokens that are not masked, and a small network draws
 each masked token from the transformer's output at its place. Three things differ. The head predicts the velocity of a
 flow instead of the noise of a diffusion, so that the objective and the solvers are those of the other kinds. One trunk
-sees all tokens, with a learned vector in place of the masked ones, instead of an encoder of the visible tokens and a
-decoder. The class modulates the trunk (adaLN, one matrix for all blocks) instead of being 64 tokens at the front.
+sees all tokens, with a learned vector for the masked ones, instead of an encoder of the visible tokens and a decoder.
+The class modulates the trunk (adaLN, one matrix for all blocks) instead of being 64 tokens at the front.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ecar_dist.models.transformer import Transformer
 
 
 class HeadBlock(nn.Module):
-    """A residual two-layer network behind a modulated norm and a gate, token by token."""
+    """A residual two-layer network between a modulated norm and a gate, token by token."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        """Both [..., D]."""
+        """Both inputs are [..., D]."""
         # adaLN-Zero: the gate starts at zero, so the block starts as the identity.
         shift, scale, gate = self.modulation(conditioning).chunk(3, dim=-1)
         return x + gate * self.mlp(modulated_norm(x, shift, scale))
@@ -59,7 +59,7 @@ class FlowHead(nn.Module):
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [..., c], time [...] and condition [..., D], which are broadcast -> float32 [..., c]."""
-        # What modulates the blocks: the token's own time, and what the trunk says of its place.
+        # What modulates the blocks: the token's own time, and the trunk's output at its place.
         conditioning = self.time_embedding(time.flatten()).unflatten(0, time.shape) + condition  # [..., D]
 
         # Residual blocks, token by token: without attention, tokens of one step are independent given the trunk.
@@ -85,7 +85,7 @@ class MaskedTransformer(nn.Module):
         self.output_positions = PositionEmbedding([grid_side], size.width)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """tokens [B, T, c], mask bool [B, T], labels [B] -> float32 [B, T, D]; masked tokens are not looked at."""
+        """tokens [B, T, c], mask bool [B, T], labels [B] -> float32 [B, T, D]; masked tokens are ignored."""
         # Masked tokens are replaced by one learned vector.
         places = torch.arange(tokens.shape[1], device=tokens.device)
         unknown = self.mask_vector(torch.zeros_like(places))  # [T, D]
@@ -124,7 +124,7 @@ class MAR(nn.Module):
         self.patch_size = patch_size
         channels = latent_channels * patch_size**2
 
-        # Once a step over all tokens, and at each solver call on those that are drawn.
+        # The trunk runs once per step on all tokens; the head, at each solver call on the tokens being drawn.
         self.trunk = MaskedTransformer(
             size,
             grid_side=latent_size // patch_size,
@@ -145,8 +145,8 @@ class MAR(nn.Module):
         """Velocities [B, R, T, c], float32, of R draws of every token, at the cost of one pass through the trunk.
 
         Arguments:
-            tokens: the clean ones, [B, T, c].
-            mask: bool [B, T], True where the trunk sees the mask vector instead. Only velocities there mean anything.
+            tokens: clean tokens, [B, T, c].
+            mask: bool [B, T], True where the trunk sees the mask vector instead. Only the velocities there are valid.
             states: x_u, [B, R, T, c].
             times: model time in [0, 1], float32 [B, R, T].
             labels: int64 [B]; num_classes is the null label.
@@ -155,7 +155,7 @@ class MAR(nn.Module):
         return self.velocity(states, times, self.conditions(tokens, mask, labels)[:, None])
 
     def conditions(self, tokens: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The head's condition at every place, [B, T, D]. Made once a step, not at each solver call."""
+        """The head's condition at every place, [B, T, D]. Computed once per step, not at each solver call."""
         return self.head.condition_projection(self.trunk(tokens, mask, labels))
 
     def velocity(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """`pyramid` and `dit`: the multistage flow of ECAR without its AR transformer.
 
-After Pyramid Flow (Jin et al., arXiv 2410.05954): the same windows, jumps and losses, but a stage knows of the coarser
-ones only what its own start state holds.
+After Pyramid Flow (Jin et al., arXiv 2410.05954): the same windows, jumps and losses, but a stage knows about the
+coarser ones only what its own start state contains.
 
 With one stage it is `dit`, a class-conditional diffusion transformer (Peebles and Xie, arXiv 2212.09748) trained by
 flow matching as SiT is (Ma et al., arXiv 2401.08740, linear path, velocity prediction). Unlike DiT it normalises
-queries and keys, learns no variance, has the positions of models/layers.py, and adds a stage embedding of one row.
+queries and keys, learns no variance, uses the positions of models/layers.py, and adds a stage embedding of one row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.models.velocity import VelocityNetwork
 
 
 class Pyramid(nn.Module):
-    """The velocity network alone, told its stage, time and class. Arguments as those of ECAR."""
+    """The velocity network alone, conditioned on stage, time and class. The arguments are those of ECAR."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Pyramid(nn.Module):
         times: Sequence[torch.Tensor],
         labels: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are not looked at."""
+        """Velocities of all stages; float32, K of [B, C, h_k, w_k]. `contexts` are ignored."""
         return self.all_velocities(states, times, None, labels)
 
     def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> None:
-        """There are none."""
+        """None: this model has no conditions."""
 
     def all_velocities(
         self,
@@ -71,10 +71,10 @@ class Pyramid(nn.Module):
         return self.flow.all_stages(states, times, condition, labels, lengths)
 
     def start_cache(self) -> None:
-        """There is nothing to remember between stages."""
+        """None: there is nothing to keep between stages."""
 
     def begin_stage(self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: None) -> None:
-        """There is no condition."""
+        """None: this model has no condition."""
 
     def velocity(
         self,

@@ -1,4 +1,4 @@
-"""What training and sampling ask of a network that has a velocity in each stage; ECAR and Pyramid provide it."""
+"""What training and sampling require of a network with a velocity in each stage; ECAR and Pyramid provide it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class StagedModel(Protocol):
-    """Velocities of all stages at once for training, and of one stage after the other for sampling.
+    """Velocities of all stages at once for training, and of one stage after another for sampling.
 
-    A model decides for itself what else conditions a stage's velocity, beside its time and class. `begin_stage` makes
-    that condition once a stage, from the fed-back state and the cache, and each solver call passes it to `velocity`.
+    A model decides for itself what conditions a stage's velocity besides time and class. `begin_stage` computes that
+    condition once per stage, from the fed-back state and the cache, and each solver call passes it to `velocity`.
     """
 
     def __call__(
@@ -25,7 +25,7 @@ class StagedModel(Protocol):
         """Training: K of [B, C, h_k, w_k], float32. A model that is fed no states ignores the contexts."""
 
     def start_cache(self) -> Any:
-        """Sampling: what `begin_stage` remembers between stages; a new one for each batch."""
+        """Sampling: what `begin_stage` keeps between stages; a new one for each batch."""
 
     def begin_stage(
         self, stage: int, context: torch.Tensor | None, labels: torch.Tensor, cache: Any
@@ -39,10 +39,10 @@ class StagedModel(Protocol):
 
 
 class ModulatedModel(StagedModel, Protocol):
-    """One that can compute what its calls need of time and class before the state is known, for many calls at once."""
+    """A model that can compute what its calls need from time and class ahead of the state, for many calls at once."""
 
     def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:
-        """Of calls at model times [n] with labels [B]: [n, B, M]."""
+        """The modulations of calls at model times [n] with labels [B]: [n, B, M]."""
 
     def velocity(
         self,
@@ -54,13 +54,13 @@ class ModulatedModel(StagedModel, Protocol):
         lengths: torch.Tensor | None = None,
         modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As that of `MeanVelocityModel`; modulations: the row for this time, [B, M]."""
+        """As in `MeanVelocityModel`; modulations: the row for this time, [B, M]."""
 
 
 class MeanVelocityModel(StagedModel, Protocol):
-    """One that may also give average velocities over intervals (flow/mean_velocity.py).
+    """A model that can also give average velocities over intervals (flow/mean_velocity.py).
 
-    It is told their lengths, in the stage's time; None is a length of 0, which gives the velocity.
+    It receives their lengths, in the stage's time; None means a length of 0, which gives the velocity.
     """
 
     def conditions(self, contexts: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor | None:
@@ -74,7 +74,7 @@ class MeanVelocityModel(StagedModel, Protocol):
         labels: torch.Tensor,
         lengths: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """What a call returns, from the `conditions` and the lengths, K of [B]."""
+        """What calling the model returns, from the `conditions` and the lengths, K of [B]."""
 
     def velocity(
         self,
@@ -85,4 +85,4 @@ class MeanVelocityModel(StagedModel, Protocol):
         labels: torch.Tensor,
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As that of `StagedModel`; lengths [B]."""
+        """As in `StagedModel`; lengths [B]."""

@@ -1,4 +1,4 @@
-"""Token merging in the blocks of the velocity network while a stage is drawn, `sample.merge_ratio`."""
+"""Token merging in the blocks of the velocity network while a stage is sampled (`sample.merge_ratio`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ecar_dist.models.transformer import Block, Transformer
 
 
 class TokenMerger:
-    """Merges before attention and MLP of every block of a transformer, and unmerges after each.
+    """Merges tokens before the attention and the MLP of every block of a transformer, and unmerges them after each.
 
-    The residual stream keeps all tokens. There is no merging until `learn` has been called.
+    The residual stream keeps all tokens. Nothing is merged until `learn` has been called.
     """
 
     def __init__(self, transformer: Transformer, ratio: float) -> None:
@@ -27,12 +27,12 @@ class TokenMerger:
         self._merging: Merging | None = None
 
     def learn(self, conditional: torch.Tensor, null: torch.Tensor, patch_size: int) -> None:
-        """The importance of the tokens, from both velocities [B, C, h, w]."""
+        """Sets the importance of the tokens from both velocities [B, C, h, w]."""
         self._importance = patchify((conditional - null).float(), patch_size).norm(dim=-1)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Merge in the calls of the block."""
+        """Context manager: merge tokens in all calls of the transformer inside the `with` block."""
         if self._importance is None:
             yield
             return
@@ -52,7 +52,7 @@ class TokenMerger:
                 handle.remove()
 
     def _match(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # Both halves of a guided batch have the importance of their image.
+        # Both halves of a guided batch use the importance of their image.
         tokens = inputs[0]
         assert self._importance is not None
         importance = self._importance.repeat(len(tokens) // len(self._importance), 1)

@@ -1,4 +1,4 @@
-"""The pre-norm adaLN transformer that both networks are made of (block of DiT, Peebles and Xie, arXiv 2212.09748)."""
+"""The pre-norm adaLN transformer that both networks are made of (the DiT block, Peebles and Xie, arXiv 2212.09748)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecar_dist.models.layers import MLP, AdaLN, AdaLNOffset, gated, modulated_no
 class Block(nn.Module):
     """Attention and MLP, each after a modulated norm and before a gate. Gates start at zero: the block is the identity.
 
-    modulation: from the transformer's conditioning to the block's six vectors, [B, S, 6 D].
+    modulation: maps the transformer's conditioning to the block's six vectors, [B, S, 6 D].
     """
 
     def __init__(self, width: int, heads: int, modulation: nn.Module, width_ratio: float = 1.0) -> None:
@@ -35,7 +35,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x [B, T, D], conditioning [B, S, ..] -> [B, T, D]; see `Transformer` for the segments.
 
-        modulation: what adaLN makes of the conditioning, [B, S, 6 D], where it is known already.
+        modulation: adaLN's output for the conditioning, [B, S, 6 D], if it is already known.
         """
         # adaLN-Zero: shift, scale and gate of both branches.
         parts = (self.modulation(conditioning) if modulation is None else modulation).chunk(6, dim=-1)  # each [B, S, D]
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
     """`depth` blocks, then a modulated norm. adaLN is a matrix per block, or one for all blocks plus offsets.
 
     recompute: keep only the input of each block, and recompute the rest in the backward pass (Chen et al., "Training
-        deep nets with sublinear memory cost", arXiv 1604.06174). The numbers are the same, bit for bit.
+        deep nets with sublinear memory cost", arXiv 1604.06174). The results are the same, bit for bit.
     width_ratio: of all projections; see `Linear`.
     """
 
@@ -82,10 +82,10 @@ class Transformer(nn.Module):
         segments: Sequence[int] = (),
         modulations: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [B, T, D], conditioning [B, S, D], one attention rule a block -> float32 [B, T, D].
+        """x [B, T, D], conditioning [B, S, D], one attention rule per block -> float32 [B, T, D].
 
-        The tokens are S segments that differ in their conditioning. `segments` are their lengths; left out if S = 1.
-        modulations: of this conditioning, [B, S, M], which then is not needed itself.
+        The tokens are S segments that differ in their conditioning. `segments` are their lengths; omitted if S = 1.
+        modulations: those of this conditioning, [B, S, M]. The conditioning itself is then not needed.
         """
         if modulations is not None:
             *blocks, head = modulations.split([6 * x.shape[-1]] * len(self.blocks) + [2 * x.shape[-1]], dim=-1)
@@ -108,9 +108,9 @@ class Transformer(nn.Module):
         return modulated_norm(x, shift, scale, segments)
 
     def modulations(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """What adaLN makes of conditionings [..., D] in all blocks and in the head, side by side: [..., M].
+        """adaLN's outputs for conditionings [..., D] in all blocks and in the head, side by side: [..., M].
 
-        M = (6 depth + 2) D. It depends on no token, so sampling makes it for many calls at once.
+        M = (6 depth + 2) D. They depend on no token, so sampling computes them for many calls at once.
         """
         for_blocks = self.shared_modulation(conditioning)
         blocks = [block.modulation(for_blocks) for block in self.blocks]  # type: ignore[operator]

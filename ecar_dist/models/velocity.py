@@ -1,4 +1,4 @@
-"""The velocity network: one DiT trunk for all stages, conditioned on stage, time and class, and maybe a token map."""
+"""The velocity network: one DiT trunk for all stages, conditioned on stage, time, class and optionally a token map."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class VelocityNetwork(nn.Module):
     """v(x_u, mt_k(u), k, M_k) of eq. (5). Exactly zero before training.
 
     condition_width: channels of the token maps M_k; None for a network without token maps.
-    mean_velocity: gives average velocities over intervals (flow/mean_velocity.py), whose lengths it is told. Before
-    training the lengths change nothing, so that the weights of a network of velocities are a start.
+    mean_velocity: gives average velocities over intervals (flow/mean_velocity.py), whose lengths are an extra input.
+    Before training the lengths have no effect, so the weights of a velocity network can be used as initial weights.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class VelocityNetwork(nn.Module):
     ) -> torch.Tensor:
         """x [B, C, h, w], time [B], condition [B, T, D] or None, labels [B], lengths [B] -> float32 [B, C, h, w].
 
-        modulations: [B, M] of `modulations` for this time, which then is not looked at, nor are labels and lengths.
+        modulations: [B, M], from `modulations` for this time. Then time, labels and lengths are ignored.
         """
         if modulations is None:
             (velocity,) = self._run([x], [time], [stage], condition, labels, None if lengths is None else [lengths])
@@ -88,10 +88,10 @@ class VelocityNetwork(nn.Module):
         return unpatchify(outputs, self.patch_size)
 
     def modulations(self, times: torch.Tensor, stage: int, labels: torch.Tensor) -> torch.Tensor:
-        """All that calls of a stage at times [n] compute from time and labels [B] alone, [n, B, M].
+        """Everything that calls of a stage at times [n] compute from time and labels [B] alone, [n, B, M].
 
-        Made at once, it reads the weights of adaLN once a stage instead of once a call: they are a third of the trunk
-        of DiT-XL.
+        Computing it at once reads the weights of adaLN once per stage instead of once per call. They are a third of
+        the trunk of DiT-XL.
         """
         conditioning = self._conditioning(
             times.expand(len(labels), -1).T.reshape(-1, 1), [stage], labels.repeat(len(times))
@@ -126,7 +126,7 @@ class VelocityNetwork(nn.Module):
         stacked = None if lengths is None else torch.stack(list(lengths), dim=1)
         conditioning = self._conditioning(torch.stack(list(times), dim=1), stages, labels, stacked)
 
-        # Attention stays within the stage. The velocity is float32, as the ODE's state.
+        # Attention stays within the stage. The velocity is float32, like the ODE's state.
         segments = [self.grid_sides[stage] ** 2 for stage in stages]
         attends = [within_stage_attention(segments)] * len(self.transformer.blocks)
         outputs = self.output(self.transformer(tokens, conditioning, attends, segments)).float()

@@ -42,7 +42,7 @@ def test_cache_keeps_layers_apart():
 
 
 def test_attention_ignores_the_size_of_queries_and_keys():
-    """QK-norm: scaling the projections of q and k leaves the output alone."""
+    """QK-norm: scaling the projections of q and k does not change the output."""
     torch.manual_seed(0)
     attention = Attention(16, 2)
     torch.nn.init.normal_(attention.qkv.weight)

@@ -1,4 +1,4 @@
-"""`hybrid`: a token is its code and a residual, what the trunk and the head see, and that all of it learns."""
+"""`hybrid`: a token is its code and a residual, what the trunk and the head see, and that the weights learn."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ecar_dist.flow.masking import arccosine_ratio
 from ecar_dist.kinds.flow_head import TrunkSize
 from ecar_dist.models.tokens.hybrid import Hybrid
 
-CHANNELS, NUM_CLASSES, TOKENS, CODES, DRAWS = 3, 5, 16, 8, 2  # 8 x 8 latents in patches of 2: 12 numbers a token
+CHANNELS, NUM_CLASSES, TOKENS, CODES, DRAWS = 3, 5, 16, 8, 2  # 8 x 8 latents in patches of 2: 12 numbers per token
 
 
 def make_model(*, trained=True):
@@ -53,7 +53,7 @@ def test_the_logits_see_the_codes_of_unmasked_tokens_alone(batch):
     logits, codes, *_ = model(tokens, mask, *rest)
     other = torch.where(mask[..., None], model.codebook((codes + 1) % CODES), tokens)
     assert torch.equal(model(other, mask, *rest)[0], logits)
-    nudged = model.codebook(codes) + 1e-3  # the same codes, other residuals
+    nudged = model.codebook(codes) + 1e-3  # the same codes, different residuals
     assert torch.equal(model(nudged, mask, *rest)[0], logits)
     other = torch.where(mask[..., None], tokens, model.codebook((codes + 1) % CODES))
     assert (model(other, mask, *rest)[0] - logits).abs().max() > 1e-3

@@ -44,7 +44,7 @@ def test_positions_are_distinct_and_rows_are_not_columns():
 
 
 def test_coarse_positions_lie_amid_the_finer_ones_they_cover():
-    """A low frequency is nearly linear over a token: its mean over 2 x 2 finer tokens is the coarse value."""
+    """A low frequency is nearly linear over a token, so its mean over 2 x 2 finer tokens is the coarse value."""
     coarse, fine = (position_table(side, 64, CPU).T.reshape(1, 64, side, side) for side in (8, 16))
     slowest = 15  # of the 16 cosines of the row
     assert torch.allclose(downsample(fine)[:, slowest], coarse[:, slowest], atol=1e-3)

@@ -1,4 +1,4 @@
-"""`mar`: what the trunk sees, what the head sees, and that all of it learns."""
+"""`mar`: what the trunk sees, what the head sees, and that every weight learns."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from ecar_dist.kinds.flow_head import TrunkSize
 from ecar_dist.models.mar import MAR
 
-CHANNELS, NUM_CLASSES, TOKENS, DRAWS = 3, 5, 16, 2  # 8 x 8 latents in patches of 2: 12 numbers a token
+CHANNELS, NUM_CLASSES, TOKENS, DRAWS = 3, 5, 16, 2  # 8 x 8 latents in patches of 2: 12 numbers per token
 
 
 def make_model(*, trained=True, recompute=False):

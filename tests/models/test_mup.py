@@ -1,4 +1,4 @@
-"""Maximal update parametrisation: what a wide model computes after some steps is as large as what a narrow one does."""
+"""Maximal update parametrisation: after some steps, a wide model computes values as large as a narrow one's."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_coordinates_keep_their_size_over_width():
     grown = {name: wide[name] / narrow[name] for name in narrow}
     assert all(1 / 2 < ratio < 2 for ratio in grown.values()), grown
 
-    # The check can fail: at one rate for all widths the output of the wide model runs ahead.
+    # The check can fail: with one rate for all widths, the output of the wide model grows faster.
     narrow, wide = (sizes_after_steps(width, mup=False) for width in WIDTHS)
     assert wide["flow.output"] / narrow["flow.output"] > 2
 

@@ -1,4 +1,4 @@
-"""`par` and `par_cont`: who sees whom, the cache, plain AR as n = 1, and that all of it learns."""
+"""`par` and `par_cont`: which token sees which, the cache, plain AR as n = 1, and that every weight learns."""
 
 from itertools import accumulate, pairwise
 
@@ -12,7 +12,7 @@ from ecar_dist.models.attention import KVCache, causal_attention, group_mask, gr
 from ecar_dist.models.layers import position_table
 from ecar_dist.models.tokens.par import PAR, ContinuousPAR
 
-CHANNELS, NUM_CLASSES, CODES, SIDE = 3, 5, 24, 8  # 16 x 16 latents in patches of 2: 12 numbers a token
+CHANNELS, NUM_CLASSES, CODES, SIDE = 3, 5, 24, 8  # 16 x 16 latents in patches of 2: 12 numbers per token
 TOKENS = SIDE**2
 SIZE = TrunkSize(2, 32, 2, 2)
 
@@ -58,7 +58,7 @@ def test_attention_follows_the_rule_of_groups(group):
 
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_no_logit_sees_a_token_of_its_own_group_or_a_later_one(group, tokens):
-    """The leak test: each token in turn is replaced by one of another code."""
+    """The leak test: each token in turn is replaced by one with a different code."""
     model = make_model(group)
     order = region_order(SIDE, group)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_cached_steps_equal_one_pass(group, tokens):
 
 
 def test_several_groups_in_one_cached_step_equal_one_pass(tokens):
-    """What the Jacobi sampler does: a window of single tokens, of which a part is forgotten again."""
+    """What the Jacobi sampler does: a window of single tokens, some of which are dropped afterwards."""
     model = make_model(1)
     with torch.no_grad():
         expected, codes = model(tokens, LABELS)

@@ -1,4 +1,4 @@
-"""`pyramid` and `dit`, and E16: with one stage they are one model, and ECAR without its AR transformer."""
+"""`pyramid` and `dit`, and E16: with one stage they are the same model, and equal ECAR without its AR transformer."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ COMMON = {"latent_channels": CHANNELS, "patch_size": 2, "num_classes": NUM_CLASS
 
 
 def shaken(model, seed=0):
-    """As if trained: nothing is zero."""
+    """As if trained: no weight is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ def test_dit_is_ecar_of_one_stage_without_its_ar_transformer(make_batch):
 
 
 def without_ar(ecar, dit):
-    """Copy the velocity network of `dit` into `ecar`, and let nothing of the AR transformer reach it."""
+    """Copy the velocity network of `dit` into `ecar`, and cut it off from the AR transformer."""
     odd = ecar.flow.load_state_dict(dit.flow.state_dict(), strict=False)
     assert odd.missing_keys == ["condition_projection.weight", "condition_projection.bias"]
     assert odd.unexpected_keys == []

@@ -13,7 +13,7 @@ def run(transformer: Transformer) -> torch.Tensor:
 
 @pytest.mark.parametrize("adaln", ["per_block", "shared"])
 def test_blocks_start_as_identity(adaln):
-    """With its gates at zero, whatever a block computes is left out."""
+    """With its gates at zero, a block's computation has no effect."""
     transformer = Transformer(2, 16, 2, adaln)
     before = run(transformer)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def test_shared_adaln_is_one_matrix_and_an_offset_a_block():
     matrices = [name for name, p in transformer.named_parameters() if "modulation" in name and p.ndim == 2]
     assert matrices == ["shared_modulation.project.weight", "head_modulation.project.weight"]
     with torch.no_grad():
-        transformer.blocks[1].modulation.offset[32:48] = 1.0  # the gate of this block's attention alone
+        transformer.blocks[1].modulation.offset[32:48] = 1.0  # only the gate of this block's attention
     moved = run(transformer)
     assert not torch.allclose(moved, before, atol=1e-4)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_recomputed_blocks_give_the_same_numbers_and_keep_less(adaln):
 
 
 def test_nothing_is_recomputed_without_gradients(monkeypatch):
-    """Sampling's cached attention remembers what it sees: a block must run once."""
+    """The cached attention of sampling stores what it sees, so a block must run only once."""
     monkeypatch.setattr("ecar_dist.models.transformer.checkpoint", None)
     transformer = Transformer(2, 16, 2, "shared", recompute=True)
     with torch.no_grad():

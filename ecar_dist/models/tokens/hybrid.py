@@ -1,10 +1,10 @@
-"""`hybrid`: masked prediction of codes, then a flow of what the codes leave out, after DC-AR.
+"""`hybrid`: masked prediction of codes, then a flow for what the codes leave out, after DC-AR.
 
 A token is its nearest code plus a residual, as in DC-AR (Wu et al., arXiv 2507.04947). A bidirectional transformer
 predicts the codes of masked tokens; after the last step a small flow head draws the residuals of all tokens at once.
-Four things differ from the paper: the class modulates the transformer in place of a text; codes are of a codebook
-fitted to latents without normalising either to unit length; the head predicts a velocity, so that the objective and
-the solvers are those of the other kinds; and it is told the token's own code, beside the transformer's output.
+Four things differ from the paper: the class, not a text, modulates the transformer; the codebook is fitted to the
+latents, and neither is normalised to unit length; the head predicts a velocity, so that the objective and the solvers
+are those of the other kinds; and the head receives the token's own code in addition to the transformer's output.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Hybrid(nn.Module):
         self.codebook = Codebook(num_codes, channels)
         self.residual_scale = ResidualScale()
 
-        # Once a step: what the masked tokens are.
+        # Once per step: the codes of the masked tokens.
         self.trunk = MaskedTransformer(
             size,
             grid_side=latent_size // patch_size,
@@ -61,7 +61,7 @@ class Hybrid(nn.Module):
         )
         self.output = ZeroLinear(size.width, num_codes)
 
-        # At each solver call behind the last step: what is left of all tokens.
+        # At each solver call after the last step: the residuals of all tokens.
         self.code_projection = Linear(channels, size.width)
         self.head = FlowHead(size.width, size.head_depth, channels)
 
@@ -78,9 +78,9 @@ class Hybrid(nn.Module):
 
         Arguments:
             tokens: [B, T, c].
-            mask: bool [B, T], True where the trunk sees the mask vector in place of the code.
-            noise: of R draws, [B, R, T, c].
-            u: their times on the path, float32 [B, R, T]; `times` are the same as model times.
+            mask: bool [B, T], True where the trunk sees the mask vector instead of the code.
+            noise: R draws, [B, R, T, c].
+            u: their times on the path, float32 [B, R, T]; `times` are the corresponding model times.
             labels: int64 [B]; num_classes is the null label.
         """
         codes, vectors, residuals = self.split(tokens)
@@ -100,7 +100,7 @@ class Hybrid(nn.Module):
         return vectors + self.residual_scale(residuals)
 
     def hidden(self, codes: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sampling: the trunk's output, float32 [B, T, D]; codes int64 [B, T] are not looked at where masked."""
+        """Sampling: the trunk's output, float32 [B, T, D]; codes int64 [B, T] are ignored where masked."""
         return self.trunk(self.codebook(codes), mask, labels)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""`par` and `par_cont`: autoregression over tokens in the order of regions, several of them at once.
+"""`par` and `par_cont`: autoregression over tokens in region order, several of them at once.
 
 The order, the markers and the groups are those of PAR (Wang et al., arXiv 2412.15119; flow/discrete/region_order.py);
-n = 1 is plain autoregression. `par` draws codes of a codebook, as its paper does. `par_cont` is ours: the same
-transformer, but each token is drawn by MAR's flow head. Two things differ from the paper in both. A slot has the place
+n = 1 is plain autoregression. `par` draws codes of a codebook, as in the paper. `par_cont` is ours: the same
+transformer, but each token is drawn by MAR's flow head. Both differ from the paper in two ways. A slot has the place
 of the token that it predicts, as fixed and learned positions instead of rotations. The class modulates the transformer
-(adaLN, one matrix for all blocks), beside being the first slot's input.
+(adaLN, one matrix for all blocks), in addition to being the first slot's input.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GroupedTransformer(nn.Module):
         self.transformer = Transformer(size.depth, size.width, size.heads, adaln="shared", recompute=recompute)
 
     def forward(self, content: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Training: all slots in one pass. content [B, N, D] in order, labels [B] -> float32 [B, N, D]."""
+        """Training: all slots in one pass. content [B, N, D] in drawing order, labels [B] -> float32 [B, N, D]."""
         classes = self.class_embedding(labels)
         slots = self._slots(content, classes, 0, len(self.order), first=0)
         attends = [grouped_attention(self.group_sizes)] * len(self.transformer.blocks)
@@ -60,10 +60,10 @@ class GroupedTransformer(nn.Module):
     ) -> torch.Tensor:
         """Sampling: slots start .. stop - 1, one group or more, float32 [B, stop - start, D].
 
-        content: of the tokens from `first_needed` to those before the last of these groups, [B, .., D]. The cache has
-        slots 0 .. start - 1; the call appends these.
+        content: vectors of the tokens from `first_needed` up to, but without, the last of these groups, [B, .., D].
+        The cache contains slots 0 .. start - 1; the call appends the new ones.
         """
-        # One group sees itself and all before it. Several need the rule of `grouped_attention`.
+        # One group sees itself and everything before it. Several need the rule of `grouped_attention`.
         mask = None
         if self.groups[start] != self.groups[stop - 1]:
             mask = group_mask(index_on(self.groups[:stop], labels.device))[start:]  # [stop - start, stop]
@@ -86,7 +86,7 @@ class GroupedTransformer(nn.Module):
 
         first: the token that `content` begins with.
         """
-        # The class, the markers and the tokens as rows of one table, of which each slot takes its own.
+        # The class, the markers and the tokens as rows of one table, from which each slot takes its own.
         device = classes.device
         parts = [classes[:, None]]
         if self.group > 1:
@@ -96,7 +96,7 @@ class GroupedTransformer(nn.Module):
         rows = index_on(self.sources, device)[start:stop]
         inputs = table[:, torch.where(rows < self.group, rows, rows - first)]
 
-        # Places, fixed and learned.
+        # Positions, fixed and learned.
         places = index_on(self.order, device)[start:stop]
         fixed = position_table(math.isqrt(len(self.order)), table.shape[-1], device)[places]
         return inputs + fixed + self.positions(places)
@@ -106,8 +106,8 @@ class PAR(nn.Module):
     """Logits of the codes of tokens [B, N, c], c = C p^2.
 
     Arguments:
-        size: depth, width and heads; the head is not used.
-        group: n, the number of regions, and of tokens that are drawn at once.
+        size: depth, width and heads; `head_depth` is not used.
+        group: n, the number of regions, and of tokens drawn at once.
         num_codes: V.
         latent_size: latent side; N = (latent_size / p)^2.
         latent_channels: C.
@@ -138,7 +138,7 @@ class PAR(nn.Module):
         self.output = ZeroLinear(size.width, num_codes)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training: (logits float32 [B, N, V], codes int64 [B, N]), both in the order of drawing.
+        """Training: (logits float32 [B, N, V], codes int64 [B, N]), both in drawing order.
 
         tokens: row by row, [B, N, c]; labels: int64 [B], num_classes is the null label.
         """
@@ -150,18 +150,18 @@ class PAR(nn.Module):
     ) -> torch.Tensor:
         """Sampling: logits of tokens start .. stop - 1 of the order, float32 [B, stop - start, V]; see `next_slots`.
 
-        codes: of all tokens before the last of these groups, in the order of drawing, int64 [B, ..].
+        codes: those of all tokens before the last of these groups, in drawing order, int64 [B, ..].
         """
         content = self.code_embedding(codes[:, self.trunk.first_needed(start) :])
         return self.output(self.trunk.next_slots(content, labels, start, stop, cache)).float()
 
     def tokens_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [B, N] in the order of drawing -> tokens row by row, float32 [B, N, c]."""
+        """Codes [B, N] in drawing order -> tokens row by row, float32 [B, N, c]."""
         return self.codebook(codes[:, index_on(inverse_order(self.trunk.order), codes.device)])
 
 
 class ContinuousPAR(nn.Module):
-    """Velocities of tokens [B, N, c], c = C p^2, each under the output of its slot; arguments as those of `PAR`."""
+    """Velocities of tokens [B, N, c], c = C p^2, each conditioned on its slot's output; arguments as for `PAR`."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class ContinuousPAR(nn.Module):
     ) -> torch.Tensor:
         """Sampling: conditions of tokens start .. stop - 1 of the order, [B, stop - start, D]; see `next_slots`.
 
-        tokens: those before, in the order of drawing, [B, start, c].
+        tokens: the tokens before them, in drawing order, [B, start, c].
         """
         content = self.state_projection(tokens[:, self.trunk.first_needed(start) :])
         return self.head.condition_projection(self.trunk.next_slots(content, labels, start, stop, cache))
@@ -211,8 +211,8 @@ class ContinuousPAR(nn.Module):
         return self.head(x, time, condition)
 
 
-@functools.lru_cache(maxsize=64)  # else each step would wait for a copy from the host
+@functools.lru_cache(maxsize=64)  # otherwise each step would wait for a copy from the host
 def index_on(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Fixed numbers as int64 [n] on a device."""
-    with torch.inference_mode(False):  # numbers first met while sampling must serve training too
+    with torch.inference_mode(False):  # numbers first made while sampling must also work in training
         return torch.tensor(values, device=device)
