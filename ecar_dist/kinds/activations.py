@@ -1,7 +1,7 @@
 """Bytes that the forward pass keeps for the backward pass, in closed form: the terms that several kinds share.
 
 Counted per image, as autograd saves them on a GPU with fused attention and fused RMS norm. Each tensor counts once,
-and parameters do not count. On a CPU the RMS norm is not fused, and keeps 8 bytes more per token and width. Residuals,
+and parameters do not count. On a CPU the RMS norm is not fused, and keeps 8 more bytes per token and width. Residuals,
 layer norms and the loss are fp32. Inputs and outputs of matrix products have the precision of the run. In bf16 the
 weights are bf16 too, so autocast keeps no copies of them.
 """
@@ -27,10 +27,10 @@ class Activations:
 
     blocks: all transformer blocks.
     block_inputs: what remains of them when blocks are recomputed.
-    largest_block: the block that keeps the most; a recomputed block is kept for its own backward pass.
+    largest_block: the block that keeps the most; a recomputed block's activations exist during its backward pass.
     rest: embeddings, projections, heads and loss.
     block_calls: how often the model calls a transformer block.
-    block_segments: the same, a call counted once for each segment that differs in its conditioning.
+    block_segments: the same, but each call counts once for every segment with its own conditioning.
     """
 
     blocks: int = 0
@@ -61,13 +61,13 @@ def block_bytes(
 ) -> int:
     """One block of models/transformer.py.
 
-    joined: whether attention joins one call a stage. segments: how many differ in their conditioning.
+    joined: whether attention concatenates one call per stage. segments: how many have their own conditioning.
     """
     number = number_bytes(precision)
 
-    # Modulated norms: the residual, the normalised residual, and the operand that is made of it.
+    # Modulated norms: the residual, the normalised residual, and the operand made from it.
     norms = 2 * (2 * FP32 + number)
-    # Attention: qkv, normalised q and k, what the heads return, the projection. In bf16 the q and k norms keep fp32.
+    # Attention: qkv, normalised q and k, the heads' output, the projection. In bf16 the q and k norms keep fp32.
     attention = (3 + 2 + 1 + 1) * number + (2 * FP32 if number < FP32 else 0)
     join = number if joined else 0
     # MLP: before and after the GELU, and the output.
@@ -91,11 +91,11 @@ def transformer_activations(
     joined: bool = False,
     segments: int = 1,
 ) -> Activations:
-    """The blocks, the modulated norm at the end and its adaLN. The conditioning itself is the caller's."""
+    """The blocks, the modulated norm at the end and its adaLN. The caller counts the conditioning itself."""
     number = number_bytes(precision)
     block = block_bytes(tokens, width, heads, adaln, precision, joined=joined, segments=segments)
 
-    # Recomputation keeps the residual in front of each block, and the shared modulation.
+    # Recomputation keeps the residual before each block, and the shared modulation.
     inputs = depth * tokens * width * FP32 + (segments * 6 * width * number if adaln == "shared" else 0)
     # The head's norm and adaLN, and the operand of the shared adaLN matrix.
     vectors = 2 + (1 if adaln == "shared" else 0)
@@ -104,7 +104,7 @@ def transformer_activations(
 
 
 def time_embedding_bytes(width: int, precision: str) -> int:
-    """The sinusoid and the two operands behind it."""
+    """The sinusoid and the two operands after it."""
     return (SINUSOID_WIDTH + 2 * width) * number_bytes(precision)
 
 

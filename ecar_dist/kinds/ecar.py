@@ -1,4 +1,4 @@
-"""`ecar`: an AR transformer makes a token map for each stage, a velocity network flows each stage under its map."""
+"""`ecar`: an AR transformer makes a token map for each stage; a velocity network draws each stage under its map."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class EcarKind(StagedKind):
         return ParameterCount(ar, flow, block, quantized + width * preset.flow_width)
 
     def training_macs(self, config: RunConfig) -> int:
-        """One AR pass and one velocity call in each stage, forward and backward, and what the targets need."""
+        """One AR pass and one velocity call in each stage, forward and backward, and the cost of the targets."""
         preset = preset_of(config)
         stage_tokens = config.stage_tokens
         ar = ar_macs(preset, stage_tokens, config.token_channels, feeds_state=_feeds_state(config))
@@ -85,7 +85,7 @@ class EcarKind(StagedKind):
         width = preset.ar_width
         number = number_bytes(precision)
 
-        # AR transformer: its conditioning is the class; W_in has the contexts, W_m the token maps.
+        # AR transformer: its conditioning is the class; W_in keeps the contexts, W_m the token maps.
         ar = transformer_activations(tokens, width, preset.ar_depth, preset.ar_heads, "shared", precision, joined=True)
         contexts = sum(stage_tokens[1:]) * channels * number if _feeds_state(config) else 0
         ends = Activations(rest=width * number + contexts + tokens * width * number)
@@ -102,9 +102,9 @@ class EcarKind(StagedKind):
         stage_tokens = config.stage_tokens
         passes = self.stage_passes(config)
 
-        # AR transformer: with a KV cache, each stage's tokens are queries once
+        # AR transformer: with a KV cache, each stage's tokens are queries only once
         ar = ar_macs(preset, stage_tokens, channels, passes=len(stage_tokens), feeds_state=_feeds_state(config))
-        # velocity network: W_m M_k once a stage, then the solver's calls
+        # velocity network: W_m M_k once per stage, then the solver's calls
         flow = sum(
             evaluations * call + branches * condition_macs(preset, tokens)
             for tokens, branches, evaluations, call in zip(
@@ -130,7 +130,7 @@ class EcarKind(StagedKind):
 
 
 def _feeds_state(config: RunConfig) -> bool:
-    """`class_only` draws the contexts, so that its noise is that of the other modes, but does not look at them."""
+    """`class_only` draws the contexts, so that its noise is that of the other modes, but ignores them."""
     return config.flow.context.mode != "class_only"
 
 
@@ -143,21 +143,21 @@ def ar_macs(
     feeds_state: bool = True,
     linears_only: bool = False,
 ) -> int:
-    """All token maps of one image, eq. (18), in `passes` passes: 1 in training, one a stage with a KV cache.
+    """All token maps of one image, eq. (18), in `passes` passes: 1 in training, one per stage with a KV cache.
 
     Attention counts the blocks that the mask leaves visible: stage k sees the tokens of stages 0 .. k.
     """
     width, depth = preset.ar_width, preset.ar_depth
-    # keys: the tokens of the stage and of all before it
+    # keys: the tokens of the stage and of all earlier ones
     blocks = (
         block_macs(tokens, width, depth, keys=keys, linears_only=linears_only)
         for tokens, keys in zip(stage_tokens, accumulate(stage_tokens), strict=True)
     )
-    # adaLN is once a pass; W_in of eq. (16) is on every stage but the first
+    # adaLN runs once per pass; W_in of eq. (16), in every stage but the first
     inputs = sum(stage_tokens[1:]) * token_channels * width if feeds_state else 0
     return sum(blocks) + passes * adaln_macs(width, depth, "shared") + inputs
 
 
 def condition_macs(preset: Preset, tokens: int) -> int:
-    """W_m M_k, once a stage."""
+    """W_m M_k, once per stage."""
     return tokens * preset.ar_width * preset.flow_width

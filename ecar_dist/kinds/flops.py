@@ -1,6 +1,6 @@
 """Compute in closed form: the terms that several kinds share, docs/ecar.md eq. (17)-(19).
 
-The unit is the MAC, one multiply-add, which is what DiT's paper prints as "Gflops"; FLOPS_PER_MAC = 2 turns it into the
+The unit is the MAC, one multiply-add, which DiT's paper reports as "Gflops"; FLOPS_PER_MAC = 2 turns it into the
 FLOPs of a device's data sheet. Not counted: biases, norms, softmax, embedding look-ups and the autoencoder.
 """
 
@@ -29,7 +29,7 @@ def block_macs(tokens: int, width: int, depth: int, *, keys: int | None = None, 
 
 
 def adaln_macs(width: int, depth: int, adaln: str) -> int:
-    """Modulation of one image: 6 D^2 a block, or once where shared, and 2 D^2 for the head."""
+    """Modulation of one image: 6 D^2 per block, or once if shared, and 2 D^2 for the head."""
     return (6 * (depth if adaln == "per_block" else 1) + 2) * width**2
 
 
@@ -62,18 +62,18 @@ def stages_macs(config: RunConfig, preset: Preset) -> list[int]:
 
 
 def velocity_training_macs(config: RunConfig, preset: Preset) -> int:
-    """The velocity network in all stages, without a condition: forward, backward, and its targets if it makes them."""
+    """The velocity network in all stages, without a condition: forward, backward, and its targets if it has any."""
     passes = TRAINING_PASSES + (TARGET_PASSES if config.flow.learns_mean_velocity else 0)
     return passes * sum(stages_macs(config, preset))
 
 
 def velocity_calls(config: RunConfig) -> list[int]:
-    """Velocities that the solver asks for from u = 0 to u = 1, in each stage."""
+    """Velocity calls that the solver makes from u = 0 to u = 1, in each stage."""
     return [steps * SOLVERS[config.sample.solver].calls_per_step for steps in config.stage_steps]
 
 
 def velocity_evaluations(config: RunConfig, stage: int, guidance_scale: float) -> int:
-    """Velocities that the network evaluates for one image in a stage: two for each call that is guided."""
+    """Velocities that the network evaluates for one image in a stage: two for each guided call."""
     sample = config.sample
     schedule = config.flow.schedule
     calls = SOLVERS[sample.solver].call_times(config.stage_steps[stage], sample.time_shift)

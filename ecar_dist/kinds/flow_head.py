@@ -1,4 +1,4 @@
-"""The size of the trunk of `mar`, `par`, `par_cont` and `hybrid`, and what their flow head costs."""
+"""The trunk size of `mar`, `par`, `par_cont` and `hybrid`, and the cost of their flow head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrunkSize:
 
 
 def trunk_size_of(config: RunConfig) -> TrunkSize:
-    """The trunk has the depths of both networks of the preset; the head has a quarter of that, and at least 3 blocks.
+    """The trunk is as deep as both networks of the preset together; the head has a quarter of that, at least 3 blocks.
 
     At B this is MAR-B as its authors evaluate it, 24 x 768 with a head of 6 blocks (README of LTH14/mar); MAR-L has
     32 x 1024 and 8, MAR-H 40 x 1280 and 12. Their heads are 1024, 1280 and 1536 wide.
@@ -37,7 +37,7 @@ def trunk_size_of(config: RunConfig) -> TrunkSize:
 
 
 def quantized_weights(size: TrunkSize) -> int:
-    """Of the trunk's blocks, the two matrices of each of the head's, and the projection of its condition."""
+    """Weights of the trunk's blocks, of the two matrices of each head block, and of the head's condition projection."""
     return block_weights(size.width, size.depth) + (2 * size.head_depth + 1) * size.width**2
 
 
@@ -50,12 +50,12 @@ def head_parameters(size: TrunkSize, token_channels: int) -> int:
 
 
 def head_macs(size: TrunkSize, token_channels: int) -> int:
-    """One velocity of one token, without its time embedding: 2 D^2 and the adaLN's 3 D^2 a block, 2 D^2 at the end."""
+    """One velocity of one token, without its time embedding: 2 D^2 and adaLN's 3 D^2 per block, 2 D^2 at the end."""
     return (5 * size.head_depth + 2) * size.width**2 + 2 * token_channels * size.width
 
 
 def head_bytes(size: TrunkSize, token_channels: int, precision: str) -> int:
-    """What one draw of one token keeps for the backward pass."""
+    """Bytes that one draw of one token keeps for the backward pass."""
     number = number_bytes(precision)
     width = size.width
 

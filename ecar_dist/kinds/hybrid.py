@@ -1,4 +1,4 @@
-"""`hybrid`: masked prediction of codes, then a flow of all residuals, after DC-AR (arXiv 2507.04947)."""
+"""`hybrid`: masked prediction of codes, then a flow for all residuals, after DC-AR (arXiv 2507.04947)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class HybridKind(Kind):
         return guidance_passes(sample.guidance_scale) * trunk + head
 
     def serial_calls(self, config: RunConfig) -> int:
-        """The trunk in each step, and at the end the head, for all residuals together."""
+        """One pass of the trunk in each step, and at the end the head's calls, for all residuals together."""
         (calls,) = velocity_calls(config)
         return len(_counts(config)) - 1 + (calls if config.sample.residuals else 0)
 
@@ -139,14 +139,14 @@ class HybridKind(Kind):
     def velocities(
         self, model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
     ) -> list[torch.Tensor]:
-        """The logits beside the velocities, [B, T, V + c]."""
+        """The logits and the velocities side by side, [B, T, V + c]."""
         from ecar_dist.sample.tokens.hybrid import hybrid_outputs
 
         return hybrid_outputs(model, plan, labels, indices, seed)
 
 
 def _counts(config: RunConfig) -> tuple[int, ...]:
-    """Tokens that are masked before the first step and after each, from T to 0."""
+    """Masked tokens before the first step and after each step, from T to 0."""
     return masked_counts(config.stage_tokens[-1], config.sample.code_steps, arccosine)
 
 
@@ -159,11 +159,11 @@ def _trunk_macs(config: RunConfig) -> int:
 
 
 def _condition_macs(size: TrunkSize, tokens: int, token_channels: int) -> int:
-    """The head's condition: of the trunk's output, and of the codes."""
+    """The head's condition, from the trunk's output and the codes."""
     return tokens * (size.width + token_channels) * size.width
 
 
 def _masked_loss_bytes(config: RunConfig) -> int:
-    """As `code_loss_bytes` without the codes as inputs, and the mask as a factor of the errors."""
+    """`code_loss_bytes` without the codes as inputs, plus the mask as a factor of the errors."""
     tokens = config.stage_tokens[-1]
     return code_loss_bytes(config) - tokens * 8 + tokens

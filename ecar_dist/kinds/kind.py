@@ -1,7 +1,7 @@
-"""What the program knows of one `model.kind`: its rules, its size and cost, and how it is built, trained and sampled.
+"""What the program knows about one `model.kind`: its rules, size and cost, and how it is built, trained and sampled.
 
-`ecar-dist check` and `plan` use this room without torch, so no module here imports torch at its top. The methods that
-build, train and sample import the rooms above inside the function: this room is where the parts are put together.
+`ecar-dist check` and `plan` use this package without torch, so no module here imports torch at the top. The methods
+that build, train and sample import the higher packages inside the function: this package puts the parts together.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Kind(ABC):
 
     title: what a model card calls the model.
     parts: names of the two networks that `parameters` counts; "" for a part that the kind does not have.
-    one_stage: True for a model of the full resolution alone; `flow.num_stages` must then be 1.
+    one_stage: True for a model with only the full resolution; `flow.num_stages` must then be 1.
     feeds_states: True where the states of coarser stages are fed back to the network, with noise of std tau.
     averages: True where a sample has one time in each stage, so that the network can learn average velocities
-        (`flow.objective=mean_velocity`) and the times may follow another distribution (`flow.times`).
+        (`flow.objective=mean_velocity`) and the times may follow a different distribution (`flow.times`).
     merges: True where tokens can be merged while sampling (`sample.merge_ratio`).
-    needs_codebook: True where tokens are codes of a codebook beside the latents.
-    compilable: True where sampling calls the network with few shapes of input (`ecar-dist sample --compile`).
+    needs_codebook: True where tokens are codes of a codebook stored next to the latents.
+    compilable: True where sampling calls the network with few input shapes (`ecar-dist sample --compile`).
     widens: True where the network follows muP (`optim.mup`).
     """
 
@@ -51,7 +51,7 @@ class Kind(ABC):
     widens: bool = False
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError where the configuration does not suit this kind."""
+        """Raises ValueError if the configuration does not suit this kind."""
         # What is trained.
         name = config.model.kind
         num_stages = config.flow.num_stages
@@ -64,17 +64,17 @@ class Kind(ABC):
             )
         if config.flow.learns_mean_velocity and not self.averages:
             raise ValueError(
-                f"model.kind={name} cannot learn average velocities; set flow.objective=velocity, or take "
+                f"model.kind={name} cannot learn average velocities; set flow.objective=velocity, or use "
                 "model.kind=ecar, pyramid or dit"
             )
         if config.flow.times != "uniform" and not self.averages:
             raise ValueError(
                 f"model.kind={name} has uniform times, got flow.times={config.flow.times}; set flow.times=uniform, "
-                "or take model.kind=ecar, pyramid or dit"
+                "or use model.kind=ecar, pyramid or dit"
             )
         if config.optim.mup and not self.widens:
             raise ValueError(
-                f"model.kind={name} does not follow muP; set optim.mup=false, or take model.kind=ecar, pyramid or dit"
+                f"model.kind={name} does not follow muP; set optim.mup=false, or use model.kind=ecar, pyramid or dit"
             )
         preset_of(config)  # checks model.width
 
@@ -84,8 +84,8 @@ class Kind(ABC):
             raise ValueError(f"model.kind={name} cannot merge tokens, got sample.merge_ratio={ratio:g}; set it to 0")
         if ratio and config.sample.guidance_scale in (0.0, 1.0):
             raise ValueError(
-                f"sample.merge_ratio={ratio:g} needs guidance, which says what matters, got sample.guidance_scale="
-                f"{config.sample.guidance_scale:g}; set sample.merge_ratio to 0, or guide"
+                f"sample.merge_ratio={ratio:g} needs guidance to rank tokens, got sample.guidance_scale="
+                f"{config.sample.guidance_scale:g}; set sample.merge_ratio to 0, or use guidance"
             )
 
     # Size and cost, in closed form.
@@ -96,7 +96,7 @@ class Kind(ABC):
 
     @abstractmethod
     def training_macs(self, config: RunConfig) -> int:
-        """Multiply-adds of forward and backward for one image."""
+        """Multiply-adds of the forward and backward pass for one image."""
 
     @abstractmethod
     def activations(self, config: RunConfig, precision: str) -> Activations:
@@ -108,9 +108,9 @@ class Kind(ABC):
 
     @abstractmethod
     def serial_calls(self, config: RunConfig) -> int:
-        """Passes of networks that wait for one another while a batch is drawn, with or without guidance.
+        """Network passes that run one after another while a batch is drawn, with or without guidance.
 
-        Of ECAR the velocity calls alone: its AR transformer runs once a stage.
+        For ECAR only the velocity calls: its AR transformer runs once per stage.
         """
 
     @abstractmethod
@@ -120,9 +120,9 @@ class Kind(ABC):
     # The parts themselves. Import them inside the method.
 
     def from_codebook(self, codes: torch.Tensor, residual_std: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """First weights of a new run that its data's codebook gives, by name.
+        """Initial weights of a new run that come from its data's codebook, by name.
 
-        codes: [V, c]. residual_std: of what the codes leave out of a token, [1].
+        codes: [V, c]. residual_std: std of what the codes leave out of a token, [1].
         """
         return {}
 
@@ -144,7 +144,7 @@ class Kind(ABC):
     def velocities(
         self, model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
     ) -> list[torch.Tensor]:
-        """The network's output at inputs fixed by index and seed, K of [B, ...]; verifies an export."""
+        """The network's output at inputs fixed by index and seed, K of [B, ...]; used to verify an export."""
 
 
 class StagedKind(Kind):

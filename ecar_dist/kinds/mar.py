@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class MarKind(Kind):
-    """Not compilable: each step draws another number of tokens."""
+    """Not compilable: each step draws a different number of tokens."""
 
     title = "masked autoregression with a flow head"
     parts = ("trunk", "head")
@@ -68,7 +68,7 @@ class MarKind(Kind):
     def training_macs(self, config: RunConfig) -> int:
         """One trunk pass, and `flow.token_draws` velocities of every token, each at its own time.
 
-        The head's outputs at tokens that are not masked are dropped, as in MAR, so that shapes do not depend on data.
+        The head's outputs at unmasked tokens are dropped, as in MAR, so that shapes do not depend on the data.
         """
         size = trunk_size_of(config)
         channels = config.token_channels
@@ -85,7 +85,7 @@ class MarKind(Kind):
         width = size.width
         number = number_bytes(precision)
 
-        # Trunk: its operands are the tokens, the mask, the class, and in W_c the output.
+        # Trunk: its operands are the tokens, the mask, the class, and for W_c the output.
         trunk = transformer_activations(tokens, width, size.depth, size.heads, "shared", precision)
         ends = tokens * ((channels + width) * number + 1) + width * number
         head = config.flow.token_draws * tokens * head_bytes(size, channels, precision)
@@ -94,7 +94,7 @@ class MarKind(Kind):
     def sampling_macs(self, config: RunConfig) -> int:
         """A trunk pass in each step, and the velocity calls of the tokens that the step draws.
 
-        The time is embedded once a call for all tokens.
+        The time is embedded once per call for all tokens.
         """
         size = trunk_size_of(config)
         channels = config.token_channels
@@ -113,7 +113,7 @@ class MarKind(Kind):
         )
 
     def serial_calls(self, config: RunConfig) -> int:
-        """In each step the trunk, and then the head, for the tokens of the step together."""
+        """In each step one pass of the trunk, and then the head's calls, for all tokens of the step together."""
         (calls,) = velocity_calls(config)
         return (len(_counts(config)) - 1) * (1 + calls)
 
@@ -155,12 +155,12 @@ class MarKind(Kind):
 
 
 def _counts(config: RunConfig) -> tuple[int, ...]:
-    """Tokens that are masked before the first step and after each, from T to 0."""
+    """Masked tokens before the first step and after each step, from T to 0."""
     return masked_counts(config.stage_tokens[-1], config.sample.ar_steps)
 
 
 def mar_trunk_macs(size: TrunkSize, tokens: int, token_channels: int, *, linears_only: bool = False) -> int:
-    """One pass of the trunk over all tokens, and the head's condition of each."""
+    """One pass of the trunk over all tokens, and the head's condition for each."""
     ends = tokens * (token_channels + size.width) * size.width
     blocks = block_macs(tokens, size.width, size.depth, linears_only=linears_only)
     return blocks + adaln_macs(size.width, 1, "shared") + ends

@@ -41,9 +41,9 @@ INDEX = 8  # bytes of an int64
 
 
 class GroupedKind(Kind):
-    """What `par` and `par_cont` share: the transformer over tokens in the order of regions.
+    """What `par` and `par_cont` share: the transformer over tokens in region order.
 
-    Not compilable: each step has another number of keys.
+    Not compilable: each step has a different number of keys.
     """
 
     one_stage = True
@@ -59,9 +59,9 @@ class GroupedKind(Kind):
         return transformer_parameters(size.depth, size.width, "shared", size.width // size.heads) + rows * size.width
 
     def trunk_macs(self, config: RunConfig, *, passes: int) -> int:
-        """All slots of one image, in one pass of training or in one pass for each group with a KV cache.
+        """All slots of one image, in one pass in training, or in one pass per group with a KV cache.
 
-        Attention counts what the rule leaves visible: a group sees itself and all before it.
+        Attention counts what the rule leaves visible: a group sees itself and everything before it.
         """
         size = trunk_size_of(config)
         sizes = _group_sizes(config)
@@ -80,7 +80,7 @@ class GroupedKind(Kind):
 
 
 class ParKind(GroupedKind):
-    """Codes of a codebook beside the latents, drawn with the probabilities that the transformer gives."""
+    """Codes of a codebook stored next to the latents, drawn with the transformer's probabilities."""
 
     title = "parallelised autoregression over codes"
     parts = ("AR transformer", "")
@@ -92,7 +92,7 @@ class ParKind(GroupedKind):
         if window > 1 and group > 1:
             raise ValueError(
                 f"sample.jacobi_window={window} guesses single tokens, but par.group={group} draws groups of them; set "
-                "sample.jacobi_window=1, or take a run with par.group=1"
+                "sample.jacobi_window=1, or use a run with par.group=1"
             )
 
     def parameters(self, config: RunConfig) -> ParameterCount:
@@ -119,7 +119,7 @@ class ParKind(GroupedKind):
         return guidance_passes(config.sample.guidance_scale) * (steps + _logits_macs(config))
 
     def serial_calls(self, config: RunConfig) -> int:
-        """A pass for each group; with `sample.jacobi_window`, the most that there can be."""
+        """One pass per group; with `sample.jacobi_window`, this is the maximum."""
         return len(_group_sizes(config))
 
     def describe_calls(self, config: RunConfig) -> str:
@@ -160,7 +160,7 @@ class ParKind(GroupedKind):
 
 
 class ParContinuousKind(GroupedKind):
-    """Continuous tokens, each drawn by MAR's flow head under the transformer's output. Ours, not the paper's."""
+    """Continuous tokens, each drawn by MAR's flow head from the transformer's output. Ours, not the paper's."""
 
     title = "parallelised autoregression with a flow head"
     parts = ("AR transformer", "head")
@@ -180,7 +180,7 @@ class ParContinuousKind(GroupedKind):
         return TRAINING_PASSES * (trunk + config.flow.token_draws * tokens * velocity)
 
     def activations(self, config: RunConfig, precision: str) -> Activations:
-        """The trunk with the tokens before it and W_c behind it, and the head on every draw of every token."""
+        """The trunk with the token projection before it and W_c after it, and the head on every draw of every token."""
         size = trunk_size_of(config)
         channels = config.token_channels
         tokens = config.stage_tokens[-1]
@@ -199,7 +199,7 @@ class ParContinuousKind(GroupedKind):
         scales = masked_guidance_scales(sample.guidance_scale, left, sample.guidance_ramp)
         (calls,) = velocity_calls(config)
 
-        # Each token goes into the network once, but for the last group.
+        # Each token goes into the network once, except those of the last group.
         fed = ends[-1] - sizes[-1]
         trunk = self.trunk_macs(config, passes=len(sizes)) + fed * channels * size.width + ends[-1] * size.width**2
         flow = sum(
@@ -210,7 +210,7 @@ class ParContinuousKind(GroupedKind):
         return guidance_passes(sample.guidance_scale) * trunk + flow
 
     def serial_calls(self, config: RunConfig) -> int:
-        """For each group the transformer, and then the head, for its tokens together."""
+        """For each group one pass of the transformer, and then the head's calls, for its tokens together."""
         (calls,) = velocity_calls(config)
         return len(_group_sizes(config)) * (1 + calls)
 
@@ -267,7 +267,7 @@ def _shape(config: RunConfig) -> dict[str, Any]:
 
 
 def _ends_macs(size: TrunkSize, tokens: int, token_channels: int) -> int:
-    """The projection of the tokens into the transformer, and W_c behind it."""
+    """The projection of the tokens into the transformer, and W_c after it."""
     return tokens * (token_channels + size.width) * size.width
 
 
@@ -275,7 +275,7 @@ def _logits_macs(config: RunConfig) -> int:
     return config.stage_tokens[-1] * trunk_size_of(config).width * config.model.codebook_size
 
 
-# What kinds with a codebook share.
+# Shared by the kinds with a codebook.
 
 
 def code_search_macs(config: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Parameter counts in closed form: the terms that several kinds share, equal to those of the built modules."""
+"""Parameter counts in closed form: the terms that several kinds share. They equal the counts of the built modules."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SINUSOID_WIDTH = 256  # input width of the time embedding
 class ParameterCount:
     """Parameters of the AR transformer (mar: the trunk) and of the velocity network (mar: the head).
 
-    block: of the largest transformer block, which is part of one of them.
-    quantized: weights of the layers that `ecar-dist quantize` rounds (quantize/layers.py); 0 where nobody has counted.
+    block: parameters of the largest transformer block, which is part of one of them.
+    quantized: weights of the layers that `ecar-dist quantize` rounds (quantize/layers.py); 0 if not counted.
     """
 
     ar: int
@@ -37,12 +37,12 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 def block_parameters(width: int, adaln: str, head_width: int = 0) -> int:
-    """One transformer block. `head_width` is the width of a head where q and k are normalised."""
+    """One transformer block. `head_width` is the width of an attention head if q and k are normalised."""
     # qkv, output projection, the gains of the q and k norms, and the MLP
     block = linear(width, 3 * width) + linear(width, width) + 2 * head_width
     block += linear(width, 4 * width) + linear(4 * width, width)
 
-    # modulation: a matrix of its own, or an offset to that of all blocks
+    # modulation: a matrix of its own, or an offset to the shared one
     return block + (linear(width, 6 * width) if adaln == "per_block" else 6 * width)
 
 
@@ -52,7 +52,7 @@ def block_weights(width: int, depth: int) -> int:
 
 
 def transformer_parameters(depth: int, width: int, adaln: str, head_width: int = 0) -> int:
-    """Blocks, the adaLN that they share, if they do, and the head's adaLN."""
+    """Blocks, the shared adaLN if there is one, and the head's adaLN."""
     shared = linear(width, 6 * width) if adaln == "shared" else 0
     return depth * block_parameters(width, adaln, head_width) + shared + linear(width, 2 * width)
 
@@ -64,7 +64,7 @@ def time_embedding_parameters(width: int) -> int:
 def velocity_parameters(config: RunConfig, preset: Preset) -> int:
     """The velocity network (models/velocity.py) without a condition.
 
-    Position tables are fixed and count nothing.
+    Position tables are fixed and not counted.
     """
     width = preset.flow_width
     count = transformer_parameters(preset.flow_depth, width, preset.flow_adaln, width // preset.flow_heads)

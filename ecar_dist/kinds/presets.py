@@ -16,8 +16,8 @@ class Preset:
     """Depth, width and heads of the AR transformer and of the velocity network.
 
     flow_adaln: `per_block` gives each velocity block its own adaLN matrix (DiT). `shared` gives all blocks one matrix
-    and each block a learned offset, because a third of the weights of the largest models would be adaLN otherwise.
-    base_width: of the base model under muP; None without muP.
+    and each block a learned offset, because otherwise a third of the weights of the largest models would be adaLN.
+    base_width: width of the base model under muP; None without muP.
     """
 
     ar_depth: int
@@ -30,7 +30,7 @@ class Preset:
     base_width: int | None = None
 
     def width_ratio(self, width: int) -> float:
-        """By how much a network of this width is wider than the base model of muP; 1 without muP."""
+        """This width over that of the base model of muP; 1 without muP."""
         return 1.0 if self.base_width is None else width / self.base_width
 
 
@@ -47,9 +47,9 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_of(config: RunConfig) -> Preset:
-    """The row of `model.preset`; `model.width`, `model.ar_depth` and `model.flow_depth` override what it says.
+    """The row of `model.preset`; `model.width`, `model.ar_depth` and `model.flow_depth` override it.
 
-    Raises ValueError where `model.width` is not a multiple of the width of a head.
+    Raises ValueError if `model.width` is not a multiple of the width of a head.
     """
     row = sized_row(config)
     return replace(

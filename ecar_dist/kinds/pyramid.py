@@ -1,4 +1,4 @@
-"""`pyramid`: the multistage flow of ECAR without its AR transformer; and `dit`, which is its case of one stage."""
+"""`pyramid`: the multistage flow of ECAR without its AR transformer; and `dit`, its case with one stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PyramidKind(StagedKind):
         return ParameterCount(0, flow, block, block_weights(width, preset.flow_depth))
 
     def training_macs(self, config: RunConfig) -> int:
-        """One velocity call in each stage, forward and backward, and what the targets need."""
+        """One velocity call in each stage, forward and backward, and the cost of the targets."""
         return velocity_training_macs(config, preset_of(config))
 
     def activations(self, config: RunConfig, precision: str) -> Activations:

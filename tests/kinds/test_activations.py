@@ -23,7 +23,7 @@ SHAPES = [  # kind, preset, depths, K; the smallest stage has 4 tokens
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Saves what CUDA's kernel saves: the input, the weight, and one number for each row."""
+    """Saves what the CUDA kernel saves: the input, the weight, and one number per row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -55,14 +55,14 @@ def saved_bytes(config, precision, batch):
     kind = kind_of(config)
     model = kind.build_model(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     objective = kind.objective(model, lambda values, noise: values, config, precision)
-    saved = {}  # storages by address; held, so that no address is used twice
+    saved = {}  # storages by address; kept alive, so that no address is used twice
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage
         return tensor
 
-    # The graph lives as long as its outputs do.
+    # The graph lives as long as its outputs.
     values = torch.zeros(batch, config.data.latent_channels, config.data.latent_size, config.data.latent_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective(values, torch.zeros(batch, dtype=torch.int64), torch.arange(batch))

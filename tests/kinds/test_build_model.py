@@ -48,7 +48,7 @@ def test_presets_have_the_stated_sizes(preset):
         model = build_model(config(preset))
     for built, stated in zip((count(model.ar), count(model.flow), count(model)), MILLIONS[preset], strict=True):
         assert built / 1e6 == pytest.approx(stated, rel=0.01)
-    for network in (model.ar, model.flow):  # heads change no size
+    for network in (model.ar, model.flow):  # the number of heads does not change the size
         attention = network.transformer.blocks[0].attention
         assert attention.qkv.in_features / attention.heads == HEAD_WIDTH[preset]
 

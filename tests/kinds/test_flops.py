@@ -17,7 +17,7 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 TOKENS = (16, 64, 256)
 DIT_XL = dit_macs(256, 1152, 28)
 DATA = {"latents": "nowhere", "num_classes": 10, "latent_size": 16}
-SERIAL = ("velocity", "next_logits", "next_conditions")  # passes that wait for one another, of any kind
+SERIAL = ("velocity", "next_logits", "next_conditions")  # passes that run one after another, of any kind
 MORE_SERIAL = {"mar": ("conditions",), "hybrid": ("hidden",)}
 UNGUIDED = {"guidance_scale": 1.0}  # with the default solver: 16 calls in each stage
 
@@ -45,7 +45,7 @@ def training_macs(config):
     ],
 )
 def test_dit_table(tokens, width, depth, patch, gmacs):
-    """E15: the "Gflops" that DiT prints are MACs."""
+    """E15: the "Gflops" that DiT reports are MACs."""
     macs = dit_macs(tokens, width, depth, channels_in=4 * patch**2, channels_out=8 * patch**2)
     assert macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
@@ -73,7 +73,7 @@ def test_ecar_table(make_config, preset, tmacs, ratio, training_gmacs):
 
 @pytest.mark.parametrize(
     ("num_stages", "calls", "ratio"),
-    [(2, (25,), 7.9), (3, (20,), 9.3), (4, (12, 13), 14.5)],  # 12.5 calls a stage
+    [(2, (25,), 7.9), (3, (20,), 9.3), (4, (12, 13), 14.5)],  # 12.5 calls per stage
 )
 def test_number_of_stages_table(make_config, num_stages, calls, ratio):
     flow, sample = {"num_stages": num_stages}, UNGUIDED | {"solver": "euler"}
@@ -83,7 +83,7 @@ def test_number_of_stages_table(make_config, num_stages, calls, ratio):
 
 @pytest.mark.parametrize("preset", ["T", "3B"])
 def test_forward_matches_torch_counter(make_config, preset):
-    """torch counts FLOPs, two a MAC. It counts fused attention as nothing on CPU, so attention is spelled out here."""
+    """torch counts FLOPs, two per MAC. On a CPU it counts fused attention as zero, so attention is written out here."""
     with torch.device("meta"):
         model = build_model(make_config(preset))
         states = [torch.zeros(1, 4, side, side) for side in (8, 16, 32)]
@@ -109,7 +109,7 @@ def test_only_visible_attention_is_counted():
 
 
 def test_guidance_doubles_what_it_must(make_config):
-    """The linear ramp begins at scale 1, so stage 0 needs no null velocity; its AR pass is needed all the same."""
+    """The linear ramp begins at scale 1, so stage 0 needs no null velocity; its null AR pass is still needed."""
 
     def macs(guidance_scale, ramp):
         sample = {"guidance_scale": guidance_scale, "guidance_ramp": ramp}
@@ -123,7 +123,7 @@ def test_guidance_doubles_what_it_must(make_config):
 
 
 def counted_flops(run, *, linears_only=False):
-    """torch's count of run(), with attention spelled out; on meta tensors, which hold no numbers."""
+    """torch's count of run(), with attention written out; on meta tensors, which have no values."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     counted = counter.get_flop_counts()["Global"]
@@ -189,10 +189,10 @@ def counting(function, calls):
     ],
 )
 def test_sampling_matches_torch_counter(make_config, kind, steps, guidance_scale):
-    """The production sampler itself, from labels to latents: no pass more and none less than `plan` says.
+    """The production sampler itself, from labels to latents: exactly as many passes as `plan` says.
 
     A guided ECAR embeds the condition of its first stage for the null branch too, where the linear ramp needs no null
-    velocity: one projection more than is counted.
+    velocity: one more projection than is counted.
     """
     config = make_config(
         model={"kind": kind, "preset": "T", "patch_size": 2},
@@ -230,7 +230,7 @@ def test_mar_runs_its_trunk_each_step_and_its_head_once_a_token(make_config):
 
 
 def test_dit_costs_what_the_published_dit_costs(make_config):
-    """Less its learned variance, which ours does not have."""
+    """Minus its learned variance, which ours does not have."""
     one_call = UNGUIDED | {"solver": "euler", "steps_per_stage": 1}
     ours = sampling_macs(make_config(model={"kind": "dit", "preset": "XL"}, flow={"num_stages": 1}, sample=one_call))
     assert ours == DIT_XL - 256 * 1152 * 16
