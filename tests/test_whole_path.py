@@ -63,5 +63,5 @@ def test_another_autoencoder_is_refused_by_training_and_by_sampling(path, tmp_pa
     (run / "config.yaml").write_text(text.replace(str(folder / "vae"), str(folder / "other_vae")))
     capsys.readouterr()
     assert main(["sample", str(run), "--out", str(tmp_path / "out")]) == 1
-    assert "latents of another autoencoder" in capsys.readouterr().err
+    assert "latents of an autoencoder other than" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
     if not compiles:
         return model
     if not KINDS[plan.kind].compilable:
-        raise ConfigError(f"model.kind={plan.kind} cannot be compiled, its steps differ in size; leave --compile out")
+        raise ConfigError(f"model.kind={plan.kind} cannot be compiled: its steps differ in size; leave --compile out")
     if plan.merge_ratio:
         raise ConfigError(
             f"sample.merge_ratio={plan.merge_ratio:g} cannot be compiled; leave --compile out, or set it to 0"
@@ -34,14 +34,14 @@ def prepare(model: nn.Module, plan: SamplingPlan, device: torch.device, *, compi
         cache = os.environ.get(CACHE_VARIABLE)
         hint = f", or empty {cache}" if cache and cache in fault else ""
         raise ConfigError(f"nothing can be compiled on {device.type} here ({fault}); leave --compile out{hint}")
-    return CompiledModel(model, device)  # type: ignore[arg-type]  # a sampler of stages has a model of stages
+    return CompiledModel(model, device)  # type: ignore[arg-type]  # a staged sampler has a staged model
 
 
 def round_matrices(model: nn.Module) -> None:
     """Cast the linear maps to bf16, in place.
 
-    Under bf16 autocast no sample changes by a bit: autocast rounds the same weights in the same way, but in every call
-    of the network.
+    Under bf16 autocast the samples stay the same, bit for bit: autocast rounds the same weights in the same way, but in
+    every call of the network.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -59,7 +59,7 @@ class CompiledModel:
         self.start_cache = model.start_cache
         if hasattr(model, "modulations"):
             self.modulations = model.modulations
-        # Not a CUDA graph: the next replay would overwrite the keys and values that the cache holds.
+        # Not a CUDA graph: the next replay would overwrite the keys and values in the cache.
         self.begin_stage = compiled(model.begin_stage)
         self._velocity = compiled(model.velocity, mode="reduce-overhead" if device.type == "cuda" else None)
 

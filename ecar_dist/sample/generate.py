@@ -1,4 +1,4 @@
-"""From labels to latents: the trained model behind the sampler of its kind."""
+"""From labels to latents: the trained model, run by the sampler of its kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 def generate(
     model: Any, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """Draw one sample per label; returns X^e_k of every stage, [B, C, h_k, w_k], the last one the normalised latent.
+    """Draw one sample per label. Returns X^e_k of every stage, [B, C, h_k, w_k], the last one the normalised latent.
 
     labels int64 [B]; indices int64 [B], the numbers of the samples. Sample i of a seed does not depend on its batch.
     """
@@ -39,7 +39,7 @@ def generate_in_batches(
     """
     indices = torch.arange(labels.shape[0], device=labels.device)
     for chunk in indices.split(batch_size):
-        # Fill up with the first samples, which are dropped again.
+        # Fill up with the first samples, which are dropped afterwards.
         missing = min(batch_size, len(indices)) - len(chunk) if fill else 0
         drawn = torch.cat((chunk, indices[:missing]))
         yield [stage[: len(chunk)] for stage in generate(model, plan, labels[drawn], drawn, seed)]

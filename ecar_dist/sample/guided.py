@@ -1,4 +1,4 @@
-"""The velocity that a solver calls, from a network that sees each sample once, or twice where it is guided."""
+"""The velocity that a solver calls, from a network that sees each sample once, or twice if it is guided."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def guided_velocity(
 
 
 def is_doubled(plan: SamplingPlan) -> bool:
-    """Whether the null model runs beside the conditional one. Then it does in every step, since its cache needs all."""
+    """Whether the null model runs with the conditional one. If so, it does in every step, since its cache needs all."""
     return plan.guidance_scale not in (0.0, 1.0)
 
 
 def branches(plan: SamplingPlan, labels: torch.Tensor) -> torch.Tensor:
-    """Labels [B] of what the network runs on: the conditional model, the null model (w = 0), or both, [2 B]."""
+    """The labels for the network: those of the conditional or the null model (w = 0), [B], or both, [2 B]."""
     if is_doubled(plan):
         return with_null(labels, plan.null_label)
     return torch.full_like(labels, plan.null_label) if plan.guidance_scale == 0.0 else labels
 
 
 def guided_output(plan: SamplingPlan, output: torch.Tensor, scale: float) -> torch.Tensor:
-    """What a network on `branches` gives, [B or 2 B, ...], guided: [B, ...]."""
+    """The output of a network run on `branches`, [B or 2 B, ...], after guidance: [B, ...]."""
     if not is_doubled(plan):
         return output
     conditional, null = output.chunk(2)
@@ -64,9 +64,9 @@ def guided_output(plan: SamplingPlan, output: torch.Tensor, scale: float) -> tor
 
 
 def head_velocity(model: Any, plan: SamplingPlan, condition: torch.Tensor) -> VelocityFn:
-    """The velocity of a flow head for tokens under `condition`, of the batch, or with its null half.
+    """The velocity of a flow head for tokens under `condition`, which covers the batch, or the batch and its null half.
 
-    It learns no averages over a length.
+    The head learns no average velocities, so the length is ignored.
     """
 
     def velocity(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
@@ -78,6 +78,6 @@ def head_velocity(model: Any, plan: SamplingPlan, condition: torch.Tensor) -> Ve
 
 
 def guided_head(model: Any, plan: SamplingPlan, condition: torch.Tensor, scale: float) -> VelocityFn:
-    """`head_velocity` under conditions of `branches`, guided where both halves are there."""
+    """`head_velocity` under conditions of `branches`, guided if both halves are present."""
     velocity = head_velocity(model, plan, condition)
     return guided_velocity(velocity, velocity, scale, plan.guided_at(0, scale)) if is_doubled(plan) else velocity

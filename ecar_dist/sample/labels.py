@@ -24,7 +24,7 @@ class ClassNames:
         self.names = tuple(names) if names is not None else None
 
     def title(self, label: int) -> str:
-        """The name of a label for people: that of its class, else its number; `none` for the null label."""
+        """The readable name of a label: that of its class, else its number; `none` for the null label."""
         if label == self.num_classes:
             return NONE
         return self.names[label] if self.names is not None else str(label)
@@ -33,7 +33,7 @@ class ClassNames:
         """The label as a part of a file name, in ASCII: `class3`, `class3-flags`, `none`."""
         if label == self.num_classes:
             return NONE
-        # Letters without their accents; others become an underscore.
+        # Letters without their accents; other characters become an underscore.
         plain = unicodedata.normalize("NFKD", self.title(label)).encode("ascii", "ignore").decode()
         name = re.sub(r"[^A-Za-z0-9._]+", "_", plain).strip("._")[:LONGEST_NAME]
         return f"class{label}-{name}" if name and name != str(label) else f"class{label}"
@@ -43,7 +43,7 @@ class ClassNames:
         parts = text.split(",")
         labels: list[int] = []
         while parts:
-            # A name may have commas itself: take the longest one that fits.
+            # A name may itself contain commas: take the longest match.
             length = next((n for n in range(len(parts), 1, -1) if self._named(",".join(parts[:n]))), 1)
             labels += self._labels_of(",".join(parts[:length]).strip())
             del parts[:length]
@@ -62,7 +62,7 @@ class ClassNames:
         if word == NONE:
             return [self.num_classes]
 
-        # A number of a class; else its name, also if that is a number; else a range.
+        # A class number; else a class name, even if that is a number; else a range.
         if _NUMBER.fullmatch(word) and int(word) < self.num_classes:
             return [int(word)]
         if found := self._named(word):
@@ -102,7 +102,7 @@ class ClassNames:
         return f"label {shown!r} is not known; {self._known()}"
 
     def _known(self) -> str:
-        """What may be given instead."""
+        """What can be given instead."""
         given = f"give numbers, ranges such as 0-{min(3, self.num_classes - 1)}, or none"
         if self.names is None:
             return f"the model has {self.num_classes} classes: {given}"

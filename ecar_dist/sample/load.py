@@ -44,7 +44,7 @@ class TrainedModel:
     source: the checkpoint or the export that the weights are from.
     home: the run directory or the export.
     weights: name of the weights, such as `ema`.
-    dataset_ids: of the latents that it was trained on.
+    dataset_ids: IDs of the sets of latents that it was trained on.
     """
 
     config: RunConfig
@@ -65,9 +65,9 @@ class TrainedModel:
     def draw(
         self, labels: Sequence[int], seed: int, batch_size: int, *, compiles: bool = False
     ) -> Iterator[list[torch.Tensor]]:
-        """Every stage of sample 0, 1, 2, ... of a seed, batch after batch: K of [B, C, h_k, w_k].
+        """Every stage of sample 0, 1, 2, ... of a seed, batch by batch: K of [B, C, h_k, w_k].
 
-        Errors are raised by the call, not with the first batch.
+        Errors are raised by this call, not by the first batch.
         """
         plan = SamplingPlan.from_config(self.config, self.device)
         model = prepare(self.model, plan, self.device, compiles=compiles)
@@ -78,12 +78,12 @@ class TrainedModel:
 def open_trained(path: Path, device: torch.device, *, step: int | None = None, ema: str | None = None) -> TrainedModel:
     """Open a run directory, a checkpoint of a run, or an export.
 
-    step: of the checkpoint or EMA snapshot to use (default: the newest intact checkpoint).
+    step: step of the checkpoint or EMA snapshot to use (default: the newest intact checkpoint).
     ema: which weights, see `WantedEma.parse` (default: the first EMA).
 
-    Raises CheckpointError or ConfigError if it is neither, incomplete, or without these weights.
+    Raises CheckpointError or ConfigError if `path` is none of these, is incomplete, or does not contain these weights.
     """
-    # The config, the weights, and what their files say of them.
+    # The config, the weights, and what their files say about them.
     weights: Mapping[str, torch.Tensor]
     facts: ExportFacts | Manifest
     quantization = None
@@ -113,7 +113,7 @@ def open_trained(path: Path, device: torch.device, *, step: int | None = None, e
     codec = open_codec(config.vae, device)
     if codec.identity.weights_sha256 != identity.get("encoder.weights_sha256"):
         raise CheckpointError(
-            f"{source} was trained on latents of another autoencoder than {codec.identity.name}; point vae.path in "
+            f"{source} was trained on latents of an autoencoder other than {codec.identity.name}; point vae.path in "
             f"{home / CONFIG} to the one that encoded them"
         )
     model = load_weights(config, weights, device, quantization)
@@ -125,7 +125,7 @@ def open_trained(path: Path, device: torch.device, *, step: int | None = None, e
 def draw_preview(run: Path, step: int, device: torch.device) -> np.ndarray:
     """The strip that training draws after a step, uint8 [H, W, 3], from the checkpoint or EMA snapshot of that step.
 
-    On the same kind of device it is training's own to the bit. Raises as `open_trained`.
+    On the same kind of device it equals training's own strip bit for bit. Raises what `open_trained` raises.
     """
     trained = open_trained(run, device, step=step)
     config = trained.config
@@ -140,20 +140,20 @@ def draw_preview(run: Path, step: int, device: torch.device) -> np.ndarray:
 
 
 def find_weights(path: Path, step: int | None) -> tuple[Path, Path | None]:
-    """The run directory, and the checkpoint in it that was asked for: a folder, or a step; None: the newest.
+    """The run directory, and the checkpoint that was requested by folder or by step; None stands for the newest.
 
-    Raises ConfigError if it is neither a run directory nor a checkpoint in one, CheckpointError if the checkpoint is
-    damaged, or there is none of this step.
+    Raises ConfigError if `path` is neither a run directory nor a checkpoint in one. Raises CheckpointError if the
+    checkpoint is damaged, or if there is none of this step.
     """
-    # The folder of a checkpoint, in the folder of checkpoints of a run.
+    # A checkpoint folder, inside the checkpoints folder of a run.
     if has_marker(path):
         run = path.absolute().parent.parent
         if step is not None:
-            raise ConfigError(f"{path} is one checkpoint already; leave --step out, or give {run}")
+            raise ConfigError(f"{path} is a single checkpoint; leave --step out, or give {run}")
         if not RunDirectory(run).config.exists():
             raise ConfigError(
-                f"{path} is a checkpoint, but {run} holds no config.yaml; give the run directory, and the checkpoint "
-                "with --step"
+                f"{path} is a checkpoint, but {run} contains no config.yaml; give the run directory, and the "
+                "checkpoint with --step"
             )
         verify(path)
         return run, path
@@ -171,11 +171,11 @@ def load_weights(
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> nn.Module:
-    """The config's model with `weights`, in eval mode: fp32, and integers in the layers that `quantization` lists.
+    """The config's model with `weights`, in eval mode: fp32, but integers in the layers that `quantization` lists.
 
-    Raises CheckpointError if they are of another model.
+    Raises CheckpointError if they belong to a different model.
     """
-    # Without memory, then with memory that is not initialised: every number is copied from `weights`.
+    # First without memory, then with uninitialised memory: every number is copied from `weights`.
     with torch.device("meta"):
         model = kind_of(config).build_model(config)
         if quantization is not None:
@@ -189,8 +189,8 @@ def _prepare_quantized(model: nn.Module, quantization: Quantization) -> None:
     layers = {name: (layer.weights, layer.rotated) for name, layer in quantization.layers.items()}
     if unknown := sorted(layers.keys() - quantizable(model).keys()):
         raise CheckpointError(
-            f"layer {printable(unknown[0])} is quantised in the weights and not one that this version quantises; the "
-            "weights are of another model than the config"
+            f"layer {printable(unknown[0])} is quantised in the weights, but this version does not quantise it; the "
+            "weights do not match the model of the config"
         )
     shaped_like(model, layers)
 
@@ -204,7 +204,7 @@ def copy_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     unmatched = sorted(parameters.keys() ^ weights.keys())
     if unmatched:
         where = "only in the model" if unmatched[0] in parameters else "only in the weights"
-        raise CheckpointError(f"parameter {unmatched[0]} is {where}; the weights are of another model than the config")
+        raise CheckpointError(f"parameter {unmatched[0]} is {where}; the weights do not match the model of the config")
 
     # The same shapes.
     for name, parameter in parameters.items():
@@ -212,6 +212,6 @@ def copy_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         if value.shape != parameter.shape:
             raise CheckpointError(
                 f"parameter {name} is {list(value.shape)} in the weights and {list(parameter.shape)} in the model; "
-                "the weights are of another model than the config"
+                "the weights do not match the model of the config"
             )
         parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""The sampler of `mar`: tokens in random order, several in each step, each by a flow under the trunk's condition.
+"""The sampler of `mar`: tokens in random order, several in each step, each by a flow conditioned on the trunk.
 
 Orders, counts and guidance are those of MAR (Li et al., arXiv 2406.11838, and LTH14/mar, models/mar.py).
 """
@@ -25,7 +25,7 @@ def draw_masked(
 ) -> list[torch.Tensor]:
     """The latent, [B, C, h, w], as the one stage. Labels and indices int64 [B].
 
-    A token's noise and its place in the order are keyed by the sample's index, whatever the step that draws it.
+    A token's noise and its place in the order are keyed by the sample's index, whichever step draws it.
     """
     # What is drawn in which step, and with which guidance.
     noise = patchify(normal(seed, indices, Purpose.GENERATE_START, plan.shape(0)), model.patch_size)  # [B, T, c]
@@ -41,7 +41,7 @@ def draw_masked(
         # The tokens of this step: the order is used up from its end.
         chosen = order[:, after:before]  # [B, n]
 
-        # Flow them from noise, under the trunk's condition on the tokens drawn so far.
+        # Draw them from noise by the flow, conditioned on the tokens drawn so far.
         velocity_fn = _velocity_fn(model, plan, tokens, mask, chosen, labels, scale)
         drawn = SOLVERS[plan.solver](velocity_fn, _take(noise, chosen), num_steps, plan.time_shift)  # [B, n, c]
 
@@ -60,12 +60,12 @@ def _velocity_fn(
     labels: torch.Tensor,
     scale: float,
 ) -> VelocityFn:
-    """The guided velocity of the chosen tokens [B, n, c]; without a null pass where the scale is 1."""
+    """The guided velocity of the chosen tokens [B, n, c]; without a null pass if the scale is 1."""
     if scale != 1.0:
         tokens, mask, chosen = (torch.cat((x, x)) for x in (tokens, mask, chosen))
         labels = with_null(labels, plan.null_label)
 
-    # The trunk, once a step.
+    # The trunk, once per step.
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = _take(model.conditions(tokens, mask, labels), chosen)  # [B or 2 B, n, D]
 
@@ -88,7 +88,7 @@ def token_velocities(
     model: MAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The velocity of every token at keyed tokens, mask, states and times: one of [B, C, h, w]."""
-    # Noise stands for clean tokens and for states.
+    # Noise stands in for clean tokens and for states.
     tokens, states = (
         patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, T, c]
         for purpose in (Purpose.CONTEXT, Purpose.NOISE)

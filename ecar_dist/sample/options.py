@@ -1,4 +1,4 @@
-"""Settings of the sampler that are given for one command: every knob of `sample.*` by its name. Does not import torch.
+"""Sampler settings that are given to one command: every knob of `sample.*` by its name. Does not import torch.
 
 guidance_scale -> --guidance-scale, and `--sweep guidance-scale=1,2,4`
 """
@@ -16,16 +16,16 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError
 from ecar_dist.storage.untrusted import printable
 
-# Of `sample.*`: all but the interval of previews. By the name of the option, without dashes in front.
+# All knobs of `sample.*` but the interval of previews, by the name of the option without leading dashes.
 SAMPLING_KNOBS: dict[str, Knob] = {
     knob.key.replace("_", "-"): knob for knob in SampleSection.knobs() if knob.key != "every_samples"
 }
-WEIGHTS = ("step", "ema")  # also swept: which weights
+WEIGHTS = ("step", "ema")  # which weights; can be swept too
 MOST_ROWS = 64  # of a sweep
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The config with other values of `sample.*`, by knob or option; a text is read as on the command line.
+    """The config with other values of `sample.*`, by knob or option; strings are parsed as on the command line.
 
     Raises ConfigError for an unknown name, or a value that breaks a rule.
     """
@@ -43,9 +43,9 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_sweep(text: str) -> tuple[str, list[str]]:
-    """`guidance-scale=1,2,4` as the option and its values. Raises ConfigError.
+    """Parse `guidance-scale=1,2,4` into the option and its values. Raises ConfigError.
 
-    Values that are lists have colons: `steps-per-stage=4,8,2:4:8`.
+    A value that is a list uses colons: `steps-per-stage=4,8,2:4:8`.
     """
     option, _, rest = text.partition("=")
     option = option.removeprefix("--").replace("_", "-")
@@ -56,12 +56,12 @@ def parse_sweep(text: str) -> tuple[str, list[str]]:
     if not all(values):
         raise ConfigError(f"--sweep {printable(text, 60)} has an empty value; give e.g. guidance-scale=1,2,4")
     if len(values) > MOST_ROWS:
-        raise ConfigError(f"--sweep has {len(values)} values, a sheet has at most {MOST_ROWS} rows; give fewer")
+        raise ConfigError(f"--sweep has {len(values)} values, but a sheet has at most {MOST_ROWS} rows; give fewer")
     return option, values
 
 
 def parse_step(text: str) -> int:
-    """A step of an optimizer. Raises ConfigError."""
+    """Parse an optimizer step. Raises ConfigError."""
     digits = text.replace("_", "").replace(",", "")
     if not (digits.isascii() and digits.isdigit() and len(digits) < 19):
         raise ConfigError(f"--step {printable(text, 60)} is not a step; give a whole number, such as 5000")
@@ -69,14 +69,14 @@ def parse_step(text: str) -> int:
 
 
 def _parse(knob: Knob, text: str) -> Any:
-    """The value of a knob from text; a list has commas or colons."""
+    """The value of a knob from text; the items of a list are separated by commas or colons."""
     if get_origin(knob.field.annotation) is tuple:
         text = f"[{text.strip('[] ').replace(':', ',')}]"
     return override_value(f"sample.{knob.key}", text)
 
 
 def _as_options(message: str) -> str:
-    """A message about `sample.time_shift` as one about `--time-shift`."""
+    """Turn a message about `sample.time_shift` into one about `--time-shift`."""
     for option, knob in SAMPLING_KNOBS.items():
         message = message.replace(f"sample.{knob.key}", f"--{option}")
     return message
@@ -84,4 +84,4 @@ def _as_options(message: str) -> str:
 
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word[:80], known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(known)}"

@@ -31,7 +31,7 @@ Outputs = dict[str, list[torch.Tensor]]  # "velocity" and "samples": K of [INPUT
 def parity_report(exported: Exported, device: torch.device | None = None) -> str:
     """Compare an export with the weights it was made from. Writes parity.json into it and returns one line.
 
-    Compared are the weights, the velocities of a few inputs (the first classes and the null label) and one sample of
+    It compares the weights, the velocities of a few inputs (the first classes and the null label) and one sample of
     each of the first classes. An fp32 export must be equal to the last bit; if not, it is removed and CheckpointError
     is raised. A bf16 export has rounded weights, and the report states the differences.
 
@@ -52,12 +52,12 @@ def parity_report(exported: Exported, device: torch.device | None = None) -> str
     sizes = {name: [float(value.square().mean().sqrt()) for value in values] for name, values in ours.items()}
     worst = {name: _worst(values) for name, values in differences.items()}
 
-    # Equal, or the export goes.
+    # An fp32 export that differs is removed.
     dtype = reader.facts.dtype
     if dtype == "fp32" and set(worst.values()) != {0.0}:
         shutil.rmtree(exported.path)
         raise CheckpointError(
-            f"{exported.path} is removed: {_shown(worst)} from the run, and an fp32 export must be equal; "
+            f"{exported.path} was removed: {_shown(worst)} from the run, but an fp32 export must be equal; "
             f"check the disk, then export again"
         )
 
@@ -91,7 +91,7 @@ def _max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _worst(differences: Iterable[float]) -> float:
-    """The largest; NaN if any is NaN, which Python's max would pass over."""
+    """The largest; NaN if any is NaN, which Python's max would miss."""
     return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 

@@ -46,16 +46,16 @@ def labelled_grid(
 ) -> np.ndarray:
     """One column for each of `names`, under its name; images enlarged `scale` times.
 
-    row_names: stand left of the rows; none by default.
+    row_names: shown to the left of the rows; none by default.
     """
-    # The images, with a strip above for the names and one at the left for those of the rows.
+    # The images, with a strip above for the names and one on the left for the row names.
     sheet = tile([[enlarge(picture, scale) for picture in row] for row in rows])
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max((math.ceil(_width(measure, name)) + 2 * MARGIN for name in row_names), default=0)
     page = Image.new("RGB", (left + sheet.shape[1], sheet.shape[0] + LABEL_HEIGHT), "white")
     page.paste(Image.fromarray(sheet), (left, LABEL_HEIGHT))
 
-    # Each name is centred above its column, or beside its row.
+    # Each name is centred above its column, or next to its row.
     pen = ImageDraw.Draw(page)
     height, width = (side * scale + MARGIN for side in rows[0][0].shape[:2])
     for j, name in enumerate(names):
@@ -67,7 +67,7 @@ def labelled_grid(
 
 
 def _fitted(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The beginning of the text that fits in a width, in pixels."""
+    """The beginning of the text that fits into a width in pixels."""
     while len(text) > 1 and _width(pen, text) > width:
         text = f"{text[:-2].rstrip('.')}."
     return _drawable(text)
@@ -78,13 +78,13 @@ def _width(pen: ImageDraw.ImageDraw, text: str) -> float:
 
 
 def _drawable(text: str) -> str:
-    """The text in ASCII, which is what the built-in font of Pillow has: no accents, "?" for other letters."""
+    """The text in ASCII, all that Pillow's built-in font supports: no accents, "?" for other letters."""
     letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     return "".join(letters).encode("ascii", "replace").decode()
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as a PNG file. Raises OSError that names the file."""
+    """Write uint8 [H, W, 3] as a PNG file. Raises an OSError that names the file."""
     with naming(path):
         Image.fromarray(picture).save(path)
 

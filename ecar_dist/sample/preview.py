@@ -1,4 +1,4 @@
-"""The image strip that training writes to samples/ and TensorBoard: every stage, coarse to fine, a few classes."""
+"""The image strip that training writes to samples/ and TensorBoard: every stage, coarse to fine, for a few classes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SMALLEST_SIDE = 64  # pixels; smaller pictures are enlarged
 class StripPreview:
     """One row per stage, one column per sample, the same noise each time.
 
-    codec: makes the pictures; None where none are made.
+    codec: decodes the latents to pictures; None if no pictures are made.
     """
 
     def __init__(self, config: RunConfig, codec: LatentCodec | None, device: torch.device) -> None:
-        # Under ZeRO-3 the weights of a compiled block are gathered for the block as a whole, and for nothing else.
+        # Under ZeRO-3 the weights of a compiled block are gathered only when the block as a whole is called.
         self._plan = dataclasses.replace(SamplingPlan.from_config(config, device), modulates_ahead=False)
         self._indices = torch.arange(PREVIEW_SAMPLES, device=device)
         self._labels = self._indices % config.data.num_classes
@@ -48,7 +48,7 @@ class StripPreview:
 def stage_strip(stages: list[np.ndarray], sides: Sequence[int], titles: Sequence[str] = ()) -> np.ndarray:
     """Pictures of every stage, K of uint8 [B, H, W, 3], as one sheet with a row per stage.
 
-    sides: latent side of each stage, which stands beside its row. titles: stand above the columns; none by default.
+    sides: latent side of each stage, shown next to its row. titles: shown above the columns; none by default.
     """
     scale = max(1, SMALLEST_SIDE // stages[-1].shape[1])
     names = [f"stage {k}: {side}x{side}" for k, side in enumerate(sides)]

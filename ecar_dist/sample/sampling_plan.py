@@ -16,10 +16,10 @@ from ecar_dist.flow.schedule import StageSchedule
 class SamplingPlan:
     """The settings of the sampler.
 
-    tau is None for a model that is fed no states; only `mar` uses ar_steps, only `par` top_k and jacobi_window, only
-    `hybrid` code_steps and residuals, and these two temperature. mean_velocity: the network gives average velocities
-    (flow/mean_velocity.py). merge_ratio: share of the tokens that are merged in the last stage. modulates_ahead: adaLN
-    is computed for all calls of a stage at once, outside of the blocks that it belongs to.
+    tau is None for a model that is fed no states. Only `mar` uses ar_steps, only `par` top_k and jacobi_window, only
+    `hybrid` code_steps and residuals; `par` and `hybrid` use temperature. mean_velocity: the network gives average
+    velocities (flow/mean_velocity.py). merge_ratio: share of the tokens that are merged in the last stage.
+    modulates_ahead: adaLN is computed for all calls of a stage at once, outside of the blocks that it belongs to.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The sampler of the kinds with a velocity in each stage: their network behind flow/multistage.py."""
+"""The sampler of the kinds with a velocity in each stage: their network, run by flow/multistage.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ecar_dist.rng import Draw, Purpose, draw_all
 from ecar_dist.sample.guided import guided_velocity, with_null
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
-# Calls times images for which modulations are kept: 0.4 GB in bf16 at preset XL.
+# Calls times images for which modulations are kept, at most: 0.4 GB in bf16 at preset XL.
 MOST_MODULATIONS = 1024
 
 
@@ -33,7 +33,7 @@ def draw_stages(
     all_labels = with_null(labels, plan.null_label) if guided else labels  # [B or 2 B]
     cache = model.start_cache()
 
-    # All noise of the batch in one pass: where it starts, at the jumps, and on the states that are fed back.
+    # All noise of the batch in one pass: at the start, at the jumps, and on the states that are fed back.
     later = range(1, schedule.num_stages)
     uses = [(Purpose.GENERATE_START, 0), *((Purpose.GENERATE_JUMP, stage) for stage in later)]
     uses += [(Purpose.GENERATE_CONTEXT, stage - 1) for stage in later if plan.tau]
@@ -41,14 +41,14 @@ def draw_stages(
     noise = dict(zip(uses, draw_all(seed, indices, draws), strict=True))
 
     def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
-        # The token maps, once a stage. The null half is made even where the flow does not need it, because the null
+        # The token maps, once per stage. The null half is made even if the flow does not need it, because the null
         # blocks of later stages attend to it. Both halves are fed the same states.
         if context is not None and guided:
             context = torch.cat((context, context))
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=plan.bf16):
             condition = model.begin_stage(stage, context, all_labels, cache)
 
-        # The flow, many times a stage. Where it is not guided, it needs the conditional half alone.
+        # The flow, many times per stage. Calls that are not guided need only the conditional half.
         half = None if condition is None else condition[:batch]
         guided_at = plan.guided_at(stage, scales[stage])
         table = _modulations(model, plan, stage, labels, all_labels, guided_at)
@@ -97,10 +97,10 @@ def _modulations(
     all_labels: torch.Tensor,
     guided_at: Callable[[float], bool],
 ) -> dict[float, torch.Tensor]:
-    """By time u of a stage, what its call computes from time and labels alone, [B or 2 B, M]; all of them made at once.
+    """What each call of a stage computes from time and labels alone, [B or 2 B, M], by time u; all computed at once.
 
-    Empty where calls do that themselves: for a model that has no `modulations`, for average velocities, which also
-    depend on a length, and for a batch so large that the table would be, too.
+    Empty if the calls compute it themselves: for a model without `modulations`, for average velocities, which also
+    depend on a length, and for a batch so large that the table would be too large.
     """
     solver = SOLVERS[plan.solver]
     times = list(dict.fromkeys(solver.call_times(plan.steps_per_stage[stage], plan.time_shift)))
@@ -108,7 +108,7 @@ def _modulations(
     if plan.mean_velocity or too_large or not plan.modulates_ahead or not hasattr(model, "modulations"):
         return {}
 
-    # Calls that are not guided need the conditional half alone.
+    # Calls that are not guided need only the conditional half.
     table: dict[float, torch.Tensor] = {}
     for guided, these in ((False, labels), (True, all_labels)):
         some = [u for u in times if guided_at(u) == guided]
@@ -129,9 +129,9 @@ def _network(
     labels: torch.Tensor,
     table: dict[float, torch.Tensor],
 ) -> VelocityFn:
-    """The network in one stage as a function of x, u and the length of an interval, which only average velocities have.
+    """The network in one stage as a function of x, u and the length of an interval, which only average velocities use.
 
-    It computes in the plan's precision; float32 out, as the ODE's state. table: of `_modulations`.
+    It computes in the plan's precision; float32 out, like the ODE's state. table: from `_modulations`.
     """
 
     def network(x: torch.Tensor, u: float, length: float = 0.0) -> torch.Tensor:
@@ -150,7 +150,7 @@ def stage_velocities(
     """The velocity of every stage at keyed states, contexts and times: K of [B, C, h_k, w_k]."""
     stages = range(plan.schedule.num_stages)
 
-    # Noise stands for states and contexts: what is compared is the network, not a sample.
+    # Noise stands in for states and contexts: what is compared is the network, not a sample.
     fed_back = [] if plan.tau is None else stages[:-1]
     draws = [Draw(Purpose.NOISE, plan.shape(stage), stage) for stage in stages]
     draws += [Draw(Purpose.CONTEXT, plan.shape(stage), stage) for stage in fed_back]

@@ -89,7 +89,7 @@ SAMPLE = [
     ("run --seed 99999999999999999999", "64 bits"),
     # sweeps
     ("run --sweep guidance-scal=1,2", "did you mean guidance-scale?"),
-    ("run --sweep banana=1,2", "known are"),
+    ("run --sweep banana=1,2", "choose one of"),
     ("run --sweep guidance-scale", "guidance-scale=1,2,4"),
     ("run --sweep guidance-scale=1,,2", "empty"),
     ("run --sweep guidance-scale=1,two", "number"),

@@ -1,4 +1,4 @@
-"""Runs with weights that were never trained: everything that a user does with a trained model, within seconds."""
+"""Runs with untrained weights: everything that a user does with a trained model, within seconds."""
 
 import torch
 
@@ -26,7 +26,7 @@ def make_model_run(folder, *, names=NAMES, **sections):
 
 
 def random_weights(config, seed):
-    """Of every parameter of the config's model; as if trained: nothing is zero."""
+    """For every parameter of the config's model; as if trained: none is zero."""
     model = kind_of(config).build_model(config)
     generator = torch.Generator().manual_seed(seed)
     return {name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}

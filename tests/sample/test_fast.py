@@ -1,4 +1,4 @@
-"""Faster drawing draws the same samples."""
+"""Faster sampling draws the same samples."""
 
 import copy
 import dataclasses
@@ -40,16 +40,16 @@ def compiler():
     if fault := compiler_fault(CPU):
         pytest.skip(f"COMPILED SAMPLING IS NOT TESTED HERE: {fault}")
     torch.compiler.reset()
-    layers._position_table.cache_clear()  # a table that is first met while compiling must be a real one
+    layers._position_table.cache_clear()  # a table that is first made while compiling must be a real one
     yield
     torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("error:Dynamo detected a call")  # positions traced instead of held
+@pytest.mark.filterwarnings("error:Dynamo detected a call")  # positions that are traced instead of cached
 @pytest.mark.parametrize(("kind", "num_stages", "graphs"), [("ecar", 2, 4), ("dit", 1, 1)])
 def test_compiled_draws_what_the_model_draws_and_compiles_each_stage_once(kind, num_stages, graphs):
-    """One graph a stage for the velocity, one for the token map; the second batch and the last, short one find them."""
+    """One graph per stage for the velocity, one for the token map; the second and the short last batch reuse them."""
     model, plan = small(kind, num_stages)
     compiled = prepare(model, plan, CPU, compiles=True)
     counters.clear()
@@ -66,7 +66,7 @@ def test_compiled_draws_what_the_model_draws_and_compiles_each_stage_once(kind, 
 
 
 def test_each_call_of_the_compiled_velocity_has_memory_of_its_own(monkeypatch):
-    """As a CUDA graph it does not: each replay writes to the same place, and Heun holds two velocities at once."""
+    """A CUDA graph alone does not: each replay writes to the same memory, and Heun holds two velocities at once."""
     model, plan = small("dit", 1)
     plan = dataclasses.replace(plan, solver="heun", guidance_scale=1.0)
     expected = generate(model, plan, LABELS, INDICES, SEED)[-1]
@@ -134,7 +134,7 @@ def test_what_cannot_be_compiled_says_so(monkeypatch):
 
 
 def test_compiled_code_lies_in_a_folder_of_this_process_alone(tmp_path, monkeypatch):
-    """The user's one folder for all may hold libraries that a killed process has torn."""
+    """The user's shared folder may contain libraries that a killed process left incomplete."""
     monkeypatch.setenv(CACHE_VARIABLE, default := cache_dir_utils.default_cache_dir())  # as torch leaves it
     with private_cache():
         own = Path(cache_dir_utils.cache_dir())

@@ -1,4 +1,4 @@
-"""The trained model behind the production sampler."""
+"""The trained model in the production sampler."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def make_model(num_stages, feeds_state=True):
         context_scales=schedule.context_scales(0.3),
         feeds_state=feeds_state,
     )
-    for parameter in model.parameters():  # as if trained: nothing is zero
+    for parameter in model.parameters():  # as if trained: no weight is zero
         torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
 
@@ -145,13 +145,13 @@ def test_outside_of_the_guidance_interval_the_conditional_model_alone_is_evaluat
     plan = make_plan(3, guidance_scale=3.0, **settings)
     rows = count_velocity_rows(model)
 
-    # The first stage lies before the interval, the last one after it, and half of the middle one's steps in it.
+    # The first stage is before the interval, the last one after it, and half of the middle one's steps are in it.
     low, high = plan.schedule.model_windows[1]
     half = dataclasses.replace(plan, guidance_interval=(low + 0.01, low + 0.6 * (high - low)))
     limited = generate(model, half, LABELS, INDICES, SEED)
     assert rows == {0: 16, 1: 16 + 2 * 4, 2: 16}  # 4 samples x 4 steps; twice at u = 1/4 and 1/2
 
-    # Up to the interval it is the model without guidance, and after it another sample than both.
+    # Up to the interval it equals the model without guidance; after it, the sample differs from both.
     plain = generate(model, dataclasses.replace(plan, guidance_scale=1.0), LABELS, INDICES, SEED)
     full = generate(model, plan, LABELS, INDICES, SEED)
     assert torch.allclose(limited[0], plain[0], atol=1e-5)
@@ -178,7 +178,7 @@ def test_stages_may_have_different_numbers_of_steps():
 
 @pytest.mark.parametrize("kind", ["ecar", "mar"])
 def test_the_shift_moves_the_times_of_the_network(kind, monkeypatch):
-    """Of every stage, and of the flow head alike."""
+    """Those of every stage, and those of the flow head."""
     home = module if kind == "ecar" else guided
     seen = []
 
@@ -191,7 +191,7 @@ def test_the_shift_moves_the_times_of_the_network(kind, monkeypatch):
     model = make_model_of(make_config(kind, num_stages=num_stages)).eval()
     changes = {"kind": kind, "solver": "euler", "ar_steps": 1, "steps_per_stage": (4,) * num_stages, "time_shift": 3.0}
     generate(model, make_plan(num_stages, **changes), LABELS, INDICES, SEED)
-    # Before its calls, a stage of ecar makes the modulations of all times at once, the first of them 0.
+    # Before its calls, a stage of ecar computes the modulations of all times at once; the first time is 0.
     times = [*([0] if kind == "ecar" else []), 0, 1 / 10, 1 / 4, 1 / 2]
     assert [stage for stage, _ in seen] == [stage for stage in range(num_stages) for _ in times]
     assert [u for _, u in seen] == pytest.approx(times * num_stages)
@@ -211,7 +211,7 @@ def test_adaln_runs_once_a_stage(adaln, monkeypatch):
     at_once = generate(model, plan, LABELS, INDICES, SEED)
     assert len(runs) == 3 * matrices
 
-    # A call makes its own where the table would be too large.
+    # Each call makes its own if the table would be too large.
     runs.clear()
     monkeypatch.setattr(module, "MOST_MODULATIONS", 0)
     one_by_one = generate(model, plan, LABELS, INDICES, SEED)
@@ -266,7 +266,7 @@ def test_what_is_constant_in_a_stage_is_computed_once_a_stage():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a value or a shape is read from the device, which makes the host wait for all that is queued."""
+    """Fails if a value or a shape is read from the device, which makes the host wait for all queued work."""
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         name = operation.name()
@@ -285,11 +285,11 @@ def test_the_host_never_waits_for_the_device(kind, guidance_scale):
     with NoWaiting():
         generate(model, plan, LABELS, INDICES, SEED)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            float(LABELS[0])  # it does see one
+            float(LABELS[0])  # such a read is detected
 
 
 class StaysOn(NoWaiting):
-    """Also fails where a tensor is made elsewhere: to copy it to the device, the host waits."""
+    """Also fails if a tensor is made elsewhere: the host would wait to copy it to the device."""
 
     def __init__(self, device_type):
         super().__init__()
@@ -321,7 +321,7 @@ def test_nothing_is_made_on_the_host_within_a_batch(kind, solver, monkeypatch):
     with StaysOn("meta"):
         drawn = generate(model, plan, labels, indices, SEED)
         with pytest.raises(AssertionError, match="aten::"):
-            torch.tensor([0.5]).to("meta")  # it does see one
+            torch.tensor([0.5]).to("meta")  # such a copy is detected
     assert [tuple(stage.shape) for stage in drawn] == [(4, 4, size, size) for size in plan.stage_sizes]
 
 
@@ -340,7 +340,7 @@ def test_a_last_batch_that_is_filled_up_draws_the_same_samples():
         torch.testing.assert_close(ours[-1], theirs[-1], atol=1e-4, rtol=0)
     drawn.clear()
     assert len(next(generate_in_batches(model, plan, labels, SEED, batch_size=64, fill=True))[-1]) == 5
-    assert set(drawn) == {5}  # nothing is drawn to be thrown away where there is one batch
+    assert set(drawn) == {5}  # with one batch, nothing is drawn and then dropped
 
 
 def test_class_only_ignores_the_states():

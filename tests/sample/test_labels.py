@@ -20,7 +20,7 @@ CLASSES = ClassNames(10, NAMES)
         ("FACES", [1]),
         ("Food, drink", [2]),  # a name with a comma
         ("flags,food, drink,7", [0, 2, 7]),
-        ("2019", [3]),  # a number that is a name, and no class number
+        ("2019", [3]),  # a number that is a name but not a class number
         ("none", [10]),
         ("none,über", [10, 8]),
     ],

@@ -1,4 +1,4 @@
-"""The sampler of `mar`: every token once, in its order, under what was drawn before."""
+"""The sampler of `mar`: every token once, in order, conditioned on what was drawn before."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def test_each_step_reveals_the_scheduled_tokens_in_the_samples_own_order():
     for (tokens, mask, _), count in zip(passes, counts, strict=False):
         expected = torch.zeros(4, TOKENS, dtype=torch.bool).scatter(1, order[:, :count], True)
         assert torch.equal(mask, expected)
-        assert torch.equal(tokens[~mask], final[~mask])  # what is drawn stays
+        assert torch.equal(tokens[~mask], final[~mask])  # a drawn token does not change
         assert not tokens[mask].any()
 
 

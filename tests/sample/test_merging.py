@@ -1,4 +1,4 @@
-"""Token merging in the sampler: off is exact, on computes on fewer tokens in the last stage of the flow alone."""
+"""Token merging in the sampler: off, it is exact; on, only the last stage of the flow computes on fewer tokens."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.sample.test_generate import INDICES, LABELS, SEED
 
 
 class TokenCounts:
-    """Tokens of every input of a module."""
+    """Records the number of tokens of every input of a module."""
 
     def __init__(self, module):
         self.counts = []

@@ -1,4 +1,4 @@
-"""An export computes what its run computes, and one that does not is not left lying about."""
+"""An export computes what its run computes, and one that does not is removed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def random_weights(config, seed):
-    """Of every parameter of the config's model; as if trained: nothing is zero."""
+    """For every parameter of the config's model; as if trained: none is zero."""
     model = kind_of(config).build_model(config)
     generator = torch.Generator().manual_seed(seed)
     return {name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
@@ -69,7 +69,7 @@ def test_bf16_states_its_difference(run, tmp_path):
     line = parity_report(exported)
     found = differences(exported.path)
     (weights,) = found["weights"]
-    assert 0 < weights < 0.3 * 2**-8  # half a unit in the last of 8 bits, of weights up to about 0.25
+    assert 0 < weights < 0.3 * 2**-8  # half a unit in the last of 8 bits, for weights up to about 0.25
     assert all(0 < value < 0.1 for value in found["velocity"] + found["samples"])
     assert line.startswith(f"parity: weights differ by {weights:.3g}, velocities by ")
 
@@ -104,7 +104,7 @@ def test_every_kind_is_exported_and_opens_like_its_run(tmp_path, kind, num_stage
     [("ecar", 3), ("dit", 1), ("pyramid", 3), ("mar", 1), ("par", 1), ("par_cont", 1), ("hybrid", 1)],
 )
 def test_the_velocities_depend_on_every_weight(kind, num_stages):
-    """No part of a model is left out of the comparison: whichever parameter is another, some velocity is."""
+    """No part of a model is left out of the comparison: if any parameter differs, some velocity does."""
     config = make_config(kind, num_stages=num_stages)
     model, plan = make_model(config), SamplingPlan.from_config(config, CPU)
     indices, labels = torch.arange(4), torch.tensor([0, 1, 2, 10])
@@ -124,14 +124,14 @@ def test_an_export_that_differs_is_removed(run, tmp_path, monkeypatch, value):
     monkeypatch.setattr(
         ExportReader, "__getitem__", lambda self, name: read(self, name) + (value if name.endswith("weight") else 0)
     )
-    with pytest.raises(CheckpointError, match=r"out is removed: weights .* (0.001|nan), "):
+    with pytest.raises(CheckpointError, match=r"out was removed: weights .* (0.001|nan), "):
         parity_report(exported)
     assert not exported.path.exists()
 
 
 def test_the_weights_of_another_average_are_seen(run, tmp_path):
     first, second = export_run(run, tmp_path / "a"), export_run(run, tmp_path / "b", wanted=WantedEma(half_life=2000))
-    with pytest.raises(CheckpointError, match=r"is removed: weights .* 0"):
+    with pytest.raises(CheckpointError, match=r"was removed: weights .* 0"):
         parity_report(dataclasses.replace(first, weights=second.weights))
     assert not first.path.exists()
 

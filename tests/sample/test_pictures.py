@@ -1,4 +1,4 @@
-"""Sheets of pictures with names above the columns and beside the rows."""
+"""Sheets of pictures with names above the columns and next to the rows."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
-"""The samplers of `par` and `par_cont`: group after group, with a cache of keys and values.
+"""The samplers of `par` and `par_cont`: group by group, with a cache of keys and values.
 
-Guidance is per step: its scale is constant, or rises with the share of tokens that are drawn (`sample.guidance_ramp`).
+Guidance is per step: its scale is constant, or rises with the share of tokens drawn (`sample.guidance_ramp`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw_grouped(
 def draw_grouped_tokens(
     model: ContinuousPAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """`par_cont`: as `draw_grouped`, each token by a flow from its noise, which is keyed by its place."""
+    """`par_cont`: as `draw_grouped`, but a flow draws each token from its noise, which is keyed by its place."""
     noise = patchify(normal(seed, indices, Purpose.GENERATE_START, plan.shape(0)), model.patch_size)  # [B, N, c]
     noise = noise[:, index_on(model.trunk.order, noise.device)]
     (num_steps,) = plan.steps_per_stage  # of the solver, for each token
@@ -101,7 +101,7 @@ def _velocity_fn(
     scale: float,
 ) -> VelocityFn:
     """The guided velocity of tokens start .. stop - 1, [B, stop - start, c]."""
-    # The transformer, once a step.
+    # The transformer, once per step.
     shown = torch.cat((tokens, tokens)) if is_doubled(plan) else tokens
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=plan.bf16):
         condition = model.next_conditions(shown, branches(plan, labels), start, stop, cache)

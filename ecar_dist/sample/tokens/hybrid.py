@@ -1,8 +1,8 @@
 """The sampler of `hybrid`: codes by masked prediction, the most confident first, then the residuals of all tokens.
 
 Schedule, temperatures and order are those of DC-AR (arXiv 2507.04947): at step k of K the codes are drawn at
-temperature 0.5 + 0.8 (1 - k/K), and a code is kept by its log-probability plus Gumbel noise of scale 1.5 (1 - k/K).
-The residuals are drawn once, under the trunk's output of the last step, which still saw the last codes masked.
+temperature 0.5 + 0.8 (1 - k/K), and codes are kept by log-probability plus Gumbel noise of scale 1.5 (1 - k/K). The
+residuals are drawn once, from the trunk's output of the last step, in which the last codes were still masked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def draw_hybrid(
     codes = torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device)
     mask = torch.ones_like(codes, dtype=torch.bool)
 
-    # The codes, in as many passes of the trunk as there are steps.
+    # The codes, in one pass of the trunk per step.
     for step, (after, scale) in enumerate(zip(counts[1:], scales, strict=True)):
         hidden = _hidden(model, plan, codes, mask, labels)
         left = 1.0 - (step + 1) / len(scales)
@@ -61,7 +61,7 @@ def draw_hybrid(
 def reveal(
     codes: torch.Tensor, mask: torch.Tensor, drawn: torch.Tensor, confidence: torch.Tensor, left: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, mask) [B, T] after all but the `left` least confident masked tokens have taken what was drawn."""
+    """(codes, mask) [B, T] after all but the `left` least confident masked tokens have taken their drawn codes."""
     rank = confidence.masked_fill(~mask, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     still = mask & (rank < left)
     return torch.where(mask & ~still, drawn, codes), still
@@ -97,7 +97,7 @@ def _velocity_fn(
 def hybrid_outputs(
     model: Hybrid, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """The logits and the velocities at keyed tokens, mask, noise and times, as one: [B, T, V + c]."""
+    """The logits and the velocities at keyed tokens, mask, noise and times, side by side: [B, T, V + c]."""
     tokens, noise = (
         patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, T, c]
         for purpose in (Purpose.CONTEXT, Purpose.NOISE)

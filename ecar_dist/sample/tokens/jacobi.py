@@ -1,15 +1,15 @@
-"""Speculative Jacobi decoding of `par` with n = 1: several tokens in one pass, and the same tokens as one by one.
+"""Speculative Jacobi decoding of `par` with n = 1: several tokens per pass, and the same tokens as one by one.
 
-With its random numbers fixed, each token of plain autoregression is a function of the tokens before it,
+With fixed random numbers, each token of plain autoregression is a function of the tokens before it,
 
     x_j = argmax_v ( l_v(x_0 .. x_{j-1}) / temperature + g_jv ),    g_jv = -log(-log u_jv).
 
-A window of guesses is put through the network at once, and each is replaced by this function of the guesses before it
+A window of guesses goes through the network at once, and each is replaced by this function of the guesses before it
 (Jacobi's iteration; Teng et al., arXiv 2410.01699, for images). A token is final once all tokens before it are, so each
-pass makes at least one final, and the result is that of plain autoregression with the same numbers: not only its law.
-The coupling is what makes guesses last. MC-SJD (arXiv 2510.24211) couples the draws of successive passes maximally: a
-token changes with probability TV, the total variation between the two laws. Here the Gumbel noise g_j stays with its
-position. A token then changes with probability 2 TV / (1 + TV) at most (Daliri et al., arXiv 2408.07978), and no draw
+pass finalises at least one. The result equals plain autoregression with the same numbers, not only in distribution.
+The coupling keeps guesses stable. MC-SJD (arXiv 2510.24211) couples the draws of successive passes maximally: a token
+changes with probability TV, the total variation between the two distributions. Here the Gumbel noise g_j stays with its
+position. A token then changes with probability at most 2 TV / (1 + TV) (Daliri et al., arXiv 2408.07978), and no draw
 is ever rejected.
 """
 
@@ -32,10 +32,10 @@ from ecar_dist.sample.tokens.grouped import code_noise
 def draw_jacobi(
     model: PAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """As `draw_grouped`, in fewer passes. Says how many."""
+    """As `draw_grouped`, in fewer passes. Prints their number."""
     codes, passes = jacobi_codes(model, plan, labels, indices, seed)
     num_tokens = codes.shape[1]
-    say(f"jacobi: {passes} passes for {num_tokens} tokens, {num_tokens / passes:.2f} tokens a pass")
+    say(f"jacobi: {passes} passes for {num_tokens} tokens, {num_tokens / passes:.2f} tokens per pass")
     return [unpatchify(model.tokens_of(codes), model.patch_size)]
 
 
@@ -44,21 +44,21 @@ def jacobi_codes(
 ) -> tuple[torch.Tensor, int]:
     """(codes int64 [B, N] in raster order, passes of the network).
 
-    The batch goes on at the pace of its slowest sample.
+    The batch advances at the pace of its slowest sample.
     """
     num_tokens = len(model.trunk.order)
     num_codes = model.output.out_features
     scales = masked_guidance_scales(plan.guidance_scale, tuple(range(num_tokens, -1, -1)), plan.guidance_ramp)
     cache = model.trunk.start_cache()
 
-    # Tokens 0 .. done - 1 are final; behind them come the guesses. u are the numbers of the window.
+    # Tokens 0 .. done - 1 are final; the guesses follow. u are the random numbers of the window.
     codes = torch.zeros(len(labels), 0, dtype=torch.int64, device=labels.device)
     u = torch.empty(len(labels), 0, num_codes, device=labels.device)
     done = 0
     passes = 0
     logits = None
     while done < num_tokens:
-        # Fill the window up. A new guess takes its own numbers, under the last logits there are.
+        # Fill the window. A new guess uses its own random numbers with the latest logits.
         stop = min(done + plan.jacobi_window, num_tokens)
         first_new = done + u.shape[1]
         if first_new < stop:
@@ -74,7 +74,7 @@ def jacobi_codes(
         drawn = draw_codes(logits, u, temperature=plan.temperature, top_k=plan.top_k)  # [B, stop - done]
         passes += 1
 
-        # The first token is final, and each after it as long as the guesses before it were right.
+        # The first token is final, and so is each later one as long as all guesses before it were right.
         right = (drawn == codes[:, done:])[:, :-1].long().cumprod(dim=1)
         accepted = 1 + int(right.sum(1).min())
         codes = torch.cat((codes[:, :done], drawn), dim=1)

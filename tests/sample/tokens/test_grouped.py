@@ -50,7 +50,7 @@ def plan_of(config):
 
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_every_token_is_drawn_from_the_logits_of_one_pass(group):
-    """The codes of the cached sampler, put through the network at once, give the logits that they were drawn from."""
+    """The codes of the cached sampler, passed through the network at once, give the logits they were drawn from."""
     config = make_config(group, temperature=0.7, top_k=5)
     model = make_model(config)
     passes = []
@@ -67,7 +67,7 @@ def test_every_token_is_drawn_from_the_logits_of_one_pass(group):
 
 
 def test_the_draws_have_the_law_of_the_logits():
-    """Chi-square over 5 codes; with top_k = 2 the two likeliest alone, with their odds."""
+    """Chi-square over 5 codes; with top_k = 2 only the two likeliest, with their odds."""
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
     count = 20_000
     u = code_noise(3, torch.arange(count), 0, 1, 5)[:, 0]
@@ -97,7 +97,7 @@ def test_guidance_0_is_the_null_model_and_1_the_conditional_one():
 
 
 def test_continuous_tokens_flow_from_the_noise_of_their_places():
-    """A head of zero velocity leaves the noise where it is, whatever the order."""
+    """A head with zero velocity leaves the noise unchanged, whatever the order."""
     config = make_config(4, kind="par_cont", steps_per_stage=1)
     model = make_model(config)
     torch.nn.init.zeros_(model.head.output.weight), torch.nn.init.zeros_(model.head.output.bias)
@@ -129,9 +129,9 @@ def test_jacobi_draws_the_tokens_of_plain_autoregression(window, sample):
 def test_jacobi_takes_one_pass_for_the_window_where_guesses_are_right_and_never_more_than_plain():
     config = make_config(side=4, jacobi_window=8)
     blind = make_model(config)
-    torch.nn.init.zeros_(blind.output.weight)  # the logits do not depend on the tokens: each guess is right at once
+    torch.nn.init.zeros_(blind.output.weight)  # the logits do not depend on the tokens, so each guess is right at once
     _, passes = jacobi_codes(blind, plan_of(config), LABELS, INDICES, 0)
-    assert passes <= 3  # the first guesses are from no logits
+    assert passes <= 3  # the first guesses are made without logits
     _, passes = jacobi_codes(make_model(config, std=0.5), plan_of(config), LABELS, INDICES, 0)
     assert 3 < passes <= 16
 

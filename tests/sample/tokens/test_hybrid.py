@@ -43,13 +43,13 @@ def test_each_step_unmasks_the_scheduled_tokens_once_and_masks_none_again(guidan
     shown = [codes[:3] for codes, _, _ in passes]
     for (codes, mask), (later, later_mask) in itertools.pairwise(zip(shown, masks, strict=True)):
         assert not (later_mask & ~mask).any()
-        assert torch.equal(later[~mask], codes[~mask])  # what is drawn stays
+        assert torch.equal(later[~mask], codes[~mask])  # a drawn token does not change
     assert {len(x) for x, _, _ in calls} == {3 if guidance_scale == 1.0 else 6}
     assert latent.shape == (3, 4, 8, 8)
 
 
 def test_residuals_are_added_to_the_codes():
-    """Off, the tokens are codes; with a head of zero velocity, they are codes plus their scaled noise."""
+    """Without residuals the tokens are codes; with a head of zero velocity, they are codes plus scaled noise."""
     config = make_hybrid()
     model = make_model(config)
     torch.nn.init.zeros_(model.head.output.weight), torch.nn.init.zeros_(model.head.output.bias)
