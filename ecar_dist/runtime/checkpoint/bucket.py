@@ -1,8 +1,8 @@
-"""Checkpoints behind a URL: `<url>/step-00001000-<attempt>/`, the files first, the marker last.
+"""Checkpoints under a URL: `<url>/step-00001000-<attempt>/`. The files are written first, the marker last.
 
-An object store cannot rename, so the marker object alone commits a checkpoint: without it a prefix does not exist for a
-reader. A file is written to a local disk of the node and uploaded as a whole. A reader downloads it to such a disk,
-once per node.
+An object store cannot rename, so the marker object alone commits a checkpoint. Readers ignore a prefix without a
+marker. Each file is completed on a local disk of the node, then uploaded. Readers download it to a local disk, once per
+node.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ from ecar_dist.storage.remote import (
 from ecar_dist.storage.retries import ObjectMissing, RetryPolicy, Transfer
 from ecar_dist.storage.untrusted import UntrustedError, path_inside
 
-PART_BYTES = 1 << 16  # docs/scale.md has what a node copies with it
+PART_BYTES = 1 << 16  # docs/scale.md lists how much a node copies with this size
 _FILES_AT_ONCE = 8
-_MOSTLY = 0.75  # of the values of a file: then it is copied whole
-_SLOWEST = 8 << 20  # bytes a second; the deadline of a transfer grows with its size at this rate
+_MOSTLY = 0.75  # of a file's values; if more are needed, the complete file is copied
+_SLOWEST = 8 << 20  # bytes per second; the deadline of a transfer grows with its size at this rate
 
 
 class BucketStorage:
@@ -86,7 +86,7 @@ class BucketStorage:
         self._retry = retry or RetryPolicy()
         self._scratch = cache / "checkpoints" / xxhash.xxh3_64_hexdigest(url.partition("?")[0].encode())
         self._stopping = threading.Event()
-        self._transfers: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # the `stopping` of each
+        self._transfers: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # the `stopping` event of each
         self._manifests: dict[str, Manifest] = {}  # a committed manifest never changes
 
     def check_writable(self) -> None:
@@ -106,7 +106,7 @@ class BucketStorage:
         return self._manifests[name]
 
     def complete(self) -> list[tuple[str, int]]:
-        # One listing has the sizes of all objects.
+        # One listing returns the sizes of all objects.
         objects = self._objects()
         found = []
         for name in self._committed(objects):
@@ -128,12 +128,12 @@ class BucketStorage:
         folder.mkdir(exist_ok=True)
         manifest = self._manifest(name, folder)
 
-        # One process of the node downloads, the others wait and find the file.
+        # One process per node downloads. The others wait, then find the file.
         def copy(file: RankFile, wanted: Intervals | None = None) -> None:
             with node_lock(path_inside(folder, file.name).with_suffix(".lock"), self._stopping):
                 self._download(name, file, folder, manifest, wanted)
 
-        # Slices are small requests, which mostly wait: several files at a time. Whole files have threads of their own.
+        # Slices are small requests that mostly wait, so fetch several files at once. Full files use their own threads.
         files = needed(manifest)
         sparse = [file for file in files if intervals is not None and _is_sparse(file, manifest, intervals)]
         with DaemonPool(min(_FILES_AT_ONCE, len(sparse)), "slices") as pool:
@@ -157,13 +157,13 @@ class BucketStorage:
         return _PendingObjects(self, f"step-{step:08d}-{attempt}")
 
     def keep_only(self, keep: set[str]) -> None:
-        # Checkpoints without a marker are the remains of failed saves, and go too.
+        # Checkpoints without a marker are left over from failed saves, so they are removed too.
         objects = self._objects()
         for name in sorted({path.partition("/")[0] for path in objects} - keep):
             if is_checkpoint_name(name, attempt=True) and not self._is_unreadable(name, objects):
                 self._remove(name, objects)
 
-        # Not every account may list uploads. A lifecycle rule of the bucket then removes them.
+        # Not every account may list uploads. In that case a lifecycle rule of the bucket removes them.
         with contextlib.suppress(DataError):
             abort_uploads(self._url, self.transfer())
 
@@ -176,8 +176,8 @@ class BucketStorage:
             stopping.set()
 
     def transfer(self, size: int = 0) -> Transfer:
-        """A transfer for one operation on `size` bytes. It ends by its own failure, or by `close`."""
-        # Each has its own event, so that the failure of one does not end the others.
+        """A transfer for one operation on `size` bytes. It is stopped by its own failure or by `close`."""
+        # Each transfer has its own event, so that one failure does not stop the others.
         policy = dataclasses.replace(self._retry, deadline=self._retry.deadline + size / _SLOWEST)
         transfer = Transfer(policy=policy)
         self._transfers.add(transfer.stopping)
@@ -217,13 +217,13 @@ class BucketStorage:
             return {}
 
     def _committed(self, objects: Mapping[str, int]) -> list[str]:
-        # Several attempts may have committed the same step: the name decides which is newer, the same for all ranks.
+        # Several attempts may have committed the same step. Their names decide which is newer, so all ranks agree.
         names = (path.partition("/")[0] for path in objects if path.endswith(f"/{MARKER}"))
         ours = (name for name in names if is_checkpoint_name(name, attempt=True))
         return sorted(ours, key=lambda name: (step_of(name), name), reverse=True)
 
     def _is_unreadable(self, name: str, objects: Mapping[str, int]) -> bool:
-        """Whether another version may be able to read it."""
+        """Whether a different version may be able to read this checkpoint."""
         try:
             if f"{name}/{MARKER}" in objects:
                 self.manifest(name)
@@ -235,7 +235,7 @@ class BucketStorage:
 
     def _manifest(self, name: str, folder: Path) -> Manifest:
         """Download a checkpoint's manifest and marker to `folder`. Raises DamagedError or CheckpointError."""
-        # Written to the folder, where all readers of checkpoints expect them.
+        # All readers of checkpoints expect these files in the folder.
         for file, limit in ((MANIFEST, MAX_MANIFEST_BYTES), (MARKER, MARKER_BYTES)):
             content = self._small_object(name, file, limit)
             with atomic_write(folder / file) as out:
@@ -262,17 +262,17 @@ class BucketStorage:
             raise DamagedError(where, f"{file} is missing") from None
 
     def _download(self, name: str, file: RankFile, folder: Path, manifest: Manifest, wanted: Intervals | None) -> None:
-        """Make sure that `folder` contains `file`, or what is wanted of it, proven.
+        """Make sure that `folder` contains `file`, or the wanted parts of it, verified by hash.
 
-        Raises DamagedError if the object is missing or has another content, DataError if the store is out of reach,
-        CheckpointError if the disk of the node is full.
+        Raises DamagedError if the object is missing or its content differs, DataError if the store is unreachable,
+        CheckpointError if the node's disk is full.
         """
         path = path_inside(folder, file.name)
         remote = RemoteFile(join(self._url, f"{name}/{file.name}"), file.bytes, file.xxh3_128)
         try:
             if wanted is not None:
                 self._fetch_slices(remote, path, file, manifest, wanted)
-            # Another process of the node may have downloaded it, or an earlier attempt.
+            # Another process on the node, or an earlier attempt, may have downloaded it.
             elif not (path.exists() and path.stat().st_size == file.bytes and hash_file(path) == file.xxh3_128):
                 fetch_file(remote, path, self.transfer(file.bytes))
         except UntrustedError as error:
@@ -287,15 +287,15 @@ class BucketStorage:
             found = os.statvfs(folder)
             raise CheckpointError(
                 f"{folder} is full: {file.name} needs {readable(file.bytes)}, "
-                f"{readable(found.f_bavail * found.f_frsize)} are free; set data.cache.dir to a larger disk of the node"
+                f"{readable(found.f_bavail * found.f_frsize)} are free; set data.cache.dir to a larger disk on the node"
             ) from None
 
     def _fetch_slices(
         self, remote: RemoteFile, path: Path, file: RankFile, manifest: Manifest, intervals: Intervals
     ) -> None:
-        """Copy header, table of parts, and the parts with any element of the intervals.
+        """Copy the header, the table of parts, and the parts that contain any element of the intervals.
 
-        Raises as `fetch_parts`, and UntrustedError if they are not what was written.
+        Raises the errors of `fetch_parts`, and UntrustedError if the bytes differ from what was written.
         """
         if not path.exists() or path.stat().st_size != file.bytes:
             with open(path, "wb") as new:
@@ -304,7 +304,7 @@ class BucketStorage:
         transfer = self.transfer(file.bytes)
         index = _proven_index(remote, path, file, header_limit(pieces, manifest.most_kinds), transfer)
 
-        # Every kind of state of each element.
+        # Where each piece is in the file, for every kind of state.
         places: dict[str, list[tuple[int, int]]] = {}
         for name, place in index.tensors.items():
             places.setdefault(name.partition(":")[2], []).append(place)
@@ -319,13 +319,13 @@ class BucketStorage:
         fetch_parts(remote, path, index.table, index.table.parts_of(ranges), transfer)
 
     def _remove(self, name: str, objects: Mapping[str, int]) -> None:
-        """Remove a checkpoint. The marker goes first: from then on no reader sees it."""
+        """Remove a checkpoint. Its marker is removed first: from then on no reader sees the checkpoint."""
         marker = f"{name}/{MARKER}"
         if marker in objects:
             remove(join(self._url, marker), self.transfer())
         failpoint("checkpoint.prune")
 
-        # The files of all ranks, in few requests.
+        # Remove the files of all ranks in a few requests.
         files = sorted(path for path in objects if path.startswith(f"{name}/") and path != marker)
         remove_many([join(self._url, path) for path in files], self.transfer())
         failpoint("checkpoint.prune")
@@ -333,7 +333,7 @@ class BucketStorage:
 
 
 def _is_sparse(file: RankFile, manifest: Manifest, intervals: Intervals) -> bool:
-    """Whether so little of a file is needed that its parts are copied, and not the file."""
+    """Whether so little of a file is needed that only parts of it are copied."""
     if not file.in_slices:
         return False
     pieces = list(file.pieces(manifest.shapes))
@@ -342,7 +342,7 @@ def _is_sparse(file: RankFile, manifest: Manifest, intervals: Intervals) -> bool
 
 
 def _proven_index(remote: RemoteFile, path: Path, file: RankFile, limit: int, transfer: Transfer) -> TensorIndex:
-    """Header and table of a file with parts, which are in the local file afterwards."""
+    """The verified header and table of a file with parts. Both are in the local file afterwards."""
     assert file.parts is not None
     proof = file.parts.bytes, file.parts.xxh3_128
     with open(path, "r+b", buffering=0) as local:
@@ -350,11 +350,11 @@ def _proven_index(remote: RemoteFile, path: Path, file: RankFile, limit: int, tr
         def read_local(start: int, stop: int) -> bytes:
             return os.pread(local.fileno(), stop - start, start)
 
-        # Another process of the node may have copied them.
+        # Another process on the node may have copied them.
         with contextlib.suppress(UntrustedError):
             return read_index(read_local, file.bytes, limit, *proof)
 
-        # A wrong hash may be the fault of the connection: once more.
+        # The connection may have caused a wrong hash, so try once more.
         stat_sized(remote, transfer)
         read = partial(read_range, remote.url, transfer=transfer)
         try:
@@ -389,4 +389,4 @@ class _PendingObjects:
         failpoint("checkpoint.renamed")
 
     def discard(self) -> None:
-        """Nothing now, because a store that fails would block training. `keep_only` removes the objects later."""
+        """Does nothing now: a failing store would block training. `keep_only` removes the objects later."""

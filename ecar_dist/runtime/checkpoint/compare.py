@@ -15,7 +15,7 @@ from ecar_dist.runtime.checkpoint.files import readable
 from ecar_dist.runtime.checkpoint.manifest import Manifest
 from ecar_dist.storage.untrusted import printable
 
-RESHARDING = 1.2  # bytes that a node copies over bytes of its state; more is said in the log
+RESHARDING = 1.2  # bytes that a node copies / bytes of its state; a larger ratio is logged
 Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 
 
@@ -25,19 +25,19 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 
 
 def check_run(where: str, found: str, expected: str, adopt: bool) -> str | None:
-    """The run that saved the checkpoint. Another one needs --adopt."""
+    """Check the run that saved the checkpoint. A different run needs --adopt."""
     if found == expected:
         return None
     if adopt:
         return f"adopted from run {found}"
     raise CheckpointError(
-        f"{where} was saved by another run ({found}, this run directory is of {expected}); choose another run.name, or "
-        f"add --adopt to resume from it"
+        f"{where} was saved by another run ({found}, this run directory belongs to {expected}); choose another "
+        f"run.name, or add --adopt to resume from it"
     )
 
 
 def check_identity(where: object, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """The meaning of the weights: model and stage schedule must be the same."""
+    """Check the meaning of the weights: model and stage schedule must be the same."""
     for key in differences(found, expected):
         raise CheckpointError(
             f"{where} was made with {printable(f'{key}={found.get(key)}')}, this run has "
@@ -47,7 +47,7 @@ def check_identity(where: object, found: Mapping[str, Any], expected: Mapping[st
 
 
 def check_shapes(where: str, found: Shapes, expected: Shapes) -> None:
-    """The parameters of the model must have the same names and shapes."""
+    """Check that the parameters of the model have the same names and shapes."""
     for name in differences(found, expected):
         there, here = (str(list(shapes[name])) if name in shapes else "missing" for shapes in (found, expected))
         raise CheckpointError(
@@ -57,7 +57,7 @@ def check_shapes(where: str, found: Shapes, expected: Shapes) -> None:
 
 
 def check_data(where: str, found: Mapping[str, Any], expected: Mapping[str, Any], allow: bool) -> str | None:
-    """The order of the samples. Another one needs --new-data-order."""
+    """Check the order of the samples. A different order needs --new-data-order."""
     changed = differences(found, expected)
     if not changed:
         return None
@@ -75,22 +75,22 @@ def check_data(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]
 def match_emas(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str | None]:
     """For each EMA of the run, the EMA of the checkpoint that it resumes from: kind -> kind, or None if it is new.
 
-    wanted, found: descriptions by kind (see `ema_kinds`). Kinds are numbered by their place in the config, so an edit
-    of the config moves them: what an EMA is, its description says.
+    wanted, found: descriptions by kind (see `ema_kinds`). Kinds are numbered by their position in the config, so an
+    edit of the config can renumber them. Only its description identifies an EMA.
     """
     kind_of = {description: kind for kind, description in found.items()}
     same = {kind: kind_of[description] for kind, description in wanted.items() if description in kind_of}
 
-    # A changed EMA resumes from the old one of the same number, unless another EMA of the run is that one.
+    # A changed EMA resumes from the old EMA with the same number, unless another EMA of the run continues that one.
     free = found.keys() - set(same.values())
     return {kind: same.get(kind, kind if kind in free else None) for kind in wanted}
 
 
 def ema_start_steps(manifest: Manifest, wanted: Mapping[str, str], sources: Mapping[str, str | None]) -> dict[str, int]:
-    """For each EMA of the run, the step since which all its updates are those of its description.
+    """For each EMA of the run, the step from which on all its updates match its description.
 
     A new or changed EMA starts at the checkpoint's step. Post-hoc EMA fits use only those that start at step 0.
-    sources: as `match_emas` returns them.
+    sources: as returned by `match_emas`.
     """
     steps = {}
     for kind, source in sources.items():
@@ -102,7 +102,7 @@ def ema_start_steps(manifest: Manifest, wanted: Mapping[str, str], sources: Mapp
 def describe_conversion(
     manifest: Manifest, layout: Mapping[str, Any], wanted: Mapping[str, str], sources: Mapping[str, str | None]
 ) -> str | None:
-    """One line about what is converted on the way into this run; None if nothing is.
+    """One line about what is converted for this run; None if nothing is.
 
     layout: world_size, zero_stage and precision of this run. wanted, sources: as for `ema_start_steps`.
     """

@@ -4,8 +4,8 @@
                               checkpoint.json                    the manifest: progress, client state, identity, hashes
                               COMMITTED                          hash of checkpoint.json, written last
 
-A rank's file has fp32 tensors with keys `kind:parameter:start`: for each of its fragments one of every kind of state,
-which are the master weights, the two AdamW moments, and the EMAs. Only safetensors and JSON are read, so nothing in a
+A rank's file contains fp32 tensors with keys `kind:parameter:start`: one for each fragment and kind of state. The kinds
+are the master weights, the two AdamW moments, and the EMAs. Only safetensors and JSON are read, so nothing in a
 checkpoint is ever executed.
 """
 
@@ -38,24 +38,24 @@ from ecar_dist.storage.untrusted import UntrustedError, parse_json, path_inside,
 MANIFEST, MARKER = "checkpoint.json", "COMMITTED"
 MARKER_BYTES = 32  # a hash in hexadecimal
 
-# Names: a folder for a step, a prefix in a bucket with the attempt that wrote it, and a folder that is not committed.
+# Names: the folder of a step, a prefix in a bucket (with the attempt that wrote it), and a folder not yet committed.
 _STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _STEP_AND_ATTEMPT = re.compile(r"step-(\d{8,18})-[0-9a-f]{8}_\d{4,9}", re.ASCII)
 _UNFINISHED = re.compile(r"tmp-step-\d{8,18}-\w+(-old)?", re.ASCII)
 
-# Errors that mean that a file is not there.
+# Errors that mean that a file does not exist.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 Needed = Callable[[Manifest], Sequence[RankFile]]  # the files that a reader needs
 
 
 def all_files(manifest: Manifest) -> Sequence[RankFile]:
-    """The `Needed` of a reader of everything."""
+    """The `Needed` function of a reader that needs all files."""
     return manifest.files
 
 
 class DamagedError(CheckpointError):
-    """One checkpoint is damaged, an older one may be fine. `problem` is a phrase."""
+    """One checkpoint is damaged; an older one may be intact. `problem` is a phrase."""
 
     def __init__(self, where: object, problem: str) -> None:
         super().__init__(f"{where}: {problem}; use an older checkpoint, or a backup")
@@ -67,9 +67,9 @@ class UnreadableError(DamagedError):
 
 
 def refused_file(path: Path, name: str, error: OSError) -> DamagedError:
-    """The error for a file of a checkpoint that the system does not open.
+    """The error for a checkpoint file that the system cannot open.
 
-    A missing file is damage. Everything else may pass (EIO, ESTALE, EACCES of a network drive).
+    A missing file is damage. Any other error may be temporary (EIO, ESTALE, EACCES of a network drive).
     """
     kind = DamagedError if error.errno in _GONE else UnreadableError
     return kind(path, f"{name}: {reason_of(error)}")
@@ -84,14 +84,14 @@ def readable(size: int) -> str:
 
 
 def is_checkpoint_name(name: str, *, attempt: bool = False) -> bool:
-    """Whether a folder has our name for a checkpoint: `step-00001000`; in a bucket, `step-00001000-0123abcd_0001`."""
-    # Eight digits with zeros in front, or more without: a step has one name.
+    """Whether a name is one of our checkpoint names: `step-00001000`; in a bucket, `step-00001000-0123abcd_0001`."""
+    # Eight digits with leading zeros, or more digits without: each step has exactly one name.
     match = (_STEP_AND_ATTEMPT if attempt else _STEP).fullmatch(name)
     return match is not None and f"{int(match[1]):08d}" == match[1]
 
 
 def is_unfinished_name(name: str) -> bool:
-    """Whether a folder has our name for a checkpoint that is not committed yet."""
+    """Whether a name is one of our names for a checkpoint that is not committed yet."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
@@ -108,11 +108,11 @@ def committed(folder: Path) -> list[Path]:
 
 
 def has_marker(path: Path) -> bool:
-    """Whether something has the marker's name. Its content is checked when it is read."""
+    """Whether anything exists under the marker's name. Its content is checked when it is read."""
     try:
         (path / MARKER).lstat()
     except OSError as error:
-        # If the marker cannot be seen now, assume that it is there: nothing that may be complete is removed.
+        # If the marker cannot be checked now, assume that it exists: nothing that may be complete is removed.
         return error.errno not in _GONE
     return True
 
@@ -121,17 +121,17 @@ def has_marker(path: Path) -> bool:
 
 
 def read_manifest(path: Path, name: str | None = None) -> Manifest:
-    """The manifest of a checkpoint. name: the checkpoint's name, if the folder has another one.
+    """The manifest of a checkpoint. name: the checkpoint's name, if the folder's name differs.
 
-    Raises DamagedError if it is missing, invalid, or of another step than the name, and UnreadableError if it is of
-    another version.
+    Raises DamagedError if it is missing, invalid, or for a different step than the name says, and UnreadableError if a
+    different version wrote it.
     """
     return _parse(path, _read(path, MANIFEST, MAX_MANIFEST_BYTES), name or path.name)
 
 
 def proven_manifest(path: Path, name: str | None = None) -> Manifest:
-    """The manifest, proven by the marker. Raises as `read_manifest`, and DamagedError if they do not match."""
-    # The marker has the hash of the manifest, and the manifest the hashes of all files.
+    """The manifest, verified by the marker. Raises like `read_manifest`, and DamagedError if they do not match."""
+    # The marker contains the hash of the manifest, which contains the hashes of all files.
     content = _read(path, MANIFEST, MAX_MANIFEST_BYTES)
     if marker_of(content) != _read(path, MARKER, MARKER_BYTES):
         raise DamagedError(path, f"{MANIFEST} does not match {MARKER}")
@@ -139,7 +139,7 @@ def proven_manifest(path: Path, name: str | None = None) -> Manifest:
 
 
 def manifest_as_it_is(path: Path) -> Any:
-    """The manifest's JSON value, with keys that this version does not know. Raises DamagedError if it is not JSON."""
+    """The manifest's JSON value, including keys unknown to this version. Raises DamagedError if it is not JSON."""
     try:
         return parse_json(_read(path, MANIFEST, MAX_MANIFEST_BYTES))
     except UntrustedError as error:
@@ -148,7 +148,7 @@ def manifest_as_it_is(path: Path) -> Any:
 
 def check_committable(manifest: bytes, name: str) -> Manifest:
     """Parse a manifest before it is committed as `name`. Raises CheckpointError if no reader would accept it."""
-    # The same checks that a reader makes.
+    # Make the same checks as a reader.
     try:
         if len(manifest) > MAX_MANIFEST_BYTES:
             raise UntrustedError(
@@ -159,7 +159,7 @@ def check_committable(manifest: bytes, name: str) -> Manifest:
     except UntrustedError as error:
         raise CheckpointError(f"{MANIFEST} could not be read back: {error}") from None
     if record.progress.step != step_of(name):
-        raise CheckpointError(f"{MANIFEST} of {name} could not be read back: it is of step {record.progress.step}")
+        raise CheckpointError(f"{MANIFEST} of {name} could not be read back: it has step {record.progress.step}")
     return record
 
 
@@ -192,10 +192,10 @@ def _parse(path: Path, content: bytes, name: str) -> Manifest:
     except UntrustedError as error:
         raise DamagedError(path, f"{MANIFEST}: {error}") from None
 
-    # A copy under the name of another step would be the newest, or would hide the real one.
+    # A copy under the name of a different step would count as the newest, or would hide the real checkpoint.
     ours = is_checkpoint_name(name) or is_checkpoint_name(name, attempt=True)
     if ours and manifest.progress.step != step_of(name):
-        raise DamagedError(path, f"its name says step {step_of(name)}, {MANIFEST} step {manifest.progress.step}")
+        raise DamagedError(path, f"its name says step {step_of(name)}, {MANIFEST} says step {manifest.progress.step}")
     return manifest
 
 
@@ -203,14 +203,14 @@ def _parse(path: Path, content: bytes, name: str) -> Manifest:
 
 
 def verify(path: Path, rank: int = 0, size: int = 1) -> None:
-    """Prove a checkpoint: its manifest, and by its hash every `size`-th file, from number `rank` on.
+    """Verify a checkpoint: its manifest, and the hash of every `size`-th file, starting at number `rank`.
 
     Raises DamagedError with the name of the first bad file, and UnreadableError.
     """
     manifest = proven_manifest(path)
     kinds: set[str] = set()
     for file in manifest.files[rank::size]:
-        # The header comes first: it is small, and the hash reads the file to its end.
+        # Check the header first: it is small, and the hash needs the complete file.
         _, kinds = open_fragments(path, manifest, file, "np", kinds)
         try:
             found = hash_file(sized_file(path, file))
@@ -222,7 +222,7 @@ def verify(path: Path, rank: int = 0, size: int = 1) -> None:
 
 def sized_file(path: Path, file: WeightsFile) -> Path:
     """The path of a file of the checkpoint. Raises DamagedError if it is not a regular file of the recorded size."""
-    # The name comes from the manifest: it must not lead out of the folder, also not by a link.
+    # The name comes from the manifest: it must not lead out of the folder, not even through a link.
     try:
         found = path_inside(path, plain_name(file.name))
         status = found.stat()
@@ -231,7 +231,7 @@ def sized_file(path: Path, file: WeightsFile) -> Path:
     except OSError as error:
         raise refused_file(path, file.name, error) from None
 
-    # A pipe would block the reader, and a file of another size cannot have the recorded hash.
+    # A pipe would block the reader, and a file of a different size cannot have the recorded hash.
     if not stat.S_ISREG(status.st_mode):
         raise DamagedError(path, f"{file.name} is not a regular file")
     if status.st_size != file.bytes:
@@ -244,7 +244,7 @@ def open_fragments(
 ) -> tuple[Any, set[str]]:
     """Open a rank's file. It must have one fp32 tensor for each kind of state and fragment, and no others.
 
-    framework: of its tensors, `pt` or `np`. expected: the kinds in other files of the checkpoint, if known.
+    framework: the library of the tensors, `pt` or `np`. expected: the kinds in other files of the checkpoint, if known.
 
     Returns the safetensors handle and the kinds in the file. Raises DamagedError.
     """
@@ -259,7 +259,7 @@ def open_fragments(
     # tensors (ZeRO 0) or values.
     keys = set(handle.keys())
     if file.parts is not None:
-        keys.discard(PARTS)  # their hashes
+        keys.discard(PARTS)  # the hashes of the parts
     kinds = {key.partition(":")[0] for key in keys}
     if not pieces and not keys:
         return handle, set(expected)
@@ -267,7 +267,7 @@ def open_fragments(
         text = printable(f"{sorted(kinds)}, others have {sorted(expected)}")
         raise DamagedError(path, f"{file.name} has {text}")
 
-    # Every fragment of the manifest is there, in every kind.
+    # Every fragment of the manifest must be in the file, in every kind.
     for piece in pieces:
         for kind in kinds:
             key = f"{kind}:{piece.name}:{piece.start}"
@@ -285,7 +285,7 @@ def open_fragments(
 def open_tensors(file: Path, framework: str, header_limit: int) -> Any:
     """Open a safetensors file with a header of limited size. Raises UntrustedError with a phrase to follow its name."""
     try:
-        # The library reads the header whole, whatever its size.
+        # The library reads the complete header, whatever its size.
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
         if length > header_limit:

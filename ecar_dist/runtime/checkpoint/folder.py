@@ -49,14 +49,14 @@ class LocalStorage:
         if not os.access(self._folder, os.W_OK):
             raise CheckpointError(f"{self._folder} is not writable; change its permissions, or set checkpoint.dir")
 
-        # A renamed checkpoint must not look like an empty folder: training would start from the beginning.
+        # A folder with only renamed checkpoints must not look empty: training would start from the beginning.
         others = [
             path.name for path in self._folder.iterdir() if not is_unfinished_name(path.name) and has_marker(path)
         ]
         if others and not self.committed():
             raise CheckpointError(
-                f"{self._folder} has no checkpoint but {printable(min(others))}, which may be one with another name; "
-                f"rename it to step- and its step in 8 digits, or move it away to train from the start"
+                f"{self._folder} has no checkpoint, but {printable(min(others))} may be one under another name; "
+                f"rename it to step-NNNNNNNN (its step in 8 digits), or move it away to train from the start"
             )
 
     def committed(self) -> list[str]:
@@ -84,7 +84,7 @@ class LocalStorage:
         needed: Needed = all_files,
         intervals: Intervals | None = None,
     ) -> Path:
-        """The checkpoint itself: every rank sees all files and hashes its share."""
+        """The checkpoint itself: every rank sees all files, and hashes its share of them."""
         verify(self._folder / name, *share)
         return self._folder / name
 
@@ -101,7 +101,7 @@ class LocalStorage:
                 _remove(path)
 
     def _is_unreadable(self, path: Path) -> bool:
-        """Whether it may be complete, although it cannot be read now, or not by this version."""
+        """Whether a checkpoint may be complete, although it cannot be read now or by this version."""
         try:
             if has_marker(path):
                 for file in self.manifest(path.name).files:
@@ -113,7 +113,7 @@ class LocalStorage:
         return False
 
     def free_bytes(self) -> int | None:
-        # The folder may not exist yet: its first parent that does is on the same disk.
+        # The folder may not exist yet. Its nearest existing parent is on the same disk.
         folder = self._folder
         while not folder.exists():
             folder = folder.parent
@@ -127,7 +127,7 @@ class LocalStorage:
 class _PendingFolder:
     """A checkpoint under a temporary name. See `PendingCheckpoint`."""
 
-    part_bytes: int | None = None  # all ranks see the files whole
+    part_bytes: int | None = None  # all ranks see the complete files
 
     def __init__(self, folder: Path, name: str, attempt: str) -> None:
         self.name = name
@@ -139,17 +139,17 @@ class _PendingFolder:
         return write(self._temporary / file)
 
     def write_manifest(self, manifest: bytes) -> None:
-        # A rank on another node may have written to a disk that only its node sees.
+        # A rank on another node may have written to a disk that only that node sees.
         for file in check_committable(manifest, self.name).files:
             try:
                 sized_file(self._temporary, file)
             except DamagedError:
                 raise CheckpointError(
-                    f"{file.name} was written, but rank 0 does not see it in {self._folder}; set checkpoint.dir to a "
+                    f"{file.name} was written, but rank 0 cannot see it in {self._folder}; set checkpoint.dir to a "
                     f"folder that all nodes see"
                 ) from None
 
-        # Manifest and marker are on disk before the rename gives them their name.
+        # Manifest and marker are on disk before the rename gives the checkpoint its name.
         self._write(MANIFEST, manifest)
         failpoint("checkpoint.manifest")
         self._write(MARKER, marker_of(manifest))
@@ -159,7 +159,7 @@ class _PendingFolder:
         final = self._folder / self.name
         failpoint("checkpoint.rename")
 
-        # An earlier attempt has committed this step, and this attempt resumed from before it.
+        # An earlier attempt has committed this step, and this attempt resumed from an earlier step.
         if final.exists():
             os.rename(final, self._temporary.with_name(f"{self._temporary.name}-old"))
 
@@ -177,7 +177,7 @@ class _PendingFolder:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint. The marker goes first: from then on no reader sees it."""
+    """Remove a checkpoint. Its marker is removed first: from then on no reader sees the checkpoint."""
     if has_marker(path):
         (path / MARKER).unlink()
         sync_to_disk(path)

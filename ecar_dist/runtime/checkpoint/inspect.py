@@ -25,11 +25,11 @@ from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.untrusted import printable
 
 BLOCK = 1 << 22  # elements read at a time
-LARGEST = 10  # changes listed one by one
+LARGEST = 10  # changes that are listed individually
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """A local folder with a proven checkpoint: `path` itself, or that of run `path` at `step` (default: the newest).
+    """A local folder with a verified checkpoint: `path`, or the one of run `path` at `step` (default: the newest).
 
     Raises ConfigError or CheckpointError if there is none, or if it is damaged.
     """
@@ -41,9 +41,9 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def fetch_step(step: int, *storages: CheckpointStorage) -> Path:
-    """A local folder with the proven checkpoint of a step, from the first storage that has it.
+    """A local folder with the verified checkpoint of a step, from the first storage that has it.
 
-    Raises CheckpointError that lists the steps that there are.
+    Raises a CheckpointError that lists the available steps.
     """
     found: set[int] = set()
     for storage in storages:
@@ -53,7 +53,7 @@ def fetch_step(step: int, *storages: CheckpointStorage) -> Path:
             return storage.fetch(names[step])
         found |= names.keys()
     raise CheckpointError(
-        f"{storages[0].where} has no checkpoint of step {step}; it has those of {sorted(found) or 'none'}"
+        f"{storages[0].where} has no checkpoint of step {step}; available steps: {sorted(found) or 'none'}"
     )
 
 
@@ -77,20 +77,20 @@ def inspect_lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """`equal`: same parameters, kinds of state and values. Progress and writers may differ all the same."""
+    """`equal`: same parameters, kinds of state and values. Progress and writers may still differ."""
 
     equal: bool
     lines: list[str]
 
 
 def diff_checkpoints(a: Path, b: Path) -> CheckpointDiff:
-    """Compare two checkpoints, of one run or of two, whatever numbers of ranks wrote them. Both must be proven."""
+    """Compare two checkpoints, of one run or two, written by any number of ranks. Both must be verified."""
     readers = FragmentReader(a), FragmentReader(b)
     lines = _head_lines((a, b), (readers[0].manifest, readers[1].manifest))
     missing = _missing_lines(*readers)
     changes = _changes(*readers)
 
-    # Not `!= 0.0` alone would do: a NaN is a difference.
+    # `!= 0.0`, because a NaN also counts as a difference.
     different = {key: change for key, change in changes.items() if change.difference != 0.0}
     if not missing and not different:
         kinds = sorted({kind for kind, _ in changes})
@@ -101,7 +101,7 @@ def diff_checkpoints(a: Path, b: Path) -> CheckpointDiff:
 
 @dataclass
 class _Statistics:
-    """Sums over all values of one kind. Values that are not finite are counted, and left out of the rest."""
+    """Sums over all values of one kind. Non-finite values are counted, and excluded from the other numbers."""
 
     count: int = 0
     squares: float = 0.0
@@ -128,7 +128,7 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class _Change:
-    """The change from A to B in one tensor or several: sums of squares, and the largest absolute difference."""
+    """The change from A to B in one or several tensors: sums of squares, and the largest absolute difference."""
 
     difference: float  # sum of (b - a)^2
     reference: float  # sum of a^2
@@ -156,7 +156,7 @@ class _Change:
 
 
 def _changes(a: FragmentReader, b: FragmentReader) -> dict[tuple[str, str], _Change]:
-    """The change of every tensor that both have in one shape, by kind and parameter."""
+    """The change of every tensor that both have in the same shape, by kind and parameter."""
     return {
         (kind, name): _Change.over(
             _Change.of(x, y) for x, y in zip(_blocks(a, kind, name), _blocks(b, kind, name), strict=True)
@@ -168,7 +168,7 @@ def _changes(a: FragmentReader, b: FragmentReader) -> dict[tuple[str, str], _Cha
 
 
 def _blocks(reader: FragmentReader, kind: str, name: str) -> Iterator[torch.Tensor]:
-    """A flattened parameter in blocks of at most BLOCK elements, also those that are not finite."""
+    """A flattened parameter in blocks of at most BLOCK elements, including non-finite values."""
     numel = math.prod(reader.shapes[name])
     for start in range(0, numel, BLOCK):
         yield reader.read(kind, name, start, min(BLOCK, numel - start), any_value=True)
@@ -191,7 +191,7 @@ def _head_lines(paths: tuple[Path, Path], manifests: tuple[Manifest, Manifest]) 
 
 
 def _missing_lines(a: FragmentReader, b: FragmentReader) -> list[str]:
-    """Kinds and parameters that only one of the two has, and parameters of another shape."""
+    """Kinds and parameters that only one of the two has, and parameters whose shapes differ."""
     lines = []
     for one, other, side in ((a, b, "A"), (b, a, "B")):
         lines += [f"only in {side}: {kind}" for kind in sorted(one.kinds - other.kinds)]
@@ -216,7 +216,7 @@ def _change_lines(changes: dict[tuple[str, str], _Change], different: dict[tuple
             cells.append(f"{_Change.over(inside).relative:.3g}")
         by_module.append((module, *cells))
 
-    # A change that is not a number comes first.
+    # A NaN change comes first.
     def rank(change: _Change) -> float:
         return math.inf if math.isnan(change.relative) else change.relative
 

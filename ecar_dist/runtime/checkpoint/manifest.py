@@ -1,13 +1,14 @@
 """checkpoint.json, the manifest of a checkpoint: validated as a whole before any of it is used.
 
-Writers and readers use the same `parse_manifest`: a writer before it commits, so readers accept what was committed.
+Writers and readers use the same `parse_manifest`. A writer calls it before the commit, so readers accept what was
+committed.
 Unknown keys are ignored, because a later version may add some. The schema changes when the meaning of a key changes.
 
 Under ZeRO 3 every rank has a part of every parameter: millions of fragments on thousands of ranks. They follow a rule,
-so the manifest has only the number of each file's share. Each file's own header still names its fragments, and readers
-compare it with the rule.
+so the manifest contains only the number of each file's share. Each file's own header still lists its fragments, and
+readers check it against the rule.
 
-In a bucket, where a reader copies what it needs, each file has hashes of its parts.
+In a bucket, readers copy only what they need, so each file has hashes of its parts.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from ecar_dist.storage.untrusted import (
 SCHEMA = "ecar-checkpoint-v2"  # files list their fragments
 EVEN_SCHEMA = "ecar-checkpoint-v3"  # files have equal shares of every parameter
 PARTS_SCHEMA = "ecar-checkpoint-v4"  # files of either kind have hashes of their parts
-PARTS = "parts"  # the tensor of a file that holds the table of their hashes
+PARTS = "parts"  # the tensor of a file that contains the hashes of its parts
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
 VALUE_BYTES = 4  # of an fp32 value
 MOMENTS_AND_MASTER = 3  # kinds of state besides the EMAs
 _MAX_COUNT = 2**63 - 1
 _MAX_VALUES = 2**43  # in all parameters together
-_HEADER_BYTES = 200  # at most, of one tensor in a file's header, without its name
+_HEADER_BYTES = 200  # upper bound for one tensor in a file's header, without its name
 _TYPICAL_HEADER = 100
-_FEW_PARTS = 8  # a file of so many is copied whole
+_FEW_PARTS = 8  # a file with at most this many parts is copied completely
 _FRAGMENT = re.compile(r"([A-Za-z0-9_.\-]{1,512}):(\d{1,19}):(\d{1,19})", re.ASCII)
 
 
 class OtherSchemaError(UntrustedError):
-    """The manifest was written by another version of ecar_dist, which may be able to read it."""
+    """The manifest was written by a different version of ecar_dist, which may be able to read it."""
 
 
 class Piece(NamedTuple):
@@ -71,7 +72,7 @@ def overlaps(piece: Piece, wanted: Intervals) -> Iterator[tuple[int, int]]:
 
 
 def even_pieces(shapes: Shapes, share: int, shares: int) -> Iterator[Piece]:
-    """Part number `share` of every parameter, cut into `shares` parts of equal length; the last ones may be short."""
+    """Part number `share` of every parameter, cut into `shares` parts of equal length; the last ones may be shorter."""
     for name, shape in shapes.items():
         numel = math.prod(shape)
         length = -(-numel // shares)
@@ -111,7 +112,7 @@ class WeightsFile(Record):
 
 
 class Parts(Record):
-    """The size of the parts of a file, and the hash of its header and of the table of their hashes."""
+    """The size of a file's parts, and one hash of the file's header and of the table of part hashes."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -120,7 +121,7 @@ class Parts(Record):
 
 
 class RankFile(WeightsFile):
-    """A rank's file. For each of its fragments it has one tensor of every kind of state.
+    """A rank's file. It contains one tensor for each fragment and kind of state.
 
     It lists its fragments as `parameter:start:numel`, or has `share`: (k, n) for part k of n of every parameter.
     """
@@ -137,11 +138,11 @@ class RankFile(WeightsFile):
 
     @property
     def in_slices(self) -> bool:
-        """Whether a reader of a bucket copies only those parts of it that have what it needs."""
+        """Whether a reader of a bucket copies only the parts that it needs of this file."""
         return self.parts is not None and self.bytes > _FEW_PARTS * self.parts.bytes
 
     def pieces(self, shapes: Shapes) -> Iterator[Piece]:
-        """The fragments. Raises UntrustedError for one of another form."""
+        """The fragments. Raises UntrustedError for an invalid one."""
         if self.share is not None:
             yield from even_pieces(shapes, *self.share)
             return
@@ -154,13 +155,13 @@ class RankFile(WeightsFile):
 
 
 def header_limit(pieces: Iterable[Piece], kinds: int) -> int:
-    """The largest header, in bytes, of a file with these fragments in this number of kinds of state."""
+    """The largest header, in bytes, of a file with these fragments and this number of kinds of state."""
     return 8 + _HEADER_BYTES + kinds * sum(len(piece.name) + _HEADER_BYTES for piece in pieces)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Everything else that moves is a function of `samples_seen`."""
+    """How far a run has come. Everything else that changes during a run is a function of `samples_seen`."""
 
     samples_seen: Count
     step: Count
@@ -217,14 +218,14 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        # What a resume reads without asking whether it is there.
+        # Keys that a resume reads without checking that they exist.
         if not {"model", "data"} <= self.identity.keys():
             raise UntrustedError("identity: model or data is missing")
         if "ema" not in self.ema_kinds or self.ema_kinds.keys() != self.ema_since.keys():
             raise UntrustedError("averages: ema is missing, or averages_since has other keys")
         _ClientState.model_validate(self.client_state)
 
-        # The files cover the parameters, without a gap and without an overlap.
+        # The files must cover the parameters without a gap or an overlap.
         if len({file.name for file in self.files}) != len(self.files):
             raise UntrustedError("files: two have the same name")
         if not self.shapes or sum(map(math.prod, self.shapes.values())) > _MAX_VALUES:
@@ -241,7 +242,7 @@ class Manifest(Record):
         return MOMENTS_AND_MASTER + len(self.ema_kinds)
 
     def files_with(self, wanted: Intervals) -> list[RankFile]:
-        """The files with any element of the intervals [start, stop) of parameters, given by name."""
+        """The files that contain any element of the intervals [start, stop) of parameters, given by name."""
         if self.files[0].share is None:
             return [file for file in self.files if self._has_any(file, wanted)]
 
@@ -254,9 +255,9 @@ class Manifest(Record):
         return [file for file in self.files if file.share is not None and file.share[0] in shares]
 
     def copied(self, files: Sequence[RankFile], needed: int) -> int:
-        """About how many bytes of these files a reader of `needed` bytes copies from a bucket.
+        """The approximate bytes that a reader of `needed` bytes copies of these files from a bucket.
 
-        Of a file in slices it copies header and table, and parts that hardly exceed what it needs.
+        From a file in slices it copies header and table, and parts that are hardly larger than what it needs.
         """
         in_slices = [file for file in files if file.in_slices]
         whole = sum(file.bytes for file in files if not file.in_slices)
@@ -274,16 +275,16 @@ class Manifest(Record):
         return any(True for piece in file.pieces(self.shapes) for _ in overlaps(piece, wanted))
 
     def _check_shares(self) -> None:
-        """The files have all shares, each once. Together these have every value."""
+        """Check that the files have every share exactly once. Together the shares contain every value."""
         ranks = len(self.files)
         if {file.share for file in self.files} != {(rank, ranks) for rank in range(ranks)}:
-            raise UntrustedError(f"files: they do not have the shares 0 to {ranks - 1} of {ranks}, each once")
+            raise UntrustedError(f"files: they must have each of the shares 0 to {ranks - 1} of {ranks} exactly once")
 
         # No share is larger than the first, so one limit serves all files.
         self._check_bytes(self.files, list(even_pieces(self.shapes, 0, ranks)))
 
     def _check_intervals(self) -> None:
-        """Every value is in exactly one fragment."""
+        """Check that every value is in exactly one fragment."""
         # Collect the intervals of each parameter.
         intervals: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
         for file in self.files:
@@ -294,7 +295,7 @@ class Manifest(Record):
                 intervals[name].append((start, numel))
             self._check_bytes([file], pieces)
 
-        # In order, the intervals of a parameter must meet without a gap or an overlap.
+        # In order, the intervals of a parameter must join without a gap or an overlap.
         for name, found in intervals.items():
             end = 0
             for start, numel in sorted(found):
@@ -306,7 +307,7 @@ class Manifest(Record):
                 raise UntrustedError(f"the fragments of {name} have {end} of {math.prod(self.shapes[name])} values")
 
     def _check_bytes(self, files: Iterable[RankFile], pieces: Sequence[Piece]) -> None:
-        """No file is larger than its fragments, because files are read whole."""
+        """Check that no file is larger than its fragments, because files are read completely."""
         values = sum(piece.numel for piece in pieces)
         state = self.most_kinds * values * VALUE_BYTES
         for file in files:
@@ -317,7 +318,7 @@ class Manifest(Record):
 
 
 def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's identity without the groups "model" and "data"."""
+    """A checkpoint's identity with its groups "model" and "data" flattened."""
     flat: dict[str, Any] = {}
     for name, value in identity.items():
         flat.update(value if name in ("model", "data") and isinstance(value, dict) else {name: value})
@@ -327,12 +328,12 @@ def flat_identity(identity: dict[str, Any]) -> dict[str, Any]:
 def parse_manifest(text: bytes) -> Manifest:
     """Parse the content of checkpoint.json, at most MAX_MANIFEST_BYTES.
 
-    Raises UntrustedError, and OtherSchemaError for a manifest of another version.
+    Raises UntrustedError, and OtherSchemaError for a manifest of a different version.
     """
     if len(text) > MAX_MANIFEST_BYTES:
         raise UntrustedError(f"it has {len(text):,} bytes, this version reads at most {MAX_MANIFEST_BYTES:,}")
 
-    # The version first: other keys may have another meaning there.
+    # Check the version first: in another version, the other keys may have a different meaning.
     tree = parse_object(text)
     if tree.get("schema") not in (SCHEMA, EVEN_SCHEMA, PARTS_SCHEMA):
         raise OtherSchemaError(

@@ -1,6 +1,6 @@
-"""Read any slice of any parameter of a checkpoint, whatever number of ranks and ZeRO stage wrote it.
+"""Read any slice of any parameter of a checkpoint, for any number of ranks and ZeRO stage that wrote it.
 
-A fragment has its position in the flattened parameter, so readers do not depend on the layout of the writers.
+A fragment records its position in the flattened parameter, so readers do not depend on the writers' layout.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ecar_dist.runtime.checkpoint.manifest import Manifest
 
 MASTER = "master"  # the fp32 weights
 SECOND_MOMENT = "exp_avg_sq"
-_BLOCK = 1 << 16  # values checked at a time, which fit in the processor's cache
+_BLOCK = 1 << 16  # values checked at a time; they fit in the CPU's cache
 
 
 class FragmentReader:
     """The values of a committed checkpoint in folder `path`.
 
-    Only files that are `needed` and present are opened: a fetch from a bucket leaves out the others. Reading a value
-    that is in none of them is an error. Raises DamagedError if a file differs from the manifest.
+    Only files that are `needed` and present are opened: a fetch from a bucket skips the others. Reading a value that
+    none of them contains is an error. Raises DamagedError if a file differs from the manifest.
     """
 
     def __init__(self, path: Path, needed: Needed = all_files, manifest: Manifest | None = None) -> None:
@@ -45,8 +45,8 @@ class FragmentReader:
     def read(self, kind: str, name: str, start: int, numel: int, *, any_value: bool = False) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened parameter, fp32 on CPU.
 
-        Raises DamagedError if some values are missing, and unless `any_value`, if training cannot resume from a value
-        (see `value_problem`).
+        Raises DamagedError if values are missing. Unless `any_value`, also raises it if training cannot resume from a
+        value (see `value_problem`).
         """
         value = torch.empty(numel)
         filled = 0
@@ -60,7 +60,7 @@ class FragmentReader:
                 filled += high - low
         if filled != numel:
             raise DamagedError(
-                self._path, f"it has {filled} of {numel} values of {kind} {name}, or it is of another model"
+                self._path, f"it has {filled} of {numel} values of {kind} {name}, or it belongs to a different model"
             )
 
         problem = None if any_value else value_problem(kind, value)
@@ -69,7 +69,7 @@ class FragmentReader:
         return value
 
     def full(self, kind: str, name: str) -> torch.Tensor:
-        """A whole parameter in its shape. Raises as `read`."""
+        """A complete parameter in its shape. Raises like `read`."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
@@ -77,9 +77,9 @@ class FragmentReader:
 def value_problem(kind: str, values: torch.Tensor) -> str | None:
     """Why training cannot resume from these fp32 CPU values, or None.
 
-    Values must be finite, second moments of AdamW not negative.
+    Values must be finite, and second moments of AdamW must not be negative.
     """
-    # numpy, because this runs in a thread: a program that ends while torch's own threads are at work aborts.
+    # Use numpy, because this runs in a thread: a process that exits while torch's own threads are busy aborts.
     numbers = values.numpy()
     for start in range(0, len(numbers), _BLOCK):
         block = numbers[start : start + _BLOCK]

@@ -1,12 +1,12 @@
-"""What a resume does. All ranks restore the same checkpoint: the newest that is damaged on none of them.
+"""The steps of a resume. All ranks restore the same checkpoint: the newest one that is intact on every rank.
 
     list       rank 0 lists the committed checkpoints, newest first
-    say        behind a URL: how much a node copies, if that is more than its share
-    fetch      every rank gets the files that it needs, proven by their hashes
+    say        in a bucket: rank 0 reports how much a node copies, if that is more than its share
+    fetch      every rank gets the files that it needs, verified by their hashes
     compare    the manifest must fit this run (compare.py)
-    load       every rank reads its fragments, whatever layout wrote them
+    load       every rank reads its fragments, whatever the layout of the writers was
 
-If any rank finds damage, all ranks go to the next older checkpoint.
+If any rank finds damage, all ranks move on to the next older checkpoint.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def restore_newest(
 ) -> tuple[Restored | None, set[str]]:
     """Load the newest checkpoint that is not damaged into engine and EMA. Collective.
 
-    Returns the checkpoint, None if there is none yet, and the names of those that were passed over. Raises
+    Returns the checkpoint (None if there is none yet), and the names of the checkpoints that were passed over. Raises
     CheckpointError if all are damaged, or if the checkpoint does not fit this run.
     """
-    # One list for all ranks: a storage may not show everything to everybody at the same time.
+    # All ranks use one list, because a storage may not show the same contents to all of them at the same time.
     names: list[str] = world.broadcast(world.on_first_rank(partial(_list_checkpoints, storage)))
     passed_over: list[PassedOver] = []
     for name in names:
@@ -91,18 +91,18 @@ def restore_newest(
         if storage.copies:
             _say_resharding(storage, name, world, engine, expected.layout)
 
-        # Every rank proves its files before any rank loads.
+        # Every rank verifies its files before any rank loads.
         share = (world.rank, world.size)
         fetch = partial(storage.fetch, name, share, needed_by(engine.fragments), intervals_of(engine.fragments))
         folder, damage = _unless_damaged(where, world, fetch)
         if folder is not None:
             restored, damage = _unless_damaged(where, world, partial(_load, where, folder, engine, ema, expected))
 
-        # No rank reads the files any more: one process of each node removes a local copy.
+        # No rank reads the files any more, so one process per node removes the local copy.
         if world.local_rank == 0:
             storage.release(name)
 
-        # Loaded on all ranks. The engine's own copies follow.
+        # All ranks have loaded. Now update the engine's own copies.
         if restored is not None:
             if world.is_first:
                 warn_of_damage(passed_over, where)
@@ -114,7 +114,7 @@ def restore_newest(
         assert damage is not None
         passed_over.append(damage)
 
-    # Damaged checkpoints alone are never a reason to train from the start.
+    # If all checkpoints are damaged, that is never a reason to train from the start.
     if passed_over:
         world.agree(none_whole(storage.where, passed_over) if world.is_first else None)
     return None, set()
@@ -128,10 +128,10 @@ def _list_checkpoints(storage: CheckpointStorage) -> list[str]:
 def _say_resharding(
     storage: CheckpointStorage, name: str, world: World, engine: Engine, layout: Mapping[str, Any]
 ) -> None:
-    """Rank 0 says how much its node copies for its state, if that is more than its share. Collective."""
+    """Rank 0 reports how much its node copies for its state, if that is more than its share. Collective."""
     on_first_node = 0 in world.node_ranks
 
-    # The ranks of the first node look up what they need. Whatever is damaged, `fetch` finds and reports.
+    # The ranks of the first node look up what they need. `fetch` finds and reports any damage.
     def look() -> tuple[Manifest | None, set[str]]:
         with contextlib.suppress(DamagedError):
             manifest = storage.manifest(name) if on_first_node else None
@@ -143,7 +143,7 @@ def _say_resharding(
     if not number:
         return
 
-    # One sum over ranks: which files any of them needs, and how many values they hold (without ZeRO, all the same).
+    # One sum over ranks: which files any rank needs, and how many values they hold (without ZeRO, all hold the same).
     holds = world.is_first if engine.replicated else on_first_node
     values = sum(fragment.numel for fragment in engine.fragments) if holds else 0
     wanted = [file.name in mine for file in manifest.files] if manifest else [False] * number
@@ -159,9 +159,9 @@ def _say_resharding(
 
 
 def _unless_damaged(where: str, world: World, action: Callable[[], T]) -> tuple[T | None, PassedOver | None]:
-    """The result of `action`, and None; or None and the damage, on all ranks, if any rank found some. Collective."""
+    """(result of `action`, None), or (None, damage) on all ranks if any rank found damage. Collective."""
 
-    # Damage is a result here. Every other error ends all ranks.
+    # Here damage is a result. Every other error ends all ranks.
     def attempt() -> tuple[T | None, PassedOver | None]:
         try:
             return action(), None
@@ -179,21 +179,21 @@ def _load(where: str, folder: Path, engine: Engine, ema: ShardedEma, expected: E
 
     Raises DamagedError, and CheckpointError if the checkpoint does not fit.
     """
-    # First what the user must know and may have to allow.
+    # First check what the user must know about, and may have to allow.
     manifest = read_manifest(folder)
     adopted = check_run(where, manifest.run, expected.run_id, expected.adopt)
     check_identity(where, manifest.identity["model"], expected.identity["model"])
     check_shapes(where, manifest.shapes, engine.shapes)
     new_data_order = check_data(where, manifest.identity["data"], expected.identity["data"], expected.allow_new_data)
 
-    # The EMAs of the config may have changed since.
+    # The EMAs of the config may have changed since then.
     sources = match_emas(expected.ema_kinds, manifest.ema_kinds)
     try:
         load_fragments(folder, manifest, engine, ema, sources)
     except OSError as error:
         raise CheckpointError(f"cannot read {where} ({reason_of(error)}); check the disk, then run again") from None
 
-    # What has changed on the way, for the log.
+    # What was converted, for the log.
     conversion = describe_conversion(manifest, expected.layout, expected.ema_kinds, sources)
     return Restored(
         progress=manifest.progress,
@@ -211,11 +211,11 @@ def load_fragments(
 ) -> None:
     """Read this rank's fragments of every kind of state into its tensors.
 
-    Raises DamagedError; the tensors then hold what was read before.
+    Raises DamagedError; the tensors then contain whatever was read before the error.
     """
     failpoint("load.read")
 
-    # A rank needs a few files of a large world, and their headers alone are megabytes: open only these.
+    # In a large world a rank needs only a few files, and the headers alone are megabytes: open only those files.
     reader = FragmentReader(folder, needed_by(engine.fragments), manifest)
     state = state_by_kind(engine, ema)
     for fragment in engine.fragments:

@@ -1,10 +1,10 @@
-"""What a save does outside of the collectives: copy a rank's state, write its file, commit the checkpoint.
+"""The steps of a save outside of the collectives: copy a rank's state, write its file, commit the checkpoint.
 
-    1. `HostSnapshot.take`    every rank copies its state to host memory; training waits for this step alone
+    1. `HostSnapshot.take`    every rank copies its state to host memory; training waits only for this step
     2. `RankShare.write`      a thread of every rank writes its file
     3. `commit`               a thread of rank 0 writes the manifest and makes the checkpoint visible
 
-`CheckpointStore` runs these steps, and lets all ranks agree on the result of each.
+`CheckpointStore` runs these steps, and makes all ranks agree on the result of each.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def state_by_kind(engine: Engine, ema: ShardedEma) -> dict[str, Partitions]:
 class HostSnapshot:
     """Buffers in host memory for a copy of this rank's state.
 
-    They are allocated once and used again by every save; pinned if the state is on a GPU. A save must end before the
-    next one takes its copy.
+    They are allocated once and reused by every save. They are pinned if the state is on a GPU. A save must end before
+    the next one takes its copy.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class HostSnapshot:
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Partitions], partitions: Collection[int]) -> dict[str, list[torch.Tensor]]:
-        """Copy the given partitions of every kind; the others stay empty. Waits for nothing but these copies."""
+        """Copy the given partitions of every kind; the others stay empty. Waits only for these copies."""
         # Start all copies before waiting for any of them.
         copies: dict[str, list[torch.Tensor]] = {}
         devices = set()
@@ -107,7 +107,7 @@ class RankShare:
 
     def write(self, target: Target) -> dict[str, Any]:
         """Write this rank's file and return its manifest entry. Raises CheckpointError, DataError or OSError."""
-        # Tensors are made when the file needs them: the memory is that of the copies and no more.
+        # Tensors are created when the file needs them, so no memory is needed beyond the copies.
         entries = [self._entry(kind, fragment) for fragment in self.fragments for kind in target.kinds]
 
         def write(path: Path) -> WrittenFile:
@@ -118,11 +118,11 @@ class RankShare:
                 part_bytes=target.pending.part_bytes,
             )
 
-        # The storage chooses the path: in a folder the final disk, for a bucket a local one.
+        # The storage chooses the path: on the final disk for a folder, on a local disk for a bucket.
         written = target.pending.write_file(self.file, write)
         failpoint("checkpoint.written", self.step)
 
-        # Millions of fragments, on thousands of ranks, that follow from a rule are not told.
+        # Fragments that follow from a rule are not listed: on thousands of ranks there are millions of them.
         entry = {key: value for key, value in dataclasses.asdict(written).items() if value is not None}
         if self.even is not None:
             return {**entry, "share": self.even}
@@ -130,7 +130,7 @@ class RankShare:
 
     def _entry(self, kind: str, fragment: Fragment) -> TensorEntry:
         def make() -> torch.Tensor:
-            # A run that ends does not wait for the rest of the file.
+            # When a run ends, it does not wait for the rest of the file.
             if self.stopping.is_set():
                 raise CheckpointError("the run ended during the save")
             value = fragment.of(self.copies[kind])
@@ -155,12 +155,12 @@ def _text_of(fragment: Fragment | Piece) -> str:
 
 
 def _with_files(manifest: Mapping[str, Any], files: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest with its schema and the files of all ranks, which have shares on all of them or on none."""
+    """The manifest with its schema and the files of all ranks. Either all of these files have shares, or none has."""
     in_parts = any("parts" in file for file in files)
     if all("share" in file for file in files):
         return {**manifest, "schema": PARTS_SCHEMA if in_parts else EVEN_SCHEMA, "files": files}
 
-    # Some rank has other fragments: all of them list theirs.
+    # Some rank has other fragments, so all ranks list theirs.
     listed = []
     for file in files:
         kept = {key: value for key, value in file.items() if key != "share"}
@@ -182,12 +182,12 @@ def commit(targets: Sequence[Target], manifest: Mapping[str, Any], still_ours: C
 
     Raises CheckpointError, DataError or OSError if the storage rejects a manifest, and TakenOverError.
     """
-    # All that can fail for lack of space comes first. No reader sees any of it.
+    # Everything that can fail for lack of space comes first. Readers see none of it.
     for target in targets:
         text = json.dumps(_with_files(manifest, target.files))
         target.pending.write_manifest(text.encode())
 
-    # Ask for ownership as late as possible. The commit is atomic in the storage.
+    # Check ownership as late as possible. The commit is atomic in the storage.
     for target in targets:
         if not still_ours():
             raise TakenOverError(f"another attempt has taken over {where}; this one ends and changes nothing there")
@@ -217,14 +217,14 @@ def outcome_of(step: Callable[[], Sequence[dict[str, Any]]], where: str) -> Outc
         return Outcome(
             error=f"cannot write {error.filename or where}: {reason_of(error)}", disk_full=error.errno in DISK_FULL
         )
-    # A fault of our own on one rank must reach all ranks, or they would wait for it.
+    # A bug that strikes one rank must reach all ranks, or they would wait for that rank.
     except Exception as error:
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks know of a step of a save: the first rank that failed and why, or the bytes of all files."""
+    """What all ranks know about a step of a save: the first rank that failed and why, or the bytes of all files."""
 
     failed: int | None = None
     outcome: Outcome = Outcome()  # of that rank
@@ -236,7 +236,7 @@ class Save:
     """A save that is under way."""
 
     progress: Progress
-    is_checkpoint: bool  # False for an EMA snapshot alone
+    is_checkpoint: bool  # False for only an EMA snapshot
     targets: list[Target]  # the EMA snapshot, then the checkpoint
     manifest: dict[str, Any]  # the keys that all targets share
     result: Future[Outcome]  # of this rank's current step: writing its files, then the commit

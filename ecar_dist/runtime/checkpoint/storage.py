@@ -28,7 +28,7 @@ class PendingCheckpoint(Protocol):
     """A checkpoint that is not committed yet. Methods raise OSError or DataError if the storage rejects the data."""
 
     name: str  # of the committed checkpoint
-    part_bytes: int | None  # the size of the parts of a file that have a hash of their own; None: the file has none
+    part_bytes: int | None  # the size of a file's parts, each with its own hash; None: no parts
 
     def write_file(self, file: str, write: Callable[[Path], WrittenFile]) -> WrittenFile:
         """Any rank: call `write` with a local path, and store the file that it writes there, durably."""
@@ -43,7 +43,7 @@ class PendingCheckpoint(Protocol):
         """Rank 0, last: make the checkpoint visible. It replaces a committed one of the same name."""
 
     def discard(self) -> None:
-        """Rank 0: free the space, as far as that takes no time."""
+        """Rank 0: free the space, as far as possible without delay."""
 
 
 class CheckpointStorage(Protocol):
@@ -59,7 +59,7 @@ class CheckpointStorage(Protocol):
         """Names of the committed checkpoints, newest first."""
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest of a committed checkpoint. Raises DamagedError, or UnreadableError for another version's."""
+        """The manifest of a committed checkpoint. Raises DamagedError, or UnreadableError for a different version."""
 
     def complete(self) -> list[tuple[str, int]]:
         """(name, samples_seen), newest first, of checkpoints with a valid manifest and files of the right size."""
@@ -71,12 +71,12 @@ class CheckpointStorage(Protocol):
         needed: Needed = all_files,
         intervals: Intervals | None = None,
     ) -> Path:
-        """A local folder with the manifest and all `needed` files, each proven by its hash on some rank.
+        """A local folder with the manifest and all `needed` files, each verified by its hash on some rank.
 
         share: (rank, world size). If all ranks read the same files, each hashes its share of them. intervals: what the
-        caller reads of the files. Of a file with parts, the rest may be absent.
+        caller reads from the files. The rest of a file with parts may be absent.
 
-        Raises DamagedError, or UnreadableError for a checkpoint of another version.
+        Raises DamagedError, or UnreadableError for a checkpoint of a different version.
         """
 
     def release(self, name: str) -> None:
@@ -86,28 +86,28 @@ class CheckpointStorage(Protocol):
         """A checkpoint of `step` to write. All ranks pass the same arguments."""
 
     def keep_only(self, keep: set[str]) -> None:
-        """Remove all other checkpoints and unfinished ones. A reader sees each complete or not at all.
+        """Remove all other checkpoints and unfinished ones. Readers see each of them complete or not at all.
 
-        Folders with names that are not ours stay. So does a checkpoint that cannot be read now, or that another version
-        may read.
+        Folders whose names are not ours are kept. So is a checkpoint that cannot be read now, or that a different
+        version may be able to read.
         """
 
     def free_bytes(self) -> int | None:
         """Free space; None if it is unknown."""
 
     def close(self) -> None:
-        """End transfers that wait."""
+        """Stop transfers that are waiting."""
 
 
 def open_storage(config: RunConfig, run: Path | None = None) -> CheckpointStorage:
-    """The checkpoints of a run. `run` is its directory, if that was moved after training."""
+    """The checkpoints of a run. `run` is its directory, if it was moved after training."""
     if config.checkpoint.dir:
         return storage_at(config, join(config.checkpoint.dir, config.run.name))
     return storage_at(config, str(RunDirectory(run or config.run_directory).checkpoints))
 
 
 def open_ema_storage(config: RunConfig, run: Path | None = None) -> CheckpointStorage:
-    """The EMA snapshots of a run, which are never removed (ema.snapshot_every_samples). `run`: as `open_storage`."""
+    """The EMA snapshots of a run, which are never removed (ema.snapshot_every_samples). `run`: see `open_storage`."""
     if config.checkpoint.dir:
         return storage_at(config, join(config.checkpoint.dir, f"{config.run.name}/ema"))
     return storage_at(config, str(RunDirectory(run or config.run_directory).ema_snapshots))
@@ -127,28 +127,28 @@ def has_checkpoint(config: RunConfig) -> bool:
 
 
 def check_adoption(config: RunConfig) -> None:
-    """Raises ConfigError if there is no checkpoint to adopt; it names some nearby."""
-    # There is one: nothing to say.
+    """Raises ConfigError if there is no checkpoint to adopt. The message names checkpoints nearby."""
+    # There is one, so there is nothing to report.
     with contextlib.closing(open_storage(config)) as storage:
         if storage.committed():
             return
         where = storage.where
 
-    # Look in the folder above and in those beside it: the usual mistakes.
+    # Look in the parent folder, and in the folders next to this one: the usual mistakes.
     near: list[str] = []
     if not is_remote(where):
         above = local_path(where).parent
         folders = [above, *sorted(path for path in above.glob("*") if path.is_dir())]
         near = [f"{found[0].name} in {folder}" for folder in folders if (found := committed(folder))]
 
-    # The user has to know where this run looks, and where else there is something.
-    seen = f"near it {', '.join(near[:3])}: copy that folder to {where}" if near else "nor any near it"
+    # The user has to know where this run looks, and where else there are checkpoints.
+    seen = f"but there is {', '.join(near[:3])}; copy that folder to {where}," if near else "nor nearby;"
     wrong = "checkpoint.dir, run.dir or run.name"
-    raise ConfigError(f"--adopt finds no checkpoint in {where}, {seen}, correct {wrong}, or leave --adopt out")
+    raise ConfigError(f"--adopt found no checkpoint in {where}, {seen} correct {wrong}, or omit --adopt")
 
 
 class PassedOver(NamedTuple):
-    """A checkpoint that is not used, and why. `unreadable`: it may be complete all the same."""
+    """A checkpoint that is not used, and why. `unreadable`: it may still be complete."""
 
     path: str
     problem: str
@@ -158,7 +158,7 @@ class PassedOver(NamedTuple):
 def newest_whole(storage: CheckpointStorage) -> Path:
     """A local folder with the newest checkpoint that is not damaged.
 
-    Warns about newer ones that are damaged. Raises CheckpointError if there is no other.
+    Warns about newer ones that are damaged. Raises CheckpointError if none can be used.
     """
     passed_over: list[PassedOver] = []
     for name in storage.committed():
@@ -184,7 +184,7 @@ def warn_of_damage(passed_over: Iterable[PassedOver], used: object) -> None:
 def none_whole(where: object, passed_over: list[PassedOver]) -> CheckpointError:
     """The error if no checkpoint can be used."""
     if not passed_over:
-        return CheckpointError(f"{where} holds no checkpoint; train first, or wait for the first save")
+        return CheckpointError(f"{where} contains no checkpoint; train first, or wait for the first save")
     return CheckpointError(
         f"all {len(passed_over)} checkpoints in {where} are damaged ({passed_over[0].path}: "
         f"{passed_over[0].problem}); restore one from a backup, or remove the folder to train from the start"

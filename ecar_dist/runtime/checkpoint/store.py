@@ -1,12 +1,12 @@
-"""The checkpoints of a run: saved beside training, committed or not at all, restored by any number of ranks.
+"""The checkpoints of a run: saved during training, committed completely or not at all, restored by any number of ranks.
 
 A save, from the first step to the commit:
 
-    begin     all ranks copy their state to host memory (save.HostSnapshot); training goes on
+    begin     all ranks copy their state to host memory (save.HostSnapshot); training continues
               a thread of every rank writes the rank's file (save.RankShare)
-    settle    rank 0 gathers the results and tells the others; an error on one rank is an error on all
+    settle    rank 0 gathers the results and informs the others; an error on one rank is an error on all
               a thread of rank 0 writes the manifest and makes the checkpoint visible (save.commit)
-    settle    rank 0 tells the result; old checkpoints are gone
+    settle    rank 0 reports the result; old checkpoints have been removed
 
 `settle` is a collective. The training loop calls it on all ranks in the same step, once all are `ready`. For what a
 resume does, see restore.py; for the files of a checkpoint, files.py.
@@ -62,10 +62,10 @@ _FIX = "fix that, or set checkpoint.dir, and run the same command again"
 class CheckpointStore:
     """The checkpoints of one run. All ranks call `begin`, `settle`, `finish` and `restore` together.
 
-    identity: what must not change while a run goes on, as JSON: "model" (the meaning of the weights) and "data" (the
-        order of the samples). `allow_new_data` allows a resume with another order.
+    identity: what must not change during a run, as JSON: "model" (the meaning of the weights) and "data" (the
+        order of the samples). `allow_new_data` allows a resume with a different order.
     run_id: the id of the run. `adopt` allows a resume from checkpoints of another run.
-    still_ours: asked on rank 0 before each commit; False if another attempt has taken over the run.
+    still_ours: called on rank 0 before each commit; False if another attempt has taken over the run.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class CheckpointStore:
         self.stall_seconds = 0.0  # time that training has waited for saves
         self.bytes_written = 0  # by all ranks, in committed saves
         self.failures = 0
-        self.last_committed: int | None = None  # step of the newest checkpoint, of this attempt or that it resumed from
+        self.last_committed: int | None = None  # step of the newest checkpoint that was saved or resumed from
 
-        # What every manifest says, and what a checkpoint is compared with before a resume.
+        # What every manifest contains, and what a checkpoint is compared with before a resume.
         self._section = config.checkpoint
         self._world = world
         self._identity = identity
@@ -139,7 +139,7 @@ class CheckpointStore:
 
         client_state: JSON that `restore` returns; rank 0's is stored.
 
-        Raises as `settle`, because a save that is still under way is finished first.
+        Raises like `settle`, because a save that is still under way is finished first.
         """
         with self._stalled():
             self._finish_save()
@@ -158,7 +158,7 @@ class CheckpointStore:
             if checkpoint:
                 targets.append(Target(self.storage.new_checkpoint(progress.step, attempt), tuple(state)))
 
-            # The thread writes this rank's file of each target.
+            # The thread writes this rank's file for each target.
             name = f"state-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
             even = even_share(engine, self._world.rank, self._world.size)
             share = RankShare(name, progress.step, fragments, copies, self._stopping, even)
@@ -173,9 +173,9 @@ class CheckpointStore:
                 self._finish_save()
 
     def settle(self) -> None:
-        """All ranks exchange the results of their threads. A save then goes on, is committed, or has failed.
+        """All ranks exchange the results of their threads. A save then continues, is committed, or has failed.
 
-        Waits for threads that are not `ready`. After a failed save, training goes on with a warning.
+        Waits for threads that are not `ready`. After a failed save, training continues with a warning.
 
         Raises:
             CheckpointError: on rank 0, after `checkpoint.max_failures` failures in a row, or if another attempt has
@@ -185,15 +185,15 @@ class CheckpointStore:
             self._settle()
 
     def finish(self) -> None:
-        """Wait for the save that is under way. Raises as `settle`, and if the last save failed."""
+        """Wait for the save that is under way. Raises like `settle`, and if the last save failed."""
         with self._stalled():
             self._finish_save()
-            # The checkpoint at the end of a run must be there, so one failure is enough.
+            # The checkpoint at the end of a run must exist, so a single failure is an error.
             if self._last_failure:
                 self._raise(f"{self._last_failure}; {_FIX}")
 
     def close(self) -> None:
-        """Give up the save that is under way. Call it whenever a run ends, also after an error. Not a collective."""
+        """Abandon the save that is under way. Call it whenever a run ends, even after an error. Not a collective."""
         # The thread notices at the next tensor, or at the end of a request.
         self._stopping.set()
         self.storage.close()
@@ -203,9 +203,9 @@ class CheckpointStore:
     def restore(self, engine: Engine, ema: ShardedEma) -> Restored | None:
         """Load the newest checkpoint that is not damaged into engine and EMA; None if there is no checkpoint yet.
 
-        Raises CheckpointError if all are damaged, or if the checkpoint is of another run, model or order of samples.
+        Raises CheckpointError if all are damaged, or if it is from a different run, model or sample order.
         """
-        # A roll-back may begin during a save, and goes back to that checkpoint.
+        # A roll-back may begin during a save. It returns to the checkpoint of that save.
         self._finish_save()
         expected = Expected(
             run_id=self._run_id,
@@ -217,7 +217,7 @@ class CheckpointStore:
         )
         restored, self._damaged = restore_newest(self.storage, self._world, engine, ema, expected)
 
-        # Later manifests repeat since when each EMA has been what it is.
+        # Later manifests repeat the step since which each EMA has been unchanged.
         self.last_committed = None
         if restored:
             self.last_committed = restored.progress.step
@@ -229,7 +229,7 @@ class CheckpointStore:
         return restored
 
     def needed_bytes(self, engine: Engine) -> int:
-        """The size of one checkpoint, all ranks together."""
+        """The size of one checkpoint, over all ranks."""
         values = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
         return values * VALUE_BYTES * (1 + len(ADAM_MOMENTS) + len(self._ema_kinds))
 
@@ -248,7 +248,7 @@ class CheckpointStore:
         )
 
     def _fragments_to_write(self, engine: Engine) -> list[Fragment]:
-        """The fragments in this rank's file. Fragments that all ranks hold are written by one of them."""
+        """The fragments in this rank's file. Fragments that all ranks hold are written by only one of them."""
         return engine.fragments[self._world.rank :: self._world.size] if engine.replicated else engine.fragments
 
     def _next_attempt(self) -> str:
@@ -292,7 +292,7 @@ class CheckpointStore:
         if save is None:
             return
 
-        # An error on any rank is an error on all, so that all take the same branch. Rank 0 alone hears every rank.
+        # An error on any rank is an error on all, so that all take the same branch. Only rank 0 gets all results.
         outcomes = self._world.gather_to_first(save.result.result())
         verdict: Verdict = self._world.broadcast(outcomes and save.judge(outcomes))
         if verdict.failed is not None:
@@ -328,7 +328,7 @@ class CheckpointStore:
         return []
 
     def _remove_old(self, newest: str | None) -> None:
-        """Remove checkpoints that are not kept, and the remains of failed saves. newest: the one just committed."""
+        """Remove checkpoints that are not kept, and what failed saves left behind. newest: the one just committed."""
         self.ema_storage.keep_only(set(self.ema_storage.committed()))
         if newest is None:
             return
@@ -337,15 +337,15 @@ class CheckpointStore:
         found = [(name, seen) for name, seen in self.storage.complete() if name == newest or name not in self._damaged]
         names = [name for name, _ in found]
 
-        # A storage that does not list the new checkpoint yet: remove nothing for it. Otherwise drop what is newer. This
-        # attempt has resumed from before it, because it was damaged.
+        # If the storage does not list the new checkpoint yet, remove nothing. Otherwise drop newer checkpoints: they
+        # were damaged, so this attempt resumed from an older one.
         if newest in names:
             found = found[names.index(newest) :]
             self.storage.keep_only(names_to_keep(found, self._section.keep, self._section.keep_every_samples))
 
     def _handle_failure(self, save: Save, rank: int, outcome: Outcome) -> None:
         """Warn on rank 0, or raise on all ranks. All ranks have the same arguments."""
-        # No second attempt at the same run may write.
+        # Of two attempts at the same run, only one may write.
         if outcome.taken_over:
             self._raise(str(outcome.error))
 
@@ -368,7 +368,7 @@ class CheckpointStore:
         if self._failures_in_a_row >= self._section.max_failures:
             self._raise(f"{self._last_failure}; {counted(self._failures_in_a_row, 'save')} failed in a row; {_FIX}")
         if self._world.is_first:
-            print(f"warning: {self._last_failure}; training goes on", file=sys.stderr)
+            print(f"warning: {self._last_failure}; training continues", file=sys.stderr)
 
     def _space(self, save: Save) -> str:
         free = self.storage.free_bytes()
@@ -383,13 +383,13 @@ class CheckpointStore:
 
 
 def names_to_keep(found: Sequence[tuple[str, int]], keep: int, keep_every_samples: int) -> set[str]:
-    """Which checkpoints are never removed, of (name, samples_seen), newest first.
+    """The names of the checkpoints to keep. found: (name, samples_seen), newest first.
 
-    The newest `keep`; and, for good, the first at or after each multiple of `keep_every_samples` (0: none).
+    These are the newest `keep` and, permanently, the first at or after each multiple of `keep_every_samples` (0: none).
     """
     names = {name for name, _ in found[:keep]}
 
-    # From the oldest on: a checkpoint that is the first past a multiple stays.
+    # Start with the oldest: a checkpoint that is the first past a multiple is kept.
     last_multiple = 0
     for name, samples_seen in reversed(found):
         multiple = samples_seen // keep_every_samples if keep_every_samples else 0

@@ -1,10 +1,11 @@
-"""Write a safetensors file one tensor at a time, and hash it on the way.
+"""Write a safetensors file one tensor at a time, and hash it while writing.
 
 The library's own `save_file` needs all tensors in memory. The format (github.com/huggingface/safetensors): eight bytes
 with the length of the header, the header in JSON, then the values of the tensors, little-endian.
 
-A file may have hashes of its parts: a last tensor with the table of all values before it (`storage/parts.py`). Its
-writer states the hash of header and table together. So a reader proves both, and then only the parts that it reads.
+A file may have hashes of its parts: its last tensor is then the table of hashes (`storage/parts.py`) of all values
+before it. The writer returns one hash of header and table. A reader verifies both with it, then only the parts that it
+reads.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ def write_tensor_file(
 ) -> WrittenFile:
     """Write `entries` to `path`, and fsync. This needs memory for one tensor; CPU tensors are not copied.
 
-    Wider types come first, as in the library, so that all values are aligned. Otherwise the order stays.
+    Wider types come first, as in the library, so that all values are aligned. Otherwise the order is kept.
 
     Args:
         path: an unfinished file stays there after an error, so use a temporary name.
         halfway: called once, after half of the bytes.
         part_bytes: the size of the parts that have a hash in the file; None: no parts.
 
-    Raises OSError, and ValueError if a tensor has another type or shape than its entry.
+    Raises OSError, and ValueError if a tensor's type or shape differs from its entry.
     """
     # Values are written as they are in memory.
     if sys.byteorder != "little":
@@ -114,7 +115,7 @@ def write_tensor_file(
 
 
 def _table_entry(hasher: PartHasher, values: int) -> TensorEntry:
-    """The table of `values` bytes. It is made once all of them have been hashed."""
+    """The table for `values` bytes. It is created once all of them have been hashed."""
 
     def make() -> torch.Tensor:
         return torch.tensor(list(hasher.table()), dtype=torch.uint8)
@@ -124,7 +125,7 @@ def _table_entry(hasher: PartHasher, values: int) -> TensorEntry:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """Where the tensors of a file with parts are: bytes [start, stop) of the file by name; and the hashes of the parts.
+    """Where the tensors of a file with parts are (bytes [start, stop) by name), and the hashes of the parts.
 
     `head` is the file up to its first value.
     """
@@ -137,23 +138,23 @@ class TensorIndex:
 def read_index(
     read: Callable[[int, int], bytes], size: int, most_header: int, part_bytes: int, proof: str
 ) -> TensorIndex:
-    """The index of a file of `size` bytes with parts, proven by the hash of header and table.
+    """The index of a file of `size` bytes with parts, verified by the hash of header and table.
 
-    `read(start, stop)` returns bytes of the file. Raises UntrustedError if they are not what was written.
+    `read(start, stop)` returns bytes of the file. Raises UntrustedError if they differ from what was written.
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 0 < length <= min(most_header, size - 8):
         raise UntrustedError(f"has a header of {length:,} bytes, expected at most {most_header:,}")
     head = read(0, 8 + length)
 
-    # The table takes the end of the file: v values and 16 bytes for each part of them.
+    # The table is at the end of the file: v bytes of values come first, then 16 bytes for each part of them.
     rest = size - len(head)
     values = rest - DIGEST_BYTES * -(-rest // (part_bytes + DIGEST_BYTES))
     digests = read(len(head) + values, size)
     if len(head) != 8 + length or xxhash.xxh3_128_hexdigest(head + digests) != proof:
-        raise UntrustedError("has another header or table of parts than the manifest says")
+        raise UntrustedError("has a header or table of parts that does not match the manifest")
 
-    # A right hash is no proof of a valid header: somebody may have written both.
+    # A correct hash does not prove that the header is valid: somebody may have written both.
     tensors = {}
     for name, about in parse_object(head[8:]).items():
         offsets = about.get("data_offsets") if isinstance(about, dict) else None

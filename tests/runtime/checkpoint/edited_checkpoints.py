@@ -1,4 +1,4 @@
-"""Checkpoints that somebody has edited who can also compute the hashes: what is wrong is in the content alone."""
+"""Checkpoints edited by somebody who can also compute the hashes, so that only the content is wrong."""
 
 import json
 import os
@@ -12,24 +12,24 @@ from safetensors.torch import load_file, save_file
 from ecar_dist.runtime.checkpoint.files import MANIFEST, MARKER, marker_of
 
 HUGE = 40 << 30
-SECONDS = 20  # for everything that is done with one of them
+SECONDS = 20  # time limit for everything that is done with one checkpoint
 
 
 def recommit(path, text):
-    """checkpoint.json holds `text` (str or bytes), and COMMITTED its hash."""
+    """Write `text` (str or bytes) to checkpoint.json, and its hash to COMMITTED."""
     text = text if isinstance(text, bytes) else text.encode()
     (path / MANIFEST).write_bytes(text)
     (path / MARKER).write_bytes(marker_of(text))
 
 
 def edit_manifest(path, change):
-    """`change` gets the tree of checkpoint.json, and may return another."""
+    """`change` gets the tree of checkpoint.json, and may return a new one."""
     tree = json.loads((path / MANIFEST).read_text())
     recommit(path, json.dumps(change(tree) or tree))
 
 
 def edit_tensors(path, change):
-    """`change` gets the tensors of the first rank's file by their keys, and may return others."""
+    """`change` gets the tensors of the first rank's file by key, and may return new ones."""
     file = sorted(path.glob("*.safetensors"))[0]
     tensors = load_file(file)
     save_file(change(tensors) or tensors, file)
@@ -47,7 +47,7 @@ def rehash(path, file):
 
 
 def put(*keys, value):
-    """A change of a tree: the place that `keys` lead to holds `value`."""
+    """A change of a tree: set the place that `keys` lead to, to `value`."""
 
     def change(tree):
         *front, last = keys
@@ -71,12 +71,12 @@ def tensors(change):
 
 
 def tensor(key, make):
-    """One tensor of the first file, made anew from what it was."""
+    """Replace one tensor of the first file by `make` of its old value."""
     return tensors(lambda held: held.update({key: make(held[key])}))
 
 
 def bytes_of_weights(change):
-    """The first file's bytes."""
+    """Change the bytes of the first file."""
 
     def edit(path):
         file = sorted(path.glob("*.safetensors"))[0]
@@ -87,7 +87,7 @@ def bytes_of_weights(change):
 
 
 def instead(name, make):
-    """Something else lies in the place of a file: `make` is called with its path."""
+    """Replace a file by something else: `make` is called with its path."""
 
     def edit(path):
         file = sorted(path.glob(name))[0]
@@ -104,7 +104,7 @@ def sparse(file, _):
 
 
 def link_out(file, content):
-    """What it leads to is all right."""
+    """The target of the link is valid."""
     target = file.parents[2] / f"outside-{file.name}"
     target.write_bytes(content)
     file.symlink_to(target)
@@ -127,7 +127,7 @@ def loop(file, _):
 
 
 def gone(file, _):
-    """Nothing lies there."""
+    """There is no file."""
 
 
 def sparse_weights(path):
@@ -144,7 +144,7 @@ def sparse_weights(path):
 
 
 def moved(start, numel):
-    """The second file's piece of `a`, elements 19 to 24, is another, in the file as in the manifest."""
+    """Change the second file's piece of `a`, elements 19 to 24, both in the file and in the manifest."""
 
     def edit(path):
         file = sorted(path.glob("*.safetensors"))[1]
@@ -162,7 +162,7 @@ def moved(start, numel):
 
 
 OTHER_TYPES = (None, True, -1, 10**30, "x\n\x1b[2J", [None], {}, {"a": {"a": []}})
-# of these fields some of the values above are ones that a checkpoint may have
+# for these fields, some of the values above are valid
 FITTING = {
     "notes": ({}, {"a": {"a": []}}),
 }
@@ -268,7 +268,7 @@ EDITED = {
     "weights: gone": instead("*.safetensors", gone),
 }
 
-# whole by their hashes; that training cannot go on from them shows when they are loaded
+# the hashes are right; only loading shows that training cannot continue from these values
 ODD_VALUES = {
     f"{value} in {kind}": tensor(f"{kind}:a:0", lambda held, value=value: held.index_fill(0, torch.tensor([3]), value))
     for kind, value in (
@@ -285,7 +285,7 @@ ODD_VALUES = {
 
 @contextmanager
 def in_time():
-    """TimeoutError where it takes longer: nothing may be waited for, and nothing large be read."""
+    """Raises TimeoutError if the block takes too long: it must not wait for anything, or read anything large."""
 
     def late(*_):
         raise TimeoutError(f"not done within {SECONDS} s")

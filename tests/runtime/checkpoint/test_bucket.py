@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket, on a real S3 server: the marker last, damage found, faults survived, remains swept."""
+"""Checkpoints in a bucket, on a real S3 server: marker last, damage found, faults survived, leftovers removed."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def config(bucket, tmp_path):
 
 
 def objects(bucket):
-    """Names under the run's prefix, with the attempt cut off."""
+    """Names under the run's prefix, without the attempt."""
     return [name for name, _ in list_files(f"{bucket.url}/runs/tiny", Transfer(QUICK))]
 
 
@@ -86,7 +86,7 @@ MANY_TENSORS = {f"layer.{number}.weight": (32, 32) for number in range(16)}
 
 
 def written_for(config, capsys, written, read, per_node, **layout):
-    """What a restore by `read` ranks says of what a node copies."""
+    """What a restore by `read` ranks reports about the bytes that a node copies."""
     save(config, written, seed=1, shapes=MANY_TENSORS, **layout)
     capsys.readouterr()
     other = {} if layout else {"shares": True}
@@ -95,18 +95,18 @@ def written_for(config, capsys, written, read, per_node, **layout):
 
 
 def test_a_restore_that_reads_more_than_its_share_says_so_with_the_numbers(bucket, config, capsys):
-    """From ZeRO 2 to 3 on four nodes: each rank has a part of every parameter, which are in all files."""
+    """From ZeRO 2 to 3 on four nodes: each rank needs a part of every parameter, so it reads all files."""
     (line,) = written_for(config, capsys, 8, 8, 2)
     assert "step-00000004" in line
     assert "written by 8 ranks with ZeRO-2, read by 8 ranks with ZeRO-3" in line
     assert "the first node copies 0.3 MiB for its 0.1 MiB of state" in line
-    assert 4 <= float(line.split(" of state, ")[1].split(" times")[0]) < 4.3  # beside the headers
+    assert 4 <= float(line.split(" of state, ")[1].split(" times")[0]) < 4.3  # plus the headers
     (back,) = written_for(config, capsys, 8, 8, 2, shares=True)
     assert "written by 8 ranks with ZeRO-3, read by 8 ranks with ZeRO-2" in back
 
 
 def test_a_restore_of_its_share_says_nothing(bucket, config, capsys):
-    assert not written_for(config, capsys, 2, 2, 2)  # one node reads all, and has all
+    assert not written_for(config, capsys, 2, 2, 2)  # a single node reads everything, and needs everything
     save(config, 8, seed=1, shapes=MANY_TENSORS)
     capsys.readouterr()
     load(config, 4, ranks=Ranks(4, 2), shapes=MANY_TENSORS)
@@ -171,10 +171,10 @@ def test_a_damaged_object_is_named_and_the_older_checkpoint_is_used(bucket, conf
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{bucket.url}/runs/tiny/{newest} is damaged" in warning
     assert warning.endswith(f"{before} is used instead")
-    assert not list(open_storage(config)._scratch.glob("step-*"))  # what was fetched of either is given back
+    assert not list(open_storage(config)._scratch.glob("step-*"))  # the local copies of both have been removed
     assert newest_whole(open_storage(config)).name == before
     save(config, 2, seed=3, step=6, restore=True)
-    assert steps(config) == [6, 4]  # the damaged one is gone
+    assert steps(config) == [6, 4]  # the damaged one has been removed
 
 
 def test_a_body_corrupted_in_transit_is_downloaded_again(bucket, config):
@@ -191,7 +191,7 @@ def test_readers_outside_of_training(bucket, config):
     verify(folder)
     assert place.manifest(folder.name).progress.step == 4
     assert torch.equal(FragmentReader(folder).full("ema", "c"), State(0, 1, 1).full["master"][34:])
-    with pytest.raises(CheckpointError, match=f"{bucket.url}/runs/tiny/ema holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{bucket.url}/runs/tiny/ema contains no checkpoint"):
         newest_whole(open_ema_storage(config))
 
 
@@ -202,7 +202,7 @@ def save_step_8():
 
 @pytest.mark.parametrize("match", [".safetensors", "checkpoint.json"])
 def test_a_kill_in_an_upload_leaves_nothing_that_a_reader_sees(bucket, config, tmp_path, match):
-    """The object has reached the store, its writer has not heard of it."""
+    """The object has reached the store, but its writer does not know yet."""
     save(config, seed=1, step=4)
     bucket.break_on({"kind": "delay", "method": "PUT", "match": match, "delay": 60})
     child = Forked((str(tmp_path), f"{bucket.url}/runs"), main=save_step_8)
@@ -217,7 +217,7 @@ def test_a_kill_in_an_upload_leaves_nothing_that_a_reader_sees(bucket, config, t
     assert holds(load(config), 1)
     save(config, seed=3, step=12)
     assert {step_of(name) for name in objects(bucket)} == {4, 12}
-    assert not list(Path(tmp_path / "cache").rglob("*.tmp"))  # what it had on the node
+    assert not list(Path(tmp_path / "cache").rglob("*.tmp"))  # its temporary files on the node
 
 
 def test_ema_snapshots_in_a_bucket(bucket, config):

@@ -1,4 +1,4 @@
-"""An edited checkpoint in a bucket, hashes and all: nothing is written for it, and it hides no other."""
+"""An edited checkpoint in a bucket with valid hashes: it writes nothing, and hides no other checkpoint."""
 
 import json
 
@@ -30,7 +30,7 @@ def steps(config):
 
 
 def edit(bucket, name, change):
-    """The manifest of a checkpoint, with a marker that fits."""
+    """The manifest of a checkpoint, with a matching marker."""
     place = f"runs/tiny/{name}"
     tree = json.loads(read_bytes(f"{bucket.url}/{place}/{MANIFEST}", Transfer(QUICK)))
     change(tree)
@@ -64,7 +64,7 @@ def test_a_name_that_leaves_the_folder_writes_nothing(bucket, config, tmp_path, 
         load(config)
     assert files_of(tmp_path) == before
     assert not list(tmp_path.rglob("*canary*"))
-    assert not bucket.log("GET", "canary")  # it was not even asked for
+    assert not bucket.log("GET", "canary")  # it was not even requested
 
 
 @pytest.mark.parametrize("file", [MANIFEST, MARKER])

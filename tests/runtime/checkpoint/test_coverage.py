@@ -1,4 +1,4 @@
-"""A thousand random checkpoints: every value of every tensor is in one file, and any other ranks read the same back."""
+"""A thousand random checkpoints: every value is in exactly one file, and any other layout reads the same back."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def random_shapes(rng, most=20):
 
 
 def write(storage, shapes, ranks, stage, ema_section):
-    """Each rank's file, then the commit, as a run makes them; without threads."""
+    """Write each rank's file, then commit, like a run but without threads."""
     target = Target(storage.new_checkpoint(8, "0123abcd_0001"), ())
     for rank in range(ranks):
         state = State(rank, ranks, 1, shapes, **LAYOUTS[stage])
@@ -62,7 +62,7 @@ def write(storage, shapes, ranks, stage, ema_section):
 
 
 def loads_the_same(path, manifest, layout, ema_section):
-    """Whether a rank of another world (`layout`: arguments of State) reads its part."""
+    """Whether a rank of a different world (`layout`: arguments of State) reads its part correctly."""
     state, expected = (State(*layout[:2], seed, layout[2], **layout[3]) for seed in (2, 1))
     ema = ShardedEma(state.partitions, ema_section)
     load_fragments(path, manifest, state, ema, {"ema": "ema"})
@@ -71,7 +71,7 @@ def loads_the_same(path, manifest, layout, ema_section):
 
 
 def values_in(path, manifest):
-    """How often each value is in the files, by (kind, parameter, place)."""
+    """How often each value is in the files, by (kind, parameter, position)."""
     found = Counter()
     for file in manifest.files:
         content = (path / file.name).read_bytes()
@@ -110,7 +110,7 @@ def test_a_thousand_layouts_hold_every_value_once_and_restore_on_any_other(tmp_p
         assert found.keys() == wanted, (case, shapes, ranks, stage)
         assert set(found.values()) == {1}, (case, shapes, ranks, stage)
 
-        # One rank of another world reads its part, and opens the files that have some of it.
+        # One rank of a different world reads its part, and opens only the files that contain some of it.
         rank = rng.randrange(readers)
         layout = (rank, readers, shapes, LAYOUTS[other])
         assert loads_the_same(path, manifest, layout, ema_section), (case, shapes, ranks, stage, readers, other)
@@ -137,7 +137,7 @@ def test_any_layout_restores_from_parts_of_the_files_of_any_other(tmp_path, no_d
         storage = BucketStorage(f"memory://{tmp_path.name}/{case}", tmp_path / str(case))
         write(storage, shapes, ranks, stage, ema_section)
         (name,) = storage.committed()
-        for rank in rng.sample(range(readers), 2):  # of one node: the second finds what the first has copied
+        for rank in rng.sample(range(readers), 2):  # on one node: the second finds what the first has copied
             fragments = State(rank, readers, 1, shapes, **LAYOUTS[other]).fragments
             path = storage.fetch(name, (rank, readers), needed_by(fragments), intervals_of(fragments))
             layout = (rank, readers, shapes, LAYOUTS[other])
@@ -148,7 +148,7 @@ def test_any_layout_restores_from_parts_of_the_files_of_any_other(tmp_path, no_d
 
 
 def files_with_any_of(fragments, manifest):
-    """Value by value."""
+    """The names that `files_with` should find, by checking every value."""
     mine = {(one.name, place) for one in fragments for place in range(one.start, one.start + one.numel)}
     return {
         file.name

@@ -1,4 +1,4 @@
-"""Real kills at every point of a save, and damage of every kind: a reader finds the old or the new one, whole."""
+"""Real kills at every point of a save, and all kinds of damage: a reader finds an old or new complete checkpoint."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.conftest import free_port
 from tests.fork_server import CONTEXT, run_ranks
 from tests.runtime.checkpoint.worlds import IDENTITY, State, checkpoints, load, make_config, newest, save
 
-# what a save of step 8 leaves behind where it is killed at this point, and the step that a reader then finds
+# where a save of step 8 is killed, and the step that a reader finds afterwards
 KILLS = {
     "checkpoint.snapshot:nth=3": 4,
     "checkpoint.write:step=8": 4,
@@ -27,13 +27,13 @@ KILLS = {
     "checkpoint.manifest:nth=3": 4,
     "checkpoint.rename:nth=3": 4,
     "checkpoint.renamed:nth=3": 8,
-    "checkpoint.prune": 2,  # of what an attempt before has left, after the first commit
+    "checkpoint.prune": 2,  # while removing what an earlier attempt left behind, after the first commit
     "checkpoint.prune:nth=2": 8,
 }
 
 
 def save_until_killed(folder, failpoint):
-    """Steps 2 and 4, then 8, all of one process. Runs in a process of its own."""
+    """Save steps 2, 4 and 8 in one process. Runs in a separate process."""
     os.environ["ECAR_FAILPOINT"] = f"{failpoint}:kill"
     (folder / "tiny/checkpoints/tmp-step-00000001-dead").mkdir(parents=True)
     for step in (2, 4, 8):
@@ -57,12 +57,12 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_one(tmp_path, failpoint, 
     assert torch.equal(values, State(0, 1, seed=step).partitions[0])
     for path in committed(folder):
         verify(path)
-    save(make_config(tmp_path, keep=2), seed=9, step=12, restore=True)  # the next save tidies up
+    save(make_config(tmp_path, keep=2), seed=9, step=12, restore=True)  # the next save cleans up
     assert checkpoints(tmp_path) == [f"step-{step:08d}", "step-00000012"]
 
 
 def test_a_kill_while_a_step_is_saved_again_leaves_a_complete_one(tmp_path):
-    """Steps 4 and 8; 8 is damaged, so that it is made again: killed before its new form has its name."""
+    """Steps 4 and 8; 8 is damaged, so it is saved again, and killed before the rename."""
     for step in (4, 8):
         save(make_config(tmp_path), seed=step, step=step)
     os.truncate(next((tmp_path / "tiny/checkpoints/step-00000008").glob("*.safetensors")), 100)
@@ -176,7 +176,7 @@ def test_real_ranks_agree_on_a_failed_save(tmp_path):
     ranks = run_ranks(2, free_port(), str(tmp_path), main=one_rank, timeout=60)
     out, error = zip(*((rank.stdout, rank.stderr) for rank in ranks), strict=True)
     assert ranks[1].returncode == -signal.SIGKILL, error
-    assert ranks[0].returncode not in (0, None)  # it does not wait for ever
+    assert ranks[0].returncode not in (0, None)  # it does not wait forever
     for rank in range(2):
         assert [json.loads(line) for line in out[rank].splitlines()] == [
             [rank, 4, 0, 4],

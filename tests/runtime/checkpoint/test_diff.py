@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, and one in words."""
+"""Two checkpoints compared, and one described."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def _small_blocks(monkeypatch):
 
 
 def rows(lines, head):
-    """The cells of a table by its rows' first ones."""
+    """The cells of a table, by the first cell of each row."""
     start = next(place for place, line in enumerate(lines) if line.startswith(head))
     return {line.split()[0]: line.split()[1:] for line in lines[start:]}
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_found_by_itself_by_its_run_and_by_its_step(tmp_path):
     assert find_checkpoint(run) == paths[8]
     assert find_checkpoint(run, 4) == paths[4]
     assert find_checkpoint(paths[4]) == paths[4]
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; it has those of \[4, 8\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; available steps: \[4, 8\]"):
         find_checkpoint(run, 5)
     with pytest.raises(ConfigError, match="holds no config"):
         find_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""An edited checkpoint whose hashes are right is refused by every verb, and the one before it is used."""
+"""An edited checkpoint with correct hashes is refused by every verb, and the checkpoint before it is used."""
 
 import shutil
 
@@ -75,7 +75,7 @@ def test_each_verb_prints_one_line_and_the_older_checkpoint_is_used(run, capsys,
         assert OLD in warning
         assert newest(folder).name == OLD
         assert [name for name, _ in open_storage(config).complete()][-1] == OLD
-    assert files_of(run.parent) == before  # nothing was made
+    assert files_of(run.parent) == before  # nothing was created
 
 
 @pytest.mark.parametrize("edit", ODD_VALUES.values(), ids=ODD_VALUES)

@@ -1,4 +1,4 @@
-"""A rank that goes into a save while the other does not: the watchdog ends both, and nothing is committed."""
+"""One rank starts a save and the other does not: the watchdog ends both, and nothing is committed."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from tests.runtime.checkpoint.worlds import IDENTITY, State, make_config, save
 
 
 def one_rank():
-    """Over gloo: rank 0 saves step 8, rank 1 believes that it is not due and waits for data."""
+    """Over gloo: rank 0 saves step 8, rank 1 believes that no save is due, and waits for data."""
     from ecar_dist.runtime.start.rendezvous import start_world
 
     folder = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The manifest on its own: what the golden one holds, and bounds that no file on disk can show."""
+"""The manifest alone: the content of the golden one, and bounds that no file on disk can show."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_the_golden_manifest():
 
 @pytest.mark.parametrize("size", [10_000, 40 << 30, 2**62])
 def test_a_file_larger_than_its_fragments_is_rejected(size):
-    """Nothing is downloaded, or hashed, for a size that the shapes do not account for."""
+    """Nothing is downloaded or hashed if the shapes do not account for the size."""
     tree = json.loads(GOLDEN.read_text())
     tree["files"][0]["bytes"] = size
     with pytest.raises(UntrustedError, match=f"{size:,}"):

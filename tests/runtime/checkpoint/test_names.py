@@ -1,4 +1,4 @@
-"""What a folder of checkpoints may hold besides ours, and what becomes of one that this version cannot read."""
+"""What else a folder of checkpoints may contain, and what happens to one that this version cannot read."""
 
 import errno
 import json
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_version_alone_does_not_start_the_run_again(conf
 
 
 def test_a_manifest_that_readers_reject_is_not_committed(config, folder, monkeypatch, capsys):
-    """As of a ZeRO-3 run on thousands of ranks: the save fails by name and number, and the older one stays."""
+    """As in a ZeRO-3 run on thousands of ranks: the save fails, its error has the numbers, and the older one stays."""
     save(config, seed=4, step=4)
     size = (folder / OLD / MANIFEST).stat().st_size
     for module in (checkpoint_files, checkpoint_manifest):
@@ -146,14 +146,14 @@ def test_a_manifest_that_readers_reject_is_not_committed(config, folder, monkeyp
     with pytest.raises(
         CheckpointError, match=rf"step 8 was not saved: .*\b{size + 50:,}\b.*deepspeed.zero_stage"
     ) as said:
-        save(config, 3, seed=8, step=8, restore=True)  # three ranks' files have more to say
+        save(config, 3, seed=8, step=8, restore=True)  # the files of three ranks need a longer manifest
     assert "\n" not in str(said.value)
     assert checkpoints(folder.parents[1]) == [OLD]
     assert load(config)[0][0].progress.step == 4
 
 
 def test_overlapping_intervals_are_not_committed(config, folder, monkeypatch):
-    """Two ranks that think that they own the same."""
+    """Two ranks that both believe that they own the same values."""
     save(config, seed=4, step=4)
     monkeypatch.setattr(
         "ecar_dist.runtime.checkpoint.store.CheckpointStore._fragments_to_write", lambda store, engine: engine.fragments
@@ -165,7 +165,7 @@ def test_overlapping_intervals_are_not_committed(config, folder, monkeypatch):
 
 @pytest.mark.parametrize("part", ["COMMITTED", "checkpoint.json", "weights"])
 def test_a_file_that_cannot_be_read_for_a_moment_is_not_removed(config, folder, monkeypatch, part):
-    """EIO or ESTALE of a network drive: the checkpoint may be whole, and the next sweep leaves it alone."""
+    """EIO or ESTALE of a network drive: the checkpoint may be intact, so the next clean-up leaves it alone."""
     for step in (4, 8):
         save(config, seed=step, step=step)
     stat, lstat = Path.stat, Path.lstat

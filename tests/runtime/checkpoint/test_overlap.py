@@ -1,4 +1,4 @@
-"""Saves that run beside training: what is copied when, who decides that one stands, and what a failure does."""
+"""Saves that run during training: what is copied when, who decides on the commit, and what a failure does."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ OLD, NEW = "step-00000004", "step-00000008"
 
 
 class Gate:
-    """Writers wait until they are let through; a file whose name is in `failing` cannot be written."""
+    """Writers wait until the gate opens; a file whose name is in `failing` cannot be written."""
 
     def __init__(self, monkeypatch, opened=False):
         self.open, self.failing, write = threading.Event(), {}, checkpoint_save.write_tensor_file
@@ -105,7 +105,7 @@ def test_a_second_save_waits_for_the_first(config, gate, tmp_path):
             held = store.stall_seconds
             state.partitions[0].add_(1)
             store.begin(at(8), state, ema, {})
-            assert store.stall_seconds - held > 0.2  # what training waited for is counted
+            assert store.stall_seconds - held > 0.2  # the time that training waited is counted
             assert store.last_committed == 4
             store.finish()
 
@@ -145,7 +145,7 @@ def test_a_failure_on_one_rank_is_a_failure_on_all_with_one_warning(config, monk
             world.barrier()
             assert (store.failures, store.last_committed) == (1, 4)
             with pytest.raises(CheckpointError if world.is_first else RemoteError) as error:
-                store.finish()  # the last save of a run has to stand
+                store.finish()  # the last save of a run must succeed
             assert not world.is_first or re.search("step 8 .* step 4; .*checkpoint.dir", str(error.value))
             gate.failing = {}
             store.begin(at(12), state, ema, {})
@@ -179,7 +179,7 @@ def test_the_run_ends_after_max_failures_in_a_row(tmp_path, monkeypatch, capsys)
 
     message = Ranks(2)(run)[0]
     assert re.search("step 16 .* rank 0: RuntimeError: odd; .* step 8; 2 saves .*checkpoint.dir", message)
-    assert len(capsys.readouterr().err.splitlines()) == 2  # of steps 4 and 12
+    assert len(capsys.readouterr().err.splitlines()) == 2  # for steps 4 and 12
 
 
 def test_a_commit_that_fails_is_a_failure_and_leaves_nothing(config, monkeypatch, tmp_path):
@@ -202,7 +202,7 @@ def test_files_that_rank_0_does_not_see_are_never_committed(config, monkeypatch,
     def elsewhere(path, entries, **more):
         written = write(path, entries, **more)
         if "00001-of" in path.name:
-            path.unlink()  # it is on the disk of its own node
+            path.unlink()  # as if it were on a disk that only its own node sees
         return written
 
     monkeypatch.setattr(checkpoint_save, "write_tensor_file", elsewhere)
@@ -296,7 +296,7 @@ def test_closing_gives_up_the_save_under_way(config, gate, tmp_path):
     began = time.monotonic()
     Ranks(2)(run)
     assert time.monotonic() - began < 5
-    assert gate.written == []  # it was noticed in the middle of the file
+    assert gate.written == []  # the writer noticed it in the middle of the file
     assert not committed(tmp_path / "tiny/checkpoints")
     assert "checkpoint-writer" not in {thread.name for thread in threading.enumerate()}
 

@@ -1,4 +1,4 @@
-"""Files in a bucket with hashes of their parts: a reader of another layout copies what it needs, and proves it."""
+"""Files in a bucket with hashes of their parts: other layouts copy only what they need, and verify it."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ RANKS = 4
 
 
 class Node:
-    """Rank 1 of 4, on a node of its own. `shares`: under ZeRO 3, otherwise 2."""
+    """Rank 1 of 4, on its own node. `shares`: under ZeRO 3, otherwise 2."""
 
     def __init__(self, config, shares):
         self.storage = open_storage(config)
@@ -58,7 +58,7 @@ def config(bucket, tmp_path, monkeypatch):
 
 
 def copied(bucket):
-    """Bytes of all ranges of files that were asked for."""
+    """The bytes of all file ranges that were requested."""
     ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", entry["range"]) for entry in bucket.log("GET", ".safetensors")]
     return sum(int(found[2]) - int(found[1]) + 1 for found in ranges)
 
@@ -69,12 +69,12 @@ def test_a_node_of_the_other_stage_copies_little_more_than_its_state(bucket, con
     node = Node(config, not shares)
     bucket.break_on()
     assert node.has_all(node.fetch())
-    assert node.bytes < copied(bucket) < 1.2 * node.bytes  # four times that with whole files
+    assert node.bytes < copied(bucket) < 1.2 * node.bytes  # four times that with complete files
     folder = newest_whole(node.storage)
-    verify(folder)  # whole, although parts of its files were there
+    verify(folder)  # complete, although parts of its files were there before
     assert json.loads((folder / "checkpoint.json").read_text())["schema"] == "ecar-checkpoint-v4"
 
-    # All ranks, and what they say of it.
+    # All ranks, and what they print.
     loaded = load(config, 2, shapes=SHAPES, shares=not shares)
     expected = [State(rank, 2, 1, SHAPES, shares=not shares).partitions[0] for rank in range(2)]
     assert all(torch.equal(state.partitions[0], values) for (_, state, _), values in zip(loaded, expected, strict=True))
@@ -82,7 +82,7 @@ def test_a_node_of_the_other_stage_copies_little_more_than_its_state(bucket, con
 
 
 def at_value(body, number):
-    """Where a value is in a file."""
+    """The position of a value in a file."""
     return 8 + int.from_bytes(body[:8], "little") + 4 * number
 
 

@@ -1,4 +1,4 @@
-"""What stays when one more checkpoint is committed each time, as the store asks it."""
+"""What is kept as checkpoints are committed one by one, as in the store."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +7,7 @@ from ecar_dist.runtime.checkpoint.store import names_to_keep
 
 
 def history(steps, keep, every):
-    """Everything that is left after each of the saves at `steps`."""
+    """All that is left after saves at `steps`, with a removal after each."""
     left = []
     for samples in steps:
         left.insert(0, (f"step-{samples:08d}", samples))

@@ -1,4 +1,4 @@
-"""A disk that is full for real: the old checkpoint stays whole, training goes on, and the line says what is needed."""
+"""A disk that is full for real: the old checkpoint stays, training continues, and the message says what is needed."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from tests.runtime.checkpoint.worlds import BATCH, Ranks, State, load, make_conf
 SHAPES = {"a": (500, 1000)}  # 8 MB for four kinds
 
 
-@pytest.mark.parametrize("small_disk", ["20m"], indirect=True)  # two checkpoints and no third
+@pytest.mark.parametrize("small_disk", ["20m"], indirect=True)  # room for two checkpoints, not three
 def test_a_full_disk(small_disk, tmp_path, capsys):
     config = make_config(tmp_path, dir=str(small_disk), keep=3)
     folder = small_disk / "tiny"
@@ -31,7 +31,7 @@ def test_a_full_disk(small_disk, tmp_path, capsys):
                 store.begin(Progress(step * BATCH, step), state, ema, {})
                 while store.in_flight:
                     store.settle()
-                state.partitions[0].add_(1)  # training goes on
+                state.partitions[0].add_(1)  # training continues
             assert (store.failures, store.last_committed) == (1, 8)
             with pytest.raises(CheckpointError if world.is_first else RemoteError):
                 store.finish()
@@ -55,7 +55,7 @@ def test_a_full_disk(small_disk, tmp_path, capsys):
 
 
 def test_a_warning_below_the_space_of_the_checkpoints_to_come(monkeypatch, tmp_path):
-    """Two are kept, and there is a third one while it is written. Each is 8 MiB here."""
+    """Two are kept, and a third one exists while it is being written. Each is 8 MiB here."""
 
     def run(world):
         state = State(0, 1, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: what the manifest lists, who hears of what, and what a reader must never meet."""
+"""Checkpoints of many ranks: what the manifest lists, what each rank is sent, and what a reader must never find."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def edit(path, change):
-    """Change a committed manifest, with a marker that fits."""
+    """Change a committed manifest, with a matching marker."""
     tree = json.loads((path / MANIFEST).read_text())
     change(tree)
     text = json.dumps(tree).encode()
@@ -38,7 +38,7 @@ def edit(path, change):
     (path / MARKER).write_bytes(marker_of(text))
 
 
-# equal shares of every parameter, as ZeRO 3 has them
+# equal shares of every parameter, as under ZeRO 3
 
 
 @pytest.mark.parametrize(("written_by", "read_by"), [(1, 1), (3, 2), (2, 5), (4, 1), (30, 4), (4, 7)])
@@ -73,7 +73,7 @@ def test_the_manifest_grows_with_files_alone(config, folder):
         shapes = {f"block.{number}.weight": (8,) for number in range(tensors)}
         save(config, 4, shapes=shapes, shares=True)
         sizes.append(len(json.dumps(json.loads((folder / OLD / MANIFEST).read_text())["files"])))
-    assert abs(sizes[0] - sizes[1]) < 20  # digits of the bytes
+    assert abs(sizes[0] - sizes[1]) < 20  # only the digits of the sizes differ
 
 
 def test_other_fragments_under_zero_3_are_listed(config, folder):
@@ -131,7 +131,7 @@ def test_a_file_that_has_another_share_is_damaged(config, folder):
         verify(folder / OLD)
 
 
-# what the ranks tell each other
+# what the ranks send each other
 
 
 def test_only_the_first_rank_hears_of_the_files(config, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_newest_manifest_that_this_version_cannot_read_hides_no_older_one(conf
 
 @pytest.mark.parametrize("fault", ["large", "cut", "other schema"])
 def test_the_last_readable_checkpoint_stays(tmp_path, folder, monkeypatch, fault):
-    """However many newer ones cannot be read: what is not read does not count as kept."""
+    """No matter how many newer ones cannot be read: unreadable ones do not count as kept."""
     config = make_config(tmp_path, keep=2)
     save(config, seed=1, step=4)
     for step in (8, 12):
@@ -193,7 +193,7 @@ def test_the_last_readable_checkpoint_stays(tmp_path, folder, monkeypatch, fault
     if fault == "large":
         limit_manifests(monkeypatch, (folder / OLD / MANIFEST).stat().st_size + 1_000)
 
-    # A save that is committed but that no reader accepts any more, e.g. by a fault of the disk.
+    # A committed save that no reader accepts any more, e.g. because of a disk fault.
     clean = CheckpointStore._remove_old
 
     def damaged_at_once(store, newest):

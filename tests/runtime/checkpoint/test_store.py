@@ -1,4 +1,4 @@
-"""What is on disk: whole or not there, proven before use, and refused when it is another run's."""
+"""What is on disk: complete or not there, verified before use, and refused if it belongs to another run."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(config, written_by, rea
         ours = state.numbers(ema)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-        assert torch.equal(state.published, state.partitions[0])  # after they were read
+        assert torch.equal(state.published, state.partitions[0])  # after the partitions were read
 
 
 @pytest.mark.parametrize(("written", "read"), [(True, False), (False, True)])
@@ -268,7 +268,7 @@ def test_everything_is_on_disk_before_the_rename(config, folder, monkeypatch):
 
 def test_the_next_save_removes_the_remains_of_a_kill(config, folder):
     (folder / "tmp-step-00000004-dead").mkdir(parents=True)
-    (folder / "step-00000002").mkdir()  # its marker was gone before its files were
+    (folder / "step-00000002").mkdir()  # its marker was removed before its files
     (folder.parent / "ema/tmp-step-00000002-dead").mkdir(parents=True)
     save(config)
     assert [path.name for path in folder.iterdir()] == [OLD]
@@ -301,7 +301,7 @@ def test_a_rank_opens_only_the_files_that_it_needs(config, monkeypatch):
         lambda path, manifest, file, *more: (opened.append(file.name), open_fragments(path, manifest, file, *more))[1],
     )
     load(config, 2)
-    # of 37 values 10 in each file, and 19 for each reader: what lies in the second file both want
+    # 37 values: 10 in each file, 19 for each reader. Both readers need the second file
     assert sorted(opened) == [f"state-{rank:05d}-of-00004.safetensors" for rank in (0, 1, 1, 2, 3)]
 
 
@@ -332,12 +332,12 @@ def test_emas_are_matched_by_description_when_the_config_moves_them(tmp_path):
     Ranks(1)(numbered)
     restored, state, ema = load(after)[0]
     ours = {kind: average[0][0].item() for kind, average in ema.by_kind.items()}
-    # "ema3" is the power function now, which was "ema2"; "ema1" goes on from the other "ema1"
+    # "ema3" is now the power function, which was "ema2" before; the new "ema1" continues from the old "ema1"
     assert ours == {"ema": 0.0, "ema1": 1.0, "ema2": state.partitions[0][0].item(), "ema3": 2.0}
     changed, new = restored.conversion.split("; ")
     assert re.search("half-life 300, .* from .* half-life 200, ", changed)
     assert re.search("half-life 400, .* new", new)
-    assert restored.ema_since == {"ema": 0, "ema1": 4, "ema2": 4, "ema3": 0}  # a fit must know
+    assert restored.ema_since == {"ema": 0, "ema1": 4, "ema2": 4, "ema3": 0}  # a fit needs to know this
     save(after, step=6, restore=True)
     manifest = read_manifest(newest(tmp_path / "tiny/checkpoints"))
     assert manifest.ema_since == restored.ema_since
@@ -378,7 +378,7 @@ def dying_after_two(monkeypatch):
     mkdir, calls = Path.mkdir, []
 
     def make(self, *options, **more):
-        if len(calls) == 2:  # the run's own folder and the first one in it
+        if len(calls) == 2:  # the run's own folder and the first folder in it
             raise KeyboardInterrupt
         calls.append(self)
         mkdir(self, *options, **more)

@@ -1,4 +1,4 @@
-"""The streamed safetensors file is what the library reads, and what it would have written."""
+"""The streamed safetensors file can be read by the library, and equals what the library would have written."""
 
 import gc
 import weakref

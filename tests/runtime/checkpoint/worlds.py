@@ -1,4 +1,4 @@
-"""Ranks as threads, and the view an Engine gives on made-up numbers: real saves and loads of any number of ranks."""
+"""Ranks as threads, and a stand-in Engine with made-up numbers: real saves and loads with any number of ranks."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +22,9 @@ BATCH = 16
 
 
 class State:
-    """Rank `rank` of `size` holds an even cut of all parameters; with `replicated` all of them, as under ZeRO 0.
+    """Rank `rank` of `size` holds an equal cut of all parameters; with `replicated` all of them, as under ZeRO 0.
 
-    With `shares` it holds an even cut of every parameter, as under ZeRO 3.
+    With `shares` it holds an equal cut of every parameter, as under ZeRO 3.
     """
 
     def __init__(self, rank, size, seed, shapes=SHAPES, replicated=False, zero_stage=2, shares=False):
@@ -36,7 +36,7 @@ class State:
         self.full = {kind: torch.randn(total, generator=generator) for kind in ("master", *ADAM_MOMENTS)}
         self.full["exp_avg_sq"].abs_()
 
-        # This rank's elements of each parameter, and their places in the flat values of all.
+        # This rank's elements of each parameter, and their positions in the flat values of all parameters.
         self.fragments, places, offset, held = [], [], 0, 0
         for name, shape in shapes.items():
             numel = torch.Size(shape).numel()
@@ -63,7 +63,7 @@ class State:
         self.published = self.partitions[0].clone()
 
     def numbers(self, ema=None):
-        """All that a checkpoint holds of this rank."""
+        """Everything that a checkpoint contains of this rank."""
         kinds = {"master": self.partitions, **self._moments, **(ema.by_kind if ema else {})}
         return {
             (kind, one.name, one.start): one.of(flat).clone() for kind, flat in kinds.items() for one in self.fragments
@@ -71,7 +71,7 @@ class State:
 
 
 class Ranks:
-    """`size` ranks, each a thread with collectives that wait for all. `nodes`: ranks per node."""
+    """`size` ranks, each in a thread, with collectives that wait for all of them. `nodes`: ranks per node."""
 
     def __init__(self, size, per_node=None):
         self.size, self.per_node = size, per_node or size
@@ -175,5 +175,5 @@ def checkpoints(folder):
 
 
 def newest(folder):
-    """The newest whole checkpoint in a folder, as a reader outside training finds it."""
+    """The newest intact checkpoint in a folder, as a reader outside training finds it."""
     return newest_whole(LocalStorage(folder))
