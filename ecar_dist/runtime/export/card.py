@@ -23,7 +23,7 @@ tags:
 _NOT_MEASURED = """\
 Everything else, for example other guidance scales and solvers, memorisation of the training data, bias, and fitness for
 a purpose."""
-_SETTINGS = ("guidance_scale", "seed", "samples", "train", "heldout", "samples_seen")  # of a score, not scores
+_SETTINGS = ("guidance_scale", "seed", "samples", "train", "heldout", "samples_seen")  # of a measurement, not scores
 
 
 def model_card(facts: dict[str, Any], scores: dict[str, Any] | None) -> str:
@@ -64,7 +64,7 @@ def _ema(average: dict[str, Any]) -> str:
     if average["kind"] == "raw":
         return "those of the last step, without an EMA"
 
-    # Which EMA: one described by the checkpoint alone, or one by its settings.
+    # Which EMA: described only by the checkpoint, or by its settings.
     if "meaning" in average:
         form = f"an EMA of the weights ({average['meaning']})"
     elif "sigma_rel" in average:
@@ -100,7 +100,7 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _quantization(facts: dict[str, Any]) -> list[str]:
-    """A section for a quantised export alone."""
+    """A section for quantised exports only."""
     about = facts.get("quantization")
     if about is None:
         return []
@@ -112,7 +112,7 @@ def _quantization(facts: dict[str, Any]) -> list[str]:
     rows += [(printable(name), "equal" if value is None else f"{value:.4g}") for name, value in about["paired"].items()]
     what = (
         "After training, with `ecar-dist quantize`. The other layers are not quantised. The paired numbers compare "
-        "samples of the same noise with those of the weights before."
+        "samples from the same noise, before and after."
     )
     return [f"## How it was quantised\n\n{what}\n\n{_table(rows)}"]
 
@@ -123,7 +123,7 @@ def _sampling(config: dict[str, Any], report: str) -> str:
     return (
         "## How to sample\n\n"
         "```sh\necar-dist sample PATH/TO/THIS/FOLDER --labels 0,1,2 --count 24 --out samples\n```\n\n"
-        f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps a stage{shift} and guidance scale "
+        f"By default {_steps(sample['steps_per_stage'])} {sample['solver']} steps per stage{shift} and guidance scale "
         f"{sample['guidance_scale']:g} ({sample['guidance_ramp']}). `vae.path` in config.yaml says where the "
         f"autoencoder is; point it to your copy. `{report}` compares these files with the run."
     )

@@ -1,4 +1,4 @@
-"""The EMA weights of a run, read parameter by parameter: one that the run kept, or one rebuilt from those."""
+"""The EMA weights of a run, read parameter by parameter. The run kept them, or they are rebuilt from those it kept."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ BLOCK = 1 << 22  # elements of a parameter that are summed at a time, in fp64
 class WantedEma:
     """Which EMA: by half-life in samples, by the relative width of EDM2's power function, or by its name.
 
-    stored: a name in the checkpoint, such as `ema1`, or `raw` for the weights without an EMA. None of the three: the
-    first EMA.
+    stored: a name in the checkpoint, such as `ema1`, or `raw` for the weights without an EMA. With none of the
+    three: the first EMA.
     """
 
     half_life: int | None = None
@@ -55,13 +55,13 @@ class WantedEma:
         except ValueError:
             pass
         raise ConfigError(
-            f"--ema {printable(text, 60)} is not a name of weights; give e.g. ema, ema1, raw, half-life=1000000 or "
+            f"--ema {printable(text, 60)} does not name any weights; give e.g. ema, ema1, raw, half-life=1000000 or "
             "sigma-rel=0.1"
         )
 
     def __post_init__(self) -> None:
         if self.half_life is not None and self.sigma_rel is not None:
-            raise ConfigError("--half-life and --sigma-rel name two EMAs; give one of them")
+            raise ConfigError("--half-life and --sigma-rel name two different EMAs; give only one of them")
         if self.half_life is not None and self.half_life < 1:
             raise ConfigError(f"--half-life {self.half_life} must be at least 1 sample")
         if self.sigma_rel is not None and not 0 < self.sigma_rel < 0.28:
@@ -92,7 +92,7 @@ class WantedEma:
 
 @dataclass(frozen=True)
 class EmaWeights(Mapping[str, torch.Tensor]):
-    """Parameters by name, fp32 on CPU, each read when it is asked for.
+    """Parameters by name, fp32 on CPU, each read on access.
 
     terms: (coefficient, reader, kind) of a sum; for an EMA that the run kept, one term with coefficient 1.
     facts: which EMA this is, as JSON.
@@ -130,7 +130,7 @@ class EmaWeights(Mapping[str, torch.Tensor]):
 
 
 def open_ema_weights(run: Path, wanted: WantedEma = WantedEma(), checkpoint: Path | None = None) -> EmaWeights:
-    """An EMA of a run at `checkpoint`, by default its newest one that is not damaged.
+    """An EMA of a run at `checkpoint`, by default the newest one that is not damaged.
 
     Raises CheckpointError if there is no checkpoint, or if an EMA that was not kept cannot be rebuilt.
     """
@@ -143,7 +143,7 @@ def open_ema_weights(run: Path, wanted: WantedEma = WantedEma(), checkpoint: Pat
     kind = _stored_kinds(manifest, config).get(wanted.kind(config.ema) or "")
     facts = wanted.describe(config.ema)
 
-    # The config may have another first EMA than the checkpoint: the checkpoint decides.
+    # The first EMA of the config may differ from the checkpoint's: the checkpoint decides.
     if kind is None and wanted == WantedEma():
         kind = FIRST
         facts = {"meaning": manifest.ema_kinds[FIRST]}
@@ -154,7 +154,7 @@ def open_ema_weights(run: Path, wanted: WantedEma = WantedEma(), checkpoint: Pat
 
 
 def _named(checkpoint: Path, manifest: Manifest, name: str) -> EmaWeights:
-    """The weights that a checkpoint has under a name. Raises CheckpointError that lists all names."""
+    """The weights that a checkpoint stores under a name. Raises a CheckpointError that lists all names."""
     # An EMA snapshot has no raw weights.
     reader = FragmentReader(checkpoint, manifest=manifest)
     meanings = dict(manifest.ema_kinds)
@@ -169,7 +169,7 @@ def _named(checkpoint: Path, manifest: Manifest, name: str) -> EmaWeights:
 
 
 def _rebuild(directory: RunDirectory, config: RunConfig, wanted: WantedEma, checkpoint: Path, step: int) -> EmaWeights:
-    """The sum of kept EMAs that is nearest to the wanted one at `step` (post-hoc EMA, see averaging)."""
+    """The sum of kept EMAs that is closest to the wanted one at `step` (post-hoc EMA, see averaging)."""
     kept = _kept_emas(directory, config, step)
     found = fit(list(kept), tracked_decays(config.ema), wanted.decay(config.ema), step, config.batch.global_batch_size)
     _check_residual(found, wanted.describe(config.ema))
@@ -230,7 +230,7 @@ def _check_residual(found: PosthocFit, facts: dict[str, Any]) -> None:
     if found.residual > MAX_RESIDUAL:
         name, value = next(iter(facts.items()))
         raise CheckpointError(
-            f"an EMA with {name}={value} can be rebuilt from the {len(found.coefficients)} that were kept only to "
+            f"an EMA with {name}={value} can be rebuilt from the {len(found.coefficients)} kept EMAs only to "
             f"within {found.residual:.1%}, the limit is {MAX_RESIDUAL:.0%}; keep more of them from now on "
-            f"(ema.snapshot_every_samples), or choose one nearer to those in ema.half_life_samples"
+            f"(ema.snapshot_every_samples), or choose one closer to those in ema.half_life_samples"
         )

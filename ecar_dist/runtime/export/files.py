@@ -6,13 +6,13 @@
         config.json                            facts for a loader, with size and hash of every file of weights
         config.yaml                            the resolved config of the run
         README.md, parity.json                 the model card; the comparison of the export with the run
-        model_index.json, pipeline.py          make it a pipeline of diffusers
-        quantization.json                      of a quantised export, in place of parity.json: what it costs and changes
+        model_index.json, pipeline.py          make the folder a diffusers pipeline
+        quantization.json                      quantised exports only, instead of parity.json: the costs and changes
 
-A quantised export (`ecar-dist quantize`) has integers in place of some matrices, and a schema of its own, so that an
-older version refuses it. config.json then lists those layers.
+A quantised export (`ecar-dist quantize`) stores some matrices as integers. It has its own schema, so that older
+versions refuse it. Its config.json lists those layers.
 
-Names and index are those of the Hugging Face hub. An export may come from anybody, so names, sizes and hashes are
+File names and index follow the Hugging Face hub. An export may come from anybody, so names, sizes and hashes are
 checked before any weight is used.
 """
 
@@ -48,7 +48,7 @@ QUANTIZATION = "quantization.json"
 MAX_HEADER_BYTES = MAX_JSON_BYTES  # of a file of weights
 _COPY = "copy the whole folder again"
 _STORED_AS = {"fp32": "F32", "bf16": "BF16"}
-_INTEGERS = {4: "U8", 8: "I8"}  # of quantised weights, by their bits; two weights of 4 bits are one byte
+_INTEGERS = {4: "U8", 8: "I8"}  # of quantised weights, by their bits; two 4-bit weights share one byte
 
 
 def _known_schema(name: str) -> str:
@@ -76,7 +76,7 @@ class Quantization(Record):
 
 
 class ExportFacts(Record):
-    """The part of config.json that a loader needs. quantization: of a quantised export alone."""
+    """The part of config.json that a loader needs. quantization: only in a quantised export."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -92,7 +92,7 @@ class ExportFacts(Record):
     @model_validator(mode="after")
     def _of_its_schema(self) -> ExportFacts:
         if (self.quantization is None) != (self.schema_name == SCHEMA):
-            raise UntrustedError(f"it has schema {self.schema_name}, which does not fit its key quantization")
+            raise UntrustedError(f"it has schema {self.schema_name}, which does not match its key quantization")
         return self
 
     def stored_type(self, name: str) -> str:
@@ -119,17 +119,17 @@ def read_facts(path: Path) -> ExportFacts:
 
 
 class ExportReader(Mapping[str, torch.Tensor]):
-    """Parameters by name, in the stored type, each read when it is asked for.
+    """Parameters by name, in the stored type, each read on access.
 
     Size, header and hash of every file are checked first. Raises CheckpointError if a file is missing, damaged or
-    outside of the folder, and if a value that is read is not finite.
+    outside the folder, and if a value that is read is not finite.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.facts = read_facts(path)
 
-        # Hash and open every file. A parameter may be in one file only.
+        # Hash and open every file. A parameter may be in only one file.
         opened = {file.name: _opened(path, file, self.facts) for file in self.facts.files}
         self._where = {name: handle for handle in opened.values() for name in handle.keys()}  # noqa: SIM118
         if len(self._where) != sum(len(handle.keys()) for handle in opened.values()):
@@ -141,7 +141,7 @@ class ExportReader(Mapping[str, torch.Tensor]):
         """Other readers trust the index, so it must match the files."""
         stored = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
         if index.weight_map != stored:
-            raise CheckpointError(f"{self.path / INDEX} does not match the files beside it; export the run again")
+            raise CheckpointError(f"{self.path / INDEX} does not match the files next to it; export the run again")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,8 +172,8 @@ def _read(path: Path, name: str, model: type[AnyRecord]) -> AnyRecord:
 
 
 def _opened(path: Path, file: WeightsFile, facts: ExportFacts) -> Any:
-    """Open a file of the export after checks of its size, header and hash."""
-    # Header and type before the hash: they are small, and the hash reads the file to its end.
+    """Open a file of the export after checking its size, header and hash."""
+    # Check header and type before the hash: they are small, and the hash needs the complete file.
     try:
         found = sized_file(path, file)
         handle = open_tensors(found, "pt", MAX_HEADER_BYTES)

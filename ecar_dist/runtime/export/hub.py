@@ -10,7 +10,7 @@ from ecar_dist.storage.untrusted import printable
 
 
 def check_hub(name: str) -> None:
-    """Raises ConfigError if `name` cannot be a repository, or if there is no token to write with."""
+    """Raises ConfigError if `name` cannot be a repository, or if there is no token."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -23,13 +23,13 @@ def check_hub(name: str) -> None:
             "digits, '-', '_' and '.'"
         ) from None
     if get_token() is None:
-        raise ConfigError("--push-to-hub needs a token that may write; run `hf auth login`, or set HF_TOKEN")
+        raise ConfigError("--push-to-hub needs a token with write access; run `hf auth login`, or set HF_TOKEN")
 
 
 def push_to_hub(folder: Path, name: str) -> str:
     """Upload the files of an export as one commit; returns the URL of the repository.
 
-    A repository that does not exist is made, private: its page has the switch to publish it. Raises CheckpointError.
+    A repository that does not exist is created as private; its page has a switch to publish it. Raises CheckpointError.
     """
     from huggingface_hub import HfApi
 
@@ -37,7 +37,7 @@ def push_to_hub(folder: Path, name: str) -> str:
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except Exception as error:  # of the library and those below it: the export is there, whatever happened
+    except Exception as error:  # of the library or its dependencies: the export exists, whatever happened
         reason = printable(redact_text(str(error)), 300)
         raise CheckpointError(
             f"{folder} was written, but cannot be pushed to {name}: {reason}; fix that, then run `ecar-dist checkpoint "

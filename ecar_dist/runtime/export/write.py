@@ -63,7 +63,7 @@ def export_run(
 ) -> Exported:
     """Write the `wanted` EMA of a checkpoint to folder `out`. Needs memory for two of its largest parameters.
 
-    checkpoint: a proven checkpoint of the run (default: the newest one that is not damaged).
+    checkpoint: a verified checkpoint of the run (default: the newest one that is not damaged).
 
     Raises CheckpointError if `out` exists or cannot be written, if the run has no checkpoint, or if the EMA was neither
     kept nor can be rebuilt.
@@ -77,7 +77,7 @@ def export_run(
     config = without_credentials(directory.load_config())
     weights = open_ema_weights(run, wanted or WantedEma(), checkpoint)
 
-    # The folder gets its name once everything is in it.
+    # The folder gets its name once it is complete.
     temporary = temporary_beside(out)
     try:
         temporary.mkdir(parents=True)
@@ -102,7 +102,7 @@ def export_run(
 
 
 def without_credentials(config: RunConfig) -> RunConfig:
-    """The config with URLs that have no user, password or query string: exports are shared."""
+    """The config without users, passwords and query strings in its URLs, because exports are shared."""
     return config_from_dict(redact_tree(config.model_dump(mode="json"), variables=False))
 
 

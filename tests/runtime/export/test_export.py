@@ -1,4 +1,4 @@
-"""Export: any average, in shards, whole or not at all, in bounded memory; and what a reader refuses."""
+"""Export: any EMA, in shards, complete or not at all, in bounded memory; and what a reader refuses."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def state(seed=0, kinds=("ema", "ema1", "master")):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that keeps two averages, with one checkpoint; its state is `state()`."""
+    """A run that keeps two EMAs, with one checkpoint; its state is `state()`."""
     folder, config = make_run(tmp_path, ema={"half_life_samples": [1000], "sigma_rel": [0.1]})
     make_checkpoint(folder / "checkpoints", 100, state(), ema=config.ema)
     return folder
@@ -169,7 +169,7 @@ def test_nothing_is_overwritten_and_no_partial_export_stays(run, tmp_path, monke
         export_run(run, tmp_path / "out", max_shard_gib=0)
 
 
-# Post-hoc EMA: weights that follow a known path, so that every average of them is known.
+# Post-hoc EMA: the weights follow a known path, so every EMA of them is known.
 FACTORS = torch.tensor([1.0, -2.0, 3.0])
 
 
@@ -240,7 +240,7 @@ FOUND = {"tracked": {"half_life": 400}, "power": {"sigma_rel": 0.1}, "rebuilt": 
 
 
 def test_emas_are_found_by_description_not_by_number(tmp_path):
-    """The config has another half-life before the old ones since; the newest checkpoint is from before."""
+    """The config got a new half-life in front of the old ones; the newest checkpoint is older than that edit."""
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=10)
     before = {name: open_ema_weights(run, WantedEma(**wanted)) for name, wanted in FOUND.items()}
@@ -265,7 +265,7 @@ def test_an_export_describes_the_ema_of_the_checkpoint_not_of_a_later_config(tmp
 def test_an_ema_that_started_later_is_not_part_of_a_fit(tmp_path):
     run, config = make_run(tmp_path, ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=10, since={"ema1": 40})
-    assert open_ema_weights(run, WantedEma(half_life=300)).facts["snapshots"] == 40  # of the other one alone
+    assert open_ema_weights(run, WantedEma(half_life=300)).facts["snapshots"] == 40  # only those of the other EMA
     run, config = make_run(tmp_path / "both", ema={"half_life_samples": [400], "sigma_rel": [0.1]})
     keep_emas(run, config, 400, snapshot_every=10, since={"ema": 40, "ema1": 40})
     with pytest.raises(CheckpointError, match="no EMA that started at step 0"):
@@ -325,7 +325,7 @@ def test_a_damaged_shard_is_rejected_before_it_is_read(out):
 
 def test_an_index_that_differs_from_the_files_is_refused(out):
     rewrite(out / INDEX, lambda tree: tree["weight_map"].update({"a.bias": "../../secret"}))
-    refused(out, "does not match the files beside it")
+    refused(out, "does not match the files next to it")
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_invalid_json(out, content, said):
     ],
 )
 def test_values_of_another_type_or_that_are_not_finite_are_refused(out, change):
-    """Whose hashes are right, index and all."""
+    """The hashes are right, and so is the index."""
     file = out / "model-00001-of-00003.safetensors"
     held = load_file(file)
     change(held)
@@ -447,7 +447,7 @@ print(peak)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """32 tensors of 4 MiB, 128 in all. glibc is told to give freed blocks back, so that what lives is what is seen."""
+    """32 tensors of 4 MiB, 128 in all. glibc returns freed memory to the system, so that only live memory is seen."""
     run, _ = make_run(tmp_path)
     value = torch.zeros(1 << 20)
     make_checkpoint(run / "checkpoints", 1, {"ema": {f"p{i}": value for i in range(32)}})
@@ -464,4 +464,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / WEIGHTS).stat().st_size > 128 << 20
-    assert 3 < float(done.stdout.splitlines()[-1]) < 10  # MiB; it has seen the tensor of the moment
+    assert 3 < float(done.stdout.splitlines()[-1]) < 10  # MiB; the peak includes the current tensor

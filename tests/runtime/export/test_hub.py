@@ -1,4 +1,4 @@
-"""Pushing an export to a stand-in of the hub: the library's own requests, answered on this machine."""
+"""Pushing an export to a stand-in for the hub: the library's own requests, answered on this machine."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ NAME = "somebody/flags-and-faces"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories in memory: weights by the protocol of large files, everything else within the commit."""
+    """Repositories in memory: weights by the protocol for large files, everything else within the commit."""
 
     def reply(self, tree, status=200):
         body = json.dumps(tree).encode()
@@ -74,7 +74,7 @@ def hub(monkeypatch):
     # The library reads the variables HF_ENDPOINT and HF_TOKEN when it is imported, which other tests have done.
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own for large files
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a separate protocol for large files
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
@@ -95,7 +95,7 @@ def test_an_export_is_pushed_with_its_scores(hub, run, tmp_path, capsys):
     assert hub.created["visibility"] == "private"
     assert capsys.readouterr().out.splitlines()[-1].endswith(NAME)
 
-    # Small files are in the commit, large ones beside it.
+    # Small files are in the commit, large ones are uploaded separately.
     files = {line["value"]["path"]: line["value"] for line in hub.commit if line["key"] != "header"}
     assert files.keys() == {path.name for path in out.iterdir()}
     card = base64.b64decode(files["README.md"]["content"]).decode()
@@ -103,7 +103,7 @@ def test_an_export_is_pushed_with_its_scores(hub, run, tmp_path, capsys):
     assert "| FD-flags | 12.5 |" in card
     assert list(hub.large.values()) == [(out / "model.safetensors").read_bytes()]
 
-    # An export that exists is pushed as it is.
+    # An existing export is pushed unchanged.
     hub.commit.clear()
     assert main(["checkpoint", "export", str(out), "--push-to-hub", NAME]) == 0
     assert len(hub.commit) > 5
