@@ -1,7 +1,7 @@
 """Start a new run from the weights of another one: compare the models, then fill this rank's master weights.
 
-No rank holds more than one parameter of the other run at a time, and none builds the whole model. What has no
-counterpart keeps the initial weights of this run, which depend on its seed alone.
+No rank holds more than one parameter of the other run at a time, and none builds the complete model. Parameters without
+a counterpart keep the initial weights of this run, which depend only on its seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Transfer:
     rows: RowPlan | None = None
 
     def convert(self, value: torch.Tensor) -> Converted:
-        """`value` is the other model's parameter. All values are known where it is taken as it is."""
+        """`value` is the other model's parameter. Without `rows` it is used unchanged, and all rows are known."""
         if self.rows is None:
             return Converted(value.float(), torch.ones(self.shape[:1], dtype=torch.bool))
         return self.rows.convert(value)
@@ -56,8 +56,8 @@ class Beginning:
     """Where the weights of this attempt come from.
 
     lines: for the log. facts: for lineage.json.
-    source, transfers: weights that were compared with this run's model, None and empty where they are not needed.
-    given: parameters that the run's data give, by name; the weights of another run come after them.
+    source, transfers: weights that were compared with this run's model; None and empty if they are not needed.
+    given: parameters by name that come from the run's data. The weights of another run are loaded after them.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -83,18 +83,18 @@ def plan_beginning(
     if config.train.init_from is None and not given:
         return Beginning()
 
-    # A checkpoint of the run's own wins, and then the source may be gone.
+    # The run's own checkpoint takes precedence. In that case the source may be gone.
     if world.broadcast(world.on_first_rank(lambda: has_checkpoint(config))):
         unused = f"train.init_from={config.train.init_from} is not used: the run has a checkpoint of its own"
         return Beginning([unused] if config.train.init_from else [])
 
-    # What the data give has to be the same on all ranks.
+    # Parameters from the data must be the same on all ranks.
     if given:
         agree_on(world, "codebook", {"sha256": hash_state_dict(given)}, "give every node the same data")
     if config.train.init_from is None:
         return Beginning(given=given)
 
-    # Every rank reads for itself: all must have found the same weights.
+    # Every rank reads the weights itself, so check that all have found the same ones.
     path = Path(config.train.init_from)
     source = world.together(lambda: open_initial_weights(path))
     agree_on(world, "initial weights", {"train.init_from": source.digest}, "give every node the same weights")
@@ -106,7 +106,7 @@ def plan_beginning(
 
 
 def begin(beginning: Beginning, world: World, engine: Engine, ema: ShardedEma) -> None:
-    """Fill the model of a new run where its weights come from the data or another run. A run that resumes has none.
+    """Fill the model of a new run if its weights come from the data or another run. A resumed run has none of these.
 
     Collective.
     """
@@ -118,7 +118,7 @@ def begin(beginning: Beginning, world: World, engine: Engine, ema: ShardedEma) -
     if source is not None:
         world.together(lambda: fill(engine, source.weights, beginning.transfers))
 
-    # What the forward pass reads, and the averages, follow the master weights.
+    # Update the weights of the forward pass and the EMAs from the master weights.
     engine.publish_master_weights()
     ema.restart()
     check_replicas(world, engine, ema, 0)
@@ -129,7 +129,7 @@ def plan_transfers(config: RunConfig, source: InitialWeights, class_names: Seque
 
     class_names: of this run's data.
     """
-    # Both models, without memory. A file is taken for a model of this config.
+    # Build both models without memory. A file is assumed to be of a model with this config.
     theirs = source.config or config
     if source.config is not None:
         check_architecture(config, source)
@@ -140,7 +140,7 @@ def plan_transfers(config: RunConfig, source: InitialWeights, class_names: Seque
     if source.config is None:
         check_file(source, model)
 
-    # Parameter by parameter, tables by the meaning of their rows.
+    # Go parameter by parameter. Tables are matched by the meaning of their rows.
     transfers = []
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
@@ -161,24 +161,24 @@ def check_architecture(config: RunConfig, source: InitialWeights) -> None:
     """Raises CheckpointError, with the numbers, unless width, depth, kind and tokens are the same on both sides."""
     assert source.config is not None
     ours, theirs = _architecture(config), _architecture(source.config)
-    if ours["kind"] != theirs["kind"]:  # what else differs follows from that
+    if ours["kind"] != theirs["kind"]:  # all other differences follow from that
         ours, theirs = {"kind": ours["kind"]}, {"kind": theirs["kind"]}
     if changed := differences(theirs, ours):
         there, here = (", ".join(f"{key}={one[key]}" for key in changed) for one in (theirs, ours))
         raise _refused(source, there, here, f"set {_settings(source.config, changed)}, or ")
 
-    # Of other stages at least one has to be in both.
+    # If the stages differ, at least one must be in both models.
     if not any(source_stage is not None for source_stage in pair_stages(source.config.stage_sizes, config.stage_sizes)):
         there, here = (f"stages of {list(one.stage_sizes)} latent pixels" for one in (source.config, config))
         raise _refused(source, there, here, "")
 
 
 def _settings(config: RunConfig, keys: Sequence[str]) -> str:
-    """The knobs that give a model the facts `keys` of the config's model."""
+    """The settings that give a model the same `keys` as the model of the config."""
     knobs = {"kind": "model.kind", "patch_size": "model.patch_size", "latent_channels": "data.latent_channels"}
     knobs |= {"ar_depth": "model.ar_depth", "flow_depth": "model.flow_depth", "codebook_size": "model.codebook_size"}
     values = dict(config.values())
-    if any(key not in knobs for key in keys):  # widths and heads are the preset's
+    if any(key not in knobs for key in keys):  # widths and heads come from the preset
         return f"model.preset={config.model.preset} with its depths"
     facts = _architecture(config)
     return " ".join(f"{knobs[key]}={values.get(knobs[key]) or facts[key]}" for key in keys)
@@ -186,7 +186,7 @@ def _settings(config: RunConfig, keys: Sequence[str]) -> str:
 
 def _architecture(config: RunConfig) -> dict[str, Any]:
     """What fine-tuning cannot change."""
-    # A kind without an AR transformer does not look at its depth.
+    # A kind without an AR transformer ignores the AR depth.
     preset = asdict(preset_of(config))
     has_ar = bool(KINDS[config.model.kind].parts[0])
     del preset["base_width"]  # muP changes how weights start and learn, not what they are
@@ -236,7 +236,7 @@ def transfer_lines(config: RunConfig, source: InitialWeights, transfers: Sequenc
     """The table of what was loaded, resized and new, for the log."""
     lines = [f"initial weights: {source.path}, {source.what}, xxh3_128 {source.digest}"]
 
-    # What is as it was; then a row for each other parameter.
+    # One row for all unchanged parameters, then a row for each of the others.
     plain = [one for one in transfers if one.from_source and (one.rows is None or _keeps_all(one.rows))]
     values = sum(math.prod(one.shape) for one in plain)
     rows = [("  loaded", counted(len(plain), "parameter"), f"{values:,} values", "")]
@@ -249,7 +249,7 @@ def transfer_lines(config: RunConfig, source: InitialWeights, transfers: Sequenc
     rows += [("  not used", printable(name), str(list(source.shapes[name])), "") for name in unused]
     lines += columns(rows, left=(0, 1, 2, 3))
 
-    # The meaning of the weights may have changed, which no shape shows.
+    # The meaning of the weights may have changed, which shapes do not show.
     return lines + _changed_meaning(config, source)
 
 
@@ -258,7 +258,7 @@ def _keeps_all(rows: RowPlan) -> bool:
 
 
 def _changed_meaning(config: RunConfig, source: InitialWeights) -> list[str]:
-    """A line for settings of the flow that differ; they change what the network is asked for."""
+    """A line for settings of the flow that differ; they change what the network has to predict."""
     if source.config is None:
         return []
     ours, theirs = config.model_identity, source.config.model_identity

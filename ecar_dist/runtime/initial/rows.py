@@ -1,8 +1,8 @@
-"""Which rows of a learned table come from which rows of another model's table. Pure.
+"""Which rows of a learned table come from which rows of another model's table. All functions are pure.
 
-A table of classes, stages or positions may have other rows in the new model. Its rows are matched by what they mean:
-classes by name or number, stages by number or by the side of their token grid. Positions of a grid of another side are
-interpolated.
+A table of classes, stages or positions may have different rows in the new model. Its rows are matched by meaning:
+classes by name or number, stages by number or by the side of their token grid. Positions of a grid with a different
+side are interpolated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN_NAMES = 3  # of new classes in one line
 
 @dataclass(frozen=True)
 class Converted:
-    """A table of the new model: values [rows, D], and the rows that have one, bool [rows]. The others stay as built."""
+    """A table of the new model: values [rows, D], and which rows are known, bool [rows]. The others stay as built."""
 
     values: torch.Tensor
     known: torch.Tensor
@@ -32,7 +32,7 @@ class Converted:
 class Segment:
     """Rows `start` .. `start + rows` of the new table, from rows `source` .. of the other one; None: they are new.
 
-    `sides`: of the old and the new token grid, where the rows are positions.
+    `sides`: of the old and the new token grid, if the rows are positions.
     """
 
     start: int
@@ -43,7 +43,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How one table is filled, and in words what happens to its rows."""
+    """How one table is filled, and a note about what happens to its rows."""
 
     segments: tuple[Segment, ...]
     note: str
@@ -53,7 +53,7 @@ class RowPlan:
         return any(one.source is not None and one.sides and one.sides[0] != one.sides[1] for one in self.segments)
 
     def convert(self, table: torch.Tensor) -> Converted:
-        """From the other model's table, [rows, D], to the new one."""
+        """Convert the other model's table, [rows, D], to the new one."""
         rows = sum(segment.rows for segment in self.segments)
         values = table.new_zeros(rows, table.shape[1], dtype=torch.float32)
         known = torch.zeros(rows, dtype=torch.bool)
@@ -67,7 +67,7 @@ class RowPlan:
 
 
 def _resized(table: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """The rows of a segment, [rows, D]: copied, or a grid of positions brought to another side."""
+    """The rows of a segment, [rows, D]: copied, or a grid of positions resized to a different side."""
     assert segment.source is not None
     old, new = segment.sides or (0, 0)
     if old == new:
@@ -82,7 +82,7 @@ def plan_rows(
 ) -> RowPlan | None:
     """How the table `target` is filled from the table `source`; None for modules without rows of a known meaning.
 
-    old_names, new_names: of the classes, or None where they are not known.
+    old_names, new_names: of the classes, or None if they are not known.
     """
     if isinstance(source, ClassEmbedding) and isinstance(target, ClassEmbedding):
         return plan_classes(source.num_embeddings - 1, target.num_embeddings - 1, old_names, new_names)
@@ -94,7 +94,7 @@ def plan_rows(
 
 
 def plan_classes(old: int, new: int, old_names: Sequence[str] | None, new_names: Sequence[str] | None) -> RowPlan:
-    """Classes by name if both models have unique names, else by number if there are as many. The null label is kept."""
+    """Classes by name if both models have unique names, else by number if the counts agree. The null label is kept."""
     # The old row of each new class.
     if _unique(old_names) and _unique(new_names):
         assert old_names is not None
@@ -125,7 +125,7 @@ def _unique(names: Sequence[str] | None) -> bool:
 
 
 def pair_stages(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
-    """For each stage of the new model its stage in the old one: by number if there are as many, else by grid side."""
+    """For each stage of the new model, its stage in the old one: by number if the counts agree, else by grid side."""
     if len(old) == len(new):
         return list(range(len(new)))
     return [old.index(side) if side in old else None for side in new]
@@ -138,7 +138,7 @@ def plan_stages(old: Sequence[int], new: Sequence[int]) -> RowPlan:
 
 
 def plan_positions(old: Sequence[int], new: Sequence[int]) -> RowPlan:
-    """A grid of positions per stage. Grids of another side are interpolated."""
+    """A grid of positions per stage. Grids with a different side are interpolated."""
     pairs = pair_stages(old, new)
     starts = [sum(side**2 for side in old[:k]) for k in range(len(old))]
     segments = []
@@ -148,7 +148,7 @@ def plan_positions(old: Sequence[int], new: Sequence[int]) -> RowPlan:
         segments.append(Segment(start, new[k] ** 2, None if source is None else starts[source], sides))
         start += new[k] ** 2
 
-    # In words.
+    # The note.
     resized = [one.sides for one in segments if one.sides and one.sides[0] != one.sides[1]]
     note = ", ".join(f"{a}x{a} -> {b}x{b} interpolated" for a, b in resized)
     return RowPlan(tuple(segments), note if resized and None not in pairs else f"{_stage_note(pairs)} {note}".strip())

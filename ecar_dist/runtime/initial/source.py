@@ -22,17 +22,17 @@ from ecar_dist.storage.hashing import hash_file
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 FILE_SUFFIX = ".safetensors"
-_FIX = "give train.init_from a run directory, an export, or a file .safetensors"
+_FIX = "set train.init_from to a run directory, an export, or a .safetensors file"
 
 
 @dataclass(frozen=True)
 class InitialWeights:
     """Weights of another run.
 
-    weights: parameters by name, on CPU, each read when it is asked for.
+    weights: parameters by name, on CPU, each read on access.
     config: of the run that they come from; None for a file, which has none.
-    class_names: of that run's data, None where nothing says them.
-    step, digest: of the checkpoint or export; the digest is the xxh3_128 of the file that has all other hashes.
+    class_names: of that run's data; None if they are not known.
+    step, digest: of the checkpoint or export; the digest is the xxh3_128 of the file that contains all other hashes.
     """
 
     path: Path
@@ -47,24 +47,24 @@ class InitialWeights:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What lineage.json says of the origin of a run's weights."""
+        """What lineage.json records about the origin of a run's weights."""
         return {"path": str(self.path.absolute()), "what": self.what, "step": self.step, "xxh3_128": self.digest}
 
 
 def open_initial_weights(path: Path) -> InitialWeights:
-    """Raises CheckpointError, ConfigError or DataError if there are no whole weights at `path`."""
+    """Raises CheckpointError, ConfigError or DataError if there are no complete weights at `path`."""
     if path.suffix == FILE_SUFFIX:
         return _of_file(path)
     if is_export(path) and (path / CONFIG).exists():
         return _of_export(path)
     if not RunDirectory(path).config.exists():
-        what = "a folder without config.yaml" if path.is_dir() else "not there"
+        what = "a folder without config.yaml" if path.is_dir() else "missing"
         raise CheckpointError(f"train.init_from={path} is {what}; {_FIX}")
     return _of_run(path)
 
 
 def _of_run(path: Path) -> InitialWeights:
-    """The first EMA of the newest checkpoint that is whole."""
+    """The first EMA of the newest checkpoint that is not damaged."""
     config = RunDirectory(path).load_config()
     weights = open_ema_weights(path)
     manifest = read_manifest(weights.checkpoint)
@@ -82,7 +82,7 @@ def _of_run(path: Path) -> InitialWeights:
 
 
 def _of_export(path: Path) -> InitialWeights:
-    """The weights of an export, whatever EMA they are."""
+    """The weights of an export, whichever EMA they are."""
     config = load_config(path / CONFIG)
     weights = ExportReader(path)
     facts = weights.facts
@@ -105,7 +105,7 @@ def _of_export(path: Path) -> InitialWeights:
 
 
 def _of_file(path: Path) -> InitialWeights:
-    """A file of tensors, which says nothing of the model that they are of."""
+    """A file of tensors, without information about their model."""
     try:
         handle = open_tensors(path, "pt", MAX_HEADER_BYTES)
         digest = hash_file(path)
@@ -118,7 +118,7 @@ def _of_file(path: Path) -> InitialWeights:
 
 
 class _FileWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a file that nothing describes. Raises CheckpointError for values that are not finite numbers."""
+    """The tensors of a file without a description. Raises CheckpointError for values that are not finite numbers."""
 
     def __init__(self, path: Path, handle: Any) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""A model filled from another one's weights: what fits, what is refused."""
+"""A model filled from another model's weights: what fits, and what is refused."""
 
 from pathlib import Path
 

@@ -30,8 +30,8 @@ def test_classes_without_names_are_matched_by_number_if_there_are_as_many(names)
 @pytest.mark.parametrize(
     ("old", "new", "pairs"),
     [
-        ([1, 2, 4], [2, 4, 8], [0, 1, 2]),  # as many: by number
-        ([1, 2, 4], [2, 4], [1, 2]),  # else by side
+        ([1, 2, 4], [2, 4, 8], [0, 1, 2]),  # equal counts: by number
+        ([1, 2, 4], [2, 4], [1, 2]),  # otherwise by side
         ([2, 4], [1, 2, 4, 8], [None, 0, 1, None]),
     ],
 )
@@ -53,7 +53,7 @@ def test_positions_keep_their_grid_or_are_interpolated():
     assert found.values.shape == (4 + 16, 4)
     assert torch.equal(found.values[:4], old[:1].expand(4, 4))  # a grid of one token
     fine = found.values[4:].view(4, 4, 4)
-    assert torch.equal(fine[0, 0], old[1])  # corners are those of the coarse grid
+    assert torch.equal(fine[0, 0], old[1])  # the corners equal those of the coarse grid
     assert torch.equal(fine[3, 3], old[4])
     assert torch.allclose(fine.mean((0, 1)), old[1:].mean(0))
 
