@@ -1,7 +1,7 @@
-"""Whether all ranks were given the same config, data and code. Those that were not are named before anything is made.
+"""Check that all ranks have the same config, data and code. Ranks that differ are named before anything is created.
 
-Ranks that were started with another config file, another data set or another version of the code would train to the
-end without an error, because every collective fits. So what must be the same is compared as text, fact by fact.
+Ranks that were started with a different config file, data set or version of the code would train to the end without an
+error, because every collective still matches. So everything that must be the same is compared as text, fact by fact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ecar_dist.storage.untrusted import printable
 T = TypeVar("T")
 Facts = Mapping[str, str]
 
-SECONDS = 60.0  # for a rank's facts: they are at hand
+SECONDS = 60.0  # to wait for a rank's facts, which are quick to collect
 _MOST_FACTS = 8  # that differ, in one line
 _LONGEST = 120  # characters of a value
 _LONGEST_PROBLEM = 1000  # characters
@@ -31,17 +31,17 @@ _LONGEST_PROBLEM = 1000  # characters
 def agree_on_settings(world: World, config: RunConfig | None, problem: str = "") -> None:
     """Check that all ranks have the same config, except what is local to a node, and the same source code. Collective.
 
-    `config` is None on a rank that could not load it because of `problem`. Raises as `agree_on`.
+    `config` is None on a rank that could not load it because of `problem`. Raises like `agree_on`.
     """
     facts = {"the version of ecar_dist": source_version(), **(shared_settings(config) if config else {})}
     agree_on(world, "settings", facts, "start every rank with the same code, config file and overrides", problem)
 
 
 def agree_on(world: World, name: str, facts: Facts, fix: str, problem: str = "") -> None:
-    """Check that all ranks have the same `facts`. Collective; `name` is new in every call.
+    """Check that all ranks have the same `facts`. Collective; `name` is different in every call.
 
     Raises ConfigError on rank 0, with the facts that differ, their values and their ranks, and RemoteError on the
-    others. If a rank has a `problem`, only that is printed. If a rank is silent, raises as `decide` does.
+    others. If a rank has a `problem`, only that is printed. If a rank does not answer, `decide` decides what is raised.
     """
     answer = Answer(world.rank, world.nodes[world.rank], problem, facts)
     rule = partial(decide_on_facts, seconds=SECONDS, nodes=world.nodes, fix=fix)
@@ -62,14 +62,14 @@ def decide_on_facts(answers: Answers, *, seconds: float, nodes: Sequence[str], f
 
 
 def differences(facts: Sequence[Facts], nodes: Sequence[str]) -> str:
-    """What differs between ranks, as a part of a sentence; empty if nothing does. `facts` and `nodes` are by rank."""
+    """What differs between ranks, as part of a sentence; empty if nothing does. `facts` and `nodes` are by rank."""
     keys = list(dict.fromkeys(key for one in facts for key in one))
     different = [key for key in keys if len({one.get(key) for one in facts}) > 1]
     if not different:
         return ""
 
-    # the facts, and the ranks that have other ones than most
-    lines = [_difference(key, [one.get(key, "not there") for one in facts], nodes) for key in different[:_MOST_FACTS]]
+    # the facts, and the ranks that differ from the majority
+    lines = [_difference(key, [one.get(key, "missing") for one in facts], nodes) for key in different[:_MOST_FACTS]]
     if len(different) > _MOST_FACTS:
         lines.append(f"and {len(different) - _MOST_FACTS} more")
     odd = odd_ranks([tuple(one.get(key) for key in different) for one in facts])
@@ -88,7 +88,7 @@ def source_version() -> str:
     """The package's version, and a hash of all its modules as they are installed here."""
     root = Path(ecar_dist.__file__).parent
     digest = hashlib.sha256()
-    # what cannot be imported is not code: an editor's lock (`.#loop.py`, a link to nowhere), or a copy that it keeps
+    # files that cannot be imported are not code: an editor's lock (`.#loop.py`, a dangling link) or its backup copies
     for path in sorted(path for path in root.rglob("*.py") if path.stem.isidentifier() and path.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)

@@ -1,8 +1,9 @@
-"""Whether all nodes are fit to train, in seconds, before anything is allocated.
+"""Check within seconds that all nodes are fit to train, before anything is allocated.
 
-Every rank looks at its device, its versions, its disks, its clock and the beginning of the data, all within a time
-limit, and reports what it found (`roll_call`). Rank 0 decides who is unfit; then all ranks measure one all-reduce. The
-result is printed in a few lines, and written to $ECAR_JOB_LOGS/preflight.json if a job script gives such a folder.
+Every rank checks its device, its versions, its disks, its clock and the beginning of the data, all within a time
+limit, and reports what it found (`roll_call`). Rank 0 decides which nodes are unfit; then all ranks measure one
+all-reduce. The result is printed in a few lines, and written to $ECAR_JOB_LOGS/preflight.json if a job script sets this
+folder.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from ecar_dist.storage.atomic import write_json
 T = TypeVar("T")
 Facts = dict[str, Any]  # JSON values
 
-APPEARS_SECONDS = 60.0  # for a folder that was just made to be seen on other nodes
-ALL_REDUCE_SECONDS = 300.0  # with the making of all connections
+APPEARS_SECONDS = 60.0  # until a new folder must be visible on other nodes
+ALL_REDUCE_SECONDS = 300.0  # includes setting up all connections
 ALL_REDUCE_BYTES, ALL_REDUCE_REPEATS = 16 << 20, 3
 _SIDE = 256  # of the matrices that the device multiplies
 
@@ -42,10 +43,10 @@ _SIDE = 256  # of the matrices that the device multiplies
 def preflight(
     world: World, folders: Mapping[str, Path], read: Callable[[], tuple[T, Facts]], *, seconds: float
 ) -> tuple[T, list[str]]:
-    """Look at every node; returns what `read` gave on this rank, and the lines that rank 0 may print. Collective.
+    """Check every node. Returns what `read` returned on this rank, and the lines that rank 0 may print. Collective.
 
-    folders: what needs free space, by its name in a sentence. read: reads some of the data and says how that went.
-    A rank that takes longer than `seconds` is unfit. Raises on all ranks as `hold_roll_call`: NodeError if some nodes
+    folders: what needs free space, by its name in messages. read: reads some of the data and reports how that went. A
+    rank that takes longer than `seconds` is unfit. Raises on all ranks like `hold_roll_call`: NodeError if some nodes
     are unfit, a rank's own error if all are.
     """
     began = time.monotonic()
@@ -53,13 +54,13 @@ def preflight(
     found = []
 
     def look() -> Iterator[str]:
-        yield "a look at the versions"
+        yield "checking the versions"
         facts.update(versions=versions(), driver=driver())
-        yield "a computation on the device"
+        yield "computing on the device"
         facts.update(device=try_device(world.device))
-        yield "a look at the disks"
+        yield "checking the disks"
         facts.update(free=free_space(folders))
-        yield "a read of the data"
+        yield "reading the data"
         failpoint("preflight.read")
         value, facts["read"] = read()
         found.append(value)
@@ -70,7 +71,7 @@ def preflight(
         answers.extend(answer for answer in heard if answer is not None)
         return decide(heard, seconds=seconds, nodes_by_rank=world.nodes, mismatch=different_versions)
 
-    # each rank by itself, then all together
+    # first each rank on its own, then all together
     error = _run_within(seconds, look)
     answer = Answer(world.rank, world.nodes[world.rank], describe(error) if error else "", dict(facts))
     hold_roll_call(world, "preflight", answer, rule, seconds=seconds + 10, error=error)
@@ -106,7 +107,7 @@ def driver() -> str | None:
 
 
 def try_device(device: torch.device) -> str:
-    """The name of the device, after it has multiplied two matrices of small whole numbers, exact in any precision.
+    """The name of the device, after it has multiplied two matrices of small integers, exact in any precision.
 
     Raises NodeError if the product is wrong.
     """
@@ -116,14 +117,14 @@ def try_device(device: torch.device) -> str:
     right = numbers % 5
     product = (left.to(device, torch.float32) @ right.to(device, torch.float32)).cpu().double()
     if not torch.equal(product, left @ right):
-        raise NodeError(f"{device} gives a wrong product of whole numbers")
+        raise NodeError(f"{device} computes a wrong product of integers")
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
 def free_space(folders: Mapping[str, Path]) -> Facts:
-    """Free bytes, by name. Raises OSError if a folder cannot be written to, or that of the job does not appear."""
+    """Free bytes, by name. Raises OSError if a folder is not writable, or if the job's folder does not appear."""
     if (logs := job_logs()) and not _appears(logs):
-        raise FileNotFoundError(f"{logs} cannot be seen from here: its file system is not mounted")
+        raise FileNotFoundError(f"{logs} is not visible from this node: its file system is not mounted")
     free = {}
     for name, folder in folders.items():
         at = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
@@ -143,9 +144,9 @@ def _appears(folder: Path) -> bool:
 
 
 def _run_within(seconds: float, steps: Callable[[], Iterator[str]]) -> Exception | None:
-    """Run `steps`, which yields the name of each step before it; the error that ended them, a timeout included.
+    """Run `steps`, which yields each step's name before it runs. Returns the error that ended them, even a timeout.
 
-    In a thread: a read from a file system that hangs cannot be ended, only left behind.
+    Uses a thread, because a read from a hanging file system cannot be stopped, only abandoned.
     """
     current = [""]
     errors = []

@@ -25,8 +25,8 @@ from ecar_dist.runtime.start.roll_call import Answer, Answers, Decision, decide,
 from ecar_dist.runtime.world import World
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-RENDEZVOUS_SECONDS = 300.0  # for all ranks to come, from the time the first one is there
-# The job, the attempt and the step: two jobs that meet at one port by mistake must not take each other for one.
+RENDEZVOUS_SECONDS = 300.0  # for all ranks to join, from the time the first one arrives
+# The job, the attempt and the step: two jobs that share a port by mistake must not be taken for one job.
 _IDENTITY = (
     "SLURM_JOB_ID",
     "SLURM_RESTART_COUNT",
@@ -41,8 +41,8 @@ def start_world(
 ) -> World:
     """Meet all ranks that the launcher describes, then join their process group: NCCL on a GPU, gloo on CPU.
 
-    `collective_timeout` is for the collectives of World; DeepSpeed makes groups of its own, which ignore it.
-    Raises NodeError, in one line, if the port is taken, ranks do not come, or some nodes have no usable GPU.
+    `collective_timeout` is for the collectives of World; DeepSpeed creates its own groups, which ignore it.
+    Raises NodeError, in one line, if the port is in use, ranks do not join, or some nodes have no usable GPU.
     """
     allow_many_files()  # before the first connection
     environment = dict(os.environ if environment is None else environment)
@@ -79,9 +79,9 @@ def stop_world() -> None:
 
 
 def open_store(placement: Placement, environment: Mapping[str, str]) -> dist.Store:
-    """The store where the ranks meet: rank 0's, or that of torchrun's agent, which holds the port. Raises NodeError."""
+    """The store where the ranks meet: rank 0's, or that of torchrun's agent, which owns the port. Raises NodeError."""
     if placement.size == 1:
-        return dist.HashStore()  # no port is opened that could be taken
+        return dist.HashStore()  # opens no port, which might be in use
 
     # Open or reach the store of all ranks.
     hosts = placement.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -95,8 +95,8 @@ def open_store(placement: Placement, environment: Mapping[str, str]) -> dist.Sto
         reason = (str(error) or "no reason given").splitlines()[0]
         if "EADDRINUSE" in reason:
             raise NodeError(
-                f"{where} is taken by another process; run the same command again: a Slurm job gets another port in "
-                f"its next attempt, elsewhere set MASTER_PORT (torchrun, deepspeed: --master-port) to a free one"
+                f"{where} is in use by another process; run the same command again: a Slurm job gets another port in "
+                f"its next attempt, otherwise set MASTER_PORT (torchrun, deepspeed: --master-port) to a free one"
             ) from None
         action = "open the rendezvous" if hosts else "reach rank 0"
         raise NodeError(
@@ -104,12 +104,12 @@ def open_store(placement: Placement, environment: Mapping[str, str]) -> dist.Sto
             f"{placement.master_address} is the name or address of the first node, then run the same command again"
         ) from None
 
-    # A port may be met by ranks of another attempt: keys begin with the names of this one.
+    # Ranks of another attempt may connect to the same port, so keys begin with the identity of this one.
     return dist.PrefixStore("ecar/" + "/".join(environment.get(name, "") for name in _IDENTITY), store)
 
 
 def _meet(placement: Placement, store: dist.Store) -> World:
-    """All ranks, once each is there with the same kind of device. Raises as `hold_roll_call` on all of them."""
+    """The world of all ranks, once all have joined with the same kind of device. Raises like `hold_roll_call`."""
     device = torch.device("cpu")
     error = None
     try:
@@ -144,7 +144,7 @@ def local_device(placement: Placement) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # a single GPU says nothing: Slurm may show each task its own
+    # a single GPU proves nothing: Slurm may show each task only its own
     if 1 < count <= placement.local_rank:
         raise ConfigError(
             f"rank {placement.rank} is number {placement.local_rank + 1} on its node, which has {count} GPUs; start at "

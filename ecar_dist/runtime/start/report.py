@@ -11,7 +11,7 @@ from ecar_dist.command_line import counted
 from ecar_dist.runtime.start.roll_call import Answer
 
 SAME_EVERYWHERE = ("ecar_dist", "torch", "deepspeed")  # versions that may not differ between ranks
-MOST_SKEW = 10.0  # seconds between two nodes' clocks that are worth a warning
+MOST_SKEW = 10.0  # seconds between two nodes' clocks; more than that is worth a warning
 _MOST_NAMES = 8
 
 
@@ -22,7 +22,7 @@ def different_versions(answers: Sequence[Answer]) -> str:
 
 
 def report(answers: Sequence[Answer], bandwidth: float | None, nbytes: int, seconds: float) -> dict[str, Any]:
-    """All that is known, for preflight.json. `bandwidth` is that of an all-reduce of `nbytes`, in bytes per second."""
+    """All known facts, for preflight.json. `bandwidth` is that of an all-reduce of `nbytes`, in bytes per second."""
     return {
         "ranks": [asdict(answer) for answer in answers],
         "all_reduce": bandwidth and {"bytes": nbytes, "bus_bytes_per_second": bandwidth},
@@ -32,7 +32,7 @@ def report(answers: Sequence[Answer], bandwidth: float | None, nbytes: int, seco
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
-    """The lines of a preflight without a failure, then its warnings."""
+    """The lines of a successful preflight, then its warnings."""
     # the nodes and what they have
     answers = [Answer(**rank) for rank in found["ranks"]]
     nodes = list(dict.fromkeys(answer.node for answer in answers))
@@ -62,25 +62,25 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(answers: Sequence[Answer]) -> list[str]:
-    """What is odd but does not keep the run from starting."""
+    """What is unusual but does not prevent the run from starting."""
     found = differences(answers, [name for name in _equipment(answers[0]) if name not in SAME_EVERYWHERE])
     if (apart := skew(answers)) > MOST_SKEW:
         early, late = (edge(answers, key=lambda answer: answer.facts["clock"]) for edge in (min, max))
         found.append(
             f"the clock of node {late.node} is {apart:.0f} s ahead of that of node {early.node}; object stores refuse "
-            f"requests of a wrong time, and logs cannot be compared: set the clocks by NTP"
+            f"requests with a wrong time, and logs cannot be compared: synchronize the clocks with NTP"
         )
     return found
 
 
 def skew(answers: Sequence[Answer]) -> float:
-    """Seconds between the clocks that are farthest apart, each read when the ranks had met."""
+    """Seconds between the clocks that are farthest apart, each read once the ranks had met."""
     clocks = [float(answer.facts["clock"]) for answer in answers]
     return max(clocks) - min(clocks)
 
 
 def differences(answers: Sequence[Answer], names: Iterable[str]) -> list[str]:
-    """A line for each piece of equipment that is not the same on all nodes: what there is, with its nodes."""
+    """A line for each piece of equipment that is not the same on all nodes: each value with its nodes."""
     lines = []
     for name in names:
         nodes: dict[str, list[str]] = {}

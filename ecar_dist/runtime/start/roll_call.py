@@ -1,9 +1,9 @@
-"""A bounded roll call of all ranks, and the decision from their answers: continue, leave out some nodes, or stop.
+"""A roll call of all ranks with a time limit, and the decision that follows: continue, exclude some nodes, or stop.
 
 The answers go through the store of the rendezvous instead of a collective, so a rank that never answers is named after
-a while. Nodes are at fault, not ranks: if one rank fails and at least as many nodes are fine, its node is unfit; what
-fails on most nodes is not a node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and leaves
-them out of the next attempt.
+the time limit. Nodes are at fault, not ranks: if one rank fails and at least as many nodes are fine, its node is unfit.
+What fails on most nodes is not a node's fault. A job script finds the unfit nodes in $ECAR_JOB_LOGS/bad-nodes and
+excludes them from the next attempt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAME_VERSION = "install the same version of ecar_dist on all nodes"
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank says. JSON values only."""
+    """What one rank reports. JSON values only."""
 
     rank: int
     node: str
@@ -58,13 +58,13 @@ def decide(
     nodes_by_rank: Sequence[str] = (),
     mismatch: Callable[[Sequence[Answer]], str] = lambda answers: "",
 ) -> Decision:
-    """Which nodes are unfit, or what else keeps the run from starting.
+    """Which nodes are unfit, or what else prevents the run from starting.
 
-    seconds: that the ranks had for their answers.
-    nodes_by_rank: as known from before, so that a silent rank has a node; empty if nothing is known.
-    mismatch: what differs between ranks although every one of them is fine; empty if nothing does.
+    seconds: the time that the ranks had to answer.
+    nodes_by_rank: if known in advance; they locate the ranks that do not answer. Otherwise empty.
+    mismatch: what differs between ranks although each of them is fine; empty if nothing does.
 
-    A node is unfit only if at least as many nodes are fine, so that a fault of all nodes does not empty a cluster.
+    A node is unfit only if at least as many nodes are fine, so a fault on all nodes does not exclude a whole cluster.
     """
     missing = [rank for rank, answer in enumerate(answers) if answer is None]
     nodes = tuple(
@@ -83,7 +83,7 @@ def decide(
     if not problems:
         return Decision(nodes, problem=mismatch(present))
 
-    # most nodes: it is the fault of the data, of the config, or of the network at the first node
+    # most nodes failed: the data, the config, or the network of the first node is at fault
     count = len(set(nodes))
     if len(problems) > count / 2:
         if not missing:
@@ -92,9 +92,9 @@ def decide(
         failed = f"{len(problems)} of {count} nodes failed the preflight ({_list(problems)})"
         return Decision(nodes, problem=failed, again=True)
 
-    # some nodes
+    # some nodes failed
     plural = "s" if len(problems) > 1 else ""
-    then = "the job goes on without" if job_logs() else "run the same command again without"
+    then = "the job continues without" if job_logs() else "run the same command again without"
     problem = f"node{plural} {', '.join(problems)} failed the preflight: {_list(problems)}; {then} "
     return Decision(nodes, tuple(problems), problem + ("them" if plural else "it"), again=True)
 
@@ -102,7 +102,7 @@ def decide(
 def hold_roll_call(
     world: World, name: str, answer: Answer, rule: Rule, *, seconds: float, error: Exception | None = None
 ) -> Decision:
-    """All ranks give their `answer` and hear what rank 0 decides by the `rule`. Collective.
+    """All ranks send their `answer` and receive what rank 0 decides by the `rule`. Collective.
 
     Rank 0 waits `seconds` for the others.
 
@@ -119,20 +119,20 @@ def hold_roll_call(
 
 
 def enforce(world: World, decision: Decision, error: Exception | None = None) -> None:
-    """Raises on all ranks, which know the same decision, if they cannot continue: as `hold_roll_call`."""
+    """Raises like `hold_roll_call`, on all ranks, if they cannot continue. All ranks pass the same decision."""
     if decision.culprit == world.rank:
-        raise error or ConfigError(decision.problem)  # without an error of its own only the others' answers show it
+        raise error or ConfigError(decision.problem)  # without its own error, only the answers of others show it
     if decision.culprit is not None:
         raise RemoteError(f"rank {decision.culprit} met an error and reports it")
     if decision.problem:
         if not world.is_first:
-            raise RemoteError("rank 0 says what is wrong", again=decision.again)
+            raise RemoteError("rank 0 reports what is wrong", again=decision.again)
         _note_bad_nodes(decision.bad_nodes)
         raise (NodeError if decision.again else ConfigError)(decision.problem)
 
 
 def describe(error: Exception) -> str:
-    """An error as a part of a sentence."""
+    """An error as part of a sentence."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = (str(error) or type(error).__name__).splitlines()[0]
@@ -140,7 +140,7 @@ def describe(error: Exception) -> str:
 
 
 def rank_list(ranks: Sequence[int]) -> str:
-    """`2, 3, 8-15`: neighbours together."""
+    """`2, 3, 8-15`: consecutive ranks are joined."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][-1] + 1:
@@ -151,7 +151,7 @@ def rank_list(ranks: Sequence[int]) -> str:
 
 
 def ranks_on_nodes(ranks: Sequence[int], nodes: Sequence[str]) -> str:
-    """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, empty if a rank's is not known."""
+    """`ranks 0, 1 on n1; rank 8 on n2`; `nodes` is by rank, with an empty string for an unknown node."""
     parts = [
         f"rank{'s' if len(mine) > 1 else ''} {rank_list(mine)}{f' on {node}' if node else ''}"
         for node, mine in _by_node(ranks, nodes).items()
@@ -167,7 +167,7 @@ def _by_node(ranks: Sequence[int], nodes: Sequence[str]) -> dict[str, list[int]]
 
 
 def _to_text(said: Answer | Decision) -> str:
-    """As JSON. A file name that is not UTF-8 may bring lone surrogates, which no reader would accept."""
+    """As JSON. A file name that is not UTF-8 may contain lone surrogates, which no reader would accept."""
     return json.dumps(asdict(said), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
@@ -185,7 +185,7 @@ def _who_is_missing(missing: Sequence[int], nodes: Sequence[str], seconds: float
     present = [rank for rank, node in enumerate(nodes) if node]
     came = "; ".join(f"{rank_list(ranks)} on {node}" for node, ranks in _by_node(present, nodes).items())
     plural = "s" if len(missing) > 1 else ""
-    return f"rank{plural} {rank_list(missing)} did not come within {seconds:g} s (came: {came})"
+    return f"rank{plural} {rank_list(missing)} did not join within {seconds:g} s (joined: {came})"
 
 
 def _list(problems: Mapping[str, str]) -> str:
@@ -196,7 +196,7 @@ def _list(problems: Mapping[str, str]) -> str:
 
 
 def _note_bad_nodes(nodes: Sequence[str]) -> None:
-    """For the job script. If it cannot be written, the bad node is not left out; the line that names it stays."""
+    """Write the bad nodes for the job script. If that fails, they are not excluded, but a message still names them."""
     if nodes and (folder := job_logs()):
         with contextlib.suppress(OSError):
             (folder / "bad-nodes").write_text("".join(f"{node}\n" for node in nodes))

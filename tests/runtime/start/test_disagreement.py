@@ -1,4 +1,4 @@
-"""Ranks that are not of one mind, which nothing in the loop allows: whatever they do, nothing torn is committed."""
+"""Ranks that disagree, which the loop never allows: whatever they do, nothing inconsistent is committed."""
 
 import pytest
 

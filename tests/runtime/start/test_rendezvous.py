@@ -1,4 +1,4 @@
-"""Ranks meet by themselves, and a rank that cannot be there is named."""
+"""Ranks meet on their own, and a rank that cannot join is named."""
 
 import os
 import resource
@@ -64,9 +64,9 @@ if rank == 0:
     except NodeError as error:
         print("taken:", error)
 os.environ["ECAR_JOB_LOGS"] = sys.argv[4]
-home.RENDEZVOUS_SECONDS = 8  # for a slow machine, where the second rank comes late
+home.RENDEZVOUS_SECONDS = 8  # for a slow machine, where the second rank arrives late
 try:
-    start(4, "2", port)  # ranks 2 and 3 are not there
+    start(4, "2", port)  # ranks 2 and 3 do not exist
 except (NodeError, RemoteError) as error:
     print("missing:", type(error).__name__, error)
 del os.environ["ECAR_JOB_LOGS"]
@@ -97,13 +97,13 @@ def test_ranks_under_srun_meet_or_say_why_they_cannot(tmp_path):
         said = [rank.communicate(timeout=200) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     first, second = ([line for line in out.splitlines() if ":" in line] for out, _ in said)
-    assert first[0].startswith(f"taken: 127.0.0.1:{ports[1]} is taken")
+    assert first[0].startswith(f"taken: 127.0.0.1:{ports[1]} is in use")
     assert first[1:] == [
-        "missing: NodeError ranks 2, 3 did not come within 8 s (came: 0 on n1; 1 on n2)",
+        "missing: NodeError ranks 2, 3 did not join within 8 s (joined: 0 on n1; 1 on n2)",
         "met: ('n1', 'n2') [0, 1] 0",
     ]
-    assert second == ["missing: RemoteError rank 0 says what is wrong", first[2]]
-    assert not (tmp_path / "bad-nodes").exists()  # those that came are fine, and the others have no name
+    assert second == ["missing: RemoteError rank 0 reports what is wrong", first[2]]
+    assert not (tmp_path / "bad-nodes").exists()  # those that joined are fine, the other nodes are unknown
 
 
 def test_two_jobs_at_one_port_do_not_mix():

@@ -56,8 +56,8 @@ def test_a_harmless_difference_is_a_warning():
         "different device: NVIDIA H200 on n1, n3, NVIDIA H100 on n2",
         "different python: 3.11 on n1, n3, 3.12 on n2",
         (
-            "the clock of node n3 is 31 s ahead of that of node n1; object stores refuse requests of a wrong time, and "
-            "logs cannot be compared: set the clocks by NTP"
+            "the clock of node n3 is 31 s ahead of that of node n1; object stores refuse requests with a wrong time, "
+            "and logs cannot be compared: synchronize the clocks with NTP"
         ),
     ]
     assert warnings([answer(0, "n1"), answer(1, "n2", clock=109.0)]) == []

@@ -15,7 +15,7 @@ NODES = ("n1", "n1", "n2", "n2")
 
 
 def answers(*problems, nodes=NODES):
-    """Of ranks on two nodes each; None where a rank is silent."""
+    """The answers of ranks on `nodes`; None if a rank is silent."""
     return [
         None if problem is None else Answer(rank, node, problem)
         for rank, (node, problem) in enumerate(zip(nodes, problems, strict=True))
@@ -41,7 +41,7 @@ def answers(*problems, nodes=NODES):
             ("", "no disk", "no disk", ""),
             (),
             Decision(NODES, problem="node n1: no disk", culprit=1),
-        ),  # no node is fit: its ranks are two of four
+        ),  # no node is fit: each has one of the two failing ranks
         (("no data",) * 4, (), Decision(NODES, problem="node n1: no data", culprit=0)),
         (
             ("", None, "", None),
@@ -49,7 +49,7 @@ def answers(*problems, nodes=NODES):
             Decision(
                 ("n1", "", "n2", ""),
                 (),
-                "ranks 1, 3 did not come within 9 s (came: 0 on n1; 2 on n2)",
+                "ranks 1, 3 did not join within 9 s (joined: 0 on n1; 2 on n2)",
                 again=True,
             ),
         ),
@@ -74,7 +74,7 @@ def test_several_bad_nodes_are_named_each_with_its_reason(monkeypatch):
     monkeypatch.setenv("ECAR_JOB_LOGS", "/somewhere")
     decision = decide(answers("", "a", "b", "", nodes=("n1", "n2", "n3", "n4")), seconds=9)
     assert decision.bad_nodes == ("n2", "n3")
-    assert decision.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job goes on without them"
+    assert decision.problem == "nodes n2, n3 failed the preflight: n2: a; n3: b; the job continues without them"
 
 
 def test_what_fails_on_most_nodes_is_not_the_fault_of_a_node():
@@ -83,7 +83,7 @@ def test_what_fails_on_most_nodes_is_not_the_fault_of_a_node():
     assert decision == Decision(nodes, problem="node n1: no data", culprit=1)
     decision = decide(
         answers("", *[None] * 19, nodes=nodes), seconds=9, nodes_by_rank=nodes
-    )  # it is n0 that nobody reaches
+    )  # the fault is n0's: nobody can reach it
     assert decision.problem.startswith("19 of 20 nodes failed the preflight (n1: no answer within 9 s; n2: ")
     assert decision.problem.endswith("; ...)")
     assert (decision.again, decision.bad_nodes) == (True, ())
@@ -111,7 +111,7 @@ def test_an_unfit_node_ends_all_ranks_and_only_the_first_says_so(tmp_path, monke
     first, second = worlds(2)
     raised = in_threads(lambda: held(first), lambda: held(second, "no disk", OSError("no disk")))
     assert [type(error) for error in raised] == [NodeError, RemoteError]
-    assert str(raised[0]) == "node n2 failed the preflight: no disk; the job goes on without it"
+    assert str(raised[0]) == "node n2 failed the preflight: no disk; the job continues without it"
     assert raised[1].again  # status 75 there too
     assert (tmp_path / "bad-nodes").read_text() == "n2\n"
 
