@@ -1,7 +1,8 @@
 """What a bad step is, and what follows it: skip, roll back, or stop.
 
-`is_good` decides, and nothing else does: the engine asks it before it moves a weight. `BadSteps` is the policy of what
-follows, `StepGuard` carries it out on all ranks, and `BadStepFile` is its record, bad_steps.jsonl in the run directory.
+`is_good` alone decides whether a step is bad: the engine calls it before it moves a weight. `BadSteps` is the policy
+for what follows, `StepGuard` carries it out on all ranks, and `BadStepFile` is its record, bad_steps.jsonl in the run
+directory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ecar_dist.train.telemetry import StepResult
 Number = TypeVar("Number", float, torch.Tensor)
 Window = tuple[int, int]  # first and last step that a roll-back passes over, both included
 
-_COST = "a roll-back that was made since the last checkpoint may be made again"
+_COST = "a roll-back since the last checkpoint may be repeated"
 
 
 def is_good(loss: Number, grad_norm: Number, limit: float = math.inf) -> Any:
@@ -46,10 +47,10 @@ def is_good(loss: Number, grad_norm: Number, limit: float = math.inf) -> Any:
 
 
 class Action(enum.Enum):
-    """What follows a step. The value is how the log names it."""
+    """What follows a step. The value is its name in the log."""
 
     GO_ON = "good"
-    SKIP = "skipped"  # no weight moved; training goes on
+    SKIP = "skipped"  # no weight moved; training continues
     ROLL_BACK = "roll back"  # to the last checkpoint; `BadSteps.window_to_pass` will be passed over
     STOP = "stop"  # the run was rolled back too often
 
@@ -57,29 +58,29 @@ class Action(enum.Enum):
 class BadSteps:
     """The bad steps of a run so far, and the steps that it passes over because it was rolled back.
 
-    Pure policy: no tensor, no rank, no file. All ranks feed it the same numbers, so they all decide alike. Its state is
-    JSON in the checkpoint's client state: a run that resumes decides as the uninterrupted run does.
+    Pure policy: no tensor, no rank, no file. All ranks feed it the same numbers, so they all make the same decision.
+    Its state is JSON in the checkpoint's client state: a resumed run decides as the uninterrupted run does.
 
-    After a roll-back the samples around the bad steps are seen, but not learnt from: the batches before a spike matter
-    as much as those in it (PaLM, arXiv 2204.02311, section 5.1). There is one window for each roll-back. The restored
-    checkpoint does not know the newest one, so the caller keeps the windows in a file as well.
+    After a roll-back the samples around the bad steps count as seen, but are not trained on: the batches before a spike
+    matter as much as those in it (PaLM, arXiv 2204.02311, section 5.1). There is one window for each roll-back. The
+    restored checkpoint does not contain the newest one, so the caller also keeps the windows in a file.
     """
 
     def __init__(
         self, section: BadStepsSection, state: Mapping[str, Any] | None = None, windows: Iterable[Window] = ()
     ) -> None:
-        """`state`: as `state_dict` returned it to the restored checkpoint. `windows`: all that the file has."""
+        """`state`: the `state_dict` in the restored checkpoint. `windows`: all windows in the file."""
         known = state or {}
         self._section = section
 
         # The norms of the last good steps, which set the limit.
         self._good_norms: deque[float] = deque(known.get("good_norms", ()), maxlen=section.window)
 
-        # Bad steps up to now; and all steps, refused or passed over, since the run began.
+        # Consecutive bad steps up to now; and all steps refused or passed over since the run began.
         self.in_a_row: int = known.get("in_a_row", 0)
         self.skipped: int = known.get("skipped", 0)
 
-        # What is passed over; and the window of the roll-back that `judge` asked for.
+        # The windows that are passed over; and that of the roll-back that `judge` asked for.
         self.windows = sorted({*windows, *((first, last) for first, last in known.get("windows", ()))})
         self.window_to_pass: Window | None = None
 
@@ -100,7 +101,7 @@ class BadSteps:
     @property
     def grad_norm_limit(self) -> float:
         """The largest gradient norm of a good step; infinite until half a window of good steps is known."""
-        # Without a spike factor, and while little is known, only a norm that is not finite is bad.
+        # Without a spike factor, or after too few good steps, only a norm that is not finite is bad.
         factor = self._section.spike_factor
         if not self.has_limit or len(self._good_norms) < self._section.window // 2:
             return math.inf
@@ -109,25 +110,25 @@ class BadSteps:
     def judge(self, step: int, grad_norm: float, applied: bool) -> Action:
         """What follows step number `step`; `applied`: whether weights moved, as `is_good` decided.
 
-        To be called once for each step that is not passed over, in order.
+        Call it once for each step that is not passed over, in order.
         """
-        # A good step moves the limit, and ends a row of bad ones.
+        # A good step updates the limit, and ends a series of bad ones.
         if applied:
             self._good_norms.append(grad_norm)
             self.in_a_row = 0
             return Action.GO_ON
 
-        # A few bad steps in a row are skipped: their gradients are dropped, and training goes on.
+        # A few bad steps in a row are skipped: their gradients are dropped, and training continues.
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row < self._section.roll_back_after:
             return Action.SKIP
 
-        # More of them mean that the weights are bad already: go back, unless that has not helped before.
+        # More of them mean that the weights are already bad: go back, unless that has not helped before.
         if len(self.windows) >= self._section.stop_after:
             return Action.STOP
 
-        # The next attempt passes over the bad steps, and over as many before them.
+        # The next attempt passes over the bad steps, and over the same number of steps before them.
         first_bad = step - self.in_a_row + 1
         self.window_to_pass = (max(1, first_bad - self._section.roll_back_after), step)
         return Action.ROLL_BACK
@@ -145,23 +146,23 @@ class BadSteps:
         )
 
     def passes_over(self, step: int) -> bool:
-        """Whether step number `step` sees its samples without learning from them."""
+        """Whether step number `step` counts its samples as seen without training on them."""
         return any(first <= step <= last for first, last in self.windows)
 
     def pass_over(self) -> None:
-        """Count a step that was passed over; it ends a row of bad steps."""
+        """Count a step that was passed over; it ends a series of bad steps."""
         self.skipped += 1
         self.in_a_row = 0
 
     def ahead(self, step: int) -> list[Window]:
-        """What a run that is at `step` will still pass over."""
+        """The windows that a run at `step` has yet to pass over."""
         return [(max(first, step + 1), last) for first, last in self.windows if last > step]
 
 
 class StepGuard:
-    """Keeps bad steps from the weights, writes them down, and decides what follows. All ranks call it alike.
+    """Keeps bad steps away from the weights, records them, and decides what follows. All ranks make the same calls.
 
-    `load_state_dict` comes before the first step, also where there is no checkpoint.
+    Call `load_state_dict` before the first step, even if there is no checkpoint.
     """
 
     def __init__(self, section: BadStepsSection, file: BadStepFile, world: World) -> None:
@@ -171,28 +172,28 @@ class StepGuard:
         self.history = BadSteps(section)
 
     def is_good(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """The engine's question, with the limit as it is now. Nothing here waits for the device."""
-        # the history is on the host, so the limit is a number by now
+        """The check that the engine calls, with the current limit. Nothing here waits for the device."""
+        # the history is on the host, so the limit is already a number
         good: torch.Tensor = is_good(loss, grad_norm, self.history.grad_norm_limit)
         return good
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries, as JSON values."""
+        """What a checkpoint stores, as JSON values."""
         return self.history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint, or from the start (None), and from the windows in bad_steps.jsonl. Collective."""
-        # The file may know roll-backs that came after the checkpoint.
+        """Continue from a checkpoint, or from the start (None), with the windows in bad_steps.jsonl. Collective."""
+        # The file may contain roll-backs that happened after the checkpoint.
         self.history = BadSteps(self._section, state, self._file.windows())
 
     def settle(self, step: int, samples_seen: int, batches: Sequence[MicroBatch], result: StepResult) -> Action:
-        """What follows step number `step`, which began at `samples_seen`; a bad one is written down. Collective."""
-        # All ranks have the same numbers, so all decide alike.
+        """What follows step number `step`, which began at `samples_seen`; a bad one is recorded. Collective."""
+        # All ranks have the same numbers, so all make the same decision.
         action = self.history.judge(step, result.grad_norm, result.applied)
         if action is Action.GO_ON:
             return action
 
-        # Write down why, and on which samples: the user may have to look at them.
+        # Record the reason and the samples: the user may have to look at them.
         reason = self.history.reason(result.loss, result.grad_norm)
         sample_ids = [sample_id for micro in batches for sample_id in micro.sample_ids.tolist()]
         self._file.note_step(step, samples_seen, result.loss, result.grad_norm, reason, sample_ids)
@@ -209,22 +210,22 @@ class StepGuard:
         )
 
     def roll_back(self, step: int, restored_step: int, state: Mapping[str, Any] | None) -> None:
-        """The run goes back from `step` to the checkpoint of `restored_step`, which has this state. Collective."""
-        # On disk first: a crash right after this must not forget the window.
+        """Go back from `step` to the checkpoint of `restored_step`, which has this state. Collective."""
+        # Write the window to disk first: it must survive a crash right after this.
         window = self.history.window_to_pass
         assert window is not None
         self._file.note_roll_back(step, window)
         if self._world.is_first:
             say(f"rolled back to step {restored_step}; steps {window[0]} to {window[1]} will be passed over")
 
-        # The checkpoint's state does not know this roll-back; the file does.
+        # The checkpoint's state does not contain this roll-back; the file does.
         self.load_state_dict(state)
 
 
 class BadStepFile:
-    """The lines of bad steps, which are a log, and of roll-backs, which are state. Every method is collective.
+    """The lines about bad steps, which are a log, and about roll-backs, which are state. Every method is collective.
 
-    Rank 0 alone touches the file. A lost window costs at most another roll-back, so damage to the file never ends a
+    Only rank 0 accesses the file. A lost window causes at most another roll-back, so damage to the file never ends a
     run: the client state of a checkpoint has every window that was known when it was made. Damage is reported.
     """
 
@@ -233,7 +234,7 @@ class BadStepFile:
         self._world = world
 
     def windows(self) -> list[Window]:
-        """Those of all roll-backs of the run so far, as far as the file can be read; a warning where it cannot."""
+        """The windows of all roll-backs of the run so far, as far as the file can be read. Warns if it cannot."""
         found = self._world.on_first_rank(lambda: _read_windows(self._path))
         return [(first, last) for first, last in self._world.broadcast(found)]
 
@@ -242,15 +243,15 @@ class BadStepFile:
     ) -> None:
         """Note a bad step with the samples of every rank, in the order in which each read them.
 
-        A disk that does not take the line does not end the run.
+        If the line cannot be written, the run continues.
         """
-        # Every rank read other samples, and rank 0 writes.
+        # Each rank has read different samples, and rank 0 writes.
         ids = self._world.gather(list(own_samples))
         line = bad_step_record(step, samples_seen, loss, grad_norm, reason, ids)
         self._world.on_first_rank(lambda: _append_or_warn(self._path, line))
 
     def note_roll_back(self, step: int, window: Window) -> None:
-        """Note a roll-back. The line is on disk when this returns, so a crash after it finds the window.
+        """Note a roll-back. The line is on disk when this returns, so the window survives a crash after it.
 
         Raises OSError on rank 0, RemoteError on the others.
         """
@@ -296,7 +297,7 @@ class RollBack(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RollBack:
-        # A damaged line must never choose other steps, so it is refused as a whole.
+        # A damaged line must never select different steps, so the entire line is refused.
         first, last = self.pass_over
         if not 1 <= first <= last <= self.step:
             raise ValueError(f"steps {first} to {last} are not a window up to step {self.step}")
@@ -310,7 +311,7 @@ def parse_window(line: bytes) -> Window | None:
     tree = parse_json(line)
     if not isinstance(tree, dict) or "step" not in tree:
         raise UntrustedError("the line does not name a step")
-    # The line of a bad step does not change what the run does: it may hold anything.
+    # The line of a bad step does not change what the run does: it may contain anything.
     return None if "reason" in tree else parse_record(line, RollBack).pass_over
 
 
@@ -319,7 +320,7 @@ def _checksum(step: int, window: Window) -> int:
 
 
 def _read_windows(path: Path) -> list[Window]:
-    # A file that cannot be read is kept for the user, and the run goes on with an empty one.
+    # A file that cannot be read is kept for the user, and the run continues with an empty one.
     try:
         with JsonLines(path, parse_window) as lines:
             windows = [window for window in lines if window is not None]
@@ -330,7 +331,7 @@ def _read_windows(path: Path) -> list[Window]:
         print(f"warning: {path} cannot be read ({reason_of(error)}): it is now {aside.name}; {_COST}", file=sys.stderr)
         return []
 
-    # A damaged line costs no other.
+    # A damaged line does not affect the others.
     if lines.damaged:
         print(f"warning: {path} has {counted(lines.damaged, 'damaged line')}; {_COST}", file=sys.stderr)
     return windows

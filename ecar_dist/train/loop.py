@@ -1,4 +1,4 @@
-"""The train loop: read, step, average, log, save; and what ends it."""
+"""The training loop: read, step, average, log, save; and the conditions that end it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ecar_dist.train.validation.validate import Validation
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """All that a checkpoint restores, besides the progress."""
+    """Everything that a checkpoint restores, besides the progress."""
 
     # tensors: model and optimizer, and the EMA of the weights
     engine: Engine
@@ -44,16 +44,16 @@ class RunState:
     class_names: Sequence[str] = ()
 
     def client_state(self) -> dict[str, Any]:
-        """What a checkpoint carries besides tensors, as JSON values."""
+        """What a checkpoint stores besides tensors, as JSON values."""
         state = {"bad_steps": self.guard.state_dict(), "goodput": self.goodput.state_dict()}
         return {**state, CLASS_NAMES: list(self.class_names)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What `train` works with: each part has one job. start.py builds them."""
+    """The parts that `train` works with. Each has one job. start.py builds them."""
 
-    # given
+    # inputs
     config: RunConfig
     world: World
     stop: StopRequest
@@ -69,32 +69,32 @@ class Parts:
     validation: Validation | None = None  # None: there are no held-out samples
 
     def flags(self) -> Flags:
-        """What this rank tells the others now."""
+        """The flags that this rank sends to the others now."""
         return self.reader.flags(self.saver.is_ready)._replace(early=float(self.saver.is_early))
 
 
 def train(parts: Parts, progress: Progress) -> Progress:
-    """Train from `progress` to the end of the run, to a stop signal, or to data that cannot be read. Collective.
+    """Train from `progress` until the run ends, a stop signal arrives, or data cannot be read. Collective.
 
-    The last step is committed in each case. Returns the progress; raises EcarError on all ranks if data cannot be read,
-    if bad steps do not end, or if the last checkpoint cannot be saved.
+    In each case a checkpoint of the last step is committed. Returns the progress. Raises EcarError on all ranks if data
+    cannot be read, if bad steps do not stop, or if the last checkpoint cannot be saved.
     """
     config, state = parts.config, parts.state
     total = config.train.total_samples
     batch = config.batch.global_batch_size
-    under_way: deque[StepUnderWay] = deque()  # steps that are queued on the device, and not settled yet
+    under_way: deque[StepUnderWay] = deque()  # steps that are queued on the device and not settled yet
 
     # From here on a signal ends the run between two steps.
     parts.stop.defer()
     while progress.samples_seen < total:
-        # Read. No step begins unless all ranks have their samples, and nobody was asked to stop.
+        # Read. A step begins only if all ranks have their samples and none was asked to stop.
         batches = parts.reader.begin(progress)
         if batches is None:
             break
         begun = progress
         progress = Progress(begun.samples_seen + batch, begun.step + 1)
 
-        # Step. After a roll-back the samples around the bad steps are seen, but not learnt from.
+        # Step. After a roll-back the samples around the bad steps count as seen, but are not trained on.
         if state.guard.history.passes_over(progress.step):
             pass_over(parts, progress)
         else:
@@ -109,10 +109,10 @@ def train(parts: Parts, progress: Progress) -> Progress:
             )
             under_way.append(step)
 
-        # EMA, also after a step that moved nothing: it is a function of the samples seen.
+        # EMA, even after a step that moved no weight: it is a function of the samples seen.
         state.ema.update(progress.samples_seen, batch)
 
-        # The numbers of the step before have arrived while this one was queued. A bad step has moved nothing; after
+        # The numbers of the previous step arrived while this one was queued. A bad step has moved no weight. After
         # several in a row the run goes back to its last checkpoint.
         result, earlier = settle_steps(parts, progress, under_way)
         if earlier is not None:
@@ -126,7 +126,7 @@ def train(parts: Parts, progress: Progress) -> Progress:
         if draws(config, progress):
             parts.recorder.draw_preview(progress, state.engine, state.ema)
 
-        # Save, if that is due. Training goes on meanwhile.
+        # Save, if a save is due. Training continues in the meantime.
         parts.saver.save_due(progress)
 
     finish(parts, progress)
@@ -134,30 +134,30 @@ def train(parts: Parts, progress: Progress) -> Progress:
 
 
 def finish(parts: Parts, progress: Progress) -> None:
-    """Save the last step, and raise what ended the run, or say how it went. Collective."""
-    # After the end of the run a signal has nothing to stop.
+    """Save the last step. Then raise the error that ended the run, or report how it went. Collective."""
+    # Once the run is complete, a signal has nothing to stop.
     if progress.samples_seen >= parts.config.train.total_samples:
         parts.stop.mark_complete()
     parts.saver.finish(progress)
 
-    # What was learnt is safe: now report data that cannot be read.
+    # The training state is saved: now report data that could not be read.
     parts.reader.raise_error()
     parts.recorder.close(progress)
 
 
 def pass_over(parts: Parts, progress: Progress) -> None:
-    """Count a step that ends at `progress` without learning from it. Collective."""
-    # Adam counts the steps of the run.
+    """Count a step that ends at `progress` without training on its samples. Collective."""
+    # Adam's step count is that of the run.
     parts.state.guard.history.pass_over()
     parts.state.engine.set_optimizer_step(progress.step)
 
-    # There are no losses with which the flags could travel.
+    # There is no sum of losses that could carry the flags.
     agreed = Flags(*parts.world.sum(parts.world.tensor(parts.flags())).tolist())
     note_flags(parts, progress.step, agreed)
 
 
 def note_flags(parts: Parts, step: int, flags: Flags) -> None:
-    """Take note of the summed flags of step number `step`. Collective."""
+    """Act on the summed flags of step number `step`. Collective."""
     parts.reader.settle(step, flags)
     parts.saver.note_early(flags.early > 0)
     if flags.ready == parts.world.size:
@@ -167,9 +167,10 @@ def note_flags(parts: Parts, step: int, flags: Flags) -> None:
 def settle_steps(
     parts: Parts, progress: Progress, under_way: deque[StepUnderWay]
 ) -> tuple[StepResult | None, Progress | None]:
-    """Settle all steps but the last, or that one too where its numbers are needed before the next begins. Collective.
+    """Settle all steps but the last, and also the last if its numbers are needed before the next begins. Collective.
 
-    `progress`: after the last step. Returns the result of the last step settled, and where the run went back to.
+    `progress`: after the last step. Returns the result of the last settled step, and the progress that the run was
+    rolled back to, or None.
     """
     result = None
     while len(under_way) > (0 if needs_numbers(parts, progress) else 1):
@@ -186,9 +187,9 @@ def settle_steps(
 def needs_numbers(parts: Parts, progress: Progress) -> bool:
     """Whether the host needs the numbers of the step that ended at `progress` before the next one begins.
 
-    Pure on what all ranks know alike. Where it does not, the device is never idle between two steps.
+    A pure function of what all ranks know. If the numbers are not needed, the device is never idle between two steps.
     """
-    # There is no next step; or what it does depends on this one.
+    # There is no next step, or the next step depends on this one.
     history = parts.state.guard.history
     if progress.samples_seen >= parts.config.train.total_samples or not parts.reader.goes_on(progress.step):
         return True
@@ -207,7 +208,7 @@ def logs(config: RunConfig, progress: Progress) -> bool:
 def validate(parts: Parts, progress: Progress) -> dict[str, float]:
     """The validation loss by tag, after a logged step that is the first past a multiple of the interval, or the last.
 
-    Empty after the other ones. Collective.
+    Empty after all other steps. Collective.
     """
     config, state = parts.config, parts.state
     logged = config.batch.global_batch_size * config.log.every_steps
@@ -224,23 +225,23 @@ def draws(config: RunConfig, progress: Progress) -> bool:
 
 
 def settle_step(parts: Parts, step: StepUnderWay, result: StepResult) -> Progress | None:
-    """Act on the numbers of a step. Returns where the run went back to, None if it goes on. Collective.
+    """Act on the numbers of a step. Returns the progress after a roll-back, None if the run continues. Collective.
 
-    Raises FruitlessError on rank 0, RemoteError on the others, if the run was rolled back too often, or cannot be.
+    Raises FruitlessError on rank 0, RemoteError on the others, if the run was rolled back too often or cannot be.
     """
-    # Count it, and write down the samples that were replaced in it.
+    # Count the step, and record the samples that were replaced in it.
     number = step.begun.step + 1
     parts.telemetry.end_step(parts.config.batch.global_batch_size, result.applied)
     parts.recorder.note_replaced(step.batches, result.replaced_samples)
 
-    # What all ranks do next, from numbers that they have in common. A bad step is written down.
+    # Decide what all ranks do next, from numbers that are the same on all of them. A bad step is recorded.
     action = parts.state.guard.settle(number, step.begun.samples_seen, step.batches, result)
     if action is Action.STOP:
         parts.saver.give_up(parts.state.guard.stop_error(number, result))
     if action is not Action.ROLL_BACK:
         return None
 
-    # Back to the checkpoint: the state, then the data, then the metrics. A step that was queued after this one is void.
+    # Go back to the checkpoint: the state, then the data, then the metrics. A step queued after this one is discarded.
     progress = parts.saver.roll_back(number)
     parts.reader.seek(progress.samples_seen)
     parts.recorder.rewind(progress.step)
@@ -248,9 +249,9 @@ def settle_step(parts: Parts, step: StepUnderWay, result: StepResult) -> Progres
 
 
 class Saver:
-    """Saves a run when that is due, and takes it back to its last checkpoint. Every method is collective.
+    """Saves a run when a save is due, and rolls it back to its last checkpoint. Every method is collective.
 
-    At most one save is under way at a time, and training goes on meanwhile.
+    At most one save is under way at a time. Training continues in the meantime.
     """
 
     def __init__(
@@ -264,14 +265,14 @@ class Saver:
         self._saved = Progress(0, 0)  # of the newest checkpoint, committed or under way
         self._is_due = False
 
-        # checkpoint.min_seconds: rank 0 asks its clock, all ranks go by what it told them.
+        # checkpoint.min_seconds: rank 0 reads its clock, and all ranks follow its answer.
         self._save_began = time.monotonic()
         self._waits = config.checkpoint.min_seconds > 0
 
     def load(self) -> Restored | None:
-        """Load the newest checkpoint; None if there is none yet, and the state stays as it was built.
+        """Load the newest checkpoint. Returns None if there is none yet; the state then keeps its initial values.
 
-        Raises NodeError, or RemoteError, on all ranks if they do not hold the same weights now.
+        Raises NodeError, or RemoteError, on all ranks if their weights differ afterwards.
         """
         # Tensors, compared between ranks.
         self._phases.enter("load", 0)
@@ -281,7 +282,7 @@ class Saver:
         check_replicas(self._world, self._state.engine, self._state.ema, self._saved.step)
         self._phases.enter("start", self._saved.step)
 
-        # Client state, also where there is none: it starts empty.
+        # Client state. Without a checkpoint it starts empty.
         self._state.guard.load_state_dict(client_state.get("bad_steps"))
         self._state.goodput.load_state_dict(client_state.get("goodput"))
         return restored
@@ -292,26 +293,26 @@ class Saver:
         return self._store.ready
 
     def settle(self) -> None:
-        """Take the save under way one stage further. For all ranks in the same step, once all are ready."""
+        """Advance the save under way by one stage. All ranks call it in the same step, once all are ready."""
         self._store.settle()
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether `save_due` may have something to save at `progress`. Not collective, the same on all ranks."""
+        """Whether `save_due` may have something to save at `progress`. Not collective, but the same on all ranks."""
         checkpoint, ema_snapshot = self._crossed(progress)
         return ema_snapshot or ((self._is_due or checkpoint) and not self._waits)
 
     @property
     def is_early(self) -> bool:
-        """Rank 0: whether checkpoint.min_seconds have not passed since the last save began. Not collective."""
+        """Rank 0: whether less than checkpoint.min_seconds have passed since the last save began. Not collective."""
         passed = time.monotonic() - self._save_began
         return self._world.is_first and passed < self._config.checkpoint.min_seconds
 
     def note_early(self, early: bool) -> None:
-        """What rank 0 told all ranks: `is_early`. For all ranks in the same step."""
+        """Store rank 0's `is_early`, which all ranks have received. All ranks call it in the same step."""
         self._waits = early
 
     def _crossed(self, progress: Progress) -> tuple[bool, bool]:
-        """Whether the last step made a checkpoint due, and an EMA snapshot."""
+        """Whether the last step made a checkpoint due, and whether it made an EMA snapshot due."""
         batch = self._config.batch.global_batch_size
         checkpoint = crossed(self._config.checkpoint.every_samples, progress.samples_seen, batch)
         return checkpoint, crossed(self._config.ema.snapshot_every_samples, progress.samples_seen, batch)
@@ -321,7 +322,7 @@ class Saver:
         checkpoint, ema_snapshot = self._crossed(progress)
         self._is_due = self._is_due or checkpoint
 
-        # In a row of bad steps the last checkpoint is the one to go back to: the next one waits for a good step.
+        # While steps are bad, the last checkpoint is the one to go back to: the next one waits for a good step.
         checkpoint = self._is_due and not self._waits and not self._state.guard.history.in_a_row
         if checkpoint or ema_snapshot:
             self._begin(progress, checkpoint=checkpoint, ema_snapshot=ema_snapshot)
@@ -353,14 +354,14 @@ class Saver:
                 )
             )
 
-        # The file of bad steps learns of it before the client state is replaced, which does not know this roll-back.
+        # Record the roll-back in the file before the client state is replaced by one that does not contain it.
         self._saved = restored.progress
         self._state.guard.roll_back(step, restored.progress.step, restored.client_state.get("bad_steps"))
         self._state.goodput.load_state_dict(restored.client_state.get("goodput"))
         return restored.progress
 
     def give_up(self, error: FruitlessError) -> NoReturn:
-        """End the run with this error, which all ranks met, once the save under way is committed.
+        """End the run with this error, which is the same on all ranks, once the save under way is committed.
 
         Raises it on rank 0, and RemoteError on the others.
         """
@@ -371,8 +372,8 @@ class Saver:
     def _begin(self, progress: Progress, *, checkpoint: bool, ema_snapshot: bool) -> None:
         """Begin to write.
 
-        Raises NodeError, or RemoteError, on all ranks if their copies of the weights have drifted apart. Then nothing
-        of this step is written, and the earlier save that is under way is committed.
+        Raises NodeError, or RemoteError, on all ranks if their copies of the weights differ. In that case nothing of
+        this step is written, and the earlier save under way is committed.
         """
         engine, ema = self._state.engine, self._state.ema
 
@@ -384,7 +385,7 @@ class Saver:
             self._drain()
             raise
 
-        # The state is copied to host memory, and written from there by a thread.
+        # The state is copied to host memory. A thread writes it from there.
         client_state = self._state.client_state()
         self._store.begin(progress, engine, ema, client_state, checkpoint=checkpoint, ema_snapshot=ema_snapshot)
 

@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
     """The module DeepSpeed wraps: the model, and the loss around it.
 
     Every random number is keyed by the sample's position in the run, so the loss of a global batch does not depend on
-    how it is split into ranks and micro-batches. Latents, targets and loss are float32; under bf16 only the model's
+    how it is split across ranks and micro-batches. Latents, targets and loss are float32; under bf16 only the model's
     matrix products are not.
 
     `forward` takes a batch as the loader reads it (raw moments [B, 2C or C, H, W], or pixels where `normalise` encodes
@@ -84,7 +84,7 @@ class Objective(nn.Module, ABC):
     def heldout_losses(
         self, moments: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, time: float, normalise: Normalise
     ) -> torch.Tensor:
-        """The stage losses [B, K] at one fixed time within every stage, and with noise that `keys` (int64 [B]) fix.
+        """The stage losses [B, K] at one fixed time within every stage, with noise determined by `keys` (int64 [B]).
 
         The noise is the same in all runs, whatever their seed. `normalise` is that of the held-out moments.
         """
@@ -98,7 +98,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def _draws(self) -> list[Draw]:
-        """What `losses` needs for each sample."""
+        """The draws that `losses` needs for each sample."""
 
     @abstractmethod
     def _sorted(self, numbers: list[torch.Tensor]) -> Drawn:
@@ -214,7 +214,7 @@ class MaskedObjective(Objective):
         times = torch.stack(drawn.times, dim=1)  # [B, R, T]
         states, targets = token_points(tokens, noise, times)  # [B, R, T, c]
 
-        # Prediction and loss of the masked tokens alone.
+        # Prediction and loss of the masked tokens only.
         velocities = self._predict(tokens, mask, states, model_time(self._schedule, 0, times), labels)
         return masked_loss(velocities, targets, mask)[:, None]  # [B, 1]
 
@@ -227,7 +227,7 @@ class MaskedObjective(Objective):
         draws = [self._noise(Purpose.NOISE, size, r) for r in range(num_draws)]
         draws += [Draw(Purpose.TIME, (num_tokens,), r, is_normal=False) for r in range(num_draws)]
 
-        # The share of a sample's tokens that is masked, and which: by a random order. The posterior.
+        # The share of a sample's tokens that is masked; a random order, which decides which ones; the posterior.
         draws += [Draw(Purpose.MASK_RATIO, is_normal=False), Draw(Purpose.MASK_ORDER, (num_tokens,), is_normal=False)]
         return [*draws, self._noise(Purpose.POSTERIOR, size)]
 

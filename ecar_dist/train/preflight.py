@@ -1,4 +1,4 @@
-"""The preflight of a training run. The config says what it has to look at."""
+"""The preflight of a training run. The config determines what it checks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ecar_dist.storage.remote import is_remote, local_path
 from ecar_dist.storage.retries import RetryPolicy
 from ecar_dist.train.sources import TrainingData, cache_options, check_data, try_data
 
-LOCAL_SECONDS = 120.0  # for each rank's checks; a file system that takes longer hangs
+LOCAL_SECONDS = 120.0  # for each rank's checks; a file system that takes longer counts as hung
 REMOTE_SECONDS = RetryPolicy().deadline + 60.0  # reads from object stores are retried
 
 
 def check_nodes(config: RunConfig, world: World) -> TrainingData:
     """Check that every node is fit and sees the same data; rank 0 reports. Returns the data. Collective.
 
-    Every rank reads the manifests, and one rank of each node the beginning of the shards: a thousand ranks that read
-    the same bytes past their nodes' caches would be a load of their own. The ranks of a node look up the shards
-    together, see `check_data`.
+    Every rank reads the manifests. One rank per node reads the beginning of the shards: a thousand ranks that read the
+    same bytes past their nodes' caches would be a considerable load. The ranks of a node share the lookup of the
+    shards, see `check_data`.
 
     Raises on all ranks: NodeError if some nodes are unfit, DataError if no node can read the data, ConfigError if the
     nodes see different data.
@@ -37,13 +37,13 @@ def check_nodes(config: RunConfig, world: World) -> TrainingData:
         probe = try_data(data) if first_of_node else NO_PROBE
         return data, {"where": probe.where, "bytes": probe.nbytes, "seconds": probe.seconds}
 
-    # Each node for itself.
+    # Check each node by itself.
     seconds = REMOTE_SECONDS if _reads_remotely(config) else LOCAL_SECONDS
     data, lines = preflight(world, folders(config), read, seconds=seconds)
     for line in lines:
         say(line)
 
-    # All nodes against each other.
+    # Compare all nodes with each other.
     agree_on(world, "data", data_facts(config, data), "give every node the same data set; its path may differ")
     return data
 
@@ -58,7 +58,7 @@ def data_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
 
 
 def folders(config: RunConfig) -> dict[str, Path]:
-    """The folders that need free space on every node, by what they are for."""
+    """The folders that need free space on every node, by their purpose."""
     found = {"for the run": config.run_directory, "in /dev/shm": Path("/dev/shm")}
     if config.checkpoint.dir is not None and not is_remote(config.checkpoint.dir):
         found["for checkpoints"] = local_path(config.checkpoint.dir)

@@ -1,4 +1,4 @@
-"""What a run writes down: its attempts, the first lines of its log, and what it learns while it trains."""
+"""What a run records: its attempts, the first lines of its log, and what happens while it trains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ecar_dist.train.telemetry import Counters, StepResult, Telemetry, progress_
 
 
 class Preview(Protocol):
-    """Draws with a model, and makes a picture of what it has drawn."""
+    """Draws samples with a model, and makes a picture of them."""
 
     def draw(self, model: nn.Module) -> list[torch.Tensor]:
         """Every stage of a few samples. The same on all ranks."""
@@ -50,7 +50,7 @@ class Preview(Protocol):
 
 
 class Recorder:
-    """Writes down what happens while a run trains. All ranks call it alike; the metrics and the log are rank 0's."""
+    """Records what happens while a run trains. All ranks make the same calls; rank 0 writes the metrics and the log."""
 
     def __init__(
         self,
@@ -74,20 +74,20 @@ class Recorder:
         self._replaced_samples = 0  # by all ranks since this attempt began
 
     def note_replaced(self, batches: Sequence[MicroBatch], replaced_samples: int) -> None:
-        """Write down the samples that this rank had to replace in a step (data.on_bad=substitute).
+        """Record the samples that this rank had to replace in a step (data.on_bad=substitute).
 
-        `replaced_samples`: how many all ranks have replaced in it.
+        `replaced_samples`: how many samples all ranks together have replaced in it.
         """
         self._replaced_samples += replaced_samples
 
-        # Each rank has its own file: nobody waits for another.
+        # Each rank has its own file, so no rank waits for another.
         substitutions = [one for micro in batches for one in micro.substitutions]
         if substitutions:
             with open(self._logs / f"substituted.rank-{self._world.rank:05d}.jsonl", "a") as file:
                 file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in substitutions)
 
     def log(self, progress: Progress, result: StepResult, validated: Mapping[str, float] = {}) -> None:
-        """Metrics, and a line on the screen, after a step. `validated`: the validation loss by tag. Collective."""
+        """Log metrics and print a line after a step. `validated`: the validation loss by tag. Collective."""
         self._telemetry.phases.enter("log", progress.step)
         counters = self._counters()
         report = self._telemetry.report(result, progress.samples_seen, counters)
@@ -116,7 +116,7 @@ class Recorder:
         if self._preview is None:
             return
 
-        # The trained model draws. Rank 0 alone looks at the result; where the weights are split it needs the others.
+        # The trained model draws. Only rank 0 uses the result; if the weights are sharded, all ranks have to draw.
         with engine.weights_of(ema.partitions) as model:
             stages = self._preview.draw(model) if self._world.is_first or engine.splits_weights else []
         if self._writer:
@@ -128,23 +128,23 @@ class Recorder:
             self._writer.rewind(step)
 
     def close(self, progress: Progress) -> None:
-        """Say how the attempt went, if it was long enough."""
+        """Report how the attempt went, if it was long enough."""
         if self._writer and (line := self._telemetry.closing_line()):
             self._writer.text("verdict", line, progress.step)
             say(line)
 
 
 def last_step(config: RunConfig, progress: Progress) -> int:
-    """The number of the run's last step. The steps so far may have had batches of another size."""
+    """The number of the run's last step. The steps so far may have had a different batch size."""
     left = config.train.total_samples - progress.samples_seen
     return progress.step + max(0, math.ceil(left / config.batch.global_batch_size))
 
 
 def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tuple[str, str]:
-    """Rank 0: take the run directory, and put this attempt on record. Returns the names of the attempt and the run.
+    """Rank 0: claim the run directory, and record this attempt. Returns the names of the attempt and the run.
 
-    Raises CheckpointError if the checkpoints of the run so far are newer than those in the config's folder, or if there
-    are none in it: the run would start anew without a warning.
+    Raises CheckpointError if the config's folder has no checkpoints, or older ones than the run has elsewhere: the run
+    would silently start over.
     """
     directory.open_for_training()
 
@@ -154,7 +154,7 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
     where = storage.where if is_remote(storage.where) else str(Path(storage.where).absolute())
     before = (attempts[-1].get("checkpoints") or where) if attempts else where
 
-    # A run that has trained does not lose its checkpoints because its config names another folder.
+    # A run that has trained must not lose its checkpoints because its config names a different folder.
     if before != where and directory.metrics.exists() and directory.metrics.stat().st_size:
         newest = step_of(found[0]) if found else None
         left = newest_step_at(config, before)
@@ -163,10 +163,10 @@ def open_attempt(directory: RunDirectory, config: RunConfig, world: World) -> tu
             theirs = "" if left is None else f", up to step {left},"
             raise CheckpointError(
                 f"{where} has {ours}, but those of the last attempt{theirs} are in {before}; set checkpoint.dir back, "
-                f"copy them, or choose another run.name to start anew"
+                f"copy them, or choose another run.name to start over"
             )
 
-    # A lost record gets its run id back from its own checkpoints. Those of another folder need --adopt.
+    # If the record is lost, the run id is recovered from the run's own checkpoints. Those elsewhere need --adopt.
     lost = directory.record_lost and where == str(directory.checkpoints.absolute())
     lost_name = {"run": name} if lost and (name := run_of(storage, found)) else {}
     attempt = directory.begin_attempt(
@@ -189,7 +189,7 @@ def run_of(storage: CheckpointStorage, found: Sequence[str]) -> str | None:
 
 
 def newest_step_at(config: RunConfig, where: str) -> int | None:
-    """Of the checkpoints in a storage that is no longer the run's; None where there are none, or nobody can tell."""
+    """The newest step in a storage that the run no longer uses; None if it has no checkpoint or cannot be read."""
     try:
         found = storage_at(config, where).committed()
     except (OSError, EcarError):
@@ -204,8 +204,8 @@ def end_attempt(
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> None:
-    """Put on record how the attempt ended. Does nothing on the ranks that have none on record."""
-    # The loss of a peer while a stop was asked for is part of the stop.
+    """Record how the attempt ended. Does nothing on the ranks that have not recorded one."""
+    # The loss of a peer after a stop was requested is part of the stop.
     lost = error is not None and lost_peer(error) is not None
     if isinstance(error, StoppedEarlyError) or (stop and (error is None or lost)):
         reason = "signal"
@@ -230,7 +230,7 @@ def changes_on_resume(config: RunConfig, directory: RunDirectory, data: Training
 
 
 def unreachable_half_lives(config: RunConfig) -> list[str]:
-    """A line if the run is too short for an EMA's half-life: then the ramp-up caps it to the end."""
+    """A line if the run is too short for an EMA's half-life: the ramp-up then caps it until the end."""
     cap = config.ema.rampup * config.train.total_samples
     above = [half_life for half_life in config.ema.half_life_samples if half_life > cap]
     if not above:
@@ -253,7 +253,7 @@ def opening_lines(
     progress: Progress,
 ) -> list[str]:
     """The arithmetic of the run. `batch_spread`: about how many shards a global batch comes from."""
-    # What it is made of.
+    # The values in the lines.
     batch = config.batch
     ranks = counted(world.size, "rank")
     shards = counted(sum(len(manifest.shards) for manifest in data.manifests), "shard")
@@ -267,7 +267,7 @@ def opening_lines(
     epochs = f"{total:,} samples to see = {total / data.count:.1f} epochs, {last_step(config, progress):,} steps"
     looked_up = ""
     if data.encoder and any(len(manifest.shards) > MAX_LOOKED_UP for manifest in data.manifests):
-        looked_up = f"; each rank has looked up its next {MAX_LOOKED_UP:,} shards at most, not all"
+        looked_up = f"; each rank has looked up at most its next {MAX_LOOKED_UP:,} shards, not all"
     return [
         f"run {config.run_directory}: {model}, {tokens}",
         f"{layout}; global batch {batch.global_batch_size} = {product}",

@@ -40,7 +40,7 @@ MAX_LOOKED_UP = 10_000  # shards of each set that a rank looks up before it read
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the manifests say: one or several sets of latents, or one set of images."""
+    """What the manifests describe: one or several sets of latents, or one set of images."""
 
     places: tuple[str, ...]  # folders or URLs
     manifests: tuple[Manifest, ...] | tuple[ImageManifest, ...]
@@ -74,7 +74,7 @@ def check_data(config: RunConfig, part: int = 0, parts: int = 1) -> TrainingData
         check_fits(config, [(data.images, images)])
         return TrainingData((data.images,), (images,), None)
 
-    # Sets of latents: all of one encoder.
+    # Sets of latents, all from the same encoder.
     places = tuple(source.latents for source in data.latent_sources)
     cache = cache_options(data).root
     manifests = tuple(load_manifest(place, cache) for place in places)
@@ -82,7 +82,7 @@ def check_data(config: RunConfig, part: int = 0, parts: int = 1) -> TrainingData
     for place, encoder in zip(places, encoders, strict=True):
         check_same_encoder(encoders[0], encoder, place)
 
-    # They fit the config, and this part of their shards exists. `open_loader` looks up what a rank reads.
+    # Check that they fit the config, and that this part of their shards exists. `open_loader` checks what a rank reads.
     check_fits(config, list(zip(places, manifests, strict=True)))
     for place, manifest in zip(places, manifests, strict=True):
         if len(manifest.shards) <= MAX_LOOKED_UP:
@@ -91,9 +91,9 @@ def check_data(config: RunConfig, part: int = 0, parts: int = 1) -> TrainingData
 
 
 def read_weights(config: RunConfig, data: TrainingData) -> Mapping[str, torch.Tensor]:
-    """Parameters of a new run's model that the data give, by name: the codebook. Raises DataError if it is damaged.
+    """Parameters of a new run's model that come from the data, by name: the codebook. Raises DataError if damaged.
 
-    None where the run starts from other weights: those predict the codes of the codebook that is among them.
+    Empty if the run starts from other weights: they contain their own codebook, and predict its codes.
     """
     if not kind_of(config).needs_codebook or config.train.init_from is not None:
         return {}
@@ -103,7 +103,7 @@ def read_weights(config: RunConfig, data: TrainingData) -> Mapping[str, torch.Te
 
 
 def try_data(data: TrainingData) -> Probe:
-    """Read the beginning of each set; the result is the slowest read. Raises DataError where one fails."""
+    """Read the beginning of each set; the result is the slowest read. Raises DataError if one fails."""
     if data.encoder is None:
         return probe_images(data.places[0])
     latents = zip(data.places, cast(tuple[Manifest, ...], data.manifests), strict=True)
@@ -124,13 +124,13 @@ def check_codec(config: RunConfig, data: TrainingData, codec: LatentCodec) -> No
 
 
 def recorded_order(config: RunConfig) -> OrderMade | None:
-    """How the newest checkpoint that can be read says that the order was made; None if there is none."""
+    """How the order was made, according to the newest readable checkpoint; None if there is none."""
     with contextlib.closing(open_storage(config)) as storage:
         for name in storage.committed():
             try:
                 return OrderMade.recorded(storage.manifest(name).identity["data"])
             except DamagedError:
-                continue  # the restore names it
+                continue  # the restore reports it
     return None
 
 
@@ -154,8 +154,8 @@ def open_stream(config: RunConfig, data: TrainingData, made: OrderMade | None = 
 def open_loader(config: RunConfig, world: World, found: TrainingData, stream: SampleStream, start: int) -> SampleLoader:
     """This rank's samples from position `start` on.
 
-    Raises DataError if a local shard is missing that the rank reads in the next epoch; of more than MAX_LOOKED_UP, only
-    the first are looked up. The others are looked up when they are used.
+    Raises DataError if a local shard that the rank reads in the next epoch is missing. Only the first MAX_LOOKED_UP
+    shards are looked up here. The others are looked up when they are used.
     """
     allow_many_files()
     data = config.data
@@ -173,7 +173,7 @@ def open_loader(config: RunConfig, world: World, found: TrainingData, stream: Sa
 
 
 def normaliser(data: TrainingData, codec: LatentCodec | None) -> Normalise:
-    """What turns a batch of the loader into latents: scale and shift of the moments; images are encoded first."""
+    """The function that turns a loader's batch into latents: it scales and shifts moments, and encodes images first."""
     if data.encoder is not None:
         return partial(normalise, data.encoder)
     assert codec is not None
@@ -188,11 +188,11 @@ def _encode(codec: LatentCodec, pixels: torch.Tensor, noise: torch.Tensor) -> to
 def _open_sources(
     config: RunConfig, device: torch.device, found: TrainingData, checked: Sequence[Sequence[int]]
 ) -> Sequence[Source]:
-    """The sources of a run. `checked`: of each one the local shards to look up."""
+    """The sources of a run. `checked`: for each source, the local shards to look up."""
     data = config.data
     cache = cache_options(data)
 
-    # Images, decoded on the GPU where DALI can.
+    # Images, decoded on the GPU if DALI can.
     if data.images is not None:
         kind = "dali" if data.backend == "dali" else "pil"
         mixed = kind == "dali" and device.type == "cuda"
@@ -201,7 +201,7 @@ def _open_sources(
         return [ImageSource(data.images, decoder, size, flip=data.flip_images, cache=cache)]
 
     # Latents, one source for each set of a mixture.
-    # Not for DALI and not for a mixture, because what they read from a source is copied once more.
+    # Not pinned for DALI or for a mixture, because what they read from a source is copied once more.
     pinned = device.type == "cuda" and data.backend != "dali" and len(data.latent_sources) == 1
     sets = zip(found.places, cast(tuple[Manifest, ...], found.manifests), checked, strict=True)
     sources = [
@@ -222,8 +222,8 @@ def cache_options(data: DataSection) -> CacheOptions:
 def run_identity(
     config: RunConfig, data: TrainingData, stream: SampleStream, codec: LatentCodec | None
 ) -> dict[str, dict[str, Any]]:
-    """What must not change between attempts: what the weights mean, and the order of the data."""
-    # "model" is compared on every resume; "data" can be overruled with --new-data-order.
+    """What must not change between attempts: the meaning of the weights, and the order of the data."""
+    # "model" is compared on every resume; "data" can be overridden with --new-data-order.
     encoder = data.encoder or (codec.identity if codec else None)
     return {
         "model": {
@@ -248,7 +248,7 @@ def _background_of_images(config: RunConfig) -> dict[str, str]:
 
 
 def identity_facts(identity: Mapping[str, Mapping[str, Any]], encoder: EncoderIdentity | None) -> dict[str, str]:
-    """What all ranks must have in common: the run's identity, and the autoencoder's without its name (a path)."""
+    """What must be the same on all ranks: the run's identity, and the autoencoder's without its name (a path)."""
     # As text, so that any two values can be compared and printed.
     facts = {key: value for part in identity.values() for key, value in part.items()}
     if encoder is not None:

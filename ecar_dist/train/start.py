@@ -1,6 +1,6 @@
 """Build every part of a training run, in the order in which they can fail: cheap checks first, allocations last.
 
-`start_training` is the table of contents. Below it come the parts in order, then what identifies a run.
+`start_training` is the table of contents. The parts follow in order, then what identifies a run.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def start_training(
     allow_new_data: bool = False,
     adopt: bool = False,
 ) -> tuple[Parts, Progress]:
-    """Everything `train` needs, and the progress to go on from. Collective.
+    """Build everything that `train` needs. Returns it with the progress to continue from. Collective.
 
-    `ends` gets what has to be closed. Raises EcarError, on all ranks, before any step.
+    `ends` receives everything that has to be closed. Raises EcarError, on all ranks, before any step.
     """
     stop, console = StopRequest(), ConsoleLog()
 
@@ -94,7 +94,7 @@ def start_training(
     world.together(lambda: config.grad_accum_steps(world.size))  # the cheapest check comes first
     inputs = open_inputs(config, world, adopt, allow_new_data)
 
-    # From here on the run directory is this attempt's.
+    # From here on the run directory belongs to this attempt.
     directory, run_id, phases = begin_attempt(config, world, stop, console, ends)
 
     # The state of the run: allocated, then loaded.
@@ -106,12 +106,12 @@ def start_training(
     progress = restored.progress if restored else Progress(0, 0)
     begin(inputs.beginning, world, state.engine, state.ema)
 
-    # The samples from there on, and the held-out ones.
+    # The samples from that position on, and the held-out samples.
     reader = open_reader(config, world, inputs, progress.samples_seen, stop, phases)
     ends.callback(reader.close)
     validation = Validation(config, world, inputs.heldout, phases) if inputs.heldout else None
 
-    # What is measured, and written down.
+    # What is measured, and what is recorded.
     telemetry = Telemetry(config, world, phases, state.goodput, training_flops_per_sample)
     writer = world.on_first_rank(lambda: open_record(config, world, directory, inputs, state, store, restored))
     if writer:
@@ -150,10 +150,10 @@ class Inputs(NamedTuple):
 
 def open_inputs(config: RunConfig, world: World, adopt: bool, new_data_order: bool) -> Inputs:
     """Read the manifests, the order of the data and the autoencoder, and compare them between ranks. Collective."""
-    # The nodes are fit, and see the same data.
+    # Check that the nodes are fit and see the same data.
     data = check_nodes(config, world)
 
-    # The order of the samples, made as in the first attempt; and a checkpoint of another run, if one is to be adopted.
+    # The order of the samples, made as in the first attempt; and whether there is a checkpoint to adopt, if asked.
     made = None if new_data_order else world.broadcast(world.on_first_rank(lambda: recorded_order(config)))
     stream = world.together(lambda: open_stream(config, data, made))
     if adopt:
@@ -165,7 +165,7 @@ def open_inputs(config: RunConfig, world: World, adopt: bool, new_data_order: bo
     identity = run_identity(config, data, stream, codec)
     agree_on(world, "identity", identity_facts(identity, encoder_of(data, codec)), SAME_IDENTITY)
 
-    # The samples of the validation loss; and weights of another run, for a run that has none of its own.
+    # The samples of the validation loss; and another run's weights, for a run that has none of its own.
     heldout = open_heldout(config, world, encoder_of(data, codec))
     given = world.together(lambda: read_weights(config, data))
     beginning = plan_beginning(config, world, data.class_names, identity["model"]["encoder.weights_sha256"], given)
@@ -173,11 +173,11 @@ def open_inputs(config: RunConfig, world: World, adopt: bool, new_data_order: bo
 
 
 def run_codec(config: RunConfig, data: TrainingData, world: World, precision: str) -> LatentCodec | None:
-    """The config's autoencoder: on every rank's device if it encodes images, else on rank 0 alone, to be compared."""
+    """The config's autoencoder: on every rank's device if it encodes images, else on rank 0 only, for comparison."""
     if data.encoder is not None and not world.is_first:
         return None
 
-    # Only the one that encodes during training has to be fast.
+    # Only an autoencoder that encodes during training has to be fast.
     encodes = data.encoder is None
     dtype = torch.bfloat16 if encodes and precision == "bf16" else torch.float32
     codec = open_codec(config.vae, world.device if encodes else "cpu", dtype)
@@ -188,16 +188,16 @@ def run_codec(config: RunConfig, data: TrainingData, world: World, precision: st
 def begin_attempt(
     config: RunConfig, world: World, stop: StopRequest, console: ConsoleLog, ends: contextlib.ExitStack
 ) -> tuple[RunDirectory, str, Phases]:
-    """Put this attempt on record, and have the watchdog watch it. How it ends goes on record as well.
+    """Record this attempt, and start its watchdog. The end of the attempt is recorded as well.
 
     Returns the run directory, the id of the run, and the clock of its phases.
     """
-    # Rank 0 opens the directory; the others need its names for the attempt and the run.
+    # Rank 0 opens the directory, and sends the names of the attempt and the run to the others.
     directory = RunDirectory(config.run_directory)
     attempt, run_id = world.broadcast(world.on_first_rank(lambda: open_attempt(directory, config, world)))
     console.open(directory.logs, attempt, world.rank)
 
-    # In this order the watchdog still watches while the end is put on record.
+    # In this order the watchdog is still active while the end of the attempt is recorded.
     watchdog = ends.enter_context(Watchdog(directory.logs / "watchdog", world, config.train.hang_seconds, attempt))
     ends.push(partial(end_attempt, directory, stop))
     return directory, run_id, Phases(watchdog.beat)
@@ -210,7 +210,7 @@ def allocate(config: RunConfig, world: World, inputs: Inputs, directory: RunDire
     guard = StepGuard(config.train.bad_steps, BadStepFile(directory.path / "bad_steps.jsonl", world), world)
     engine = build_engine(config, normaliser(inputs.data, inputs.codec), world, inputs.precision, guard.is_good)
 
-    # Goodput counts from the run's first attempt, and rank 0 alone reports it.
+    # Goodput counts from the run's first attempt, and only rank 0 reports it.
     goodput = Goodput(world.on_first_rank(lambda: run_began(directory.attempts())))
     ema = ShardedEma(engine.partitions, config.ema)
     names = inputs.data.class_names
@@ -237,7 +237,7 @@ def build_engine(
     """The model, initialised from the run's seed alone, the objective around it, and DeepSpeed around both.
 
     `is_good(loss, grad_norm)`: as for `Engine`; by default both have to be finite. Raises ConfigError, on all ranks,
-    where the model is to be compiled and cannot be.
+    if the model is to be compiled but cannot be.
     """
     backend = BACKEND if config.compiles_on(world.device.type) else None
     if backend is not None:
@@ -264,7 +264,7 @@ def open_store(
     allow_new_data: bool,
     adopt: bool,
 ) -> CheckpointStore:
-    """The checkpoints of the run; none is committed any more once another attempt has taken the directory over."""
+    """The checkpoints of the run. Once another attempt has taken over the directory, no more are committed."""
     return CheckpointStore(
         config,
         world,
@@ -279,7 +279,7 @@ def open_store(
 def open_reader(
     config: RunConfig, world: World, inputs: Inputs, position: int, stop: StopRequest, phases: Phases
 ) -> StepReader:
-    """The samples of the run from `position` on. Raises on all ranks where one cannot open them."""
+    """The samples of the run from `position` on. Raises on all ranks if one of them cannot open its samples."""
 
     def open_at(position: int) -> SampleLoader:
         return world.together(lambda: open_loader(config, world, inputs.data, inputs.stream, position))
@@ -296,7 +296,7 @@ def open_record(
     store: CheckpointStore,
     restored: Restored | None,
 ) -> MetricsWriter:
-    """Rank 0: put the start of this attempt on record, and say how the run goes on. Returns the writer of metrics."""
+    """Rank 0: record the start of this attempt, and print how the run continues. Returns the metrics writer."""
     # The arithmetic of the run.
     progress = restored.progress if restored else Progress(0, 0)
     lines = opening_lines(
@@ -309,7 +309,7 @@ def open_record(
         progress=progress,
     )
 
-    # The changes are those since the last attempt, so they are looked for before this one is on record.
+    # The changes are those since the last attempt, so they are determined before this one is recorded.
     if restored:
         lines += changes_on_resume(config, directory, inputs.data, restored)
     lines += [
@@ -319,7 +319,7 @@ def open_record(
     lines += unreachable_half_lives(config)
     lines += inputs.beginning.lines
 
-    # From here on the run is this config's, and its curves go on from here.
+    # From here on this is the config of the run, and its curves continue from this step.
     directory.note_attempt(
         dataset_ids=inputs.data.dataset_ids,
         precision=inputs.precision,
@@ -330,7 +330,7 @@ def open_record(
     directory.write_config(config)
     writer = MetricsWriter(directory, progress.step, config.log.tensorboard, open_trackers(config, directory))
 
-    # On the screen.
+    # Print to the screen.
     say("\n".join(lines))
     if warning := store.space_warning(state.engine):
         print(warning, file=sys.stderr)
@@ -338,14 +338,14 @@ def open_record(
 
 
 def open_preview(config: RunConfig, world: World, codec: LatentCodec | None, factory: PreviewFactory) -> Preview | None:
-    """What draws the previews, or None for a run without any."""
+    """The part that draws the previews, or None for a run without previews."""
     if config.sample.every_samples == 0 or not config.log.tensorboard:
         return None
     return factory(config, codec, world.device)
 
 
 def read_counters(reader: StepReader, store: CheckpointStore, guard: StepGuard) -> Counters:
-    """What these parts have counted so far."""
+    """The counters of these parts so far."""
     return Counters(
         data_wait_seconds=reader.wait_seconds,
         stall_seconds=store.stall_seconds,

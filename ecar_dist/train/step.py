@@ -22,7 +22,7 @@ from ecar_dist.train.telemetry import StepResult, Telemetry
 
 @dataclass(frozen=True, kw_only=True)
 class StepUnderWay:
-    """A step whose work is queued on the device, and whose numbers the host does not know yet."""
+    """A step whose work is queued on the device and whose numbers the host does not have yet."""
 
     begun: Progress  # before the step
     batches: Sequence[MicroBatch]  # of this rank
@@ -30,7 +30,7 @@ class StepUnderWay:
     status: PendingStatus
 
     def read(self, config: RunConfig) -> tuple[StepResult, Flags]:
-        """Wait for its numbers: the result of the step, and the flags of all ranks. The same on every rank."""
+        """Wait for its numbers. Returns the result of the step and the summed flags, the same on every rank."""
         status = self.status.read()
         num_stages = config.flow.num_stages
         totals = status.sums[:num_stages]
@@ -62,8 +62,8 @@ def train_step(
 ) -> StepUnderWay:
     """Train on this rank's micro-batches of the step that begins at `progress`. Collective.
 
-    The engine judges the step before a weight moves (see guard.py). The `flags` of this rank travel with the losses, so
-    they are asked for as late as that. On a GPU the step is only queued when this returns.
+    The engine judges the step before it moves a weight (see guard.py). The `flags` of this rank are summed together
+    with the losses, so they are read only then. On a GPU the step is only queued when this function returns.
     """
     step = progress.step + 1
     batch = config.batch.global_batch_size
@@ -72,7 +72,7 @@ def train_step(
     rate = learning_rate(config.optim, progress.samples_seen + batch, config.train.total_samples)
     engine.set_learning_rate(rate)
 
-    # A rank that is held up here is a slow rank.
+    # A rank that is delayed here counts as a slow rank.
     telemetry.phases.enter("forward", step)
     with telemetry.forward_clock:
         failpoint("train.step", step)
@@ -98,7 +98,7 @@ def run_micro_batches(
     The sums of the status are the loss of each stage over the samples of the global batch, then the number of samples
     that were replaced, then the flags.
     """
-    # Added up on the device, so that nothing waits for it.
+    # Accumulated on the device, so that nothing waits for it.
     replaced = sum(len(micro.substitutions) for micro in batches)
     sums = world.tensor([0.0] * num_stages + [replaced])
 
@@ -116,13 +116,13 @@ def run_micro_batches(
         telemetry.losses.add(per_stage, times)
         sums[:num_stages] += per_stage.double().sum(0)
 
-        # Backward. Ahead of the last one the ranks add up their sums, so that all of them judge the same numbers.
+        # Backward. Before the last one the ranks add up their sums, so that all of them judge the same numbers.
         telemetry.phases.enter("backward", step)
         if number == len(batches):
             sums = world.sum(torch.cat([sums, world.tensor(flags())]))
         engine.backward(loss)
 
-        # Optimizer. Only after the last micro-batch does it judge the step.
+        # Optimizer. It judges the step only after the last micro-batch.
         telemetry.phases.enter("optimizer", step)
         status = engine.step(sums)
     assert status is not None

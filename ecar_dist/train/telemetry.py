@@ -35,7 +35,7 @@ class Counters:
     """What other parts have counted since this attempt began."""
 
     data_wait_seconds: float = 0.0  # of this rank
-    stall_seconds: float = 0.0  # in which a checkpoint held this rank up
+    stall_seconds: float = 0.0  # for which checkpoints blocked this rank
     checkpoint_failures: int = 0
     skipped_steps: int = 0  # since the run began
     downloads: Mapping[str, float] = field(default_factory=dict)  # of this rank, by tag
@@ -46,12 +46,12 @@ class Report:
     """What there is to log after a step."""
 
     values: dict[str, float]  # by TensorBoard tag
-    news: str | None  # the bottleneck, where it has changed
+    news: str | None  # the bottleneck, if it has changed
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """What had added up at one moment of this attempt."""
+    """The totals at one moment of this attempt."""
 
     phases: Mapping[str, float]  # seconds
     data_wait: float = 0.0  # seconds: the sum over intervals of the longest wait of any rank
@@ -60,7 +60,7 @@ class _Mark:
 
 
 class LossByTime:
-    """The loss by stage and flow time: where on its path a sample is hard. Adding to it never synchronises."""
+    """The loss by stage and flow time, to show where on its path a sample is hard. `add` never synchronises."""
 
     def __init__(self, num_stages: int, bins: int, device: torch.device) -> None:
         self._bins = bins
@@ -81,7 +81,7 @@ class LossByTime:
         return table.flatten()
 
     def means(self, table: Sequence[float]) -> dict[str, float]:
-        """By tag, from what `take` returned; a bin without a sample has no value."""
+        """The means by tag, from the result of `take`; a bin without samples has no value."""
         cells = len(table) // 2
         return {
             f"train/loss_stage{cell // self._bins}_t{cell % self._bins}": table[cell] / table[cells + cell]
@@ -91,9 +91,9 @@ class LossByTime:
 
 
 class ForwardClock:
-    """Seconds between entering and leaving `with`: of the device where it is a GPU, else of the host.
+    """Seconds between entering and leaving `with`: on the device if it is a GPU, else on the host.
 
-    On a GPU two events are put into the stream and read by `take`; the host does not wait for the device before that.
+    On a GPU two events are recorded in the stream and read by `take`; the host does not wait for the device before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,7 +117,7 @@ class ForwardClock:
             self._seconds += time.perf_counter() - self._began
 
     def take(self) -> float:
-        """The seconds since the last call. Waits for the device to finish what was measured."""
+        """The seconds measured since the last call. Waits for the device to finish the measured work."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
@@ -145,7 +145,7 @@ class Telemetry:
         self.forward_clock = ForwardClock(world.device)
         self.losses = LossByTime(config.flow.num_stages, config.log.time_bins, world.device)
 
-        # For the MFU, where the device's peak is known.
+        # For the MFU, if the device's peak is known.
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         peak = peak_bf16_flops(name)
         self._peak = peak and peak * world.size
@@ -157,7 +157,7 @@ class Telemetry:
         self._own_wait = 0.0  # seconds that this rank has waited for data
         self._data_wait = 0.0  # as `_Mark.data_wait`
 
-        # Where the last interval began, and the first: what came before the first report is the start-up.
+        # Where the first and the last interval began. The time before the first report is the start-up.
         self._first: _Mark | None = None
         self._last = _Mark(dict.fromkeys(phases.totals(), 0.0))
 
@@ -168,7 +168,7 @@ class Telemetry:
         self._reported_kind = ""
 
     def end_step(self, samples: int, applied: bool) -> None:
-        """A step was computed; `applied`: whether weights moved. Not called for a step that was passed over."""
+        """Count a computed step; `applied`: whether weights moved. Not called for a step that was passed over."""
         totals = self.phases.totals()
         self.goodput.end_step(sum(totals[name] for name in PRODUCTIVE), applied)
         self._steps += 1
@@ -176,14 +176,14 @@ class Telemetry:
 
     def report(self, result: StepResult, samples_seen: int, counters: Counters) -> Report:
         """The values of this step and of the interval since the last report. Collective: one small all-reduce."""
-        # What every rank measured of its own since the last report, and the losses by time of all of them.
+        # What each rank has measured since the last report, and the losses by time over all ranks.
         own_wait = counters.data_wait_seconds - self._own_wait
         self._own_wait = counters.data_wait_seconds
         losses, ranks = self._over_ranks([self.forward_clock.take(), own_wait, *_peak_memory(self._world.device)])
         forward, data, peak, reserved = zip(*ranks, strict=True)
         self._data_wait += max(data)
 
-        # What the interval's time went into.
+        # Where the time of the interval went.
         mark = self._mark()
         budget = _budget(self._last, mark)
         own = [{"forward": a, "data": b} for a, b in zip(forward, data, strict=True)]
@@ -211,7 +211,7 @@ class Telemetry:
         return Report(values, news)
 
     def closing_line(self) -> str | None:
-        """The attempt from its first report on, in one line; None where no step came after it."""
+        """One line about the attempt from its first report on; None if no step followed that report."""
         now = self._mark()
         if self._first is None or now.steps == self._first.steps:
             return None
@@ -229,7 +229,7 @@ class Telemetry:
         return _Mark(self.phases.totals(), self._data_wait, self._steps, self._samples)
 
     def _over_ranks(self, own: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
-        """The loss by time, over all ranks; and each rank's own numbers, in rank order. One sum over ranks."""
+        """The loss by time over all ranks, and each rank's own numbers in rank order. Takes one sum over ranks."""
         # Each rank fills its own row, so that the sum of the rows gathers them.
         table = self.losses.take()
         size = self._world.size
@@ -262,7 +262,7 @@ class Telemetry:
         return values
 
     def _news(self, budget: TimeBudget) -> str | None:
-        """The bottleneck, where its kind is new and has lasted for two intervals: one slow shard is not news."""
+        """The bottleneck, if its kind is new and has lasted for two intervals: one slow shard is not news."""
         kind = budget.kind()
         before = self._kind
         self._kind = kind
@@ -287,7 +287,7 @@ def _counter_values(counters: Counters, mark: _Mark) -> dict[str, float]:
 
 
 def _peak_memory(device: torch.device) -> tuple[float, float]:
-    """The peak memory of this process, and of its allocator's reserve on a GPU, in GiB."""
+    """The peak memory of this process and, on a GPU, the peak that its allocator reserved, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 0.0
@@ -296,7 +296,7 @@ def _peak_memory(device: torch.device) -> tuple[float, float]:
 def progress_line(
     step: int, total_steps: int, samples_seen: int, total: int, result: StepResult, report: Report
 ) -> str:
-    """One line of the log: position, losses, rate, time left, and the bottleneck where it has changed."""
+    """One line of the log: position, losses, rate, time left, and the bottleneck if it has changed."""
     values = report.values
     stages = " ".join(_short(loss, 4) for loss in result.stage_losses)
     line = (
@@ -310,5 +310,5 @@ def progress_line(
 
 
 def _short(number: float, digits: int) -> str:
-    """`digits` after the point, or three in all for a number so large that it would fill the line."""
+    """`digits` decimal places, or three significant digits for a number so large that it would fill the line."""
     return f"{number:.{digits}f}" if abs(number) < 1e5 else f"{number:.3g}"

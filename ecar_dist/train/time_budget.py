@@ -1,4 +1,4 @@
-"""What the wall time of a run goes into: the phases of a step, goodput, and what to improve first. No torch."""
+"""Where the wall time of a run goes: the phases of a step, goodput, and what to improve first. No torch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ecar_dist.runtime.watchdog.heartbeat import PHASES
 
 PRODUCTIVE = ("forward", "backward", "optimizer")  # phases that train
 
-# A rank is slow where its time exceeds SLOW_RATIO times the median, and the median by SLOW_SHARE of the interval, in
-# SLOW_INTERVALS intervals in a row.
+# A rank is slow if its time exceeds SLOW_RATIO times the median, and exceeds the median by SLOW_SHARE of the interval,
+# in SLOW_INTERVALS intervals in a row.
 SLOW_RATIO = 1.2
 SLOW_SHARE = 0.05
 SLOW_INTERVALS = 3
 
-# From these shares of the time on, something besides computing is reported.
+# At these shares of the time or more, something other than computing is reported as the bottleneck.
 DATA_SHARE, CHECKPOINT_SHARE, OTHER_SHARE = 0.10, 0.05, 0.10
 
 
 class Phases:
     """The phase this rank is in, and the seconds it has spent in each so far.
 
-    The host is measured. With a GPU it runs ahead of the device, and the wait for the device lands in the phase that
-    first needs a number from it: `optimizer`, where the step is judged. The measurement adds no synchronisation.
+    The times are those of the host. With a GPU it runs ahead of the device, and the wait for the device counts in the
+    phase that first needs a number from it: `optimizer`, where the step is judged. Measuring adds no synchronisation.
     """
 
     def __init__(self, beat: Callable[[str, int], None], clock: Callable[[], float] = time.perf_counter) -> None:
-        """`beat(phase, step)` is called at every change, and once here for the first phase."""
+        """`beat(phase, step)` is called on every change, and once here for the first phase."""
         self._beat = beat
         self._clock = clock
         self._totals = dict.fromkeys(PHASES, 0.0)
@@ -40,7 +40,7 @@ class Phases:
         beat(self._name, 0)
 
     def enter(self, name: str, step: int) -> None:
-        """From here on time counts for `name`, until the next call. Takes about a microsecond, and the beat."""
+        """Count the time from now until the next call for `name`. Takes about a microsecond plus the beat."""
         now = self._clock()
         self._totals[self._name] += now - self._since
         self._totals[name] += 0.0  # a misspelt name fails here, not at the next change
@@ -56,11 +56,11 @@ class Phases:
 
 
 class Goodput:
-    """The share of the wall time since the run's first attempt that went into steps which count.
+    """The share of the wall time since the run's first attempt that went into steps that count.
 
-    That is forward, backward and optimizer of the steps that moved the weights and were not lost since. What was
-    computed after the checkpoint that a kill or a roll-back went back to is lost, so the sum travels in the checkpoint.
-    Time between two attempts counts as lost, also in a scheduler's queue.
+    That is forward, backward and optimizer of the steps that moved the weights and were not lost later. After a kill or
+    a roll-back, the steps since the restored checkpoint are lost, so the sum is stored in the checkpoint. Time between
+    two attempts counts as lost, including time in a scheduler's queue.
     """
 
     def __init__(self, run_began: float | None = None) -> None:
@@ -70,11 +70,11 @@ class Goodput:
         self._kept = 0.0  # productive seconds of the run that count
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint carries, as JSON values."""
+        """What a checkpoint stores, as JSON values."""
         return {"kept_seconds": self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint with this state: steps after it do not count."""
+        """Continue from a checkpoint with this state: steps after it do not count."""
         self._kept = float((state or {}).get("kept_seconds", 0.0))
 
     def end_step(self, productive: float, applied: bool) -> None:
@@ -97,10 +97,10 @@ def run_began(attempts: Sequence[Mapping[str, Any]]) -> float:
 
 @dataclass(frozen=True)
 class SlowRank:
-    """One rank that is slower than the others in several intervals in a row."""
+    """One rank that has been slower than the others for several intervals in a row."""
 
     rank: int
-    ratio: float  # its time for its own work, over that of the median rank
+    ratio: float  # the time for its own work, divided by that of the median rank
     part: str  # where it loses most of that time: "forward" or "data"
 
     def values(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class TimeBudget:
         return "compute-bound"
 
     def kind(self) -> str:
-        """The bottleneck without its numbers: a change of it is worth a line."""
+        """The bottleneck without its numbers: a change of kind is worth a line."""
         return f"rank {self.slow.rank}" if self.slow else self.bottleneck().partition(":")[0]
 
 
@@ -153,15 +153,15 @@ class Stragglers:
         """The slow rank, if there is one after this interval of `elapsed` seconds.
 
         `own`: for every rank the seconds of the interval that went into its own work, by part, e.g. {"forward": 1.9,
-        "data": 0.1}. Time in which it waits for another rank does not belong there.
+        "data": 0.1}. Time in which it waits for another rank is not included.
         """
-        # The slowest rank against the median: of two ranks, against the faster one.
+        # Compare the slowest rank with the median: of two ranks, that is the faster one.
         totals = [sum(parts.values()) for parts in own]
         median = statistics.median_low(totals)
         worst = max(range(len(totals)), key=totals.__getitem__)
         slow = totals[worst] > SLOW_RATIO * median and totals[worst] - median > SLOW_SHARE * elapsed
 
-        # One slow interval is chance: only a row of them counts.
+        # One slow interval may be chance: only several in a row count.
         if not slow:
             self._row = 0
         elif worst == self._rank:
@@ -172,7 +172,7 @@ class Stragglers:
         if self._row < SLOW_INTERVALS:
             return None
 
-        # The part in which it loses most against the median of that part.
+        # The part in which it loses most compared with the median of that part.
         usual = {part: statistics.median_low([parts[part] for parts in own]) for part in own[worst]}
         part = max(usual, key=lambda name: own[worst][name] - usual[name])
         return SlowRank(worst, totals[worst] / max(median, 1e-9), part)

@@ -1,4 +1,4 @@
-"""The training losses of models of tokens: codes, and continuous ones in the order of regions."""
+"""The training losses of token models: codes, and continuous tokens in the order of regions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecar_dist.train.objective import Drawn, Objective
 
 
 class CodeObjective(Objective):
-    """Cross-entropy of the codes, in nats per token; K = 1. Nothing is random but the autoencoder's posterior."""
+    """Cross-entropy of the codes, in nats per token; K = 1. Only the autoencoder's posterior is random."""
 
     def losses(self, latents: torch.Tensor, labels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         """See `Objective`."""
@@ -75,7 +75,7 @@ class HybridObjective(GroupedFlowObjective):
         ratio_u, order_u = drawn.mask
         mask = random_mask(order_u, arccosine_ratio(ratio_u))  # [B, T]
 
-        # The model knows the codes, so it makes the residuals and the points on their paths too.
+        # The model knows the codes, so it also computes the residuals and the points on their paths.
         noise = torch.stack([patchify(one, patch_size) for one in drawn.noise], dim=1)  # [B, R, T, c]
         u = torch.stack(drawn.times, dim=1)  # [B, R, T]
         times = model_time(self._schedule, 0, u)
@@ -84,7 +84,7 @@ class HybridObjective(GroupedFlowObjective):
         return (masked_code_loss(logits, codes, mask) + token_loss(velocities, targets))[:, None]  # [B, 1]
 
     def _draws(self) -> list[Draw]:
-        # The share of a sample's tokens that is masked, and which: by a random order.
+        # The share of a sample's tokens that is masked; and a random order, which decides which ones.
         *draws, posterior = super()._draws()
         masks = [Draw(Purpose.MASK_RATIO, is_normal=False)]
         masks += [Draw(Purpose.MASK_ORDER, self._config.stage_tokens, is_normal=False)]

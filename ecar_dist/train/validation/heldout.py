@@ -25,7 +25,7 @@ from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, normalise
 
 @dataclass(frozen=True)
 class HeldoutBatch:
-    """`moments` fp16 [m, *shape]; `labels`, `sample_ids` int64 [m]; `counts` [m]: 0 for rows that only fill up."""
+    """`moments` fp16 [m, *shape]; `labels`, `sample_ids` int64 [m]; `counts` [m]: 0 for padding rows."""
 
     moments: torch.Tensor
     labels: torch.Tensor
@@ -35,7 +35,7 @@ class HeldoutBatch:
 
 @dataclass(frozen=True)
 class Heldout:
-    """This rank's share of the held-out samples; every rank has as many batches, of the same size."""
+    """This rank's share of the held-out samples; every rank has the same number of batches, of the same size."""
 
     batches: list[HeldoutBatch]
     normalise: Normalise
@@ -73,19 +73,19 @@ def check_heldout(config: RunConfig, place: str, encoder: EncoderIdentity | None
 
 def read_share(config: RunConfig, place: str, manifest: Manifest, count: int, world: World) -> list[HeldoutBatch]:
     """This rank's part of the first `count` samples, in the order of the set. Raises DataError."""
-    # Every world.size-th sample; then rows to fill up the last batches, so that all ranks make the same calls.
+    # Every world.size-th sample; then padding rows in the last batches, so that all ranks make the same calls.
     size = config.batch.micro_batch_size
     ids = np.arange(world.rank, count, world.size)
     num_batches = math.ceil(math.ceil(count / world.size) / size)
     padded = np.zeros(num_batches * size, dtype=np.int64)
     padded[: len(ids)] = ids
 
-    # Where they are.
+    # Where the samples are.
     first = np.cumsum([0, *(entry.count for entry in manifest.shards)])
     shards = np.searchsorted(first, padded, side="right") - 1
     locations = Locations(padded, np.zeros_like(padded), shards, padded - first[shards], padded)
 
-    # Read batch by batch; the shards are closed after that.
+    # Read batch by batch; the shards are closed afterwards.
     source = LatentSource(place, cache_options(config.data))
     try:
         source.plan(sorted(set(shards.tolist())), {})

@@ -1,7 +1,7 @@
 """The loss on held-out samples, at fixed times and with fixed noise, of the weights and of their EMA.
 
-Nothing random is left: two values of one run differ only by its weights, and two runs with the same stages and samples
-can be compared whatever their seeds, batches and ranks.
+Nothing random is left: two values of one run differ only because its weights do. Two runs with the same stages and
+samples can be compared, whatever their seeds, batches and ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ecar_dist.train.objective import Objective
 from ecar_dist.train.time_budget import Phases
 from ecar_dist.train.validation.heldout import Heldout
 
-TIMES = (0.125, 0.375, 0.625, 0.875)  # within each stage; every sample is seen at each
+TIMES = (0.125, 0.375, 0.625, 0.875)  # within each stage; every sample is evaluated at each
 
 
 class Validation:
@@ -53,7 +53,7 @@ class Validation:
                 part.to(device) for part in (batch.moments, batch.labels, batch.sample_ids, batch.counts)
             )
             for number, time in enumerate(TIMES):
-                # Other noise at each time.
+                # Different noise at each time.
                 keys = ids * len(TIMES) + number
                 losses = objective.heldout_losses(moments, labels, keys, time, self._heldout.normalise)  # [B, K]
                 sums += counts @ losses.double()
