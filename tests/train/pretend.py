@@ -1,4 +1,4 @@
-"""Stand-ins for what the train loop works with, for the tests of its parts."""
+"""Stand-ins for the parts that the training loop works with, for the tests of its parts."""
 
 import json
 import math
@@ -15,7 +15,7 @@ ALONE = World(Placement(), torch.device("cpu"))
 
 
 class Pair(World):
-    """Two ranks: what the other one brings to the next sum is `other`; to a gather it brings the same."""
+    """Two ranks. The other one contributes `other` to each sum, and the same value as this one to a gather."""
 
     def __init__(self, rank=0, other=0.0):
         super().__init__(Placement(rank, 2), torch.device("cpu"))
@@ -29,7 +29,7 @@ class Pair(World):
 
 
 def sized_config(micro_batch_size=4, **sections):
-    """Two stages, 4 samples a step."""
+    """Two stages, 4 samples per step."""
     config = make_config(num_stages=2)
     sizes = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     return config.model_copy(update={"batch": config.batch.model_copy(update=sizes), **sections})
@@ -43,7 +43,7 @@ def make_batch(size, substitutions=(), position=0):
 class PretendEngine:
     """The given loss in each of two stages, NaN in the steps `bad`, and the given gradient norm.
 
-    The position of a sample says which step it is of.
+    The position of a sample is the number of its step.
     """
 
     def __init__(self, loss=0.5, grad_norm=2.0, bad=(), is_good=is_good):
@@ -71,7 +71,7 @@ class PretendEngine:
 
 
 class PretendStore:
-    """Remembers what was asked of it; each save needs two calls of `settle`."""
+    """Records its calls; each save needs two calls of `settle`."""
 
     def __init__(self, restored=None):
         self.restored, self.calls, self.left = restored, [], 0
@@ -102,7 +102,7 @@ class PretendStore:
 
 
 class PretendLoader:
-    """Gives what it is told, or waits until the consumer gives up."""
+    """Returns or raises the given items in order, then waits until the consumer gives up."""
 
     def __init__(self, *given):
         self.given, self.sources, self.wait_seconds, self.closed = list(given), [], 2.5, False
@@ -121,7 +121,7 @@ class PretendLoader:
 
 
 class OrderedLoader(PretendLoader):
-    """Batches that say of which step they are; `end` takes the place of that step's."""
+    """Batches whose positions are the numbers of their steps; `end` (step, error) raises in place of a batch."""
 
     def __init__(self, position, end=None):
         super().__init__()

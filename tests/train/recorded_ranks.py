@@ -1,4 +1,4 @@
-"""Has a rank write down the samples of every step that it takes.
+"""Makes a rank record the samples of every step that it takes.
 
 RECORDS names the folder: one file for each rank of each attempt, one line for each step.
 """
@@ -13,7 +13,7 @@ from ecar_dist.train import loop
 
 
 def record_steps():
-    """From here on `train_step` first notes step, positions and sample ids of this rank's micro-batches."""
+    """From here on `train_step` first records step, positions and sample ids of this rank's micro-batches."""
     file = Path(os.environ["RECORDS"]) / f"{os.getpid()}-{os.environ['RANK']}.jsonl"
     train_step = loop.train_step
 

@@ -1,4 +1,4 @@
-"""Real ranks that stop by themselves at a chosen place, so that a signal finds them exactly there."""
+"""Real ranks that stop by themselves at a chosen place, so that a signal reaches them exactly there."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STEP = re.compile(r"^step (\d+)/", re.MULTILINE)
 
 
 def launch(config, log, *overrides, ranks=2, failpoint=""):
-    """Start `train` on real ranks under the launcher; a Job, to be used as a context."""
+    """Start `train` on real ranks under the launcher. Returns a Job, to be used as a context manager."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
     command += [str(free_port()), "-m", "ecar_dist", "train", str(config), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ECAR_FAILPOINT": failpoint}
@@ -42,13 +42,13 @@ class Ended:
     """How ranks without a launcher ended."""
 
     statuses: list[int]  # by rank; a negative one is a signal
-    text: str  # what all ranks said
-    seconds: float  # since the strike, or since the start where there was none
+    text: str  # the output of all ranks
+    seconds: float  # since the strike, or since the start if there was none
     orphans: list[int]  # processes that they started, and that outlived them
 
 
 class Struck:
-    """`train` on ranks that are forked instead of launched; a context, at whose end none of them is left."""
+    """`train` on ranks that are forked instead of launched; a context manager that leaves none of them behind."""
 
     def __init__(self, config, *overrides, ranks=2, failpoint="", before=None):
         self._mark = uuid.uuid4().hex
@@ -76,11 +76,11 @@ class Struck:
             time.sleep(POLL_SECONDS)
 
     def reach(self, step):
-        """Wait until this step was logged."""
+        """Wait until this step is logged."""
         self.wait_for(lambda: any(int(found) >= step for found in STEP.findall(self.ranks[0].text())), f"step {step}")
 
     def strike(self, *ranks, signals=(signal.SIGTERM,)):
-        """Once a failpoint has stopped these ranks: all signals to each of them, and let them go on."""
+        """Once a failpoint has stopped these ranks, send all signals to each of them, and let them continue."""
         self.wait_for(lambda: all(is_stopped(self.pid(rank)) for rank in ranks), f"ranks {ranks} at the failpoint")
         self._struck = time.monotonic()
         for number in (*signals, signal.SIGCONT):
@@ -88,7 +88,7 @@ class Struck:
                 os.kill(self.pid(rank), number)
 
     def end(self):
-        """Wait until all have ended, then for what they leave behind. What remains is named, and killed."""
+        """Wait until all ranks and their child processes have ended. Remaining processes are reported, and killed."""
         until = self.began + PATIENCE
         while alive := [rank.process.sentinel for rank in self.ranks if rank.process.exitcode is None]:
             assert time.monotonic() < until, "".join(rank.text() for rank in self.ranks)
@@ -116,7 +116,7 @@ def stop_at(config, failpoint, *overrides, ranks=2, struck=None, signals=(signal
 
 
 class Run:
-    """One run directory, and what may be said of it after each launch."""
+    """One run directory, and the checks of it after each launch."""
 
     def __init__(self, config, path):
         self.config, self.path = config, path
@@ -128,7 +128,7 @@ class Run:
         return ended
 
     def steps_saved(self):
-        """Of the committed checkpoints, each of which is whole, beside nothing unfinished."""
+        """The steps of the committed checkpoints, all of which are intact. Nothing unfinished is next to them."""
         found = committed(self.path / "checkpoints")
         for checkpoint in found:
             verify(checkpoint)

@@ -1,4 +1,4 @@
-"""What the ranks of a run compare once they have opened data and autoencoder."""
+"""What the ranks of a run compare once they have opened the data and the autoencoder."""
 
 import dataclasses
 

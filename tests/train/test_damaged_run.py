@@ -1,4 +1,4 @@
-"""A run directory that was damaged between two attempts: its checkpoints are whole, so the run goes on."""
+"""A run directory that was damaged between two attempts: its checkpoints are intact, so the run continues."""
 
 import json
 import os
@@ -14,7 +14,7 @@ LOGS = ("metrics.jsonl", "bad_steps.jsonl", "lineage.json", "jobs/001/job", "log
 
 @pytest.fixture(scope="module")
 def trained(make_tree, tmp_path_factory):
-    """A config, and the run directory that two steps of it have left."""
+    """A config, and the run directory after two steps of it."""
     folder = tmp_path_factory.mktemp("damaged")
     tree = make_tree(folder)
     tree["batch"]["micro_batch_size"] = 16
@@ -47,7 +47,7 @@ def huge(path):
 
 @pytest.mark.parametrize("damage", [flip, pipe, huge])
 def test_damaged_logs_end_no_run_and_are_not_lost(trained, damage):
-    """Each of them alone ended it with a traceback, for good."""
+    """Each of these once ended the run with a traceback, permanently."""
     config, run = trained
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(run.parent.parent / "whole", run)

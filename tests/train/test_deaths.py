@@ -1,4 +1,4 @@
-"""A rank, or the launcher, that dies in a step: the job ends at once, nothing of it stays, and the run goes on."""
+"""A rank, or the launcher, dies in a step: the job ends at once, leaves nothing behind, and the run can continue."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ def left_in_shared_memory():
 
 @pytest.fixture(scope="module")
 def deaths(undisturbed, tmp_path_factory):
-    """How ranks of one command ended, by the kind of death; how the launcher did; the config; what was left in shared
-    memory; and the folders that were made for compiled code."""
+    """How the ranks of one command ended, by the kind of death; how the launcher ended; the config; what was left in
+    shared memory; and the folders that were created for compiled code."""
     folder, shared = tmp_path_factory.mktemp("deaths"), left_in_shared_memory()
     tree, _ = undisturbed
     tree = tree | {"run": tree["run"] | {"dir": str(folder / "runs")}}
@@ -39,7 +39,7 @@ def deaths(undisturbed, tmp_path_factory):
 
 
 def kill_launcher(config, log):
-    """While one of the ranks is stopped."""
+    """Kill the launcher while one of the ranks is stopped."""
     with launch(config, log, failpoint="train.step:rank=1:step=8:stop") as job:
         job.wait_for(lambda: is_stopped(job.rank_processes().get(1, 0)), "rank 1 at its failpoint")
         assert "/dev/shm" not in Path(f"/proc/{job.rank_processes()[1]}/maps").read_text()  # it may be full
@@ -59,8 +59,8 @@ def test_a_death_ends_the_job_and_is_said_once(deaths, name, status, words):
     ended = deaths[0][name]
     rank = int(name[-1])
     assert ended.statuses[rank] == status, ended.text
-    assert ended.statuses[1 - rank] not in (0, 1)  # 75, unless it was ended: it has nothing to fix
-    assert ended.seconds < 60  # since the start, where no signal struck
+    assert ended.statuses[1 - rank] not in (0, 1)  # 75, unless it was killed: it has nothing to fix
+    assert ended.seconds < 60  # since the start, if there was no signal
     assert not ended.orphans
     assert ended.text.count(words) == 1, ended.text
 
@@ -72,7 +72,7 @@ def test_a_crash_leaves_its_stacks(deaths):
 
 
 def test_ranks_do_not_outlive_their_launcher(deaths):
-    """The kernel ends them: one was stopped, and could not have noticed."""
+    """The kernel ends them: one rank was stopped, and could not have noticed the death itself."""
     ended = deaths[1]
     assert ended.status == -signal.SIGKILL
     assert not ended.orphans
@@ -85,5 +85,5 @@ def test_the_same_command_goes_on_after_every_death(deaths, undisturbed):
 
 
 def test_nothing_is_compiled_and_nothing_is_left_in_shared_memory(deaths):
-    """So no stale lock of a compiler can hold a start up, and a full /dev/shm matters to nobody."""
+    """So no stale lock of a compiler can delay a start, and a full /dev/shm does no harm."""
     assert deaths[3:] == (set(), [])

@@ -1,4 +1,4 @@
-"""`hybrid` on latents of an AutoencoderDC that shrinks images 32 times, as DC-AR has them: encoded, trained, drawn."""
+"""`hybrid` on latents of an AutoencoderDC that downsamples images by 32, as in DC-AR: encode, train, draw."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_hybrid_is_trained_and_drawn_at_a_32nd_of_the_images_size(make_tree, tmp
     train_alone(config, "train.total_samples=32")
     assert [math.isfinite(loss) for loss in losses(read_metrics(config))] == [True, True]
 
-    # A code and a residual are the latent, and images have the size of the autoencoder's.
+    # A code and a residual add up to the latent, and images have the size of the autoencoder's.
     trained = open_trained(tmp_path / "runs/tiny", torch.device("cpu"))
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     tokens = patchify(normalised_mean(trained.codec.identity, trained.codec.encode(images)), 1)

@@ -1,6 +1,6 @@
-"""A micro-batch is computed on its device alone: nothing is read by the host, nothing is copied from it.
+"""A micro-batch is computed on its device only: the host reads nothing, and nothing is copied from it.
 
-The meta device stands for a GPU. It raises where the host reads a number, and where two devices meet in one operation.
+The meta device stands in for a GPU. It raises if the host reads a number, or if one operation mixes two devices.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ META = torch.device("meta")
 
 
 class Copies(TorchDispatchMode):
-    """Operations with tensors of two devices; on a GPU the host waits for each of them."""
+    """Finds operations with tensors on two devices; on a GPU the host waits for each of them."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ def test_forward_and_backward_stay_on_the_device(kind, num_stages, monkeypatch):
         moments = torch.empty(4, 8, 8, 8)
         labels = torch.empty(4, dtype=torch.int64)
     compute = kind_of(config).objective(model, lambda values, noise: values[:, :4] + noise, config, "fp32")
-    compute(moments, labels, labels)  # makes what is kept: positions, weights of the stages
+    compute(moments, labels, labels)  # creates what is cached: positions, weights of the stages
 
     with Copies() as copies, monkeypatch.context() as patch:
         for maker in ("tensor", "as_tensor", "from_numpy"):

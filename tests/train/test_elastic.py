@@ -1,4 +1,4 @@
-"""One run on 1, 2, 4 and 3 ranks in turn, in other ZeRO stages: losses and samples of the undisturbed run."""
+"""One run on 1, 2, 4 and 3 ranks in turn, with different ZeRO stages: losses and samples of the undisturbed run."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ MICRO_BATCH = {1: 8, 2: 6, 3: 4, 4: 6}  # by ranks
 
 @pytest.fixture(scope="module")
 def parted(make_tree, tmp_path_factory):
-    """The config; what each launch said; what every rank recorded of every step."""
+    """The config; the output of each launch; what every rank recorded about every step."""
     folder = tmp_path_factory.mktemp("elastic")
     tree = make_tree(folder) | {"train": {"total_samples": BATCH * STEPS}, "checkpoint": {"every_samples": BATCH * 100}}
     tree["batch"] = {"global_batch_size": BATCH, "micro_batch_size": MICRO_BATCH[2]}
@@ -65,7 +65,7 @@ def test_each_conversion_is_said_in_one_line(parted):
 
 
 def test_every_sample_is_trained_on_once_and_in_its_own_step(parted):
-    """What the ranks really fed to the model, against the order as one rank reads it."""
+    """Compares what the ranks really fed to the model with the order in which one rank reads the samples."""
     config, _, lines = parted
     alone = load_config(config)
     data = check_data(alone)

@@ -1,4 +1,4 @@
-"""A job that is requeued again and again without a new checkpoint says so and asks not to be requeued: status 93."""
+"""A job that is requeued again and again without a new checkpoint reports it and asks not to be requeued: status 93."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.fork_server import run_forked
 def test_a_job_that_dies_before_every_checkpoint_is_not_started_a_fourth_time(write_config, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     run = tmp_path / "runs/tiny"
-    for _ in range(MAX_FRUITLESS):  # each was killed: it left no word of its end
+    for _ in range(MAX_FRUITLESS):  # each was killed: it did not record its end
         directory = RunDirectory(run)
         directory.open_for_training()
         directory.begin_attempt(newest_step=None, checkpoints=str(run / "checkpoints"))

@@ -1,4 +1,4 @@
-"""What a bad step is and what follows it, on scripted losses and norms; and the file that keeps it."""
+"""What a bad step is and what follows it, on scripted losses and norms; and the file that records it."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ def test_a_good_step_is_finite_and_within_the_limit_on_host_and_device(loss, gra
 
 
 def windows_in(lines):
-    """The windows of all roll-backs in lines of bad_steps.jsonl; a line that was cut by a kill was never acted on."""
+    """The windows of all roll-backs in lines of bad_steps.jsonl; a line cut off by a kill was never acted on."""
     windows = []
     for line in lines:
         with contextlib.suppress(UntrustedError):
@@ -65,7 +65,7 @@ def windows_in(lines):
 
 
 def feed(bad, steps):
-    """Judge (loss, norm) of consecutive steps from 1 on, as an engine would apply them; returns what follows each."""
+    """Judge (loss, norm) of consecutive steps from 1 on, as an engine would apply them. Returns what follows each."""
     return [step_of(bad, number, *numbers) for number, numbers in enumerate(steps, start=1)]
 
 
@@ -130,7 +130,7 @@ def test_three_in_a_row_roll_back_and_two_do_not():
 
 
 def roll_back(bad, checkpoint_state, lines, step):
-    """As the loop does it: the window into the file, then the checkpoint with its state."""
+    """As the loop does it: write the window to the file, then restore the checkpoint with its state."""
     lines.append(roll_back_record(step, bad.window_to_pass))
     return BadSteps(SECTION, json.loads(json.dumps(checkpoint_state)), windows_in(lines))
 
@@ -164,7 +164,7 @@ def test_a_run_that_was_rolled_back_often_enough_stops():
 
 
 def test_a_row_of_bad_steps_does_not_reach_across_steps_that_were_passed_over():
-    """A checkpoint from within a bad row: its state counts two of them, then comes the window, then another."""
+    """A checkpoint from within a row of bad steps: its state counts two, then comes the window, then more bad steps."""
     bad = BadSteps(SECTION)
     feed(bad, [GOOD, (NAN, 1.0), (NAN, 1.0)])
     resumed = BadSteps(SECTION, bad.state_dict(), [(1, 4)])
@@ -190,7 +190,7 @@ def test_any_sequence_cut_anywhere_is_judged_like_the_uncut_one(steps, cuts, win
         bad, lines, said = BadSteps(section), [], []
         for number, numbers in enumerate(steps, start=1):
             said.append((step_of(bad, number, *numbers), bad.grad_norm_limit, bad.skipped))
-            if said[-1][0] == ROLL_BACK:  # to a checkpoint of this very step: the window then covers nothing to come
+            if said[-1][0] == ROLL_BACK:  # to a checkpoint of this very step: the window then covers no later step
                 lines.append(roll_back_record(number, bad.window_to_pass))
                 bad = BadSteps(section, bad.state_dict(), windows_in(lines))
             if number in cuts:
@@ -272,7 +272,7 @@ def test_no_flipped_bit_changes_what_is_passed_over_without_a_word(tmp_path, cap
         path.write_bytes(flipped)
         found, said = file.windows(), capsys.readouterr().err
         assert set(found) <= set(windows), place
-        assert len(found) >= (1 if whole[place] != ord("\n") else 0), place  # else two lines have become one
+        assert len(found) >= (1 if whole[place] != ord("\n") else 0), place  # otherwise two lines have become one
         if place >= state:
             assert (found == windows) == (said == ""), place
     path.write_bytes(whole)

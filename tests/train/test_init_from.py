@@ -1,4 +1,4 @@
-"""`train.init_from`: a run that starts from the weights of another one."""
+"""`train.init_from`: a run that starts from the weights of another run."""
 
 import shutil
 
@@ -33,12 +33,12 @@ def source(make_tree, tmp_path_factory):
 
 
 def same(one, other):
-    """Whether all parameters are the same, but for that one step."""
+    """Whether all parameters are the same, except for that one step."""
     return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=0, atol=1e-29) for key in one)
 
 
 def start(source, name, ranks, *overrides, init_from="source"):
-    """A run that starts from `init_from`; its losses, and its master weights after one step that moves hardly any."""
+    """A run that starts from `init_from`; its losses, and its master weights after one step that hardly moves them."""
     config, _ = source
     runs = config.parent / "runs"
     metrics = train_on_ranks(
@@ -94,7 +94,7 @@ def test_a_run_with_a_checkpoint_resumes_and_says_so(source):
 
 
 def test_hybrid_goes_on_at_twice_the_resolution(digits, make_tree, tmp_path):
-    """DC-AR's training from low to high. The codebook is that of the weights, and the larger latents need none."""
+    """DC-AR's training from low to high resolution. The codebook comes with the weights; the new latents need none."""
     low, high = shutil.copytree(digits / "latents", tmp_path / "low"), tmp_path / "high"
     fit_codebook(low, size=32, patch_size=1, iterations=1, max_samples=100)
     encode_small(digits / "images/heldout", high, image_size=64, samples_per_shard=512, batch_size=64)
@@ -108,7 +108,7 @@ def test_hybrid_goes_on_at_twice_the_resolution(digits, make_tree, tmp_path):
     larger = ("data.latent_size=8", f"data.latents={high}")
     said, _ = train_alone(config, "run.name=high", f"train.init_from={runs / 'source'}", *larger, *STILL)
 
-    # A place is a quarter of the way from one of the 4 x 4 to the next; outside of them there is nothing to go to.
+    # A new position is a quarter of the way from one of the 4 x 4 positions to the next; outside them it is clamped.
     source, reader = open_ema_weights(runs / "source"), FragmentReader(runs / "high/checkpoints/step-00000001")
     for name in ("trunk.positions.weight", "trunk.output_positions.weight"):
         assert any(line.split()[:2] == ["resized", name] and "4x4 -> 8x8" in line for line in said)
@@ -118,7 +118,7 @@ def test_hybrid_goes_on_at_twice_the_resolution(digits, make_tree, tmp_path):
     fitted = codebook_of([str(low)], [load_manifest(low)], 32, 1)
     assert torch.equal(reader.full("master", "codebook.codes"), fitted.codes)
 
-    # A run from nothing, with the same codes, is behind after four steps.
+    # A run from scratch, with the same codes, is behind after four steps.
     write_codebook(high, load_manifest(high), fitted, 1)
     train_alone(config, "run.name=scratch", "train.total_samples=64", *larger)
     (first,) = losses(read_metrics(config, "run.name=high"))

@@ -22,7 +22,7 @@ OVER_CODES = ("par", "hybrid")
 
 @pytest.fixture(scope="module", params=NUM_STAGES)
 def trained(request, digits, make_tree, tmp_path_factory):
-    """(kind, run directory, metrics): two steps, then two; of `mar` and `par` the first two on two ranks and ZeRO-3."""
+    """(kind, run directory, metrics): two steps, then two more; for `mar` and `par` first on two ranks, ZeRO-3."""
     kind, folder = request.param, tmp_path_factory.mktemp("kinds")
     tree = make_tree(folder)
     tree["model"] |= {"kind": kind, "width": None, "flow_depth": 2}  # the width of T learns faster
@@ -58,7 +58,7 @@ def test_a_run_goes_on_and_its_loss_falls(trained):
 
 
 def test_the_codebook_is_that_of_the_data_to_the_bit(trained):
-    """After training in bf16, of `par` on two ranks, and after an average of its values."""
+    """After training in bf16, for `par` on two ranks, and after averaging its values."""
     kind, run, _ = trained
     if kind in OVER_CODES:
         folder = run.parents[1] / "latents"
@@ -73,7 +73,7 @@ def test_previews_show_every_stage(trained):
     events.Reload()
     (tag,) = events.Tags()["images"]
     assert [image.step for image in events.Images(tag)] == [2, 4]
-    assert (events.Images(tag)[0].height > 100) == (NUM_STAGES[kind] > 1)  # a row of 64 pixels a stage
+    assert (events.Images(tag)[0].height > 100) == (NUM_STAGES[kind] > 1)  # a row of 64 pixels per stage
 
 
 def test_it_is_drawn_exported_and_scored(trained, quick_classifier, tmp_path, capsys):

@@ -34,9 +34,9 @@ from tests.train.pretend import (
 
 
 def make_run(tmp_path, *loaders, total=32, bad=(), restored=None, roll_back_after=2, stop_after=2, **sections):
-    """The parts of a run of 4 samples a step, with the store and the EMA's calls beside them.
+    """The parts of a run of 4 samples per step, together with the store and the EMA's calls.
 
-    `loaders` open them in turn; `bad` are steps whose loss is NaN.
+    `loaders` are opened in turn; `bad` are steps whose loss is NaN.
     """
     config = sized_config(**{"ema": EmaSection(), "log": LogSection(every_steps=100, tensorboard=False), **sections})
     bad_steps = BadStepsSection(roll_back_after=roll_back_after, stop_after=stop_after)
@@ -98,7 +98,7 @@ def saved_steps(run):
 
 @pytest.mark.parametrize(("seconds", "saved"), [(0, [3, 6, 8]), (25, [5, 8]), (45, [7, 8]), (1000, [8])])
 def test_a_save_waits_until_min_seconds_have_passed(tmp_path, monkeypatch, seconds, saved):
-    """A step takes 10 s here. Rank 0's clock is heard one step late, so that no step waits for it."""
+    """A step takes 10 s here. Rank 0's clock arrives one step late, so that no step waits for it."""
     run = make_run(tmp_path, PretendLoader(*[make_batch(4)] * 8))
     monkeypatch.setattr("ecar_dist.train.loop.time", SimpleNamespace(monotonic=lambda: 10.0 * len(run.updates)))
     section = CheckpointSection(every_samples=12, min_seconds=seconds)
@@ -144,7 +144,7 @@ def test_a_save_that_falls_into_a_row_of_bad_steps_waits_for_the_next_good_one(t
     train(run.parts, Progress(0, 0))
     assert saved_steps(run) == [3, 7, 9, 12]
     assert run.store.client_state["bad_steps"]["skipped"] == 2
-    assert run.updates == [(4 * step, 4) for step in range(1, 13)]  # steps that moved nothing included
+    assert run.updates == [(4 * step, 4) for step in range(1, 13)]  # including steps that moved no weight
 
 
 def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
@@ -154,7 +154,7 @@ def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
     )
     assert train(run.parts, Progress(0, 0)) == Progress(48, 12)
     assert run.engine.steps == list(range(1, 13))
-    assert run.engine.optimizer_steps == [4, 5, 6, 7]  # Adam counts the steps of the run
+    assert run.engine.optimizer_steps == [4, 5, 6, 7]  # Adam's step count is that of the run
     assert run.store.client_state["bad_steps"] == {
         "good_norms": [2.0] * 5,
         "in_a_row": 0,
@@ -163,14 +163,14 @@ def test_a_run_goes_back_passes_over_the_bad_steps_and_goes_on(tmp_path):
     }
     assert 9.0 < run.store.client_state["goodput"]["kept_seconds"] < 19.0
     assert run.updates == [(4 * step, 4) for step in [*range(1, 8), *range(4, 13)]]
-    assert saved_steps(run) == [3, 4, 6, 9, 12]  # the one that was due when the row began comes first
+    assert saved_steps(run) == [3, 4, 6, 9, 12]  # the save that was due when the row began comes first
     assert run.writer.rewound == [3]
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line.get("samples_seen")) for line in lines] == [(6, 20), (7, 24), (7, None)]
 
 
 def test_a_step_is_settled_once_the_next_one_is_queued_unless_its_numbers_are_needed_first(tmp_path, monkeypatch):
-    """The device computes step n + 1 while the host reads step n: so bad steps are seen one step later."""
+    """The device computes step n + 1 while the host reads step n, so bad steps are detected one step later."""
     events = []
     read, call = PendingStatus.read, PretendEngine.__call__
     monkeypatch.setattr(PendingStatus, "read", lambda status: events.append("read") or read(status))
@@ -188,7 +188,7 @@ def test_a_step_that_was_queued_before_a_roll_back_is_void(tmp_path):
     checkpoint = SimpleNamespace(progress=Progress(12, 3), client_state={})
     run = make_run(tmp_path, total=48, bad={4, 5}, restored=checkpoint)
     assert train(run.parts, Progress(0, 0)) == Progress(48, 12)
-    assert run.engine.steps == [1, 2, 3, 4, 5, 6, *range(6, 13)]  # step 6 was queued when step 5 was seen to be bad
+    assert run.engine.steps == [1, 2, 3, 4, 5, 6, *range(6, 13)]  # step 6 was queued when step 5 was found to be bad
     assert run.engine.optimizer_steps == [4, 5]
     assert run.store.client_state["bad_steps"]["good_norms"] == [2.0] * 7
 
@@ -202,7 +202,7 @@ def test_with_a_limit_of_the_norm_each_step_waits_for_the_one_before(tmp_path):
 
 
 def test_right_after_a_roll_back_there_is_nothing_to_save(tmp_path):
-    checkpoint = SimpleNamespace(progress=Progress(8, 2), client_state={})  # the one of step 3 was damaged
+    checkpoint = SimpleNamespace(progress=Progress(8, 2), client_state={})  # that of step 3 was damaged
     after = OrderedLoader(8, end=(3, DataError("shard x is damaged")))
     run = make_run(tmp_path, OrderedLoader(0), after, total=48, bad={6, 7}, restored=checkpoint)
     with pytest.raises(DataError, match="shard x"):
@@ -270,7 +270,7 @@ def test_what_is_logged_and_said_at_the_end(tmp_path, capsys):
     values = run.writer.logged[-1][2]
     told = ("train/skipped_steps", "checkpoint/failures", "checkpoint/stall_seconds")
     assert [values[name] for name in told] == [1, 2, 1.5]
-    assert values["train/loss_stage0_t2"] == 0.5  # of the times that the engine gave
+    assert values["train/loss_stage0_t2"] == 0.5  # for the times that the engine returned
     assert math.isfinite(values["train/loss"])
     out = capsys.readouterr().out.splitlines()
     assert ("verdict", out[-1], 12) in run.writer.texts

@@ -1,4 +1,4 @@
-"""One micro-batch of the production objective, without any rank."""
+"""One micro-batch of the production objective, without ranks."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def make_config(kind="ecar", **flow):
 
 
 class Recorder(torch.nn.Module):
-    """Stands for the model: remembers what it was shown and predicts zero."""
+    """Stands in for the model: records its inputs and predicts zero."""
 
     def forward(self, contexts, states, times, labels):
         self.seen = (contexts, states, times, labels)
@@ -62,7 +62,7 @@ def objective(config, model, precision="fp32"):
 
 
 def batch(positions):
-    """Moments and labels that depend on the position alone, like those of a data set."""
+    """Moments and labels that depend only on the position, like those of a data set."""
     positions = torch.as_tensor(positions)
     return normal(99, positions, Purpose.GENERATE_START, (8, 8, 8)).half(), positions % 10, positions
 
@@ -242,7 +242,7 @@ def test_the_pyramid_is_shown_what_ecar_is_shown_but_no_contexts():
 
 
 class MaskedRecorder(torch.nn.Module):
-    """Stands for `mar`: remembers what it was shown and predicts zero."""
+    """Stands in for `mar`: records its inputs and predicts zero."""
 
     def forward(self, tokens, mask, states, times, labels):
         self.seen = (tokens, mask, states, times, labels)
@@ -260,7 +260,7 @@ def test_a_masked_sample_is_shown_the_same_whatever_batch_it_comes_in():
 
 
 def test_masked_tokens_flow_from_noise_to_themselves_several_times():
-    """The loss of a model that says nothing is the mean square of z - n, over masked tokens alone."""
+    """The loss of a model that predicts zero is the mean square of z - n, over masked tokens only."""
     config, recorder = make_config("mar", num_stages=1, token_draws=3), MaskedRecorder()
     moments, labels, positions = batch(range(16))
     loss, *_ = objective(config, recorder)(moments, labels, positions)
@@ -288,7 +288,7 @@ def test_every_draw_of_a_masked_sample_has_its_own_stream(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "num_stages"), [("ecar", 3), ("pyramid", 2), ("dit", 1)])
 def test_average_velocities_of_no_length_are_the_velocities(kind, num_stages):
-    """All intervals have length 0, and the network is not told: the loss of flow matching, to the bit."""
+    """All intervals have length 0, which the network does not see: the loss of flow matching, to the bit."""
     config = make_config(kind, num_stages=num_stages)
     plain = make_model(config)
     average_config = make_config(kind, num_stages=num_stages, objective="mean_velocity", instant_share=1.0)
@@ -322,7 +322,7 @@ def test_the_loss_of_average_velocities_is_that_of_its_formula(kind):
     schedule = config.flow.schedule
     points = module.training_points(schedule, latents, noise, list(starts.unbind(1)), contexts, tau)
 
-    # Stage by stage, as sampling asks for it.
+    # Stage by stage, as in sampling.
     cache = model.start_cache()
     for k in range(2):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The preflight of real ranks that take themselves for nodes of their own."""
+"""The preflight of real ranks, each of which acts as a node of its own."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.fork_server import run_ranks
 
 @pytest.fixture
 def launch(write_config, tmp_path, monkeypatch):
-    """Run a command on two ranks, one a node; their statuses and lines, and the folder of the job's logs."""
+    """Run a command on two ranks, one per node. Returns their statuses and lines, and the folder of the job's logs."""
     logs = tmp_path / "runs/tiny/logs/job-7"
     logs.mkdir(parents=True)
     monkeypatch.setenv("ECAR_JOB_LOGS", str(logs))
@@ -64,7 +64,7 @@ def test_a_device_that_fails_on_every_node_is_not_the_fault_of_a_node(launch):
     status, said, error, logs = launch("preflight", failpoint="preflight.device:raise")
     assert status == [1, 1]
     assert "RuntimeError: failpoint preflight.device" in error
-    assert not list(logs.iterdir())  # no training, so no exit status of it
+    assert not list(logs.iterdir())  # no training, so no exit status from it
     assert said == []
 
 
@@ -83,7 +83,7 @@ def test_what_is_looked_at_follows_from_the_config(tree, tmp_path):
 
 
 def test_one_rank_of_each_node_reads_the_beginning_of_the_data(tree, monkeypatch):
-    """All of them would read the same bytes past their node's cache."""
+    """Otherwise all of them would read the same bytes past their node's cache."""
     monkeypatch.setattr(module, "preflight", lambda world, folders, read, seconds: (read()[1]["bytes"], []))
     monkeypatch.setattr(module, "agree_on", lambda *_: None)
     monkeypatch.setattr(module, "data_facts", lambda *_: {})

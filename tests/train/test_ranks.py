@@ -1,4 +1,4 @@
-"""Real ranks under the real DeepSpeed engine: the same losses however the work is cut, and after every kind of stop."""
+"""Real ranks under the real DeepSpeed engine: equal losses however the work is split, and after every kind of stop."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(write_config, t
     assert [line["step"] for line in resumed] == list(range(1, 17))
     attempts = json.loads((run / "lineage.json").read_text())
     assert len(attempts) == 3
-    assert attempts[-1]["resumed_from_step"] in (6, 8)  # the save of step 8 may have been on its way
+    assert attempts[-1]["resumed_from_step"] in (6, 8)  # the save of step 8 may have been under way
     newest = [committed(tmp_path / "runs" / name / "checkpoints")[0] for name in ("straight", "killed")]
     for shard in newest[0].glob("*.safetensors"):
         ours, theirs = load_file(shard), load_file(newest[1] / shard.name)

@@ -1,4 +1,4 @@
-"""All ranks read a step or none does; together they read the global batch, each position once, with its own sample."""
+"""All ranks read a step or none does. Together they read the global batch, each position once, with its own sample."""
 
 from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ def test_the_whole_batch_is_well_and_its_hash_is_the_sum_of_the_shares():
         micro_batches(0),  # twice what another rank reads
         micro_batches(1, start=START + BATCH),  # the next batch
         micro_batches(1)[:1],  # a part
-        micro_batches(1, size=4),  # another number of ranks
+        micro_batches(1, size=4),  # a different number of ranks
         micro_batches(1, stream=SampleStream([[40, 40, 17]], seed=4, global_batch_size=BATCH, lanes=1)),
     ],
 )
@@ -92,7 +92,7 @@ BEGUN = Progress(8, 2)
 
 
 def make_reader(*loaders, world=ALONE, stop=False, beats=None, total=4000):
-    """Two micro-batches a step when alone; `loaders` are opened in turn."""
+    """Two micro-batches per step on a single rank; `loaders` are opened in turn."""
     config, left = sized_config(micro_batch_size=2), list(loaders)
     config = config.model_copy(update={"train": config.train.model_copy(update={"total_samples": total})})
     phases = Phases(lambda name, step: beats is None or beats.append((name, step)))
@@ -106,7 +106,7 @@ def after(steps):
 
 
 def test_the_last_step_that_begins_is_the_last_whose_samples_are_there():
-    """Whichever step that is: the first, the second, or a later one, whose flags come two steps ahead."""
+    """Whichever step it is: the first, the second, or a later one, whose flags come two steps ahead."""
     for good in range(5):
         batch, beats = make_batch(2), []
         reader = make_reader(PretendLoader(*[batch] * good, DataError("shard x is damaged")), beats=beats)
@@ -160,7 +160,7 @@ def test_a_stop_ends_the_run_after_the_step_that_was_queued_when_it_is_seen():
 @pytest.mark.parametrize(
     ("other", "steps"),
     [
-        ([0.0, 0.0, 0.0], 2),  # stop asked, cannot read a step, or even the first
+        ([0.0, 0.0, 0.0], 2),  # asked to stop, cannot read a step, cannot even read the first
         ([1.0, 0.0, 0.0], 0),
         ([0.0, 1.0, 0.0], 1),
         ([0.0, 1.0, 1.0], 0),

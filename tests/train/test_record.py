@@ -1,4 +1,4 @@
-"""What a start refuses, and what is put on record."""
+"""What a start refuses, and what is recorded."""
 
 import json
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ def test_a_run_that_has_trained_does_not_begin_anew_because_its_checkpoints_were
 ):
     config = write_config()
     directory = opened(config)
-    opened(config, f"checkpoint.dir={tmp_path}/elsewhere")  # nothing was learnt yet
+    opened(config, f"checkpoint.dir={tmp_path}/elsewhere")  # nothing was trained yet
     opened(config)
     directory.metrics.write_text('{"step": 1}\n')
     with pytest.raises(CheckpointError, match=r"elsewhere/tiny .*/runs/tiny/checkpoints; set checkpoint\.dir"):
@@ -118,9 +118,9 @@ def test_how_an_attempt_ended_is_on_record(write_config, asked, error, reason):
     (attempt,) = directory.attempts()
     assert attempt["reason"] == reason
     file = directory.lineage.stat().st_ino
-    end_attempt(RunDirectory(directory.path), False, None, None, None)  # of a rank that began none
+    end_attempt(RunDirectory(directory.path), False, None, None, None)  # on a rank that began none
     assert directory.attempts() == [attempt]
-    assert directory.lineage.stat().st_ino == file  # not even written anew: rank 0 may be at it
+    assert directory.lineage.stat().st_ino == file  # not even rewritten: rank 0 may be writing it
 
 
 def test_a_full_disk_at_the_end_hides_nothing(write_config, monkeypatch):
@@ -192,7 +192,7 @@ def test_the_preview_is_of_the_ema(tmp_path):
     assert drawn == [[4.0, 5.0]]
     assert pictures == [("samples/stages", "picture of stages", 4)]
 
-    # On another rank, which draws only where the weights are split.
+    # On another rank, which draws only if the weights are sharded.
     recorder._world, recorder._writer = World(Placement(1, 2), torch.device("cpu")), None
     for engine.splits_weights in (False, True):
         recorder.draw_preview(Progress(16, 4), engine, SimpleNamespace(partitions=[6.0]))

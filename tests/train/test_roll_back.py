@@ -1,4 +1,4 @@
-"""Bad steps on real ranks: NaNs of one rank alone, a roll-back of both, and a kill right after it."""
+"""Bad steps on real ranks: NaNs on one rank only, a roll-back of both, and a kill right after it."""
 
 import json
 
@@ -12,7 +12,7 @@ KILL = "train.step:rank=1:step=11:kill"
 
 
 def train(config, name, failpoint=""):
-    """The worst exit status, and what both ranks said."""
+    """The worst exit status, and the output of both ranks."""
     more = {rank: {"ECAR_FAILPOINT": failpoint} for rank in range(2)}
     ended = run_ranks(2, free_port(), "train", str(config), f"run.name={name}", more=more)
     return max(abs(one.returncode) for one in ended), "".join(one.stdout + one.stderr for one in ended)
@@ -34,7 +34,7 @@ def test_a_run_that_was_rolled_back_goes_on_the_same_whether_or_not_it_was_kille
         assert "nan" in line
         assert f"({action})" in line
     metrics = read_metrics(config, "run.name=straight")
-    # back to step 6; what is passed over begins three steps before the first of the three bad ones
+    # back to step 6; the window begins three steps before the first of the three bad ones
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6, *range(11, 17)]
     assert metrics[3]["train/loss"] is None
     assert metrics[-1]["train/skipped_steps"] == 1 + 4
@@ -45,7 +45,7 @@ def test_a_run_that_was_rolled_back_goes_on_the_same_whether_or_not_it_was_kille
     assert found[-1]["pass_over"] == [5, 10]
 
     assert train(config, "killed", f"{NANS},{KILL}")[0] != 0
-    assert train(config, "killed")[0] == 0  # no NaN any more: the window alone keeps it from those samples
+    assert train(config, "killed")[0] == 0  # no NaN any more: only the window keeps the run from those samples
     again = read_metrics(config, "run.name=killed")
     for tag in ("step", "train/loss", "train/grad_norm", "train/skipped_steps"):
         assert [line[tag] for line in again] == [line[tag] for line in metrics]

@@ -11,7 +11,7 @@ from tests.train.struck_ranks import REQUEUE, Struck, launch
 
 
 def burst(pid, count=50, seconds=1.5):
-    """So many SIGTERM to one process, as long as it is there."""
+    """Send this many SIGTERM to one process, as long as it exists."""
     for _ in range(count):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, SIGTERM)
@@ -19,7 +19,7 @@ def burst(pid, count=50, seconds=1.5):
 
 
 def test_fifty_signals_to_the_launcher_cost_no_step(run, tmp_path):
-    """torchrun is gone at its third signal; the ranks, which it has asked to end, do so with their last step saved."""
+    """torchrun dies at its third signal. The ranks, which it has asked to end, still save their last step first."""
     slow = "train.step:delay=0.2,checkpoint.write:delay=1.5"
     with launch(run.config, tmp_path / "log.txt", "checkpoint.every_samples=100000", failpoint=slow) as job:
         job.reach(2)

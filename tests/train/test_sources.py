@@ -63,7 +63,7 @@ def test_latents_cannot_be_mirrored_while_they_are_read(tree):
 
 
 def test_the_order_is_that_of_the_config(tree, digits):
-    tree["data"] |= {"lanes": 2, "window_shards": 1, "mixture_by": "step"}  # of one set: no mixture at all
+    tree["data"] |= {"lanes": 2, "window_shards": 1, "mixture_by": "step"}  # with one set it is not a mixture
     config = config_from_dict(tree)
     described = open_stream(config, check_data(config)).describe()
     facts = {"name": "lanes-feistel-v2", "seed": 0, "lanes": 2, "window_shards": 1}
@@ -90,7 +90,7 @@ def open_rank(tree, rank=1, world_size=2, start=0):
 
 
 def test_a_rank_looks_up_its_own_shards(tree, monkeypatch, tmp_path):
-    """Of a large set, in which no rank of two reads all shards in an epoch."""
+    """For a large set, of which neither of two ranks reads all shards in an epoch."""
     monkeypatch.setattr(sources, "MAX_LOOKED_UP", 2)
     shutil.copytree(tree["data"]["latents"], tmp_path / "latents")
     tree["data"] |= {"latents": str(tmp_path / "latents"), "lanes": 2}
@@ -230,7 +230,7 @@ def test_training_on_a_mixture_does_not_depend_on_ranks_and_resumes(tree, write_
 
 
 def test_training_straight_from_images_does_not_depend_on_ranks_and_resumes(tree, write_config, digits):
-    """The run encodes pixels itself; DALI or PIL decode them; order and noise are keyed as ever."""
+    """The run encodes pixels itself; DALI or PIL decode them; order and noise are keyed as usual."""
     images(tree, digits, flip_images=True)
     config = write_config()
     whole = train_on_ranks(1, config, "run.name=whole")
@@ -257,7 +257,7 @@ def test_another_order_is_refused_on_resume_by_name(write_config):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ecar-dist:")]
     assert line.index("data_order.window_shards=4") < line.index(
         "data_order.window_shards=1"
-    )  # as made, then this run's
+    )  # as the order was made, then this run's
 
 
 def test_images_lie_on_the_background_that_the_config_says(tree, digits):
@@ -278,7 +278,7 @@ def test_images_are_resized_as_the_config_says(tree, digits, resize):
 
 
 def break_reader():
-    """Make rank 1's third step fail where it reads."""
+    """Make rank 1 fail to read its third step."""
     take, calls = SampleLoader.take, []
 
     def broken(self, *values):
@@ -292,7 +292,7 @@ def break_reader():
 
 
 def test_data_that_fails_on_one_rank_ends_all_of_them_in_one_line(write_config):
-    """Rank 1's reader alone fails: nobody waits for it, nobody sees a torn connection."""
+    """Only rank 1's reader fails: no rank waits for it, and no rank sees a broken connection."""
     ended = run_ranks(2, free_port(), "train", str(write_config()), before=break_reader)
     assert [one.returncode for one in ended] == [1, 1]
     out, error = ("".join(one.stdout for one in ended), "".join(one.stderr for one in ended))

@@ -1,4 +1,4 @@
-"""A start of a run that goes on, as a whole."""
+"""The complete start of a run that resumes."""
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_what_it_knew_and_says_what_is_new(write_config, tree
         (5, 96),
         (6, 128),
     ]
-    assert metrics[-1]["train/skipped_steps"] == 1  # of the attempt before
+    assert metrics[-1]["train/skipped_steps"] == 1  # from the previous attempt
     assert kept_seconds(run, 6) > kept_seconds(run, 4) > 2  # seconds
     assert 0 < metrics[-1]["perf/goodput"] < 1
     before, now = RunDirectory(run).attempts()

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 wherever they find a rank: it ends soon, with one whole checkpoint and status 75.
+"""SIGTERM and SIGUSR1 wherever they reach a rank: it ends soon, with one complete checkpoint and status 75.
 
 The bound is one step, the save under way and one save; here each of them takes far less than a second. A launcher under
-Slurm gives 30 s by default.
+Slurm allows 30 s by default.
 """
 
 import re
@@ -18,7 +18,7 @@ def test_before_the_first_step_nothing_is_saved(run):
 
 
 def test_a_run_that_is_stopped_again_and_again_is_the_undisturbed_one(run, undisturbed):
-    # In a step: the step in which one rank was struck is done by both, no other is begun.
+    # In a step: both ranks finish the step in which one was struck, and begin no other.
     ended = run.stop_at("train.step:step=2", struck=[1], signals=[SIGUSR1, SIGTERM, SIGUSR1])
     assert ended.statuses == [REQUEUE, REQUEUE]
     assert run.steps_saved() == [2]
@@ -30,7 +30,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_undisturbed_one(run, undis
     assert run.steps_saved() == [2]
     assert run.last_end() == "signal"
 
-    # While loading, one rank alone: the other cannot be asked, and ends because this one is gone.
+    # While loading, one rank only: the other cannot be asked, and ends because this one is gone.
     ended = run.stop_at("load.read", struck=[1])
     assert ended.statuses[1] == REQUEUE
     assert ended.statuses[0] != 0

@@ -1,4 +1,4 @@
-"""What a report says, on pretended phases and ranks."""
+"""The contents of a report, with simulated phases and ranks."""
 
 import dataclasses
 import threading
@@ -25,7 +25,7 @@ class Clock:
 
 
 class PretendWorld(World):
-    """One of several ranks; `sum` adds what the others bring, in a barrier of threads."""
+    """One of several ranks; `sum` adds the values of the others, at a barrier of threads."""
 
     def __init__(self, rank, size, shared):
         super().__init__(Placement(rank=rank, size=size), torch.device("cpu"))
@@ -62,7 +62,7 @@ def spend(phases, clock, **seconds):
 
 
 def interval(telemetry, phases, clock, steps=2, applied=True, **seconds):
-    """Some steps of 8 samples, each of 10 s, the given seconds for a phase or else for computing."""
+    """Some steps of 8 samples, each of 10 s: the given seconds for each phase, the rest for computing."""
     for _ in range(steps):
         rest = 10.0 - sum(seconds.values())
         spend(phases, clock, **seconds, forward=0.3 * rest, backward=0.6 * rest, optimizer=0.1 * rest)
@@ -121,7 +121,7 @@ def test_steps_that_were_all_passed_over_give_no_step_time():
 
 
 def on_ranks(size, run):
-    """run(world) in one thread a rank; their results."""
+    """Run run(world) in one thread per rank. Returns their results."""
     shared = {"values": [None] * size, "barrier": threading.Barrier(size)}
     results = [None] * size
 
@@ -142,7 +142,7 @@ def test_one_all_reduce_gives_all_ranks_the_loss_by_time_the_slow_rank_and_the_l
         telemetry.forward_clock = PretendForward(*[7.0 if world.rank == 2 else 5.0] * 4)
         reports = []
         for number in range(1, 5):
-            # bin 1 of stage 0 gets one loss a rank, with rank 1's not finite
+            # bin 1 of stage 0 gets one loss per rank; rank 1's is not finite
             loss = float("nan") if world.rank == 1 else float(world.rank)
             telemetry.losses.add(torch.tensor([[loss, 1.0]]), torch.tensor([[0.3, 0.9]]))
             interval(telemetry, phases, clock)
@@ -225,7 +225,7 @@ def test_a_huge_number_does_not_fill_the_progress_line():
 
 
 def test_the_forward_clock_counts_the_time_inside_and_starts_again_when_taken(monkeypatch):
-    readings = iter([10.0, 12.0, 20.0, 24.0])  # on entering and on leaving, twice
+    readings = iter([10.0, 12.0, 20.0, 24.0])  # at entry and at exit, twice
     monkeypatch.setattr("ecar_dist.train.telemetry.time.perf_counter", lambda: next(readings))
     clock = ForwardClock(torch.device("cpu"))
     for _ in range(2):
@@ -249,7 +249,7 @@ def test_on_a_gpu_it_is_the_device_that_is_measured():
     torch.cuda.synchronize()
     waited = time.perf_counter() - began
     seconds = clock.take()
-    assert launched < 0.5 * seconds  # the host was long done
+    assert launched < 0.5 * seconds  # the host had finished long before
     assert 0.5 * waited < seconds <= 1.05 * waited
     assert clock.take() == 0.0
 
@@ -286,6 +286,6 @@ def test_sums_over_micro_batches_and_ranks_give_the_mean_over_all_samples():
 def test_what_was_taken_is_gone_and_what_is_not_finite_never_comes():
     by_time = LossByTime(1, 1, torch.device("cpu"))
     by_time.add(torch.tensor([[float("nan")], [2.0], [float("inf")]]), torch.tensor([[0.1], [0.2], [1.0]]))
-    by_time.add(torch.tensor([[7.0]]), torch.tensor([[float("nan")]]))  # the loss of many times
+    by_time.add(torch.tensor([[7.0]]), torch.tensor([[float("nan")]]))  # the loss over many times
     assert by_time.means(by_time.take().tolist()) == {"train/loss_stage0_t0": 2.0}
     assert by_time.means(by_time.take().tolist()) == {}

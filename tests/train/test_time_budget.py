@@ -98,7 +98,7 @@ def test_time_counts_for_the_phase_it_was_spent_in_and_every_change_is_a_beat():
     beats, clock = [], Clock()
     phases = Phases(lambda name, step: beats.append((name, step)), clock)
     for name, step, seconds in (("load", 0, 3.0), ("data", 1, 1.0), ("forward", 1, 0.5), ("data", 2, 2.0)):
-        clock.now += seconds  # spent in the phase before
+        clock.now += seconds  # spent in the previous phase
         phases.enter(name, step)
     clock.now += 4.0
     totals = phases.totals()
@@ -110,7 +110,7 @@ def test_time_counts_for_the_phase_it_was_spent_in_and_every_change_is_a_beat():
     }
     assert sum(totals.values()) == clock.now - 100.0
     assert list(totals) == list(PHASES)
-    assert phases.totals() == totals  # asking changes nothing
+    assert phases.totals() == totals  # reading changes nothing
     assert beats == [("start", 0), ("load", 0), ("data", 1), ("forward", 1), ("data", 2)]
 
 
@@ -134,7 +134,7 @@ def test_only_steps_that_moved_the_weights_and_were_kept_count():
 
 
 def test_a_new_attempt_goes_on_from_its_checkpoint_and_its_own_start():
-    assert Goodput().values() == {}  # of a rank that does not know when the run began
+    assert Goodput().values() == {}  # on a rank that does not know when the run began
     goodput = Goodput(time.time() - 100.0)
     goodput.load_state_dict({"kept_seconds": 40.0})
     goodput.end_step(10.0, applied=True)

@@ -1,4 +1,4 @@
-"""The losses of `par` and `par_cont`: what they compute, and that a small model learns 32 images by heart."""
+"""The losses of `par` and `par_cont`: what they compute, and that a small model memorises 32 images."""
 
 import math
 
@@ -33,7 +33,7 @@ def make_config(group, model=None):
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_it_learns_32_images_by_heart(group):
-    """Random codes, which memory alone predicts: from ln 16 = 2.77 nats to below 0.7."""
+    """Random codes, which can only be memorised: from ln 16 = 2.77 nats to below 0.7."""
     config = make_config(group)
     torch.manual_seed(0)
     kind = kind_of(config)
@@ -78,7 +78,7 @@ def _dropped(positions):
 
 
 def test_residuals_bring_the_codes_nearer_to_the_images():
-    """`hybrid` learns 16 images by heart. Its residuals, drawn from noise, take its codes nearer to them by 3 dB."""
+    """`hybrid` memorises 16 images. Its residuals, drawn from noise, bring its codes closer to them by 3 dB."""
     model = {"kind": "hybrid", "ar_depth": 1, "patch_size": 1, "codebook_size": 16, "label_dropout": 0.0}
     config = make_config(1, model)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_residuals_bring_the_codes_nearer_to_the_images():
     network.residual_scale.scale.data.fill_((tokens - vectors).std())
     optimizer = torch.optim.AdamW(compute.parameters(), lr=5e-3, weight_decay=0)
     for step in range(60):
-        loss, *_ = compute(latents, positions % 10, positions + 16 * step)  # other masks, noise and times
+        loss, *_ = compute(latents, positions % 10, positions + 16 * step)  # different masks, noise and times
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Real ranks that were not started alike, or stop being alike: the odd one is named, and nothing it did is kept."""
+"""Real ranks that start differently, or begin to differ: the odd one is named, and nothing it did is kept."""
 
 import dataclasses
 import os
@@ -15,12 +15,12 @@ from ecar_dist.train import start as beginning
 from tests.conftest import free_port, read_metrics
 from tests.fork_server import run_ranks
 
-BOUND = 60.0  # seconds for ranks that are told at once, on a busy machine; the transport itself waits for minutes
+BOUND = 60.0  # seconds for ranks that are notified at once, on a busy machine; the transport itself waits for minutes
 
 
 @pytest.fixture
 def start(write_config, tmp_path, monkeypatch):
-    """`train` on ranks that take themselves for nodes n1, n2, ..., each with words of its own."""
+    """`train` on ranks that act as nodes n1, n2, ..., each with its own arguments."""
     logs = tmp_path / "job"
     logs.mkdir()
     monkeypatch.setenv("ECAR_JOB_LOGS", str(logs))
@@ -40,7 +40,7 @@ def start(write_config, tmp_path, monkeypatch):
     [
         ("optim.learning_rate", "0.001", "0.5"),  # was silent
         ("run.name", "tiny", "other"),  # was a hang: two run directories
-        ("batch.global_batch_size", "16", "32"),  # was a hang: two numbers of micro-batches
+        ("batch.global_batch_size", "16", "32"),  # was a hang: different numbers of micro-batches
     ],
 )
 def test_two_ranks_with_different_settings_are_both_named_and_nothing_is_begun(start, tmp_path, key, ours, theirs):
@@ -93,7 +93,7 @@ def test_the_same_data_set_elsewhere_is_the_same(start, digits, tmp_path):
 
 
 def have_another_autoencoder():
-    """The last rank, which has loaded other weights from its vae.path."""
+    """The last rank acts as if it had loaded different weights from its vae.path."""
     encoder_of = beginning.encoder_of
 
     def other(data, codec):
@@ -112,11 +112,11 @@ def test_another_autoencoder_on_one_node_is_named_before_the_run_begins(start, t
     assert not (tmp_path / "runs/tiny/lineage.json").exists()
 
 
-FLIPPED_AT = {0: 3, 2: 4, 3: 4}  # by ZeRO stage; above 0 the next step makes all copies anew; step 4 is to be saved
+FLIPPED_AT = {0: 3, 2: 4, 3: 4}  # by ZeRO stage; above 0 the next step rewrites all copies; step 4 is to be saved
 
 
 def flip_a_bit():
-    """In the last rank, right after a step: a high bit of the mantissa of one weight that the forward pass reads."""
+    """On the last rank, right after a step: a high bit of the mantissa of one weight that the forward pass reads."""
     settle_step = loop.settle_step
 
     def flipping(parts, step, result):
@@ -151,7 +151,7 @@ def test_of_three_ranks_the_one_with_the_flipped_bit_is_kept_out_and_the_run_goe
 
 
 def read_twice():
-    """The last rank reads the share of the first."""
+    """Make the last rank read the share of the first."""
     from ecar_dist.data.loader import SampleLoader
 
     make = SampleLoader.__init__

@@ -1,4 +1,4 @@
-"""The validation loss: fixed, equal on any number of ranks, and without an effect on training."""
+"""The validation loss: fixed, the same on any number of ranks, and without any effect on training."""
 
 import pytest
 import torch
@@ -42,14 +42,14 @@ def test_it_is_equal_on_any_number_of_ranks_and_changes_nothing(validated, tree)
     assert losses(plain) == losses(alone)
     assert not any("eval/loss" in line for line in plain)
 
-    # Other ranks, another stage and micro-batch.
+    # A different number of ranks, ZeRO stage and micro-batch.
     settings = ("deepspeed.zero_stage=3", "batch.micro_batch_size=4")
     pair = train_on_ranks(2, validated, "run.name=pair", *settings)
     for line, other in zip(alone, pair, strict=True):
         tags = TAGS & line.keys()
         assert {tag: other[tag] for tag in tags} == pytest.approx({tag: line[tag] for tag in tags}, abs=2e-5)
     bare = train_on_ranks(2, validated, "run.name=bare", *settings, "train.validate_every_samples=0")
-    assert losses(bare) == losses(pair)  # where the weights are split, too
+    assert losses(bare) == losses(pair)  # also if the weights are sharded
 
 
 def test_the_log_shows_it_and_a_resumed_run_has_the_same(validated):

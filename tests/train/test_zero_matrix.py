@@ -1,8 +1,8 @@
-"""One model, one order of samples, 4 steps on two ranks: every engine setting trains it alike and refuses steps alike.
+"""One model, one order of samples, 4 steps on two ranks: every engine setting trains and refuses steps in the same way.
 
-Accumulation is 2. In fp32 the settings differ by the order of sums alone. In bf16 the losses of all steps stay within
-BF16_LOSS of fp32's (1.0e-4 measured), and the weights within BF16_WEIGHTS in L2 (1.7e-3 measured): Adam brings
-gradients that are nothing but rounding to full steps.
+Accumulation is 2. In fp32 the settings differ only by the order of sums. In bf16 the losses of all steps stay within
+BF16_LOSS of fp32's (1.0e-4 measured), and the weights within BF16_WEIGHTS in L2 (1.7e-3 measured): Adam scales
+gradients that are nothing but rounding up to full steps.
 """
 
 import json
@@ -24,7 +24,7 @@ BF16_LOSS, BF16_WEIGHTS = 3e-4, 5e-3
 
 @pytest.fixture(scope="module")
 def reports(make_tree, tmp_path_factory):
-    """What each rank reports, by setting."""
+    """The reports of the ranks, by setting."""
     folder = tmp_path_factory.mktemp("matrix")
     tree = make_tree(folder) | {"flow": {"num_stages": 2}, "train": {"total_samples": STEPS * BATCH}}
     tree["sample"] = {"solver": "euler", "steps_per_stage": 2}
@@ -47,7 +47,7 @@ def test_fp32_losses_and_weights_are_those_without_zero(reports, setting):
 def test_compiled_blocks_train_like_eager_ones(reports, setting):
     """One graph of the AR block and one of the velocity block, without a break, under every ZeRO stage.
 
-    In fp32 the stages 0 to 2 share the graphs that the first of them has compiled.
+    In fp32, stages 0 to 2 share the graphs that the first of them compiled.
     One step is equal to the bit (tests/runtime/test_compiler.py); after some steps a loss may differ in its last bits.
     """
     eager = setting.removesuffix(", compiled")
@@ -59,7 +59,7 @@ def test_compiled_blocks_train_like_eager_ones(reports, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_queued_without_a_read_of_the_host(reports, setting):
-    """But for bf16 without ZeRO, where DeepSpeed looks for gradients that are not finite, and for offload."""
+    """Except for bf16 without ZeRO, where DeepSpeed looks for gradients that are not finite, and for offload."""
     reads = [report["host reads"] for report in reports[setting]]
     reading = setting == "zero 0, bf16" or "offload" in setting or "together" in setting
     assert min(reads) > 0 if reading else reads == [0, 0]
@@ -70,7 +70,7 @@ def test_losses_and_flags_of_a_step_are_one_sum_of_constant_size(reports, settin
     """The loss of each of two stages, the number of replaced samples, and the flags.
 
     All other collectives are of gradients, of weights, and of the norm of the gradients: DeepSpeed's for up to two
-    groups of parameters, or rank 0's where DeepSpeed takes none.
+    groups of parameters, or rank 0's if DeepSpeed computes none.
     """
     for report in reports[setting]:
         sums = [(kind, number) for name, kind, number in report["collectives"] if name == "allreduce_" and number < 100]
@@ -101,7 +101,7 @@ def test_ranks_hold_every_weight_once_and_count_every_step(reports, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_refused_step_leaves_nothing_behind(reports, setting):
-    """By the caller, for a loss that is NaN on one rank, for too large a norm: bit for bit."""
+    """Refused by the caller, for a loss that is NaN on one rank, or for too large a norm: bit for bit."""
     failed = [
         (rank, what)
         for rank, report in enumerate(reports[setting])
@@ -114,7 +114,7 @@ def test_a_refused_step_leaves_nothing_behind(reports, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
-    """So that a hash tells a rank that has drifted: all of the state, the weights, or what ZeRO-3 leaves whole."""
+    """So that a hash detects a rank that has drifted: in the full state, the weights, or what ZeRO-3 does not split."""
     parameters = reports[REFERENCE][0]["elements"]
     copies = {0: 4 if "bf16" in setting else 3, 1: 1, 2: 1, 3: 1}[int(setting[5])]
     split = any("persistence_threshold: 0" in override for override in SETTINGS[setting])
@@ -122,8 +122,8 @@ def test_ranks_hold_their_copies_alike_to_the_bit(reports, setting):
         assert report["replicas"] == {"elements": 0 if split else copies * parameters, "hashes": 1}
 
 
-# Bytes per parameter beside the state of `plan`. ZeRO-3 leaves small weights whole, as all of these are. ZeRO-1 in fp32
-# has a full gradient in the backward pass, and only its share of it afterwards.
+# Bytes per parameter in addition to the state of `plan`. ZeRO-3 does not split small weights, as all of these are.
+# ZeRO-1 in fp32 has a full gradient in the backward pass, and only its share of it afterwards.
 BESIDE = {"zero 1": -2, "zero 3": 4, "zero 3, bf16": 2}
 NOT_COUNTED = ("offload", "together", "compiled")
 COUNTED = [setting for setting in SETTINGS if not any(word in setting for word in NOT_COUNTED)]
@@ -148,8 +148,8 @@ def test_a_preview_is_drawn_by_the_trained_model_which_trains_on_as_if_it_had_no
         assert found["drawn alike"] == (setting in FP32)
         assert found["difference"] < 0.1
 
-    # Without ZeRO no byte is sent. Else each element once, beside padding, by the rank that holds it; before the
-    # drawing, or in ZeRO 3 by each call of the network.
+    # Without ZeRO no byte is sent. Otherwise the rank that holds an element sends it once, plus padding: before
+    # drawing, or with ZeRO-3 in each call of the network.
     sent = sum(report["preview"]["bytes for the EMA"] for report in reports[setting])
     split = any("persistence_threshold: 0" in override for override in SETTINGS[setting])
     if "zero 0" in setting or split:

@@ -8,7 +8,7 @@ _RECOMPUTE = ("train.activation_checkpointing=true",)
 _COMPILE = ("train.compile=true",)  # with a backend that keeps every operation as it is
 _OFFLOAD = ("deepspeed.offload_optimizer=true",)
 _OFFLOAD_ALL = (*_OFFLOAD, "deepspeed.offload_params=true")
-# The tiny model's parameters are all small enough for ZeRO-3 to leave them whole; this splits and gathers every one.
+# The tiny model's parameters are all too small for ZeRO-3 to split; this setting splits and gathers every one.
 _SPLIT_ALL = ("deepspeed.raw={zero_optimization: {stage3_param_persistence_threshold: 0}}",)
 
 

@@ -66,7 +66,7 @@ class HostReads(TorchDispatchMode):
 def run_micro_batches(
     engine: Engine, batches: list[Micro], *, factor: float = 1.0, reported: float = 1.0, reads: HostReads | None = None
 ) -> StepStatus:
-    """One step, the gradients of its loss times `factor`, the loss that is judged times `reported`."""
+    """One step. Its gradients are multiplied by `factor`, and the loss that is judged by `reported`."""
     sums = torch.zeros(1, dtype=torch.float64)
     status = None
     for micro in batches:
@@ -83,7 +83,7 @@ def run_micro_batches(
 
 
 def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
-    """All weights end to end, float64, from every rank's partitions, in one collective."""
+    """All weights concatenated, float64, from every rank's partitions, in one collective."""
     ends = dict(
         zip(engine.shapes, accumulate(torch.Size(shape).numel() for shape in engine.shapes.values()), strict=True)
     )
@@ -95,7 +95,7 @@ def whole(engine: Engine, partitions: list[torch.Tensor]) -> torch.Tensor:
 
 
 def train(engine: Engine, config: RunConfig, steps: list[list[Micro]]) -> tuple[list[float], ShardedEma, Averages]:
-    """All steps; beside the sharded averages, unsharded ones of the whole weights."""
+    """Run all steps. Along with the sharded averages, keep unsharded averages of the full weights."""
     ema, losses = ShardedEma(engine.partitions, config.ema), []
     unsharded = dict.fromkeys(ema.by_kind, whole(engine, engine.partitions))
     for index, batches in enumerate(steps):
@@ -111,7 +111,7 @@ def train(engine: Engine, config: RunConfig, steps: list[list[Micro]]) -> tuple[
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
-    """All that a refused step must leave as it is: master weights, moments, and what the forward pass reads."""
+    """Everything that a refused step must not change: master weights, moments, and what the forward pass reads."""
     moments = [flat for name in ADAM_MOMENTS for flat in engine.moments(name)]
     shares = [getattr(parameter, "ds_tensor", parameter) for parameter in engine._parameters.values()]
     return [tensor.detach().clone() for tensor in (*engine.partitions, *moments, *shares)]
@@ -122,9 +122,9 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def refusals(engine: Engine, batches: list[Micro], limit: list[float]) -> dict[str, bool]:
-    """Four kinds of refused step: whether the state stays and the next step is as if nothing had been.
+    """Four kinds of refused step: whether the state is unchanged and the next step is as if none had been refused.
 
-    `limit` holds the largest norm of a good step."""
+    `limit` contains the largest norm of a good step."""
     before, found = state(engine), {}
 
     def refuse(kind: str, **how: float) -> StepStatus:
@@ -149,7 +149,7 @@ def refusals(engine: Engine, batches: list[Micro], limit: list[float]) -> dict[s
 
 
 def step_from(engine: Engine, before: list[torch.Tensor], batches: list[Micro], *, restore: bool) -> list[torch.Tensor]:
-    """The state after one good step from `before`; `restore` puts it back first, which a refused step need not."""
+    """The state after one good step from `before`; `restore` puts it back first, unnecessary after a refused step."""
     if restore:
         put_back(engine, before)
     engine.set_optimizer_step(STEPS)
@@ -173,15 +173,15 @@ def adam_steps(engine: Engine) -> set[int]:
 
 
 def replicas(engine: Engine, ema: ShardedEma) -> dict[str, int]:
-    """Elements that this rank holds like the others, and how many hashes all ranks have of them: 1 if none drifted."""
-    check_replicas(engine.world, engine, ema, STEPS)  # raises else
+    """The number of elements replicated on all ranks, and of different hashes of them: 1 if no rank drifted."""
+    check_replicas(engine.world, engine, ema, STEPS)  # raises if they differ
     copies = engine.replicas()
     hashes = engine.world.of_each(fingerprint(copies, engine.world.device).view(1))
     return {"elements": sum(copy.numel() for copy in copies), "hashes": len({row[0] for row in hashes})}
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
-    """Those of the tensors made since `gc.freeze` that Python can reach, by address."""
+    """The storages of the tensors created since `gc.freeze` that Python can reach, by address."""
     gc.collect()
     found = {}
     for tensor in gc.get_objects():
@@ -201,8 +201,8 @@ def state_bytes(engine: Engine, batches: list[Micro], others: set[int]) -> int:
             engine.step(torch.zeros(1))
     del loss, _
 
-    # The smaller of two counts, because a finished collective may hold its tensors a little longer. Another pass would
-    # not do for the second one: it ends the step, and with it the gradients.
+    # The smaller of two counts, because a finished collective may hold its tensors a little longer. The second count
+    # does not come from another pass: that would end the step, and with it the gradients.
     counts = []
     for _ in range(2):
         engine.world.sum(torch.zeros(1))
@@ -218,14 +218,14 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            # All-gathers have their inputs after their outputs, the others have only what they change.
+            # All-gathers have their inputs after their outputs; the others only have the tensors that they change.
             given = args[1] if "gather" in str(func) else args[0]
             self.sent += sum(one.nbytes for one in tree_leaves(given) if isinstance(one, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 
 def preview(engine: Engine, ema: ShardedEma, config: RunConfig, batches: list[Micro]) -> dict[str, Any]:
-    """Whether the trained model draws with the EMA what a model of its own draws, and trains on as if it had not."""
+    """Whether the trained model draws with the EMA as a separate model does, and then trains on unchanged."""
     preview, before = StripPreview(config, None, engine.world.device), state(engine)
     after = step_from(engine, before, batches, restore=True)
     put_back(engine, before)
@@ -237,7 +237,7 @@ def preview(engine: Engine, ema: ShardedEma, config: RunConfig, batches: list[Mi
         stages = preview.draw(model)
         while_drawn = wire.sent - to_ema
 
-    # A model of its own, in fp32.
+    # A separate model, in fp32.
     parts = whole(engine, ema.partitions).float().split([math.prod(shape) for shape in engine.shapes.values()])
     weights = {name: part.view(shape) for (name, shape), part in zip(engine.shapes.items(), parts, strict=True)}
     expected = preview.draw(load_weights(config, weights, engine.world.device))
@@ -267,7 +267,7 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives(engine: Engine, config: RunConfig, batches: list[Micro]) -> list[tuple[str, str, int]]:
-    """Those of one step of training, until its numbers are read."""
+    """The collectives of one training step, until its numbers are read."""
     phases = Phases(lambda name, step: None)
     telemetry = Telemetry(config, engine.world, phases, Goodput(), 1.0)
     micros = [MicroBatch(*micro, torch.arange(len(micro[0]))) for micro in batches]
@@ -285,17 +285,17 @@ def collectives(engine: Engine, config: RunConfig, batches: list[Micro]) -> list
 
 
 def host_reads(engine: Engine, batches: list[Micro]) -> int:
-    """Of one step, until its status is read."""
+    """The host reads of one step, until its status is read."""
     with HostReads() as reads:
         run_micro_batches(engine, batches, reads=reads)
     return reads.until_status
 
 
 def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Micro]]) -> tuple[dict, Averages]:
-    """What this rank has to report, and the weights and averages it ends with."""
+    """The report of this rank, and its final weights and averages."""
     counters.clear()
     gc.collect()
-    gc.freeze()  # `storages` then sees only what this setting makes, and does not search all modules
+    gc.freeze()  # `storages` then sees only what this setting creates, and does not search all modules
     limit = [math.inf]
     normalise, precision = normaliser(check_data(config), None), config.deepspeed.precision
     engine = build_engine(config, normalise, world, precision, lambda loss, norm: is_good(loss, norm, limit[0]))
@@ -327,11 +327,11 @@ def run_setting(name: str, config: RunConfig, world: World, steps: list[list[Mic
 
 
 def run_matrix() -> None:
-    """Read the config that the first word names, write the report to the second."""
+    """Read the config named by the first argument, write the report to the second."""
     config_path, report_path = sys.argv[1:]
     start.BACKEND = "aot_eager"
     start.check_compiler = lambda device: None
-    PRESETS["T"] = Preset(1, 64, 2, 1, 64, 2)  # the cost of a step here is that of its many small operations
+    PRESETS["T"] = Preset(1, 64, 2, 1, 64, 2)  # a step spends its time here on many small operations
     world = start_world()
     steps = read_batches(load_config(config_path, []), world)
     reports, results = {}, {}
