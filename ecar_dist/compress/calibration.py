@@ -1,7 +1,7 @@
 """What the layers see while the model draws: maxima of channels, by stage, flow time and guidance half, and of tokens.
 
-No data are read: the inputs of the layers are those of the sampler itself. Ranks draw different images, and their
-maxima are reduced, so the result does not depend on their number.
+No data are read: the inputs of the layers come from the sampler itself. Ranks draw different images, and their maxima
+are reduced, so the result does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.storage.atomic import temporary_beside
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES, UntrustedError, printable
 
-OUTLIER = 10.0  # a token is one whose maximum is this many times the median token's, in every image
+OUTLIER = 10.0  # a token is one if its maximum exceeds this many times the median token's, in every image
 CHANNELS, TOKENS = "channels", "tokens"
 
 
 @dataclass
 class Calibration:
-    """Maxima by key: `layer|place|half` (`cond`, `null`, or `all` where none are told), and `layer|place|16 tokens`.
+    """Maxima by key: `layer|place|half` (`cond`, `null`, or `all` if unknown), and `layer|place|16 tokens`.
 
     channels: max|X_j| over tokens and images, float32 [in].
-    tokens: max|x_t| over the median of its image, the smallest over images and calls, float32 [T].
+    tokens: max|x_t| divided by the median of its image; the smallest over images and calls, float32 [T].
     """
 
     channels: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def see(self, name: str, place: str, x: torch.Tensor, null: torch.Tensor | None) -> None:
-        """Take in an input x [B, ..., in] of a layer. null: bool [B], the rows with the null label."""
+        """Record an input x [B, ..., in] of a layer. null: bool [B], the rows with the null label."""
         sizes = x.float().abs()
 
         # Channels, for both halves of a guided batch.
@@ -57,7 +57,7 @@ class Calibration:
             if rows.numel():
                 _keep(self.channels, f"{name}|{place}|{half}", rows.flatten(0, -2).amax(0), torch.maximum)
 
-        # Tokens, where there are several.
+        # Tokens, if there are several.
         if x.dim() == 3 and x.shape[1] > 1:
             largest = sizes.amax(-1)  # [B, T]
             ratios = largest / largest.median(dim=1, keepdim=True).values.clamp_min(1e-30)
@@ -66,8 +66,8 @@ class Calibration:
     def largest(self, name: str) -> torch.Tensor:
         """The maxima of a layer's channels over all places and halves, float32 [in].
 
-        Not those of the place where the channels differ most: a channel that rests there and is large elsewhere would
-        be multiplied by a large factor everywhere.
+        The maxima at the place where the channels differ most would not do: a channel that is small there and large
+        elsewhere would be multiplied by a large factor everywhere.
         """
         found = [maxima for key, maxima in self.channels.items() if key.startswith(f"{name}|")]
         return torch.stack(found).amax(0)
@@ -82,7 +82,7 @@ class Calibration:
         return {key: tokens for key, tokens in found.items() if tokens}
 
     def mean_incoherence(self) -> dict[str, float]:
-        """Largest over mean of the channels' maxima, mean over layers, by stage and network."""
+        """Largest of the channels' maxima divided by their mean, averaged over layers, by stage and network."""
         by_place: dict[str, list[float]] = {}
         for key, maxima in self.channels.items():
             stage, _, where = key.split("|")[1].partition("/")
@@ -91,7 +91,7 @@ class Calibration:
         return {place: sum(values) / len(values) for place, values in sorted(by_place.items())}
 
     def reduce(self, world: World) -> None:
-        """The maxima over all ranks, on all ranks."""
+        """Replace the maxima by those over all ranks, on all ranks."""
         if world.size > 1:
             _reduce(self.channels, world, sign=1.0)
             _reduce(self.tokens, world, sign=-1.0)
@@ -103,7 +103,7 @@ def _keep(kept: dict[str, torch.Tensor], key: str, value: torch.Tensor, of_both:
 
 def _reduce(values: dict[str, torch.Tensor], world: World, sign: float) -> None:
     """The largest (sign 1) or smallest (-1) over ranks. A rank that drew no image has no keys."""
-    # All ranks put the same keys side by side.
+    # All ranks concatenate the same keys.
     sizes: dict[str, int] = {}
     for of_rank in world.gather({key: len(value) for key, value in values.items()}):
         sizes |= of_rank
@@ -118,9 +118,9 @@ def _reduce(values: dict[str, torch.Tensor], world: World, sign: float) -> None:
 
 @torch.no_grad()
 def calibrate(trained: TrainedModel, world: World, *, images: int, batch_size: int, seed: int) -> Calibration:
-    """Draw `images` images, of all classes in turn, and keep what the layers see; the same on every rank.
+    """Draw `images` images, of all classes in turn, and record what the layers see. The same on every rank.
 
-    Of layers that are quantised already, kept are their inputs after balance and rotation.
+    For layers that are already quantised, their inputs after balance and rotation are recorded.
     """
     found = Calibration()
     plan = SamplingPlan.from_config(trained.config, trained.device)
@@ -155,7 +155,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def save_calibration(path: Path, found: Calibration, of: dict[str, str]) -> None:
-    """Write a file of tensors with what it belongs to, `of`."""
+    """Write a tensor file. `of`: what it belongs to, stored with it."""
     named = {f"{CHANNELS}|{key}": value for key, value in found.channels.items()}
     named |= {f"{TOKENS}|{key}": value for key, value in found.tokens.items()}
     entries = [
@@ -171,7 +171,7 @@ def save_calibration(path: Path, found: Calibration, of: dict[str, str]) -> None
 
 
 def read_calibration(path: Path, of: dict[str, str], device: torch.device) -> Calibration:
-    """Raises CheckpointError if the file is damaged, or belongs to another model, data set or sampler than `of`."""
+    """Raises CheckpointError if the file is damaged, or belongs to a different model, data set or sampler than `of`."""
     again = "remove it, or give another --calibration"
     try:
         handle = open_tensors(path, "pt", MAX_JSON_BYTES)
@@ -179,8 +179,8 @@ def read_calibration(path: Path, of: dict[str, str], device: torch.device) -> Ca
         for key, value in of.items():
             if stored.get(key) != value:
                 raise CheckpointError(
-                    f"{path} is the calibration of another {key} ({printable(str(stored.get(key)), 100)}) than this "
-                    f"model's ({value}); {again}"
+                    f"{path} is a calibration for {key} {printable(str(stored.get(key)), 100)}, this model has "
+                    f"{value}; {again}"
                 )
         values = {name: handle.get_tensor(name).float().to(device) for name in handle.keys()}  # noqa: SIM118
     except (OSError, UntrustedError) as error:

@@ -1,8 +1,8 @@
-"""Bits for each unit at a mean, after MixDQ: an integer programme for each group, and a scan of the share between them.
+"""Bits for each unit at a given mean, as in MixDQ: an integer programme for each group, and a scan over their shares.
 
 The two groups are measured in different units, so their damages cannot be added. The bits of the content group are
-therefore scanned around the mean, and those of the quality group follow from the budget. Of these candidates the one is
-taken whose images are nearest to those of the weights before. Activations have 8 bits everywhere.
+therefore scanned around the mean, and those of the quality group follow from the budget. The candidate is taken whose
+images are nearest to those of the original weights. Activations have 8 bits everywhere.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from ecar_dist.quantize.allocation import (
 )
 from ecar_dist.quantize.layers import exchange_all, quantizable, tied_units
 
-RATIOS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)  # bits of the content group over the mean
+RATIOS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)  # bits of the content group divided by the mean
 RANDOM = 3  # random allocations
 
 
 def check_mean_bits(wanted: float) -> None:
-    """Raises ConfigError for a mean that no allocation has."""
+    """Raises ConfigError for a mean that no allocation can have."""
     least = min(MEASURED_BITS)
     if not least <= wanted < KEPT:
         raise ConfigError(
             f"--mean-bits {wanted:g} cannot be met: a layer has {', '.join(map(str, MEASURED_BITS))} bits, or {KEPT} "
-            f"where it is not quantised; give a number from {least} to below {KEPT}"
+            f"if it is not quantised; give a number from {least} to below {KEPT}"
         )
 
 
 def candidates(units: Mapping[str, Unit], groups: Mapping[str, Group], wanted: float) -> list[Allocation]:
-    """The allocations of least damage in each group, for several shares of the budget; no two are the same."""
+    """The allocations with the least damage in each group, for several shares of the budget; no two are the same."""
     parts = [{name: unit for name, unit in units.items() if groups[name] == group} for group in ("content", "quality")]
     content, quality = parts
     budget = sum(unit.weights for unit in units.values()) * wanted / 8.0  # bytes
@@ -67,7 +67,7 @@ def candidates(units: Mapping[str, Unit], groups: Mapping[str, Group], wanted: f
 
 
 class Judge:
-    """Real samples of a model with given bits in each unit; the model is put back after each."""
+    """Draws real samples of a model with given bits in each unit, and restores the model each time."""
 
     def __init__(self, meter: Meter, calibration: Calibration, recipe: Recipe) -> None:
         self._meter, self._calibration, self._recipe = meter, calibration, recipe
@@ -87,7 +87,7 @@ class Judge:
             exchange_all(model, before)
 
     def paired(self, bits: Mapping[str, int]) -> dict[str, Any]:
-        """`compare_samples` with the weights before."""
+        """`compare_samples` with the original weights."""
         return self.with_bits(bits, lambda: compare_samples(self._meter.reference, self._meter.draw()))
 
     def damage(self, bits: Mapping[str, int], group: Group) -> float:
@@ -97,11 +97,11 @@ class Judge:
 def choose(
     units: Mapping[str, Unit], groups: Mapping[str, Group], wanted: float, judge: Judge
 ) -> tuple[Allocation, dict[str, Any]]:
-    """The candidate with the highest PSNR, and a report: rivals at equal bits, predicted against real damage."""
+    """The candidate with the highest PSNR, and a report: baselines at equal bits, predicted and real damage."""
     tried = [(judge.paired(bits), bits) for bits in candidates(units, groups, wanted)]
     paired, best = max(tried, key=lambda each: _finite(each[0]["PSNR, dB"]))
 
-    # Rivals with the same budget.
+    # Baselines with the same budget.
     budget = sum(unit.weights for unit in units.values()) * wanted / 8.0
     rivals = {"uniform": uniform(units, math.floor(wanted)), "greedy by size": greedy(units, budget)}
     rivals |= {f"random {seed}": at_random(units, budget, seed) for seed in range(RANDOM)}
@@ -119,7 +119,7 @@ def choose(
 def additivity(
     units: Mapping[str, Unit], groups: Mapping[str, Group], bits: Allocation, judge: Judge
 ) -> dict[str, dict[str, float]]:
-    """The sum of the damages of each group, measured one at a time, and the damage of all of them together."""
+    """By group: the sum of the damages measured one unit at a time, and the damage of all units together."""
     found: dict[str, dict[str, float]] = {}
     for group in dict.fromkeys(groups.values()):
         part = {name: number for name, number in bits.items() if groups[name] == group}
@@ -133,7 +133,7 @@ def _finite(value: float | None) -> float:
 
 
 def print_choice(bits: Allocation, report: Mapping[str, Any]) -> None:
-    """For the screen."""
+    """Print it to the screen."""
     counts = {number: list(bits.values()).count(number) for number in sorted(set(bits.values()))}
     say("units by bits: " + ", ".join(f"{number}: {count}" for number, count in counts.items()))
     rows = [["at equal mean bits", *next(iter(report["comparison"].values()))]]

@@ -34,7 +34,7 @@ def quantized_unit(
     linears = {name: model.get_submodule(name) for name in layers}
     weight_max = torch.stack([linear.weight.abs().amax(0) for linear in linears.values()]).amax(0)  # type: ignore[operator]
 
-    # Balance for all that calibration has seen, and signs of the unit's own.
+    # Balance for everything that the calibration has seen, and the unit's own signs.
     balance = None
     if recipe.alpha is not None:
         balance = balance_factors(calibration.largest(layers[0]).to(weight_max), weight_max, recipe.alpha)
@@ -48,7 +48,7 @@ def quantized_unit(
 
 def quantized_model(model: nn.Module, bits: Mapping[str, int], calibration: Calibration, recipe: Recipe) -> nn.Module:
     """A copy of the model with the given bits in each unit; `KEPT` leaves a unit as it is."""
-    # The matrices that are exchanged are not copied first.
+    # Replaced matrices are not copied.
     units = {name: layers for name, layers in tied_units(quantizable(model)).items() if bits[name] < KEPT}
     exchanged = {
         name: module

@@ -1,4 +1,4 @@
-"""What quantisation costs and what it changes: sizes, memory, speed on this device, and samples of the same noise."""
+"""The effects of quantisation: sizes, memory, speed on this device, and samples from the same noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ecar_dist.sample.load import TrainedModel
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.vae.pixels import to_pixels
 
-TIMED = 2  # draws of one batch; the faster one counts, after one that is not timed
+TIMED = 2  # timed draws of one batch, after one that is not timed; the fastest counts
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def seconds_per_batch(trained: TrainedModel, labels: Sequence[int]) -> float:
 
 
 def memory_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def compare_samples(reference: Drawn, other: Drawn) -> dict[str, Any]:
-    """Paired numbers, `None` for an infinite one: the same noise, labels and inputs."""
+    """Metrics of pairs with the same noise, labels and inputs; `None` for an infinite number."""
     numbers = {
         "SQNR of the velocity, dB": sqnr(_flat(reference.velocities), _flat(other.velocities)),
         "SQNR of the latents, dB": sqnr(reference.latents, other.latents),

@@ -1,4 +1,4 @@
-"""`ecar-dist quantize`: calibrate, transform and round, write, and compare with the model before."""
+"""`ecar-dist quantize`: calibrate, transform and round, write, and compare with the original model."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ MIB = 2**20
 class Wish:
     """What the command line asks for.
 
-    weights: bits everywhere; mean_bits: bits per weight instead, over units that differ (MixDQ).
-    images: drawn to calibrate, and as many to compare.
-    calibration: a file of maxima, read if it is there and else written.
-    sensitivity: folder of the units' sensitivities, which has a calibration of its own.
+    weights: bits everywhere; mean_bits: mean bits per weight instead, with different bits in each unit (MixDQ).
+    images: how many are drawn to calibrate, and again to compare.
+    calibration: a file of maxima, read if it exists, otherwise written.
+    sensitivity: folder of the units' sensitivities, which has its own calibration.
     dtype: of the layers that are not quantised.
     """
 
@@ -88,7 +88,7 @@ def quantize(wish: Wish, world: World) -> None:
 
 
 def _quantize_to_mean(wish: Wish, wanted: float, trained: TrainedModel, world: World) -> None:
-    """MixDQ: what is missing of the sensitivities, by all ranks; then the integer programme."""
+    """MixDQ: all ranks measure the missing sensitivities; then comes the integer programme."""
     sweep = wish.sweep(wish.sensitivity or wish.out.with_name(f"{wish.out.name}.sensitivity"))
     calibration = sweep.open(trained, world)
     mine = items_of(trained)[world.rank :: world.size]
@@ -118,7 +118,7 @@ def measure_task(wish: Wish, folder: Path, task: int, tasks: int, world: World) 
 
 
 def calibration_of(wish: Wish, trained: TrainedModel, world: World) -> Calibration:
-    """From the file, if it is there; else made by all ranks, and written."""
+    """Read from the file if it exists; otherwise made by all ranks, and written."""
     path = wish.calibration
     of = belongs_to(trained)
     if path is not None and world.broadcast(path.exists()):
@@ -132,11 +132,11 @@ def calibration_of(wish: Wish, trained: TrainedModel, world: World) -> Calibrati
 def finish(
     wish: Wish, trained: TrainedModel, calibration: Calibration, bits: dict[str, int], more: dict[str, Any]
 ) -> None:
-    """Quantise with the given bits of each unit, write, compare and print. more: for the report."""
+    """Quantise with the given bits of each unit, write, compare and print. more: further parts of the report."""
     model = quantized_model(trained.model, bits, calibration, wish.recipe)
     config, facts = facts_of(wish.model, step=wish.step, ema=wish.ema, dtype=wish.dtype)
 
-    # Samples of other noise than the calibration's, from the model before and from the files.
+    # Samples from different noise than the calibration's, from the original and from the quantised model.
     labels = [number % trained.config.data.num_classes for number in range(wish.images)]
     seed = wish.seed + 1
     reference = draw_samples(trained, labels, seed, wish.batch_size)
@@ -194,7 +194,7 @@ def measure(
 
 
 def incoherence_of(wish: Wish, calibration: Calibration, after: TrainedModel) -> dict[str, list[float]]:
-    """Largest over mean of the channels' maxima before and after the transforms, by stage and network."""
+    """Largest of the channels' maxima divided by their mean, before and after the transforms, by stage and network."""
     alone = World(Placement(), after.device)
     seen = calibrate(after, alone, images=min(wish.images, wish.batch_size), batch_size=wish.batch_size, seed=wish.seed)
     now = seen.mean_incoherence()
@@ -202,7 +202,7 @@ def incoherence_of(wish: Wish, calibration: Calibration, after: TrainedModel) ->
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """For the screen."""
+    """Print it to the screen."""
     say(f"W{report['mean_bits']:.3g}A8 (bits per weight of the quantised layers), {report['device']}, eager")
     for line in report_lines(report):
         say(line)

@@ -1,13 +1,13 @@
-"""How much each unit's rounding hurts, one at a time: a folder with one small file for each unit and number of bits.
+"""How much damage the rounding of each single unit does: a folder with one small file per unit and number of bits.
 
 MixDQ (Zhao et al., arXiv 2405.17873) decouples the metrics, because one number hides what a layer breaks:
 
-- content, the layers of the AR network and the projection of its maps: 1 - SSIM of images of the same noise;
+- content, the layers of the AR network and the projection of its maps: 1 - SSIM of images from the same noise;
 - quality, the layers of the velocity network: noise over signal power of the velocity, at the calls of the sampler with
-  the weights before, so that errors of the AR network are not in it.
+  the original weights, so that errors of the AR network are excluded.
 
 An item is a pure function of the model, the settings and its name. So tasks of an array may share the folder, in any
-order and more than once, and a run that was stopped goes on.
+order and more than once, and a run that was stopped can continue.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Origin(Record):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder of items, and how they are measured. seed: of the calibration; the samples have the next one."""
+    """A folder of items, and how they are measured. seed: of the calibration; the samples use the next one."""
 
     folder: Path
     images: int = 16
@@ -70,7 +70,7 @@ class Sweep:
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
     def open(self, trained: TrainedModel, world: World) -> Calibration:
-        """Make the folder, or check that it belongs to this model and these settings; returns the calibration.
+        """Create the folder, or check that it belongs to this model and these settings. Returns the calibration.
 
         Raises CheckpointError.
         """
@@ -93,8 +93,8 @@ class Sweep:
         for key, value in _read(path, Origin).settings.items():
             if settings.get(key) != value:
                 raise CheckpointError(
-                    f"{self.folder} has sensitivities of another {key} ({printable(value, 100)}) than this one's "
-                    f"({printable(str(settings.get(key)), 100)}); remove it, or give another folder"
+                    f"{self.folder} has sensitivities for {key} {printable(value, 100)}, this call has "
+                    f"{printable(str(settings.get(key)), 100)}; remove it, or give another folder"
                 )
 
     def path(self, unit: str, bits: int) -> Path:
@@ -108,7 +108,7 @@ class Sweep:
         if missing:
             raise CheckpointError(
                 f"{self.folder} lacks {counted(len(missing), 'item')}, the first is {self.path(*missing[0]).name}; run "
-                "the tasks that are missing again"
+                "the missing tasks again"
             )
         for unit in tied_units(quantizable(trained.model)):
             items = [_read(self.path(unit, bits), Item) for bits in MEASURED_BITS]
@@ -130,7 +130,7 @@ def items_of(trained: TrainedModel) -> list[tuple[str, int]]:
 
 
 class Meter:
-    """Measures what the rounding of layers changes, against samples and velocities of the weights before."""
+    """Measures what the rounding of layers changes, relative to samples and velocities of the original weights."""
 
     def __init__(self, trained: TrainedModel, images: int, batch_size: int, seed: int) -> None:
         self.trained = trained
@@ -180,7 +180,7 @@ def measure_items(
     units = tied_units(layers)
     meter = Meter(trained, sweep.images, sweep.batch_size, sweep.seed + 1)
     for number, (unit, bits) in enumerate(wanted, 1):
-        # One unit is rounded, and put back.
+        # Round one unit, measure, and restore it.
         group: Group = "quality" if calibration.is_in_flow(units[unit][0]) else "content"
         rounded = quantized_unit(trained.model, units[unit], bits, calibration, sweep.recipe)
         before = exchange_all(trained.model, rounded)

@@ -1,4 +1,4 @@
-"""The model that is quantised: its weights, and what its files say of them."""
+"""The model that is quantised: its weights, and what its files say about them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Precision = Literal["fp32", "bf16"]
 
 
 def open_source(path: Path, device: torch.device, *, step: int | None, ema: str | None) -> TrainedModel:
-    """As `open_trained`. Raises ConfigError for a model that is quantised already, or has nothing to quantise."""
+    """Like `open_trained`. Raises ConfigError for a model that is already quantised, or has nothing to quantise."""
     if is_export(path) and read_facts(path).quantization is not None:
         raise ConfigError(f"{path} is quantised already; give the run or the export that it was made from")
     trained = open_trained(path, device, step=step, ema=ema)
     if not quantizable(trained.model):
-        raise ConfigError(f"model.kind={trained.config.model.kind} has no layers that are quantised; leave it as it is")
+        raise ConfigError(f"model.kind={trained.config.model.kind} has no layers to quantise; leave it as it is")
     return trained
 
 
 def belongs_to(trained: TrainedModel) -> dict[str, str]:
-    """What a calibration and a sensitivity are of: weights, data set, and settings of the sampler."""
+    """What a calibration and a sensitivity belong to: weights, data set, and settings of the sampler."""
     sample = trained.config.sample.model_dump(mode="json", exclude={"every_samples"})
     return {
         "data set": ", ".join(trained.dataset_ids) or "not recorded",
@@ -45,9 +45,9 @@ def belongs_to(trained: TrainedModel) -> dict[str, str]:
 def facts_of(
     path: Path, *, step: int | None, ema: str | None, dtype: Precision | None
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Config and config.json of an export; of a run those that its export would have, without files of weights.
+    """Config and config.json of an export; for a run, those that its export would have, without weight files.
 
-    dtype: of the layers that are not quantised; None: that of the export, fp32 of a run.
+    dtype: of the layers that are not quantised; None: that of the export, or fp32 for a run.
     """
     if is_export(path):
         facts = parse_object(read_plain_file(path / FACTS, MAX_JSON_BYTES))
@@ -60,6 +60,6 @@ def facts_of(
 
 
 def check_out(out: Path) -> None:
-    """Raises CheckpointError if there is something already."""
+    """Raises CheckpointError if `out` already exists."""
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder, or remove it")

@@ -1,4 +1,4 @@
-"""A model that tells where the sampler is while it draws, and what its layers see there."""
+"""A model that tracks where the sampler is while it draws, and what its layers see there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Place:
 
 
 class WatchedModel:
-    """A model for `generate`, the same in everything, that keeps the `place` of the call it is in.
+    """A model for `generate`. It behaves like the given model, and tracks the `place` of the current call.
 
     calls: arguments and results of the velocity calls, if `keeps_calls`.
     """
@@ -43,7 +43,7 @@ class WatchedModel:
         self.place = Place()
 
     def __getattr__(self, name: str) -> Any:
-        # Calls are kept with all that they compute.
+        # Hidden from the sampler, so that each call computes its modulations itself.
         if name == "modulations":
             raise AttributeError(name)
         return getattr(self._model, name)
@@ -61,7 +61,7 @@ class WatchedModel:
     def velocity(
         self, x: torch.Tensor, time: torch.Tensor, *rest: Any, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `StagedModel`; `mar` gives a condition alone as the rest."""
+        """See `StagedModel`; `mar` passes only a condition as the rest."""
         rest = rest if lengths is None else (*rest, lengths)
         staged = bool(rest) and isinstance(rest[0], int)
         stage = rest[0] if staged else 0

@@ -22,7 +22,7 @@ from ecar_dist.storage.atomic import sync_to_disk, temporary_beside
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that gets its name once the block has filled it. Raises CheckpointError if it cannot be written."""
+    """A folder that is renamed to `out` after the block. Raises CheckpointError if it cannot be written."""
     temporary = temporary_beside(out)
     try:
         temporary.mkdir(parents=True)
@@ -47,7 +47,7 @@ def write_quantized(
 ) -> int:
     """Fill a folder with an export of a quantised model; returns the bytes of its weights.
 
-    facts: config.json of the model before. about: how it was quantised, for people.
+    facts: config.json of the original model. about: how it was quantised, for people.
     """
     entries = tensor_entries(model, DTYPES[facts["dtype"]])
     files = write_weights(folder, entries, int(max_shard_gib * GIB))
@@ -64,12 +64,12 @@ def write_quantized(
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """By name."""
+    """The quantised layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 def tensor_entries(model: nn.Module, dtype: torch.dtype) -> list[TensorEntry]:
-    """What is stored of a model: integers, scales and biases of quantised layers as they are, the rest in `dtype`."""
+    """What is stored for a model: integers, scales and biases of quantised layers as they are, the rest in `dtype`."""
     layers = quantized_layers(model)
     entries = []
     for name, value in model.state_dict().items():

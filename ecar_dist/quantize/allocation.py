@@ -1,10 +1,10 @@
-"""How many bits each layer gets: an integer programme (MixDQ: Zhao et al., arXiv 2405.17873, section 3.3), and rivals.
+"""How many bits each layer gets: an integer programme (MixDQ: Zhao et al., arXiv 2405.17873, section 3.3), baselines.
 
-    min  sum_u sum_b c_ub D_ub    so that    sum_b c_ub = 1,   sum_ub c_ub n_u b <= budget,   c in {0, 1}
+    min  sum_u sum_b c_ub D_ub    subject to    sum_b c_ub = 1,   sum_ub c_ub n_u b <= budget,   c in {0, 1}
 
-D_ub is the damage of unit u at b bits, measured with all other units as they are. The programme adds such damages, so
-it is as good as they are additive. MixDQ maximises a sum of SQNR or SSIM; a damage here is 1 - SSIM, or the power of
-the noise over that of the signal.
+D_ub is the damage of unit u at b bits, measured with all other units unchanged. The programme adds these damages, so it
+is only as good as the assumption that they are additive. MixDQ maximises a sum of SQNR or SSIM; a damage here is
+1 - SSIM, or the power of the noise over that of the signal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ecar_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that share their bits. damage: by bits; milliseconds: of one call, by bits, where they were measured."""
+    """Layers that share their bits. damage: by bits; milliseconds: of one call, by bits, if they were measured."""
 
     weights: int
     damage: Mapping[int, float]
@@ -44,7 +44,7 @@ def predicted_damage(units: Mapping[str, Unit], chosen: Mapping[str, int]) -> fl
 
 
 def allocate(units: Mapping[str, Unit], budget_bytes: float, budget_milliseconds: float | None = None) -> Allocation:
-    """The allocation of least damage within the budget, which is that of the weights alone.
+    """The allocation with the least damage within the budget, which counts only the weights.
 
     Raises ConfigError if even the fewest bits exceed a budget.
     """
@@ -59,7 +59,7 @@ def allocate(units: Mapping[str, Unit], budget_bytes: float, budget_milliseconds
     one_each = np.array([[float(name == row) for name, _ in choices] for row in units])
     size = np.array([units[name].weights * bits / 8.0 for name, bits in choices])
 
-    # One choice a unit, within the budget. Numbers near 1 suit the solver's tolerances.
+    # One choice per unit, within the budget. Numbers near 1 suit the solver's tolerances.
     rules = [LinearConstraint(one_each, 1.0, 1.0), LinearConstraint(size / budget_bytes, -np.inf, 1.0)]
     if budget_milliseconds is not None:
         time = np.array([(units[name].milliseconds or {})[bits] for name, bits in choices])
@@ -80,7 +80,7 @@ def _check_budget(units: Mapping[str, Unit], budget_bytes: float, budget_millise
         offered = sorted({bits for unit in units.values() for bits in unit.damage})
         wanted = 8.0 * budget_bytes / sum(unit.weights for unit in units.values())
         raise ConfigError(
-            f"a budget of {wanted:.4g} bits a weight ({budget_bytes:,.0f} bytes) cannot be met: bits are one of "
+            f"a budget of {wanted:.4g} bits per weight ({budget_bytes:,.0f} bytes) cannot be met: bits are one of "
             f"{', '.join(map(str, offered))}, so the weights need at least {mean_bits(units, fewest):.4g} bits each "
             f"({least:,.0f} bytes); give that or more"
         )
@@ -94,7 +94,7 @@ def _check_budget(units: Mapping[str, Unit], budget_bytes: float, budget_millise
 
 
 def uniform(units: Mapping[str, Unit], bits: int) -> Allocation:
-    """The same for all units."""
+    """The same bits for all units."""
     return dict.fromkeys(units, bits)
 
 

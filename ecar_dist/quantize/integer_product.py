@@ -1,10 +1,10 @@
-"""The product of two int8 matrices, the one place that calls the integer kernel.
+"""The product of two int8 matrices. This is the only place that calls the integer kernel.
 
-CUDA's `torch._int_mm` refuses products of 16 rows and fewer, and inner or outer sizes that are not multiples of 8. A
-CPU takes all of them, so no test on a CPU sees the refusal. Everything is therefore padded here before the call.
+CUDA's `torch._int_mm` refuses products with 16 or fewer rows, and inner or outer sizes that are not multiples of 8. A
+CPU accepts all of them, so no test on a CPU sees the refusal. Everything is therefore padded here before the call.
 
-On a CPU without instructions for int8 (VNNI) torch's integer product is a plain loop, about thirty times slower than
-one of float32. There the same integers are computed as float32, exactly.
+On a CPU without int8 instructions (VNNI) torch's integer product is a plain loop, about thirty times slower than one in
+float32. There the same integers are computed as float32, exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and not CPU_HAS_INT8:
         return _as_float(x, weight)
 
-    # Rows and columns of zeros, which change nothing and are cut off again.
+    # Pad with rows and columns of zeros, which change nothing and are cut off again.
     rows, outputs = x.shape[0], weight.shape[0]
     inner = -x.shape[1] % MULTIPLE
     x = F.pad(x, (0, inner, 0, max(0, SMALLEST_ROWS - rows)))
@@ -32,7 +32,7 @@ def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _as_float(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same integers from products of float32, in pieces whose sums it holds exactly."""
+    """The same integers from float32 products, in pieces whose sums float32 represents exactly."""
     pieces = zip(x.split(EXACT_INNER, dim=1), weight.split(EXACT_INNER, dim=1), strict=True)
     sums = [(a.float() @ b.float().t()).to(torch.int32) for a, b in pieces]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0, dtype=torch.int32)

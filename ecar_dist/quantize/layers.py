@@ -1,8 +1,8 @@
-"""Which layers of a network are quantised, and how they are exchanged.
+"""Which layers of a network are quantised, and how they are replaced.
 
-Quantised are the projections in the blocks of the transformers (queries, keys and values, the output of attention, both
-matrices of the MLP), and the projection of the token maps. Embedders, adaLN and the last layer stay as they are, as in
-ViDiT-Q: they are small in time, and every token passes through them.
+These are the projections in the transformer blocks (queries, keys and values, the output of attention, both matrices of
+the MLP), and the projection of the token maps. Embedders, adaLN and the last layer are not quantised, as in ViDiT-Q:
+they take little time, and every token passes through them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ecar_dist.quantize.linear import QuantizedLinear
 
 _IN_A_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.")
 _PROJECTIONS_OF_MAPS = "condition_projection"
-_KEPT = "modulation"  # adaLN, which lies in the blocks too
+_KEPT = "modulation"  # adaLN, which is in the blocks too
 _TIED = re.compile(r"\.(q|k|v|query|key|value)$")
 
 
@@ -37,7 +37,7 @@ def _is_quantized(name: str) -> bool:
 def tied_units(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Layers that must share their bits, by the name of the unit: separate projections to queries, keys and values.
 
-    They read the same tokens, so they share what those are multiplied by. A fused projection is a unit by itself.
+    They read the same tokens, so they share the factors of those. A fused projection is a unit by itself.
     """
     units: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -47,7 +47,7 @@ def tied_units(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place of the layer `name`; returns what was there."""
+    """Replace the layer `name` by `module`. Returns the old layer."""
     parent, _, last = name.rpartition(".")
     holder = model.get_submodule(parent)
     old = getattr(holder, last)
@@ -56,7 +56,7 @@ def exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def exchange_all(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """`exchange` for several layers; returns those that were there, which put back restore the model."""
+    """`exchange` for several layers. Returns the old layers; exchanging those again restores the model."""
     return {name: exchange(model, name, module) for name, module in layers.items()}
 
 

@@ -10,14 +10,14 @@ from ecar_dist.quantize.quantizer import pack_int4, quantize_rows, unpack_int4
 from ecar_dist.quantize.transform import rotate
 
 ACTIVATION_BITS = 8
-PACKED_BITS = 4  # weights of at most this many bits are stored two in a byte
+PACKED_BITS = 4  # weights of at most this many bits are stored two per byte
 
 
 class QuantizedLinear(nn.Module):
-    """Y = X W^T + b with int8 activations, one scale a token, and weights of 2 to 8 bits, one scale an output.
+    """Y = X W^T + b with int8 activations, one scale per token, and weights of 2 to 8 bits, one scale per output.
 
-    The product is one of integers (`integer_product`). Weights of 4 bits are packed two in a byte, in memory too, and
-    unpacked for each product: they save memory, not time.
+    The product is computed in integers (`integer_product`). Weights of 4 bits are packed two per byte, in memory too,
+    and unpacked for each product: they save memory, not time.
 
     Buffers:
         weight: int8 [out, in], or uint8 [out, ceil(in / 2)].

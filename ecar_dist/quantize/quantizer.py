@@ -1,4 +1,4 @@
-"""Symmetric integer quantisation of the rows of a matrix, four-bit values packed in pairs, and the error it leaves.
+"""Symmetric integer quantisation of the rows of a matrix, four-bit values packed in pairs, and the quantisation error.
 
 A row is what one scale belongs to: the weights of one output channel, or the activations of one token (ViDiT-Q: Zhao et
 al., arXiv 2406.02540, section 3.1).
@@ -52,6 +52,6 @@ def noise_ratio(reference: torch.Tensor, approximation: torch.Tensor) -> float:
 
 
 def sqnr(reference: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal to quantisation noise ratio in dB, -10 log10 of `noise_ratio`; infinite where nothing differs."""
+    """Signal to quantisation noise ratio in dB, -10 log10 of `noise_ratio`; infinite if nothing differs."""
     ratio = noise_ratio(reference, approximation)
     return -10.0 * math.log10(ratio) if ratio > 0.0 else math.inf

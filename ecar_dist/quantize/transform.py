@@ -1,4 +1,4 @@
-"""Two changes of basis that leave a linear map as it is and make it easier to quantise (ViDiT-Q, section 4).
+"""Two changes of basis that leave a linear map unchanged and make it easier to quantise (ViDiT-Q, section 4).
 
     Y = X W^T = ((X diag(1/s)) R) ((W diag(s)) R)^T
 
@@ -51,7 +51,7 @@ def block_width(width: int) -> int:
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """Sylvester's matrix of a power of two, divided by its root: orthogonal and symmetric, float32 [size, size]."""
+    """Sylvester's matrix of a power of two, over its square root: orthogonal and symmetric, float32 [size, size]."""
     return _sylvester(size) / math.sqrt(size)
 
 
@@ -67,7 +67,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     """Every block of channels times the Hadamard matrix: float32 [..., n] -> [..., n]. It is its own inverse.
 
     H of size a b is the Kronecker product of those of a and b, so a block is an a x b table that takes two products
-    with small matrices, (a + b) multiply-adds a channel instead of a b.
+    with small matrices, (a + b) multiply-adds per channel instead of a b.
     """
     block = block_width(x.shape[-1])
     rows = 1 << (block.bit_length() // 2)
@@ -77,7 +77,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def _hadamard_on(size: int, device: torch.device) -> torch.Tensor:
-    """`hadamard(size)`: a corner of the largest one, because a compiled graph holds one result of each function."""
+    """`hadamard(size)`: a corner of the largest one, because a compiled graph keeps one result of each function."""
     return _signs_on(device)[:size, :size] / math.sqrt(size)
 
 
@@ -93,5 +93,5 @@ def _cached_signs(device: torch.device) -> torch.Tensor:
 
 
 def incoherence(channel_max: torch.Tensor) -> float:
-    """Largest over mean of the channels' maxima [n]: 1 where all are alike."""
+    """Largest of the channels' maxima [n] divided by their mean: 1 if all are equal."""
     return float(channel_max.max() / channel_max.mean().clamp_min(1e-30))

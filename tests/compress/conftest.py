@@ -13,7 +13,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quantized(run, tmp_path_factory):
-    """A function that quantises the run with options; returns the folder. The same options give the same folder."""
+    """A function that quantises the run with options and returns the folder. Same options, same folder."""
     made = {}
 
     def quantize(*options):

@@ -1,4 +1,4 @@
-"""What calibration keeps: maxima by place and half, the same on one rank and on two; outlier tokens."""
+"""What calibration records: maxima by place and half, the same on one rank and on two; outlier tokens."""
 
 import torch
 from safetensors.torch import load_file

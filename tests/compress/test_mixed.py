@@ -1,4 +1,4 @@
-"""Sensitivities of layers, by tasks that share a folder, and the bits that follow from them."""
+"""Sensitivities of layers, measured by tasks that share a folder, and the bits that follow from them."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_an_array_of_four_is_the_serial_run_in_any_order(run, serial, tmp_path, 
         assert main(words) == 0
     assert items_in(folder) == items_in(serial)
 
-    # Again: nothing is measured twice, what is missing or damaged is.
+    # Again: what is missing or damaged is measured, nothing else is.
     (folder / "flow.condition_projection-w8.json").unlink()
     (folder / "flow.condition_projection-w4.json").write_text("{")
     capsys.readouterr()
@@ -122,7 +122,7 @@ def test_a_budget_that_the_layers_of_outlier_tokens_exceed_is_refused(run, seria
     words = [str(run), str(tmp_path / "out"), "--mean-bits", "4.5", "--sensitivity", str(serial), *SMALL]
     assert main(["quantize", *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "4.5 bits a weight" in line
+    assert "4.5 bits per weight" in line
     assert "need at least" in line
     assert not (tmp_path / "out").exists()
 
@@ -134,12 +134,12 @@ def test_sensitivities_of_another_model_or_other_settings_are_refused(run, seria
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "another weights" in refusal(*SMALL, "--ema", "ema1")
-    assert "another settings (images=2" in refusal("--images", "3", "--batch-size", "2")
+    assert "for weights " in refusal(*SMALL, "--ema", "ema1")
+    assert "for settings images=2," in refusal("--images", "3", "--batch-size", "2")
     assert "--task 4 is outside 0..3" in refusal("--task", "4", "--tasks", "4")
     serial = shutil.copytree(serial, tmp_path / "copy")
     (serial / "origin.json").write_text((serial / "origin.json").read_text().replace("sha-of-the-data", "other-data"))
-    assert "another data set (other-data)" in refusal(*SMALL)
+    assert "for data set other-data," in refusal(*SMALL)
 
 
 @pytest.mark.parametrize("bits", ["3.9", "16", "nan"])

@@ -1,4 +1,4 @@
-"""`ecar-dist quantize` as a user meets it: the files, the loaders, the numbers, the mistakes."""
+"""`ecar-dist quantize` as a user sees it: the files, the loaders, the numbers, the mistakes."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_an_export_of_integers(quantized, bits):
     stored = {torch.uint8: 4, torch.int8: 8}
     for name, layer in facts.quantization.layers.items():
         assert stored[tensors[f"{name}.weight"].dtype] == layer.weights == bits
-    # Embedders, adaLN and output are as before.
+    # Embedders, adaLN and output are unchanged.
     kept = {name for name, value in tensors.items() if value.dtype == torch.float32 and name.endswith(".weight")}
     assert {"flow.output.weight", "flow.state_projection.weight", "flow.time_embedding.mlp.0.weight"} <= kept
     assert any("modulation" in name for name in kept)
@@ -144,7 +144,7 @@ def test_the_rest_may_be_bf16(quantized):
 
 
 def test_an_older_reader_refuses_it_in_one_line(quantized, run, tmp_path, monkeypatch, capsys):
-    # The older version knows one schema, and its message is the one that it has.
+    # The older version knows only one schema, and keeps its message.
     assert json.loads((quantized("--weights", "8") / "config.json").read_text())["schema"] == "ecar-export-v2"
     monkeypatch.setattr("ecar_dist.runtime.export.files.QUANTIZED_SCHEMA", "unknown")
     assert main(["sample", str(quantized("--weights", "8")), "--out", str(tmp_path / "drawn")]) == 1
@@ -193,10 +193,10 @@ def test_a_calibration_of_another_model_is_refused(run, tmp_path, capsys):
         return line
 
     capsys.readouterr()
-    assert "another weights" in refusal("--ema", "ema1")
+    assert "for weights " in refusal("--ema", "ema1")
     content = file.read_bytes()
     file.write_bytes(content.replace(b"sha-of-the-data", b"sha-of-the-DATA"))
-    assert "another data set (sha-of-the-DATA)" in refusal()
+    assert "for data set sha-of-the-DATA," in refusal()
     file.write_bytes(b"nothing")
     assert "is not a safetensors file" in refusal()
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The integer programme against every possible allocation, and its rivals."""
+"""The integer programme compared with every possible allocation, and its baselines."""
 
 import itertools
 import random
@@ -87,9 +87,9 @@ def test_no_rival_at_equal_bits_is_better():
 
 def test_budgets_that_cannot_be_met_name_the_least(capsys):
     units = make_units(4, seed=2)
-    with pytest.raises(ConfigError, match=r"3 bits a weight.*at least 4 bits"):
+    with pytest.raises(ConfigError, match=r"3 bits per weight.*at least 4 bits"):
         allocate(units, budget_of(units, 3.0))
-    with pytest.raises(ConfigError, match=r"3 bits a weight.*at least 4 bits"):
+    with pytest.raises(ConfigError, match=r"3 bits per weight.*at least 4 bits"):
         greedy(units, budget_of(units, 3.0))
     with pytest.raises(ConfigError, match=r"0\.5 ms.*takes 4 ms"):
         allocate(units, budget_of(units, 8.0), budget_milliseconds=0.5)

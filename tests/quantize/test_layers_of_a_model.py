@@ -1,4 +1,4 @@
-"""Which layers are quantised: of every kind those in the blocks, and none of embedders, adaLN and output."""
+"""Which layers are quantised: for every kind of model those in the blocks, but no embedders, adaLN or output."""
 
 import pytest
 import torch

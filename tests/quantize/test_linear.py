@@ -29,7 +29,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def integer_kernel(monkeypatch):
-    """torch's integer product, also on a CPU where it is slow."""
+    """torch's integer product, even on a CPU where it is slow."""
     monkeypatch.setattr("ecar_dist.quantize.integer_product.CPU_HAS_INT8", True)
 
 

@@ -1,4 +1,4 @@
-"""Codes and scales, packed pairs, and the error that is left."""
+"""Codes and scales, packed pairs, and the quantisation error."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Balance and rotation leave the product as it is, and the ladder of ViDiT-Q rises."""
+"""Balance and rotation leave the product unchanged, and the ladder of ViDiT-Q rises."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ WIDTHS = [64, 96, 63, 144]
 
 @pytest.fixture
 def layer():
-    """Activations [512, 768] with channels that are large always and channels that are large now and then; W."""
+    """Activations [512, 768] with channels that are always large and channels that are sometimes large; W."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 768, generator=generator)
     x[:, :12] *= 30.0
