@@ -216,7 +216,7 @@ def judge_shares(rows: Sequence[Sequence[int]], shares: Sequence[int], nodes: Se
     if wrong:
         who = ranks_on_nodes(wrong, nodes)
         return Decision(
-            tuple(nodes), problem=f"{who} did not read exactly their share of the batch at {start}; {_FIX}"
+            tuple(nodes), problem=f"{who} read something other than their share of the batch at {start}; {_FIX}"
         )
     return Decision(tuple(nodes))
 
