@@ -19,10 +19,10 @@ from ecar_dist.kinds.table import kind_of
 from ecar_dist.storage.untrusted import JsonLines, UntrustedError, parse_object, parse_record, read_plain_file
 
 MAX_SCORES_BYTES = 1 << 20
-SMOOTHED = 5  # logged train losses that a value is the mean of
+SMOOTHED = 5  # logged train losses that are averaged for each value
 AXES = ("samples", "flops", "hours")
 CURVES = ("loss", "validation", "validation_ema")
-_MEANING = (  # knobs that decide what a loss is the loss of
+_MEANING = (  # settings that determine the meaning of a loss
     "model.kind",
     "flow.num_stages",
     "flow.ends",
@@ -33,7 +33,7 @@ _MEANING = (  # knobs that decide what a loss is the loss of
 
 @dataclass(frozen=True)
 class Point:
-    """One logged step. flops: of the training so far; hours: of the steps so far, without starts and queues."""
+    """One logged step. flops: of the training so far; hours: of the steps so far, without start-up and queueing."""
 
     samples: float
     flops: float
@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What two runs are compared by."""
+    """The data by which runs are compared."""
 
     run: str
     config: RunConfig
@@ -68,7 +68,7 @@ class RunCurves:
         return xs, values
 
     def at(self, axis: str, curve: str, x: float) -> float | None:
-        """The value at `x`, on the line between its neighbours; None outside of the curve."""
+        """The value at `x`, interpolated linearly between its neighbours; None outside the curve."""
         xs, values = self.series(axis, curve)
         if not xs or not xs[0] <= x <= xs[-1]:
             return None
@@ -80,13 +80,13 @@ class RunCurves:
 
 
 def read_curves(path: Path) -> RunCurves:
-    """Raises ConfigError for what is not a run that has logged a step, DataError for files that cannot be read."""
+    """Raises ConfigError if `path` is not a run that has logged a step, DataError if files cannot be read."""
     record = read_run_record(path)
     if record.config is None:
         why = record.unread[0] if record.unread else "it has no config.yaml"
         raise ConfigError(f"{path} is not the directory of a run ({why}); give <run.dir>/<run.name>")
 
-    # All lines; of a step that was logged twice, the later one counts.
+    # All lines. If a step was logged twice, the later line counts.
     by_step: dict[int, MetricsLine] = {}
     try:
         with JsonLines(record.directory.metrics, partial(parse_record, model=MetricsLine)) as lines:
@@ -98,7 +98,7 @@ def read_curves(path: Path) -> RunCurves:
     if not by_step:
         raise ConfigError(f"{path} has not logged a step yet; wait for log.every_steps={record.config.log.every_steps}")
 
-    # What the last attempt has put on record.
+    # What the last attempt has recorded.
     last = next((one for one in reversed(record.attempts) if one.dataset_ids), record.last)
     return RunCurves(
         run=str(path),
@@ -112,12 +112,12 @@ def read_curves(path: Path) -> RunCurves:
 
 
 def _points(lines: Sequence[MetricsLine], config: RunConfig) -> list[Point]:
-    # The first line of an attempt has no step time, because it includes the start-up: the median stands for it.
+    # The first line of an attempt has no step time, because it includes the start-up: the median replaces it.
     per_sample = FLOPS_PER_MAC * kind_of(config).training_macs(config)
     known = [line.step_seconds for line in lines if line.step_seconds is not None]
     usual = statistics.median(known) if known else 0.0
 
-    # Steps since the line before, times the seconds of a step.
+    # Steps since the previous line, times the seconds of a step.
     before = [0, *(line.step for line in lines)]
     seconds = [
         (line.step - earlier) * (usual if line.step_seconds is None else line.step_seconds)
@@ -149,8 +149,8 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[RunCurves]) -> list[str]:
-    """What makes the losses of the runs hard to compare: other data, stages or weights of the loss; a line for each."""
-    # The data that was learnt, and the data of the validation.
+    """What makes the losses of the runs hard to compare: different data, stages or loss weights; one line for each."""
+    # The training data, and the data of the validation.
     notes = []
     facts: dict[str, list[Any]] = {
         "data set": [tuple(one[:12] for one in run.dataset_ids) or None for run in runs],
@@ -164,7 +164,7 @@ def differences(runs: Sequence[RunCurves]) -> list[str]:
     for name, values in facts.items():
         if len({str(value) for value in values if value is not None}) > 1:
             each = ", ".join(f"{Path(run.run).name} {_shown(value)}" for run, value in zip(runs, values, strict=True))
-            notes.append(f"other {name}: {each}")
+            notes.append(f"different {name}: {each}")
     return notes
 
 

@@ -16,7 +16,7 @@ NAMES = {"loss": "train loss", "validation": "validation", "validation_ema": "va
 
 
 def short_names(runs: Sequence[RunCurves]) -> list[str]:
-    """The last parts of the paths, as many as tell the runs apart."""
+    """The last parts of the paths, as many as are needed to tell the runs apart."""
     paths = [Path(run.run).absolute().parts for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]
@@ -26,7 +26,7 @@ def short_names(runs: Sequence[RunCurves]) -> list[str]:
 
 
 def comparison(runs: Sequence[RunCurves], notes: Sequence[str]) -> dict[str, Any]:
-    """The whole comparison as JSON values: each curve of each run at equal places on each axis."""
+    """The whole comparison as JSON values: each curve of each run at equal points on each axis."""
     names = short_names(runs)
     places = {axis: [share * min(run.end(axis) for run in runs) for share in SHARES] for axis in AXES}
     return {

@@ -20,7 +20,7 @@ def band_variances(pixels: np.ndarray | torch.Tensor, device: torch.device) -> d
     `8px` is the mean over 8x8 blocks minus the mean over 16x16 blocks, and so on. The coarsest band is the mean over
     the largest blocks (the whole image for a power of two). The bands add up to the total variance.
 
-    Computed on `device` in float64, one tile of all images after the other, because the set may be larger than memory.
+    Computed on `device` in float64, tile by tile over all images, because the set may be larger than memory.
     """
     images = torch.as_tensor(pixels)
     count, height, width, channels = images.shape
@@ -46,10 +46,10 @@ def band_variances(pixels: np.ndarray | torch.Tensor, device: torch.device) -> d
 
 
 def _octaves(field: torch.Tensor) -> list[torch.Tensor]:
-    """What each octave of [N, C, H, W] adds to the next coarser one, and last the coarsest."""
+    """What each octave of [N, C, H, W] adds to the next coarser one, and finally the coarsest."""
     octaves = []
     while field.shape[-1] > 1 and field.shape[-1] % 2 == 0:
-        # What the next octave cannot hold belongs to this one.
+        # What the next octave cannot represent belongs to this one.
         coarser = F.avg_pool2d(field, 2)
         octaves.append(field - F.interpolate(coarser, scale_factor=2, mode="nearest"))
         field = coarser

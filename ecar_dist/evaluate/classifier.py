@@ -72,8 +72,8 @@ def train_classifier(
     amplifies a difference in the last bit to up to 4 % of a Frechet distance.
     """
     with torch.random.fork_rng(devices=[]), _fixed_sums():
-        # The seed decides on the weights, the order and the shifts, all drawn on the host: they are the same on every
-        # device. The caller's generator is not touched.
+        # The seed determines the weights, the order and the shifts. All are drawn on the host, so they are the same on
+        # every device. The caller's generator is not touched.
         torch.manual_seed(seed)
         model = ScoringClassifier(num_classes).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

@@ -12,7 +12,7 @@ BOOTSTRAPS = 10  # resamples of the images
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What a Frechet distance looks at: mean [d] and covariance [d, d], float64."""
+    """The moments that a Frechet distance compares: mean [d] and covariance [d, d], float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -25,7 +25,7 @@ class Gaussian:
 
     @cached_property
     def root(self) -> np.ndarray:
-        """The symmetric square root of the covariance, [d, d]. Kept: one target is compared with many sets."""
+        """The symmetric square root of the covariance, [d, d]. Cached: one target is compared with many sets."""
         values, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
 
@@ -33,7 +33,7 @@ class Gaussian:
 def frechet_distance(first: np.ndarray | Gaussian, second: np.ndarray | Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C2^1/2 C1 C2^1/2)^1/2) of features [N, d] and [M, d], or of their Gaussians.
 
-    Biased upwards for small N and M: compare only values of the same counts. On the host, in float64.
+    Biased upwards for small N and M: compare only values with the same counts. On the host, in float64.
     """
     a, b = (each if isinstance(each, Gaussian) else Gaussian.of(each) for each in (first, second))
     # C2^1/2 C1 C2^1/2 is symmetric, so the trace of its root is the sum of the roots of its eigenvalues.

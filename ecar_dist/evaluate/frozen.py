@@ -14,7 +14,7 @@ from ecar_dist.evaluate.frechet import Gaussian, bootstrap_std, frechet_distance
 from ecar_dist.evaluate.networks import FeatureNetwork
 
 NEIGHBOURS = 3  # k of precision and recall, as in their paper
-ROWS = 1024  # of a matrix of distances, at once
+ROWS = 1024  # rows of a distance matrix that are computed at once
 
 
 def frozen_scores(
@@ -26,12 +26,12 @@ def frozen_scores(
     reconstructions: np.ndarray,
     reference: Gaussian | None = None,
 ) -> dict[str, Any]:
-    """Scores of sample sets, one for each sampling seed, against held-out images, uint8 [N, H, W, 3] as the others.
+    """Scores of sample sets, one per sampling seed, against held-out images. All images are uint8 [N, H, W, 3].
 
-    drawn: the network's features of each set, [N, d], so that no more than one set need be kept.
+    drawn: the network's features of each set, [N, d], so that no more than one set has to be kept.
     The distance is the mean over the seeds. "std over seeds" is None for a single seed; "bootstrap std" resamples the
     images of the first. The floor is the distance of the training images to the held-out ones; it is comparable if
-    there are as many samples. `reference`: moments to use in place of the held-out images, for the distance alone.
+    there are as many samples. `reference`: moments to use instead of the held-out images, only for the distance.
     """
     real, seen = network(heldout), network(train)
     target = Gaussian.of(real) if reference is None else reference
@@ -70,7 +70,7 @@ def _share_inside(points: torch.Tensor, centres: torch.Tensor) -> float:
 def read_reference(path: Path, network: FeatureNetwork) -> Gaussian:
     """Moments of a reference batch: `mu` and `sigma` of a .npz, as in ADM's (VIRTUAL_imagenet256_labeled.npz).
 
-    Raises ConfigError if the file has none, or of another width.
+    Raises ConfigError if the file has none, or moments of a different width.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -37,12 +37,12 @@ def read_images(
 
 
 def short_name(manifest: ImageManifest) -> str:
-    """For names of metrics: the same on every machine, wherever the images lie."""
+    """For names of metrics: the same on every machine, wherever the images are stored."""
     return manifest.source if manifest.source in BUILT_IN else manifest.dataset_id[:ID_DIGITS]
 
 
 def background_of(data: DataSection) -> Background:
-    """The background of the images that a run was trained on, by the manifest of its latents if there is one.
+    """The background of the images that a run was trained on, from the manifest of its latents if there is one.
 
     None for latents of an earlier version, which dropped transparency.
     """
@@ -55,7 +55,7 @@ def background_of(data: DataSection) -> Background:
         name = preprocessing.get("background")
         return None if name is None else parse_background(str(name))
 
-    # Images: the config says it.
+    # Images: it is in the config.
     return parse_background(data.background)
 
 

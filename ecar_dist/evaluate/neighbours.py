@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Distances that are in memory at once: 268 MB.
+# Distances in memory at once: 268 MB.
 ROWS = 1024
 COLUMNS = 65_536
 
@@ -12,9 +12,9 @@ COLUMNS = 65_536
 def neighbour_ratio(images: torch.Tensor, train: torch.Tensor, heldout: torch.Tensor) -> float | None:
     """Mean L2 distance of images to their nearest training image, divided by that to their nearest held-out image.
 
-    All images are [N, C, H, W] on one device. The larger set is nearer by its size alone, so compare the ratio with
-    that of real images, `heldout_ratio`: samples with a ratio far below it are copies. None if every image equals a
-    held-out one.
+    All images are [N, C, H, W] on one device. The larger set is nearer simply because of its size, so compare the ratio
+    with that of real images, `heldout_ratio`: samples with a ratio far below it are copies. None if every image equals
+    a held-out one.
     """
     return _ratio(_nearest(images, train), _nearest(images, heldout))
 
@@ -25,7 +25,7 @@ def heldout_ratio(train: torch.Tensor, heldout: torch.Tensor) -> float | None:
 
 
 def nearest_images(images: torch.Tensor, references: torch.Tensor, number: int) -> torch.Tensor:
-    """Which references are nearest to each image, the nearest first: int64 [N, number], fewer if there are fewer."""
+    """The references nearest to each image, the nearest first: int64 [N, number], fewer if there are fewer."""
     distances = torch.cdist(images.flatten(1), references.flatten(1))
     return distances.topk(min(number, len(references)), largest=False).indices
 
@@ -47,7 +47,7 @@ def _nearest(images: torch.Tensor, references: torch.Tensor, *, exclude_self: bo
 
 
 def _nearest_places(rows: torch.Tensor, references: torch.Tensor, first: int | None) -> torch.Tensor:
-    """Which reference is nearest to each row, int64 [N]. `first`: row i is itself reference first + i, not compared."""
+    """The reference nearest to each row, int64 [N]. `first`: row i is itself reference first + i, and not compared."""
     nearest = torch.full((len(rows),), torch.inf, device=rows.device)
     places = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for number, columns in enumerate(references.split(COLUMNS)):
@@ -55,7 +55,7 @@ def _nearest_places(rows: torch.Tensor, references: torch.Tensor, first: int | N
         if first is not None:
             distances.diagonal(first - number * COLUMNS).fill_(torch.inf)
 
-        # Of equally near ones the first, however the references are split.
+        # Of several equally near ones take the first, however the references are split.
         values, found = distances.min(dim=1)
         places = torch.where(values < nearest, found + number * COLUMNS, places)
         nearest = torch.minimum(nearest, values)

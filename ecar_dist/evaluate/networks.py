@@ -1,4 +1,4 @@
-"""Frozen networks whose features scores are computed in. To add one, add an entry to NETWORKS.
+"""Frozen networks that provide the features for scores. To add one, add an entry to NETWORKS.
 
 Their weights come from a package or from a file that the user names; nothing is downloaded. The packages are imported
 when a network is opened, so that training does not need them.
@@ -66,23 +66,23 @@ def effnet_lite0(weights: Path | None, device: torch.device) -> FeatureNetwork:
 
 
 def inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
-    """The InceptionV3 of the FID as torch-fidelity has it: TensorFlow's weights and resizing. 2,048 wide.
+    """The InceptionV3 of FID, as in torch-fidelity: TensorFlow's weights and resizing. 2,048 wide.
 
-    Raises ConfigError without a file of weights: it is 91 MB and not part of the package.
+    Raises ConfigError without a weights file: it is 91 MB and not part of the package.
     """
     if weights is None:
         raise ConfigError(
-            f"--features inception needs --feature-weights FILE; fetch {INCEPTION_FILE} from {INCEPTION_SOURCE}"
+            f"--features inception needs --feature-weights FILE; download {INCEPTION_FILE} from {INCEPTION_SOURCE}"
         )
     if not weights.is_file():
-        raise ConfigError(f"--feature-weights {weights} does not exist; fetch {INCEPTION_FILE} from {INCEPTION_SOURCE}")
-    _state(weights)  # the library unpickles whatever the file holds, so that is proven to be weights alone
+        raise ConfigError(f"--feature-weights {weights} does not exist; get {INCEPTION_FILE} from {INCEPTION_SOURCE}")
+    _state(weights)  # the library unpickles whatever the file contains, so make sure that it is only weights
     library = _package("torch_fidelity.feature_extractor_inceptionv3", "inception")
     try:
         model = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
-    except RuntimeError:  # names or shapes of another network
+    except RuntimeError:  # names or shapes of a different network
         raise ConfigError(
-            f"--feature-weights {weights} has the weights of another network; fetch {INCEPTION_FILE} from "
+            f"--feature-weights {weights} has the weights of another network; download {INCEPTION_FILE} from "
             f"{INCEPTION_SOURCE}"
         ) from None
     return FeatureNetwork("inception", "FID", 2048, lambda pixels: model(pixels)[0], device)
@@ -98,7 +98,7 @@ def _package(module: str, features: str) -> ModuleType:
     """Raises ConfigError if it cannot be imported."""
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another build than torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for a different torch
         raise ConfigError(
             f"--features {features} needs the package {module.partition('.')[0]} ({error}); pip install "
             "'ecar-dist[scores]'"

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart that were drawn from the same noise: PSNR and SSIM of each pair, averaged."""
+"""How far apart two sets of images from the same noise are: PSNR and SSIM of each pair, averaged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Peak signal to noise ratio in dB of uint8 [B, H, W, 3], from the mean squared error of all images together.
 
-    Infinite where nothing differs.
+    Infinite if nothing differs.
     """
     error = float(np.square(ours.astype(np.float64) - theirs.astype(np.float64)).mean())
     return 10.0 * math.log10(PEAK**2 / error) if error > 0.0 else math.inf
 
 
 def ssim(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Structural similarity of uint8 [B, H, W, 3], mean over pixels, channels and images; 1 where nothing differs.
+    """Structural similarity of uint8 [B, H, W, 3], mean over pixels, channels and images; 1 if nothing differs.
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): a Gaussian window of
     11 x 11 pixels with std 1.5, where it fits; smaller images have a smaller window.

@@ -36,9 +36,9 @@ class Scorer:
     """Scores sample sets against the same real images, in the features of one classifier trained on `train` alone.
 
     `reconstructions` are the training images after the autoencoder, the best that the generator can reach. Every
-    distance is to the held-out images. It is named after the data set (FD-digits), because it is not an FID and cannot
-    be compared with one. Everything but the Frechet distance itself is computed on `device`. Raises DataError if a set
-    is too small.
+    distance is to the held-out images. It is named after the data set (FD-digits), because it is not FID and cannot be
+    compared with it. Everything but the Frechet distance itself is computed on `device`. Raises DataError if a set is
+    too small.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Scorer:
         self._heldout_seen = inputs_of(heldout.pixels, device)
         self._heldout_bands = band_variances(heldout.pixels, device)
 
-        # Scores of the real images, which every score of samples is printed beside.
+        # Scores of the real images. They are printed next to every score of samples.
         self.name = f"FD-{source}"
         features_of_train, _ = self._features_and_accuracy(train)
         rebuilt, accuracy_of_rebuilt = self._features_and_accuracy(reconstructions)
@@ -87,7 +87,7 @@ class Scorer:
         return {
             self.name: distance,
             f"{self.name} bootstrap std": bootstrap_std(features, Gaussian.of(self._heldout)),
-            # A Frechet distance depends on the number of images, so there is no ratio of different numbers.
+            # A Frechet distance depends on the number of images, so different numbers give no ratio.
             "ratio to floor": distance / self._floor if count == self._of_real["train"] else None,
             "class accuracy": accuracy,
             "band variance ratio": {band: value / self._heldout_bands[band] for band, value in bands.items()},
@@ -102,10 +102,10 @@ class Scorer:
 
 
 def seeds_scores(scorer: Scorer, samples: Iterable[LabelledImages]) -> dict[str, Any]:
-    """Means over sample sets, one for each sampling seed, and how far the distance scatters.
+    """Means over sample sets, one for each sampling seed, and the spread of the distance.
 
     "std over seeds" is the standard deviation of the distance from set to set, None for a single one; "bootstrap std"
-    resamples the images of the first set. A set is scored before the next one is asked for.
+    resamples the images of the first set. A set is scored before the next one is requested.
     """
     each = [scorer.score(images) for images in samples]
     distances = [one[scorer.name] for one in each]
@@ -117,7 +117,7 @@ def seeds_scores(scorer: Scorer, samples: Iterable[LabelledImages]) -> dict[str,
 
 
 def _mean(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each floating-point number, whose place is the same in all trees; all else is that of the first."""
+    """The mean of each floating-point number, at the same place in all trees; the rest is taken from the first."""
     found: dict[str, Any] = {}
     for key, value in trees[0].items():
         of_each = [tree[key] for tree in trees]

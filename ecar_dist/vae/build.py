@@ -1,4 +1,4 @@
-"""Open an autoencoder by the config's `vae` section, or by the short name of the command line."""
+"""Open an autoencoder from the config's `vae` section, or by its short name on the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VaeSettings(Protocol):
 def open_codec(
     settings: VaeSettings, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
-    """Raises ConfigError where the autoencoder is missing, is of another kind, or shrinks by another factor."""
+    """Raises ConfigError if the autoencoder is missing, or has a different kind or downsampling factor."""
     entry = CODECS[settings.kind]
     if entry.downsamples and settings.downsample not in entry.downsamples:
         raise ConfigError(
@@ -38,10 +38,10 @@ def open_codec(
         )
     codec = entry.open(settings.path, settings.downsample, torch.device(device), dtype)
 
-    # a codec with weights says itself by how much it shrinks
+    # a codec with weights determines its own downsampling factor
     if codec.identity.downsample != settings.downsample:
         raise ConfigError(
-            f"vae.downsample={settings.downsample}, but {codec.identity.name} shrinks by {codec.identity.downsample}; "
+            f"vae.downsample={settings.downsample}, but {codec.identity.name} has {codec.identity.downsample}; "
             f"set vae.downsample={codec.identity.downsample}"
         )
     return codec
@@ -50,7 +50,7 @@ def open_codec(
 def open_codec_by_spec(
     spec: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
-    """Open `dct-f8` or another codec without weights, named KIND-fDOWNSAMPLE, or the folder or hub name of one with.
+    """Open a codec without weights by its name KIND-fDOWNSAMPLE (`dct-f8`), or one with weights by folder or hub name.
 
     Raises ConfigError as `open_codec` does.
     """
@@ -60,9 +60,9 @@ def open_codec_by_spec(
         entry, downsample = without_weights[spec]
         return entry.open(None, downsample, device, dtype)
 
-    # a mistyped name would be looked up on the hub otherwise
+    # otherwise a mistyped name would be looked up on the hub
     mistyped = any(spec.lower().startswith(kind) for kind, entry in CODECS.items() if not entry.needs_path)
     if mistyped and "/" not in spec and not Path(spec).exists():
         known = ", ".join(without_weights)
-        raise ConfigError(f"--vae {spec} is not known; give {known}, or folder or hub name of an autoencoder")
+        raise ConfigError(f"--vae {spec} is not known; give {known}, or the folder or hub name of an autoencoder")
     return open_pretrained(spec, device, dtype)

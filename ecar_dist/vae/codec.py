@@ -1,7 +1,7 @@
-"""What an autoencoder is to this project: its identity, its two directions, and the normalisation of latents.
+"""The interface of an autoencoder: its identity, its two directions, and the normalisation of latents.
 
 Stored data are *moments*: raw and unscaled. The model sees *latents*: (sample of the posterior - shift) x scale. So a
-change of the normalisation does not rewrite a data set.
+different normalisation does not require a new data set.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pydantic import ConfigDict, Field, ValidationError
 from ecar_dist.errors import DataError
 from ecar_dist.storage.untrusted import adapter_of, first_violation
 
-LOGVAR_RANGE = (-30.0, 20.0)  # the clamp that latent-diffusion autoencoders put on their own posterior
+LOGVAR_RANGE = (-30.0, 20.0)  # the clamp that latent-diffusion autoencoders apply to their own posterior
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Everything that decides which numbers an encoder produces, and how they are normalised.
+    """Everything that determines which numbers an encoder produces, and how they are normalised.
 
-    Two encoders are the same when every field but `name` agrees: a hub name and a local copy are one encoder.
+    Two encoders are the same if every field but `name` agrees: a hub name and its local copy are the same encoder.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -47,9 +47,9 @@ class EncoderIdentity:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> EncoderIdentity:
-        """Raises DataError if a field is missing, unknown, of another type or out of range."""
+        """Raises DataError if a field is missing, unknown, of the wrong type or out of range."""
         try:
-            # As JSON, because only then strict mode accepts an array for a tuple.
+            # As JSON, because otherwise strict mode does not accept an array for a tuple.
             return adapter_of(EncoderIdentity).validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             reason = first_violation(error)

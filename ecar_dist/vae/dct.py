@@ -58,6 +58,6 @@ def _dct_rows(block: int, kept: int) -> torch.Tensor:
     frequency = torch.arange(kept, dtype=torch.float64)[:, None]
     position = torch.arange(block, dtype=torch.float64)[None, :] + 0.5
     rows = torch.cos(math.pi / block * frequency * position) * math.sqrt(2.0 / block)
-    # The constant row needs another factor to have unit norm.
+    # The constant row needs a different factor to have unit norm.
     rows[0] *= math.sqrt(0.5)
     return rows

@@ -1,7 +1,7 @@
 """Pixels as latents: the codec that changes nothing.
 
 The model learns the images themselves, three channels at full size. Nothing is lost: a byte comes back as the same
-byte, also after the fp16 of latent shards. Use it for small pictures (`--image-size 32`, `model.patch_size: 4`), and to
+byte, even after the fp16 of latent shards. Use it for small pictures (`--image-size 32`, `model.patch_size: 4`), and to
 compare models without the limits of an autoencoder.
 """
 

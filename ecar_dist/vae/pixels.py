@@ -1,4 +1,4 @@
-"""Between the bytes of an image and the range of the autoencoder, [-1, 1]."""
+"""Conversion between the bytes of an image and the range of the autoencoder, [-1, 1]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Autoencoders of latent diffusion by diffusers, AutoencoderKL and AutoencoderDC, from a hub name or a local folder.
+"""Latent-diffusion autoencoders of diffusers, AutoencoderKL and AutoencoderDC, from a hub name or a local folder.
 
 diffusers takes seconds to import, so it is imported where it is used.
 """
@@ -29,7 +29,7 @@ from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity, LatentCodec, deno
 
 NORM_GROUPS = 8  # of `new_autoencoder`: its widths must be multiples of it
 CLASSES = {"kl": "AutoencoderKL", "dc": "AutoencoderDC"}
-TUNED_NAME = "tuned_decoder.json"  # in a folder whose decoder alone was trained further: whose latents it decodes
+TUNED_NAME = "tuned_decoder.json"  # in a folder with a fine-tuned decoder: names the encoder whose latents it decodes
 _DECODER = ("decoder.", "post_quant_conv.")  # names of the weights that latents do not depend on
 _MAX_CONFIG_BYTES = 1 << 20
 _MAKE_ONE = "make one with `ecar-data train-vae SHARDS FOLDER`"
@@ -49,7 +49,7 @@ class PretrainedCodec(ABC):
     def encode(self, images: torch.Tensor) -> torch.Tensor: ...
 
     def decoder_parameters(self) -> list[nn.Parameter]:
-        """Those that latents do not depend on."""
+        """The parameters that latents do not depend on."""
         return [value for name, value in self.model.named_parameters() if name.startswith(_DECODER)]
 
     @torch.no_grad()
@@ -88,15 +88,15 @@ _CODECS: dict[str, type[KlCodec | DcCodec]] = {"kl": KlCodec, "dc": DcCodec}
 
 
 def open_pretrained(path: str, device: torch.device, dtype: torch.dtype, kind: str | None = None) -> LatentCodec:
-    """Load from a local folder or a hub name. Its config names its class; `kind` requires a certain one.
+    """Load from a local folder or a hub name. Its config names its class; `kind` requires a particular one.
 
-    Raises ConfigError, one line, if there is no such autoencoder.
+    Raises ConfigError, in one line, if there is no such autoencoder.
     """
     # Refuse what does not fit, or could escape from its folder, before diffusers opens it.
     found = _kind_of(path)
     _check_weight_files(Path(path))
     if kind is not None and found != kind:
-        raise ConfigError(f"{path} holds {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
+        raise ConfigError(f"{path} is an {CLASSES[found]}, vae.kind={kind} needs {CLASSES[kind]}; set vae.kind={found}")
     try:
         # A pickle can run code, so only safetensors are loaded.
         model = _autoencoder_class(CLASSES[found]).from_pretrained(path, low_cpu_mem_usage=False, use_safetensors=True)
@@ -133,14 +133,14 @@ def save_tuned(codec: PretrainedCodec, folder: Path, notes: Mapping[str, Any]) -
     Its latents are those of `codec.identity`, and it keeps that identity as long as its encoder has the same weights.
     `notes` say how the decoder was trained.
     """
-    codec.model.register_to_config(_name_or_path="")  # else the config tells where the codec lay on this machine
+    codec.model.register_to_config(_name_or_path="")  # else the config reveals the codec's path on this machine
     codec.model.save_pretrained(folder)
     of = {"weights_sha256": codec.identity.weights_sha256, "encoder_sha256": encoder_sha256(codec.model)}
     (folder / TUNED_NAME).write_text(json.dumps({**of, **notes}, indent=1) + "\n")
 
 
 def encoder_sha256(model: Any) -> str:
-    """Of the weights that latents depend on."""
+    """The sha256 of the weights that latents depend on."""
     return hash_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(_DECODER)})
 
 
@@ -160,7 +160,7 @@ def _kind_of(path: str) -> str:
     for kind, class_name in CLASSES.items():
         if name == class_name:
             return kind
-    raise ConfigError(f"{path} holds {name}, not {' or '.join(CLASSES.values())}; {_MAKE_ONE}")
+    raise ConfigError(f"{path} contains {name}, not {' or '.join(CLASSES.values())}; {_MAKE_ONE}")
 
 
 def _class_name(path: str) -> str | None:
@@ -187,7 +187,7 @@ def _check_weight_files(folder: Path) -> None:
             for name in set(parse_json(read_plain_file(index, MAX_JSON_BYTES))["weight_map"].values()):
                 plain_name(name)
         except (OSError, UntrustedError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index} names no weights beside it ({error}); restore it, or {_MAKE_ONE}") from None
+            raise ConfigError(f"{index} names no weights next to it ({error}); restore it, or {_MAKE_ONE}") from None
 
 
 def _not_loaded(path: str, error: Exception) -> ConfigError:
@@ -225,7 +225,7 @@ def _identity(kind: str, model: Any, name: str, downsample: int) -> EncoderIdent
 
 
 def _tuned_from(record: Path, model: Any, identity: EncoderIdentity) -> EncoderIdentity:
-    """The identity of the autoencoder from which a decoder was tuned. Raises ConfigError for another encoder."""
+    """The identity of the autoencoder from which a decoder was tuned. Raises ConfigError for a different encoder."""
     try:
         stated = parse_json(read_plain_file(record, _MAX_CONFIG_BYTES), foreign=True)
         weights, encoder = str(stated["weights_sha256"]), str(stated["encoder_sha256"])

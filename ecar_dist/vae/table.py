@@ -1,6 +1,6 @@
 """The values of `vae.kind`. To add one, write a file like dct.py, and add its entry here.
 
-The configuration reads this table, so torch and the autoencoders are imported when one is opened.
+The configuration reads this table, so torch and the autoencoders are imported only when one is opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CodecKind:
     """One kind of autoencoder.
 
     downsamples: image pixels per latent pixel side that a codec without weights offers. Empty for a codec with weights,
-        which is opened from `vae.path` and says there by how much it shrinks.
+        which is opened from `vae.path` and determines its own factor.
     """
 
     open: Open

@@ -14,7 +14,7 @@ from tests.runtime.made_runs import make_run
 
 
 def made(folder, name, losses, *, step_seconds=36.0, dataset="a" * 64, **sections):
-    """A run that logged every 100th step of 16 samples, and validated at every second of them."""
+    """A run with 16 samples per step that logged every 100th step, and validated at every second logged step."""
     run, config = make_run(folder, run={"name": name}, **sections)
     lines = []
     for number, loss in enumerate(losses, 1):
@@ -53,7 +53,7 @@ def test_runs_are_compared_at_equal_samples_flops_and_hours(tmp_path, capsys):
     assert tree["runs"][0]["scores"] == {"FD": 13.5, "samples_seen": 6400}
     assert tree["notes"] == []
 
-    # The same for people.
+    # The same as text.
     assert main(["compare", str(first), str(second)]) == 0
     text = capsys.readouterr().out
     assert "6,400" in text

@@ -1,4 +1,4 @@
-"""Scores in the features of frozen networks: the real EfficientNet-Lite0, and pretend networks of known features."""
+"""Scores in the features of frozen networks: the real EfficientNet-Lite0, and fake networks with known features."""
 
 import sys
 from types import ModuleType
@@ -25,7 +25,7 @@ def noise(count: int, seed: int, low: int = 0, high: int = 256) -> np.ndarray:
 
 
 def test_the_network_that_ships_in_a_package_tells_pictures_apart():
-    """Its own weights load, and a blurred field is nearer to its copy than to noise."""
+    """Its own weights load, and a blurred field is closer to its copy than to noise."""
     network = NETWORKS["effnet-lite0"](None, CPU)
     ramp = np.broadcast_to(np.linspace(0, 255, 32, dtype=np.uint8)[None, None, :, None], (1, 32, 32, 3))
     images = np.concatenate([ramp, np.clip(ramp + np.uint8(3), 0, 255), noise(1, 0).repeat(4, 1).repeat(4, 2)])
@@ -42,7 +42,7 @@ def test_weights_that_are_none_are_refused(name, tmp_path):
 
 
 class StandInForInception:
-    """Loads its file as torch-fidelity does: any pickle, then any names."""
+    """Loads its file as torch-fidelity does: any pickle, with any names."""
 
     def __init__(self, name, features, path):
         state = torch.load(path, weights_only=False)
@@ -82,7 +82,7 @@ def test_precision_and_recall_of_sets_with_known_overlap():
     both = np.concatenate([left[:300], right])
     assert precision_recall(left, left) == (1.0, 1.0)
     assert precision_recall(left, left + 1000.0) == (0.0, 0.0)
-    precision, recall = precision_recall(left, both)  # half of what is generated is real; it covers about all of it
+    precision, recall = precision_recall(left, both)  # half of the generated set is real; it covers the real set
     assert precision == pytest.approx(0.5, abs=0.01)
     assert recall > 0.8
     precision, recall = precision_recall(both, left)
@@ -106,7 +106,7 @@ def test_scores_state_their_spread_and_their_floor():
 
 
 def test_a_reference_takes_the_place_of_the_held_out_images(tmp_path):
-    """As ADM's: mu and sigma of the features."""
+    """Like ADM's: mu and sigma of the features."""
     sets = {"train": noise(400, 1), "heldout": noise(400, 2), "reconstructions": noise(400, 3)}
     features = first_pixels()(sets["heldout"])
     np.savez(tmp_path / "reference.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False), other=np.ones(3))
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path):
 
 
 def test_the_bootstrap_measures_the_spread_of_sampling():
-    """Against the spread of distances of independent sets."""
+    """Compared with the spread of the distances of independent sets."""
     target = Gaussian(np.zeros(4), np.eye(4))
     generator = np.random.default_rng(1)
     shift = np.array([2.0, 0, 0, 0])

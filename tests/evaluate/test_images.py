@@ -14,7 +14,7 @@ from tests.data_tools.image_folders import encode_small
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Shards of one transparent picture, and latents of it on black."""
+    """Shards with one transparent picture, and latents of it on black."""
     root = tmp_path_factory.mktemp("transparent")
     (root / "in/a").mkdir(parents=True)
     Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(root / "in/a/0.png")

@@ -43,7 +43,7 @@ def test_frechet_distance_is_invariant_under_rotation():
 
 
 def bands_of(images):
-    """Of float images [N, C, H, W], as if they were pixels."""
+    """The band variances of float images [N, C, H, W], as if they were pixels."""
     return band_variances((images.permute(0, 2, 3, 1) + 1) * 127.5, CPU)
 
 
@@ -60,7 +60,7 @@ def test_bands_add_up_and_name_the_right_octave():
 
 @pytest.mark.parametrize(("side", "names"), [(8, "1 2 4 8"), (48, "1 2 4 8 16"), (64, "1 2 4 8 16 32 64"), (9, "1")])
 def test_bands_are_the_same_tile_by_tile(side, names, monkeypatch):
-    """Of white noise, an octave has three quarters of what is left; sides that are not powers of two end earlier."""
+    """In white noise, an octave has three quarters of the rest. Sides that are not powers of two have fewer octaves."""
     noise = torch.randn(300, 3, side, side, generator=torch.Generator().manual_seed(0))
     bands = bands_of(noise)
     assert list(bands) == [f"{name}px" for name in names.split()]
@@ -130,7 +130,7 @@ def test_scores_order_good_and_bad_samples(real, classifier, monkeypatch):
     train, heldout = real
 
     def trained(pixels, labels, num_classes, device):
-        """The classifier of these very images, which is trained for seconds: once is enough."""
+        """The classifier of these same images. Training takes seconds: once is enough."""
         assert (pixels is train.pixels, labels is train.labels, num_classes) == (True, True, 10)
         return classifier
 
@@ -178,14 +178,14 @@ def test_the_neighbour_ratio_separates_copies_from_new_draws():
     generator = torch.Generator().manual_seed(0)
     train, heldout, fresh = (torch.randn(count, 1, 2, 2, generator=generator) for count in (400, 100, 300))
     real = heldout_ratio(train, heldout)
-    assert 0.6 < real < 0.8  # four times as many in four dimensions: 4^(-1/4) = 0.71
+    assert 0.6 < real < 0.8  # four times as many images in four dimensions: 4^(-1/4) = 0.71
     assert neighbour_ratio(fresh, train, heldout) == pytest.approx(real, abs=0.08)
     copies = torch.cat((train[:150], fresh[:150]))
     assert neighbour_ratio(copies, train, heldout) == pytest.approx(real / 2, abs=0.08)
 
 
 def test_scores_do_not_depend_on_the_number_of_threads():
-    """The classifier's training makes more of the last bit, in which sums of another order differ."""
+    """The classifier's training amplifies differences in the last bit, which come from a different order of sums."""
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (256, 32, 32, 3), np.uint8), generator.integers(0, 4, 256)
     before, features = torch.get_num_threads(), []
@@ -215,7 +215,7 @@ def test_the_nearest_are_the_same_in_whatever_chunks_they_are_looked_for(monkeyp
         assert torch.equal(_nearest(*pair, exclude_self=pair[0] is pair[1]), expected)
 
 
-# What the host does of a score: it draws the classifier's weights, and the order and shift of its images; it picks the
+# The host's part of a score: it draws the classifier's weights, and the order and shift of its images; it picks the
 # images of each batch, and counts the optimizer's steps.
 ON_THE_HOST = {
     "_local_scalar_dense", "add_", "arange", "detach", "empty", "index", "lift_fresh", "randint", "randperm", "slice",
@@ -242,6 +242,6 @@ def test_scores_are_computed_on_the_device_and_are_those_of_the_host(monkeypatch
         on_device = scores(codec, DEVICE)
     assert on_device == scores(DctCodec(8, CPU), CPU)
     assert set(+pretended.on_host) <= ON_THE_HOST
-    # Rebuilt images come back as pixels, of all images the features, in fp32, and the class.
+    # Copied back to the host: reconstructed images as pixels; the fp32 features and the class of all images.
     images = 2 * sizes["train"] + sizes["heldout"] + sizes["samples"]
     assert pretended.to_host == sizes["train"] * 48 * 48 * 3 + images * (64 * 4 + 8)

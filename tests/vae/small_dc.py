@@ -1,4 +1,4 @@
-"""Random AutoencoderDC of diffusers, small enough for tests."""
+"""An AutoencoderDC of diffusers with random weights, small enough for tests."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def save_small_dc(path: Path, levels: int) -> Path:
-    """It shrinks by 2^(levels - 1): residual blocks outside, attention over two scales in the last level."""
+    """It downsamples by 2^(levels - 1): residual blocks outside, attention over two scales in the last level."""
     from diffusers import AutoencoderDC
 
     torch.manual_seed(0)

@@ -88,7 +88,7 @@ def test_a_hub_names_config_decides_on_the_class(dc_folder, monkeypatch):
     class_of = pretrained._autoencoder_class
 
     def hub(name):
-        """The hub as seen from here: `owner/model` is the local folder."""
+        """A fake hub: `owner/model` is the local folder."""
         loader = class_of(name)
 
         class Hub:
@@ -121,7 +121,7 @@ def test_bf16_is_close_and_fp16_is_refused(kind, request):
     exact, rough = (open_codec_by_spec(path, dtype=dtype).encode(images) for dtype in (torch.float32, torch.bfloat16))
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
-    # the median: random weights bring single divisors of DC's linear attention near zero
+    # the median: with random weights, single divisors of DC's linear attention come close to zero
     assert (rough - exact).abs().median() < 0.05 * exact.abs().median()  # measured 0.01
     with pytest.raises(ConfigError, match="fp16"):
         open_codec_by_spec(path, dtype=torch.float16)
@@ -151,7 +151,7 @@ def test_another_folder_gives_one_line_with_the_fix(folder, tmp_path, monkeypatc
     weightless = tmp_path / "weightless"
     weightless.mkdir()
     (weightless / "config.json").write_bytes((folder / "config.json").read_bytes())
-    cases = {tmp_path / "none": "does not exist", tmp_path: "no readable config.json", other: "holds UNet2DModel"}
+    cases = {tmp_path / "none": "does not exist", tmp_path: "no readable config.json", other: "contains UNet2DModel"}
     for path, message in {**cases, weightless: "cannot load"}.items():
         with pytest.raises(ConfigError, match=rf"{message}.*ecar-data train-vae") as caught:
             open_codec_by_spec(str(path))
@@ -171,7 +171,7 @@ def test_a_hub_name_that_gives_nothing_is_one_line(monkeypatch):
 
 
 def test_an_unreachable_hub_is_the_reason_and_not_a_missing_file(monkeypatch):
-    """diffusers says that the repository has no such file; nothing else is printed, in a process of its own."""
+    """diffusers reports that the repository has no such file. Nothing else is printed, in a separate process."""
 
     class LocalEntryNotFoundError(OSError):
         pass
