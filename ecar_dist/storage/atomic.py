@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all."""
+"""Files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def temporary_beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError of the block the file name `path`, if it has none: a failed write to an open file has none."""
+    """Add the file name `path` to an OSError of the block that has none, such as a failed write to an open file."""
     try:
         yield
     except OSError as error:
@@ -52,8 +52,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def claim_name(temporary: Path, path: Path) -> bool:
     """Give a finished, synced file its name, unless the name is taken: the first of several writers wins.
 
-    A hard link fails on an existing name in one step. On file systems without hard links this checks and then renames;
-    two writers that finish between these two steps then replace one whole file by another.
+    A hard link checks and takes the name in one step. On file systems without hard links this checks and then renames.
+    If two writers finish between these two steps, one complete file replaces the other.
     """
     try:
         os.link(temporary, path)
@@ -75,7 +75,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """fsync a file, or a folder: a rename is durable only once its folder is."""
+    """fsync a file or a folder. A rename is durable only after an fsync of its folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -86,7 +86,7 @@ def sync_to_disk(path: Path) -> None:
 def set_aside(path: Path) -> Path:
     """Rename a damaged file (or whatever is at its path) to the first free name of NAME.damaged-1, -2, ...
 
-    Returns the new path, also if there was nothing to rename.
+    Returns the new path, even if there was nothing to rename.
     """
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):

@@ -1,7 +1,7 @@
-"""YAML from outside, within bounds: plain data only, and nothing that grows when it is read.
+"""YAML from untrusted sources, with limits: plain data only, and nothing that expands when it is read.
 
-PyYAML's safe loader makes no objects, but a few hundred bytes can expand to gigabytes (aliases of aliases), exhaust the
-stack (nesting) or raise errors that are not YAML errors (`2024-13-45`, `!!int abc`, 5,000 digits).
+PyYAML's safe loader creates plain data only. But a few hundred bytes can expand to gigabytes (aliases of aliases),
+exhaust the stack (nesting) or raise errors that are not YAML errors (`2024-13-45`, `!!int abc`, 5,000 digits).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import yaml
 from ecar_dist.storage.redaction import redact_text
 from ecar_dist.storage.untrusted import CONTROL_CHARACTER, UntrustedError, printable
 
-MAX_NODES = 20_000  # values and keys, where each use of an alias counts; a config has about 150
-LONG_TEXT = 64  # characters of a text that count as one more value
+MAX_NODES = 20_000  # values and keys, counting each use of an alias; a config has about 150
+LONG_TEXT = 64  # characters: a text counts as one more value for every so many
 MAX_DEPTH = 32
 INTEGER_LIMIT = 1 << 63
 LONGEST_NUMBER = 100  # characters; base 60 (`1:59:59`) takes quadratic time
@@ -28,16 +28,16 @@ _Refused = yaml.constructor.ConstructorError  # (None, None, what is wrong, wher
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader within bounds. `1e-4` is a number, a date is text, and a key given twice is an error."""
+    """PyYAML's safe loader with limits. `1e-4` is a number, a date is text, and a key given twice is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._nodes = 0
         self._depth = 0
-        self._sizes: dict[yaml.Node, int] = {}  # nodes below one, and itself
+        self._sizes: dict[yaml.Node, int] = {}  # number of nodes in the subtree of a node, including itself
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As in PyYAML, with the bounds: the value of an alias counts again wherever it is used."""
+        """As in PyYAML, with the limits. The value of an alias counts again each time it is used."""
         mark = self.peek_event().start_mark
         is_alias = self.check_event(yaml.AliasEvent)
         before = self._nodes
@@ -54,7 +54,7 @@ class _StrictLoader(yaml.SafeLoader):
         if is_alias and node not in self._sizes:
             raise _Refused(None, None, "an alias refers to a value that contains it", mark)
 
-        # size, after it
+        # size, after PyYAML has recursed
         letters = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
         self._nodes += self._sizes[node] if is_alias else 1 + letters // LONG_TEXT
         if self._nodes > MAX_NODES:
@@ -74,7 +74,7 @@ def _mapping(loader: _StrictLoader, node: yaml.Node) -> dict[str, Any]:
             problem = f"key {_shown(key)} is not a name"
             raise _Refused(None, None, problem, key_node.start_mark)
         if key == "<<":
-            raise _Refused(None, None, "merge keys (<<) are not read, write the keys out", key_node.start_mark)
+            raise _Refused(None, None, "merge keys (<<) are not supported, write the keys out", key_node.start_mark)
         if key in tree:
             problem = f"key {_shown(key)} is given twice"
             raise _Refused(None, None, problem, key_node.start_mark)
@@ -92,24 +92,24 @@ def _scalar(kind: str) -> Any:
 
     def constructor(loader: _StrictLoader, node: yaml.Node) -> Any:
         if kind in ("int", "float") and len(node.value) > LONGEST_NUMBER:
-            problem = f"a number of {len(node.value):,} characters is too long, at most {LONGEST_NUMBER} are read"
+            problem = f"a number of {len(node.value):,} characters is too long, the limit is {LONGEST_NUMBER}"
             raise _Refused(None, None, problem, node.start_mark)
         try:
             value = construct(loader, node)
         except (ValueError, KeyError, IndexError, OverflowError):
             raise _Refused(None, None, f"{_shown(node.value)} is not {_WORDS[kind]}", node.start_mark) from None
         if kind == "int" and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
-            problem = f"a number of {len(node.value)} characters is too large, at most 2^63 - 1 is read"
+            problem = f"a number of {len(node.value)} characters is too large, the largest one is 2^63 - 1"
             raise _Refused(None, None, problem, node.start_mark)
         if kind == "str" and (found := CONTROL_CHARACTER.search(value)):
-            problem = f"a text holds the control character U+{ord(found[0]):04X}"
+            problem = f"a text contains the control character U+{ord(found[0]):04X}"
             raise _Refused(None, None, problem, node.start_mark)
         return value
 
     return constructor
 
 
-# copies: PyYAML's own tables belong to every loader of the process
+# copies, because all loaders of the process share PyYAML's own tables
 _StrictLoader.yaml_constructors = {
     **{_TAG + kind: _scalar(kind) for kind in ("null", "bool", "int", "float", "str")},
     _TAG + "seq": yaml.SafeLoader.yaml_constructors[_TAG + "seq"],
@@ -141,5 +141,5 @@ def parse_yaml(text: str) -> Any:
         raise UntrustedError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
     except RecursionError:
         raise UntrustedError(f"it is nested deeper than {MAX_DEPTH}") from None
-    except (OverflowError, ValueError) as error:  # PyYAML's own, of an escape like \UFFFFFFFF
+    except (OverflowError, ValueError) as error:  # raised by PyYAML for an escape such as \UFFFFFFFF
         raise error if isinstance(error, UntrustedError) else UntrustedError("an escape is not a character") from None

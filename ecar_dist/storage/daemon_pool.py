@@ -1,7 +1,7 @@
-"""A pool of daemon threads: the end of the program does not wait for what they still have to do.
+"""A pool of daemon threads: the program exits without waiting for their remaining work.
 
-concurrent.futures' own pool finishes its whole queue before the interpreter may exit: minutes of downloads that nobody
-will read, in a script or a notebook that does not end by `cli.entry`.
+The pool of concurrent.futures finishes its entire queue before the interpreter can exit. In a script or a notebook that
+does not end through `cli.entry`, these can be minutes of downloads that nobody will read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
-PATIENCE = 2.0  # seconds: most of what runs is done by then, and leaves no file half-written
+PATIENCE = 2.0  # seconds: most running calls end within this time, and leave no half-written file
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,18 +24,18 @@ _END = object()
 
 
 class DaemonPool:
-    """Runs what is submitted, first come, first served."""
+    """Runs the submitted calls, first come, first served."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of _ended
+        self._lock = threading.Lock()  # guards _ended
         self._ended = False
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, run: Callable[P, T], *args: P.args, **options: P.kwargs) -> Future[T]:
-        """After the end of the pool, a future that is cancelled."""
+        """Queue a call; returns its future. After the end of the pool, the future is cancelled."""
         future: Future[T] = Future()
         with self._lock:
             if self._ended:
@@ -44,12 +44,12 @@ class DaemonPool:
         return future
 
     def map(self, run: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
-        """The results in the order of the items, which are all submitted now."""
+        """The results in the order of the items. All items are submitted immediately."""
         futures = [self.submit(run, item) for item in items]
         return (future.result() for future in futures)
 
     def errors_of(self, run: Callable[[Item], object], items: Iterable[Item]) -> list[Exception]:
-        """Run it for each item and wait for all; returns the errors. After an error no other item is begun."""
+        """Call `run` for each item and wait for all; returns the errors. After an error, no other item is started."""
         failed = threading.Event()
 
         def attempt(item: Item) -> Exception | None:
@@ -64,18 +64,18 @@ class DaemonPool:
         return [error for error in self.map(attempt, items) if error is not None]
 
     def one_ahead(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; while one is used, the pool makes the next."""
+        """The same items. While the caller uses one, the pool produces the next."""
         pending = self.submit(next, items, _END)
         while (item := pending.result()) is not _END:
             pending = self.submit(next, items, _END)
             yield cast(Item, item)
 
     def end(self, patience: float = 0.0) -> None:
-        """Cancel what waits, and wait `patience` seconds for what runs."""
+        """Cancel the queued calls, and wait up to `patience` seconds for the running ones."""
         with self._lock:
             self._ended = True
             while not self._queue.empty():
-                with contextlib.suppress(queue.Empty):  # a thread was faster
+                with contextlib.suppress(queue.Empty):  # a thread took the task first
                     if (task := self._queue.get_nowait()) is not None:
                         task[0].cancel()
             for _ in self._threads:
@@ -96,7 +96,7 @@ class DaemonPool:
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             _run(*task)
-            task = None  # while it waits, a thread must not keep the last result in memory, such as the map of a shard
+            task = None  # a waiting thread must not keep its last result in memory, such as the map of a shard
 
 
 def _run(future: Future[T], call: Callable[[], T]) -> None:

@@ -1,6 +1,6 @@
-"""Download an object in parallel ranges to a file that appears complete and proven, or not at all.
+"""Download an object in parallel ranges to a file that appears only when it is complete and verified.
 
-Retries are those of `retries.py`, range by range: a range that fails is requested again, and what has arrived stays.
+Each range is retried separately, as in `retries.py`: a range that fails is requested again, and the others are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ecar_dist.storage.remote import ObjectVersion, read_range, stat
 from ecar_dist.storage.retries import Transfer
 
 RANGE_BYTES = 8 << 20
-THREADS = 8  # of a download that shares no pool
+THREADS = 8  # of a download without a shared pool
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class WrongContentError(DataError):
 
 
 def cache_folder(chosen: str | Path | None) -> Path:
-    """Where a node keeps what it downloads: `chosen`, $ECAR_CACHE_DIR, or a folder of this user in the temporary one.
+    """The folder for a node's downloads: `chosen`, else $ECAR_CACHE_DIR, else one per user in the temporary folder.
 
-    Raises DataError if the default folder belongs to another user, who could change files after they were proven.
+    Raises DataError if the default folder belongs to another user, who could change files after they were verified.
     """
     if chosen := chosen or os.environ.get("ECAR_CACHE_DIR"):
         return Path(chosen)
@@ -70,20 +70,20 @@ def fetch_file(
     """Download `remote` to `path`. The file appears there only with its promised size and hash.
 
     Args:
-        pool: threads that several downloads share. Without a pool the download has threads and a `transfer` of its
-            own, and an error or Ctrl-C in it ends all its requests.
+        pool: threads that several downloads share. Without a pool, the download has its own threads and its own
+            `transfer`: an error or Ctrl-C ends all requests of this transfer.
         attempts: number of downloads before a wrong hash is an error.
-        describe_damage: a phrase about the damage in a file with a wrong hash.
+        describe_damage: returns a phrase about the damage in a file with a wrong hash.
 
     Raises:
         ObjectMissing: there is no such object.
-        WrongContentError: its size differs, or its hash after all attempts.
-        DataError: the store is out of reach, or the object changed during the download.
+        WrongContentError: its size differs, or its hash still differs after all attempts.
+        DataError: the store cannot be reached, or the object changed during the download.
         OSError: the file cannot be written.
     """
     before = stat_sized(remote, transfer)
     with owned_temporary(path) as (temporary, file):
-        # A full disk is an error now, not after half of the download.
+        # A full disk is an error now, not halfway through the download.
         if remote.bytes:
             os.posix_fallocate(file.fileno(), 0, remote.bytes)
 
@@ -103,7 +103,7 @@ def fetch_file(
 
 
 def stat_sized(remote: RemoteFile, transfer: Transfer) -> ObjectVersion:
-    """The object as it is now. Raises WrongContentError for one of another size: it is not downloaded at all.
+    """Size and version of the object. Raises WrongContentError if the size is wrong: it is not downloaded at all.
 
     A range beyond its end would be retried for minutes.
     """
@@ -114,7 +114,10 @@ def stat_sized(remote: RemoteFile, transfer: Transfer) -> ObjectVersion:
 
 
 def _check_unchanged(remote: RemoteFile, before: ObjectVersion, after: ObjectVersion) -> None:
-    """Ranges of two versions give a wrong hash, and the writer is at fault, not the content."""
+    """Raises DataError if the object was replaced: the ranges are of two versions, so the hash is wrong.
+
+    The writer is at fault then, not the content.
+    """
     if after != before:
         raise DataError(
             f"{redact(remote.url)} changed during its download: version {before.tag} of {before.size} bytes became "
@@ -139,15 +142,15 @@ def _fetch_ranges(remote: RemoteFile, file: BinaryIO, transfer: Transfer, shared
         for start in range(0, remote.bytes, RANGE_BYTES):
             futures.append(pool.submit(fetch, start))
             futures[-1].add_done_callback(finished.put)
-        # In the order in which they end, so that an error is not noticed behind the retries of another range.
+        # In order of completion, so that an error is seen before another range has finished its retries.
         for _ in futures:
             finished.get().result()
     except BaseException:
         if shared is None:
-            transfer.stopping.set()  # requests under way would retry for minutes
+            transfer.stopping.set()  # other requests in progress would retry for minutes
         raise
     finally:
-        # Wait for ranges under way: they write to a file descriptor that is reused after this function.
+        # Wait for the ranges in progress: their file descriptor may be reused after this function.
         for future in futures:
             if not future.cancel():
                 future.exception()

@@ -1,4 +1,4 @@
-"""The hash that proves a file: xxh3_128, in hexadecimal."""
+"""The hash that verifies a file: xxh3_128, in hexadecimal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import BinaryIO
 
 import xxhash
 
-# Bytes. Small enough to stay in the core's cache between the read and the hash; large, because after each chunk the
-# thread may have to wait for the interpreter lock.
+# Bytes. Small enough to stay in the core's cache between the read and the hash. Not smaller, because after each chunk
+# the thread may have to wait for the interpreter lock.
 _CHUNK = 1 << 20
 
 
@@ -22,7 +22,7 @@ def hash_open_file(file: BinaryIO) -> str:
     """The hash of an open file, from its start.
 
     The file is read, not mapped: page faults read a cold file at a third of the disk's rate or less. Reads also leave
-    the file in memory, where a later map finds it.
+    the file in the page cache, where a later map finds it.
     """
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_CHUNK))

@@ -1,7 +1,8 @@
 """Locks and temporary files that the kernel frees when their owner dies, however it dies.
 
-All rest on flock: no name in shared memory, no process id that another container cannot see, nothing to clean up by
-hand. Keep them on a disk of the node: some shared file systems have no flock, or one that other nodes do not see.
+All are based on flock: no name in shared memory, no process id that another container cannot see, nothing to clean up
+by hand. Keep them on a local disk of the node: some shared file systems have no flock, or one that other nodes do not
+see.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextlib.contextmanager
 def node_lock(path: Path, stopping: threading.Event) -> Iterator[None]:
-    """Hold the lock file `path` alone, among all threads and processes of the node; it is removed afterwards.
+    """Hold the lock file `path` exclusively among all threads and processes of the node. It is removed afterwards.
 
     Raises DataError if `stopping` is set while waiting, or if the file system has no flock, and OSError if the file
-    cannot be made.
+    cannot be created.
     """
     lock = filelock.UnixFileLock(path, mode=0o600, poll_interval=_POLL_SECONDS, fallback_to_soft=False)
     try:
@@ -42,13 +43,13 @@ def node_lock(path: Path, stopping: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
-        # while the lock is held: who waits for it sees that the file is gone, and makes a new one
+        # while the lock is still held: a waiting process then sees that the file is gone, and creates a new one
         path.unlink(missing_ok=True)
         lock.release()
 
 
 def try_lock(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed; False if somebody else has locked it. Raises OSError without flock."""
+    """Lock an open file until it is closed; False if it is locked already. Raises OSError without flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -58,12 +59,12 @@ def try_lock(file: BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def owned_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `path`, open without a buffer; removed at the end unless it was renamed."""
+    """A new file next to `path`, opened without a buffer. It is removed at the end unless it was renamed."""
     while True:
         temporary = temporary_beside(path)
         with open(temporary, "xb+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink == 0:  # swept between its creation and its lock
+            if os.fstat(file.fileno()).st_nlink == 0:  # another process swept it before it was locked
                 continue
             try:
                 yield temporary, file
@@ -73,7 +74,7 @@ def owned_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what dead processes of this host have left in `folder`."""
+    """Remove the temporary files that dead processes of this host have left in `folder`."""
     for path in folder.glob(f".*.{socket.gethostname()}.*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             try:
@@ -85,7 +86,7 @@ def sweep_temporaries(folder: Path) -> None:
 
 
 def _explained(error: OSError, path: Path) -> Exception:
-    """With a fix, if the error says that the file system has no flock."""
+    """The error, with a fix if it says that the file system has no flock."""
     if error.errno in _NO_FLOCK:
-        return DataError(f"cannot lock {path} ({reason_of(error)}); put the cache on a disk of the node")
+        return DataError(f"cannot lock {path} ({reason_of(error)}); put the cache on a local disk of the node")
     return error

@@ -1,9 +1,9 @@
-"""Hashes of the parts of a file, so that a reader proves the ranges that it reads without the rest of the file.
+"""Hashes of the parts of a file, so that a reader can verify the ranges that it reads without the rest of the file.
 
     part k    bytes [start + k size, start + (k + 1) size) of the file; the last part may be shorter
-    table     the xxh3_128 of each part, 16 bytes, one after the other
+    table     the xxh3_128 of each part, 16 bytes each, one after the other
 
-The reader must have proven the table before it uses it.
+The reader must verify the table before using it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ecar_dist.storage.remote import read_range
 from ecar_dist.storage.retries import Transfer
 
 DIGEST_BYTES = 16
-_AT_ONCE = 2 * THREADS  # requests whose bodies are in memory
+_AT_ONCE = 2 * THREADS  # requests whose bodies are in memory at the same time
 _ATTEMPTS = 2  # downloads of a part before a wrong hash is an error
 
 
@@ -31,11 +31,11 @@ def table_bytes(total: int, size: int) -> int:
 
 
 class PartHasher:
-    """Makes the table of a stream of bytes."""
+    """Computes the table of a stream of bytes."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._room = size  # in the open part
+        self._room = size  # bytes that the current part still takes
         self._digest = xxhash.xxh3_128()
         self._table = bytearray()
 
@@ -48,7 +48,7 @@ class PartHasher:
                 self._close_part()
 
     def table(self) -> bytes:
-        """The table of all that was given. Ends the last part."""
+        """The table of all bytes so far. Closes the last part."""
         if self._room < self.size:
             self._close_part()
         return bytes(self._table)
@@ -60,7 +60,7 @@ class PartHasher:
 
 
 def _cuts(length: int, first: int, size: int) -> Iterator[int]:
-    """Where pieces of a block begin, if the first one has room for `first` bytes and each other for `size`."""
+    """Where the pieces of a block begin: the first has at most `first` bytes, each other at most `size`."""
     if length:
         yield 0
     yield from range(first, length, size)
@@ -68,7 +68,7 @@ def _cuts(length: int, first: int, size: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class PartTable:
-    """The proven hashes of the parts of bytes [start, stop) of a file."""
+    """The verified hashes of the parts of bytes [start, stop) of a file."""
 
     start: int
     stop: int
@@ -76,14 +76,14 @@ class PartTable:
     digests: bytes
 
     def parts_of(self, ranges: Iterable[tuple[int, int]]) -> list[int]:
-        """The parts with any byte of these ranges [low, high) of the file, ascending."""
+        """The parts that overlap these ranges [low, high) of the file, in increasing order."""
         found: set[int] = set()
         for low, high in ranges:
             found.update(range((low - self.start) // self.size, -(-(high - self.start) // self.size)))
         return sorted(found)
 
     def bounds(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes of the file from part `first` up to part `last`, that one included."""
+        """The byte range in the file of the parts from `first` to `last`, both included."""
         return self.start + first * self.size, min(self.start + (last + 1) * self.size, self.stop)
 
     def is_proven(self, part: int, content: bytes) -> bool:
@@ -92,15 +92,15 @@ class PartTable:
 
 
 def fetch_parts(remote: RemoteFile, path: Path, table: PartTable, parts: Iterable[int], transfer: Transfer) -> None:
-    """Make sure that the local file `path` of `remote.bytes` bytes has these parts, each proven by its hash.
+    """Make sure that the local file `path` of `remote.bytes` bytes contains these parts, each verified by its hash.
 
-    Other bytes stay as they are, and proven ones are not written again. No fsync: parts are proven again where they are
+    Other bytes do not change, and correct parts are not written again. No fsync: parts are verified again when they are
     needed again.
 
     Raises:
         ObjectMissing: there is no such object.
-        WrongContentError: its size differs, or a part after all attempts.
-        DataError: the store is out of reach.
+        WrongContentError: its size differs, or a part is still wrong after all attempts.
+        DataError: the store cannot be reached.
         OSError: the file cannot be written.
     """
     with open(path, "r+b", buffering=0) as file:
@@ -109,7 +109,7 @@ def fetch_parts(remote: RemoteFile, path: Path, table: PartTable, parts: Iterabl
             return
         stat_sized(remote, transfer)
 
-        # Neighbours are one request. This thread alone writes, because others may end after the file is closed.
+        # Adjacent parts are one request. Only this thread writes, because others may end after the file is closed.
         for attempt in range(_ATTEMPTS):
             transfer.stats.add(refetches=attempt > 0)
             bounds = list(_runs(table, lacking))
@@ -123,7 +123,7 @@ def fetch_parts(remote: RemoteFile, path: Path, table: PartTable, parts: Iterabl
             if not lacking:
                 return
     start, stop = table.bounds(lacking[0], lacking[0])
-    raise WrongContentError(remote.url, f"has another xxh3_128 of bytes {start}..{stop - 1} than its table says")
+    raise WrongContentError(remote.url, f"has an xxh3_128 of bytes {start}..{stop - 1} that differs from its table")
 
 
 def _has(descriptor: int, table: PartTable, part: int) -> bool:
@@ -132,7 +132,7 @@ def _has(descriptor: int, table: PartTable, part: int) -> bool:
 
 
 def _runs(table: PartTable, parts: list[int]) -> Iterator[tuple[int, int]]:
-    """The bytes of parts that follow one another, at most RANGE_BYTES at a time."""
+    """The byte ranges of consecutive parts, each of at most RANGE_BYTES."""
     most = max(1, RANGE_BYTES // table.size)
     first = last = parts[0]
     for part in parts[1:]:

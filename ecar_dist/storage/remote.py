@@ -1,7 +1,8 @@
 """Objects behind fsspec URLs, with the retries of `retries.py`. The only module that imports fsspec.
 
-fsspec's file systems each retry in their own way, some not at all, and none limits the time of a slow body: their
-retries are off here. They are made on first use in each process, because their event loops do not survive a fork.
+Each fsspec file system retries in its own way, some not at all, and none limits the time of a slow body. So their
+retries are disabled here. They are created on first use in each process, because their event loops do not survive a
+fork.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _BULK = 1000  # keys in one request, S3's limit
 
 @dataclass(frozen=True)
 class ObjectVersion:
-    """What distinguishes an object from the one that replaces it, as far as its store says."""
+    """Distinguishes an object from one that replaces it, as far as the store reports it."""
 
     size: int | None
-    tag: str | None  # ETag, generation or time of change
+    tag: str | None  # ETag, generation or modification time
 
 
-# the names that object stores have for it, the surest first
+# the names of the tag in object stores, most reliable first
 _VERSION_FIELDS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "Last-Modified")
 
 
@@ -61,10 +62,10 @@ def local_path(folder: str | Path) -> Path:
 
 
 def join(folder: str | Path, name: str) -> str:
-    """The path or URL of `name` in a folder or URL; a query string (a signature) stays behind the path.
+    """The path or URL of `name` in a folder or URL; a query string (a signature) stays after the path.
 
-    Every path made from a name in a manifest, a table or a listing is made here. Raises DataError for a name that leads
-    out of the folder, or that would not be a path in a URL.
+    Every path from a name in a manifest, a table or a listing is built here. Raises DataError for a name that leads out
+    of the folder, or that would not be a path in a URL.
     """
     try:
         relative_name(name)
@@ -72,18 +73,18 @@ def join(folder: str | Path, name: str) -> str:
             return str(local_path(folder) / name)
         _check_in_url(str(folder), name)
     except UntrustedError as error:
-        raise DataError(f"{redact(folder)}: the name {error}; rename it, or make the set again") from None
+        raise DataError(f"{redact(folder)}: the name {error}; rename it, or create the set again") from None
     base, mark, query = str(folder).partition("?")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
 def file_in(folder: str | Path, name: str) -> Path:
-    """The file `name` of a local folder. Raises DataError as `join`."""
+    """The file `name` of a local folder. Raises DataError as `join` does."""
     return Path(join(local_path(folder), name))
 
 
 def _check_in_url(url: str, name: str) -> None:
-    """Raises UntrustedError for a name that is another path when it is a part of this URL."""
+    """Raises UntrustedError for a name that becomes a different path as part of this URL."""
     if "?" in name:
         raise UntrustedError(f"{printable(repr(name))} has a ?, which begins the query of a URL")
     if url.startswith(("http://", "https://")):  # servers decode a name: %2e%2e is .. there
@@ -93,9 +94,9 @@ def _check_in_url(url: str, name: str) -> None:
 
 
 def read_bytes(url: str | Path, transfer: Transfer | None = None, *, limit: int | None = None) -> bytes:
-    """A small object or local file, whole. Raises ObjectMissing if there is none, DataError for other failures.
+    """All bytes of a small object or local file. Raises ObjectMissing if there is none, DataError for other failures.
 
-    More than `limit` bytes are a failure, if the size is known before the object is read.
+    More than `limit` bytes are a failure if the size is known before the object is read.
     """
     if not is_remote(url):
         return _read_file(local_path(url), limit)
@@ -124,12 +125,12 @@ def _check_size(where: str, size: int, limit: int | None) -> None:
 
 
 def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None) -> bytes:
-    """Bytes [start, stop) of an object, exactly. Raises DataError, one line, at the deadline of the policy."""
+    """Exactly bytes [start, stop) of an object. Raises a one-line DataError at the deadline of the policy."""
 
     def attempt(path: _RemotePath, timeout: float) -> bytes:
         body: bytes = path.call("cat_file", timeout, start=start, end=stop)
         if len(body) > stop - start:
-            raise DataError(f"{redact(url)}: the server ignores byte ranges; copy the data to a store that has them")
+            raise DataError(f"{redact(url)}: the server ignores byte ranges; copy the data to one that supports them")
         if len(body) < stop - start:
             raise EOFError(f"a body of {len(body)} bytes instead of {stop - start}")
         return body
@@ -141,11 +142,11 @@ def read_range(url: str, start: int, stop: int, transfer: Transfer | None = None
 
 
 def read_object(url: str, size: int, transfer: Transfer | None = None) -> bytes:
-    """An object that must have `size` bytes, whole, in one request. Raises as `stat` does, and for another size."""
+    """All bytes of an object that must have `size` bytes, in one request. Raises as `stat`, and for a wrong size."""
     transfer = transfer or Transfer()
 
     def attempt(path: _RemotePath, timeout: float) -> bytes:
-        body = _up_to(path, size + 1, timeout)  # one byte more shows that it has grown
+        body = _up_to(path, size + 1, timeout)  # one more byte would show that it has grown
         if len(body) == size:
             return body
         found = path.call("info", timeout).get("size")  # is it the object or the connection?
@@ -159,7 +160,7 @@ def read_object(url: str, size: int, transfer: Transfer | None = None) -> bytes:
 
 
 def _up_to(path: _RemotePath, stop: int, timeout: float) -> bytes:
-    """Bytes [0, stop) of an object, or what there is of them."""
+    """Bytes [0, stop) of an object, or fewer if the object is shorter."""
     try:
         body: bytes = path.call("cat_file", timeout, start=0, end=stop)
     except Exception as error:
@@ -179,8 +180,8 @@ def stat(url: str, transfer: Transfer | None = None) -> ObjectVersion:
 def list_files(url: str, transfer: Transfer | None = None) -> list[tuple[str, int]]:
     """(name relative to `url`, bytes) of every object under it, sorted by name.
 
-    Folder by folder, so that a failed page repeats one folder instead of the whole listing. Raises as `stat` does, and
-    then ends the transfer.
+    Lists folder by folder, so that a failed page repeats one folder instead of the entire listing. Raises as `stat`
+    does, and then ends the transfer.
     """
     transfer = transfer or Transfer()
     found: list[tuple[str, int]] = []
@@ -206,7 +207,7 @@ def _list_folder(url: str, folder: str, transfer: Transfer) -> list[dict[str, An
 
 
 def upload(file: Path, url: str, transfer: Transfer | None = None) -> None:
-    """Send a file. It appears whole on stores that replace objects atomically, as S3 does. Raises as `stat` does."""
+    """Upload a file. On stores with atomic replacement, such as S3, no partial file appears. Raises as `stat` does."""
     transfer = transfer or Transfer()
     size = file.stat().st_size
 
@@ -225,7 +226,7 @@ class _RemotePath:
         if "::" in protocol:
             raise DataError(f"{redact(url)} is a chained URL; give the plain URL of the data, it is cached anyway")
         if protocol in _OPTIONS and redact(url) != url.partition("?")[0]:
-            raise DataError(f"the URL of {redact(url)} holds credentials; set them in the environment or in a profile")
+            raise DataError(f"the URL of {redact(url)} has credentials; set them in the environment or in a profile")
         try:
             kind: Any = fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
@@ -234,7 +235,7 @@ class _RemotePath:
         self._filesystem = _filesystem(protocol, kind, kind._get_kwargs_from_urls(url))
 
     def call(self, name: str, timeout: float, *, before: tuple[Any, ...] = (), **options: Any) -> Any:
-        """Call a method of the file system on this path; it has a timeout if the file system is asynchronous."""
+        """Call a method of the file system on this path, with a timeout if the file system is asynchronous."""
         path = options.pop("path", self.path)
         if not self._filesystem.async_impl:
             return getattr(self._filesystem, name)(*before, path, **options)
@@ -243,7 +244,7 @@ class _RemotePath:
 
 
 def remove(url: str, transfer: Transfer | None = None) -> None:
-    """Remove one object, if it is there. Raises DataError, one line, if the store refuses."""
+    """Remove one object if it exists. Raises a one-line DataError if the store refuses."""
     try:
         _request("removing", url, transfer, lambda path, timeout: path.call("rm_file", timeout))
     except ObjectMissing:
@@ -251,9 +252,9 @@ def remove(url: str, transfer: Transfer | None = None) -> None:
 
 
 def remove_many(urls: Sequence[str], transfer: Transfer) -> None:
-    """Remove objects of one bucket, if they are there: a thousand a request on S3, in parallel on other stores.
+    """Remove those objects of one bucket that exist: a thousand per request on S3, in parallel on other stores.
 
-    S3 may leave some without an error. Raises DataError, one line, if the store refuses.
+    S3 may leave some without an error. Raises a one-line DataError if the store refuses.
     """
     if not urls:
         return
@@ -272,9 +273,9 @@ def _bulk_delete(paths: list[str], path: _RemotePath, timeout: float) -> None:
 
 
 def abort_uploads(url: str, transfer: Transfer | None = None) -> int:
-    """End the multipart uploads under `url` that a killed or timed-out writer left; returns their number.
+    """Abort the multipart uploads under `url` that a killed or timed-out writer left; returns their number.
 
-    On S3 only; other stores end them by themselves. Call it only while nobody is writing. Raises as `remove`.
+    Only on S3: other stores abort them automatically. Call it only while nobody is writing. Raises as `remove` does.
     """
     return _request("ending unfinished uploads under", url, transfer, _abort_each)
 
@@ -289,7 +290,7 @@ def _abort_each(path: _RemotePath, timeout: float) -> int:
         return path.call("call_s3", timeout, before=(method,), path={}, Bucket=bucket, **what)
 
     uploads = ask("list_multipart_uploads", Prefix=f"{prefix.rstrip('/')}/").get("Uploads", [])
-    for upload in uploads:  # a page of a thousand; the next call ends the rest
+    for upload in uploads:  # a page of a thousand; the next call aborts the rest
         ask("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
     return len(uploads)
 
@@ -319,7 +320,7 @@ _filesystems_lock = threading.Lock()
 
 
 def _filesystem(protocol: str, kind: Any, options: dict[str, Any]) -> Any:
-    """The instance of this process: never one that another library made, with its own retries."""
+    """The instance of this process: never one that another library created with its own retries."""
     key = (os.getpid(), protocol, repr(sorted(options.items())))
     with _filesystems_lock:
         if key not in _filesystems:
@@ -332,6 +333,6 @@ def _filesystem(protocol: str, kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _forget_filesystems() -> None:
-    """The next request makes new ones, and so reads the credentials again."""
+    """The next request creates new ones, which read the credentials again."""
     with _filesystems_lock:
         _filesystems.clear()

@@ -1,4 +1,4 @@
-"""One rule for retries on all object stores: what is retried, how often, and what the user is told in the end.
+"""One retry rule for all object stores: what is retried, how often, and which error the user gets in the end.
 
 Transport errors, timeouts, short bodies and the statuses 408, 429 and 5xx are retried with growing pauses until a
 deadline. Every other status is final, and so is a server that cannot be trusted or does not speak TLS.
@@ -29,16 +29,16 @@ class ObjectMissing(DataError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long one operation is retried. A request times out after `request_seconds` plus its size at `slowest`."""
+    """How long one operation is retried. A request times out after `request_seconds` plus its size / `slowest`."""
 
-    deadline: float = 600.0  # seconds for one operation with all its attempts
+    deadline: float = 600.0  # seconds for all attempts of one operation
     request_seconds: float = 30.0
     slowest: int = 1 << 18  # bytes per second; a body that arrives more slowly is requested again
     first_delay: float = 0.2  # seconds; doubles with each attempt
     longest_delay: float = 20.0
 
     def delay(self, attempt: int) -> float:
-        """The pause after failed attempt 1, 2, ..., with jitter so that ranks that failed together come back apart."""
+        """The pause after failed attempt 1, 2, ...; with jitter, so that not all ranks retry at the same time."""
         longest = min(self.longest_delay, self.first_delay * 2.0 ** min(attempt - 1, 30))
         return longest * _JITTER.uniform(0.5, 1.0)
 
@@ -79,7 +79,7 @@ class Transfer:
 
     @contextlib.contextmanager
     def stopped_by_errors(self) -> Iterator[None]:
-        """An error that ends the block, Ctrl-C too, ends the requests of other threads, which retry for minutes."""
+        """If an error or Ctrl-C ends the block, end the requests of other threads, which would retry for minutes."""
         try:
             yield
         except BaseException:
@@ -89,25 +89,25 @@ class Transfer:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What one failed attempt says."""
+    """What is known about one failed attempt."""
 
     reason: str
-    status: int | None  # of HTTP
+    status: int | None  # HTTP status
     final: bool  # another attempt would not help
     missing: bool
-    expired: bool  # credentials; or there were none when this process first looked
+    expired: bool  # the credentials; or there were none when this process first looked
     timed_out: bool
-    tls: bool  # no trust, or no common protocol; not a connection that broke
+    tls: bool  # an untrusted server, or no common protocol; not a broken connection
 
     @staticmethod
     def of(error: BaseException) -> _Failure:
         status = status_of(error)
         code = _s3_code(error)
         tls = _tls_fault(error)
-        # fsspec's HTTP file system turns any failure into FileNotFoundError and keeps the true one as its cause
+        # fsspec's HTTP file system turns any failure into FileNotFoundError and keeps the original error as its cause
         root = tls or list(_chain(error))[-1]
 
-        # what follows from it
+        # what it means for further attempts
         if status is None:
             final = tls is not None or isinstance(root, _FINAL_TYPES) or type(root).__name__ in _FINAL_NAMES
         else:
@@ -115,14 +115,14 @@ class _Failure:
         missing = status == 404 or (final and status is None and isinstance(root, FileNotFoundError))
         timed_out = status is None and isinstance(error, TimeoutError)
 
-        # how to say it
+        # how to describe it
         name = code if code and not code.isdigit() else type(root).__name__
         words = scrub(" ".join(str(tls or error).split()))[:_MAX_WORDS]
         reason = (f"HTTP {status} {name}" if status else name) + (f" ({words})" if words else "")
         if missing and status is None:
             reason = "no such object"
         elif timed_out:
-            reason = "no complete answer in time"
+            reason = "no complete response in time"
         outdated = code in _EXPIRED or type(root).__name__ in _NO_CREDENTIALS
         return _Failure(reason, status, final, missing, outdated, timed_out, tls is not None)
 
@@ -131,7 +131,7 @@ class _Failure:
         if self.missing:
             return "check the URL"
         if self.status in (400, 401, 403) or "Credentials" in self.reason:
-            return "check the credentials and the rights of this user"
+            return "check the credentials and the permissions of this user"
         if self.tls:
             return "check the endpoint's http:// or https://, and its certificate"
         if self.final:
@@ -139,7 +139,7 @@ class _Failure:
         return "check the network and the store, then start again"
 
     def as_error(self, what: str, attempts: int, elapsed: float) -> DataError:
-        """`what` was tried, e.g. "reading s3://bucket/key"."""
+        """what: the operation, e.g. "reading s3://bucket/key"."""
         tried = "at once" if attempts == 1 else f"after {attempts} attempts in {elapsed:.0f} s"
         kind = ObjectMissing if self.missing else DataError
         return kind(f"{what} failed {tried}: {self.reason}; {self.fix}")
@@ -154,12 +154,12 @@ def with_retries(
     size: int = 0,
     renew: Callable[[], None] = lambda: None,
 ) -> T:
-    """Call `attempt(timeout)` until it succeeds, fails for good, or the deadline is over.
+    """Call `attempt(timeout)` until it succeeds, fails for good, or the deadline has passed.
 
     what: the action, for messages, e.g. "reading". size: bytes that a request moves, for its timeout. renew: called
     once when credentials have expired or are missing, before one more attempt.
 
-    Raises ObjectMissing for 404 and DataError, one line, for every other end. A DataError of the attempt is final.
+    Raises ObjectMissing for 404 and a one-line DataError for every other failure. A DataError of the attempt is final.
     """
     what = f"{what} {redact(url)}"
     policy = transfer.policy
@@ -169,7 +169,7 @@ def with_retries(
     failure: _Failure | None = None
 
     while not transfer.stopping.is_set():
-        # one attempt, within what is left of the time
+        # one attempt, within the remaining time
         attempts += 1
         asked = time.monotonic()
         left = policy.deadline - (asked - began)
@@ -179,13 +179,13 @@ def with_retries(
             raise
         except Exception as error:
             latest = _Failure.of(error)
-            # an attempt that our deadline cut short says nothing; the one before it does
+            # a timeout that our deadline cut short gives no reason: keep that of the attempt before it
             if failure is None or not latest.timed_out or left > policy.request_timeout(size):
                 failure = latest
         finally:
             transfer.stats.add(requests=1, seconds=time.monotonic() - asked)
 
-        # Give up? Outside the handler: the library's exception may hold secrets and is not chained to ours.
+        # Give up? Outside the handler: the library's exception may contain secrets, so it is not chained to ours.
         pause = policy.delay(attempts)
         elapsed = time.monotonic() - began
         again = not failure.final or (failure.expired and not renewed)
@@ -203,7 +203,7 @@ def with_retries(
 
 
 class _Notices:
-    """A line on stderr now and then, once the trouble lasts: a silent wait of minutes looks like a hang."""
+    """An occasional line on stderr while a problem lasts: a silent wait of minutes looks like a hang."""
 
     EVERY = 15.0  # seconds, for the whole process
 
@@ -226,7 +226,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_WORDS = 160  # characters of another library's message
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}  # a client keeps what it found first
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}  # a client keeps the first result of its search
 _FINAL_TYPES = (
     FileNotFoundError,
     PermissionError,
@@ -256,10 +256,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status anywhere in the chain: botocore, aiohttp, gcsfs and azure each keep it elsewhere."""
+    """The HTTP status anywhere in the chain: botocore, aiohttp, gcsfs and azure keep it in different places."""
     for link in _chain(error):
         if any(kind.__name__ == "HttpProcessingError" for kind in type(link).__mro__):
-            continue  # aiohttp's name for a broken body: its code 400 is not the server's
+            continue  # aiohttp raises this for a broken body: its code 400 is not from the server
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -270,9 +270,9 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _tls_fault(error: BaseException) -> ssl.SSLError | None:
-    """Why no TLS connection to this server is possible, wherever the libraries keep that error; else None."""
+    """The error that makes TLS to this server impossible, wherever the libraries keep it; None if there is none."""
     link: BaseException | None = error
-    root: ssl.SSLError | None = None  # the innermost one: aiohttp's own kind wraps any other
+    root: ssl.SSLError | None = None  # the innermost one: aiohttp's own SSL error wraps any other
     while link is not None:
         root = link if isinstance(link, ssl.SSLError) else root
         link = link.__cause__ or link.__context__
@@ -280,11 +280,11 @@ def _tls_fault(error: BaseException) -> ssl.SSLError | None:
     return None if broken else root
 
 
-_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # like any connection that ends
+_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # like any broken connection
 _BROKEN_RECORDS = {"DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "UNEXPECTED_EOF_WHILE_READING"}
 
 
 def _s3_code(error: BaseException) -> str | None:
-    """S3's own name for the error."""
+    """S3's error code."""
     responses = (getattr(link, "response", None) for link in _chain(error))
     return next((answer.get("Error", {}).get("Code") for answer in responses if isinstance(answer, dict)), None)

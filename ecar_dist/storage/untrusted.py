@@ -1,13 +1,13 @@
-"""Reading what others may have written or damaged: plain files, JSON and names, each within bounds.
+"""Read what others may have written or damaged: plain files, JSON and names, each with limits.
 
-Every file with content that decides what happens next is read here. There are three kinds of readers:
+Every file whose content decides what happens next is read here. There are three kinds of readers:
 
     state    `read_record`: strict. Anything but a record of the given schema is an error.
     logs     `JsonLines`: tolerant. A damaged line is skipped and counted; a log never stops a run.
     names    `relative_name`, `plain_name`, `path_inside`: a name in a file never leads out of its folder.
 
-Errors of the content are `UntrustedError`, a short phrase without path or fix: only the caller knows what the file is
-for. Errors of the system stay OSError. Nothing here blocks on a pipe, and nothing is read before its size is known.
+Content errors are `UntrustedError`, a short phrase without a path or a fix: only the caller knows what the file is for.
+System errors remain OSError. Nothing here blocks on a pipe, and nothing is read before its size is known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ecar_dist.storage.redaction import redact_text
 
 MAX_JSON_BYTES = 64 << 20  # the manifest of a checkpoint with 100,000 files or parameters has about 15 MiB
 MAX_JSON_DEPTH = 32
-MAX_NAME_BYTES = 1024  # S3's own bound for a key
+MAX_NAME_BYTES = 1024  # S3's own limit for a key
 MAX_LOG_BYTES = 1 << 33  # ten million lines; a larger file is not a log of ours
 MAX_LINE_BYTES = 1 << 24  # bad_steps.jsonl: the samples of a global batch of a million
 # terminal control characters, ends of lines, and lone surrogates, which are not UTF-8
@@ -36,8 +36,8 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-# what `isprintable` refuses but file names have: spaces of all widths (macOS writes them), joiners and tags of emoji,
-# and bytes that are not UTF-8, which become lone surrogates
+# characters that `isprintable` rejects but file names contain: spaces of all widths (macOS writes them), joiners and
+# tags of emoji, and bytes that are not UTF-8, which become lone surrogates
 _HARMLESS = re.compile("[\ud800-\udfff\xa0\u1680\u2000-\u200a\u200c\u200d\u202f\u205f\u3000\U000e0020-\U000e007f]")
 
 
@@ -65,9 +65,9 @@ AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
 def read_plain_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes, whole.
+    """All bytes of a regular file of at most `limit` bytes.
 
-    Raises UntrustedError for anything that is not a regular file (a pipe is not waited for) and for a larger file,
+    Raises UntrustedError for anything that is not a regular file (without waiting for a pipe) and for a larger file,
     OSError if it cannot be read.
     """
     with open_plain_file(path, limit) as file:
@@ -80,7 +80,7 @@ def read_plain_file(path: Path, limit: int) -> bytes:
 def open_plain_file(path: Path, limit: int | None = None) -> BinaryIO:
     """A regular file of at most `limit` bytes, open for reading.
 
-    Raises UntrustedError for anything else (a pipe is not waited for), OSError if it cannot be opened.
+    Raises UntrustedError for anything else (without waiting for a pipe), OSError if it cannot be opened.
     """
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller closes it
     found = os.fstat(file.fileno())
@@ -101,7 +101,8 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
     """The value of a JSON document. Raises UntrustedError.
 
     Stricter than `json.loads`: no NaN or Infinity, no key given twice, no lone surrogates (which cannot be printed),
-    nested at most MAX_JSON_DEPTH deep. For `foreign` documents, which other programs write, only the depth is checked.
+    and at most MAX_JSON_DEPTH nested levels. For `foreign` documents, which other programs write, only the depth is
+    checked.
     """
     try:
         document = text.decode("utf-8")
@@ -118,11 +119,11 @@ def parse_json(text: bytes, *, foreign: bool = False) -> Any:
     except ValueError as error:
         raise UntrustedError(f"it is not JSON: {str(error).splitlines()[0]}") from None
 
-    # What the parser lets pass.
+    # What the parser accepts.
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise UntrustedError(f"it is nested deeper than {MAX_JSON_DEPTH}")
     if not foreign and "\\u" in document and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-        raise UntrustedError("it holds half of a surrogate pair")
+        raise UntrustedError("it contains half of a surrogate pair")
     return value
 
 
@@ -130,7 +131,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """The JSON object in a document, with any content. Raises UntrustedError."""
     value = parse_json(text)
     if not isinstance(value, dict):
-        raise UntrustedError(f"it holds a JSON {type(value).__name__}, not an object")
+        raise UntrustedError(f"it contains a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -148,7 +149,7 @@ def adapter_of(kind: type[T]) -> TypeAdapter[T]:
 
 
 def parse_dataclass(text: bytes, kind: type[T]) -> T:
-    """The instance of a dataclass in a JSON document, which gives all of its fields. Raises UntrustedError.
+    """The instance of a dataclass in a JSON document, which must have all of its fields. Raises UntrustedError.
 
     The dataclass sets `__pydantic_config__ = STRICT`.
     """
@@ -162,9 +163,9 @@ def parse_dataclass(text: bytes, kind: type[T]) -> T:
 
 
 def validate_record(text: bytes, model: type[AnyRecord]) -> AnyRecord:
-    """The record in a document that `parse_json` has taken. Raises as `parse_record`."""
+    """The record in a document that `parse_json` has accepted. Raises as `parse_record` does."""
     try:
-        # from the text: in strict mode JSON arrays may become tuples only there
+        # from the text: in strict mode, JSON arrays become tuples only if pydantic parses the text
         return model.model_validate_json(text)
     except ValidationError as error:
         raise UntrustedError(first_violation(error)) from None
@@ -175,7 +176,7 @@ def first_violation(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     message = first["msg"][:1].lower() + first["msg"][1:]
-    message = message.removeprefix("value error, ")  # a validator's own words
+    message = message.removeprefix("value error, ")  # a validator's own message
     return printable(f"{key}: {message}" if key else message)
 
 
@@ -185,7 +186,7 @@ def read_record(path: Path, model: type[AnyRecord], limit: int = MAX_JSON_BYTES)
 
 
 class JsonLines(Generic[T]):
-    """The lines of a JSONL file, oldest first, each as `parse` returns it. A damaged line costs no other.
+    """The lines of a JSONL file, oldest first, each as `parse` returns it. A damaged line does not affect the others.
 
         with JsonLines(path, parse_object) as lines:
             entries = list(lines)
@@ -193,14 +194,14 @@ class JsonLines(Generic[T]):
 
     `parse` takes the bytes of one line and raises UntrustedError for a damaged one (`parse_object` takes any JSON
     object). Damaged lines are skipped and counted in `damaged`. A torn last line is skipped but not counted: a kill may
-    have cut it, or its writer is not done with it.
+    have cut it, or its writer has not finished it.
 
     tail: read only the lines that begin in the last `tail` bytes, whatever the size of the file.
-    max_bytes, max_line_bytes: without `tail`, a larger file is refused; a longer line is damaged, and is not read into
-    memory as a whole.
+    max_bytes: without `tail`, a larger file is refused.
+    max_line_bytes: a longer line counts as damaged, and is never held in memory in full.
 
-    Opening raises FileNotFoundError, UntrustedError for what is not a regular file or is too large (a pipe is not
-    waited for), and OSError if the file cannot be read.
+    Opening raises FileNotFoundError, UntrustedError if the path is not a regular file (without waiting for a pipe) or
+    the file is too large, and OSError if it cannot be read.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class JsonLines(Generic[T]):
         self._file = open_plain_file(path, None if tail is not None else max_bytes)
         self._end = os.fstat(self._file.fileno()).st_size  # what is appended from now on is not read
 
-        # The line that the tail cuts: starting one byte earlier, a line that just ended is skipped instead.
+        # Skip the line that the tail cuts. Start one byte earlier: if a line ends there, only its newline is skipped.
         if tail is not None and self._end > tail:
             self._file.seek(self._end - tail - 1)
             self._next_line()
@@ -239,14 +240,14 @@ class JsonLines(Generic[T]):
             try:
                 entry = self._parse(line)
             except UntrustedError:
-                # A torn line lacks both the newline and the last brace. A line that lacks one of them was changed.
+                # A torn line lacks both the newline and the last brace. A line that lacks only one of them was changed.
                 torn = not line.endswith(b"\n") and b"}" not in line
                 self.damaged += not torn
                 continue
             yield entry
 
     def _next_line(self) -> bytes:
-        """The next line; of one that is too long, its beginning. Empty at the end."""
+        """The next line, or the beginning of one that is too long. Empty at the end."""
         if self._file.tell() >= self._end:
             return b""
         line = self._file.readline(self._max_line_bytes + 1)
@@ -257,7 +258,7 @@ class JsonLines(Generic[T]):
 
 
 def plain_name(name: object) -> str:
-    """A file name as we make them: letters, digits, `_`, `.` and `-`, not beginning with one of the last two.
+    """A file name as we create them: letters, digits, `_`, `.` and `-`, not beginning with one of the last two.
 
     Raises UntrustedError for anything else.
     """
@@ -289,14 +290,14 @@ def is_one_line(text: str) -> bool:
 
 
 def path_inside(folder: Path, name: object) -> Path:
-    """The file `name` of `folder`, which need not exist. Raises UntrustedError.
+    """The file `name` in `folder`; it need not exist. Raises UntrustedError.
 
-    Names that lead elsewhere are refused, and a link with a target outside `folder`.
+    Names that lead elsewhere are refused, and so is a link with a target outside `folder`.
     """
     path = folder / relative_name(name)
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
-    except RuntimeError:  # how Python before 3.13 says ELOOP
+    except RuntimeError:  # how Python before 3.13 reports ELOOP
         raise UntrustedError(f"{printable(repr(name))} is a link to itself") from None
     if not inside:
         raise UntrustedError(f"{printable(repr(name))} is a link out of its folder")
@@ -310,7 +311,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise UntrustedError(f"it holds {name}, which is not a JSON number")
+    raise UntrustedError(f"it contains {name}, which is not a JSON number")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

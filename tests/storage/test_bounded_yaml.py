@@ -1,4 +1,4 @@
-"""YAML that is made to exhaust the reader, or to end in errors that are none of YAML's."""
+"""YAML that is built to exhaust the reader, or to raise errors that are not YAML errors."""
 
 import pytest
 

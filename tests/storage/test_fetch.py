@@ -1,4 +1,4 @@
-"""Downloads in ranges, on a real S3 server: the file is there with its promised content, or not at all."""
+"""Downloads in ranges, from a real S3 server: the file exists with its promised content, or not at all."""
 
 import base64
 import errno
@@ -136,7 +136,7 @@ def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(remote, path, tr
 
 
 def test_an_error_of_one_range_ends_the_others(object_store, remote, path):
-    """One range is rejected for good, the others would be retried for a minute."""
+    """One range is rejected for good. The others would be retried for a minute."""
     patient = Transfer(RetryPolicy(deadline=60, first_delay=30, longest_delay=30))
     object_store.break_on(
         {"kind": "status", "status": 503, "method": "GET", "times": 2},

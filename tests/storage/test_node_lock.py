@@ -22,7 +22,7 @@ def hold(path, held):
 
 
 def count_alone(path, counter, rounds):
-    """Not atomic: two at a time would lose a count."""
+    """The update is not atomic: two workers at the same time would lose a count."""
     for _ in range(rounds):
         with node_lock(path, threading.Event()):
             value = int(counter.read_text())
@@ -64,7 +64,7 @@ def test_a_lock_file_removed_before_it_was_locked_is_not_the_lock(tmp_path, monk
 
     monkeypatch.setattr(fcntl, "flock", lose_and_lock)
     with node_lock(tmp_path / "lock", threading.Event()):
-        assert (tmp_path / "lock").exists(), "a second process would make and lock a new file"
+        assert (tmp_path / "lock").exists(), "a second process would create and lock a new file"
 
 
 def test_waiting_ends_when_told(tmp_path):

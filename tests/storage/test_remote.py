@@ -87,7 +87,7 @@ def test_a_temporary_fault_costs_a_retry(object_store, url, fault):
     assert read_range(url, 0, 4096, transfer) == BODY[:4096]
     times, counts = TRANSIENT[fault].get("times", 1), transfer.stats.snapshot()
     assert counts["retries"] == times
-    assert len(object_store.log()) == counts["requests"] == times + 1, "the library below retries on its own"
+    assert len(object_store.log()) == counts["requests"] == times + 1, "the underlying library retries on its own"
 
 
 @pytest.mark.parametrize("kind", ["status", "stall", "drip", "short", "reset"])
@@ -156,11 +156,11 @@ def test_listing_is_whole_and_sorted(object_store, transfer):
     names = ["top", "b/2", "b/1", "a/deep/er/x", "a/y"]
     for name in names:
         object_store.put(f"set/{name}", b"x" * len(name))
-    object_store.put("set/b/", b"")  # a folder's marker, as some tools leave
+    object_store.put("set/b/", b"")  # a folder marker, as some tools leave it
     object_store.put("settled/other", b"")
     assert list_files(f"{object_store.url}/set/", transfer) == sorted((name, len(name)) for name in names)
     object_store.put("set/b/3", b"new")
-    assert ("b/3", 3) in list_files(f"{object_store.url}/set/", transfer), "nothing is remembered"
+    assert ("b/3", 3) in list_files(f"{object_store.url}/set/", transfer), "listings must not be cached"
 
 
 def test_a_failed_page_repeats_one_folder(object_store, transfer):
@@ -201,14 +201,14 @@ def test_a_server_that_ignores_ranges_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_wrong_scheme_is_not_retried(monkeypatch, tmp_path):
-    """https asked of an http port: S3's and http's libraries each wrap it in their own way."""
+    """A request by https to an http port. The libraries of S3 and http each wrap the error in their own way."""
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"https://127.0.0.1:{server.server_port}"
         for name, value in {**SECRETS, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(remote, "_filesystems", {})  # made for one endpoint
+        monkeypatch.setattr(remote, "_filesystems", {})  # each is created for one endpoint
         for url in ("s3://bucket/key", f"{endpoint}/key"):
             with pytest.raises(
                 DataError, match=r"failed at once: SSLError .*WRONG_VERSION.*; check .* http:// or https"
@@ -239,7 +239,7 @@ def test_urls_that_cannot_work_say_so_at_once():
 
 
 def test_a_forked_child_reads(url, transfer):
-    """Event loops do not survive a fork: the child makes its own file system."""
+    """Event loops do not survive a fork: the child creates its own file system."""
     assert read_range(url, 0, 4, transfer) == BODY[:4]
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(read_range, (url, 4, 8)).get(timeout=20) == BODY[4:8]
@@ -254,7 +254,7 @@ def test_no_secret_in_any_message(object_store, url, capfd, caplog):
         (read_range, (url, 0, 4)),
         (stat, ("s3://AKIA:t0ken@bucket/key",)),
         (stat, ("s3://AKIA:t0ken/with/slash@bucket/key",)),
-        (stat, (signed.format(port),)),  # nobody listens there
+        (stat, (signed.format(port),)),  # nothing listens there
         (read_range, (signed.format(object_store.endpoint.rpartition(":")[2]), 0, 4)),
     ]
     secrets = [*SECRETS.values(), "passw0rd", "s1gnature", "t0ken"]

@@ -1,4 +1,4 @@
-"""Objects that go away, and uploads that never ended, against a real S3 server."""
+"""Removed objects and unfinished uploads, on a real S3 server."""
 
 import fsspec
 import pytest

@@ -41,7 +41,7 @@ def test_an_attempt_that_our_deadline_cut_is_not_the_reason():
         given.append(timeout)
         raise ConnectionResetError("reset") if len(given) == 1 else TimeoutError
 
-    for errors, reason in [(0, "ConnectionResetError"), (1, "no complete answer in time")]:
+    for errors, reason in [(0, "ConnectionResetError"), (1, "no complete response in time")]:
         given = [0.0] * errors
         with pytest.raises(DataError, match=reason):
             with_retries("reading", "s3://b/k", Transfer(RetryPolicy(deadline=0.2, first_delay=0.05)), attempt)
@@ -73,7 +73,7 @@ def test_mistakes_are_not_retried(error):
 
 
 def test_the_cause_counts_and_not_its_wrapper():
-    """fsspec's http turns a broken connection into FileNotFoundError."""
+    """fsspec's HTTP file system turns a broken connection into FileNotFoundError."""
     outcomes = iter([FileNotFoundError("gone"), None])
 
     def attempt(timeout):

@@ -1,4 +1,4 @@
-"""Plain files, JSON and names within bounds."""
+"""Plain files, JSON and names, with limits."""
 
 import os
 
