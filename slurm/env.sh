@@ -1,11 +1,11 @@
 # The settings of the site. Every job script sources this file, as ${ECAR_SLURM:-slurm}/env.sh from the folder in which
-# sbatch was called. It holds no hyper-parameters. It defines for the job scripts:
+# sbatch was called. It contains no hyperparameters. It defines for the job scripts:
 #
 #   ${BIN}          prefix of a command's name:                   "${BIN}ecar-dist"  "${BIN}ecar-data"  "${BIN}python"
-#   "${SRUN[@]}"    srun, in the container if there is one; its options follow, then
-#   "${INSIDE[@]}"  the container's other half, before the command:
+#   "${SRUN[@]}"    srun, with its options for the container if there is one; further options follow, then
+#   "${INSIDE[@]}"  the command that starts the container, if it needs one, before the command to run:
 #                       "${SRUN[@]}" --ntasks=1 "${INSIDE[@]}" "${BIN}ecar-data" encode ...
-#   here COMMAND    run a command on this node alone, in the container if there is one
+#   here COMMAND    run a command on this node only, in the container if there is one
 #   say TEXT        print a line with the time to the log of the job
 #   die TEXT        print the same to stderr and end the script with status 1: a person must fix something
 

@@ -1,4 +1,4 @@
-"""Whether a training fits the nodes that are requested for it, and which changes would make it fit."""
+"""Whether a training run fits the nodes that are requested for it, and which changes would make it fit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _check_memory(config: RunConfig, resources: Resources, device: str) -> None:
     if _fits(config, resources, usable):
         return
 
-    # What is needed, of what, and what would fit.
+    # What is needed, for which part, and what would fit.
     world_size, memory = _most_memory(config, resources)
     micro = config.batch.micro_batch_size
     parts = (
@@ -56,7 +56,7 @@ def _check_memory(config: RunConfig, resources: Resources, device: str) -> None:
 
 
 def _most_memory(config: RunConfig, resources: Resources) -> tuple[int, DeviceMemory]:
-    """The fewest ranks that the run may start on, where each has the largest share of the state, and its memory."""
+    """The fewest ranks that the run may start on, and the memory of each: its share of the state is largest there."""
     world_size = startable_counts(config, resources)[0] * resources.ranks
     return world_size, device_memory(
         config,
@@ -79,9 +79,9 @@ def _fixes(config: RunConfig, resources: Resources, usable: int) -> list[str]:
 
 
 def _fitting_changes(config: RunConfig, resources: Resources, usable: int) -> Iterator[tuple[str, ...]]:
-    """Of each combination of micro-batch, recomputation and ZeRO stage, the lowest stage that fits.
+    """For each combination of micro-batch and recomputation, the lowest ZeRO stage that fits.
 
-    The lowest stage costs the least communication.
+    The lowest stage needs the least communication.
     """
     recompute = config.train.activation_checkpointing
     stage = config.deepspeed.zero_stage
@@ -105,7 +105,7 @@ def _fitting_changes(config: RunConfig, resources: Resources, usable: int) -> It
 
 
 def _with_smaller_batch(config: RunConfig, resources: Resources, usable: int) -> RunConfig | None:
-    """The same with the largest smaller micro-batch that fits and divides the batch on all nodes, if there is one."""
+    """The config with the largest smaller micro-batch that fits and divides the batch on all nodes, if there is one."""
     # ZeRO 0 cannot add up micro-batches in bf16.
     if config.deepspeed.zero_stage == 0 and precision_of(config) == "bf16":
         return None

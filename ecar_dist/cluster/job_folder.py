@@ -30,7 +30,7 @@ def write_job_folder(folder: Path, scripts: Mapping[str, str], config: RunConfig
 
     Raises ConfigError if another submission has just created it.
     """
-    # Slurm does not create the folder of its output.
+    # Slurm does not create the folder for its output.
     run_directory = folder.parents[1]
     (run_directory / "logs").mkdir(parents=True, exist_ok=True)
 
@@ -57,7 +57,7 @@ def remove_job_folder(folder: Path) -> None:
 
 
 def record_jobs(folder: Path, jobs: Mapping[str, str]) -> None:
-    """Write down the ids of the submitted jobs, given by name of the step."""
+    """Record the ids of the submitted jobs, given by name of the step."""
     (folder / STEPS_FILE).write_text("".join(f"{step} {job}\n" for step, job in jobs.items()))
     (folder / JOB_FILE).write_text(f"{jobs['train']}\n")
 

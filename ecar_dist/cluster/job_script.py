@@ -1,4 +1,4 @@
-"""Job scripts from templates: other #SBATCH lines, exported variables, then the unchanged body of the template."""
+"""Job scripts from templates: adapted #SBATCH lines, exported variables, then the unchanged body of the template."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Options = Mapping[str, str | None]
 
 
 def find_scripts(given: Path | None) -> Path:
-    """The folder of the job scripts: the given one, or else slurm/ here, or else that of the package.
+    """The folder of the job scripts: the given one, else slurm/ in the current folder, else the one in the package.
 
     Raises ConfigError if it does not contain train.sbatch and env.sh.
     """
@@ -75,7 +75,7 @@ def render(template: str, options: Options, exports: Mapping[str, str], argument
     for name, value in exports.items():
         require_printable(f"variable {name} of a job script", [value])
 
-    # sbatch reads its options up to the first command, so what comes before the body ends with the last of them.
+    # sbatch reads its options up to the first command, so the part before the body ends with the last option.
     template_lines = template.splitlines()
     comments = itertools.takewhile(lambda line: line.startswith("#") or not line, template_lines)
     last = max((number for number, line in enumerate(comments) if line.startswith(_DIRECTIVE)), default=0)

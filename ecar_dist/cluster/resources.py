@@ -1,4 +1,4 @@
-"""The nodes and GPUs of a training, and the numbers of nodes that its batch divides on."""
+"""The nodes and GPUs of a training run, and the numbers of nodes over which its batch divides evenly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INSTEAD_OF = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a training requests from Slurm. None keeps the option of the job script."""
+    """What a training run requests from Slurm. None keeps the option of the job script."""
 
     nodes: int
     min_nodes: int | None = None
@@ -33,7 +33,7 @@ class Resources:
     ranks_per_node: int | None = None  # None: one per GPU
     cpus_per_rank: int | None = None
     time: str | None = None
-    chain: int | None = None  # jobs in a row, for sites that allow no requeue
+    chain: int | None = None  # jobs in a row, for sites that do not allow requeueing
     sbatch: tuple[str, ...] = ()  # further options of sbatch, e.g. --partition=gpu
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Resources:
 
     def options(self) -> Options:
         """Options of sbatch for train.sbatch."""
-        # They decide the number of ranks, so they always replace those of the script.
+        # These options determine the number of ranks, so they always replace those of the script.
         chosen: dict[str, str | None] = {
             "nodes": f"{self.nodes}" if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}",
             "ntasks-per-node": f"{self.ranks}",
@@ -81,7 +81,7 @@ class Resources:
 
 
 def usable_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
-    """The largest number of nodes, at most `nodes`, that the global batch divides on.
+    """The largest number of nodes, at most `nodes`, over which the global batch divides evenly.
 
     Raises ConfigError if there is none.
     """
@@ -89,7 +89,7 @@ def usable_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
 
 
 def usable_counts(config: RunConfig, at_least: int, at_most: int, ranks_per_node: int) -> list[int]:
-    """All numbers of nodes from `at_least` to `at_most` that the global batch divides on, in increasing order.
+    """All numbers of nodes from `at_least` to `at_most` over which the global batch divides evenly, smallest first.
 
     Raises ConfigError if there is none.
     """

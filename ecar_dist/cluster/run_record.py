@@ -1,7 +1,7 @@
-"""Everything that the files of a run say. Reading them needs no torch, and does not disturb a run that writes them.
+"""All information in the files of a run. Reading them needs no torch, and does not disturb a run that writes them.
 
-A run directory may come from a stranger, be damaged, or have just been created. So nothing here raises for the content
-of a file: files that cannot be read are listed in `RunRecord.unread`. Of a long file only the end is read.
+A run directory may come from a stranger, be damaged, or have just been created. So nothing here raises because of the
+content of a file: files that cannot be read are listed in `RunRecord.unread`. Only the end of a long file is read.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Note:
 
 @dataclass
 class RunRecord:
-    """Everything that the files of a run directory say, except its checkpoints. Times in seconds since the epoch."""
+    """All information in the files of a run directory, except its checkpoints. Times in seconds since the epoch."""
 
     directory: RunDirectory
     config: RunConfig | None = None
@@ -136,7 +136,7 @@ class RunRecord:
     owner: Owner | None = None
     submitted: Note | None = None  # the id of the newest job that `ecar-dist submit` submitted
     logs: JobLogs | None = None  # of the newest job
-    problem: Note | None = None  # the newest thing that went wrong, whatever followed it
+    problem: Note | None = None  # the newest problem, whatever happened after it
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -156,7 +156,7 @@ class RunRecord:
 
 
 def read_run_record(path: Path) -> RunRecord:
-    """Read all files of a run directory. Raises nothing for their content."""
+    """Read all files of a run directory. Never raises because of their content."""
     record = RunRecord(RunDirectory(path))
     directory = record.directory
 

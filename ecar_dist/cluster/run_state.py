@@ -1,8 +1,8 @@
 """The state of a run, as a word and a sentence, from its record.
 
-Neither Slurm nor the run is contacted, and the run's lock is not tried: a job that starts at that moment would find the
-run occupied. On the host of rank 0 the process named in the lock file is looked up. On other hosts the time since the
-last change of a file decides.
+Neither Slurm nor the run is contacted. Nothing here takes the run's lock: a job that starts at that moment would find
+the run locked. On the host of rank 0, the process named in the lock file is looked up. On other hosts, the time since
+the last change of a file decides.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def state_of(record: RunRecord, now: float, here: str) -> tuple[State, str]:
     if last is None or last.ended_at is None or _started_again(record) or exited_at >= last.ended_at + _NEXT_START:
         return _without_attempt(record, now)
 
-    # The last attempt has recorded its end. Only its exit status says that it has failed too often.
+    # The last attempt has recorded its end. Only its exit status shows that it has failed too often.
     state, why = _ending(last)
     if state == State.FAILED and logs and (logs.job, logs.exit_status) == (last.job, EX_FRUITLESS):
         state = State.GAVE_UP
@@ -73,7 +73,7 @@ def state_of(record: RunRecord, now: float, here: str) -> tuple[State, str]:
 
 
 def _ending(attempt: Attempt) -> tuple[State, str]:
-    """How an attempt that is over ended, by its own record."""
+    """How a finished attempt ended, according to its own record."""
     reason = attempt.reason or ""
     if attempt.ended_at is None:
         return State.KILLED, "it did not record its end"
@@ -104,7 +104,7 @@ def _unended(record: RunRecord, last: Attempt, now: float, here: str) -> tuple[S
     if record.owner and record.owner.host == here and not _is_alive(record.owner.process):
         return State.KILLED, f"{where}, its process {record.owner.process} is gone; {_CONTINUE}"
 
-    # The first lines may be those of an earlier attempt: this one drops them when it has loaded its checkpoint.
+    # The first lines may be from an earlier attempt: this one drops them when it has loaded its checkpoint.
     has_lines = bool(record.lines) and last.start_step is not None and record.lines[-1].step > last.start_step
     silence = now - _last_change(record)
     if silence > _longest_silence(record, has_lines):
@@ -116,7 +116,7 @@ def _unended(record: RunRecord, last: Attempt, now: float, here: str) -> tuple[S
 
 
 def _without_attempt(record: RunRecord, now: float) -> tuple[State, str]:
-    """The state of a start that has left nothing but logs: Python is starting, or ranks meet, or the preflight runs."""
+    """The state of a start that has left only logs: Python, the rendezvous or the preflight is still running."""
     logs = record.logs
     if logs and logs.exit_status is not None:
         begun = "" if record.last and record.last.ended_at is None else " before training began"

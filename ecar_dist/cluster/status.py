@@ -1,4 +1,4 @@
-"""`ecar-dist status`: state, progress, checkpoint and last problem of a run, from its files alone, and their text."""
+"""`ecar-dist status`: state, progress, checkpoint and last problem of a run, from its files alone, and as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEFT_ALIGNED = (0, 1, 9)
 
 @dataclass(frozen=True)
 class RunProgress:
-    """None: the files do not say."""
+    """A value is None if the files do not contain it."""
 
     step: int
     last_step: int | None
@@ -43,7 +43,7 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """The newest committed checkpoint. A bucket is not contacted: a login node may lack the keys, or it may be slow."""
+    """The newest committed checkpoint. A bucket is not contacted: it may be slow, or a login node may lack the keys."""
 
     storage: str
     contacted: bool  # False: `step` is what the last attempt found at its start
@@ -259,5 +259,5 @@ def _rate(rate: float) -> str:
 
 
 def _percent(progress: RunProgress) -> str:
-    """Rounded down: only the end is 100."""
+    """Rounded down, so that only a finished run shows 100."""
     return f"{int(1000 * progress.samples_seen / (progress.total_samples or 1)) / 10:.1f}"

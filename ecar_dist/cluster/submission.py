@@ -161,7 +161,7 @@ def new_job_folder(config: RunConfig) -> Path:
     run_directory = Path(os.path.abspath(config.run_directory))
     names = {path.name for path in run_directory.glob("[!.]*")}
     if names - set(BEFORE_THE_START) and "lineage.json" not in names:
-        raise ConfigError(f"{run_directory} is not empty and holds no run; choose another run.name or run.dir")
+        raise ConfigError(f"{run_directory} is not empty and contains no run; choose another run.name or run.dir")
     return next_job_folder(run_directory)
 
 

@@ -19,12 +19,12 @@ from ecar_dist.storage.untrusted import printable
 
 BROWSER_PORT = 6006  # on the user's own machine
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED")
-_SSH = "ssh -N -L"  # begins the first of the three `reach_lines`
+_SSH = "ssh -N -L"  # the start of the first of the three `reach_lines`
 _POLL_SECONDS = 1.0
 
 
 def logdir_words(runs: Sequence[Path]) -> list[str]:
-    """TensorBoard's own arguments for run directories and folders of them. Raises ConfigError if they do not fit."""
+    """TensorBoard's arguments for run directories and folders of them. Raises ConfigError if it cannot show them."""
     for run in runs:
         if not run.is_dir():
             raise ConfigError(f"{run} is not a folder; give run directories, or folders of run directories")
@@ -50,7 +50,10 @@ def _named(runs: Sequence[Path]) -> dict[str, str]:
 
 
 def serve(runs: Sequence[Path], *, port: int | None, login: str | None, in_job: bool) -> NoReturn:
-    """Print how to reach TensorBoard, then become it. In a job it listens on all interfaces, otherwise on localhost."""
+    """Print how to reach TensorBoard, then run it in this process.
+
+    In a job it listens on all interfaces, otherwise on localhost.
+    """
     words = logdir_words(runs)
     port = port or _free_port()
     for line in reach_lines(port, login, in_job=in_job):
@@ -60,7 +63,7 @@ def serve(runs: Sequence[Path], *, port: int | None, login: str | None, in_job: 
 
 
 def reach_lines(port: int, login: str | None, *, in_job: bool) -> list[str]:
-    """The ssh command for the user's own machine, the address to open then, and who else can open it."""
+    """The ssh command for the user's own machine, the address to open afterwards, and who else can open it."""
     here = socket.gethostname()
     if in_job:
         login = login or os.environ.get("SLURM_SUBMIT_HOST") or here

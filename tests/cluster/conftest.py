@@ -1,4 +1,4 @@
-"""Commands of Slurm that do as they are told, for what the real ones do too rarely to wait for."""
+"""Stand-ins for Slurm's commands with a given behaviour, for cases that are too rare to wait for on a real Slurm."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ class StandIns:
         self.folder = folder
 
     def does(self, name, code):
-        """Python that the command runs from now on."""
+        """Set the Python code that the command runs from now on."""
         (self.folder / f"{name}.does").write_text(code)
 
     @property
@@ -35,7 +35,7 @@ class StandIns:
 
 @pytest.fixture
 def slurm(tmp_path_factory, monkeypatch):
-    """sbatch, squeue and scancel that note how they were called. sbatch gives the ids 41, 42, ... by number of call."""
+    """sbatch, squeue and scancel that record their calls. sbatch returns the ids 41, 42, ... by number of the call."""
     folder = tmp_path_factory.mktemp("bin")
     for name in ("sbatch", "squeue", "scancel"):
         path = folder / name

@@ -1,4 +1,4 @@
-"""Run directories written by hand, as `submit`, the job script and training leave them, at ages of one's choice."""
+"""Run directories like those that `submit`, the job script and training leave, with files of any age."""
 
 import datetime
 import json
@@ -8,11 +8,11 @@ import time
 from ecar_dist.cluster.status import run_status
 from tests.runtime.made_runs import make_run
 
-BATCH, EVERY, STEP_SECONDS = 16, 10, 0.5  # a line each 5 s
+BATCH, EVERY, STEP_SECONDS = 16, 10, 0.5  # a line every 5 s
 
 
 class MadeRecord:
-    """Ages are in seconds before `now`. Steps are those of lines: every tenth one of 1,000."""
+    """Ages are in seconds before `now`. Every tenth step of 1,000 has a line."""
 
     def __init__(self, folder, **sections):
         self.path, self.config = make_run(folder, **sections)
@@ -20,7 +20,7 @@ class MadeRecord:
         self.now, self._attempts = time.time(), []
 
     def attempt(self, begun, ended=None, reason=None, loaded=True, **facts):
-        """`loaded`: it has come so far that it knows the step from which it goes on."""
+        """`loaded`: the attempt has loaded its checkpoint, so the step from which it continues is known."""
         entry = {"attempt": f"{len(self._attempts):08x}", "host": "gpu03", "job": None, "newest_step": None}
         entry |= {"started": self._moment(begun), **({"resumed_from_step": None} if loaded else {}), **facts}
         if ended is not None:
@@ -29,7 +29,7 @@ class MadeRecord:
         self.write("lineage.json", json.dumps(self._attempts), begun if ended is None else ended)
 
     def lines(self, count, age=3.0, **values):
-        """`values`: of every line; a list has one for each."""
+        """`values`: the same for every line, or a list with one for each line."""
         made = []
         for place in range(count):
             step = (place + 1) * EVERY
@@ -48,7 +48,7 @@ class MadeRecord:
         self.write(f"jobs/{folder}/job", f"{job}\n", age)
 
     def job_logs(self, job, status=None, age=None):
-        """`status`: what stands in exit-status; None for none. `age`: of it, and of the folder."""
+        """`status`: content of the file exit-status; None for no file. `age`: of the file and of the folder."""
         self.write(f"logs/job-{job}/rank-00000.log", "a story\n", age)
         (self.path / f"logs/job-{job}/exit-status").unlink(missing_ok=True)
         if status is not None:

@@ -1,4 +1,4 @@
-"""The job scripts of arrays: each task gets its number, and the number of all tasks."""
+"""The job scripts of arrays: each task gets its number, and the total number of tasks."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def stand_ins(folder, text):
 
 
 def test_all_scripts_of_arrays_are_here():
-    """A script that reads the number of its task is one of an array; train.sbatch may be in a chain of jobs."""
+    """A script that reads the number of its task is for an array. train.sbatch may be in a chain of jobs."""
     scripts = {path.stem for path in (ROOT / "slurm").glob("*.sbatch") if "--tasks" in path.read_text()}
     assert scripts == set(SCRIPTS)
 
@@ -48,7 +48,7 @@ def test_a_script_passes_its_task_on(tmp_path, script, variables, expected):
     done = run(script, venv, ["a", "b", "--more", "8"], SLURM_ARRAY_TASK_ID="3", **variables)
     if expected is None:
         assert done.returncode == 1
-        assert "these are not all tasks" in done.stderr
+        assert "give the total number: TASKS=" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"{SCRIPTS[script]} {script} a b --more 8 {expected}"

@@ -1,4 +1,4 @@
-"""What `submit` refuses for its memory, and that what it suggests instead fits."""
+"""What `submit` refuses because of its memory, and that its suggestions fit."""
 
 import re
 from pathlib import Path

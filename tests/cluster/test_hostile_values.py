@@ -1,4 +1,4 @@
-"""Nothing that a config, a word of the command line or a name of a folder says becomes a command of a job script."""
+"""No text in a config, on the command line or in the name of a folder becomes a command in a job script."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SHELL = """it's a "b" $(touch hacked) `touch hacked`; touch hacked & $HOME # %j 
 COMMAND = "touch hacked #"
 ROOT = Path(__file__).resolve().parents[2]
 
-# takes the place of every program that a job script may start, and notes how it was called
+# replaces every program that a job script may start, and records how it was called
 STAND_IN = """\
 #!{python}
 import json, os, sys
@@ -44,7 +44,7 @@ elif words[:1] == ["train"]:
 
 
 class Site:
-    """A folder to submit from, and the programs that its job scripts meet."""
+    """A folder to submit from, and the programs that its job scripts call."""
 
     def __init__(self, folder, monkeypatch, capsys):
         self.folder, self.calls_file, self._capsys = folder, folder / "calls", capsys
@@ -92,7 +92,7 @@ def site(tmp_path, monkeypatch, capsys, slurm):
 
 
 def comments_are_whole(script: Path) -> list[str]:
-    """Every line up to the body is a comment; the options in them, as sbatch reads them."""
+    """Check that every line before the body is a comment; returns the options in them, as sbatch reads them."""
     head = script.read_text().partition(f"\n{EXPORTS_TITLE}\n")[0]
     assert all(line.startswith("#") or not line for line in head.splitlines()), head
     directives = [line.removeprefix("#SBATCH ") for line in head.splitlines() if line.startswith("#SBATCH ")]
@@ -103,7 +103,7 @@ def comments_are_whole(script: Path) -> list[str]:
 
 
 def values(bad: str, folder: Path) -> dict[str, tuple[dict, list[str]]]:
-    """For each value that may reach a script: changes of the config's tree, and words of the command line."""
+    """For each value that may reach a script: changes to the config's tree, and words of the command line."""
     text = f"a{bad}{COMMAND}"
     images = {"data": {"latents": "sets/latents", "train_images": "sets/images/train"}}
     pipeline = ["--pipeline", str(folder / "images")]
@@ -226,7 +226,7 @@ def test_what_sbatch_says_is_a_job_or_an_error(site, tree, tmp_path, slurm):
     assert not (tmp_path / "runs/tiny").exists()
 
 
-# ---- what can be printed arrives as it is
+# ---- what can be printed arrives unchanged
 
 
 def test_a_training(site, tree, tmp_path, slurm):
@@ -285,7 +285,7 @@ def test_a_pipeline(site, tree, tmp_path, slurm):
 
 
 def test_a_container(site, tree, tmp_path):
-    """Image, mounts and folders of the site come as they are; the command inside is the same."""
+    """Image, mounts and folders of the site arrive unchanged. The command inside is the same."""
     assert site.submit(write_yaml(tree, tmp_path))[0] == 0
     run = tmp_path / "runs/tiny"
     script, train = run / "jobs/001/train.sbatch", ["train", str(run / "jobs/001/config.yaml")]
@@ -303,7 +303,7 @@ def test_a_container(site, tree, tmp_path):
 
 
 def test_a_folder_that_is_reached_by_a_link(tmp_path):
-    """Job scripts name it without the link, as Slurm does; a container sees it under both names."""
+    """Job scripts use its name without the link, as Slurm does. A container sees it under both names."""
     real, link = tmp_path / "gpfs/alice", tmp_path / "home"
     real.mkdir(parents=True)
     link.symlink_to(real)

@@ -62,10 +62,10 @@ def test_what_is_no_long_option_is_refused(text):
 
 def test_where_the_scripts_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (find_scripts(None) / "train.sbatch").is_file(), "beside the package"
+    assert (find_scripts(None) / "train.sbatch").is_file(), "next to the package"
     (tmp_path / "slurm").mkdir()
     for name in ("train.sbatch", "env.sh"):
-        assert find_scripts(None).is_absolute(), "half a folder is none"
+        assert find_scripts(None).is_absolute(), "an incomplete folder does not count"
         (tmp_path / "slurm" / name).write_text("")
     assert str(find_scripts(None)) == "slurm"
     with pytest.raises(ConfigError, match=r"nowhere.*--scripts"):

@@ -1,4 +1,4 @@
-"""`ecar-dist submit --pipeline`: five jobs from a config, and what the config contradicts."""
+"""`ecar-dist submit --pipeline`: five jobs from a config, and arguments that contradict the config."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Nodes that a global batch divides on."""
+"""Numbers of nodes over which a global batch divides evenly."""
 
 import pytest
 

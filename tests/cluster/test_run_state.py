@@ -1,4 +1,4 @@
-"""The state of a run by its files: what came last, and who may still be at it."""
+"""The state of a run from its files: what happened last, and which process may still be running."""
 
 import os
 
@@ -35,9 +35,9 @@ def test_a_job_submitted_after_the_last_attempt_waits_and_one_that_has_begun_doe
 
 def test_a_job_has_begun_by_its_number_or_by_what_came_after_it(made):
     made.attempt(900, 100, "done", job="12")
-    made.submitted(12, age=1)  # of a copied run directory all files are new
+    made.submitted(12, age=1)  # in a copied run directory, all files are new
     assert made.status().state == "done"
-    made.submitted(9, age=1000)  # a chain: each link has a number of its own
+    made.submitted(9, age=1000)  # a chain: each link has its own number
     assert made.status().state == "done"
     made.submitted(9, age=50)
     assert made.status().state == "submitted"
@@ -65,7 +65,7 @@ def test_an_attempt_says_itself_how_it_ended(tmp_path):
 def test_a_run_on_another_host_is_judged_by_its_silence(made):
     made.attempt(9000, job="12")
     made.job_logs(12, "", 9010)
-    made.lock("gpu03", 1)  # a process of that number lives here, on another host
+    made.lock("gpu03", 1)  # a process with this number runs here, on a different host
     for silence, state, said in ((HANG - 20, "running", "9m40s"), (HANG + 20, "silent", "10m20s")):
         made.lines(30, age=silence)
         status = made.status(here="login")
@@ -109,7 +109,7 @@ def test_on_its_own_host_the_process_is_looked_up(made):
     assert made.status(here="login").state == "running"
     made.lock("gpu03", os.getpid(), age=0)
     made.lines(30, age=3 * HANG)
-    assert made.status(here="gpu03").state == "silent"  # it lives
+    assert made.status(here="gpu03").state == "silent"  # the process is alive
 
 
 def test_lines_of_an_earlier_attempt_do_not_make_the_next_one_run(made):
@@ -145,7 +145,7 @@ def test_an_exit_status_belongs_to_the_attempt_that_has_just_ended(made):
     assert "a shard is damaged" in made.status().sentence
     made.job_logs(12, "93", 95)
     assert (made.status().state, "a shard is damaged" in made.status().sentence) == ("gave up", True)
-    made.job_logs(12, "75", 20)  # of a later start, which found a node unfit
+    made.job_logs(12, "75", 20)  # from a later start, which found a node unfit
     assert "before training" in made.status().sentence
     assert "status 75" in made.status().sentence
 
@@ -155,12 +155,12 @@ def test_a_killed_job_that_slurm_has_requeued_begins_again(made):
     made.lines(30, age=HANG + 50)
     made.job_logs(12, "", 9010)
     assert made.status().state == "silent"
-    made.job_logs(12, age=30)  # the script has removed the exit status of before
+    made.job_logs(12, age=30)  # the script has removed the previous exit status
     status = made.status()
     assert status.state == "starting"
     assert "job 12" in status.sentence
     assert "30s" in status.sentence
-    made.job_logs(12, "", 20)  # rank 0 has begun
+    made.job_logs(12, "", 20)  # rank 0 has started
     assert made.status().state == "starting"
     made.attempt(10, job="12", loaded=False)
     status = made.status()

@@ -1,4 +1,4 @@
-"""`ecar-dist status` on made-up run directories, on junk, and on a run under way."""
+"""`ecar-dist status` on made-up run directories, on junk, and on a live run."""
 
 import dataclasses
 import json

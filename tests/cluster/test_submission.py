@@ -19,7 +19,7 @@ CPU = ("--gpus-per-node", "0", "--ranks-per-node", "2")
 
 @pytest.fixture
 def submit(write_config, tmp_path, monkeypatch, capsys):
-    """Submit the tiny run from a folder of its own; returns status, output and errors."""
+    """Submit the tiny run from its own folder; returns status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words, nodes=2, resources=CPU):
@@ -78,7 +78,7 @@ def test_what_is_written_and_said(submit, slurm, tmp_path):
         assert word in script
     for line in ("job 41", f"{run}/logs/job-41.log", f"ecar-dist status {run}", "scancel 41"):
         assert line in out
-    assert (run / "logs").is_dir(), "Slurm makes no folder for its output"
+    assert (run / "logs").is_dir(), "Slurm creates no folder for its output"
 
 
 def test_every_submission_has_a_folder_of_its_own(submit, slurm, tmp_path):

@@ -1,7 +1,7 @@
-"""A real, throw-away Slurm cluster on one machine: each node in namespaces of its own, no part of Slurm replaced.
+"""A real, throw-away Slurm cluster on one machine: each node in its own namespaces, no part of Slurm replaced.
 
-`Cluster` starts it and takes it down. A node has its own processes, host name, address and mounts, and GPUs in name.
-The commands of Slurm (sbatch, scontrol, ...) are called from this machine as from a login node, by
+`Cluster` starts it and takes it down. A node has its own processes, host name, address and mounts, and fake GPUs.
+The commands of Slurm (sbatch, scontrol, ...) are called from this machine as from a login node, with
 `Cluster.environment`.
 """
 
@@ -63,7 +63,7 @@ PartitionName=spare Nodes=n[{second}-{last}] MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """What keeps this machine from having a cluster, and the cure; None where nothing does."""
+    """Why no cluster can run on this machine, and the fix; None if one can."""
     path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
     absent = [name for name in PROGRAMS if not shutil.which(name, path=path)]
     if absent:
@@ -75,10 +75,10 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Up from the constructor to `down`; it is also gone when this process is, whatever ended it."""
+    """Runs from the constructor to `down`. It also ends with this process, whatever ends that."""
 
     def __init__(self, folder: Path, nodes: int, spare: int) -> None:
-        """`nodes` nodes of the default partition, n1 first, and `spare` more of the partition of that name."""
+        """`nodes` nodes in the default partition, starting with n1, and `spare` more in the partition `spare`."""
         all_nodes = nodes + spare
         self.folder = folder
         self.nodes = [f"n{number + 1}" for number in range(all_nodes)]
@@ -87,7 +87,7 @@ class Cluster:
             f"NodeName={name} NodeAddr={self.net}.{11 + index} CPUs=64 RealMemory=8000 Gres=gpu:{GPUS}"
             for index, name in enumerate(self.nodes)
         ]
-        folder.chmod(0o755)  # munge wants its socket within everybody's reach
+        folder.chmod(0o755)  # munge requires that all users can reach its socket
         self.conf = folder / "slurm.conf"
         self.conf.write_text(
             SLURM_CONF.format(
@@ -95,7 +95,7 @@ class Cluster:
             )
         )
         (folder / "gres.conf").write_text(f"NodeName=n[1-{all_nodes}] Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
-        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that starts where there are none
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the plugin that starts without cgroups
         self.environment = {**_without_slurm(os.environ), "SLURM_CONF": str(self.conf), "VENV": sys.prefix}
         self.environment["PATH"] += os.pathsep + "/usr/sbin"
         self._site = self._switch_on()
@@ -116,7 +116,7 @@ class Cluster:
             )
 
     def _connect(self) -> None:
-        """A cable from this machine into the cluster's network; it vanishes with the far end."""
+        """A virtual cable from this machine into the cluster's network. It disappears with its far end."""
         self.until(lambda: (self.folder / "ready").exists(), 20, "the site is up")
         children = Path(f"/proc/{self._site.pid}/task/{self._site.pid}/children").read_text()
         self._inside, name = children.split()[0], f"login{self._site.pid}"
@@ -133,7 +133,7 @@ class Cluster:
     # --- jobs
 
     def submit(self, *words: str | Path, cwd: Path | None = None, **environment: str) -> str:
-        """`sbatch WORDS`; returns the job's id. Raises AssertionError with Slurm's own words where it is refused."""
+        """`sbatch WORDS`; returns the job's id. Raises AssertionError with Slurm's message if it is refused."""
         return self.call("sbatch", "--parsable", *words, cwd=cwd, **environment).strip().split(";")[0]
 
     def call(self, *words: str | Path, cwd: Path | None = None, **environment: str) -> str:
@@ -155,24 +155,24 @@ class Cluster:
         return self.links(job)[0]
 
     def links(self, array: str) -> list[dict[str, str]]:
-        """The same of each job of an array, in order. Those that never were to run are one together."""
+        """The same for each job of an array, in order. Those that never came to run are one entry."""
         said = self.call("scontrol", "--oneliner", "show", "job", array).splitlines()
         jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in said if line]
         return sorted(jobs, key=lambda job: int(re.match(r"\d*", job.get("ArrayTaskId", ""))[0] or 0))
 
     def wait(self, job: str, states: str | Sequence[str] = ENDED, seconds: float = 90) -> dict[str, str]:
-        """Until the job is in one of the states; returns its fields."""
+        """Wait until the job is in one of the states; returns its fields."""
         wanted = (states,) if isinstance(states, str) else states
         self.until(lambda: self.job(job)["JobState"] in wanted, seconds, lambda: f"{wanted}, not {self.job(job)}")
         return self.job(job)
 
     def signal(self, job: str, *, batch_shell: bool = True, name: str = "USR1") -> None:
-        """As Slurm warns of a job's end: the batch shell alone; or else every process of its steps."""
+        """Signal only the batch shell, as Slurm does before a job's end, or else every process of the job's steps."""
         words = ["scancel", *(["--batch"] if batch_shell else []), f"--signal={name}", job]
-        subprocess.run(words, env=self.environment, check=False)  # a link of a chain it may signal, and say it did not
+        subprocess.run(words, env=self.environment, check=False)  # on a link of a chain it may fail after it signalled
 
     def attempts(self, job: str) -> list[str]:
-        """How each attempt of a job ended, as Slurm has noted it; of those that are over, in order."""
+        """How each finished attempt of a job ended, as Slurm has recorded it, in order."""
         path = self.folder / "log" / "attempts"
         lines = path.read_text().splitlines() if path.exists() else []
         return [re.search(r"JobState=(\S+)", line)[1] for line in lines if line.startswith(f"JobId={job} ")]
@@ -190,11 +190,11 @@ class Cluster:
         return said.stdout.split()
 
     def power_cut(self, node: str) -> None:
-        """Every process of the node is gone at once; nobody is told."""
+        """Kill every process of the node at once, without any notice."""
         self._enter(None, "kill", "-KILL", self._first_process(node))
 
     def kill_slurmd(self, node: str) -> None:
-        """The daemon alone; tasks and their slurmstepd live on."""
+        """Kill only the daemon; tasks and their slurmstepd keep running."""
         pid = (self.folder / f"slurmd.{node}.pid").read_text().strip()
         self.on(node, "kill", "-KILL", pid)
 
@@ -204,7 +204,7 @@ class Cluster:
         self._enter(None, "bash", str(HERE / "node.sh"), str(self.folder), self.net, number)
 
     def hide(self, node: str, folder: Path) -> None:
-        """What this node sees of the folder is empty, until it is uncovered."""
+        """Make the folder look empty on this node, until `uncover`."""
         self.on(node, "mount", "-t", "tmpfs", "none", str(folder))
 
     def uncover(self, node: str, folder: Path) -> None:
@@ -226,7 +226,7 @@ class Cluster:
     # --- waiting
 
     def until(self, true, seconds: float, what) -> None:
-        """Raises AssertionError where `true()` does not come true in time."""
+        """Wait until `true()`. Raises AssertionError if it does not become true in time."""
         end = time.monotonic() + seconds
         while not true():
             said = what if isinstance(what, str) else what()
@@ -235,7 +235,7 @@ class Cluster:
 
 
 def _without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """A cluster that this process itself may run on is not the one that is meant."""
+    """Without the variables of a cluster on which this process itself may be running."""
     return {name: value for name, value in environment.items() if not name.startswith(("SLURM", "SBATCH"))}
 
 

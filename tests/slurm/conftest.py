@@ -11,11 +11,11 @@ import pytest
 from tests.slurm.cluster import Cluster, missing
 
 NODES = 7
-SPARE = 3  # of a partition of their own, for the test that loses one of them
+SPARE = 3  # in their own partition, for the test that loses one of them
 
 
 def pytest_collection_modifyitems(items):
-    """Where there can be no cluster its tests are skipped, and a warning at the end of the session says so."""
+    """If no cluster can run here, its tests are skipped, and a warning at the end of the session reports it."""
     ours = [item for item in items if item.get_closest_marker("slurm")]
     if not ours or os.environ.get("ECAR_REQUIRE_SLURM") == "1" or not (reason := missing()):
         return
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Nodes n1 to n10 with four GPUs each, in name. A test that harms a node restores it."""
+    """Nodes n1 to n10 with four fake GPUs each. A test that harms a node restores it."""
     assert not missing(), missing()
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = Cluster(folder, NODES, SPARE)

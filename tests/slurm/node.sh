@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Switch on one node of the cluster: FOLDER FIRST_THREE_OCTETS NUMBER. Called again with `inside`, this is its first
-# process, in namespaces of its own: to kill it is to pull the plug.
+# process, in its own namespaces: killing it is like pulling the plug.
 set -euo pipefail
 folder=$1 net=$2 number=$3 name=n$3
 

@@ -1,4 +1,4 @@
-"""Stands in for ecar-dist where only the job script is under test: `train PLAN` does what the file PLAN says."""
+"""Replaces ecar-dist in tests of the job script alone: `train PLAN` runs the code in the file PLAN."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def note(name: str, text: object) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End as a rank that can still say so."""
+    """End like a rank that can still report its exit status."""
     if RANK == "0":
         note("exit-status", status)
     sys.exit(status)

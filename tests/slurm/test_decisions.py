@@ -1,4 +1,4 @@
-"""What the job script makes of each end that training may come to, on a real Slurm. A stand-in plays the training."""
+"""How the job script handles each way in which training can end, on a real Slurm. A stand-in replaces the training."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ class Jobs:
         program.chmod(0o755)
 
     def submit(self, name, plan, *options, **environment):
-        """Its log and its run directory are named for the job."""
+        """Its log and its run directory are named after the job."""
         run, script = self.folder / name, self.folder / f"{name}.plan"
         script.write_text(PLANS[plan])
         words = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--exclude=n4"]
@@ -59,7 +59,7 @@ def jobs(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def submitted(jobs):
-    """All that need no more than to be waited for run side by side: name -> job."""
+    """The jobs that only have to be waited for run at the same time: name -> job."""
     last, two = {"MAX_REQUEUES": "1"}, ["--nodes=2", "--ntasks-per-node=2"]
     return {
         "done": jobs.submit("done", "done", *two),
@@ -93,13 +93,13 @@ def submitted(jobs):
         ("killed", "COMPLETED", 0, 1, "training ended with status 137"),
         ("agent", "COMPLETED", 0, 1, "training ended with status 75"),
         ("forbidden", "FAILED", 75, 0, "Slurm does not requeue it: submit it again"),
-        ("bad node", "COMPLETED", 0, 1, "goes on without n[2,4],n1"),
+        ("bad node", "COMPLETED", 0, 1, "continuing without n[2,4],n1"),
         ("shrunk", "COMPLETED", 0, 1, "attempt 2 of at most 51, on n2 (1 of 1 nodes, ranks on each: 2)"),
         ("all bad", "COMPLETED", 0, 1, "too few nodes would be left"),
     ],
 )
 def test_a_job_ends_or_goes_on(jobs, submitted, name, state, status, restarts, said):
-    # Slurm calls a job FAILED for the moment between the script's own exit and its requeue
+    # Slurm reports a job as FAILED for the moment between the script's own exit and its requeue
     wanted = [one for one in ENDED if one != "FAILED" or state == "FAILED"]
     job = jobs.cluster.wait(submitted[name], wanted, 60)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (state, f"{status}:0", str(restarts)), jobs.log(name)
@@ -123,7 +123,7 @@ def test_a_bad_node_is_kept_out_beside_those_that_the_user_excludes(jobs, submit
 
 
 def test_a_node_without_the_environment_is_kept_out(jobs):
-    """Its rank never runs, so rank 0 cannot know."""
+    """Its rank never runs, so rank 0 cannot know about it."""
     environment = jobs.programs.parent
     jobs.cluster.hide("n6", environment)  # the second of those that are free
     try:
@@ -131,7 +131,7 @@ def test_a_node_without_the_environment_is_kept_out(jobs):
         assert jobs.cluster.wait(job, "COMPLETED", 60)["Restarts"] == "1"
     finally:
         jobs.cluster.uncover("n6", environment)
-    assert "goes on without n[1-4],n6" in jobs.log("alone")
+    assert "continuing without n[1-4],n6" in jobs.log("alone")
     assert "on n5,n7 (2 of 2 nodes" in jobs.log("alone")
 
 
@@ -142,11 +142,11 @@ def test_a_chain_goes_on_to_the_end_and_no_further(jobs, submitted):
         cluster.until(lambda name=name: ended(cluster, submitted[name]), 60, f"all links of {name} are over")
         states[name] = [(link["JobState"], link["ExitCode"]) for link in cluster.links(submitted[name])]
     assert states["chain"] == [("COMPLETED", "0:0"), ("COMPLETED", "0:0"), ("CANCELLED", "0:0")], jobs.log("chain")
-    assert states["hopeless"] == [("FAILED", "93:0"), ("CANCELLED", "0:0")]  # the second of two and three
+    assert states["hopeless"] == [("FAILED", "93:0"), ("CANCELLED", "0:0")]  # the second stands for links two and three
     assert states["in vain"] == [*[("COMPLETED", "0:0")] * 4, ("FAILED", "1:0"), ("CANCELLED", "0:0")]
-    assert "5 starts in a row came to no training" in jobs.log("in vain")
+    assert "5 starts in a row ended before training" in jobs.log("in vain")
     assert states["unfinished"] == [("COMPLETED", "0:0"), ("FAILED", "75:0")]
-    assert "the next link of the chain goes on" in jobs.log("chain")
+    assert "the next link of the chain continues" in jobs.log("chain")
     assert [link["ExcNodeList"] for link in cluster.links(submitted["chain"])] == ["n4", "n4,n1", "n4,n1"]
     assert cluster.attempts(submitted["unfinished"]) == ["FAILED"]  # the last link; none was requeued
 
@@ -199,7 +199,7 @@ def test_the_containers_stand_before_every_command(jobs, tmp_path):
 
 def test_pyxis_is_told_the_image_and_the_mounts():
     script = 'set -eu; . slurm/env.sh; printf "%s\\n" "${SRUN[@]}" "[$BIN]" "${#INSIDE[@]}"'
-    # `submit` exports the VENV of the login node, which is none of the image's
+    # `submit` exports the VENV of the login node, which does not exist in the image
     env = {**os.environ, "PYXIS_IMAGE": "/images/e.sqsh", "MOUNTS": "/a,/b", "VENV": "/here/.venv"}
     said = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     container = ["--container-image=/images/e.sqsh", f"--container-workdir={ROOT}", "--container-mounts=/a:/a,/b:/b"]

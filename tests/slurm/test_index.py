@@ -1,4 +1,4 @@
-"""`slurm/index.sbatch` on a real Slurm: the tasks of an array share the tars, and the last one to end makes OUT."""
+"""`slurm/index.sbatch` on a real Slurm: the tasks of an array share the tars, and the last one to end creates OUT."""
 
 import sys
 from pathlib import Path

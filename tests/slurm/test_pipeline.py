@@ -1,4 +1,4 @@
-"""`ecar-dist submit` and the scripts that make data, on a real Slurm: training, an encode array, the whole pipeline."""
+"""`ecar-dist submit` and the data scripts, on a real Slurm: training, an encode array, the complete pipeline."""
 
 import datetime
 import hashlib
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = "--exclude=n4,n5"  # these two nodes belong to other tests
 ENCODING = ("--vae", "dct-f8", "--image-size", "32", "--samples-per-shard", "128")
-# Task 2 has written its second shard and is about to give it its name, for as long as it takes to be killed there.
+# Task 2 writes its second shard, but waits before it gives it its name, so that it can be killed there.
 STUCK = """\
 import os, time
 link = os.link
@@ -34,7 +34,7 @@ STEPS = ["shard", "encode", "finalize", "train", "evaluate"]
 
 
 class Site:
-    """The cluster as from a folder on its login node."""
+    """The cluster as seen from a folder on its login node."""
 
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
@@ -75,12 +75,12 @@ def jobs_of(folder):
     return dict(line.split() for line in (folder / "steps").read_text().splitlines())
 
 
-# --- one training
+# --- one training run
 
 
 @pytest.fixture(scope="module")
 def submitted(site, make_tree):
-    """Two jobs of one run, the second to wait for the first, and the refusal of one that would not wait."""
+    """Two jobs of one run, where the second waits for the first, and the refusal of one that would not wait."""
     folder = site.folder / "single"
     folder.mkdir()
     config = write_yaml(make_tree(folder), folder)
@@ -150,7 +150,7 @@ def write_images(source):
 
 @pytest.fixture(scope="module", autouse=True)
 def side_by_side(submitted, encoding, piped):
-    """All that takes long begins at once."""
+    """Everything that takes long starts at the same time."""
 
 
 def test_a_failing_link_cancels_the_rest_of_the_pipeline(site, piped):
@@ -166,7 +166,7 @@ def test_a_failing_link_cancels_the_rest_of_the_pipeline(site, piped):
 
 @pytest.fixture(scope="module")
 def mended(site, piped):
-    """The same command after the cause is mended: ids by step."""
+    """The same command after the cause is fixed: job ids by step."""
     folder, config, words, _ = piped
     jobs = jobs_of(folder / "runs/tiny/jobs/001")
     for job in jobs.values():
@@ -189,7 +189,7 @@ def test_a_killed_task_is_submitted_again_by_itself(site, digits, encoding, mend
     assert site.ended(last) == {"COMPLETED"}, (site.folder / "finalize.log").read_text()
     assert "task 2 of 4 is done, 2 shards by this run" in (site.folder / f"encode-{again}_2.log").read_text()
     assert site.ended(unsaid) == {"FAILED"}
-    assert "say how many there are: TASKS=32" in (site.folder / f"encode-{unsaid}_2.log").read_text()
+    assert "give the total number: TASKS=32" in (site.folder / f"encode-{unsaid}_2.log").read_text()
     whole = tmp_path / "whole"
     assert ecar_data(["encode", str(digits / "images/train"), str(whole), *ENCODING]) == 0
     assert ecar_data(["finalize", str(whole)]) == 0
@@ -250,7 +250,7 @@ def test_the_same_command_goes_on_and_ends_in_scores(site, mended):
 
 
 def test_a_script_may_be_submitted_again_by_hand(site, mended, tmp_path):
-    """From anywhere: it says itself where it runs, what with, and where its output goes."""
+    """From anywhere: the script itself sets where it runs, in which environment, and where its output goes."""
     folder, jobs = mended
     site.ended(jobs["shard"])
     job = site.cluster.submit(folder / "runs/tiny/jobs/002/shard.sbatch", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""TensorBoard as a job on a real Slurm, looked at over the cluster's network."""
+"""TensorBoard as a job on a real Slurm, accessed over the cluster's network."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
 
 def get(cluster, node, port, path):
-    """What the server on a node answers, once it does."""
+    """The answer of the server on a node, once there is one."""
     end = time.monotonic() + 60
     while True:
         connection = http.client.HTTPConnection(f"{cluster.net}.{10 + int(node[1:])}", int(port), timeout=10)

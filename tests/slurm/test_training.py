@@ -1,7 +1,7 @@
-"""Training jobs on a real Slurm, and the faults that strike them: each ends as an undisturbed job does.
+"""Training jobs on a real Slurm, and the faults that strike them: each ends like an undisturbed job.
 
-All are submitted together. Slurm runs as many side by side as its licences, one a rank, allow; a fault strikes a job
-when it has trained far enough. The tests wait and look.
+All are submitted together. Slurm runs as many at the same time as its licences allow, one per rank. A fault strikes a
+job when it has trained far enough. The tests wait and check.
 """
 
 import itertools
@@ -28,7 +28,7 @@ ENV_SH = """\
 . slurm/env.sh
 if (( ${SLURM_RESTART_COUNT:-0} > 0 || ${SLURM_ARRAY_TASK_ID:-1} > 1 )); then unset ECAR_FAILPOINT; fi
 """
-GOES_ON = [one for one in ENDED if one != "FAILED"]  # between a script's own exit and its requeue Slurm says FAILED
+GOES_ON = [one for one in ENDED if one != "FAILED"]  # Slurm reports FAILED from a script's exit to its requeue
 
 
 class Site:
@@ -61,11 +61,11 @@ class Site:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def attempts(self, name):
-        """How each ended: lineage.json's words, None for one that was killed."""
+        """How each attempt ended: its reason in lineage.json, None for one that was killed."""
         return [one.get("reason") for one in json.loads((self.run(name) / "lineage.json").read_text())]
 
     def finished(self, name, restarts=1):
-        """Wait for the job's good end; returns its metrics."""
+        """Wait until the job has completed; returns its metrics."""
         job = self.cluster.wait(self.jobs[name], GOES_ON if restarts else ENDED, 300)
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(restarts)), self.log(name)
         return self.metrics(name)
@@ -76,7 +76,7 @@ class Site:
 
 
 class Faults:
-    """The faults that strike jobs, each as soon as its job has logged so many steps."""
+    """The faults that strike jobs, each as soon as its job has logged a given number of steps."""
 
     def __init__(self, site):
         self.site, self.waiting, self.errors = site, [], []
@@ -109,7 +109,7 @@ def site(cluster, make_tree, tmp_path_factory):
         "--exclude=n[4-7]",
         "--time=1",
         "--signal=B:USR1@5",
-    ]  # Slurm looks every 30 s: the warning comes 25 to 55 s after the start
+    ]  # Slurm checks every 30 s: the warning comes 25 to 55 s after the start
     site.submit("limited", 1, 1, "train.total_samples=160", options=limited, ECAR_FAILPOINT=SLEEPY)
     faults.strike("limited", 1, lambda: submit_the_others(site, faults))
     faults.thread.start()
@@ -122,7 +122,7 @@ def site(cluster, make_tree, tmp_path_factory):
 
 
 def submit_the_others(site, faults):
-    """Not before the limited job runs: they would take the processors, and its time would be up before it began."""
+    """Only once the limited job runs: they would take the processors, and its time would be up before it started."""
     cluster = site.cluster
     site.submit("second", 1, 1, "train.total_samples=160", run="limited")
     site.submit("cut", "1-2", 2, options=["--exclude=n[1-3,5-6]"], ECAR_FAILPOINT=STALLED)
@@ -162,7 +162,7 @@ def test_a_preempted_job_comes_to_the_same_weights(site):
     assert site.attempts("warned") == ["signal", "done"]
     story = site.rank_log("warned")
     stopped = story.split("stopped on a signal at step ")[1].split(":")[0]
-    assert f"resuming at step {stopped} " in story  # not an earlier one: the warning was time enough to save
+    assert f"resuming at step {stopped} " in story  # not an earlier one: the warning left enough time to save
     assert "attempt 2 of at most 51" in site.log("warned")
 
 
@@ -188,7 +188,7 @@ def test_a_node_that_fails_the_preflight_is_named_and_kept_out(site):
     assert losses(site.finished("blind")) == losses(site.finished("pair", restarts=0))
     assert site.same_weights("blind", "pair")
     assert "node n5 failed the preflight" in site.rank_log("blind")
-    assert "goes on without n[1-2,4,7],n5" in site.log("blind")
+    assert "continuing without n[1-2,4,7],n5" in site.log("blind")
     assert "attempt 2 of at most 51, on n3,n6 " in site.log("blind")
 
 
@@ -206,7 +206,7 @@ def test_a_time_limit_is_no_end(site):
     ends = site.attempts("limited")
     assert ends == ["signal"] * int(job["Restarts"]) + ["done"]
     assert len(ends) > 1
-    # that another job tried its directory did no harm
+    # another job's attempt to use its directory did no harm
     assert [line["step"] for line in site.metrics("limited")] == list(range(1, 11))
 
 
@@ -234,17 +234,17 @@ def test_a_fruitless_job_is_not_run_again(site):
 
 
 def links_of(site, name):
-    """The links of a chain, when all are over."""
+    """The links of a chain, once all have ended."""
     for _ in itertools.repeat(None, 1200):
         links = site.cluster.links(site.jobs[name])
         if all(link["JobState"] in ENDED for link in links):
             return links
         time.sleep(0.1)
-    raise AssertionError(f"{name} goes on and on: {links}")
+    raise AssertionError(f"{name} does not end: {links}")
 
 
 def test_a_node_whose_daemon_dies_is_given_up(site):
-    """Its rank lives on for a while, as an orphan that must not stand in the next attempt's way."""
+    """Its rank keeps running for a while, as an orphan that must not get in the way of the next attempt."""
     cluster = site.cluster
     metrics = site.finished("daemon")
     lost = second_node(site.log("daemon"), attempt=1)
@@ -263,5 +263,5 @@ def nodes_of(log, attempt):
 
 
 def second_node(log, attempt):
-    """Not the first, on which the job script runs."""
+    """The second node: the job script runs on the first."""
     return nodes_of(log, attempt)[1]
