@@ -48,9 +48,9 @@ def load(
 
 
 class Model:
-    """A trained model with its autoencoder, ready to sample. Made by :func:`load`.
+    """A trained model with its autoencoder, ready to sample. Created by :func:`load`.
 
-    Images are those of ``ecar-dist sample`` with the same options, to the last bit: image *i* is a function of its
+    Images are bit-identical to those of ``ecar-dist sample`` with the same options: image *i* is a function of its
     label, the seed and the settings.
     """
 
@@ -64,7 +64,7 @@ class Model:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The name of each class, ``None`` for a model from before names were stored."""
+        """The name of each class, or ``None`` for an old model, trained before names were stored."""
         names = self._trained.classes.names
         return None if names is None else list(names)
 
@@ -91,9 +91,9 @@ class Model:
 
         Args:
             labels: one label or several: class numbers, class names, or ``None`` for the unconditional model.
-            count: number of images, over the labels in turn; one for each label by default.
+            count: number of images, cycling through the labels; one for each label by default.
             seed: seed of the noise.
-            batch_size: images drawn at once.
+            batch_size: number of images drawn at once.
             settings: values of the config's section ``sample``, such as ``guidance_scale=3``, ``solver="heun"``,
                 ``steps_per_stage=[4, 8, 16]``, ``time_shift=2`` or ``guidance_interval=(0.3, 0.9)``.
 
@@ -138,7 +138,7 @@ class Model:
             given = f"{len(classes)} labels, count={count}, batch_size={batch_size}"
             raise ConfigError(f"nothing to draw: {given}; each must be at least 1")
 
-        # Batch after batch, decoded.
+        # Draw and decode batch by batch.
         stages: list[list[Image.Image]] = []
         drawn = trained.draw([classes[i % len(classes)] for i in range(wanted)], seed, batch_size)
         for batch in drawn:
@@ -154,11 +154,11 @@ class Model:
 
 
 def fit(config: str | Path | Mapping[str, Any], *overrides: str, processes: int = 1, adopt: bool = False) -> Path:
-    """Train, or resume training: ``ecar-dist train`` in processes of its own, whose output is printed.
+    """Train, or resume training: ``ecar-dist train`` in separate processes, whose output is printed.
 
     Args:
-        config: path of a YAML file, or the same as nested dicts.
-        overrides: other values, such as ``"train.total_samples=4096"``.
+        config: path of a YAML file, or its content as nested dicts.
+        overrides: values that replace those of the config, such as ``"train.total_samples=4096"``.
         processes: ranks on this machine; with more than one, torchrun starts them.
         adopt: start from checkpoints that another run saved, as ``--adopt`` does.
 
@@ -179,7 +179,7 @@ def fit(config: str | Path | Mapping[str, Any], *overrides: str, processes: int 
         if processes < 1:
             raise ConfigError(f"processes={processes} must be at least 1")
 
-        # In a notebook the process outlives the training, which must give back its memory and its ports.
+        # In a notebook, this process outlives the training, which must release its memory and its ports.
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ecar_dist", "train", str(config)]
         command += [*overrides, *(["--adopt"] if adopt else [])]
@@ -199,7 +199,7 @@ def _plain(tree: Any) -> Any:
 
 
 def _run_printed(command: list[str]) -> tuple[int, str]:
-    """Run a command and print its output as it comes; returns its exit status, and its last line of an error.
+    """Run a command and print its output as it comes; returns its exit status and its last error line.
 
     `print` reaches a notebook, where the file descriptors of this process lead elsewhere.
     """
@@ -221,17 +221,17 @@ def _run_printed(command: list[str]) -> tuple[int, str]:
 
 
 class Dataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """A set of latent shards as a map-style dataset of PyTorch: ``dataset[i]`` is ``(latent, label)``.
+    """A set of latent shards as a map-style PyTorch dataset: ``dataset[i]`` is ``(latent, label)``.
 
     A latent is the mean of the autoencoder's posterior, scaled as the model sees it: float32 [C, H, W]. The order is
-    that of the shards. Training itself reads the same files in an order of its own.
+    that of the shards. Training itself reads the same files in a different order.
 
     Args:
         folder: folder or URL of latent shards, with their ``manifest.json``.
         mirrored: the latents of the mirrored images, if the set has them (``ecar-data encode --flip store``).
 
     Raises:
-        ecar_dist.errors.DataError: the set is missing, not complete or damaged.
+        ecar_dist.errors.DataError: the set is missing, incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, *, mirrored: bool = False) -> None:
@@ -264,7 +264,7 @@ class Dataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
     def __getitems__(self, indices: Sequence[int], *, stacked: bool = False) -> Any:
         """Several samples in one read, for a DataLoader."""
-        # Positions from the end, as in a list.
+        # Negative indices count from the end, as in a list.
         wanted = np.array([index + len(self) if index < 0 else index for index in indices], dtype=np.int64)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"index {indices} of a set of {len(self)} samples")

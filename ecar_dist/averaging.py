@@ -1,9 +1,10 @@
 """The mathematics of EMA: decay rules, and post-hoc EMA.
 
 After every step an EMA becomes beta * EMA + (1 - beta) * weights. So it is a weighted sum of the weights of all steps
-so far; the coefficients are its `profile`. A linear combination of stored EMAs has the same combination of their
-profiles. Post-hoc EMA approximates an EMA that was not stored by the combination with the nearest profile (Karras et
-al., "Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3 and appendix C).
+so far; the coefficients are its `profile`. The profile of a linear combination of stored EMAs is the same combination
+of their profiles. Post-hoc EMA approximates an EMA that was not stored, using the combination with the nearest profile
+(Karras et al., "Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3 and
+appendix C).
 
 Two things differ from the paper. Profiles are those of the discrete updates, not of their continuous limit. The
 coefficients sum to one, so that a weight that never changed is reproduced exactly.
@@ -21,8 +22,8 @@ Array = npt.NDArray[np.float64]
 Decay = Callable[[npt.ArrayLike, float], Array]  # (samples_seen, batch) -> beta, the weight of the old EMA
 Snapshot = tuple[int, str]  # (step, name of the EMA)
 
-CHUNK_STEPS = 1 << 12  # steps of the profiles that are in memory together
-# Directions in which the snapshots differ by a smaller share are amplified noise of their fp32 storage.
+CHUNK_STEPS = 1 << 12  # steps of the profiles that are in memory at the same time
+# Along directions in which the snapshots differ by a smaller share, the fit would amplify noise of their fp32 storage.
 SMALLEST_DIRECTION = 1e-3
 
 
@@ -69,10 +70,10 @@ def profile(decay: Decay, steps: int, batch: float) -> Array:
 
 
 class _History:
-    """One EMA through a run: entry i of the profile after step n is (1 - beta_i) x beta_(i+1) x .. x beta_n."""
+    """One EMA over a run: entry i of the profile after step n is (1 - beta_i) x beta_(i+1) x .. x beta_n."""
 
     def __init__(self, decay: Decay, steps: int, batch: float) -> None:
-        # Products as differences of sums of logarithms.
+        # Products are differences of cumulative sums of logarithms.
         beta = decay(batch * np.arange(1.0, steps + 1.0), batch)
         self._added = np.concatenate(([1.0], 1.0 - beta))
         kept = np.maximum(beta, np.finfo(np.float64).tiny)  # log 0 would make differences NaN
@@ -92,7 +93,7 @@ class _History:
 class PosthocFit:
     """The combination of snapshots that approximates an EMA.
 
-    coefficients: of the snapshots; they sum to one.
+    coefficients: one for each snapshot; they sum to one.
     residual: L2 distance of the two profiles, divided by the L2 norm of the target's.
     """
 
@@ -107,7 +108,7 @@ def fit(
 
     Arguments:
         snapshots: the stored ones, each once; at least one.
-        decays: of the EMAs they are snapshots of, by name.
+        decays: decay rules of the EMAs that the snapshots are from, by name.
         target: decay of the EMA that was not stored.
         batch: samples per step.
 
@@ -127,7 +128,7 @@ def fit(
         rows = np.stack([*columns, target_history.profile(step, start, stop)], axis=1)  # [steps, snapshots + 1]
         triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"))
 
-    # The last column is the target: what the others cannot reach of it is the residual.
+    # The last column is the target. The residual is the part of it that the other columns cannot reach.
     coefficients = _sum_to_one_least_squares(triangle[:, :-1], triangle[:, -1])
     distance = np.linalg.norm(triangle[:, :-1] @ coefficients - triangle[:, -1])
     named = dict(zip(snapshots, coefficients.tolist(), strict=True))
@@ -136,7 +137,8 @@ def fit(
 
 def _sum_to_one_least_squares(columns: Array, target: Array) -> Array:
     """Least squares under the constraint that the coefficients sum to one."""
-    # Substitute: 1 - sum of the others for the nearest column, free coefficients for the differences to it.
+    # Substitution: the nearest column has the coefficient 1 - sum of the others. The others are free, and multiply the
+    # differences from the nearest column.
     nearest = int(np.argmin(np.linalg.norm(columns - target[:, None], axis=0)))
     differences = np.delete(columns, nearest, axis=1) - columns[:, [nearest]]
 

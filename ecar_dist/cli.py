@@ -36,11 +36,11 @@ def entry() -> NoReturn:
     """The console script: run `main`, then exit without the teardown of the interpreter.
 
     When the work of a rank is done and on disk, the teardown of communication threads can still abort the process
-    (SIGABRT, about once in 15 CPU runs), and the launcher would report that the whole job failed.
+    (SIGABRT, about once in 15 CPU runs), and the launcher would report that the entire job failed.
     """
     status = main()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more; the work is done
+        with contextlib.suppress(OSError):  # the reader has ended; the work is done
             stream.flush()
     os._exit(status)
 

@@ -19,8 +19,8 @@ from ecar_dist.storage.untrusted import printable
 EX_TEMPFAIL = 75  # stopped early, nothing lost: run the same command again
 EX_FRUITLESS = 93  # failed repeatedly without progress: do not requeue
 EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-LARGEST_COUNT = 2**31 - 1  # of a number on the command line: it fits the integers of every library
-LONGEST_LINE = 4_000  # characters of an error message: a command to repeat may hold several paths
+LARGEST_COUNT = 2**31 - 1  # for a number on the command line: it fits the integers of every library
+LONGEST_LINE = 4_000  # characters of an error message: a command to repeat may contain several paths
 EXAMPLES_TITLE = "examples:\n"
 EX_BROKEN_PIPE = 141  # 128 + SIGPIPE: the command may not have finished
 
@@ -45,7 +45,7 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> float:
-    """A finite number from 0 on, for argparse."""
+    """A finite number of at least 0, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -101,12 +101,12 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Lines that are commands stay as they are, to be copied."""
+        """Lines that are commands are not wrapped, so that they can be copied."""
         return text if text.startswith(EXAMPLES_TITLE) else super()._fill_text(text, width, indent)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that repeats no secret of a URL when it refuses a word. Its subcommands have parsers of this class."""
+    """A parser whose errors do not repeat secrets in URLs. Its subcommands have parsers of this class."""
 
     def __init__(self, *, formatter_class: Any = _Help, **settings: Any) -> None:
         super().__init__(formatter_class=formatter_class, **settings)
@@ -116,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _PrintCompletion(argparse.Action):
-    """Print the completion of a shell for all commands, and exit."""
+    """Print the shell completion for all commands, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         import shtab
@@ -156,15 +156,15 @@ def say(text: str) -> None:
 
 
 def prepare_process() -> None:
-    """Called first by the console scripts: threads that sleep while they wait, files in UTF-8, open standard streams.
+    """Called first by the console scripts: makes threads sleep while they wait, files UTF-8 and standard streams open.
 
-    Threads of OpenMP spin while they wait, by default. On a machine with other work they then take many times the CPU
+    By default, OpenMP threads spin while they wait. On a machine with other work, they then take many times the CPU
     time of one thread, and are slower (docs/training.md). The library reads the variable when torch is imported.
 
     Libraries read their files in the encoding of the locale, which is ASCII under `LC_ALL=C` with PYTHONUTF8=0. In that
-    case the process replaces itself by the same command in Python's UTF-8 mode. A standard stream that the shell has
-    closed (`>&-`) becomes /dev/null. Otherwise the next file that is opened would get its number, and receive what is
-    printed.
+    case the process replaces itself with the same command in Python's UTF-8 mode. A standard stream that the shell has
+    closed (`>&-`) becomes /dev/null. Otherwise the next file that is opened would get its number, and receive the
+    printed output.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     other_locale = not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8")
@@ -214,7 +214,7 @@ def status_of(error: BaseException) -> int:
 
 
 def _sentence(error: OSError) -> str:
-    """The error of the system, and the fix for the most frequent ones."""
+    """The system's error message, with the fix for the most frequent errors."""
     fix = {
         errno.ENOSPC: "free space there, or give another folder",
         errno.EDQUOT: "free space there, or give another folder",

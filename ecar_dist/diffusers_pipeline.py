@@ -1,6 +1,6 @@
-"""An export as a pipeline of diffusers: `DiffusionPipeline.from_pretrained(EXPORT, trust_remote_code=True)`.
+"""An export as a diffusers pipeline: `DiffusionPipeline.from_pretrained(EXPORT, trust_remote_code=True)`.
 
-The `pipeline.py` that stands in each export imports this class, so ecar_dist has to be installed.
+The `pipeline.py` in each export imports this class, so ecar_dist has to be installed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class EcarPipeline(DiffusionPipeline):
 
     @property
     def _name_or_path(self) -> str:
-        """What `from_pretrained` was given."""
-        config: Any = self.config  # type: ignore[attr-defined]  # of ConfigMixin, which finds it when it is asked
+        """The argument of `from_pretrained`."""
+        config: Any = self.config  # type: ignore[attr-defined]  # ConfigMixin finds it on access
         return str(config._name_or_path)
 
     @property
@@ -57,7 +57,7 @@ class EcarPipeline(DiffusionPipeline):
         """Draw images.
 
         class_labels: class numbers or names, or None for the unconditional model.
-        num_images: over the labels in turn; one for each label by default.
+        num_images: number of images, cycling through the labels; one for each label by default.
         settings: as for `Model.sample`, e.g. guidance_scale=3.
 
         Returns an ImagePipelineOutput, or a tuple without `return_dict`.

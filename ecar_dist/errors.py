@@ -1,4 +1,4 @@
-"""The errors a user can fix. Each message is one line: what was got, the rule with its numbers, the fix."""
+"""The errors that a user can fix. Each message is one line: what was found, the rule with its numbers, the fix."""
 
 
 class EcarError(Exception):
@@ -14,15 +14,15 @@ class DataError(EcarError):
 
 
 class CheckpointError(EcarError):
-    """A checkpoint is missing, damaged, or belongs to another model."""
+    """A checkpoint is missing, damaged, or belongs to a different model."""
 
 
 class TrainingError(EcarError):
-    """A run did not do what was asked of it."""
+    """A run did not do what it was asked to do."""
 
 
 class FruitlessError(EcarError):
-    """The run fails again and again without progress: exit status 93, which tells a scheduler not to requeue."""
+    """The run fails repeatedly without progress: exit status 93, which tells a scheduler not to requeue."""
 
 
 class NodeError(EcarError):

@@ -8,7 +8,7 @@ ECAR_FAILPOINT has one or more points, separated by commas: `SITE[:rank=R][:step
     hang       sleep for ever                   eio        OSError, input/output error
     gil        the same, holding Python's lock  delay=SEC  sleep
     nan        nothing here: the caller sets its numbers to NaN
-    burn=SEC   compute for so many seconds of CPU time
+    burn=SEC   compute for SEC seconds of CPU time
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def faults_on_purpose() -> str | None:
                 f"ECAR_FAILPOINT: {point!r} is not SITE[:rank=R][:step=S][:nth=N]:ACTION with one of the actions "
                 f"{', '.join(ACTIONS)}; fix it, or unset it"
             )
-    return f"warning: faults will strike in this run on purpose (ECAR_FAILPOINT={points}); unset it to train"
+    return f"warning: this run injects faults on purpose (ECAR_FAILPOINT={points}); unset it to train"
 
 
 def failpoint(site: str, step: int | None = None) -> bool:
-    """Do what ECAR_FAILPOINT says for `site`. True if its action is `nan`, which the caller does."""
+    """Run the action of ECAR_FAILPOINT for `site`. True if the action is `nan`, which the caller must apply."""
     points = os.environ.get("ECAR_FAILPOINT")
     if not points:
         return False
@@ -76,7 +76,7 @@ def _strike(action: str, site: str) -> bool:
     elif name == "hang":
         _sleep_for_ever()
     elif name == "gil":
-        ctypes.PyDLL(None).pause()  # a PyDLL call keeps the lock, so no thread of this process runs on
+        ctypes.PyDLL(None).pause()  # a PyDLL call keeps the lock, so no thread of this process can run
     elif name in ("enospc", "eio"):
         number = errno.ENOSPC if name == "enospc" else errno.EIO
         raise OSError(number, os.strerror(number), site)

@@ -1,6 +1,6 @@
 """The learning rate as a function of samples seen. To add a schedule, add an entry to SCHEDULES.
 
-Plain arithmetic on the `optim` section of the config, which reads the names of the schedules.
+Plain arithmetic on the `optim` section of the config, which takes the names of the schedules from here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class OptimSettings(Protocol):
-    """What a schedule may read of the config's `optim` section."""
+    """The fields of the config's `optim` section that a schedule may read."""
 
     @property
     def schedule(self) -> str: ...
@@ -44,7 +44,7 @@ def constant(optim: OptimSettings, samples_seen: int, total_samples: int) -> flo
 def cosine(optim: OptimSettings, samples_seen: int, total_samples: int) -> float:
     """Half a cosine from the peak at the end of the warm-up to the final rate."""
     peak, final = optim.learning_rate, optim.final_learning_rate
-    # 0 at the end of the warm-up, 1 at the end of the run, also for a run that was made shorter.
+    # 0 at the end of the warm-up, 1 at the end of the run, even if the run was shortened.
     done = (samples_seen - optim.warmup_samples) / max(1, total_samples - optim.warmup_samples)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
@@ -52,12 +52,12 @@ def cosine(optim: OptimSettings, samples_seen: int, total_samples: int) -> float
 def cooldown(optim: OptimSettings, samples_seen: int, total_samples: int) -> float:
     """Constant, then linear to the final rate over the last `cooldown_samples`."""
     peak, final = optim.learning_rate, optim.final_learning_rate
-    # 1 where the cooldown begins, 0 at the end of the run; more than 1 before it.
+    # 1 at the start of the cooldown, 0 at the end of the run; more than 1 before the cooldown.
     left = max(0.0, (total_samples - samples_seen) / optim.cooldown_samples)
     return final + (peak - final) * min(1.0, left)
 
 
-# (the config's optim section, samples seen, samples of the whole run) -> rate, from the end of the warm-up on
+# (the config's optim section, samples seen, total samples of the run) -> rate, from the end of the warm-up on
 SCHEDULES: dict[str, Callable[[OptimSettings, int, int], float]] = {
     "constant": constant,
     "cosine": cosine,

@@ -1,6 +1,6 @@
 """Files that come with the package: the job scripts of slurm/ and the example configs of configs/.
 
-In the repository `ecar_dist/shipped/` has links to these folders at the top; in a wheel it has copies of them.
+In the repository, `ecar_dist/shipped/` has links to these top-level folders; in a wheel, it has copies of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def package_folder(name: str) -> Path:
 
 
 def copy_package_folder(name: str, out: Path) -> list[Path]:
-    """Copy the files of SLURM or CONFIGS to the folder `out`, to be changed there; returns the copies.
+    """Copy the files of SLURM or CONFIGS to the folder `out`, to be edited there; returns the copies.
 
-    A file that exists is not replaced. Raises ConfigError if that is the case, or if nothing can be written there.
+    Existing files are not replaced. Raises ConfigError if there are any, or if the folder cannot be written.
     """
     files = sorted(path for path in package_folder(name).iterdir() if path.is_file())
     taken = [path.name for path in files if (out / path.name).exists()]
     if taken:
-        raise ConfigError(f"{out} has {', '.join(taken)} already; choose another folder, or remove them")
+        raise ConfigError(f"{out} already has {', '.join(taken)}; choose another folder, or remove them")
     try:
         out.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copy(path, out / path.name)) for path in files]

@@ -1,7 +1,7 @@
 """Random numbers that are a pure function of (seed, position, purpose, stream, element).
 
-Every sample of the run has a position: 0, 1, 2, ... What is drawn for it does not depend on rank, micro-batch or
-history. So a checkpoint holds no generator state, and any number of ranks sees the same noise.
+Every sample of the run has a position: 0, 1, 2, ... The numbers drawn for it do not depend on rank, micro-batch or
+history. So a checkpoint contains no generator state, and any number of ranks sees the same noise.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in
 int64 tensor operations, which give the same words on every device. Its key is the seed, its counter is (block of
@@ -27,7 +27,7 @@ _ROUNDS = 10
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. The numbers decide what a run draws: never reuse or renumber one."""
+    """The purpose of a draw. Its number determines the random numbers of a run: never reuse or renumber one."""
 
     POSTERIOR = 1  # the sample of the autoencoder's posterior
     NOISE = 2  # the noise field of each stage
@@ -42,7 +42,7 @@ class Purpose(enum.IntEnum):
     GENERATE_JUMP = 17  # sampling: renoising at a stage jump
     GENERATE_CONTEXT = 18  # sampling: noise on the fed-back state
     GENERATE_ORDER = 19  # sampling: the order in which tokens are drawn
-    GENERATE_CODE = 20  # sampling: which code a token is
+    GENERATE_CODE = 20  # sampling: which code a token gets
     CODEBOOK = 21  # fitting a codebook: the first codes, and those that replace dead ones
 
 
@@ -84,13 +84,13 @@ def draw_all(seed: int, positions: torch.Tensor, draws: Sequence[Draw]) -> list[
     One pass of the generator makes all of them, because its cost on a GPU is that of launching its many small kernels.
     Each draw gets the numbers that it would get alone.
     """
-    # The normal ones side by side, then the uniform ones.
+    # First all normal draws, then the uniform ones.
     ordered = sorted(draws, key=lambda draw: not draw.is_normal)
     unit = _to_unit(_words(seed, positions, tuple(ordered)))  # [B, 4 N]
     normals = 4 * sum(_blocks(draw) for draw in draws if draw.is_normal)
     numbers = torch.cat((_box_muller(unit[:, :normals]), unit[:, normals:]), dim=1) if normals else unit
 
-    # Cut apart: the last block of a draw may hold more numbers than it needs.
+    # Split them. The last block of a draw may contain more numbers than it needs.
     found = {}
     start = 0
     for draw in ordered:
@@ -115,7 +115,7 @@ def normal(
 
 
 def _blocks(draw: Draw) -> int:
-    """Counters that a draw takes for each position: four words come from each."""
+    """The number of counters that a draw needs for each position. Each counter gives four words."""
     return -(-math.prod(draw.shape) // 4)
 
 
@@ -134,8 +134,8 @@ def _words(seed: int, positions: torch.Tensor, draws: tuple[Draw, ...]) -> torch
 @functools.lru_cache(maxsize=64)
 def _draw_counters(draws: tuple[Draw, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of each block within its draw, and the purpose and stream of the draw: int64 [1, N] each."""
-    with torch.inference_mode(False):  # counters first met while sampling must serve training too
-        # Made on the device: the host would wait for a copy.
+    with torch.inference_mode(False):  # counters first made while sampling must work in training too
+        # Created on the device: the host would have to wait for a copy.
         blocks = [torch.arange(_blocks(draw), device=device) for draw in draws]
         purposes = [
             torch.full((_blocks(draw),), int(draw.purpose) | draw.stream << 16, device=device) for draw in draws
