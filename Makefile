@@ -19,16 +19,16 @@ demo: $(STAMP)
 demo-emoji: $(STAMP)
 	VENV=$(VENV) bash demo.sh emoji
 
-# Whole files on two workers; the tests on a real Slurm after them. Beside them, on two cores, both take longer.
+# Two workers run complete test files. The tests on a real Slurm follow: run together on two cores, both take longer.
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 	$(VENV)/bin/python -m pytest -m slurm tests/slurm
 
-# The tests on a real Slurm alone, one line each: a throw-away cluster of ten nodes on this machine.
+# Only the tests on a real Slurm, one line each: a throw-away cluster of ten nodes on this machine.
 test-slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest -vv --durations=10 -m slurm tests/slurm
 
-# Hostile and damaged inputs, the long form: FUZZ_CASES of each family, each cause of failure once at the end.
+# Hostile and damaged inputs, the long form: FUZZ_CASES cases of each family. Each cause of failure is listed once.
 FUZZ_CASES ?= 20000
 fuzz: $(STAMP)
 	rm -f fuzz.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on real images: shard, autoencoder, latents, training on two ranks, samples, scores.
-# `bash demo.sh` takes handwritten digits and writes demo/; `bash demo.sh emoji` takes pictures in colour, demo/emoji/.
-# A step whose result stands is not done again, so the same command goes on where it was stopped.
+# The complete path on real images: shard, autoencoder, latents, training on two ranks, samples, scores.
+# `bash demo.sh` uses handwritten digits and writes demo/; `bash demo.sh emoji` uses colour pictures, demo/emoji/.
+# A step whose result exists is skipped, so the same command continues where it was stopped.
 set -euo pipefail
 
 PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
@@ -13,7 +13,7 @@ case $DEMO in
 esac
 CONFIG=configs/${DEMO}_cpu.yaml
 RUN=$OUT/runs/$DEMO
-# Two ranks on CPU; on a machine with GPUs one rank a GPU, two at most, with NCCL and bf16.
+# Two ranks on CPU. On a machine with GPUs: one rank per GPU, at most two, with NCCL and bf16.
 RANKS=$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')
 number=0
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -22,7 +22,7 @@ step() { # step NAME DONE_FILE COMMAND...
   number=$((number + 1))
   printf '\n[%d/%d] %s (%dm%02ds so far)\n' "$number" "$STEPS" "$1" $((SECONDS / 60)) $((SECONDS % 60))
   if [ -e "$2" ]; then
-    echo "stands already: $2"
+    echo "already exists: $2"
     return
   fi
   local began=$SECONDS
@@ -69,8 +69,8 @@ emoji() {
 
 "$DEMO"
 
-# What the documentation quotes: after a run from the beginning, docs/demo_result.json is this file of the digits, and
-# docs/demo_emoji_result.json that of the emoji (tests/test_docs.py).
+# The numbers that the documentation quotes. docs/demo_result.json is this file after a full run on the digits, and
+# docs/demo_emoji_result.json after one on the emoji (tests/test_docs.py).
 python - $RUN $OUT >$OUT/result.json <<'PYTHON'
 import csv, datetime, json, os, platform, sys
 from importlib.metadata import version
