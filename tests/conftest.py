@@ -13,14 +13,14 @@ import yaml
 from data_tools.cli import main as ecar_data
 from tests.fork_server import run_ranks
 
-# Read when torch is imported. The scoring classifier trains on two threads whatever the environment says, and threads
-# that spin while they wait take several times the CPU seconds where other tests run beside it.
+# These are read when torch is imported. The scoring classifier trains on two threads whatever the environment says, and
+# threads that spin while they wait take several times the CPU seconds if other tests run at the same time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train on several ranks first: the short ones then fill what is left of two workers' time."""
+    """Files that train on several ranks run first. The short ones then fill the remaining time of the two workers."""
     items.sort(key=lambda item: "train" not in item.path.parts)
 
 

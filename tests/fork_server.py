@@ -1,6 +1,6 @@
-"""One fork server for all tests: it imports once what its children would each import for seconds.
+"""One fork server for all tests: it imports once what would take each of its children seconds to import.
 
-A fork server has one list of what it imports, read when the first child starts, so the list is here.
+A fork server has one list of imports, read when the first child starts, so the list is here.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "s3fs",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch._inductor: else each engine imports them
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch._inductor: otherwise each engine imports them
         "tests.probed_deepspeed",
         "ecar_dist.plan.report",
         "ecar_dist.sample.preview",
@@ -38,7 +38,7 @@ GRACE = 20.0  # seconds for the other ranks to end by themselves once one has fa
 
 
 class Forked:
-    """`ecar-dist WORDS` in a fork of the server, with the caller's environment, folder and mask, and more variables."""
+    """`ecar-dist WORDS` in a fork of the server, with the caller's environment, folder and umask, plus `more`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Forked:
         before: Callable[[], None] | None = None,
         main: Callable[[], object] = entry,
     ) -> None:
-        """`before`, a function of a module, is called in the fork ahead of the command; `main` in its place."""
+        """`before`, a module-level function, is called in the fork before the command; `main` instead of it."""
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         for name in STREAMS:
             (Path(self._folder.name) / name).touch()
@@ -60,11 +60,11 @@ class Forked:
         self.process.start()
 
     def text(self) -> str:
-        """What it has said so far, on both streams."""
+        """Its output so far, from both streams."""
         return "".join((Path(self._folder.name) / name).read_text(errors="replace") for name in STREAMS)
 
     def end(self) -> subprocess.CompletedProcess[str]:
-        """What it left; it is killed where it has not ended."""
+        """Its exit status and output. It is killed if it has not ended."""
         self.process.kill()
         self.process.join()
         said = [(Path(self._folder.name) / name).read_text(errors="replace") for name in STREAMS]
@@ -75,7 +75,7 @@ class Forked:
 def run_forked(
     *words: str, timeout: float = 120, more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """One process without a launcher, to its end."""
+    """Run one process without a launcher, to its end."""
     forked = Forked(words, more)
     forked.process.join(timeout)
     return forked.end()
@@ -91,7 +91,7 @@ def run_ranks(
     before: Callable[[], None] | None = None,
     main: Callable[[], object] = entry,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`fork_ranks`, to their end."""
+    """Run the ranks of `fork_ranks` to their end."""
     ranks = fork_ranks(count, port, *words, each=each, more=more, before=before, main=main)
     _wait([rank.process for rank in ranks], time.monotonic() + timeout)
     return [rank.end() for rank in ranks]
@@ -108,7 +108,7 @@ def fork_ranks(
 ) -> list[Forked]:
     """Start the ranks of one world, with the variables that torchrun would give them.
 
-    `each` and `more` hold further words and further variables of some of the ranks; `before` and `main` as in `Forked`.
+    `each` and `more` add words and variables for some of the ranks; `before` and `main` are as in `Forked`.
     """
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -120,7 +120,7 @@ def fork_ranks(
 
 
 def _wait(ranks: Sequence[BaseProcess], until: float) -> None:
-    """Until all have ended, or GRACE after one has failed."""
+    """Wait until all have ended, or until GRACE after one has failed."""
     while alive := [rank.sentinel for rank in ranks if rank.exitcode is None]:
         if any(rank.exitcode for rank in ranks):
             until = min(until, time.monotonic() + GRACE)

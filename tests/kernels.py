@@ -1,10 +1,10 @@
-"""Counts what a computation launches."""
+"""Counts the kernels that a computation launches."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Kernels(TorchDispatchMode):
-    """Operations that compute, while it is entered: views are no kernels."""
+    """Counts the operations that compute while it is active. Views are not kernels."""
 
     count = 0
 

@@ -1,7 +1,7 @@
 """Random mutants of the core, and how many the tests kill: `python -m tests.mutants [--count 40] [--seed 0]`.
 
 A mutant is one changed operator, condition or number. Each is written into a copy of the tree, and the tests of its
-room run there until the first one fails. Survivors are listed: some change nothing, the others want a test.
+room run there until the first one fails. Survivors are listed: some change nothing, the others need a test.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 420  # for the tests of one mutant; a mutant that hangs is a dead one
-HANGS = f"no end in {SECONDS} s"
+SECONDS = 420  # for the tests of one mutant; a mutant that hangs counts as killed
+HANGS = f"a timeout of {SECONDS} s"
 SWAPPED = {
     ast.Lt: "<=",
     ast.LtE: "<",
@@ -36,7 +36,7 @@ SWAPPED = {
 }
 SHARD = ["tests/data/shards/test_read.py", "tests/data/shards/test_damage.py", "tests/data/test_corruptions.py"]
 CHECKPOINT = [f"tests/runtime/checkpoint/test_{part}.py" for part in ("store", "overlap", "names", "retention", "room")]
-# The core, by room, with the tests that are to notice a change in it.
+# The core, by room, with the tests that should notice a change in it.
 CORE = {
     "ecar_dist/flow/*.py": ["tests/flow", "tests/train/test_objective.py", "tests/sample"],
     "ecar_dist/rng.py": ["tests/test_rng.py", "tests/flow"],
@@ -91,7 +91,7 @@ def on_one_line(node):
 
 
 def between(lines, left, right, text):
-    """The operator between two operands that stand on one line."""
+    """The operator between two operands that are on one line."""
     gap = lines[left.end_lineno - 1].encode()[left.end_col_offset : right.col_offset].decode()
     if left.end_lineno == right.lineno and gap.replace("(", "").replace(")", "").strip():
         open_, close = gap.count("(") * "(", gap.count(")") * ")"
@@ -118,7 +118,7 @@ def first_failure(tree, tests):
     """The first test that fails in a copy of the tree, None if all pass, HANGS if they do not end."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "not slurm", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    with tempfile.TemporaryFile("w+") as output:  # not a pipe: it would stay open while a server of a test lives
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: it would stay open as long as a server of a test runs
         streams = {"stdout": output, "stderr": subprocess.STDOUT}
         try:
             status = subprocess.run(command, cwd=tree, env=environment, timeout=SECONDS, **streams).returncode
@@ -142,7 +142,7 @@ def killer(tree, mutant):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="number of mutants (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice among all places (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice among all places (default: 0)")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     options = parser.parse_args()
 

@@ -1,6 +1,7 @@
 """A stand-in for a GPU: tensors "on" it are computed on the CPU, and what a GPU would refuse is refused.
 
-So a test sees that code follows a device without having one. The numbers are the CPU's to the bit, gradients included.
+So a test can check that code stays on a device without having one. The numbers are bit-identical to the CPU's,
+including gradients.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ DEVICE = torch.device("lazy")
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is on DEVICE; `values_here` has its numbers."""
+    """A tensor that reports DEVICE as its device; `values_here` has its numbers."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -32,10 +33,10 @@ class OnDevice(torch.Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """Within it DEVICE exists.
+    """DEVICE exists while it is active.
 
     on_host: calls of each operation whose tensors were all on the CPU, by name.
-    to_host: bytes copied to the host, without the numbers that were read one by one.
+    to_host: bytes copied to the host, not counting numbers that were read one by one.
     """
 
     def __init__(self):
@@ -49,7 +50,7 @@ class PretendDevice(TorchDispatchMode):
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         on_device = [isinstance(one, OnDevice) for one in tensors]
 
-        # Where the result is: at the device that is asked for, else with the arguments. Only copies cross.
+        # Where the result is: on the requested device, else with the arguments. Only copies move between devices.
         target = kwargs.get("device")
         there = torch.device(target) == DEVICE if target is not None else any(on_device[:1] or on_device)
         if name in ("_to_copy", "copy_"):

@@ -1,4 +1,4 @@
-"""The Python interface: what a notebook does, and that it does what the command line does."""
+"""The Python interface: what a notebook uses, and that it gives the same results as the command line."""
 
 import subprocess
 import sys
@@ -123,7 +123,7 @@ def test_fit_reports_what_is_wrong(tree, tmp_path, monkeypatch):
     tree["data"]["latents"] = str(tmp_path / "nothing")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
 
-    # The command itself, without the seconds that its start takes.
+    # In place of the command itself, which takes seconds to start.
     def run(command):
         assert command[-2:] == ["train", str(tmp_path / "mine.yaml")]
         return 1, "nothing/manifest.json does not exist"
@@ -143,7 +143,7 @@ def test_the_output_of_a_process_is_printed(capfd):
 
 
 def test_names_are_known_to_a_type_checker():
-    """mypy reads the package file, which imports the names for it alone."""
+    """mypy reads the package file, which imports the names only for type checkers."""
     text = Path(ecar_dist.__file__).read_text()
     assert "from ecar_dist.api import Dataset, Model, fit, load" in text
 

@@ -26,7 +26,7 @@ def power(sigma_rel):
 
 
 def track(decay, trajectory):
-    """The average after every step, by the update itself; `trajectory` [steps + 1, weights] begins with the start."""
+    """The average after every step, by the update rule; `trajectory` [steps + 1, weights] begins with the start."""
     averages = [trajectory[0]]
     for step, weights in enumerate(trajectory[1:], start=1):
         beta = decay(step * BATCH, BATCH)
@@ -79,7 +79,7 @@ def test_the_profile_has_the_width_it_is_named_by(sigma_rel):
 
 @pytest.mark.parametrize("decay", [half_life(300), half_life(10**9, 0.05), half_life(300, 1e-4), power(0.1)])
 def test_a_profile_is_what_the_updates_do(decay):
-    """Decays that are exactly 0 among them: a half-life of 1e-4 x samples_seen forgets all, and so underflows."""
+    """Also with decays that are exactly 0: a half-life of 1e-4 x samples_seen forgets all, and so underflows."""
     trajectory = random_walk(200)
     tracked = track(decay, trajectory)
     for steps in (1, 2, 77, 200):
@@ -113,7 +113,7 @@ def reconstruct(every, target, tracked=TRACKED):
 
 @pytest.mark.parametrize("samples", [1500, 2000, 8000])
 def test_a_half_life_that_nobody_kept(samples):
-    """From two others at 20 steps: residuals of 2e-3 and errors of 2e-5 are measured."""
+    """From two others at 20 steps. Measured residuals are 2e-3, and errors 2e-5."""
     result, seen = reconstruct(STEPS // 20, half_life(samples))
     assert result.residual < 4e-3
     assert seen < 1e-4

@@ -1,4 +1,4 @@
-"""A bucket of images to a trained run, as a user does it: index, encode by two tasks, push, train from the URL."""
+"""From a bucket of images to a trained run, as a user does it: index, encode in two tasks, push, train from the URL."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def bucket(object_store, tmp_path):
 
 
 def prepare(bucket, folder):
-    """index, encode in two tasks, finalize, push; the URL of the latents."""
+    """index, encode in two tasks, finalize, push; returns the URL of the latents."""
     index, latents = str(folder / "index"), str(folder / "latents")
     assert ecar_data(["index", f"{bucket.url}/images/train-{{000..001}}.tar", index]) == 0
     for task in ("0", "1"):
@@ -77,7 +77,7 @@ def test_from_a_bucket_of_tars_to_a_run_that_streams(bucket, tree, write_config,
 
 
 def test_a_run_keeps_its_checkpoints_in_a_bucket(object_store, write_config, tmp_path, capsys):
-    """Saved through trouble, resumed by more ranks, read by every command that reads a run."""
+    """Saved despite errors of the store, resumed by more ranks, read by every command that reads a run."""
     config, there = write_config(), f"checkpoint.dir={object_store.url}/checkpoints"
     local = train_on_ranks(1, config, "run.name=local")
     object_store.break_on({"kind": "status", "status": 503, "method": "PUT", "times": 3})
@@ -118,7 +118,7 @@ def test_a_stop_signal_ends_a_run_that_waits_for_data(bucket, tree, write_config
 
 
 def test_each_node_downloads_its_own_lanes_only(bucket, tmp_path):
-    """Two nodes of one rank each, a cache each: together little more than the set, not twice the set."""
+    """Two nodes with one rank and one cache each download little more than the set together, not twice the set."""
     url = prepare(bucket, tmp_path)
     bucket.break_on()
     needed = sum(entry.bytes for entry in load_manifest(url).shards)

@@ -1,4 +1,4 @@
-"""`ecar-dist` as a user meets it: what works, and one line with the fix for what does not."""
+"""`ecar-dist` as a user sees it: what works, and one line with the fix for what does not."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from tests.fork_server import run_forked
 
 
 def fails(capsys, *arguments, status=1):
-    """Run a command that must fail; returns its one line. Training gets a process of its own, as it has in life."""
+    """Run a command that must fail; returns its one error line. Training runs in its own process, as in real use."""
     command = [str(argument) for argument in arguments]
     if command[0] == "train":
         done = run_forked(*command)
@@ -128,9 +128,9 @@ def test_a_finished_run_is_done_when_run_again(trained):
 
 
 def test_one_process_needs_no_port(write_config):
-    """Two single-process runs on one machine must not meet on the default port, nor mind a closed stdout."""
+    """Two single-process runs on one machine must not share the default port. A closed stdout does no harm."""
     with socket.socket() as taken:
-        with contextlib.suppress(OSError):  # somebody else has it: just as well
+        with contextlib.suppress(OSError):  # if another process has it, that is fine too
             taken.bind(("127.0.0.1", 29500))
             taken.listen()
         command = [sys.executable, "-m", "ecar_dist", "train", str(write_config()), "train.total_samples=16"]
@@ -158,7 +158,7 @@ def test_a_grid_stays_small_whatever_is_drawn(trained, tmp_path, monkeypatch):
     options = ["--count", "40", "--batch-size", "16", "--out", str(tmp_path / "many")]
     assert main(["sample", str(trained[1]), *options]) == 0
     assert len(list((tmp_path / "many/images").iterdir())) == 40
-    side, margin = 64, 2  # classes 0 to 2 alone, two of each; the same three in the strip
+    side, margin = 64, 2  # only classes 0 to 2, two of each; the same three in the strip
     assert Image.open(tmp_path / "many/grid.png").size == (
         margin + 3 * (side + margin),
         14 + margin + 2 * (side + margin),
@@ -212,7 +212,7 @@ def test_evaluate_writes_scores(trained, quick_classifier, tmp_path):
     assert main(["evaluate", str(run), "--count", "128", *more]) == 0
     near = np.asarray(Image.open(tmp_path / "near.png"))
     assert near.shape[0] == 14 + 2 + 4 * (64 + 2)  # a sample and three training images, under the names
-    assert near.shape[1] > 2 + 10 * (64 + 2)  # all classes, also with fewer samples than training images
+    assert near.shape[1] > 2 + 10 * (64 + 2)  # all classes, even with fewer samples than training images
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["FD-digits"] > scores["FD-digits real-vs-real floor"] > 0
     assert 0 <= scores["class accuracy"] < 0.9 < scores["class accuracy real heldout"]

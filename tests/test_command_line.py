@@ -19,7 +19,7 @@ from ecar_dist.storage.atomic import write_json
 
 @pytest.fixture
 def no_file_over_4_kib(monkeypatch):
-    """What a full disk does to a write through an open file: it fails, and the error names no file."""
+    """Like a full disk: a write to an open file fails, and the error names no file."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # bytecode would be cut to 4 KiB, and kept
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -168,7 +168,7 @@ LOCALES = {"LC_ALL": "POSIX", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCA
 
 @pytest.mark.parametrize("program", ["ecar_dist", "data_tools"])
 def test_a_locale_without_utf8_reads_files_as_utf8_all_the_same(program):
-    """In this process: a launcher waits for it, and signals it."""
+    """In the same process: a launcher waits for it, and signals it."""
     script = (
         f"import sys, os, subprocess; from {program}.cli import main; sys.argv[1:] = ['--help']\n"
         "print(os.getpid(), sys.flags.utf8_mode, flush=True); main()"

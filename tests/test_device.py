@@ -1,7 +1,7 @@
 """What must be equal on every device: random numbers, the objective and its gradients, samples, refused steps, resume.
 
 `ECAR_TEST_DEVICE=cuda` compares a GPU with the CPU. By default the CPU is compared with itself, which keeps these tests
-alive: only those of refused steps and of resume can find a fault then.
+working. Only those of refused steps and of resume can then find a fault.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 CPU, DEVICE = torch.device("cpu"), torch.device(os.environ.get("ECAR_TEST_DEVICE", "cpu"))
 BATCH, CHANNELS, SIDE, CLASSES = 4, 4, 8, 10
-ROUNDING = 1e-4  # relative, in L2: fp32, sums in another order
+ROUNDING = 1e-4  # relative, in L2: fp32, sums in a different order
 
 
 def make_config(kind="ecar", **sections):
@@ -77,7 +77,7 @@ def distance(found, expected):
 
 
 def test_random_numbers_are_those_of_the_cpu():
-    """The words bit for bit, and so the uniform numbers; normal ones as far as log, sine and cosine are."""
+    """The words are equal bit for bit, and so are uniform numbers; normal ones as far as log, sine and cosine are."""
     positions = torch.tensor([0, 1, 77, 2**31, 2**40 + 5])
     for purpose, stream in ((Purpose.NOISE, 0), (Purpose.TIME, 2)):
         draws = [uniform(7, positions.to(device), purpose, (4, 33), stream=stream).cpu() for device in (CPU, DEVICE)]
@@ -114,7 +114,7 @@ def test_samples_are_those_of_the_cpu(kind):
 
 
 def report_steps():
-    """The main of a process of its own, with a world: writes what its steps did to the file that is its argument."""
+    """The main of a separate process with a world: writes what its steps did to the file given as its argument."""
     from synthetic_run import write_latents
 
     path = Path(sys.argv[1])
@@ -128,7 +128,7 @@ def report_steps():
 
 
 def refuse_a_step(world, zero_stage):
-    """A good step, one with a NaN, a good one: whether each was applied, and whether it moved weights or moments."""
+    """A good step, one with a NaN, a good one: was each applied, and did it move weights or moments?"""
     config = make_config(deepspeed={"zero_stage": zero_stage})
     engine = build_engine(config, lambda values, _: values, world, config.precision_on(world.device.type))
 
@@ -147,7 +147,7 @@ def refuse_a_step(world, zero_stage):
 
 
 def train_to(world, folder, name, steps):
-    """The losses of a run in fp32 up to this step; it goes on from its last checkpoint."""
+    """The losses of a run in fp32 up to this step. It continues from its last checkpoint."""
     from synthetic_run import run_config
 
     sections = {"log": {"every_steps": 1, "tensorboard": False}, "deepspeed": {"precision": "fp32"}}
@@ -171,12 +171,12 @@ def steps(tmp_path_factory):
 
 
 def test_a_step_with_a_nan_moves_nothing(steps):
-    """Neither weights nor moments, bit for bit, in any ZeRO stage; the steps around it do."""
+    """Neither weights nor moments change by a bit, in any ZeRO stage. The steps before and after it move them."""
     assert steps["refusals"] == {str(zero_stage): [[True, False, True]] * 2 for zero_stage in range(4)}
 
 
 def test_the_first_loss_after_a_resume_is_equal_to_the_bit(steps):
-    """It depends on what was restored alone. Later ones also depend on the order in which the device adds."""
+    """It depends only on what was restored. Later ones also depend on the order in which the device adds."""
     assert len(steps["once"]) == 6
     assert steps["resumed"][3] == steps["once"][3]
     assert steps["resumed"] == pytest.approx(steps["once"], rel=0 if DEVICE == CPU else 1e-4, abs=0)

@@ -1,6 +1,6 @@
-"""The numbers that README.md quotes from the demo are those of docs/demo_result.json, which a real `make demo` left.
+"""The numbers that README.md quotes from the demo are those of docs/demo_result.json, which a real `make demo` wrote.
 
-docs/drills.md is held to the drills themselves by tests/drills/test_every_drill.py.
+tests/drills/test_every_drill.py compares docs/drills.md with the drills themselves.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""docs/extending.md keeps its word: its code, applied to a copy of the packages, plans, encodes, trains and samples."""
+"""The code in docs/extending.md works: applied to a copy of the packages, it plans, encodes, trains and samples."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def add_file(folder, text):
 
 
 def apply_diff(folder, text):
-    """The hunks of a diff without line numbers: the lines that they keep must stand in the file exactly once."""
+    """The hunks of a diff without line numbers: the lines that they keep must be in the file exactly once."""
     before, after, *hunks = re.split(r"^(?:---|\+\+\+|@@) ?(?:[ab]/)?", text, flags=re.MULTILINE)[1:]
     assert before == after
     path = folder / before.strip()
@@ -94,7 +94,7 @@ assert main("sample runs/tiny --count 4 --out samples".split()) == 0
 
 @pytest.fixture(scope="module")
 def latents(extended):
-    """Latents of the page's images by the page's codec, and the config of a tiny run on them with all of its parts."""
+    """Latents of the page's images from the page's codec, and the config of a tiny run that uses all of its parts."""
     run(extended, ENCODE)
     tree = {
         "run": {"name": "tiny"},

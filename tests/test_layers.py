@@ -1,4 +1,4 @@
-"""The layer rule of the code base, proven on its imports."""
+"""The layer rule of the code base, checked on its imports."""
 
 import ast
 import graphlib
@@ -27,8 +27,8 @@ LAYERS = [
     {"commands", "diffusers_pipeline"},
     {"cli", "__main__", "data_tools"},
 ]
-# The composition root: the table of model kinds lies below the configuration, which reads its names, and its functions
-# import the networks, losses and samplers above it when they are called. At their top its modules obey the layers.
+# The composition root: the table of model kinds is below the configuration, which reads its names, and its functions
+# import the networks, losses and samplers above it when they are called. The top-level imports obey the layers.
 COMPOSITION_ROOT = "kinds"
 # The one package file that is not empty: it passes on the names of ecar_dist/api.py when they are first used.
 PYTHON_INTERFACE = "ecar_dist/__init__.py"
@@ -44,7 +44,7 @@ FILES = sorted(path.relative_to(ROOT) for room in ("ecar_dist", "data_tools") fo
 
 
 def imports(path, *, deferred=True):
-    """What a file imports; without `deferred`, not what its functions and its TYPE_CHECKING block import."""
+    """What a file imports; without `deferred`, leaving out its functions and its TYPE_CHECKING block."""
     for node in nodes(ast.parse((ROOT / path).read_text()), deferred):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -81,7 +81,7 @@ def test_a_module_imports_only_lower_layers_and_its_own_room():
 
 
 def layer_faults(path):
-    """What breaks the rule in one file, a line for each."""
+    """What breaks the rule in one file, one line each."""
     room = room_of(".".join(path.with_suffix("").parts))
     level = layer_of(room)
     if str(path) == PYTHON_INTERFACE:
@@ -172,12 +172,12 @@ def test_no_long_functions():
     assert not long, "\n".join(long)
 
 
-# Who parses JSON without `storage/untrusted.py`, and why that does no harm.
+# The files that parse JSON without `storage/untrusted.py`, and why that does no harm.
 OWN_JSON = {
     "ecar_dist/storage/untrusted.py": "the one door",
     "ecar_dist/runtime/watchdog/monitor.py": "standard library only; checks its reports by hand",
-    "ecar_dist/vae/codec.py": "of a tree that the door has parsed, or of our own",
-    "ecar_dist/drills/fault_proxy.py": "what the drill itself has sent it",
+    "ecar_dist/vae/codec.py": "a tree that the door has parsed, or our own",
+    "ecar_dist/drills/fault_proxy.py": "what the drill itself has sent",
     "ecar_dist/drills/object_store.py": "what the drill's own proxy answers",
 }
 PARSERS = {"json.loads", "json.load", "json.JSONDecoder", "pydantic_core.from_json"}

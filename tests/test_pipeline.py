@@ -1,4 +1,4 @@
-"""An export as a pipeline of diffusers."""
+"""An export as a diffusers pipeline."""
 
 import numpy as np
 import pytest

@@ -31,7 +31,7 @@ def test_a_draw_depends_on_its_position_alone():
 
 
 def test_draws_made_together_are_those_made_alone_in_a_tenth_of_the_operations():
-    """Of any sizes, uniform and normal ones in any order, at positions beyond 32 bits."""
+    """Draws of any size, uniform and normal ones in any order, at positions beyond 32 bits."""
     positions = torch.tensor([0, 5, 2**32 + 7, 2**40])
     draws = [
         Draw(Purpose.TIME, (), is_normal=False),
@@ -41,7 +41,7 @@ def test_draws_made_together_are_those_made_alone_in_a_tenth_of_the_operations()
         Draw(Purpose.POSTERIOR, (6,), 1),
         Draw(Purpose.TIME, (), 2, is_normal=False),
     ]
-    draw_all(11, positions, draws)  # makes the counters, which are kept
+    draw_all(11, positions, draws)  # makes the counters, which are cached
     with Kernels() as together:
         found = draw_all(11, positions, draws)
     with Kernels() as alone:

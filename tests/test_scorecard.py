@@ -1,4 +1,4 @@
-"""docs/reliability.md names tests and drills that exist, every row of the catalogue once, and counts them right."""
+"""docs/reliability.md names tests and drills that exist, has every row of the catalogue once, and counts correctly."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ def functions_in(path):
 
 
 def wrong(proof):
-    """What a proof names and is not there; a proof that names nothing is wrong, too."""
+    """What a proof names but does not exist. A proof that names nothing is wrong, too."""
     if proof.startswith((NOT_YET, NOT_MEASURABLE)):
         named = re.findall(r"`(tests/[\w/]+\.py)`", proof)
         return [path for path in named if not (ROOT / path).exists()]

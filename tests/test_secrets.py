@@ -1,6 +1,6 @@
-"""No command prints, logs or writes down a secret of a URL, in whatever form it stands there.
+"""No command prints, logs or stores a secret of a URL, whatever its form.
 
-One file may hold it: config.yaml of the run, with which the run goes on, for the eyes of its owner alone.
+One file may contain it: config.yaml of the run, which the run needs to continue. Only its owner can read it.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ TORCH_FREE = ("check", "plan", "submit")
 
 @pytest.fixture(scope="module")
 def host():
-    """A server that refuses everything and repeats what it was asked for."""
+    """A server that refuses every request and repeats it in its answer."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -71,7 +71,7 @@ def host():
 
 
 def place(tree, key, url):
-    """The config with `url` in the place of `key`."""
+    """The config with `url` as the value of `key`."""
     tree = {name: dict(section) for name, section in tree.items()}
     section, *path = key.split(".")
     if key in ("data.images", "data.mixture"):
@@ -191,7 +191,7 @@ def test_training_that_cannot_begin_names_no_secret(make_tree, tmp_path, form, h
 
 
 def left_in(folder):
-    """All that lies there, but for the configs."""
+    """The content of all files in the folder, except the configs."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"]
     return b"".join(path.read_bytes() for path in files)
 

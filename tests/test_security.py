@@ -1,4 +1,4 @@
-"""Nothing that a user may be handed can run code, write elsewhere, or fill the memory; no secret is written down."""
+"""Nothing that a user may receive can run code, write elsewhere, or fill the memory. No secret is stored."""
 
 import ast
 import io
@@ -39,7 +39,7 @@ FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 
 class Canary:
-    """Unpickling it leaves a file."""
+    """Unpickling it creates its path."""
 
     def __init__(self, path):
         self.path = path
@@ -49,7 +49,7 @@ class Canary:
 
 
 def forbidden(tree):
-    """The calls and imports of one file that could run what it reads."""
+    """The calls and imports of one file that could execute what it reads."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
@@ -141,7 +141,7 @@ def test_what_is_pickled_in_a_tar_of_images_is_never_loaded(tmp_path):
 
 
 def test_an_array_of_objects_is_not_loaded(tmp_path):
-    """A table of images, or an array of evaluation, whose file is an object array: numpy would unpickle it."""
+    """A table of images, or an array for evaluation, whose file is an object array: numpy would unpickle it."""
     canary, file = tmp_path / "canary", io.BytesIO()
     np.save(file, np.array([Canary(canary)], dtype=object), allow_pickle=True)
     write_tar(tmp_path / "0.tar", [("a.jpg", encoded(1)), ("a.cls", b"1")])
@@ -156,7 +156,7 @@ def test_an_array_of_objects_is_not_loaded(tmp_path):
 
 
 def write_manifest_tree(path, tree):
-    """With the identity that its content has: as somebody writes who knows how."""
+    """Write it with the correct identity of its content, as a skilled attacker would."""
     del tree["dataset_id"]
     kind = manifest_module.ImageManifest
     content = {name: value for name, value in tree.items() if name != "schema"}
@@ -225,7 +225,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_json_made_to_exhaust_us_is_refused_in_one_line(tmp_path, name):
-    """The manifests of a set of latents, of images and of a checkpoint, whose hashes are right."""
+    """The manifests of a set of latents, of images and of a checkpoint, with correct hashes."""
     for kind, file, load in (
         ("ecar-latents-v1", MANIFEST_NAME, load_manifest),
         ("ecar-images-v1", MANIFEST_NAME, load_image_manifest),
@@ -261,7 +261,7 @@ def test_libraries_with_known_holes_are_not_accepted_and_what_a_run_needs_is_pin
 
 
 def test_a_checkpoint_that_is_a_pickle_is_refused_and_not_loaded(tmp_path, write_config):
-    """The hash is right, as an attacker would see to: what is no safetensors file is still not read."""
+    """The hash is correct, as an attacker would make sure. A file that is not safetensors is still not read."""
     config = write_config()
     train_on_ranks(1, config, "train.total_samples=32")
     (checkpoint,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
@@ -302,7 +302,7 @@ def test_a_command_keeps_the_rest_of_the_users_mask():
 
 
 def test_no_secret_of_the_environment_is_in_what_a_run_leaves(tmp_path, write_config):
-    """Keys come from the environment: no file and no line of a run, or of one that fails, holds them."""
+    """Keys come from the environment: no file and no line of a run, or of one that fails, contains them."""
     secrets = {"AWS_ACCESS_KEY_ID": "AKIACANARY0123456789", "AWS_SECRET_ACCESS_KEY": "canary-secret-0123456789"}
     config = write_config()
     environment = {**secrets, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}

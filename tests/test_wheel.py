@@ -1,4 +1,4 @@
-"""The wheel, in an environment of its own that has no checkout: commands work from an empty folder."""
+"""The wheel, in its own environment without a checkout: commands work from an empty folder."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def python(tmp_path_factory):
     source = folder / "source"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("NOT RUN: this is no git checkout, whose files could be copied")
+        pytest.skip("NOT RUN: this is not a git checkout, so it has no list of files to copy")
     for name in listed.stdout.splitlines():
         if name.partition("/")[0] in ("ecar_dist", "data_tools", "slurm", "configs", "pyproject.toml", "README.md"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_every_command_works_from_an_empty_folder(python, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     run = make_model_run(tmp_path)
-    # A config whose latents the commands make.
+    # A config whose latents are created by the commands.
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["data"]["latents"] = "latents"
     (empty / "mine.yaml").write_text(yaml.safe_dump(tree))
