@@ -1,6 +1,6 @@
-"""Compare data sets with a config by their manifests: for `check`, `submit` and each start of a run.
+"""Compare data sets with a config through their manifests: for `check`, `submit` and each start of a run.
 
-Does not import torch, so that commands on a login node answer at once.
+Does not import torch, so that commands on a login node respond immediately.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _local_folders(config: RunConfig) -> list[str]:
 def check_fits(config: RunConfig, sets: Sequence[Found]) -> None:
     """Raises DataError that lists every value in which the config and the data sets differ, with the value to set."""
     problems = [problem for folder, manifest in sets for problem in _problems(config, folder, manifest)]
-    # The weights of another run come with the codebook whose codes they predict.
+    # The weights of another run include the codebook whose codes they predict.
     if KINDS[config.model.kind].needs_codebook and sets and config.train.init_from is None:
         problems += _codebook_problems(config, *sets[0])
     if problems:
@@ -51,7 +51,7 @@ def check_fits(config: RunConfig, sets: Sequence[Found]) -> None:
 
 def _problems(config: RunConfig, folder: str, manifest: Manifest | ImageManifest) -> list[str]:
     """One message for each kind of difference between the config and one data set."""
-    # What the manifest states, by key of the config. The weights of the autoencoder are compared when it is loaded.
+    # The values in the manifest, by config key. The weights of the autoencoder are compared when it is loaded.
     shown = redact(folder)
     problems = []
     found: dict[str, Any] = {"data.num_classes": manifest.num_classes}
@@ -76,7 +76,7 @@ def _problems(config: RunConfig, folder: str, manifest: Manifest | ImageManifest
 
 
 def _codebook_problems(config: RunConfig, folder: str, manifest: Manifest | ImageManifest) -> list[str]:
-    """A message if the set lacks the codebook that the model needs. The first set of a mixture has it for all."""
+    """A message if the set lacks the codebook that the model needs. The first set of a mixture provides it for all."""
     size, patch_size = config.model.codebook_size, config.model.patch_size
     listed = manifest.codebooks if isinstance(manifest, Manifest) else []
     if any((entry.size, entry.patch_size) == (size, patch_size) for entry in listed):

@@ -19,10 +19,10 @@ from ecar_dist.data.order.stream import Locations, SampleStream
 from ecar_dist.data.order.substitution import BadSamples, Substitutes, Substitution
 from ecar_dist.rng import Purpose, uniform
 
-# Positions of this rank that are located together. The cost of locating is in the numpy calls, not in the samples.
+# Positions of this rank that are located together. The cost is mostly in the numpy calls, not in the samples.
 _MAX_BLOCK = 16384
 
-# How often a waiting consumer is asked whether it gives up.
+# How often a waiting consumer calls `give_up`.
 _POLL_SECONDS = 0.2
 
 
@@ -84,7 +84,7 @@ class Share:
     node_ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # Called for its check alone.
+        # Called only for its check.
         grad_accum_steps(self.global_batch_size, self.micro_batch_size, self.world_size)
 
 
@@ -140,7 +140,7 @@ class SampleLoader:
         taken: list[MicroBatch] = []
         began = time.perf_counter()
         try:
-            # Wait in short steps, so that `give_up` is asked while the reading thread is stuck.
+            # Wait in short steps, so that `give_up` is called even if the reading thread is stuck.
             while len(taken) < count:
                 try:
                     item = self._queue.get(timeout=_POLL_SECONDS)
@@ -149,7 +149,7 @@ class SampleLoader:
                         return None
                     continue
 
-                # The end goes back into the queue, so that the next call sees it too.
+                # Put the end marker back into the queue, so that the next call sees it too.
                 if not isinstance(item, MicroBatch):
                     self._queue.put(item)
                     raise StopIteration if item is None else item
@@ -160,12 +160,12 @@ class SampleLoader:
 
     def close(self) -> None:
         """Stop the reading thread and close the sources. Safe to call twice."""
-        # The sources first: closing them ends a download that the thread may wait for, perhaps for minutes.
+        # Close the sources first: this ends a download that the thread may be waiting for, perhaps for minutes.
         self._stopping.set()
         for source in self.sources:
             source.close()
 
-        # The thread may wait for room in the queue until it sees that it has to stop.
+        # The thread may be waiting for room in the queue until it sees that it has to stop.
         while self._thread.is_alive():
             self._drain()
             self._thread.join(timeout=0.01)
@@ -189,7 +189,7 @@ class SampleLoader:
         """The reading thread: every error goes to the consumer."""
         try:
             for block in self._blocks():
-                # Whole steps are whole numbers of micro-batches, so none is cut at the end of a block.
+                # A step is a whole number of micro-batches, so none is cut at the end of a block.
                 for first in range(0, len(block), self._share.micro_batch_size):
                     if self._stopping.is_set():
                         return
@@ -199,7 +199,7 @@ class SampleLoader:
             self._queue.put(error)
 
     def _blocks(self) -> Iterator[Locations]:
-        """Locations of this rank, block by block of whole steps. Plans the shards before each block."""
+        """Locations of this rank, in blocks of whole steps. Plans the shards before each block."""
         # A block is at most half a window, and each plan looks a whole window ahead. So a shard is requested at least
         # half a window before its first use.
         share = self._share
@@ -215,7 +215,7 @@ class SampleLoader:
             at = end
 
     def _plan_shards(self, at: int, soon: int) -> None:
-        """Tell each source the shards that this rank needs up to position `soon`, and those its node needs later."""
+        """Tell each source which shards this rank needs up to position `soon`, and which its node needs later."""
         # Soon: one window ahead, for this rank. Later: one epoch ahead, for all ranks that share the node's cache.
         share = self._share
         node_ranks = share.node_ranks or (share.rank,)
@@ -240,12 +240,12 @@ class SampleLoader:
             return MicroBatch(self._pinned(values), self._pinned(labels), positions, sample_ids, made)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in pinned memory, so that its copy to a GPU runs beside the computation."""
+        """The tensor in pinned memory, so that its copy to a GPU overlaps with computation."""
         # A tensor that is pinned already is not copied.
         return tensor.pin_memory() if self._pin_memory and tensor.device.type == "cpu" else tensor
 
     def _read_once(self, locations: Locations) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values [m, ...] and labels [m]: each source reads its samples, which go back to their own rows."""
+        """Values [m, ...] and labels [m]: each source reads its samples, which are put into their own rows."""
         # Most micro-batches come from one source, and need no second copy.
         used = [0] if len(self.sources) == 1 else np.unique(locations.sources).tolist()
         if len(used) == 1:
@@ -258,11 +258,11 @@ class SampleLoader:
             try:
                 part, labels[rows] = self._read_from(number, locations.take(rows))
             except BadSamples as error:
-                # The reasons are counted within the part; the caller counts within the micro-batch.
+                # The indices are relative to the part; the caller needs them relative to the micro-batch.
                 reasons = {int(rows[index]): reason for index, reason in error.reasons.items()}
                 raise BadSamples(reasons, whole_shards=error.whole_shards) from None
 
-            # The first part tells shape, dtype and device.
+            # The first part determines shape, dtype and device.
             if values is None:
                 values = part.new_empty((len(locations), *part.shape[1:]))
             values[rows] = part

@@ -15,7 +15,7 @@ from ecar_dist.storage.remote import is_remote
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES, UntrustedError, parse_object, read_plain_file
 from ecar_dist.vae.table import CODECS
 
-RECORD_NAME = "prepare.json"  # what prepare was told; there from its start on
+RECORD_NAME = "prepare.json"  # the arguments of prepare, written when it starts
 IMAGES, VAE, LATENTS = "images", "vae", "latents"
 HELDOUT_LATENTS = "heldout_latents"
 TRAIN, HELDOUT = "train", "heldout"
@@ -24,13 +24,13 @@ BUILT_IN = (
     "emoji",
     "emoji-plain",
     "photos",
-)  # sources of images that are named by what they are, not by where they lie
+)  # sources of images that are given by name instead of by path
 PLAN_NAME = "plan.json"  # in LATENTS: names the image shards that were encoded
 
 
 @dataclass(frozen=True)
 class PreparedLatents:
-    """Latent shards, their autoencoder, and what a run is scored against."""
+    """Latent shards, their autoencoder, and the sets that a run is scored against."""
 
     folder: str  # or URL
     manifest: Manifest
@@ -51,7 +51,7 @@ def find_latents(given: str) -> PreparedLatents:
     if encoder.get("kind") not in CODECS or not {"name", "latent_channels", "downsample"} <= encoder.keys():
         raise DataError(f"{redact(folder)} does not say which autoencoder made it; encode it again")
 
-    # What lies beside the latents. A folder may have been moved since.
+    # What is next to the latents. The folder may have been moved since they were encoded.
     name = str(encoder["name"])
     if is_remote(folder):
         return PreparedLatents(folder, manifest, name)
@@ -65,14 +65,14 @@ def find_latents(given: str) -> PreparedLatents:
 
 
 def _folder_of(given: str) -> str:
-    """The folder of the latents. Raises DataError if `given` has something else."""
+    """The folder of the latents. Raises DataError if `given` contains something else."""
     if is_remote(given):
         return given
     root = Path(given)
     if (root / MANIFEST_NAME).exists():
         if schema_of(root) == ImageManifest.SCHEMA:
             raise DataError(
-                f"{given} holds images, not latents; encode them with `ecar-data encode {given} OUT --vae ...`"
+                f"{given} contains images, not latents; encode them with `ecar-data encode {given} OUT --vae ...`"
             )
         return given
     if (root / LATENTS / MANIFEST_NAME).exists():
@@ -85,7 +85,7 @@ def _folder_of(given: str) -> str:
 
 
 def _split_images(latents: Path) -> tuple[str | None, str | None]:
-    """The training and held-out image shards: beside the latents, or where the plan says; None if one is missing."""
+    """The training and held-out image shards: next to the latents, or where the plan says; None if one is missing."""
     homes = [latents.parent / IMAGES]
     try:
         source = Path(str(parse_object(read_plain_file(latents / PLAN_NAME, MAX_JSON_BYTES)).get("source_folder")))

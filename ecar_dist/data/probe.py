@@ -1,4 +1,4 @@
-"""Read the beginning of a data set, to find out whether this node can read it, and how fast.
+"""Read the beginning of a data set to find out whether this node can read it, and how fast.
 
 The content is not checked here: shards are proven when they are used.
 """
@@ -63,4 +63,6 @@ def _read_local(where: str, size: int) -> bytes:
         with open(where, "rb", buffering=0) as file:
             return file.read(size)
     except OSError as error:
-        raise DataError(f"cannot read shard {where} ({error.strerror}), the manifest lists it; restore it") from None
+        raise DataError(
+            f"cannot read shard {where} ({error.strerror}), but the manifest lists it; restore it"
+        ) from None

@@ -1,7 +1,7 @@
 """The sources of the loader: latent shards, the same through DALI, and encoded images. `loader.Source` is the contract.
 
-A latent source copies rows out of memory-mapped shards. A map shows what the file holds now, not what was proven, so
-the rows of a batch are checked by `shards/watch.py` and copied again if a file changed under them.
+A latent source copies rows out of memory-mapped shards. A map shows the current content of the file, not the content
+that was proven. So `shards/watch.py` checks the rows of a batch, and they are copied again if a file has changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ecar_dist.storage.remote import is_remote
 
 _MAX_MAPPED = 256  # shards: each map holds a file descriptor, and many systems allow a process 1,024
 _MAX_TRIES = 3  # per batch, while its files keep changing
-_MAX_FREE_BLOCKS = 16  # what the queue of a loader gives back at once
+_MAX_FREE_BLOCKS = 16  # as many as the queue of a loader returns at once
 
 _LABELS = 2  # the column of LatentShard.addresses
 _LABEL_DTYPE = np.dtype(np.int64)
@@ -48,8 +48,8 @@ class LatentSource:
     A shard is proven when it is first used, and again after its file has changed. With `pin_memory` the moments are
     copied into pinned memory at once.
 
-    manifest: that of the folder, if it has been read already. checked: the shards of a local set that are looked up
-    now, all by default. Raises DataError if one of them is missing.
+    manifest: that of the folder, if it has been read already. checked: the shards of a local set whose files are
+    checked now, all by default. Raises DataError if one of them is missing.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LatentSource:
     ) -> None:
         cache = cache or CacheOptions()
         self.manifest = manifest or load_manifest(folder, cache.root)
-        # The store checks the structure too, so that it happens in the background.
+        # The store checks the structure too, so that this happens in the background.
         opened = partial(LatentShard, manifest=self.manifest)
         self.store: ShardStore[LatentShard] = open_store(
             folder, self.manifest.dataset_id, self.manifest.shards, cache, opened, checked
@@ -77,10 +77,10 @@ class LatentSource:
         self._open: dict[int, LatentShard] = {}  # by shard index
         self._places = np.zeros((len(self.shard_counts), 3), dtype=np.int64)  # LatentShard.addresses; 0 if not open
         self._damaged: dict[int, str] = {}  # the reason; a damaged shard is not downloaded again for each sample
-        self._proven: set[int] = set()  # shards that were whole at least once
+        self._proven: set[int] = set()  # shards that were intact at least once
 
     def read(self, locations: Locations, flip: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw moments fp16 [n, *shape] and labels int64 [n]; of the mirrored image where `flip` (bool [n]) is set.
+        """Raw moments fp16 [n, *shape] and labels int64 [n]; for the mirrored image where `flip` (bool [n]) is set.
 
         Raises BadSamples for the samples of damaged shards, DataError if a shard cannot be reached.
         """
@@ -112,7 +112,7 @@ class LatentSource:
         self, locations: Locations, flip: np.ndarray | None, shards: Mapping[int, LatentShard], copy: _Copy
     ) -> tuple[_Copied | None, set[int]]:
         """The result of `copy`, and the shards that changed since their proof. None if copying was not safe."""
-        # Before the copy: reading a map past the end of a truncated file ends the process with SIGBUS.
+        # Before the copy: reading a map past the end of a truncated file kills the process with SIGBUS.
         began = time.perf_counter()
         used = set(locations.shards.tolist())
         truncated = {shard_index for shard_index in used if shards[shard_index].is_cut()}
@@ -130,7 +130,7 @@ class LatentSource:
         return copied, changed
 
     def _copy(self, locations: Locations, flip: np.ndarray | None) -> _Copied:
-        # Where each row and each label lies in memory. [n]
+        # The address of each row and each label in memory. [n]
         sides = 0 if flip is None else flip.astype(np.int64)
         rows = self._places[locations.shards, sides] + locations.rows * self._stride
         labels = self._places[locations.shards, _LABELS] + locations.rows * _LABEL_DTYPE.itemsize
@@ -140,7 +140,7 @@ class LatentSource:
         return moments, torch.from_numpy(gather_values(labels, _LABEL_DTYPE))
 
     def _empty_moments(self, count: int) -> torch.Tensor:
-        """Memory for `count` samples: fp16 [count, *shape]. It is used again only when nothing reads it any more."""
+        """Memory for `count` samples: fp16 [count, *shape]. It is reused only when nothing reads it any more."""
         # torch's allocator of pinned memory also waits for the copies to a GPU that were started from it.
         shape = (count, *self.manifest.moments_shape)
         if self._pin_memory:
@@ -183,7 +183,7 @@ class LatentSource:
         # A changed shard is proven again in the background, before it is used.
         self._close_shards(changed_files(self._open, self._open))
 
-        # A map keeps the disk space of an evicted file, and a file descriptor.
+        # A map keeps the disk space of an evicted file in use, and a file descriptor open.
         if self.store.evicts or len(self._open) > _MAX_MAPPED:
             needed = _needed_soon(soon, future)
             self._close_shards(self._open.keys() - needed)
@@ -237,7 +237,7 @@ class DaliLatentSource:
 class ImageSource:
     """Encoded images, decoded, resized and cropped to `image_size`; the run's own autoencoder encodes them later.
 
-    Tars behind a URL come through the node's cache. Other images are read from where they are.
+    Tars behind a URL are read through the node's cache. Other images are read directly.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class ImageSource:
         flip: bool,
         cache: CacheOptions | None = None,
     ) -> None:
-        # Only whole tars can go through the cache.
+        # Only complete tars can go through the cache.
         manifest = load_image_manifest(folder)
         home = manifest.home(folder)
         self._store = None
@@ -303,7 +303,7 @@ def _needed_soon(soon: Sequence[int], future: Mapping[int, int]) -> set[int]:
 class RecycledArrays:
     """Arrays of one dtype that reuse the memory of earlier ones after their last view is gone.
 
-    New memory costs a page fault for each page. For a batch of some megabytes, that took as long as the copy into it.
+    New memory costs a page fault for each page. For a batch of a few megabytes, that took as long as the copy into it.
     Arrays may be dropped in any thread.
     """
 

@@ -142,7 +142,7 @@ DIST = {  # ecar-dist WORDS -> what the line must have
     "init pictures": "pictures has no latents; make them with `ecar-data prepare pictures OUT`",
     "init pictres": "pictres does not exist; make it with `ecar-data prepare PICTURES pictres`",
     "init unfinished": "unfinished is not finished; repeat the `ecar-data` command",
-    "init data/images/train": "holds images, not latents; encode them with `ecar-data encode",
+    "init data/images/train": "contains images, not latents; encode them with `ecar-data encode",
     "check mine.yaml data.num_classes=3": "data.num_classes=3, but .*set data.num_classes=2",
     "check mine.yaml data.num_classes=3 data.latent_channels=4 data.latent_size=4": (
         "set data.num_classes=2 data.latent_size=2 data.latent_channels=12"

@@ -132,9 +132,9 @@ def test_a_codebook_of_another_encoder_or_with_other_bytes_is_refused(latents, c
     manifest = load_manifest(latents)
     (entry,) = manifest.codebooks
     rescaled = dataclasses.replace(manifest, encoder={**manifest.encoder, "scaling_factor": 3.0})
-    with pytest.raises(DataError, match=r"another autoencoder or normalisation .* --size 32 --patch-size 1`"):
+    with pytest.raises(DataError, match=r"a different autoencoder or normalisation .* --size 32 --patch-size 1`"):
         read_codebook(latents, rescaled, entry)
-    with pytest.raises(DataError, match=r"does not hold 32 finite codes of 48 numbers"):
+    with pytest.raises(DataError, match=r"does not contain 32 finite codes of 48 numbers"):
         read_codebook(latents, manifest, dataclasses.replace(entry, patch_size=2))
     assert main(["verify", str(latents)]) == 0
     path = latents / entry.name
