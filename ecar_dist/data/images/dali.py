@@ -60,7 +60,7 @@ class NpyDecoder:
         self._pipeline.build()
 
     def decode(self, encoded: Sequence[np.ndarray]) -> torch.Tensor:
-        """n npy files, uint8 [nbytes] each, to one tensor [n, *shape] in its own memory."""
+        """Decode n npy files, uint8 [nbytes] each, to one tensor [n, *shape] in its own memory."""
         self._pipeline.feed_input("npy", list(encoded))
         (arrays,) = self._pipeline.run()
         return torch.from_dlpack(arrays.as_tensor()).clone()  # DALI may reuse its memory for the next batch

@@ -38,7 +38,7 @@ Background = tuple[int, int, int] | None  # red, green, blue; None: transparency
 
 @dataclass(frozen=True)
 class Separated:
-    """A batch of encoded images, separated into good and bad ones. Indices count within the batch."""
+    """A batch of encoded images, separated into good and bad ones. Indices are relative to the batch."""
 
     pixels: np.ndarray  # uint8 [G, S, S, 3], of the good images
     good: list[int]  # indices of the good images, ascending
@@ -79,7 +79,7 @@ class ImageDecoder(ABC):
         return separated.pixels
 
     def separate(self, blobs: Sequence[bytes], keys: Sequence[object], image_size: int) -> Separated:
-        """As `decode_to_batch` for the good images, with a message for each bad one."""
+        """Like `decode_to_batch` for the good images, with a message for each bad one."""
         arrays, failures = self._try_all(blobs, keys, image_size)
         pixels = np.stack(list(arrays.values())) if arrays else np.empty((0, image_size, image_size, 3), np.uint8)
         return Separated(pixels, list(arrays), failures)
@@ -131,7 +131,7 @@ class ImageDecoder(ABC):
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise DataError(_unreadable(key, error)) from None
 
-        # A long, narrow image may be small now and huge after its shorter side was enlarged.
+        # A long, narrow image may be small now and huge after its shorter side is enlarged.
         if width * height > MAX_PIXELS:
             raise DataError(
                 f"image {key} is {width} x {height}, the limit is {MAX_PIXELS} pixels; shrink it or remove it"
@@ -156,7 +156,7 @@ class ImageDecoder(ABC):
 
 
 class PilDecoder(ImageDecoder):
-    """The reference decoder, on every machine. One image per thread: PIL releases the interpreter's lock."""
+    """The reference decoder, available on every machine. Decodes one image per thread: PIL releases the GIL."""
 
     name = "pil"
     library = f"pillow {PIL.__version__}"
@@ -212,7 +212,7 @@ class PilDecoder(ImageDecoder):
 
 
 class DaliDecoder(ImageDecoder):
-    """NVIDIA DALI in its dynamic mode, in which a bad image only fails its own call: there is no pipeline to rebuild.
+    """NVIDIA DALI in its dynamic mode, in which a bad image fails only its own call: there is no pipeline to rebuild.
 
     `device="cpu"` needs no GPU and no driver; `"mixed"` decodes and resizes on the GPU. DALI drops transparency and
     cannot read all formats, so PIL decodes the images that are not plain. DALI resizes all of them.
@@ -231,7 +231,7 @@ class DaliDecoder(ImageDecoder):
         self._types = dali.types
 
     def _convert(self, images: Sequence[_Encoded], image_size: int | None) -> list[np.ndarray]:
-        # Plain and other images are decoded by different libraries, and go back to their order afterwards.
+        # Plain and other images are decoded by different libraries, then put back in their order.
         arrays: dict[int, np.ndarray] = {}
         for plain in (True, False):
             indices = [index for index, image in enumerate(images) if image.plain == plain]
@@ -266,7 +266,7 @@ def open_decoder(kind: str, device: str = "cpu", resize: str = "cubic", backgrou
     """A decoder: `kind` is "dali" or "pil", `device` is "cpu" or (DALI only) "mixed", `resize` is a key of RESIZES.
 
     Transparency is composited on `background`. None drops it and keeps the colours behind it, as earlier versions did.
-    Raises ConfigError for other names, and for resize "adm" with DALI, because only PIL has its two filters.
+    Raises ConfigError for other names, and for resize "adm" with DALI, because only PIL has the two filters it needs.
     """
     if kind not in ("dali", "pil") or device not in ("cpu", "mixed"):
         raise ConfigError(f"decoder {kind!r} on {device!r}: use dali or pil, on cpu or (dali only) mixed")
@@ -289,7 +289,7 @@ def _open(blob: bytes) -> Image.Image:
 
 
 def _is_plain(image: Image.Image, blob: bytes) -> bool:
-    """Whether DALI and PIL decode to the same bytes. DALI drops transparency, and orientation unless in a JPEG."""
+    """Whether DALI and PIL decode to the same bytes. DALI drops transparency, and orientation except in JPEGs."""
     if image.format not in _DALI_FORMATS or image.mode not in ("L", "RGB") or image.has_transparency_data:
         return False
     if image.format == "PNG":
@@ -298,7 +298,7 @@ def _is_plain(image: Image.Image, blob: bytes) -> bool:
 
 
 def _png_may_have_orientation(blob: bytes) -> bool:
-    """Whether a chunk may hold an orientation. It may come after the pixels, where PIL does not read it on opening."""
+    """Whether a chunk may contain an orientation. It may follow the pixels, where PIL does not read it on opening."""
     # After the signature of 8 bytes come chunks: 4 bytes length, 4 bytes kind, payload, 4 bytes CRC.
     at = 8
     while at + 8 <= len(blob):
@@ -316,7 +316,7 @@ def _to_rgb(image: Image.Image, background: Background) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(f"its values reach from {values.min()} to {values.max()}, 0 to 65535 are 16 bits")
+            raise ValueError(f"its values range from {values.min()} to {values.max()}, outside 0 to 65535 (16 bits)")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
@@ -348,6 +348,6 @@ def _raise_first(failures: dict[int, str]) -> None:
 
 
 def _raise_if_device_fault(error: Exception) -> None:
-    """Raise errors of the machine, such as a lack of memory. They do not mean that an image is bad."""
+    """Raise errors of the machine, such as running out of memory. They do not mean that an image is bad."""
     if isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("cuda", "out of memory")):
         raise error

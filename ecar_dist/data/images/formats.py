@@ -1,4 +1,4 @@
-"""The supported image formats, with their file extensions and first bytes; and the background of transparency."""
+"""The supported image formats, with their file extensions and first bytes; and the background for transparency."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _FORMATS = (
     ImageFormat("AVIF", ("avif",), re.compile(rb"....ftypavi[fs]", re.DOTALL)),
 )
 IMAGE_EXTENSIONS = tuple(extension for known in _FORMATS for extension in known.extensions)
-PIL_NAMES = tuple(known.pil_name for known in _FORMATS)  # other plugins of PIL are never used: some run programs
+PIL_NAMES = tuple(known.pil_name for known in _FORMATS)  # PIL's other plugins are never used: some run programs
 
 _NAMED_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 
 def image_extension(data: bytes) -> str | None:
-    """The extension of the format, from the first bytes; None if unknown. File names are wrong even in ImageNet."""
+    """The extension of the format, by the first bytes; None if unknown. Some file names are wrong, even in ImageNet."""
     return next((known.extensions[0] for known in _FORMATS if known.magic.match(data)), None)
 
 
 def parse_background(text: str) -> tuple[int, int, int]:
-    """(red, green, blue), 0 to 255, of `white`, `black` or `#rrggbb`. Raises ConfigError for other texts."""
+    """(red, green, blue), 0 to 255, of `white`, `black` or `#rrggbb`. Raises ConfigError for any other text."""
     if text in _NAMED_COLOURS:
         return _NAMED_COLOURS[text]
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):

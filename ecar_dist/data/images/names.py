@@ -1,4 +1,4 @@
-"""The original file names of the images in a shard: `NNNNNN.names` beside the tar, for messages and lists of failures.
+"""The original file names of the images in a shard: `NNNNNN.names` next to the tar, for messages and lists of failures.
 
 One line per sample: its key, a tab, the file name relative to the source. The bytes of the tar and the id of the data
 set do not depend on it. Without this file, messages show only the key.

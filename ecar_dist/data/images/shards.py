@@ -1,7 +1,7 @@
-"""Random access to labelled encoded images in WebDataset tars or image folders, by the tables of their index.
+"""Random access to labelled encoded images in WebDataset tars or image folders, through the tables of their index.
 
-Each image is checked when it is read: its size, and in tars its hash, must be those of the table. So no worker has to
-read a whole tar before its first image. With a `ShardStore`, whole tars are proven too.
+Each image is checked when it is read: its size, and in tars its hash, must match the table. So no worker has to read a
+complete tar before its first image. With a `ShardStore`, complete tars are proven too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ecar_dist.storage.daemon_pool import DaemonPool
 from ecar_dist.storage.redaction import redact
 from ecar_dist.storage.retries import ObjectMissing, Transfer
 
-TABLE_BYTES = 1 << 30  # of tables that are kept: 30 million images
+TABLE_BYTES = 1 << 30  # of tables that are kept in memory: 30 million images
 _READERS = 24  # reads in flight; an object store answers one in 10 to 100 ms
 _TOGETHER = 2 << 20  # bytes of a tar in one read of several images
-_GAP = 1 << 16  # bytes between two images that are read and thrown away, to save a read
+_GAP = 1 << 16  # bytes between two images that are read and discarded, to save a read
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ImageRecord:
 
 @dataclass
 class _Span:
-    """Images of one shard that are read at once: their rows, and the range of bytes that holds them."""
+    """Images of one shard that are read together: their rows, and the range of bytes that contains them."""
 
     shard: int
     rows: list[int]
@@ -111,11 +111,11 @@ class ImageShards:
         return self.read_many([sample_index])[0]
 
     def read_many(self, sample_indices: Sequence[int]) -> list[ImageRecord]:
-        """The samples in this order, read in parallel. Images that follow one another in a tar are one read."""
+        """The samples in this order, read in parallel. Images that follow each other in a tar are read together."""
         locations = [self._locate(int(index)) for index in sample_indices]
         shards = sorted({shard for shard, _ in locations})
 
-        # Maps of the store need no threads.
+        # Maps from the store need no threads.
         self._trim()
         if self._store is not None or len(locations) == 1:
             for shard in shards:
@@ -141,7 +141,7 @@ class ImageShards:
         return labels
 
     def forget(self, needed: Container[int]) -> None:
-        """Release the maps and tables of all shards but the `needed` ones. Not while another thread reads."""
+        """Release the maps and tables of all shards except `needed`. Do not call it while another thread reads."""
         self._tables = {shard: table for shard, table in self._tables.items() if shard in needed}
         self._maps = {shard: mapped for shard, mapped in self._maps.items() if shard in needed}
         self._names = {shard: names for shard, names in self._names.items() if shard in needed}
@@ -153,7 +153,7 @@ class ImageShards:
             self._pool.end()
 
     def _locate(self, sample_index: int) -> tuple[int, int]:
-        """Shard of a sample, and row in the table of the shard."""
+        """Shard of a sample, and its row in the table of the shard."""
         if not 0 <= sample_index < len(self):
             raise DataError(f"sample {sample_index} of {self._folder} does not exist; give one in 0..{len(self) - 1}")
         shard = bisect.bisect_right(self._first_index, sample_index) - 1
@@ -177,7 +177,7 @@ class ImageShards:
         return table
 
     def _trim(self) -> None:
-        """Release the tables that were read first, down to TABLE_BYTES: an index of 10^9 images has 33 GB of them."""
+        """Keep at most TABLE_BYTES of tables. Releases those read first: an index of 10^9 images has 33 GB of them."""
         with self._trimming:
             tables = list(self._tables.items())
             total = sum(table.nbytes for _, table in tables)
@@ -194,7 +194,7 @@ class ImageShards:
         return start, start + int(columns["size"])
 
     def _spans(self, locations: Sequence[tuple[int, int]]) -> list[_Span]:
-        """The images in this order; a span ends where the next image is not near behind it, or at _TOGETHER bytes."""
+        """The images as spans, in order. A span ends where the next image is farther away, or at _TOGETHER bytes."""
         spans: list[_Span] = []
         for shard, row in locations:
             start, stop = self._range(shard, row)
@@ -223,7 +223,7 @@ class ImageShards:
         start, stop = self._range(shard, row)
         mapped = self._maps.get(shard)
         if mapped is not None:
-            # Reading a map past the end of a truncated file would end the process with SIGBUS.
+            # Reading a map past the end of a truncated file would kill the process with SIGBUS.
             data = mapped[start:stop] if mapped.size() >= stop else b""
         elif entry.kind == "tar":
             data = self._read_tar(entry, start, stop)
@@ -233,7 +233,7 @@ class ImageShards:
         return self._proven(shard, row, data)
 
     def _proven(self, shard: int, row: int, data: bytes) -> ImageRecord:
-        """The record of an image, if `data` is what the table says."""
+        """The record of an image. Raises DataError if `data` does not match the table."""
         entry = self.manifest.shards[shard]
         columns = self._table(shard)[row]
         key = key_of(columns)
@@ -242,7 +242,7 @@ class ImageShards:
         if len(data) != size:
             raise self._wrong(shard, key, start, "bytes", len(data), size)
 
-        # If indexing did not read the file, the hash of its first read is the one to expect from then on.
+        # If indexing did not read the file, later reads must have the hash of the first read.
         expected = int(columns["xxh3_64"])
         found = xxhash.xxh3_64_intdigest(data)
         if expected == UNKNOWN_HASH:
@@ -268,7 +268,7 @@ class ImageShards:
         return _read_local(where, start, stop)
 
     def _read_file(self, path: str, size: int) -> bytes:
-        """A whole file. One that has grown is longer than `size`."""
+        """A complete file. If it has grown, the result is longer than `size`."""
         try:
             if remote.is_remote(path):
                 return remote.read_object(path, size, self._transfer)
@@ -305,4 +305,4 @@ def _check_presence(home: str | Path, entries: Sequence[ImageEntry]) -> None:
     check_presence(home, [entry for entry in entries if entry.kind == "tar"])
     for entry in entries:
         if entry.kind == "files" and not (folder := remote.file_in(home, entry.name)).is_dir():
-            raise DataError(f"class directory {folder} is missing, the manifest lists it; restore it")
+            raise DataError(f"class directory {folder} is missing, but the manifest lists it; restore it")

@@ -1,7 +1,7 @@
-"""The table of the images in one tar or one class directory: key, label, offset, size and hash of each.
+"""The table of the images in one tar or one class directory: key, label, offset, size and hash of each image.
 
 It is written once, when the images are indexed or packed. It is a plain `.npy` file with rows of fixed width (24 bytes
-and the longest key), which numpy reads without unpickling.
+plus the longest key), which numpy reads without unpickling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import atomic_write
 from ecar_dist.storage.untrusted import MAX_NAME_BYTES, printable
 
-MAX_IMAGE_BYTES = 256 << 20  # an image is held in memory whole
+MAX_IMAGE_BYTES = 256 << 20  # the encoded image is read into memory as a whole
 UNKNOWN_HASH = 0  # for files in a directory, which indexing does not read
 
 
@@ -68,7 +68,7 @@ def decode_table(data: bytes, entry: ImageEntry, num_classes: int, where: str) -
     if found != entry.table_xxh3_128:
         raise DataError(f"{where} has xxh3_128 {found}, the manifest says {entry.table_xxh3_128}; {_AGAIN}")
 
-    # A right hash is no proof of a valid table: somebody may have written both.
+    # A correct hash does not prove that the table is valid: the same person may have written both.
     try:
         table = _array_in(data)
     except (ValueError, EOFError, MemoryError, RecursionError) as error:  # the header is parsed as Python
@@ -91,7 +91,7 @@ def _array_in(data: bytes) -> np.ndarray:
         raise ValueError("it is not of format 1.0")
     shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
-        raise ValueError(f"{len(data)} bytes do not hold shape {shape} of {dtype}")
+        raise ValueError(f"{len(data)} bytes do not match shape {shape} of {dtype}")
     return np.frombuffer(data, dtype, offset=buffer.tell()).reshape(shape)
 
 
