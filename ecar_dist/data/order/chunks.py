@@ -1,6 +1,6 @@
 """An order in which a large set can be encoded: a pure function of (seed, row) that reads the source in long pieces.
 
-With one permutation of all images (`lanes.sample_indices`), each image is a read of its own somewhere in the source.
+With one permutation of all images (`lanes.sample_indices`), each image is a separate read somewhere in the source.
 This order permutes twice:
 
     chunks   the source is cut into chunks of consecutive images; the chunks are permuted and laid end to end
@@ -10,8 +10,8 @@ So a shard of n rows is read in n / chunk pieces from anywhere in the source, an
 
 Example: 10 images, chunks of 2, shards of 4 rows, seed 3:
 
-    line      8 9 0 1 | 2 3 4 5 | 6 7       in this order they are read
-    shards    9 8 0 1 | 5 2 3 4 | 6 7       in this order they are rows
+    line      8 9 0 1 | 2 3 4 5 | 6 7       the order in which they are read
+    shards    9 8 0 1 | 5 2 3 4 | 6 7       the order in which they are rows
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROWS = int.from_bytes(b"rows", "big")
 
 @dataclass(frozen=True)
 class ChunkOrder:
-    """The order described above. It is part of the bytes of a set: a change of it needs another name."""
+    """The order described above. It determines the bytes of a set, so a change to it needs a new name."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -39,9 +39,9 @@ class ChunkOrder:
     name: Literal["chunks-feistel-v1"] = "chunks-feistel-v1"
 
     def read_order(self, rows: range, shard_index: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a shard in the order in which to read them, and the source image of each; int64 [rows] both.
+        """The rows of a shard in the order in which to read them, and the source image of each; int64 [rows] each.
 
-        count: images of the whole set.
+        count: images in the whole set.
         """
         places = np.arange(len(rows), dtype=np.int64)
         keys = hash_keys(seed, _ROWS, np.full_like(places, shard_index))
@@ -54,7 +54,7 @@ class ChunkOrder:
         bits = bits_for(number)
         key = hash_keys(seed, _CHUNKS)
 
-        # The last chunk may be shorter than the others. What comes after it in the line moves up by what it lacks.
+        # The last chunk may be shorter than the others. The places after it in the line move up by what it lacks.
         lacking = number * self.chunk - count
         short_end = (int(unpermute(np.array([number - 1]), number, key, bits)[0]) + 1) * self.chunk - lacking
         places = np.where(places < short_end, places, places + lacking)

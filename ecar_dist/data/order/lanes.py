@@ -5,15 +5,15 @@ t % count. The order has these properties:
 
     exactly once    each epoch is a permutation of the set: nothing is padded, repeated or dropped
     pure            the sample at t depends on the seed and t, not on ranks, batch size or earlier positions
-    resumable       so the whole state is t; any number of ranks can continue, and a batch may straddle two epochs
+    resumable       the complete state is t; any number of ranks can continue, and a batch may straddle two epochs
 
 A global permutation would have these properties too, but each rank would then read all shards at random. `LaneOrder`
 keeps each rank to a few shards at a time:
 
     line      in each epoch the shards are permuted and laid end to end
     lane      the line is cut into `lanes` ranges of equal length; offset o belongs to lane o % lanes
-    window    a lane is read from its start to its end in windows of a few shards; each window has a permutation of
-              its own
+    window    a lane is read from its start to its end in windows of a few shards; each window has its own
+              permutation
 
 Rank r of R takes every R-th position, so if R divides `lanes`, a rank reads the shards of its own lanes only.
 
@@ -24,7 +24,7 @@ Example: shards A, B, C, D of two samples each, 2 lanes, windows of one shard, s
     lane 1        A0 A1 | B0 B1
     permuted      D0 D1 | C1 C0                each window by its own key
                   A1 A0 | B1 B0
-    order         D0 A1 D1 A0 C1 B1 C0 B0      positions 0, 1, 2, ... take turns over the lanes
+    order         D0 A1 D1 A0 C1 B1 C0 B0      positions 0, 1, 2, ... cycle through the lanes
     rank 0 of 2   D0    D1    C1    C0         opens D, then C
 """
 
@@ -55,7 +55,7 @@ _CACHED_TABLES = 4
 def sample_indices(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Sample index in [0, count) of each position, with one permutation of the whole set per epoch; int64 in and out.
 
-    Data sets are written in this order. Positions may be in any order and of any epochs.
+    Data sets are written in this order. Positions may be in any order and from any epochs.
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
@@ -70,7 +70,7 @@ def rank_positions(step_start: int, global_batch_size: int, rank: int, world_siz
 
 
 def default_lanes(num_shards: int) -> int:
-    """The most lanes that leave each about four shards. Most usual numbers of ranks divide one of these."""
+    """The most lanes that leave about four shards for each. Most common numbers of ranks divide one of these."""
     return max(lanes for lanes in _LANES if lanes <= max(1, num_shards // SHARDS_PER_LANE))
 
 
@@ -79,8 +79,8 @@ class LaneOrder:
 
     counts: samples of each shard, in the order of the manifest.
     window_shards: the largest size of a window, in units of the largest shard. 0 makes each lane one window.
-    endless: the lanes take turns through all epochs: position t, not its offset in the epoch, belongs to lane
-        t % lanes. So if `lanes` divides the global batch, every lane has the same places in every batch.
+    endless: the cycle through the lanes does not restart at an epoch: position t, not its offset in the epoch, belongs
+        to lane t % lanes. So if `lanes` divides the global batch, every lane has the same places in every batch.
 
     Attributes: `count`, the number of samples; `first_index`, int64 [shards], the index of each shard's first sample;
     `windows`, the number of windows in a lane. Memory: 16 bytes per shard and cached epoch.
@@ -145,15 +145,15 @@ class LaneOrder:
     def upcoming(self, start: int, stop: int, ranks: Sequence[int], world_size: int) -> list[int]:
         """Shards that the ranks need for positions in [start, stop), each once, in the order of first use.
 
-        A rank r has the positions t with t % world_size == r. The result holds all shards of each window that such a
-        position is in, in line order within a window. So no shard is missing, but one may be listed whose samples of
-        that window are not among these positions. The cost grows with the number of windows, not of samples.
+        A rank r has the positions t with t % world_size == r. The result contains all shards of each window that such
+        a position is in, in line order within a window. So no shard is missing, but a shard may be listed although none
+        of its samples in that window is at these positions. The cost grows with the number of windows, not of samples.
         """
         residues = np.unique(np.asarray(ranks, dtype=np.int64))
         return self._upcoming(start, stop, np.arange(self.lanes), residues, world_size)
 
     def upcoming_of(self, start: int, stop: int, lanes: np.ndarray) -> list[int]:
-        """Shards of these lanes (int64, each once) for positions in [start, stop); otherwise as `upcoming`."""
+        """Shards of these lanes (int64, each once) for positions in [start, stop); otherwise like `upcoming`."""
         return self._upcoming(start, stop, lanes, np.zeros(1, dtype=np.int64), 1)
 
     def _upcoming(self, start: int, stop: int, lanes: np.ndarray, residues: np.ndarray, modulus: int) -> list[int]:
@@ -183,7 +183,7 @@ class LaneOrder:
 
     def _lane_start(self, lanes: np.ndarray, first: Any) -> np.ndarray:
         """Start of each lane's range in the line."""
-        # The longer lanes are those from `first` on, up to the last lane and then from lane 0 on.
+        # The longer lanes begin at `first`, and continue at lane 0 after the last lane.
         longer = self.count % self.lanes
         from_zero = np.maximum(first + longer - self.lanes, 0)
         before = np.clip(lanes - first, 0, longer) + np.minimum(lanes, from_zero)
@@ -198,16 +198,16 @@ class LaneOrder:
         return windows * sizes // self.windows, (windows + 1) * sizes // self.windows
 
     def _window_of(self, places: np.ndarray, turns: np.ndarray) -> np.ndarray:
-        """The window that holds each turn: the least k with turn + 1 <= (k + 1) size / windows."""
+        """The window that contains each turn: the least k with turn + 1 <= (k + 1) size / windows."""
         return ((turns + 1) * self.windows - 1) // self._lane_size(places)
 
     def _touched(
         self, begin: int, end: int, places: np.ndarray, residues: np.ndarray, modulus: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The windows with an offset o in [begin, end), o % modulus in `residues`, ordered by the first such o.
+        """The windows with an offset o in [begin, end) and o % modulus in `residues`, ordered by the first such o.
 
-        places: those of the lanes to look at, see `_first_lane`. Returns the place of the lane of each window, and its
-        number in that lane: int64 [touched windows].
+        places: those of the lanes to look at, see `_first_lane`. Returns the place of each window's lane, and the
+        window's number in that lane: int64 [touched windows].
         """
         # The lane at place p has the turns [low, high) in [begin, end): turn q is at offset p + q lanes. [places]
         low = -((places - begin) // self.lanes)
@@ -238,14 +238,14 @@ class LaneOrder:
         turns = low + (solution - low) % period
         touched = (remainders == 0) & (turns < ends)
 
-        # Keep the windows that some rank touches, by first offset. `end` marks the others, and sorts behind them.
+        # Keep the windows that some rank touches, by first offset. `end` marks the others, which sort last.
         first_offset = np.where(touched, lanes + turns * self.lanes, end).min(axis=0, initial=end)  # [windows]
         by_offset = np.argsort(first_offset, kind="stable")[: np.count_nonzero(first_offset < end)]
         return lanes[by_offset], windows[by_offset]
 
     def _shards_of(self, epoch: int, places: np.ndarray, windows: np.ndarray) -> Iterator[int]:
-        """All shards of the windows, one window after the other. A shard in two windows comes twice."""
-        # The slots of the line that hold the first and the last sample of each window.
+        """All shards of the windows, one window after the other. A shard in two windows appears twice."""
+        # The slots of the line that contain the first and the last sample of each window.
         begins, ends = self._window_edges(places, windows)
         first_lane = self._first_lane(epoch)
         start = self._lane_start((places + first_lane) % self.lanes, first_lane)
@@ -258,8 +258,8 @@ class LaneOrder:
         return iter(shards[self.counts[shards] > 0].tolist())
 
     def _look_up(self, epochs: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of points of the line of each one's epoch; int64 [N] each."""
-        # The lines of the different epochs lie one after the other in one table, so one search finds all slots.
+        """Shard and row of each point, which is a place in the line of its epoch; int64 [N] each."""
+        # The lines of the different epochs are laid end to end in one table, so one search finds all slots.
         different, which = np.unique(epochs, return_inverse=True)
         line_shards, line_starts = self._tables(tuple(different.tolist()))
         points = which.reshape(-1) * self.count + points

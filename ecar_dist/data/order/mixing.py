@@ -6,7 +6,7 @@ seed 0):
 
     position            0  1  2 | 3  4  5 | ...
     source              0  1  0 | 0  0  1 | ...
-    inner position      0  0  1 | 2  3  1 | ...     each source's own stream: 0, 1, 2, ... without gap or repeat
+    inner position      0  0  1 | 2  3  1 | ...     each source's own stream: 0, 1, 2, ... without gaps or repeats
 
 So the proportions are exact in every block, and any position can be looked up without the earlier ones.
 """
@@ -100,9 +100,9 @@ class Mixture:
 class EvenMixture:
     """Sources mixed sample by sample, without a table: the second version of `Mixture`.
 
-    A block has `weights[s]` places of source s. The slot that a place is permuted to also says which of the source's
-    samples of this block it is. So each position costs one permutation, whatever the number of blocks in a batch, and
-    the way back from a sample to its position costs the same.
+    A block has `weights[s]` places of source s. The slot that a place is permuted to also determines which of the
+    source's samples in this block it is. So each position costs one permutation, regardless of the number of blocks in
+    a batch. The inverse, from a sample to its position, costs the same.
     """
 
     name = "mixture-v2"
@@ -140,7 +140,7 @@ class EvenMixture:
     def consumed(self, position: int) -> np.ndarray:
         """Samples of each source in whole blocks before the position: int64 [sources].
 
-        A source's later samples of the block that the position is in may have earlier positions.
+        Within the block that contains the position, later samples of a source may have earlier positions.
         """
         return position // self.block * self._per_block
 
@@ -191,8 +191,8 @@ class Buckets:
 def whole_weights(weights: Sequence[float], total: int) -> list[int]:
     """The smallest whole numbers in the proportion of the weights: 0.7, 0.2, 0.1 become 7, 2, 1.
 
-    Weights are taken as the decimals they are written as, not as binary fractions. If the sum would be above `total`,
-    the result is the nearest whole numbers with the sum `total`, by largest remainder. Raises ConfigError.
+    Weights are taken as the decimals they are written as, not as binary fractions. If the sum would exceed `total`, the
+    result is the nearest whole numbers that sum to `total`, by largest remainder. Raises ConfigError.
     """
     for source, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight > 0):

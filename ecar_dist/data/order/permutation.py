@@ -1,11 +1,11 @@
 """Keyed permutations of range(size), computed value by value: no table, any size, a key for each value.
 
-A Feistel network permutes range(2^bits) for the least power of two that holds the range. A value that lands outside the
-range is permuted again until it lands inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite
+A Feistel network permutes range(2^bits) for the least power of two that covers the range. A value that lands outside
+the range is permuted again until it lands inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite
 domains", CT-RSA 2002).
 
-The results are part of the sample order of every run and of the bytes of every encoded set. To change them, give the
-order another name.
+The results determine the sample order of every run and the bytes of every encoded set. A change to them needs a new
+name for the order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# An even number of rounds, so that the two halves have their first widths again at the end.
+# An even number of rounds, so that the two halves end with their original widths.
 _ROUNDS = 8
 
 _PIECE = 1 << 16  # values
@@ -26,8 +26,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def hash_keys(seed: int, *fields: int | np.ndarray) -> np.ndarray:
     """uint64 keys, hashed from the seed and then from each field (integers or int64 arrays that broadcast).
 
-    The first field of each new use should be a constant of its own that is far from any seed or counter: seed 0 with
-    field 7 gives the same key as seed 7 without fields.
+    The first field of each new use should be its own constant, far from any seed or counter: seed 0 with field 7 gives
+    the same key as seed 7 without fields.
     """
     # Each field is added and mixed in turn, so the order of the fields matters. uint64 arithmetic wraps around.
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
@@ -37,7 +37,7 @@ def hash_keys(seed: int, *fields: int | np.ndarray) -> np.ndarray:
 
 
 def bits_for(size: int) -> int:
-    """Width of the smallest network that holds range(size)."""
+    """Width of the smallest network that covers range(size)."""
     return max(1, (size - 1).bit_length())
 
 
@@ -53,7 +53,7 @@ def permute(values: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits:
 
 
 def unpermute(images: np.ndarray, sizes: int | np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
-    """The values that `permute` takes to these images; int64 [N] in and out. Arguments as there."""
+    """The values that `permute` maps to these images; int64 [N] in and out. Same arguments as `permute`."""
     return _in_pieces(_feistel_back, images, sizes, keys, bits)
 
 
@@ -64,7 +64,7 @@ def _in_pieces(
     keys: np.ndarray,
     bits: int,
 ) -> np.ndarray:
-    """`_walk` for a bounded number of values at a time: it needs about 150 bytes for each."""
+    """Run `_walk` on a bounded number of values at a time: it needs about 150 bytes for each."""
     if len(values) <= _PIECE:
         return _walk(network, values, sizes, keys, bits)
     bounds = np.broadcast_to(np.asarray(sizes, dtype=np.int64), values.shape)
@@ -83,7 +83,7 @@ def _walk(
     keys: np.ndarray,
     bits: int,
 ) -> np.ndarray:
-    # Every value has a key of its own, so each round has one key per value.
+    # Every value has its own key, so each round has one key per value.
     bounds = np.broadcast_to(np.asarray(sizes, dtype=np.uint64), values.shape)
     round_keys = keys + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_GOLDEN)  # [rounds, N]
     scratch = np.empty_like(keys)

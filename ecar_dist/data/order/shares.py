@@ -1,13 +1,13 @@
 """Which samples of a global batch each rank reads, so that every node reads few shards.
 
-A position belongs to a lane of a source (`lanes.py`). In the second version of the order every lane has the same number
-of samples in each global batch. So the samples of a batch can be sorted by lane once, and each rank always takes the
-same part of them: consecutive ranks, which are those of a node, read consecutive lanes, whose shards are neighbours.
+A position belongs to a lane of a source (`lanes.py`). In the second version of the order, every lane has the same
+number of samples in each global batch. So the samples of a batch are sorted by lane once, and each rank always takes
+the same part of them. The ranks of a node are consecutive, so they read consecutive lanes, whose shards are neighbours.
 
     batch of 8, 4 lanes       lane   0 0 1 1 2 2 3 3
     2 ranks                   rank   0 0 0 0 1 1 1 1
 
-Several sources are merged by the relative place of their samples: each rank reads the same part of every source.
+Several sources are merged by the relative place of their samples, so each rank reads the same part of every source.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ecar_dist.data.order.lanes import SHARDS_PER_LANE, default_lanes
 from ecar_dist.data.order.mixing import largest_remainder, whole_weights
 from ecar_dist.errors import ConfigError
 
-MAX_NODES = 512  # that the choices below look at
+MAX_NODES = 512  # the largest number of nodes that is considered below
 _MAX_LANES = 4096
-_MAX_ERROR = 0.005  # of a source's part of the batch, relative
-_EXACT = 1 << 40  # a sum of whole weights that is never rounded
+_MAX_ERROR = 0.005  # relative error of a source's part of the batch
+_EXACT = 1 << 40  # a limit for the sum of whole weights, up to which they are not rounded
 _POOR_SHUFFLE = 8  # times fewer lanes than by default
 
 
 class LaneShares:
-    """The parts of the ranks of a global batch with `counts[s]` samples of source s, in `lanes[s]` lanes.
+    """Each rank's part of a global batch that has `counts[s]` samples of source s, in `lanes[s]` lanes.
 
     Each number of lanes must divide its count. Memory: 16 bytes for each sample of the batch.
     """
@@ -59,7 +59,7 @@ class LaneShares:
         return self._sources[part], self._offsets[part]
 
     def lanes_of(self, ranks: Sequence[int], world_size: int) -> list[np.ndarray]:
-        """For each source the lanes that the ranks read, ascending."""
+        """For each source, the lanes that the ranks read, ascending."""
         parts = [self.of_rank(rank, world_size) for rank in ranks]
         sources = np.concatenate([part[0] for part in parts])
         offsets = np.concatenate([part[1] for part in parts])
@@ -67,16 +67,16 @@ class LaneShares:
 
 
 def node_multiple(batch: int) -> int:
-    """The least number that all numbers of nodes, up to MAX_NODES, which divide the batch divide. It divides it too."""
+    """The least common multiple of the numbers of nodes that divide the batch, up to MAX_NODES. Divides the batch."""
     return math.lcm(*(nodes for nodes in range(1, MAX_NODES + 1) if batch % nodes == 0))
 
 
 def lanes_for(num_shards: int, count: int, batch: int) -> int:
     """Lanes of a source that has `count` samples in each global batch of `batch`: a divisor of the count.
 
-    It leaves each lane about four shards. If there are shards enough, every number of nodes that divides the batch
-    divides the lanes, and then no two nodes read the same lane. A count without a fitting divisor gives the lanes of
-    the first version of the order, and nodes then read more than they need.
+    Each lane gets about four shards. If there are enough shards, every number of nodes that divides the batch also
+    divides the number of lanes, so no two nodes read the same lane. For a count without a suitable divisor, the result
+    is the number of lanes in the first version of the order; nodes then read more than they need.
     """
     limit = max(1, min(_MAX_LANES, num_shards // SHARDS_PER_LANE))
     fitting = [lanes for lanes in range(1, limit + 1) if count % lanes == 0]
@@ -87,9 +87,9 @@ def lanes_for(num_shards: int, count: int, batch: int) -> int:
 
 
 def batch_counts(weights: Sequence[float], batch: int) -> list[int] | None:
-    """Samples of each source in every global batch, in the proportion of the weights to 0.5 %; None if impossible.
+    """Samples of each source in every global batch, proportional to the weights within 0.5 %; None if impossible.
 
-    They are multiples of `node_multiple` if possible, or else of the largest of its halves that is fine enough.
+    They are multiples of `node_multiple` if possible. Otherwise it is halved until its multiples are fine enough.
     """
     exact = whole_weights(weights, _EXACT)
     unit = node_multiple(batch)
@@ -102,7 +102,7 @@ def batch_counts(weights: Sequence[float], batch: int) -> list[int] | None:
             if all(abs(count - wanted) <= _MAX_ERROR * wanted for count, wanted in zip(counts, whole, strict=True)):
                 return counts
         except ConfigError:
-            pass  # a source without a place
+            pass  # a source has no place
         if unit == 1:
             return None
         unit = unit // 2 if unit % 2 == 0 else 1

@@ -1,4 +1,4 @@
-"""From positions of the run to samples: the mixing of sources, and the order of each source, put together."""
+"""From positions of the run to samples: combines the mixing of sources with the order of each source."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Locations:
 
 @dataclass(frozen=True)
 class OrderMade:
-    """How an order is made. A run keeps what its first attempt chose, whatever its batch size is later.
+    """How an order is made. A run keeps the choice of its first attempt, even if its batch size changes later.
 
-    batch: the global batch size whose divisors the lanes are; 0 for the first version of the order.
+    batch: the global batch size that the lanes were chosen for; 0 for the first version of the order.
     """
 
     batch: int
@@ -54,7 +54,7 @@ class OrderMade:
 
     @staticmethod
     def recorded(data: Mapping[str, Any]) -> OrderMade | None:
-        """How the order was made that the identity of a checkpoint describes; None if it names none known here."""
+        """How the order in the identity of a checkpoint was made; None if the identity names no known order."""
         batch = data.get("data_order.batch", 0)
         return OrderMade(batch) if isinstance(batch, int) and batch >= 0 and "data_order.name" in data else None
 
@@ -62,8 +62,8 @@ class OrderMade:
 class SampleStream:
     """The endless order of samples over `sources`. Each source is given by the sample counts of its shards.
 
-    One source: its LaneOrder. Several: mixed in exact proportions by `weights`, either sample by sample, or with
-    `by_step` a whole global batch from one source, so that sources may differ in shape.
+    One source: its LaneOrder. Several: mixed in exact proportions by `weights`, sample by sample. With `by_step`, each
+    global batch comes from one source, so that sources may differ in shape.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class SampleStream:
         window_shards: int = 4,
         made: OrderMade | None = None,
     ) -> None:
-        """made: how the order of an earlier attempt was made; None: as today, for this global batch size."""
+        """made: how the order of an earlier attempt was made; None: the current way, for this global batch size."""
         self.made = made or OrderMade(global_batch_size)
         self._global_batch_size = global_batch_size
 
         # Which source a position reads from. Unused for one source.
         self._split: Buckets | Mixture | EvenMixture
-        counts = [self.made.batch] * len(sources)  # samples of each source in a batch that has any of it
+        counts = [self.made.batch] * len(sources)  # samples of each source in a batch that contains it
         if by_step:
             self._split = Buckets([int(np.sum(shards)) for shards in sources], seed, global_batch_size, weights)
         elif self.made.is_first or len(sources) == 1:
@@ -94,7 +94,7 @@ class SampleStream:
             self._split = EvenMixture(chosen or whole_weights(weights, 4096), seed)
             counts = chosen or counts
 
-        # Each source has a seed of its own: two sources with equal shards are shuffled differently.
+        # Each source has its own seed, so two sources with equal shards are shuffled differently.
         self.orders = [
             LaneOrder(
                 shards,
@@ -107,11 +107,11 @@ class SampleStream:
         ]
         self._shares = [] if self.made.is_first else self._make_shares()
 
-        # Sample ids count through the sources: those of source i begin at _first_id[i].
+        # Sample ids number the samples source by source: those of source i begin at _first_id[i].
         self._first_id = np.cumsum([0, *(order.count for order in self.orders)])  # [sources + 1]
 
     def _make_shares(self) -> list[LaneShares]:
-        """The ranks' parts of a batch: one for all sources, by step one for each. Empty if lanes do not divide it."""
+        """The parts of a batch: one for all sources, one per source if by step. Empty if lanes do not divide it."""
         batch = self._global_batch_size
         lanes = [order.lanes for order in self.orders]
         if isinstance(self._split, EvenMixture):
@@ -122,9 +122,9 @@ class SampleStream:
         return [] if any(batch % number for number in lanes) else [LaneShares([batch], [number]) for number in lanes]
 
     def _shares_at(self, step_start: int) -> tuple[LaneShares, int, np.ndarray] | None:
-        """The parts of the batch that begins at a position, its first source, and where each of its sources is then.
+        """The parts of the batch that begins at `step_start`, its first source, and how far each source is then.
 
-        None if the ranks take turns instead, which is always right but may cost more reading.
+        None if the ranks take turns sample by sample instead. That is always correct, but may read more.
         """
         if not self._shares:
             return None
@@ -150,7 +150,7 @@ class SampleStream:
 
     def positions_of_steps(self, step_starts: Sequence[int], rank: int, world_size: int) -> np.ndarray:
         """`rank_positions` of several steps, laid end to end: int64 [steps x batch / ranks]."""
-        # Most of the time goes into the calls of numpy, so the steps that have the same shares are computed together.
+        # Most of the time is spent in numpy calls, so the steps that have the same shares are computed together.
         found = [self._shares_at(start) for start in step_starts]
         first = found[0]
         if first is None or any(one is None or one[0] is not first[0] for one in found):
@@ -167,18 +167,18 @@ class SampleStream:
         rank: int,
         world_size: int,
     ) -> np.ndarray:
-        """Positions of a rank in the steps that begin at `step_starts`, of those shares; ascending in each step.
+        """Positions of a rank in the steps that begin at `step_starts`, by these shares; ascending in each step.
 
-        begins: where the sources of the shares are at each step, int64 [steps, sources].
+        begins: how far the sources of the shares are at each step, int64 [steps, sources].
         """
-        # Where the rank's samples are in their source's own stream: the next turns of their lanes. [steps, n]
+        # The positions of the rank's samples in their source's own stream: the next turns of their lanes. [steps, n]
         sources, offsets = shares.of_rank(rank, world_size)
         lanes = np.array([order.lanes for order in self.orders])[first_source + sources]
         turns, lane = np.divmod(offsets, lanes)
         begin = begins[:, sources]
         inside = begin + (lane - begin) % lanes + turns * lanes
 
-        # And in the stream of the run.
+        # Then their positions in the run.
         if isinstance(self._split, EvenMixture):
             every = np.broadcast_to(sources, inside.shape)
             positions = self._split.positions(every.reshape(-1), inside.reshape(-1)).reshape(inside.shape)
@@ -194,7 +194,7 @@ class SampleStream:
             sources = np.zeros(len(positions), dtype=np.int64)
             return Locations(positions, sources, shards, rows, self.orders[0].first_index[shards] + rows)
 
-        # Each source looks up its own positions; the results go back to where the positions were.
+        # Each source looks up its own positions. The results are put back in the order of the positions.
         sources, inner = self._split.split(positions)
         shards, rows, sample_ids = (np.empty(len(positions), dtype=np.int64) for _ in range(3))
         for source, order in enumerate(self.orders):
@@ -214,12 +214,12 @@ class SampleStream:
     def upcoming(self, start: int, stop: int, ranks: Sequence[int], world_size: int) -> list[list[int]]:
         """For each source, the shards that `ranks` may need for positions in [start, stop), ordered by first use.
 
-        A batch begins at `start`.
+        A batch must begin at `start`.
         """
         if self._shares_at(start) is None:
             return self._upcoming_in_turns(start, stop, [(start + rank) % world_size for rank in ranks], world_size)
 
-        # The same lanes in every batch. By step, each source has batches of its own.
+        # Every batch has the same lanes. If by step, each source has its own batches.
         by_step = len(self._shares) > 1
         lanes = [share.lanes_of(ranks, world_size) for share in self._shares]
         lanes_of = [found[0] for found in lanes] if by_step else lanes[0]
@@ -232,7 +232,7 @@ class SampleStream:
         return [order.upcoming_of(begin, end, mine) for order, begin, end, mine in ranges]
 
     def _upcoming_in_turns(self, start: int, stop: int, residues: Sequence[int], world_size: int) -> list[list[int]]:
-        """The same where the ranks take turns: a rank's positions t have one t % world_size."""
+        """`upcoming` if the ranks take turns: all positions t of a rank have the same t % world_size."""
         if len(self.orders) == 1:
             return [self.orders[0].upcoming(start, stop, residues, world_size)]
 

@@ -1,4 +1,4 @@
-"""Replace bad samples by good ones: only if the user asked for it, reproducibly, listed, and up to a limit."""
+"""Replace bad samples with good ones: only on request, reproducibly, up to a limit, and each replacement is listed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Substitution:
 
 
 class Substitutes:
-    """Replaces bad samples by others of the same source, as a pure function of (seed, position, attempt).
+    """Replaces bad samples with others from the same source, as a pure function of (seed, position, attempt).
 
     With `max_bad` 0, nothing is replaced and the first bad sample is an error.
     """
@@ -64,7 +64,7 @@ class Substitutes:
         total = self._stream.count
         if bad > self._max_bad * total:
             raise DataError(
-                f"{error}; with it {bad} of {total} samples are bad, data.max_bad={self._max_bad:g} allows "
+                f"{error}; with it {bad} of {total} samples are bad, but data.max_bad={self._max_bad:g} allows "
                 f"{int(self._max_bad * total)}; restore the data, or raise data.max_bad"
             )
 
@@ -89,7 +89,7 @@ class Substitutes:
         order = self._stream.orders[source]
         bad = self._bad[source]
 
-        # The keys make sure that a sample which is met again, in a later epoch, counts once.
+        # The keys make sure that a sample that is read again in a later epoch counts only once.
         if error.whole_shards:
             bad[shard,] = int(order.counts[shard])
         else:
@@ -104,14 +104,14 @@ class Substitutes:
         source = int(locations.sources[index])
         old_id = int(locations.sample_ids[index])
 
-        # Each attempt is an epoch of its own in a permutation of the source, so attempts differ from each other.
+        # Each attempt is a separate epoch in a permutation of the source, so attempts differ from each other.
         attempt = self._attempts.get(position, -1) + 1
         self._attempts[position] = attempt
         count = self._stream.orders[source].count
         draw = np.array([attempt * count + position % count], dtype=np.int64)
         sample_index = int(sample_indices(draw, count, self._seed ^ _KEY)[0])
 
-        # The positions stay: only where their samples are read from changes.
+        # The positions stay the same. Only the samples that are read for them change.
         shard, row, sample_id = self._stream.locate_sample(source, sample_index)
         locations.shards[index] = shard
         locations.rows[index] = row
