@@ -1,7 +1,7 @@
-"""A cache of remote shards on each node, `<root>/<dataset_id>/<name>`, that holds only complete and proven shards.
+"""A cache of remote shards on each node, `<root>/<dataset_id>/<name>`, that contains only complete and proven shards.
 
-The path contains the id of the data set, so sets with equal file names do not mix. One process of the node downloads a
-shard at a time, into a temporary file. The file gets its name after its size and hash were checked.
+The path contains the id of the data set, so sets with equal file names do not mix. Each shard is downloaded by only one
+process of the node at a time, into a temporary file. The file is renamed after its size and hash have been checked.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ShardCache:
         self._ranges = DaemonPool(options.threads, "shard-range")
         self._shards = DaemonPool(max(2, options.threads // 4), "shard-fetch")
         self._downloads: dict[int, Future[None]] = {}  # prefetched shards, by index
-        self._lock = threading.RLock()  # guards _downloads; reentrant, because a callback may run inside
+        self._lock = threading.RLock()  # guards _downloads; reentrant, because a callback may run while it is held
         self._future: Mapping[int, int] | None = None  # the argument of the last `retire`
 
     def where(self, shard_index: int) -> str:
@@ -130,7 +130,7 @@ class ShardCache:
                 self._downloads[index].add_done_callback(partial(self._forget_prefetch, index))
 
     def retire(self, future: Mapping[int, int]) -> None:
-        """Evict down to the budget, the farthest next use first.
+        """Evict shards until the rest fit into the budget, starting with the farthest next use.
 
         `future` must cover all processes of the node, because they share the files. A file that is evicted too early
         is downloaded again when it is opened.
@@ -150,7 +150,7 @@ class ShardCache:
         if budget is None or self._future is None:
             return
 
-        # What does this node hold now, whichever process downloaded it?
+        # What is cached on this node now, whichever process downloaded it?
         cached = self._cached()
         total = needed + sum(found.st_size for _, found in cached.values())
 
@@ -175,7 +175,7 @@ class ShardCache:
         return found
 
     def _index_of(self, name: str) -> int | None:
-        """The shard whose cached file has this name; None if it is another file. Each shard is looked up once."""
+        """The shard whose cached file has this name; None if there is none. Each shard is looked up once."""
         if not self._indices and not isinstance(self.entries, ShardTable):
             self._indices = {self._path(entry).name: index for index, entry in enumerate(self.entries)}
         found = self._indices.get(name)
@@ -186,7 +186,7 @@ class ShardCache:
         return self._indices.get(name)
 
     def _path(self, entry: ShardEntry) -> Path:
-        """Where a shard is cached. Raises DataError for a name that leads out of the set."""
+        """Where a shard is cached. Raises DataError for a name that leads outside the set."""
         join(self._url, entry.name)
         return self._folder / quote(entry.name, safe="")
 

@@ -1,13 +1,13 @@
 """The entries of a manifest: one for each shard of a set, as objects, or as the rows of a binary table.
 
-A set of many shards has its entries in a file of its own, `shards.npy`, beside a small `manifest.json`. It has two npy
-arrays, one after the other:
+A set of many shards keeps its entries in a separate file, `shards.npy`, next to a small `manifest.json`. The file
+contains two npy arrays, one after the other:
 
     rows     one record for each shard, see `ShardTable.row_type`; `numpy.load` reads it
-    missing  int64, the rows of the plan without a sample, of all shards one after the other
+    missing  int64, the rows of the plan without a sample, for all shards, one shard after the other
 
 The manifest states both sizes and the sha256 of the file, and each reader checks them before it uses a row. A reader
-keeps the number of samples of each shard in memory, 8 bytes a shard, and reads the rows that it needs.
+keeps the number of samples of each shard in memory, 8 bytes per shard, and reads the rows that it needs.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class ShardEntry:
     count: Samples
     first_index: Count  # index of the first sample in the set
 
-    # xxh3 is fast, and checked at every opening. sha256 identifies the content in the dataset_id.
+    # xxh3 is fast, and checked whenever the shard is opened. sha256 identifies the content in the dataset_id.
     xxh3_128: Xxh3
     sha256: Sha256
 
 
 @dataclass(frozen=True)
 class LatentEntry(ShardEntry):
-    """A latent shard. The keys of its samples are consecutive rows of the encode plan, from `first_row` on.
+    """A latent shard. The keys of its samples are consecutive rows of the encode plan, beginning at `first_row`.
 
     An image that could not be encoded leaves a gap. So the row of a sample does not depend on other samples.
     """
@@ -85,7 +85,7 @@ class LatentEntry(ShardEntry):
 
 @dataclass(frozen=True)
 class CodebookEntry:
-    """A codebook beside the shards (`ecar-data fit-codebook`): V codes of C p^2 numbers for tokens of p x p."""
+    """A codebook next to the shards (`ecar-data fit-codebook`): V codes of C p^2 numbers for tokens of p x p."""
 
     __pydantic_config__: ClassVar[ConfigDict] = KNOWN_FIELDS
 
@@ -105,13 +105,13 @@ class ImageEntry(ShardEntry):
     indexing does not read the files.
     """
 
-    table: PlainName  # a file beside the manifest
+    table: PlainName  # a file next to the manifest
     table_xxh3_128: Xxh3
     kind: Literal["tar", "files"]
 
 
 class TableRecord(Record):
-    """What a manifest says of its `shards.npy`."""
+    """What a manifest states about its `shards.npy`."""
 
     shards: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     missing: Annotated[int, Field(ge=0, le=MAX_ROWS)]
@@ -124,8 +124,8 @@ class TableRecord(Record):
 class ShardTable(Sequence[LatentEntry]):
     """The entries of a latent set in a `shards.npy`, which is read row by row.
 
-    Attributes: `record`, what the manifest says of the file; `path`; `samples`, of all shards; and `counts`, int64
-    [shards], the samples of each shard, in memory.
+    Attributes: `record`, what the manifest states about the file; `path`; `samples`, the number in all shards; and
+    `counts`, int64 [shards], the samples of each shard, in memory.
 
     Opening reads the file once, in pieces. Raises UntrustedError if it is not the file that `record` describes, or if
     a row breaks a rule of `check_table_rows`; OSError if it cannot be read.
@@ -141,7 +141,7 @@ class ShardTable(Sequence[LatentEntry]):
         if record.bytes != self._missing_start + 8 * record.missing:
             raise UntrustedError(f"{record.shards} shards cannot have {record.bytes} bytes")
 
-        # The descriptor stays open, so a file that is replaced later is not mixed with this one.
+        # The descriptor stays open, so a file that replaces this one later is not mixed with it.
         with open_plain_file(path, record.bytes) as file:
             _prove(file, record)
             self._descriptor = os.dup(file.fileno())
@@ -151,7 +151,7 @@ class ShardTable(Sequence[LatentEntry]):
         if self._read(self._missing_start - len(gaps), len(gaps)) != gaps:
             raise UntrustedError(f"it does not end with {record.missing} missing rows")
 
-        # All rules at once, for many rows at a time.
+        # Check all rules at once, for many rows at a time.
         self.counts = np.empty(record.shards, dtype=np.int64)
         before = None
         for first in range(0, record.shards, _CHUNK):
@@ -221,7 +221,7 @@ class ShardTable(Sequence[LatentEntry]):
         return np.frombuffer(self._read(len(self._header) + first * size, (stop - first) * size), self._type)
 
     def _missing_of(self, rows: np.ndarray) -> np.ndarray:
-        """The missing rows of consecutive shards, int64. Empty where the rows cannot be right."""
+        """The missing rows of consecutive shards, int64. Empty if the rows cannot be valid."""
         number = int(np.clip(rows["missing"], 0, self.record.missing).sum())
         start = int(rows["missing_at"][0])
         if not number or start < 0 or start + number > self.record.missing:
@@ -230,20 +230,20 @@ class ShardTable(Sequence[LatentEntry]):
 
     def _read(self, start: int, size: int) -> bytes:
         """Bytes of the file. Raises DataError if it cannot be read."""
-        # Not mapped, because reading a map of a file that was cut ends the process.
+        # Not mapped, because reading a map of a truncated file would kill the process.
         try:
             content = os.pread(self._descriptor, size, start)
         except OSError as error:
             raise DataError(f"cannot read {self.path} ({error.strerror}); check its disk, and start again") from None
         if len(content) != size:
-            raise DataError(f"{self.path} was cut while it was used; restore it")
+            raise DataError(f"{self.path} was truncated while it was in use; restore it")
         return content
 
 
 def write_table(folder: Path, entries: Iterable[LatentEntry], shards: int, name_bytes: int) -> TableRecord:
-    """Write `shards.npy` for `shards` entries with names of at most `name_bytes` bytes; returns what describes it.
+    """Write `shards.npy` for `shards` entries with names of at most `name_bytes` bytes. Returns its record.
 
-    The entries come one at a time; of them, only the missing rows are kept. Raises OSError if it cannot be written.
+    The entries are read one at a time, and only their missing rows are kept. Raises OSError if it cannot be written.
     """
     row_type = ShardTable.row_type(name_bytes)
     missing: list[int] = []
@@ -260,7 +260,7 @@ def write_table(folder: Path, entries: Iterable[LatentEntry], shards: int, name_
             if len(rows) == _CHUNK:
                 file.write(np.array(rows, row_type).tobytes())
                 rows.clear()
-        # The rest of the rows, then the missing rows of all shards, to which each shard points.
+        # The rest of the rows, then the missing rows of all shards, which the shards point to.
         file.write(np.array(rows, row_type).tobytes())
         file.write(_header(np.dtype("<i8"), len(missing)))
         file.write(np.array(missing, "<i8").tobytes())
@@ -275,7 +275,7 @@ def write_table(folder: Path, entries: Iterable[LatentEntry], shards: int, name_
 
 
 class _Hashed:
-    """A file that is written, its size and its hashes."""
+    """A file that is being written, with its size and hashes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -291,7 +291,7 @@ class _Hashed:
 
 
 def _prove(file: BinaryIO, record: TableRecord) -> None:
-    """Raises UntrustedError unless the whole file has the stated size and sha256."""
+    """Raises UntrustedError unless the complete file has the stated size and sha256."""
     size = os.fstat(file.fileno()).st_size
     if size != record.bytes:
         raise UntrustedError(f"it has {size} bytes, the manifest says {record.bytes}")

@@ -1,6 +1,6 @@
-"""Copy what lies at many addresses of memory into one array, with a single call.
+"""Copy the values at many memory addresses into one array, with a single call.
 
-The rows of a batch lie in the maps of many shards. A slice or a pointer as a Python object for each row takes about as
+The rows of a batch are in the maps of many shards. Making a slice or a pointer in Python for each row takes about as
 long as the copy itself. `torch.index_select` and numpy's indexing copy all rows in compiled code, but out of one array.
 So that array covers all memory from the first address to the last: it has a row at each element, and the rows overlap.
 
@@ -8,8 +8,8 @@ So that array covers all memory from the first address to the last: it has a row
     rows             ^ row 0 begins here, row 1 one element later, ...
     index        (address - address of row 0) / bytes of an element
 
-Only the rows of the index are read, so it does not matter what lies between the maps. The caller keeps mapped what the
-addresses point to. They must be whole elements apart.
+Only the rows of the index are read, so it does not matter what is between the maps. The caller must keep the memory at
+the addresses mapped. The addresses must be whole elements apart.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _span(addresses: np.ndarray, width: int, dtype: np.dtype) -> tuple[np.ndarra
 
 
 class _Memory:
-    """`count` elements at an address, in the protocol by which numpy makes arrays of foreign memory without a copy."""
+    """`count` elements at an address, in the protocol by which numpy wraps foreign memory in arrays without a copy."""
 
     def __init__(self, address: int, count: int, dtype: np.dtype) -> None:
         # Not marked as read-only, because torch warns about such arrays. Nothing here writes to it.

@@ -1,4 +1,4 @@
-"""The layout of a latent shard: members of fixed size, so that the whole tar is one strided array.
+"""The layout of a latent shard: members of fixed size, so that the complete tar is one strided array.
 
 Each sample has the members `<key>.latent.npy`, optionally `<key>.latent_flip.npy`, and `<key>.cls`, where the key is
 the row of the sample in the encode plan, with 12 digits. In bytes, with 512-byte tar headers:
@@ -82,7 +82,7 @@ class ShardLayout:
         return dataclasses.asdict(self)
 
 
-# The same types as they are read back from `.ecar.json`. A file may hold anything, so these are checked by pydantic.
+# The same types as they are read back from `.ecar.json`. A file may contain anything, so pydantic checks these.
 
 
 class MemberRecord(Record):
@@ -107,7 +107,7 @@ class LayoutRecord(Record):
 
 
 class Description(BaseModel):
-    """The fields of `.ecar.json` that are read back. It also holds the encoder and the fields of the commit marker."""
+    """The fields of `.ecar.json` that are read back. It also has the encoder and the fields of the commit marker."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
@@ -124,7 +124,7 @@ def sample_key(sample_index: int) -> str:
 
 
 def description_text(tail: bytes) -> bytes:
-    """The JSON text of `.ecar.json`, from bytes that begin with its tar header. Raises ValueError if it is not one."""
+    """The JSON text of `.ecar.json`, from bytes that begin with its tar header. Raises ValueError if they do not."""
     # The stated size may be wrong, so no more than the limit is copied.
     try:
         header = tarfile.TarInfo.frombuf(tail[:BLOCK], "ascii", "strict")

@@ -1,9 +1,9 @@
 """The two kinds of manifest: `ecar-latents-v1` (read by training) and `ecar-images-v1` (read by encoding).
 
-In `ecar-latents-v2` the entries of the shards are in a file of their own, see `entries.py`.
+In `ecar-latents-v2`, the entries of the shards are in a separate file, see `entries.py`.
 
-Only the manifest says what belongs to a data set. To a tar reader, a tar that ends early or a missing shard looks like
-a smaller set.
+Only the manifest states what belongs to a data set. To a tar reader, a tar that ends early or a missing shard looks
+like a smaller set.
 
 A manifest is checked in three steps: each field by its type (`manifest_rules.py`), the `dataset_id` against the
 content, and the fields against each other (`check_sums`).
@@ -68,13 +68,13 @@ from ecar_dist.storage.untrusted import (
 
 MANIFEST_NAME = "manifest.json"
 
-# The entries of a million shards have about 300 MB as JSON. New sets of more than TABLE_SHARDS have a table instead.
+# The entries of a million shards take about 300 MB as JSON. New sets of more than TABLE_SHARDS have a table instead.
 MAX_MANIFEST_BYTES = 1 << 30
 TABLE_SHARDS = 10_000
 TABLE_SCHEMA = "ecar-latents-v2"
 
 
-# ---- a whole set
+# ---- the manifest of a set
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ImageManifest:
     class_names: list[Visible]
     shards: list[ImageEntry]
     location: Visible | None = None  # folder or URL of the tars or directories; None: the manifest's own folder
-    attribution: Visible | None = None  # of the images, where their licence asks for one; absent in the file if None
+    attribution: Visible | None = None  # of the images, if their licence requires one; absent from the file if None
 
     @cached_property
     def dataset_id(self) -> str:
@@ -105,7 +105,7 @@ class ImageManifest:
 
     @property
     def in_tars(self) -> bool:
-        """Whether all images are in tars, which a `ShardStore` can download. Otherwise each is a file of its own."""
+        """Whether all images are in tars, which a `ShardStore` can download. Otherwise each is a separate file."""
         return all(entry.kind == "tar" for entry in self.shards)
 
     def home(self, folder: str | Path) -> str | Path:
@@ -146,9 +146,9 @@ class Manifest:
 
     @cached_property
     def dataset_id(self) -> str:
-        """Covers the samples and their order, but not the codebooks: a new one does not make another set.
+        """Covers the samples and their order, but not the codebooks: a new one does not make a different set.
 
-        With a table, it covers the table's sha256, so it does not take time for each shard.
+        With a table, it covers the table's sha256, so its cost does not grow with the number of shards.
         """
         return _dataset_id(dataclasses.replace(self, codebooks=[]))
 
@@ -184,9 +184,9 @@ AnyManifest = TypeVar("AnyManifest", bound=Manifest | ImageManifest)
 def load_manifest(folder: str | Path, cache: Path | None = None) -> Manifest:
     """Read the manifest of latent shards from a folder or fsspec URL.
 
-    cache: root of the node's cache, for the table of a set behind a URL; None: as `cache_folder`.
+    cache: root of the node's cache, for the table of a set behind a URL; None: that of `cache_folder`.
 
-    Raises DataError if it is missing, not JSON, of another schema, was edited, or breaks a rule.
+    Raises DataError if it is missing, is not JSON, has another schema, was edited, or breaks a rule.
     """
     url = join(folder, MANIFEST_NAME)
     tree = _read_tree(url, Manifest)
@@ -226,7 +226,7 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 
     Raises DataError for a manifest that `load_manifest` would reject.
     """
-    # Checked as a reader would check it. Names of classes and folders come from users.
+    # Check it as a reader would. The names of classes and folders come from users.
     table = manifest.shards if isinstance(manifest.shards, ShardTable) else None
     tree = _content(manifest)
     try:
@@ -235,7 +235,7 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
     except UntrustedError as error:
         raise DataError(f"cannot write a manifest for {folder}: {error}; fix that in its source") from None
 
-    # The table first: a manifest is never there without it.
+    # Write the table first, so that a manifest never exists without it.
     if table is not None and table.path != folder / TABLE_NAME:
         with atomic_write(folder / TABLE_NAME) as copy, open(table.path, "rb") as original:
             shutil.copyfileobj(original, copy)
@@ -243,7 +243,7 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 
 
 def _open_table(folder: str | Path, record: TableRecord, cache: Path | None) -> ShardTable:
-    """The table of a set; behind a URL it is downloaded once for each node, to a file that is named by its sha256.
+    """The table of a set. Behind a URL, it is downloaded once for each node, to a file named after its sha256.
 
     Raises UntrustedError for a table that is not the one in `record`, DataError if it cannot be read.
     """
@@ -277,7 +277,7 @@ def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
         text = read_bytes(url, limit=MAX_MANIFEST_BYTES)
     except ObjectMissing as error:
         if is_remote(url):
-            raise DataError(f"{error}, or send the set there with `ecar-data push`") from None
+            raise DataError(f"{error}, or upload the set there with `ecar-data push`") from None
         fix = f"did you mean {meant}?" if (meant := meant_url(url)) else f"make it with `{kind.MADE_BY}`"
         raise DataError(f"{url} does not exist; {fix}") from None
     try:
@@ -289,15 +289,15 @@ def _read_tree(url: str, kind: type[AnyManifest]) -> Any:
 def _proven(tree: Any, kind: type[AnyManifest], where: str, table: ShardTable | None = None) -> AnyManifest:
     """The manifest in a JSON value and its table.
 
-    Raises DataError if the schema, the dataset_id or a rule does not hold.
+    Raises DataError if the schema or the dataset_id is wrong, or if a rule is broken.
     """
-    # Another schema usually means that the folder of another command was given.
+    # A different schema usually means that the folder of a different command was given.
     found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
     if found != kind.SCHEMA:
         said = printable(str(found), 80)
         raise DataError(f"{where} has schema {said}, expected {kind.SCHEMA}; give the folder made by `{kind.MADE_BY}`")
 
-    # The id comes before the sums: an edit by hand is reported as an edit, not as the rule that it breaks.
+    # Check the id before the sums, so that an edit by hand is reported as an edit, not as the rule that it breaks.
     stated = tree.pop("dataset_id", None)
     del tree["schema"]
     try:
@@ -314,7 +314,7 @@ def _proven(tree: Any, kind: type[AnyManifest], where: str, table: ShardTable | 
 
 
 def _check_location(location: str | None, url: str) -> None:
-    """An index may name any folder, but an index from a URL may not name a folder of the machine that reads it."""
+    """An index may name any folder, but an index from a URL may not name a folder on the machine that reads it."""
     # Otherwise a set from the network could make the reader open its own private files.
     if location is not None and is_remote(url) and not is_remote(location):
         raise DataError(
@@ -333,7 +333,7 @@ def _by_the_rules(tree: dict[str, Any], kind: type[AnyManifest], table: ShardTab
 
 
 def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
-    """Schema and fields as JSON values. Instead of the entries of a table, what identifies its file."""
+    """Schema and fields as JSON values. A table is represented by the record of its file, not by its entries."""
     if isinstance(manifest.shards, ShardTable):
         tree = _fields(dataclasses.replace(manifest, shards=[]))
         del tree["shards"]
@@ -342,7 +342,7 @@ def _content(manifest: Manifest | ImageManifest) -> dict[str, Any]:
 
 
 def _fields(manifest: Manifest | ImageManifest) -> dict[str, Any]:
-    """The fields as JSON values. Sets of earlier versions have no attribution and no codebooks, and keep their ids."""
+    """The fields as JSON values. Sets of earlier versions have no attribution or codebooks, and keep their ids."""
     tree = dataclasses.asdict(manifest)
     absent: dict[str, Any] = {"attribution": None, "codebooks": []}
     return {name: value for name, value in tree.items() if name not in absent or value != absent[name]}

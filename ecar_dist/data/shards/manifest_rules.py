@@ -23,7 +23,7 @@ MAX_ROWS = 10**12  # keys have 12 digits
 MAX_BYTES = 1 << 53
 MAX_SIDE = 1 << 16
 MAX_MOMENTS = 1 << 31  # values of one sample
-MAX_TEXT = 4096  # characters of a text
+MAX_TEXT = 4096  # characters of a string
 
 
 class _Entry(Protocol):
@@ -43,16 +43,16 @@ class _Entry(Protocol):
 
 
 def visible(text: str) -> str:
-    """A text that is safe to print: at most MAX_TEXT characters, no control characters. Raises UntrustedError."""
+    """A string that is safe to print: at most MAX_TEXT characters, no control characters. Raises UntrustedError."""
     if len(text) > MAX_TEXT:
-        raise UntrustedError(f"it has {len(text):,} characters, at most {MAX_TEXT:,} are read")
+        raise UntrustedError(f"it has {len(text):,} characters, but the limit is {MAX_TEXT:,}")
     if CONTROL_CHARACTER.search(text):
         raise UntrustedError(f"{printable(repr(text), 80)} has control characters or is not UTF-8")
     return text
 
 
 def plain_tree(tree: dict[str, Any]) -> dict[str, Any]:
-    """A dictionary without a fixed schema: printable texts, finite numbers in the range of int64, lists and
+    """A dictionary without a fixed schema: printable strings, finite numbers in the range of int64, lists and
     dictionaries of these. Raises UntrustedError."""
     for key, value in tree.items():
         visible(key)
@@ -70,7 +70,7 @@ def check_failures(tree: dict[str, Any]) -> dict[str, Any]:
 def check_moments(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Raises UntrustedError for more than MAX_MOMENTS values."""
     if math.prod(shape) > MAX_MOMENTS:
-        raise UntrustedError(f"{list(shape)} are {math.prod(shape):,} values, at most {MAX_MOMENTS:,} are read")
+        raise UntrustedError(f"{list(shape)} has {math.prod(shape):,} values, but the limit is {MAX_MOMENTS:,}")
     return shape
 
 
@@ -81,7 +81,7 @@ def check_channels(encoder: dict[str, Any], shape: Sequence[int]) -> None:
     if isinstance(channels, int) and isinstance(deterministic, bool):
         expected = channels if deterministic else 2 * channels
         if shape[0] != expected:
-            raise UntrustedError(f"moments_shape is {list(shape)}, its encoder makes {expected} channels")
+            raise UntrustedError(f"moments_shape is {list(shape)}, but its encoder makes {expected} channels")
 
 
 def check_class_names(num_classes: int, class_names: Sequence[str]) -> None:
@@ -93,13 +93,13 @@ def check_class_names(num_classes: int, class_names: Sequence[str]) -> None:
 def check_total(samples: int, count: int) -> None:
     """Raises UntrustedError unless the shards have as many samples as the set."""
     if samples != count:
-        raise UntrustedError(f"its shards have {samples} samples in all, it says {count}")
+        raise UntrustedError(f"its shards have {samples} samples in total, but it states {count}")
 
 
 def check_codebooks(kinds: Sequence[tuple[int, int]]) -> None:
-    """Check that no two codebooks have the same patch and the same number of codes. Raises UntrustedError."""
+    """Check that no two codebooks have the same patch size and the same number of codes. Raises UntrustedError."""
     if len(set(kinds)) != len(kinds):
-        raise UntrustedError("it lists two codebooks of one size and patch")
+        raise UntrustedError("it lists two codebooks of the same size and patch size")
 
 
 def check_entries(entries: Sequence[_Entry], count: int, num_classes: int, class_names: Sequence[str]) -> None:
@@ -144,7 +144,7 @@ def check_rows(entry: _Entry, first_row: int, missing: Sequence[int], after: int
 
 @dataclass(frozen=True)
 class TableTotals:
-    """How far the rows of a table have been checked: what the next row has to follow."""
+    """The totals of the rows of a table that have been checked so far, which the next row has to follow."""
 
     shards: int = 0
     samples: int = 0
@@ -154,11 +154,11 @@ class TableTotals:
 
 
 def check_table_rows(rows: np.ndarray, missing: np.ndarray, before: TableTotals | None) -> TableTotals:
-    """The rules of `check_entries`, `check_tar` and `check_rows` for some rows of a `ShardTable`, all at once.
+    """Check the rules of `check_entries`, `check_tar` and `check_rows` for some rows of a `ShardTable`, all at once.
 
-    rows: [n], of at most 2^15 shards, so that no sum of valid values leaves int64. missing: their missing rows, int64.
-    The names have to be plain and to ascend, by length first, so none comes twice. Returns the totals with these rows.
-    Raises UntrustedError that names the first wrong shard.
+    rows: [n], of at most 2^15 shards, so that no sum of valid values overflows int64. missing: their missing rows,
+    int64. The names must be plain, and ascend by length first, so none appears twice. Returns the totals with these
+    rows. Raises UntrustedError that names the first wrong shard.
     """
     before = before or TableTotals()
 
@@ -180,7 +180,7 @@ def check_table_rows(rows: np.ndarray, missing: np.ndarray, before: TableTotals 
 
     # The missing rows ascend within their shard.
     if len(missing) != gaps.sum():
-        raise UntrustedError(f"the missing rows of shards from {before.shards} on are not there")
+        raise UntrustedError(f"the list of missing rows is incomplete for shards from {before.shards} on")
     if len(missing):
         owners = np.repeat(np.arange(len(rows)), gaps)
         falls = np.flatnonzero((np.diff(missing) <= 0) & (np.diff(owners) == 0))
@@ -200,12 +200,12 @@ def _check_all(before: TableTotals, right: np.ndarray, what: str) -> None:
 
 
 def _check_names(before: TableTotals, names: np.ndarray) -> None:
-    """Plain names in folders, ascending by length and then by bytes: uint8 [n, width] at once."""
+    """Check all names at once, as uint8 [n, width]: plain names in folders, ascending by length, then by bytes."""
     letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), -1)
     filled = letters != 0
     lengths = filled.sum(axis=1)
 
-    # A part of a name begins with a letter, a digit or _, so it is neither empty nor a dot. Zeros are at the end only.
+    # A part of a name begins with a letter, a digit or _, so it is neither empty nor a dot. Zeros are only at the end.
     starts = np.ones_like(filled)
     starts[:, 1:] = letters[:, :-1] == ord("/")
     allowed = np.where(starts, _NAME_START[letters], _NAME_PART[letters]) | ~filled
@@ -260,7 +260,7 @@ FailureCount = Annotated[dict[str, Any], AfterValidator(check_failures)]
 
 
 class Failures(Record):
-    """The number of images that could not be encoded, and the file beside the manifest that lists them."""
+    """The number of images that could not be encoded, and the file next to the manifest that lists them."""
 
     count: Count
     file: PlainName | None

@@ -1,8 +1,8 @@
-"""Prove that a shard file is equal to its manifest entry before any of its bytes are used.
+"""Prove that a shard file matches its manifest entry before any of its bytes are used.
 
-The size and the xxh3_128 hash of the whole file decide. When the hash is wrong, `first_damage` looks for the damaged
-part, for the error message: tar headers have checksums, and the `.ecar.json` of a latent shard holds a CRC-32 for each
-sample.
+The size and the xxh3_128 hash of the complete file decide. If the hash is wrong, `first_damage` looks for the damaged
+part, for the error message: tar headers have checksums, and the `.ecar.json` of a latent shard contains a CRC-32 for
+each sample.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ProvenMap(mmap.mmap):
     stamp: tuple[int, ...]
 
     def has_changed(self) -> bool:
-        """Whether the file was written to, or another file has its name now. False after the name was removed.
+        """Whether the file was written to, or another file has its name now. False if the name was removed.
 
         Raises DataError if the file's attributes cannot be read.
         """
@@ -56,7 +56,7 @@ class ProvenMap(mmap.mmap):
 
 
 def describe_shard(path: Path, count: int, first_index: int) -> ShardEntry:
-    """The manifest entry of a finished shard: reads the file once for its size and hashes."""
+    """The manifest entry of a finished shard. Reads the file once for its size and hashes."""
     fast = xxhash.xxh3_128()
     strong = hashlib.sha256()
     size = 0
@@ -78,7 +78,7 @@ def local_folder(folder: str | Path) -> Path:
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:
-    """Check existence and size only. Raises ShardDamaged for another size, DataError if the file cannot be read."""
+    """Check existence and size only. Raises ShardDamaged for a wrong size, DataError if the file cannot be read."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -100,7 +100,7 @@ def check_presence(folder: str | Path, entries: Iterable[ShardEntry]) -> None:
 def map_verified(path: Path, entry: ShardEntry) -> ProvenMap:
     """Hash every byte of a shard, then map it.
 
-    Raises ShardDamaged if size or hash differ from the entry, DataError if the file cannot be read.
+    Raises ShardDamaged if the size or the hash differs from the entry, DataError if the file cannot be read.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -135,7 +135,7 @@ def describe_damage(mapped: mmap.mmap) -> str:
 
 
 def describe_damage_in(file: BinaryIO) -> str:
-    """As `describe_damage`, for an open file."""
+    """Like `describe_damage`, for an open file."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return describe_damage(mapped)
 
@@ -147,7 +147,7 @@ def first_damage(mapped: mmap.mmap) -> int | None:
     """
     headers = _first_bad_header(mapped)
 
-    # The description is the last member, so its name is searched from the end.
+    # The description is the last member, so its name is searched for from the end.
     found = mapped.rfind(DESCRIPTION_NAME.encode() + b"\0")
     samples = None
     if found >= 0 and found % BLOCK == 0:
@@ -179,7 +179,7 @@ def _first_bad_header(mapped: mmap.mmap) -> int | None:
 
 
 def _first_bad_sample(mapped: mmap.mmap, description: Description) -> int | None:
-    """The first sample with another CRC-32 over its payloads than its writer stated."""
+    """The first sample whose payloads do not have the CRC-32 that its writer stated."""
     layout = description.layout
     sums = np.frombuffer(base64.b64decode(description.crc32), dtype="<u4").tolist()
     for row, expected in enumerate(sums):
@@ -209,7 +209,7 @@ def _wrong_size(path: Path, size: int, entry: ShardEntry) -> ShardDamaged:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read shard {path} ({error.strerror}), the manifest lists it; {_fix(path)}")
+    return DataError(f"cannot read shard {path} ({error.strerror}), but the manifest lists it; {_fix(path)}")
 
 
 def _fix(path: Path) -> str:

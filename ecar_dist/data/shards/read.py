@@ -1,4 +1,4 @@
-"""Read one latent shard: check its structure once, then its samples are strided arrays over the mapped tar."""
+"""Read one latent shard: check its structure once, then view its samples as strided arrays over the mapped tar."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAGIC = np.frombuffer(b"ustar\x0000", dtype=np.uint8)
 
 
 class SetFormat(Protocol):
-    """What all shards of a set have in common. A manifest states it, and so does the plan of an encoding."""
+    """What all shards of a set have in common. Both a manifest and the plan of an encoding state it."""
 
     @property
     def moments_shape(self) -> tuple[int, ...]: ...
@@ -50,11 +50,11 @@ class LatentShard:
 
     Attributes, all but `labels` views of the map:
     `moments`   fp16 [count, *shape]
-    `mirrored`  the same of the mirrored images; if the set does not store them, it is `moments`
+    `mirrored`  the same for the mirrored images; if the set does not store them, it is `moments`
     `labels`    int64 [count]
     `addresses` where moments, mirrored and labels begin in memory, for `gather`
 
-    `mapped` holds the bytes that `entry` describes: size and hash were checked by a ShardStore or `open_latent_shard`.
+    `mapped` has the bytes that `entry` describes: size and hash were checked by a ShardStore or `open_latent_shard`.
     `where` is the path or URL for messages. Raises DataError that names shard and member if structure, keys or labels
     are not what `entry` and `manifest` state.
     """
@@ -86,13 +86,13 @@ class LatentShard:
         return isinstance(self._mapped, ProvenMap) and self._mapped.has_changed()
 
     def is_cut(self) -> bool:
-        """Whether the file is now shorter than its map. Reading the missing part would end the process with SIGBUS."""
+        """Whether the file is now shorter than its map. Reading the missing part would kill the process with SIGBUS."""
         return self._mapped.size() < len(self._mapped)
 
     def encoded(self, mirrored: bool) -> np.ndarray:
         """The npy files with their headers, for a reader that decodes them: uint8 [count, nbytes], a view."""
         arrays = [member for member in self.layout.members if member.npy_header_len]
-        # Without stored mirrored images both are the same member.
+        # Without stored mirrored images, both are the same member.
         member = arrays[-1 if mirrored else 0]
         return self._strided(member.rel_offset, member.npy_header_len + self.moments[0].nbytes)
 
@@ -110,9 +110,9 @@ class LatentShard:
         except (KeyError, TypeError, ValueError) as error:
             raise self._wrong(f"has no readable CRC-32 list ({error})") from None
         if len(sums) != self.entry.count:
-            raise self._wrong(f"lists {len(sums)} CRC-32 for {self.entry.count} samples")
+            raise self._wrong(f"lists {len(sums)} CRC-32 sums for {self.entry.count} samples")
 
-        # The writer computed each sum before the tar existed, so this also finds errors of the writing itself.
+        # The writer computed each sum before the tar existed, so this also finds errors in the writing itself.
         for row in range(self.entry.count):
             if zlib.crc32(self.sample_bytes(row)) != sums[row]:
                 raise self._wrong(f"has a wrong CRC-32 at key {self._key(row)}")
@@ -121,7 +121,7 @@ class LatentShard:
 
     def sample_bytes(self, row: int) -> bytes:
         """The payloads of one sample laid end to end, which its CRC-32 covers."""
-        # The size of a label varies, and only its text knows it: trailing zeros are padding.
+        # The size of a label varies, and only its text shows it: trailing zeros are padding.
         start = self.layout.first_offset + row * self.layout.stride
         parts = []
         for member in self.layout.members:
@@ -137,7 +137,7 @@ class LatentShard:
         return _view(self._mapped, (self.layout.count, width), np.dtype(np.uint8), self.layout, rel_offset)
 
     def _array_view(self, member: Member) -> np.ndarray:
-        """The arrays of an npy member: fp16 [count, *shape]. Raises DataError for another npy header."""
+        """The arrays of an npy member: fp16 [count, *shape]. Raises DataError for any other npy header."""
         # All samples have the same npy header, because they have the same shape and dtype.
         headers = self._strided(member.rel_offset, member.npy_header_len)
         if (headers != np.frombuffer(npy_header(member.shape), dtype=np.uint8)).any():
@@ -188,11 +188,11 @@ class LatentShard:
 
 
 def parse_description(tail: bytes) -> dict[str, Any]:
-    """The JSON object in `.ecar.json`, from the end of a shard, which begins with this member's header.
+    """The JSON object in `.ecar.json`, from the last bytes of a shard, which begin with this member's header.
 
     Raises ValueError if it is not a complete `.ecar.json`.
     """
-    # The record checks the fields that are used here. The object has more of them.
+    # The record checks the fields that are used here. The object has more fields.
     text = description_text(tail)
     parse_record(text, Description)
     tree: dict[str, Any] = parse_json(text)
@@ -208,7 +208,7 @@ def _view(
     mapped: mmap.mmap, shape: tuple[int, ...], dtype: np.dtype, layout: ShardLayout, rel_offset: int
 ) -> np.ndarray:
     """A strided array over the map: axis 0 steps from sample to sample, the other axes are C-ordered."""
-    # The strides of one C-ordered sample; from one sample to the next it is the stride of the layout.
+    # The strides within one C-ordered sample. From one sample to the next, it is the stride of the layout.
     inner = np.empty(shape[1:], dtype=dtype).strides
     offset = layout.first_offset + rel_offset
     return np.ndarray(shape, dtype=dtype, buffer=mapped, offset=offset, strides=(layout.stride, *inner))

@@ -23,7 +23,7 @@ Opened = TypeVar("Opened", covariant=True)
 class ShardStore(Protocol[Opened]):
     """The shards of one data set, by their index in its manifest. Safe to use from several threads.
 
-    A store makes an `Opened` of each proven map, see `open_store`.
+    A store makes an `Opened` from each proven map, see `open_store`.
     """
 
     entries: Sequence[ShardEntry]
@@ -31,7 +31,7 @@ class ShardStore(Protocol[Opened]):
     evicts: bool  # whether `retire` may delete files; the disk space of a deleted file is freed with its last map
 
     def open(self, shard_index: int) -> Opened:
-        """The whole shard, mapped read-only, with size and xxh3_128 checked. Waits for a download.
+        """The complete shard, mapped read-only, with size and xxh3_128 checked. Waits for its download.
 
         The map belongs to the caller. Raises ShardDamaged if the content is wrong, DataError if the shard cannot be
         read. Both name the shard. Raises what `opened` raises.
@@ -44,9 +44,10 @@ class ShardStore(Protocol[Opened]):
         """Prepare shards in the background, in this order. An error is raised when its shard is opened."""
 
     def retire(self, future: Mapping[int, int]) -> None:
-        """Evict down to the budget. `future` maps each shard to its rank in the order of next use (0 is next).
+        """Evict shards until the rest fit into the budget. Maps that were handed out stay valid.
 
-        This node does not need the shards that are not in `future`. Maps that were handed out stay valid.
+        `future` maps each shard to its rank in the order of next use (0 is next). This node does not need the shards
+        that are not in `future`.
         """
 
     def close(self) -> None:
@@ -61,12 +62,12 @@ def open_store(
     opened: OpenedAs[Any] = as_map,
     checked: Iterable[int] | None = None,
 ) -> ShardStore[Any]:
-    """The store of a data set. Raises DataError if a local shard is missing or has another size.
+    """The store of a data set. Raises DataError if a local shard is missing or has a wrong size.
 
-    checked: the indices of the shards that are looked up now; None: all. The others are looked up when they are used.
+    checked: the indices of the shards whose files are checked now; None: all. The others are checked when first used.
 
-    `opened(mapped, where, entry)` makes what `ShardStore.open` returns of each proven map. For local shards it runs in
-    the background, with the proof. Shards behind a URL are checked after their download.
+    `opened(mapped, where, entry)` makes the result of `ShardStore.open` from each proven map. For local shards it runs
+    in the background, with the proof. Shards behind a URL are checked after their download.
     """
     if is_remote(folder):
         return ShardCache(str(folder), dataset_id, entries, cache, opened)
@@ -85,7 +86,7 @@ class LocalShards:
         opened: OpenedAs[Any] = as_map,
         checked: Iterable[int] | None = None,
     ) -> None:
-        """As `open_store`."""
+        """Arguments as in `open_store`."""
         self.entries = entries
         self._opened = opened
         self.stats = TransferStats()

@@ -1,4 +1,4 @@
-"""A strict index of tar files, and the DALI index file beside them.
+"""A strict index of tar files, and the DALI index file next to them.
 
 Python's tarfile stops without an error at a truncation between members, a truncation inside a header, and a damaged
 header. Readers that are built on it then see fewer samples. Here each of these is an error.
@@ -66,7 +66,7 @@ def index_tar(path: Path) -> list[TarMember]:
 
 
 def tar_members(file: SequentialFile, end: int, where: str, *, foreign: bool = False) -> Iterator[TarMember]:
-    """The members of a tar of `end` bytes, in order and in one pass. At each one the file is at its payload.
+    """The members of a tar of `end` bytes, in order and in one pass. At each one, the file position is its payload.
 
     `foreign` also accepts harmless features of other writers: GNU magic, directories, UTF-8 names, and PAX headers
     with times and owners. Raises DataError for other features and for an incomplete archive.
@@ -105,7 +105,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def write_dali_index(path: Path, members: Iterable[TarMember]) -> None:
     """Write the `.idx` of a tar, version 1.2: one line per sample, no dotfiles. The same bytes as DALI's wds2idx."""
-    # Members with the same key are one sample, also if they do not follow each other.
+    # Members with the same key are one sample, even if they do not follow each other.
     samples: dict[str, list[str]] = {}
     for member in members:
         key, extension = split_name(member.name)
@@ -130,7 +130,7 @@ def _header_at(file: SequentialFile, at: int, where: str, foreign: bool) -> tarf
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise _damaged(where, f"no valid tar header at byte {at} ({error})") from None
 
-    # The index file has one line per sample with the names of its members, so a name must not end a line.
+    # The index file has one line per sample with the names of its members, so a name must not contain a line break.
     fault = _foreign_fault(header, block) if foreign else _ustar_fault(header, block)
     if not is_one_line(header.name):
         fault = "has a name with characters that are not printable"
@@ -165,7 +165,7 @@ def _check_pax(file: SequentialFile, member: TarMember, where: str) -> None:
 
     rest = file.read(member.size)
     while rest:
-        # `length` counts the whole record, with its own digits.
+        # `length` counts the complete record, including its own digits.
         digits, _, _ = rest.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) <= 7 else 0
         record = rest[:length]

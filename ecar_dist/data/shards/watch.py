@@ -6,13 +6,13 @@ misses some changes:
     the file     size, mtime, ctime and inode of all shards of a batch, after its rows were copied. Finds every change
                  by write(2) or by a rename, even if mtime was set back: only the kernel sets ctime. Misses writes
                  through a shared map on file systems that do not update ctime for them (tmpfs), and writes from another
-                 node until the attributes are fetched again (NFS).
+                 node until the attributes are refreshed (NFS).
     the content  one value of every row, compared with its value at the proof. The column of the value is random and
-                 known to this process only. Finds every overwritten row, unless this value stayed the same.
+                 known to this process only. Finds every overwritten row, unless this value stays the same.
 
 A batch may need hundreds of shards, and each file check takes about 2 microseconds. So checks are limited to a share of
 the reader's time: after a check that took t, batches are not checked for 150 t, at most 0.1 s. A training step takes
-longer than that, so each of its batches is checked. A faster consumer learns of a change at the next check.
+longer than that, so each of its batches is checked. A faster consumer sees a change at the next check.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class ShardWatch:
         self._next_check = -math.inf  # time.perf_counter()
 
         # One probe for each row and side (plain, mirrored) of each shard that is known now. Every such shard has a slot
-        # of the size of the largest.
+        # as large as that of the largest shard.
         self._sides = 1 + has_flip
         self._slot_size = int(np.max(counts)) * self._sides
         self._slots = np.zeros(len(counts), dtype=np.int64)  # of each shard that is known
         self._free: list[int] = []
         self._probes = np.empty(0, _PROBE)  # [slots, rows, sides]
 
-        # The column to compare in each row of a shard. It is unpredictable, so no writer can leave it out.
+        # The column to compare in each row of a shard. It is unpredictable, so no writer can avoid it.
         generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
         self._columns = generator.integers(0, width, int(np.max(counts)), dtype=np.int64)  # [largest shard]
         self._known: set[int] = set()
@@ -79,7 +79,7 @@ class ShardWatch:
         self._next_check = -math.inf
 
     def forget(self, owner: int) -> None:
-        """The shard is not open any more: its memory may hold the probes of another one."""
+        """Forget a shard that is not open any more: its memory may be reused for the probes of another one."""
         if owner in self._known:
             self._known.remove(owner)
             self._free.append(int(self._slots[owner]))
@@ -104,7 +104,7 @@ class ShardWatch:
     def changed_rows(
         self, owners: np.ndarray, rows: np.ndarray, flip: np.ndarray | None, copied: np.ndarray
     ) -> set[int]:
-        """Shards with a row that is not what was proven. `copied`: fp16 [n, ...], mirrored where `flip` is set."""
+        """Shards with a row that is not as proven. `copied`: fp16 [n, ...], mirrored where `flip` is set."""
         # Index of the probe of each row in the flat copy, and in the table of probes. [n]
         positions = np.arange(len(rows)) * self._width + self._columns[rows]
         at = self._slots[owners] * self._slot_size + rows * self._sides

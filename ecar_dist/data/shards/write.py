@@ -38,7 +38,7 @@ from ecar_dist.storage.atomic import claim_name, naming, temporary_beside, write
 
 @dataclass(frozen=True)
 class ShardContent:
-    """N samples, which are the rows first_row .. first_row + N + len(missing) - 1 of the plan without `missing`."""
+    """N samples: the rows first_row .. first_row + N + len(missing) - 1 of the plan, except those in `missing`."""
 
     first_row: int
     moments: np.ndarray  # fp16 [N, *shape], raw
@@ -59,7 +59,7 @@ def write_latent_shard(
 
     `description` is stored in the tar together with the layout. The marker repeats it without the encoder.
     """
-    # Written under a temporary name, then linked to its own: the tar is complete or absent.
+    # Write under a temporary name, then link it to the final name: the tar is complete or absent.
     path = folder / f"{shard_index:06d}.tar"
     temporary = temporary_beside(path)
     try:
@@ -102,7 +102,7 @@ def describe_latent_shard(path: Path, members: Sequence[TarMember]) -> tuple[Lat
 
 
 def marker_of(described: dict[str, Any], entry: LatentEntry) -> dict[str, Any]:
-    """The content of the marker `NNNNNN.json`: the entry, and the description without what the tar itself holds."""
+    """The content of the marker `NNNNNN.json`: the entry, and the description without what is in the tar itself."""
     # These fields describe the tar itself, and a reader finds them there.
     of_the_tar = ("schema", "layout", "first_row", "missing", "first_key", "last_key", "crc32", "encoder")
     rest = {name: value for name, value in described.items() if name not in of_the_tar}
