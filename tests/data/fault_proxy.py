@@ -1,10 +1,10 @@
-"""The proxy of the drills, with more faults: answers that are cut, corrupted, late or never complete.
+"""The proxy of the drills, with more faults: responses that are truncated, corrupted, late or never complete.
 
 `python tests/data/fault_proxy.py SERVER_PORT` prints its own port. The kinds, with the fields that they take:
 
-  drip (delay)   one byte per `delay` seconds      truncate (at)  a cut body, the whole body's Content-Length
-  stall          headers and then nothing          short (at)     a cut body and its own Content-Length
-  delay (delay)  the answer comes later            corrupt (at)   one flipped bit in the body
+  drip (delay)   one byte per `delay` seconds      truncate (at)  a cut body with the full body's Content-Length
+  stall          headers and then nothing          short (at)     a cut body with its own Content-Length
+  delay (delay)  the response comes later          corrupt (at)   one flipped bit in the body
   reset (at)     the connection is reset after     replace (body) the object is overwritten (base64) after it was read
                  `at` bytes of the body
 """
@@ -29,7 +29,7 @@ class FaultProxy(Proxy):
 
 
 def with_body(answer, body, **headers):
-    """Another body, under the Content-Length of the whole one unless `headers` have another."""
+    """The response with another body, but the Content-Length of the full one unless `headers` contain another."""
     return Answer(answer.status, answer.headers | headers, body)
 
 

@@ -1,4 +1,4 @@
-"""Small encoded images and tars of them, by every writer that people use."""
+"""Small encoded images and tars of them, made by the writers that people use."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ def samples(count: int, first: int = 0) -> list[tuple[str, bytes, int]]:
 
 
 def members_of(content: list[tuple[str, bytes, int]]) -> list[tuple[str, bytes]]:
-    """Two members a sample: the image, then its label."""
+    """Two members per sample: the image, then its label."""
     return [member for key, data, label in content for member in ((f"{key}.jpg", data), (f"{key}.cls", b"%d" % label))]
 
 
@@ -46,7 +46,7 @@ def write_tar(
 
 
 def write_webdataset_tar(path: Path, content: list[tuple[str, bytes, int]]) -> Path:
-    """As people do: with the time of writing, which puts a PAX header before every member."""
+    """As users write them: with the time of writing, which puts a PAX header before every member."""
     with webdataset.TarWriter(str(path)) as writer:
         for key, data, label in content:
             writer.write({"__key__": key, "jpg": data, "cls": label})
@@ -54,18 +54,18 @@ def write_webdataset_tar(path: Path, content: list[tuple[str, bytes, int]]) -> P
 
 
 def what_webdataset_sees(path: Path) -> int:
-    """Samples in a tar for plain webdataset; it may raise."""
+    """The number of samples that plain webdataset finds in a tar; it may raise."""
     return sum(1 for _ in webdataset.WebDataset(str(path), shardshuffle=False))
 
 
 def write_unchecked(folder: Path, manifest: Manifest | ImageManifest) -> None:
-    """A manifest as somebody else would write it, whose id agrees; `write_manifest` refuses such names."""
+    """A manifest as a third party would write it, with a matching id; `write_manifest` refuses such names."""
     tree = {"schema": manifest.SCHEMA, **dataclasses.asdict(manifest), "dataset_id": manifest.dataset_id}
     (folder / "manifest.json").write_text(json.dumps(tree))
 
 
 def write_class_directory(folder: Path, *, key: str = "a.jpg", location: str | None = None, **changes: object) -> Path:
-    """An index of one class directory with one image, `class/a.jpg`; fields of its entry may be others."""
+    """An index of one class directory with one image, `class/a.jpg`; `changes` replace fields of its entry."""
     (folder / "class").mkdir(parents=True)
     data = encoded(0)
     (folder / "class/a.jpg").write_bytes(data)

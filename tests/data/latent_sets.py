@@ -14,7 +14,7 @@ NUM_CLASSES = 10
 
 
 def write_set(folder: Path, *, flip: bool = False, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Write three shards and their manifest; the moments [97, *SHAPE] and labels [97] that went in."""
+    """Write three shards and their manifest. Returns the moments [97, *SHAPE] and labels [97] in them."""
     generator = np.random.default_rng(0)
     total = sum(COUNTS)
     moments = generator.normal(size=(total, *SHAPE)).astype(np.float16)
@@ -33,7 +33,7 @@ def write_set(folder: Path, *, flip: bool = False, labels: np.ndarray | None = N
 
 
 def restate(folder: Path, manifest: Manifest, shard_index: int, **changes: object) -> Manifest:
-    """Write the manifest again with one shard's entry changed: a damaged tar with hashes that agree with it."""
+    """Write the manifest again with one shard's entry changed: for a damaged tar with matching hashes."""
     shards = list(manifest.shards)
     shards[shard_index] = dataclasses.replace(shards[shard_index], **changes)
     changed = dataclasses.replace(manifest, shards=shards)

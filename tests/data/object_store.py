@@ -29,7 +29,7 @@ def s3_server():
     return start_servers()
 
 
-@functools.cache  # one pair for a whole test process: connections are made once, and know one endpoint
+@functools.cache  # one pair for a test process: connections are made once, and know only one endpoint
 def start_servers() -> StoreServers:
     servers = StoreServers(proxy=[str(Path(__file__).with_name("fault_proxy.py"))])
     atexit.register(servers.close)
@@ -42,6 +42,6 @@ def object_store(s3_server, monkeypatch, tmp_path_factory):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ECAR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     store = s3_server.new_bucket()
-    stat(store.url, Transfer(QUICK))  # connects: what the first request of a process takes long for
+    stat(store.url, Transfer(QUICK))  # connects, which makes the first request of a process slow
     store.break_on()
     return store

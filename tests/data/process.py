@@ -1,4 +1,4 @@
-"""What threads and processes do: wait for it, and look at the files that are open."""
+"""Wait for threads and processes, and look at the files that are open."""
 
 import contextlib
 import time

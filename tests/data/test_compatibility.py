@@ -107,7 +107,7 @@ def test_numpy_reads_the_table(images, records):
 
 @pytest.fixture
 def gappy(tmp_path):
-    """A latent shard of rows 40 to 48 without 41 and 47, with mirrored moments; what went in."""
+    """A latent shard of rows 40 to 48 except 41 and 47, with mirrored moments; and its content."""
     generator = np.random.default_rng(0)
     moments = generator.normal(size=(7, 4, 3, 2)).astype(np.float16)
     labels = generator.integers(0, 10, 7)

@@ -1,6 +1,6 @@
-"""What damages a tar in a store or on the way, each kind against image tars, latent shards and plain webdataset.
+"""Damage to a tar, in a store or in transit: each kind for image tars, latent shards and plain webdataset.
 
-webdataset is here to show the difference, not as a rule: it sees a smaller set, or other bytes, and says nothing.
+webdataset is included to show the difference, not as a rule: it silently reads a smaller set, or wrong bytes.
 """
 
 import os
@@ -37,7 +37,7 @@ class ImageSet:
         index(str(self.folder), self.index)
 
     def read_through_store(self):
-        """As training does: whole tars, proven when they are opened."""
+        """Like training: complete tars, proven when they are opened."""
         manifest = load_image_manifest(self.index)
         shards = ImageShards(self.index, LocalShards(self.folder, manifest.shards))
         return shards.read_many(range(len(shards)))
@@ -77,7 +77,7 @@ def payload(path, number=8):
 
 
 def swap(path):
-    """Two shards of a set, exchanged."""
+    """Swap two shards of a set."""
     other = path.with_name("000000.tar")
     shutil.move(path, path.with_suffix(".x"))
     shutil.move(other, path)
@@ -85,7 +85,7 @@ def swap(path):
 
 
 def stale(path):
-    """What a cache keyed by base name gives: another set's shard of the same name and size."""
+    """What a cache keyed by base name returns: another set's shard with the same name and size."""
     change(path, payload(path), bytes(members(path)[8].size))
 
 
@@ -118,7 +118,7 @@ def test_each_kind_of_damage_raises_with_the_shards_name(tmp_path, name, kind):
     assert "\n" not in str(caught.value)
 
 
-# Read directly through the table, an image is right or rejected. Bytes outside of images may differ.
+# An image that is read directly through the table is correct or rejected. Bytes outside images may differ.
 HARMLESS_TO_IMAGES = {"one flipped header byte", "a zeroed header", "a flipped byte of padding"}
 
 
@@ -137,7 +137,7 @@ def test_images_read_one_by_one_are_right_or_refused(tmp_path, name):
         assert [(record.key, record.data, record.label) for record in records] == data_set.content
 
 
-SEEN_WHEN_INDEXED = {  # damage of the archive; what only differs in payload is a tar like any other
+SEEN_WHEN_INDEXED = {  # damage to the archive; a tar with only a different payload is valid
     "cut on a member boundary",
     "cut inside a header",
     "cut inside a payload",
@@ -162,7 +162,7 @@ def test_a_damaged_foreign_tar_is_not_indexed(tmp_path, name):
         assert again.dataset_id != before.dataset_id
 
 
-# Samples that webdataset yields of 60, or the name of its exception. 44 is silent loss; 60 is whole, or wrong bytes.
+# How many of 60 samples webdataset yields, or its exception. 44 is silent loss; 60 is complete, or has wrong bytes.
 WEBDATASET = {
     "cut on a member boundary": 44,
     "cut inside a header": 44,

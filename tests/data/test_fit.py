@@ -1,4 +1,4 @@
-"""One rule says whether data are what a config says, for `check`, `submit` and training."""
+"""One rule decides whether data match a config, for `check`, `submit` and training."""
 
 import dataclasses
 import subprocess

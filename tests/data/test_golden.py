@@ -1,7 +1,7 @@
-"""Sets that version 0.1 wrote, a few KB each: whatever changes here must go on reading them, under the same ids.
+"""Sets that version 0.1 wrote, a few KB each. Every later version must still read them, with the same ids.
 
-`golden/images` are two tars of six pictures in two classes, one of them damaged; `golden/indexed` the same pictures in
-their class folders; `golden/latents` is what `encode --vae dct-f8 --image-size 16 --flip store` made of the tars.
+`golden/images` has two tars of six pictures in two classes, one of them damaged; `golden/indexed` has the same pictures
+in their class folders; `golden/latents` is what `encode --vae dct-f8 --image-size 16 --flip store` made of the tars.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ JUNK = (b"", b"{", b"[" * 10**5, b"\xff", b"null", b"[]")
 
 
 def variants(path):
-    """The file with each of its fields changed to what it cannot be, and junk in its place."""
+    """The file with each of its fields set to an invalid value, and junk instead of the file."""
     tree = json.loads(path.read_bytes())
     for key in tree:
         for value in ([], {}, 0.5, -1, 10**30, [[1]], "\x1b"):

@@ -23,7 +23,7 @@ SIZE, SEED = 32, 3
 
 
 def write_set_with_a_bad_image(folder):
-    """40 images in one tar, number 7 is garbage behind a JPEG's first bytes; indexed in folder/index."""
+    """40 images in one tar, indexed in folder/index. Number 7 is garbage after the first bytes of a JPEG."""
     content = samples(40)
     content[7] = ("000007", b"\xff\xd8\xff\xe0 and nothing more", 7)
     (folder / "tars").mkdir()

@@ -26,7 +26,7 @@ SEED, BATCH = 5, 24
 
 
 def open_loader(folders, *, micro=4, batch=BATCH, rank=0, world_size=1, start=0, dali=False, **options):
-    """A loader over one folder or several, with weights 2 : 1 : 1 ... for several."""
+    """A loader over one or several folders. Several have the weights 2 : 1 : 1 ..."""
     folders = folders if isinstance(folders, list) else [folders]
     sources = [LatentSource(folder) for folder in folders]
     weights = [2.0, *[1.0] * (len(folders) - 1)] if len(folders) > 1 else [1.0]
@@ -42,7 +42,7 @@ def open_loader(folders, *, micro=4, batch=BATCH, rank=0, world_size=1, start=0,
 
 
 def read(folders, steps, *, world_size=1, micro=4, batch=BATCH, **options):
-    """Everything all ranks see in `steps` steps: position -> (moments, label, sample id)."""
+    """Everything that all ranks see in `steps` steps: position -> (moments, label, sample id)."""
     seen = {}
     for rank in range(world_size):
         with open_loader(folders, rank=rank, world_size=world_size, micro=micro, batch=batch, **options) as loader:
@@ -181,10 +181,10 @@ def test_substitutes_are_the_same_everywhere_and_listed(tmp_path):
     }
     with open_loader(tmp_path, micro=BATCH, max_bad=0.2) as loader:
         batches = list(itertools.islice(loader, 8))
-    for batch in batches:  # with the batch that they are in, however far the thread has read ahead
+    for batch in batches:  # listed with their own batch, however far the thread has read ahead
         assert {one.position for one in batch.substitutions} <= set(batch.positions.tolist())
     made = [one for batch in batches for one in batch.substitutions]
-    replaced = {one.position: one.replaced_by for one in made}  # the last one, where a substitute was bad too
+    replaced = {one.position: one.replaced_by for one in made}  # the last one, if a substitute was bad too
     assert replaced == {position: patched[position][2] for position, (_, _, sample) in whole.items() if sample >= 80}
     assert all("000002.tar" in one.reason for one in made)
 
@@ -195,7 +195,7 @@ def test_a_damaged_shard_of_a_mixture_is_replaced_from_its_own_set(tmp_path):
         folder.mkdir()
         write_set(folder)
     whole = read(folders, 8)
-    flip_a_byte(folders[1] / "000002.tar")  # samples 97 + 80 and on
+    flip_a_byte(folders[1] / "000002.tar")  # samples from 97 + 80 on
     patched = read(folders, 8, max_bad=0.1)
     assert patched == read(folders, 8, world_size=3, micro=2, max_bad=0.1)
     changed = {position for position in whole if whole[position] != patched[position]}
@@ -284,7 +284,7 @@ def write_samples(folder, log, start, rank, world_size, steps):
 
 
 def consume(folder, out, start, world_size, *, steps, kill_after=None):
-    """Run all ranks as processes; SIGKILL them once each wrote `kill_after` lines. What was written, by position."""
+    """Run all ranks as processes. SIGKILL them after each wrote `kill_after` lines. Returns position -> sample id."""
     logs = [out / f"{start}-{rank}.jsonl" for rank in range(world_size)]
     ranks = [
         CONTEXT.Process(target=write_samples, args=(folder, log, start, rank, world_size, steps))
@@ -325,7 +325,7 @@ def test_a_part_of_the_locations_has_all_their_fields():
 
 
 class RecordingSource:
-    """Holds no data, and records the plans and the shards that are read."""
+    """Has no data, and records the plans and the shards that are read."""
 
     can_flip = False
 
@@ -346,7 +346,7 @@ class RecordingSource:
 
 @pytest.mark.parametrize(("batch", "window_shards", "steps_per_plan"), [(4, 8, 10), (4, 1, 1), (24, 1, 1)])
 def test_a_shard_is_requested_at_least_one_plan_before_its_use(batch, window_shards, steps_per_plan):
-    """A plan is for half a window of positions, or a step if that is longer, and looks ahead as far again."""
+    """A plan is for half a window of positions, or a step if that is longer, and looks ahead twice as far."""
     source = RecordingSource()
     stream = SampleStream([[10] * 40], seed=SEED, global_batch_size=batch, lanes=1, window_shards=window_shards)
     with SampleLoader([source], stream, Share(batch, batch), seed=SEED) as loader:
@@ -404,7 +404,7 @@ def test_a_source_prefetches_what_it_lacks_and_never_reads_a_damaged_shard_again
             source.read(locations.take(np.flatnonzero(locations.shards != 1)), None)
         assert len(caught.value.reasons) == 17
         assert caught.value.whole_shards
-        (tmp_path / "000002.tar").write_bytes(whole)  # too late: all ranks must go on to replace the same samples
+        (tmp_path / "000002.tar").write_bytes(whole)  # too late: all ranks must keep replacing the same samples
     assert open_files(tmp_path) == {"000000.tar"}
     source.plan([2, 0, 1], {2: 0, 0: 1, 1: 2})
     wait_until(lambda: open_files(tmp_path) == {"000000.tar", "000001.tar"})
@@ -418,7 +418,7 @@ def test_a_consumer_may_give_up_waiting(latents, monkeypatch):
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as ends:
         patch.setattr(loader_module, "_POLL_SECONDS", 0.05)
         loader = open_loader(latents[0])
-        ends.callback(loader._stopping.set)  # its thread sleeps on: close() would wait for it
+        ends.callback(loader._stopping.set)  # its thread still sleeps: close() would wait for it
         asked = iter([False, False, True])
         began = time.perf_counter()
         assert loader.take(2, lambda: next(asked)) is None

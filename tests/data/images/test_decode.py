@@ -32,7 +32,7 @@ def exif_rotated(kind="JPEG"):
 
 
 def rotated_at_the_end():
-    """The same PNG with the orientation behind the pixels."""
+    """The same PNG with the orientation after the pixels."""
     data = exif_rotated("PNG")
     start = data.index(b"eXIf") - 4
     stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -129,7 +129,7 @@ COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "#10ff80": (16, 255, 12
 @pytest.mark.parametrize("kind", ["pil", "dali"])
 @pytest.mark.parametrize("name", COLOURS)
 def test_transparency_is_composited_on_the_background(kind, name):
-    """A solid red background that is transparent came out solid red."""
+    """A regression: a red background that is fully transparent came out as solid red."""
     decoder = open_decoder(kind, background=parse_background(name))
     alpha = RGBA[..., 3:].astype(float) / 255
     expected = alpha * CHINA + (1 - alpha) * np.array(COLOURS[name])
@@ -243,7 +243,7 @@ def test_a_bad_image_is_named_and_the_decoder_lives_on(decoder, kind):
 
 
 def test_the_good_are_separated_from_the_bad(decoder):
-    """The good ones are the same arrays that a batch without the bad ones gives."""
+    """The good ones are the same arrays as in a batch without the bad ones."""
     blobs, keys = [*BLOBS.values(), *BAD.values()], [*BLOBS, *BAD]
     mixed = np.random.default_rng(0).permutation(len(blobs)).tolist()
     blobs, keys = [blobs[place] for place in mixed], [keys[place] for place in mixed]
@@ -287,7 +287,7 @@ def center_crop_arr(pixels, size):
 
 @pytest.mark.parametrize("size", [32, 100, 207, 256])
 def test_adm_is_box_halving_then_bicubic(size):
-    """207 is half of one image's shorter side: halved once, and then of the right size."""
+    """207 is half of one image's shorter side: after one halving, it has the right size."""
     names = ["jpeg", "jpeg of odd sides", "twice 207"]
     batch = open_decoder("pil", resize="adm").decode_to_batch([BLOBS[name] for name in names], names, size)
     for name, found in zip(names, batch, strict=True):

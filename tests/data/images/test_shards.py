@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def write_tars(root, count=12, per_tar=5):
-    """Tars of a source on their own, their index in root/index; the samples that went in."""
+    """Write the tars of a source to root/tars and their index to root/index. Returns the samples in them."""
     (root / "tars").mkdir()
     content = samples(count)
     for first in range(0, count, per_tar):
@@ -48,7 +48,7 @@ def write_class_folders(root, per_class=3):
 
 
 def upload(local, url):
-    """Copy a folder to fsspec's file system in memory."""
+    """Copy a folder to fsspec's in-memory file system."""
     filesystem = fsspec.filesystem("memory")
     for path in local.rglob("*"):
         if path.is_file():
@@ -58,7 +58,7 @@ def upload(local, url):
 
 @pytest.fixture
 def bucket():
-    """A prefix in memory that is gone afterwards."""
+    """A prefix in memory that is deleted after the test."""
     filesystem = fsspec.filesystem("memory")
     yield "/bucket"
     filesystem.store.clear()
@@ -112,14 +112,14 @@ def test_the_tables_that_are_kept_are_bounded(tmp_path, monkeypatch, write):
     order = random.Random(0).choices(range(len(shards)), k=30)
     for place in order:
         assert shards.read_many([place]) == [everything[place]]
-        assert len(shards._tables) <= 2  # what is kept, and what this read needed
+        assert len(shards._tables) <= 2  # the one that is kept, and the one that this read needed
     assert shards.labels().tolist() == labels.tolist() == [record.label for record in everything]
     assert len(shards._tables) == 1
 
 
 @pytest.mark.parametrize("write", [write_tars, write_class_folders])
 def test_remote_images_and_tables(tmp_path, bucket, write):
-    """Everything behind URLs, the manifest too; then the same set with its images moved."""
+    """Everything is behind URLs, the manifest too; then the images of the same set move."""
     write(tmp_path)
     local = ImageShards(tmp_path / "index")
     source = tmp_path / ("tars" if local.manifest.in_tars else "classes")
@@ -132,7 +132,7 @@ def test_remote_images_and_tables(tmp_path, bucket, write):
 
 
 def test_remote_reads_overlap(tmp_path, bucket, monkeypatch):
-    """An object store answers in tens of milliseconds: reads must not wait for each other."""
+    """An object store takes tens of milliseconds per response, so reads must not wait for each other."""
     content = write_tars(tmp_path)
     url = upload(tmp_path / "tars", f"{bucket}/tars")
     index(f"{url}/*.tar", tmp_path / "remote")
@@ -143,7 +143,7 @@ def test_remote_reads_overlap(tmp_path, bucket, monkeypatch):
         return true_read(*arguments)
 
     monkeypatch.setattr(image_shards.remote, "read_range", read)
-    order = range(11, 3, -1)  # none lies behind the one before it
+    order = range(11, 3, -1)  # no image directly follows the one read before it
     records = ImageShards(tmp_path / "remote").read_many(order)
     assert [record.data for record in records] == [content[i][1] for i in order]
 
@@ -176,7 +176,7 @@ def test_damage_is_found(tmp_path):
     damage(path, 512 + 20)
     shards = ImageShards(tmp_path / "index")
     assert shards.read(6).data == content[6][1], "other images of the shard are proven one by one"
-    for asked in ([4, 5], [5, 6, 7]):  # on its own, and in one read with others
+    for asked in ([4, 5], [5, 6, 7]):  # alone, and in one read with others
         with pytest.raises(DataError, match=r"005\.tar\b.* 000005 .* 512 .*xxh3_64 \w{16}\b.* \w{16}\b"):
             shards.read_many(asked)
     os.truncate(path, 1024)
@@ -230,7 +230,7 @@ def test_a_moved_set_is_fixed_by_hand(tmp_path):
 
 
 def test_an_object_store_that_stumbles(tmp_path, object_store):
-    """A real S3 server: names with spaces and beyond ASCII, one GET an image, and each failed one asked again."""
+    """A real S3 server: names with spaces and non-ASCII letters, one GET per image, and failed ones are retried."""
     write_class_folders(tmp_path)
     for path in (tmp_path / "classes").rglob("*.JPEG"):
         object_store.put(quote(f"classes/{path.parent.name}/{path.name}"), path.read_bytes())

@@ -1,4 +1,4 @@
-"""The order in two levels: each image once, in long pieces of the source, from many places."""
+"""The two-level order: each image once, in long pieces of the source, from many places."""
 
 import random
 
@@ -31,7 +31,7 @@ def test_each_image_once_and_few_pieces():
 
 
 def test_the_order_stays_what_it_is():
-    """Sets have been written in it."""
+    """Sets have been written in this order."""
     found = [(found.tolist(), rows.tolist()) for _, rows, found in shards_of(10, 4, 2, 3)]
     assert found == [([8, 9, 0, 1], [1, 0, 2, 3]), ([2, 3, 4, 5], [5, 6, 7, 4]), ([6, 7], [8, 9])]
     (_, rows, found), *_ = shards_of(10**9, 4096, 64, 7, [200_000])
@@ -41,7 +41,7 @@ def test_the_order_stays_what_it_is():
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_a_shard_has_images_of_many_tars(chunk):
-    """10^9 images in tars of 10,000, sorted by class. With 1 tar a shard all bounds are passed by far."""
+    """10^9 images in tars of 10,000, sorted by class. With 1 tar per shard, all bounds are exceeded by far."""
     shares, excess = [], []
     for _, _, found in shards_of(10**9, 4096, chunk, 0, range(0, 240_000, 12_000)):
         tars = np.bincount(np.unique(found // 10_000, return_inverse=True)[1])

@@ -14,14 +14,14 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 @st.composite
 def lane_orders(draw):
-    """Ragged sets: shards of one sample, of none, and of many; any lanes and windows."""
+    """Ragged sets: shards with one sample, none, or many; any lanes and windows."""
     counts = draw(st.lists(st.one_of(st.just(1), st.integers(0, 30)), min_size=1, max_size=12).filter(any))
     lanes = draw(st.integers(1, min(sum(counts), 24)))
     return LaneOrder(counts, draw(SEEDS), lanes, draw(st.integers(0, 5)))
 
 
 def windows_of(order, epoch):
-    """The windows of an epoch as lists of positions, lane after lane, worked out by counting."""
+    """The windows of an epoch as lists of positions, lane after lane, computed by counting."""
     longest = -(-order.count // order.lanes)
     size = order.window_shards * max(order.counts.tolist()) or longest
     number = -(-longest // size)
@@ -60,7 +60,7 @@ class TestLaneOrder:
     @settings(max_examples=120, deadline=None)
     @given(order=lane_orders(), data=st.data())
     def test_a_run_cut_and_resumed_at_other_world_sizes_sees_one_sequence(self, order, data):
-        """Each leg trains some steps on some ranks, dies, and the next begins where the last checkpoint was."""
+        """Each leg trains some steps on some ranks, then dies. The next leg starts at the last checkpoint."""
         seen: dict[int, int] = {}
         checkpoint = 0
         for _ in range(data.draw(st.integers(1, 5))):
@@ -71,7 +71,7 @@ class TestLaneOrder:
             for step_start in range(checkpoint, end, global_batch_size):
                 parts = [rank_positions(step_start, global_batch_size, rank, world_size) for rank in range(world_size)]
                 assert sorted(np.concatenate(parts)) == list(range(step_start, step_start + global_batch_size))
-            for rank in range(world_size):  # as the loader does: the positions of some steps at once
+            for rank in range(world_size):  # like the loader: the positions of several steps at once
                 positions = rank_positions(checkpoint, end - checkpoint, rank, world_size)
                 for position, index in zip(positions.tolist(), order.sample_indices(positions).tolist(), strict=True):
                     assert seen.setdefault(position, index) == index
@@ -112,7 +112,7 @@ class TestLaneOrder:
         assert set().union(*read) == set(range(62))
 
     def test_each_window_is_of_few_shards(self):
-        order = LaneOrder([100] * 64, seed=3, lanes=4, window_shards=3)  # 16 shards a lane: windows of 16 / 6
+        order = LaneOrder([100] * 64, seed=3, lanes=4, window_shards=3)  # 16 shards per lane: windows of 16 / 6
         for window in windows_of(order, epoch=2):
             shards = order.locate(np.array(window))[0]
             assert 266 <= len(window) <= 267
@@ -135,7 +135,7 @@ class TestLaneOrder:
         assert all(epoch != epochs[0] for epoch in epochs[1:])
 
     def test_the_order_is_pinned(self):
-        """Part of every run's identity: another order needs another `LaneOrder.name`."""
+        """The order is part of every run's identity: a changed order needs a new `LaneOrder.name`."""
         order = LaneOrder([7, 1, 12, 0, 9, 5], seed=42, lanes=2, window_shards=1)
         assert order.sample_indices(np.arange(28, 40)).tolist() == PINNED_LANES
         large = LaneOrder([4096] * 300, seed=7, lanes=64, window_shards=4)
@@ -257,7 +257,7 @@ def test_an_empty_set_is_refused():
 
 
 def test_the_full_permutation_is_pinned():
-    """Part of the bytes of every encoded set: it never changes."""
+    """This order determines the bytes of every encoded set: it never changes."""
     assert sample_indices(np.array([0, 1, 2, 999, 1000]), 1000, seed=42).tolist() == PINNED
 
 

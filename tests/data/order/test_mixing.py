@@ -12,7 +12,7 @@ SEEDS = st.integers(0, 2**63 - 1)
 
 
 def streams(split, positions):
-    """Positions inside each source in the order in which they come, by source."""
+    """For each source, the positions inside it in the order in which they are read."""
     sources, inside = split(positions)
     return {source: inside[sources == source].tolist() for source in set(sources.tolist())}
 
@@ -55,7 +55,7 @@ class TestMixture:
         assert Mixture([0.3], seed=9).consumed(77).tolist() == [77]
 
     def test_sources_of_a_mixture_keep_their_epochs(self):
-        """Over a run, every source's every epoch has each of its samples once."""
+        """Over a run, every epoch of every source contains each of its samples once."""
         orders = [LaneOrder([4, 1, 8], 1, lanes=2, window_shards=4), LaneOrder([3, 3], 1, lanes=1, window_shards=4)]
         mixture = Mixture([2, 1], seed=5)
         found = streams(mixture.split, np.arange(234))
@@ -80,7 +80,7 @@ class TestMixture:
         assert Mixture([0.5, 1.5], 3).describe() == {"name": "mixture-v1", "seed": 3, "weights": [1, 3]}
 
     def test_the_mixture_is_pinned(self):
-        """Part of every run's identity: another mixture needs another `Mixture.name`."""
+        """The mixture is part of every run's identity: a changed mixture needs a new `Mixture.name`."""
         sources, inside = Mixture([0.5, 0.3, 0.2], seed=42).split(np.arange(7, 17))
         assert sources.tolist() == PINNED_SOURCES
         assert inside.tolist() == PINNED_INSIDE
@@ -131,7 +131,7 @@ class TestBuckets:
             Buckets([3, 4], 0, 8, weights=[1])
 
     def test_the_buckets_are_pinned(self):
-        """Part of every run's identity: other buckets need another `Buckets.name`."""
+        """The buckets are part of every run's identity: changed buckets need a new `Buckets.name`."""
         buckets, inside = Buckets([500, 300, 200], seed=42, global_batch_size=4).split(np.arange(30, 66, 4))
         assert buckets.tolist() == PINNED_BUCKETS
         assert inside.tolist() == PINNED_BUCKET_PLACES

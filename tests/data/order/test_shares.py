@@ -1,4 +1,4 @@
-"""The second version of the order: exactly once, the same on any ranks, and no node reads much more than its part."""
+"""The second version of the order: exactly once, the same for any ranks, and no node reads much more than its part."""
 
 import random
 
@@ -49,7 +49,7 @@ def test_the_shards_of_some_lanes_are_named(counts, lanes, window_shards, start,
 
 @st.composite
 def streams(draw):
-    """A stream of one source or of several, with a batch of its own and perhaps an older one that made the order."""
+    """A stream of one or several sources, with its own batch size and perhaps an older one that made the order."""
     sources = draw(st.lists(counts_of_shards, min_size=1, max_size=3))
     batch = draw(st.sampled_from((4, 6, 8, 12, 24, 32)))
     weights = draw(st.lists(st.sampled_from((1.0, 2.0, 0.3, 5.0)), min_size=len(sources), max_size=len(sources)))
@@ -70,7 +70,7 @@ def streams(draw):
 @given(streams(), st.integers(0, 9), st.integers(0, 5), st.data())
 @MANY
 def test_the_parts_of_the_ranks_are_the_batch(drawn, step, offset, data):
-    """For any number of ranks, also from a position that no batch of this size begins at."""
+    """For any number of ranks, also from a position at which no batch of this size begins."""
     stream, batch = drawn
     start = step * batch + offset
     world = data.draw(st.sampled_from([ranks for ranks in range(1, batch + 1) if batch % ranks == 0]))
@@ -102,7 +102,7 @@ def test_an_even_mixture_is_a_bijection_with_a_way_back(weights, seed, block):
 @SOME
 def test_the_counts_of_a_batch_follow_the_weights(weights, batch):
     counts = batch_counts(weights, batch)
-    if counts is None:  # a small source, which whole samples are too coarse for
+    if counts is None:  # a small source, for which whole samples are too coarse
         assert min(weights) / sum(weights) * batch < 1 / 0.005
         return
     assert sum(counts) == batch
@@ -134,7 +134,7 @@ def test_lanes_divide_the_batch(shards, count, batch, lanes):
 
 
 def over_fetch(stream, batch, nodes, steps):
-    """Shards that all nodes read in some steps over those that are needed, from the plans of some nodes."""
+    """Shards that all nodes read in some steps, divided by those that are needed, from the plans of some nodes."""
     looked_at = sorted({0, 1 % nodes, nodes // 3, nodes // 2, nodes - 1})
     stop = steps * batch
     needed = stream.upcoming(0, stop, [0], 1)
@@ -155,13 +155,13 @@ def test_so_does_a_mixture(weights):
     shards = [int(weight / sum(weights) * 48_000) for weight in weights]
     sources = [[4096] * number for number in shards]
     stream = SampleStream(sources, seed=1, global_batch_size=131_072, weights=weights)
-    epoch = stream.count * 99 // 100 // 131_072  # the sources' epochs end a little apart
+    epoch = stream.count * 99 // 100 // 131_072  # the sources' epochs end at slightly different positions
     for nodes in (1, 2, 16, 128, 512):
         assert over_fetch(stream, 131_072, nodes, epoch) <= 1.05, nodes
 
 
 def test_an_order_stays_what_its_first_attempt_made():
-    """Also if the batch size changes; and the order of the first version stays what it was."""
+    """Also if the batch size changes. The order of the first version stays the same."""
     sources = [[10] * 400]
     made = SampleStream(sources, seed=1, global_batch_size=64)
     recorded = {f"data_order.{name}": value for name, value in made.describe().items()}

@@ -14,7 +14,7 @@ def open_stream(counts=COUNTS):
 
 
 def replace_all(bad, *, max_bad=0.5, whole_shards=True, counts=COUNTS, positions=200, batch=25):
-    """What a loader does with samples that are `bad(source, shard, row)`: (position, source, id) each, and the list."""
+    """What a loader reads if `bad(source, shard, row)`: (position, source, id) of each sample, and the substitutes."""
     stream = open_stream(counts)
     substitutes, read, listed = Substitutes(stream, 7, max_bad), [], []
     for start in range(0, positions, batch):
@@ -51,12 +51,12 @@ def test_each_is_of_the_same_source_and_a_bad_one_is_replaced_again():
     for one in listed:
         assert one.reason.endswith("is bad")
         chains.setdefault(one.position, [int(wanted.sample_ids[one.position])])
-        assert chains[one.position][-1] == one.sample_id  # each replaces the one before
+        assert chains[one.position][-1] == one.sample_id  # each replaces the previous one
         chains[one.position].append(one.replaced_by)
     final = {position: sample for position, _, sample in read}
     assert chains == {position: chain for position, chain in chains.items() if chain[-1] == final[position]}
     assert max(len(chain) for chain in chains.values()) > 3
-    assert len({chain[1] for chain in chains.values()}) > 20  # not all by the same one
+    assert len({chain[1] for chain in chains.values()}) > 20  # not all with the same one
 
 
 @pytest.mark.parametrize(("whole_shards", "lost"), [(True, 20), (False, 1)])
@@ -93,7 +93,7 @@ def test_a_source_without_good_samples_is_an_error(whole_shards):
 
 
 def test_substitutes_never_change_from_one_release_to_the_next():
-    """A run that goes on must meet the same ones."""
+    """A run that resumes must get the same ones."""
     _, listed = replace_all(lambda source, shard, row: (source, shard) == (0, 2))
     assert [(one.position, one.sample_id, one.replaced_by) for one in listed[:4]] == [
         (3, 52, 11),

@@ -33,7 +33,7 @@ def small_ranges(monkeypatch):
 
 
 class Remote:
-    """A set of three shards on the object store."""
+    """A set of three shards in the object store."""
 
     def __init__(self, object_store, folder, prefix="set/", **options):
         folder.mkdir()
@@ -226,7 +226,7 @@ def test_prefetch_downloads_in_order_and_open_waits_for_it(remote):
 
 
 def test_open_does_not_queue_behind_what_is_needed_later(remote):
-    """Two downloads are under way and stall; the third, still waiting, is taken over by its open."""
+    """Two downloads are in progress and stall. The third is still waiting, and `open` takes it over."""
     store = remote.store(threads=3, retry=RetryPolicy(deadline=30, request_seconds=20, first_delay=0.05))
     remote.objects.break_on(
         *({"kind": "stall", "method": "GET", "match": name, "times": 1} for name in ("000000", "000001"))
@@ -338,7 +338,7 @@ time.sleep(2)
 
 
 def read_all(environment, url, manifest, root, go, result):
-    """What one rank of a node does; runs in a process of its own."""
+    """What one rank of a node does. Runs in its own process."""
     os.environ.update(environment)
     fetch.RANGE_BYTES = RANGE
     store = open_store(url, manifest.dataset_id, manifest.shards, CacheOptions(root, None, 4, PATIENT))
@@ -351,7 +351,7 @@ def read_all(environment, url, manifest, root, go, result):
 
 
 def start(remote, count, folder):
-    """Processes that begin to read when `folder`/go appears, and what each will have written."""
+    """Processes that begin to read when `folder`/go appears, and the file that each one writes."""
     folder.mkdir(exist_ok=True)
     results = [folder / f"{time.monotonic_ns()}-{rank}" for rank in range(count)]
     shared = (dict(os.environ), remote.url, remote.manifest, folder / "node", folder / "go")
@@ -363,7 +363,7 @@ def start(remote, count, folder):
 
 
 def test_sixteen_processes_make_one_download(remote, tmp_path):
-    """Nobody sees a part of a shard: whatever appears under a shard's name has its size."""
+    """No reader sees a partial shard: a file that appears under a shard's name always has its full size."""
     remote.objects.break_on({"kind": "delay", "delay": 0.1, "match": ".tar", "times": None})
     readers, results = start(remote, 16, tmp_path / "run")
     node, sizes = tmp_path / "run/node" / remote.manifest.dataset_id, {entry.bytes for entry in remote.manifest.shards}
@@ -394,7 +394,7 @@ def test_a_killed_downloader_is_replaced(remote, tmp_path):
     first.join()
     second.join(30)
     assert result.read_text() == " ".join(entry.sha256 for entry in remote.manifest.shards)
-    remote.store(root=run / "node").close()  # sweeps what the dead one left
+    remote.store(root=run / "node").close()  # removes what the dead process left
     assert names(node) == ["000000.tar", "000001.tar", "000002.tar"]
 
 

@@ -1,4 +1,4 @@
-"""The entries of a large set: a table beside the manifest, read row by row."""
+"""The entries of a large set: a table next to the manifest, read row by row."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ __all__ = ["object_store", "s3_server"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """The small set with a table, and gaps in its second shard's rows."""
+    """The small set with a table, and with gaps in the rows of its second shard."""
     write_set(tmp_path)
     with_table(tmp_path)
     return tmp_path
@@ -101,7 +101,7 @@ def test_a_copy_takes_its_table_along(folder, tmp_path):
 
 
 def restate(folder, change=lambda rows, missing: None, **record):
-    """Edit the table as somebody would who can also recompute all hashes."""
+    """Edit the table like an attacker who can also recompute all hashes."""
     tree = json.loads((folder / MANIFEST_NAME).read_text())
     with open(folder / TABLE_NAME, "rb") as file:
         arrays = [np.load(file), np.load(file)]
@@ -230,7 +230,7 @@ def test_behind_a_url_a_node_fetches_it_once(folder, object_store, tmp_path):
         assert load_manifest(url, cache) == load_manifest(folder)
     assert len(object_store.log(match=TABLE_NAME)) == 1
 
-    # A cached file that was damaged is fetched again, and the shards come through the cache as well.
+    # A damaged cached file is downloaded again, and the shards are read through the cache as well.
     (cached,) = (cache / "tables").iterdir()
     cached.write_bytes(bytes(cached.stat().st_size))
     source = LatentSource(url, CacheOptions(root=cache))

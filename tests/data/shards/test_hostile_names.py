@@ -1,4 +1,4 @@
-"""Names in manifests and tables that lead out of their folder, or that a terminal would obey."""
+"""Names in manifests and tables that lead outside their folder, or contain control characters for a terminal."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ HOSTILE_IN_URLS = [*HOSTILE, "a?versionId=x"]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder deep inside the test's own; what lies around it must stay as it is."""
+    """A folder deep inside the test's own folder. Everything around it must stay unchanged."""
     folder = tmp_path / "outer/middle/inner"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -48,7 +48,7 @@ def refused(act) -> str:
 
 
 def latents_with(folder: Path, **changes: object) -> Path:
-    """A set of latents whose first entry, or whose list of failures, was changed; its id agrees."""
+    """A set of latents whose first entry or list of failures was changed, with a matching id."""
     folder.mkdir()
     write_set(folder)
     manifest = load_manifest(folder)
@@ -124,7 +124,7 @@ def test_images_of_a_bucket(place, object_store, name):
 
 
 def test_images_of_a_bucket_are_not_on_this_machine(place, object_store):
-    """An index may say where its images are; one that came over the network may not name a folder of the reader."""
+    """An index may state where its images are. One from a URL may not name a folder on the reader's machine."""
     folder = write_class_directory(place / "set", location=str(place / "private"))
     shutil.copytree(folder / "class", place / "private/class")
     for path in ("manifest.json", "000000.npy"):
@@ -156,7 +156,7 @@ def test_the_commands_for_a_set_reject_it_in_one_line(place, capsys, verb):
 
 
 def test_names_in_a_table_of_tars_are_printed_as_they_are(place):
-    """A key of a tar makes no path, and yet it stands in messages and lists."""
+    """A key of a tar is never used as a path, but it appears in messages and lists."""
     tar = {"kind": "tar", "name": "000000.tar", "bytes": 10_240, "xxh3_128": "0" * 32, "sha256": "0" * 64}
     folder = write_class_directory(place / "set", key="a\x1b[2Jb", **tar)
     (folder / "000000.tar").write_bytes((folder / "class/a.jpg").read_bytes().ljust(10_240, b"\0"))
@@ -219,7 +219,7 @@ def test_a_tar_member_that_leads_out_is_a_key_and_not_a_path(place):
 
 
 def test_names_that_people_give(place):
-    """Spaces of macOS, joined emoji, bytes that are not UTF-8: files have such names, and are read."""
+    """Files may have such names, and are read: macOS spaces, joined emoji, bytes that are not UTF-8."""
     (place / "source/a class").mkdir(parents=True)
     for name in ("Screenshot 3.04\u202fPM", "\U0001f469\u200d\U0001f467", os.fsdecode(b"\xff")):
         (place / f"source/a class/{name}.png").write_bytes(encoded(0, "PNG"))

@@ -74,7 +74,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def restate(folder, change):
-    """Edit the manifest as somebody would who can also recompute its identity."""
+    """Edit the manifest like an attacker who can also recompute its identity."""
     path = folder / MANIFEST_NAME
     tree = json.loads(path.read_text())
     change(tree)
@@ -154,7 +154,7 @@ IMAGES_ALONE = {
 
 
 def test_what_breaks_a_rule_is_refused_even_with_the_right_identity(tmp_path):
-    """In a loop: each case takes a millisecond."""
+    """In a loop, because each case takes only a millisecond."""
     sets = {
         "latents": (load_manifest, {**HOSTILE, **LATENTS_ALONE}),
         "images": (load_image_manifest, {**HOSTILE, **IMAGES_ALONE}),
@@ -232,7 +232,7 @@ values = st.recursive(
 
 
 def places(tree, way=()):
-    """Every place in a tree, as a way of keys."""
+    """Every place in a tree, as a path of keys."""
     for key in tree if isinstance(tree, dict) else range(len(tree)):
         yield (*way, key)
         if isinstance(tree[key], dict | list):
@@ -242,13 +242,13 @@ def places(tree, way=()):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=values)
 def test_any_value_in_any_place_is_refused_or_does_no_harm(tmp_path, data, value):
-    """What passes the rules goes through `stats` and `verify`, which end in one line at worst."""
+    """A manifest that passes the rules goes through `stats` and `verify`, which at worst end with a one-line error."""
     if not (tmp_path / MANIFEST_NAME).exists():
         shutil.copytree(GOLDEN / "latents", tmp_path, dirs_exist_ok=True)
     shutil.copy(GOLDEN / "latents" / MANIFEST_NAME, tmp_path)
     tree = json.loads((GOLDEN / "latents" / MANIFEST_NAME).read_text())
     way = data.draw(st.sampled_from(sorted(places(tree), key=str)))
-    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair, which no file holds
+    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair, which no file can contain
         restate(tmp_path, put(*way, copy.deepcopy(value)))
         for read in (stats, verify):
             with contextlib.suppress(EcarError):

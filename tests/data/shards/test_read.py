@@ -55,7 +55,7 @@ def test_a_number_that_is_not_finite_is_found_on_either_side(tmp_path, wrong):
 
 
 def test_rows_with_gaps(tmp_path):
-    """Keys are the plan's rows; the place in the shard counts only what is there."""
+    """Keys are the plan's rows. The place in the shard counts only samples that exist."""
     moments, labels = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float16), np.array([4, 5, 6])
     entry = write_latent_shard(tmp_path, 0, ShardContent(70, moments, labels, missing=(71, 72)), {})
     assert (entry.count, entry.first_row, entry.missing) == (3, 70, (71, 72))
@@ -219,7 +219,7 @@ def small_content():
 
 
 def test_the_marker_comes_last(tmp_path, monkeypatch):
-    """A worker that dies at any point leaves either no marker or a whole shard."""
+    """A worker that dies at any point leaves either no marker or a complete shard."""
 
     def die(*_):
         raise KeyboardInterrupt

@@ -54,7 +54,7 @@ def blank(at):
     return lambda data: data[:at] + bytes(512) + data[at + 512 :]
 
 
-# name -> (damage, our message, members that tarfile still sees, None where it raises)
+# name -> (damage, our message, members that tarfile still sees, or None if it raises)
 DAMAGES = {
     "cut on a member boundary": (cut(1024), "header at byte 1024", 1),
     "cut inside a header": (cut(1100), "header at byte 1024", 1),
@@ -158,7 +158,7 @@ def pax_with(**records):
 
 
 def raw_header(change):
-    """A tar of one empty file whose header `change` has edited, with a checksum that agrees."""
+    """A tar of one empty file whose header was edited by `change`, with a matching checksum."""
 
     def write(path):
         make_tar(path, sizes=(0,))

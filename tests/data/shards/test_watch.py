@@ -1,4 +1,4 @@
-"""Data that change under a run are found before they are used, whoever writes them and however."""
+"""Data that change during a run are detected before they are used, whoever writes them and however."""
 
 import contextlib
 import mmap
@@ -42,7 +42,7 @@ def places_of(source, count=TOTAL):
 
 
 def garbage(path):
-    """The same number of bytes, all of them others; headers of a tar included."""
+    """The same number of bytes, all of them different, including the headers of a tar."""
     return bytes(byte ^ 0x55 for byte in path.read_bytes())
 
 
@@ -103,7 +103,7 @@ def test_a_changed_shard_is_found_before_its_rows_are_used(latents, writes):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_row_is_checked_if_the_file_shows_no_change(tmp_path, monkeypatch, flip):
-    """As on a tmpfs, whose times a writer through a map leaves alone; without a pause between write and read."""
+    """As on a tmpfs, where a write through a map does not update the times; without a pause between write and read."""
     write_set(tmp_path, flip=flip)
     monkeypatch.setattr(ProvenMap, "has_changed", lambda self: False)
     monkeypatch.setattr(shard_watch, "PAUSE", 0)
@@ -184,7 +184,7 @@ def test_each_plan_checks_all_mapped_files(latents):
 
 
 def test_a_run_ends_with_the_name_of_the_shard(tmp_path):
-    """All shards are rewritten in place at step 5 of 100; no batch that is handed out holds a value of it."""
+    """All shards are rewritten in place at step 5 of 100; no batch that is handed out contains a new value."""
     moments, _ = write_set(tmp_path)
     truth = {row.tobytes() for row in moments}
     source = LatentSource(tmp_path)
@@ -202,7 +202,7 @@ def test_a_run_ends_with_the_name_of_the_shard(tmp_path):
             except DataError as error:
                 ended = str(error)
     assert re.search(r"^changed .*00000\d\.tar", ended)
-    assert len(handed_out) <= 3  # what was read ahead
+    assert len(handed_out) <= 3  # the batches that were read ahead
     assert {row.numpy().tobytes() for batch in handed_out for row in batch.values} <= truth
 
 
@@ -244,7 +244,7 @@ def test_dali_reads_the_same(latents):
 
 
 def test_an_image_of_a_class_directory(tmp_path):
-    """Nobody has read it before the first epoch; from then on it may not change."""
+    """Nobody reads the file before the first epoch. From then on, it may not change."""
     write_class_directory(tmp_path / "set")
     path, data = tmp_path / "set/class/a.jpg", encoded(0)
     images = ImageShards(tmp_path / "set")
@@ -257,7 +257,7 @@ def test_an_image_of_a_class_directory(tmp_path):
 
 
 def test_checks_take_a_bounded_share_of_the_time(latents, monkeypatch):
-    """Not their time, which a busy machine says nothing about, but their number."""
+    """Measures their number, because times on a busy machine mean nothing."""
     source, now, looks = LatentSource(latents), [1e6], []
     counted = ProvenMap.has_changed
     monkeypatch.setattr(shard_watch.time, "perf_counter", lambda: now[0])
