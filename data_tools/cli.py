@@ -48,8 +48,8 @@ def _parse(argv: Sequence[str] | None) -> Callable[[], None]:
     return functools.partial(COMMANDS[values.pop("command")], **values)
 
 
-# The commands. Each imports its module only when it runs: torch, DALI and diffusers take seconds, and --help needs none
-# of them. The arguments of a command are those of the function that it calls.
+# The commands. Each imports its module only when it runs: importing torch, DALI and diffusers takes seconds, and --help
+# needs none of them. The arguments of a command are those of the function that it calls.
 
 
 def _prepare(**values: Any) -> None:
@@ -118,7 +118,7 @@ def _fit_codebook(**values: Any) -> None:
 
     try:
         fit_codebook(**values)
-    except RemoteError as remote:  # the rank that met the error prints it
+    except RemoteError as remote:  # the rank that hit the error prints it
         raise SystemExit(EX_TEMPFAIL if remote.again else 1) from None
 
 
@@ -195,14 +195,14 @@ def _command(commands: Subparsers, name: str, help_text: str) -> argparse.Argume
 
 def _add_prepare(commands: Subparsers) -> None:
     command = _command(commands, "prepare", "shard, train-vae, encode and finalize in one command; run again to resume")
-    add_source(command, ", or an index, or a built-in source such as `digits`", "folder to make; or an unfinished one")
+    add_source(command, ", or an index, or a built-in source such as `digits`", "new folder, or an unfinished one")
     add_labels(command)
     add_holdout(command, 0.1, "OUT/images/heldout, the rest to OUT/images/train")
     command.add_argument(
         "--vae",
         default="dct-f8",
-        help="dct-f8 or dct-f32, which have no weights and blur; identity-f1: the pixels themselves; folder or hub "
-        "name of an AutoencoderKL or AutoencoderDC; train: a small AutoencoderKL is trained on the images",
+        help="dct-f8 or dct-f32, which have no weights and give blurry images; identity-f1: the pixels themselves; "
+        "folder or hub name of an AutoencoderKL or AutoencoderDC; train: train a small AutoencoderKL on the images",
     )
     command.add_argument("--vae-steps", type=positive, default=250, help="optimizer steps of --vae train")
     command.add_argument("--vae-channels", type=positive, default=4, help="channels of the latents of --vae train")
@@ -211,7 +211,7 @@ def _add_prepare(commands: Subparsers) -> None:
         type=positive,
         default=None,
         help="side of the square images, in pixels (default: the largest power of 2 that is at most the median of "
-        "their shorter sides, from 4 latent pixels to 256 pixels)",
+        "their shorter sides, but at least 4 latent pixels and at most 256 pixels)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of all steps, an integer")
     add_flip(command)
@@ -221,18 +221,18 @@ def _add_prepare(commands: Subparsers) -> None:
 
 
 def _add_import(commands: Subparsers) -> None:
-    command = _command(commands, "import", "make latent shards of another program's latents; run again to resume")
-    command.add_argument("source", type=local, help="file, folder of files, or folder of class folders, one file each")
+    command = _command(commands, "import", "convert latents of another program into latent shards; run again to resume")
+    command.add_argument("source", type=local, help="file, folder of files, or class folders with a file per sample")
     command.add_argument("out", type=local, help="folder for the latent shards")
     command.add_argument("--vae", required=True, help="autoencoder that made the latents, as for encode (required)")
     command.add_argument(
-        "--scale", type=float, default=1.0, help="factor of the stored values: they are (raw - SHIFT) x SCALE"
+        "--scale", type=float, default=1.0, help="factor of the stored values, which are (raw - SHIFT) x SCALE"
     )
-    command.add_argument("--shift", type=float, default=0.0, help="what was subtracted from the raw values before")
+    command.add_argument("--shift", type=float, default=0.0, help="value that was subtracted from the raw values")
     command.add_argument(
         "--labels",
         default=None,
-        help="for arrays: .npy, .pt or text file of labels; none: one class (default: in them)",
+        help="for arrays: .npy, .pt or text file of labels; none: one class (default: the labels in the source)",
     )
     add_classes(command)
     command.add_argument("--samples-per-shard", type=positive, default=4096, help="samples per tar")
@@ -261,14 +261,14 @@ def _add_shard(commands: Subparsers) -> None:
 def _add_train_vae(commands: Subparsers) -> None:
     command = _command(commands, "train-vae", "train a small KL autoencoder on image shards; run again to resume")
     command.add_argument("shards", type=local, help="folder of image shards, or an index")
-    command.add_argument("out", type=local, help="folder for the autoencoder; must not exist, be empty or unfinished")
+    command.add_argument("out", type=local, help="folder for the autoencoder; must be new, empty or unfinished")
     command.add_argument("--image-size", type=positive, default=32, help="side of the square images, in pixels")
     command.add_argument(
-        "--downsample", type=positive, default=4, help="image pixels per latent pixel side, a power of 2"
+        "--downsample", type=positive, default=4, help="image pixels per side of a latent pixel, a power of 2"
     )
     command.add_argument("--latent-channels", type=positive, default=4, help="channels of the latents")
     command.add_argument(
-        "--channels", type=positive, default=16, help="width of the network at full resolution; below it, twice that"
+        "--channels", type=positive, default=16, help="width of the network at full resolution; twice that below it"
     )
     command.add_argument("--steps", type=positive, default=250, help="optimizer steps")
     command.add_argument("--batch-size", type=positive, default=32, help="images per step")
@@ -279,7 +279,7 @@ def _add_train_vae(commands: Subparsers) -> None:
     command.add_argument(
         "--seed", type=int, default=0, help="seed for weights, order and posterior samples, an integer"
     )
-    # On the CPU, the threads of DALI and torch compete for the cores: 3 to 4 times slower steps on 2 cores, measured.
+    # On the CPU, the threads of DALI and torch compete for the cores. Steps on 2 cores were 3 to 4 times slower.
     command.add_argument("--decoder", choices=("dali", "pil"), default="pil", help="library that decodes the images")
     command.add_argument("--device", type=device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
     add_background(command)
@@ -288,20 +288,20 @@ def _add_train_vae(commands: Subparsers) -> None:
 
 def _add_pyramid_check(commands: Subparsers) -> None:
     command = _command(
-        commands, "pyramid-check", "print whether the latents of an autoencoder pool as images do, for each stage"
+        commands, "pyramid-check", "print for each stage whether the latents of an autoencoder pool like images"
     )
     command.add_argument("source", help="images, as for shard: a folder, tars, image shards, an index or `digits`")
-    command.add_argument("--flat", action="store_true", help="make all images below the folder one class")
+    command.add_argument("--flat", action="store_true", help="treat all images below the folder as one class")
     add_vae(command)
     command.add_argument("--image-size", type=positive, required=True, help="side of the square images (required)")
     command.add_argument("--stages", type=positive, default=3, help="stages of the flow: flow.num_stages of the runs")
-    command.add_argument("--count", type=positive, default=256, help="images, a random choice")
+    command.add_argument("--count", type=positive, default=256, help="number of images, chosen at random")
     command.add_argument("--device", type=device, default="auto", help="auto (the GPU if there is one), cpu or cuda")
     command.add_argument("--json", dest="as_json", action="store_true", help="print a line of JSON instead of a table")
 
 
 def _add_plan(commands: Subparsers) -> None:
-    command = _command(commands, "plan", "write the plan of an encoding, and print it with the command of each task")
+    command = _command(commands, "plan", "write and print the plan of an encoding, with the command for each task")
     add_encoding(command, "device of the workers: auto (the GPU if this machine has one), cpu or cuda")
     command.add_argument("--tasks", type=positive, default=1, help="number of workers that will encode")
 
@@ -333,20 +333,20 @@ def _add_fit_codebook(commands: Subparsers) -> None:
     command = _command(
         commands,
         "fit-codebook",
-        "fit a codebook to a finished set, for model.kind=par and hybrid; under torchrun or srun too",
+        "fit a codebook to a finished set, for model.kind=par and hybrid; also runs under torchrun or srun",
     )
     command.add_argument("out", type=local, help="folder of latent shards with a manifest.json")
     command.add_argument(
-        "--size", type=positive, required=True, help="codes: model.codebook_size of the runs (required)"
+        "--size", type=positive, required=True, help="number of codes: model.codebook_size of the runs (required)"
     )
     command.add_argument(
         "--patch-size", type=positive, default=2, help="side of a token in latent pixels: model.patch_size of the runs"
     )
-    command.add_argument("--iterations", type=positive, default=20, help="passes of k-means; it may end earlier")
+    command.add_argument("--iterations", type=positive, default=20, help="k-means passes at most; may stop earlier")
     command.add_argument(
-        "--max-samples", type=positive, default=20_000, help="samples that are read, in equal shares of all shards"
+        "--max-samples", type=positive, default=20_000, help="samples to read, an equal share of each shard"
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of the first codes and of --hybrid, an integer")
+    command.add_argument("--seed", type=int, default=0, help="seed of the initial codes and of --hybrid, an integer")
     add_decoder_tuning(command)
 
 
@@ -360,8 +360,8 @@ def _add_inspection(commands: Subparsers) -> None:
     command.add_argument(
         "--spectrum",
         action="store_true",
-        help="also the largest eigenvalues of the latents, and a forecast of the calls that they need in 1, 2 and 3 "
-        "stages; takes seconds to a minute",
+        help="also print the largest eigenvalues of the latents, and a forecast of the calls that they need in 1, 2 "
+        "and 3 stages; takes seconds to a minute",
     )
     command = _command(commands, "preview", "decode 64 samples into one image")
     command.add_argument("folder", type=local, help="folder of latent shards with a manifest.json")
@@ -377,4 +377,4 @@ def _add_push(commands: Subparsers) -> None:
     command = _command(commands, "push", "upload a finished set to a bucket; run again to resume")
     command.add_argument("folder", type=local, help="folder of latent or image shards with a manifest.json")
     command.add_argument("url", help="s3://bucket/set, or another fsspec URL")
-    command.add_argument("--threads", type=positive, default=8, help="files that are uploaded at once")
+    command.add_argument("--threads", type=positive, default=8, help="files to upload in parallel")

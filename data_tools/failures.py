@@ -1,6 +1,6 @@
 """Images that cannot be used: listed in `errors.jsonl`, and limited in number by `--max-bad`.
 
-Several tasks that share the work list theirs in a file each, `errors-3-of-8.jsonl`; `finalize` makes one of them.
+Tasks that share the work write one list each, `errors-3-of-8.jsonl`; `finalize` merges the lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.storage.atomic import atomic_write
 ERRORS_NAME = "errors.jsonl"
 TASK_ERRORS = "errors-*-of-*.jsonl"
 MAX_BAD = 1e-3  # default of --max-bad, as a share of all images
-MAX_IN_A_ROW = 100  # more bad images in a row are a broken source or decoder, not chance
+MAX_IN_A_ROW = 100  # more bad images in a row mean a broken source or decoder, not chance
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def errors_name(task: int, tasks: int) -> str:
 class FailureTally:
     """Enforces the limit on the failures of one output folder.
 
-    `elsewhere` returns the number of failures besides those that are given to `check`. `name`: the file that lists
+    `elsewhere` returns the number of failures in addition to those passed to `check`. `name`: the file that lists
     them, for messages. Raises ConfigError for a `max_bad` outside [0, 1].
     """
 
@@ -63,7 +63,7 @@ class FailureTally:
         self._listed = f"{'all' if name == ERRORS_NAME else 'those of this task'} are listed in {out / name}"
 
     def check(self, failures: Sequence[Failure]) -> None:
-        """Raises DataError if these, at least one, and those elsewhere are more than max_bad x count."""
+        """Raises DataError if these (at least one) and those elsewhere are more than max_bad x count."""
         self.check_number(len(failures) + self._elsewhere(), failures[-1])
 
     def check_number(self, failed: int, last: Failure) -> None:
@@ -100,7 +100,7 @@ def write_failures(path: Path, failures: Iterable[Failure]) -> int:
 
 
 def write_errors(folder: Path, errors: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     with atomic_write(folder / ERRORS_NAME) as file:
         file.writelines(map(error_line, errors))
 

@@ -32,11 +32,11 @@ _MOST_LISTED = 10  # missing shards in an error
 
 
 def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
-    """Write OUT/manifest.json. A set of more than TABLE_SHARDS gets a table beside it, unless it has a manifest without
-    one already.
+    """Write OUT/manifest.json. A set with more shards than TABLE_SHARDS also gets a table, unless it already has a
+    manifest without one.
 
     The markers are read once, one after the other, so the memory does not grow with the number of shards. Raises
-    DataError if shards are missing, if they do not cover the plan, and if more than max_bad x count images are bad.
+    DataError if shards are missing, if they do not cover the plan, or if more than max_bad x count images are bad.
     """
     plan = read_plan(out)
     tally = FailureTally(out, plan.count, max_bad)
@@ -51,7 +51,7 @@ def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
         else:
             shards = list(entries)
 
-    # Few enough images are bad.
+    # Check the number of bad images.
     if survey.last_failure is None:
         (out / ERRORS_NAME).unlink()
     else:
@@ -59,7 +59,7 @@ def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
 
     manifest = _with_codebooks(out, _manifest(plan, shards, survey))
     write_manifest(out, manifest)
-    # The temporary files of workers that were killed, and what is in errors.jsonl now.
+    # Remove temporary files of killed workers, and the lists that errors.jsonl now contains.
     for pattern in (f".*{TEMPORARY_SUFFIX}", TASK_ERRORS):
         for leftover in out.glob(pattern):
             leftover.unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def finalize(out: Path, *, max_bad: float = MAX_BAD) -> None:
 
 
 class Survey:
-    """One pass over the shards of a folder, and what they add up to."""
+    """One pass over the shards of a folder, and their totals."""
 
     def __init__(self, out: Path, plan: EncodePlan, max_bad: float) -> None:
         self.failed = 0
@@ -81,8 +81,8 @@ class Survey:
     def entries(self, errors: BinaryIO) -> Iterator[LatentEntry]:
         """The entries of all shards; the failures go to `errors`, in the order of their rows.
 
-        `first_index` counts samples: rows of failures are skipped. Raises DataError at the end if shards are missing,
-        and before it for a shard that does not cover its rows of the plan.
+        `first_index` counts samples: rows of failures are skipped. Raises DataError at once for a shard that does
+        not cover its rows of the plan, and at the end if shards are missing.
         """
         missing = 0
         listed: list[str] = []
@@ -102,7 +102,7 @@ class Survey:
             yield dataclasses.replace(marker.entry, first_index=first_index)
             first_index += marker.entry.count
 
-        # The error has the command that makes the others.
+        # The error names the command that makes the missing shards.
         if missing:
             command = self._plan.command(self._out, 0, 1, self._max_bad)
             names = ", ".join(listed) + (", ..." if missing > _MOST_LISTED else "")
@@ -121,7 +121,7 @@ def prove_coverage(out: Path, plan: EncodePlan, index: int, marker: Marker) -> N
 
     The rows of the shards are the plan without gap or overlap, so together the shards cover the plan.
     """
-    # The samples are the rows from the first one on without the missing ones, so numbers tell whether all are there.
+    # The samples are the rows from the first one on, without the missing ones, so comparing the counts is enough.
     entry = marker.entry
     rows = plan.rows(index)
     failed = [failure.row for failure in marker.failures]
@@ -141,7 +141,7 @@ def prove_coverage(out: Path, plan: EncodePlan, index: int, marker: Marker) -> N
 
 
 def _has_list(out: Path) -> bool:
-    """Whether the folder has a manifest that lists its shards itself: the dataset_id of a run depends on the form."""
+    """Whether the folder has a manifest that lists its shards itself. The dataset_id depends on this form."""
     return (out / MANIFEST_NAME).exists() and schema_of(out) == Manifest.SCHEMA
 
 
@@ -161,7 +161,7 @@ def _manifest(plan: EncodePlan, shards: Sequence[LatentEntry], survey: Survey) -
 
 
 def _with_codebooks(out: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the codebooks of an earlier one of the same samples."""
+    """The manifest with the codebooks of an earlier manifest of the same samples."""
     try:
         earlier = load_manifest(out)
     except DataError:

@@ -51,7 +51,7 @@ def stats(folder: Path, *, spectrum: bool = False) -> None:
     numbers = manifest.statistics
     failures = manifest.failures
 
-    # What the set holds.
+    # The content of the set.
     gigabytes = sum(entry.bytes for entry in manifest.shards) / 1e9
     print(f"samples             {manifest.count} in {len(manifest.shards)} shards, {gigabytes:.3f} GB")
     print(f"classes             {manifest.num_classes}: {_class_list(manifest.class_names)}")
@@ -89,7 +89,7 @@ def _class_list(names: list[str]) -> str:
 def preview(folder: Path, out: Path, vae: str | None = None) -> None:
     """Decode the first 64 samples into one image. They are a random choice, because shards are shuffled when written.
 
-    Raises DataError for another autoencoder, ConfigError if `out` has no extension of an image format.
+    Raises DataError for a different autoencoder, ConfigError if `out` has no extension of an image format.
     """
     _refuse_url(folder)
     if out.suffix.lower() not in Image.registered_extensions():
@@ -165,7 +165,7 @@ def _verify_images(folder: Path) -> int:
 
 
 def _verify_records(folder: Path, shards: ImageShards) -> int:
-    # The tars as a whole, if they are local. Otherwise only the hash of each image is checked.
+    # The complete tars, if they are local. Otherwise only the hash of each image is checked.
     home = shards.manifest.home(folder)
     for entry in shards.manifest.shards:
         if entry.kind == "tar" and not is_remote(home):
@@ -217,7 +217,7 @@ def _verify_latents(folder: Path) -> int:
 
     if first_index != manifest.count:
         raise DataError(
-            f"{folder}: the shards hold {first_index} samples, the manifest says {manifest.count}; run "
+            f"{folder}: the shards have {first_index} samples, the manifest says {manifest.count}; run "
             "`ecar-data finalize` again"
         )
     for codebook in manifest.codebooks:
@@ -226,7 +226,7 @@ def _verify_latents(folder: Path) -> int:
 
 
 def _check_dali_index(path: Path) -> None:
-    """Raises DataError if a tar has a DALI index of another content. The index may be missing."""
+    """Raises DataError if the DALI index of a tar does not match the tar. The index may be missing."""
     beside = path.with_suffix(".idx")
     with tempfile.TemporaryDirectory() as scratch:
         derived = Path(scratch) / beside.name
@@ -246,7 +246,7 @@ def _check_sha256(folder: Path, entry: ShardEntry) -> None:
     path = file_in(folder, entry.name)
     if not path.exists():
         raise DataError(f"{path} is in the manifest but does not exist; restore it or write it again")
-    # The size comes first: reading a pipe or a device would not end.
+    # The size comes first: reading a pipe or a device would never end.
     size = path.stat().st_size
     if size != entry.bytes:
         raise DataError(f"{path} has {size} bytes, the manifest says {entry.bytes}; restore it or write it again")

@@ -24,7 +24,7 @@ def device(text: str) -> str:
 
 
 def add_source(
-    command: argparse.ArgumentParser, also: str, out: str = "folder to make; must not exist or be empty"
+    command: argparse.ArgumentParser, also: str, out: str = "new or empty folder"
 ) -> None:
     what = f"folder of class folders, or tars (a folder of them, or a-{{000..123}}.tar), local or s3://{also}"
     command.add_argument("source", help=what)
@@ -44,10 +44,10 @@ def add_labels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--label",
         default="cls",
-        help="for tars: the member that holds the label, cls or json:FIELD; none: all images are one class",
+        help="for tars: the member that contains the label, cls or json:FIELD; none: all images are one class",
     )
     add_classes(command)
-    command.add_argument("--flat", action="store_true", help="make all images below the folder one class")
+    command.add_argument("--flat", action="store_true", help="treat all images below the folder as one class")
 
 
 def add_classes(command: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_classes(command: argparse.ArgumentParser) -> None:
         type=local,
         default=None,
         help="text file with one class name per line, in the order of the labels (default: sorted folder names, "
-        "or the numbers)",
+        "or the label numbers)",
     )
 
 
@@ -69,7 +69,7 @@ def add_vae(command: argparse.ArgumentParser) -> None:
 
 
 def add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
-    """The options that decide the bytes of the shards."""
+    """The options that determine the bytes of the shards."""
     command.add_argument("shards", help="folder of image shards or an index, local or s3://")
     command.add_argument("out", type=local, help="folder for the latent shards; the same one for all workers")
     add_vae(command)
@@ -87,7 +87,7 @@ def add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
         type=positive,
         default=None,
         help="consecutive images of the source that stay in one shard and are read at once; 1: all are permuted one by "
-        "one (default: 32, but at least 64 chunks a shard, for 10 million images in tars or more; otherwise 1)",
+        "one (default: for 10 million images in tars or more 32, but at least 64 chunks per shard; otherwise 1)",
     )
     command.add_argument(
         "--decoder",
@@ -109,7 +109,7 @@ def add_encoding(command: argparse.ArgumentParser, device_help: str) -> None:
 
 def add_flip(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--flip", choices=("none", "store"), default="none", help="store: also the moments of the mirrored images"
+        "--flip", choices=("none", "store"), default="none", help="store: also store the moments of mirrored images"
     )
 
 
@@ -135,8 +135,8 @@ def add_decoder_tuning(command: argparse.ArgumentParser) -> None:
         type=local,
         metavar="IMAGES",
         default=None,
-        help="then tune the decoder of the autoencoder on these image shards, to decode codes as well as latents; by "
-        "L1 alone, without a perceptual or adversarial loss; writes OUT/decoder-pP-vV (default: no tuning)",
+        help="then tune the decoder of the autoencoder on these image shards, to decode codes as well as latents; "
+        "only an L1 loss, no perceptual or adversarial one; writes OUT/decoder-pP-vV (default: no tuning)",
     )
     command.add_argument("--vae", default=None, help="--hybrid: autoencoder of OUT (default: that of the manifest)")
     command.add_argument("--steps", type=positive, default=500, help="--hybrid: optimizer steps")

@@ -34,17 +34,17 @@ from ecar_dist.vae.build import open_codec_by_spec
 TRAINED = "train"  # as --vae: train an autoencoder on the images
 _LARGEST_PROPOSED = 256  # pixels; larger images need --image-size
 _SMALLEST_SIDE = 4  # latent pixels of a proposed size: three stages of 1, 2 and 4
-_FINE_SIZE = 64  # pixels; up to this size a trained autoencoder shrinks by 4, above by 8
+_FINE_SIZE = 64  # pixels; up to this size a trained autoencoder downsamples by 4, above it by 8
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """The options that decide the result. A repeated command must have the same ones."""
+    """The options that determine the result. A repeated command must have the same ones."""
 
     vae: str
     vae_steps: int = 250  # of --vae train
     vae_channels: int = 4  # of its latents
-    image_size: int | None = None  # None: proposed by the images
+    image_size: int | None = None  # None: derived from the images
     holdout: float = 0.1
     seed: int = 0
     flip: str = "none"
@@ -54,13 +54,13 @@ class PrepareSettings:
     flat: bool = False
 
     def downsample(self, image_size: int | None) -> int:
-        """Image pixels per latent pixel side. Opens the autoencoder; raises ConfigError if there is none."""
+        """Image pixels per side of a latent pixel. Opens the autoencoder; raises ConfigError if there is none."""
         if self.vae != TRAINED:
             return open_codec_by_spec(self.vae).identity.downsample
         return 4 if image_size is None or image_size <= _FINE_SIZE else 8
 
     def check(self) -> None:
-        """Raises ConfigError for what a later step would refuse, before the first one has begun."""
+        """Raises ConfigError, before the first step starts, for what a later step would refuse."""
         check_holdout(self.holdout)
         parse_background(self.background)
         LabelRule.parse(self.label, read_class_names(None if self.classes is None else Path(self.classes)))
@@ -81,7 +81,7 @@ def prepare(
     """Make OUT/images, OUT/vae (with --vae train), OUT/latents and OUT/heldout_latents.
 
     `options`: the fields of PrepareSettings.
-    Raises the errors of the single commands, and DataError if OUT was begun with other options or holds anything else.
+    Raises the errors of the commands, and DataError if OUT was started with other options or contains anything else.
     """
     settings = PrepareSettings(classes=None if classes is None else str(classes), **options)
     FailureTally(out, 0, max_bad)  # refuses a share outside its range
@@ -103,20 +103,20 @@ def prepare(
 
 @contextlib.contextmanager
 def _claimed(out: Path, source: str, settings: PrepareSettings) -> Iterator[None]:
-    """OUT belongs to this command alone, and to these settings. Raises DataError otherwise."""
-    # A folder of something else is not touched.
+    """Claim OUT for this command and these settings alone. Raises DataError if that is not possible."""
+    # A folder with other content is not touched.
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is not a folder; give another one")
     path = out / RECORD_NAME
     if out.is_dir() and not path.exists() and (others := sorted(p.name for p in out.iterdir() if p.name[0] != ".")):
-        raise DataError(f"{out} holds {others[0]} and has no {RECORD_NAME}; remove it or give another folder")
+        raise DataError(f"{out} contains {others[0]} and has no {RECORD_NAME}; remove it or give another folder")
     out.mkdir(parents=True, exist_ok=True)
 
     with open(out / ".prepare.lock", "ab") as lock:
         if not try_lock(lock):
             raise DataError(f"another `ecar-data prepare` is writing {out}; wait for it, or give another folder")
 
-        # The first command wrote its settings down; another one with others would mix two sets.
+        # The first command stored its settings. A command with different ones would mix two sets.
         wanted = {"source": redact(source), **dataclasses.asdict(settings)}
         found = _read_record(path) if path.exists() else wanted
         defaults = {field.name: field.default for field in dataclasses.fields(settings)}  # older versions lack some
@@ -124,7 +124,7 @@ def _claimed(out: Path, source: str, settings: PrepareSettings) -> Iterator[None
             if found.get(name, defaults.get(name)) != value:
                 option = name if name == "source" else f"--{name.replace('_', '-')}"
                 raise DataError(
-                    f"{out} was begun with {option} {found.get(name)}, this command has {value}; repeat the first "
+                    f"{out} was started with {option} {found.get(name)}, this command has {value}; repeat the first "
                     "command, or give another folder"
                 )
         write_json(path, wanted)
@@ -140,7 +140,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Steps:
-    """The single commands, in their order. Each prints itself, and is skipped if its result is there."""
+    """The individual commands, in order. Each prints itself, and is skipped if its result exists."""
 
     source: str
     out: Path
@@ -207,9 +207,9 @@ class _Steps:
         return f"[{self.number}/{2 + 2 * len(self.encodings())}]"
 
     def _run(self, title: str, done: bool, words: Sequence[Any]) -> None:
-        """What is printed is what is run."""
+        """Print the command, then run exactly what was printed."""
         if done:
-            print(f"{self._next()} {title}: done already", flush=True)
+            print(f"{self._next()} {title}: already done", flush=True)
             return
         words = [*map(str, words), *_options(max_bad=self.max_bad)]
         print(f"{self._next()} {title}\n$ {redact_text(shlex.join(['ecar-data', *words]))}", flush=True)
@@ -217,7 +217,7 @@ class _Steps:
 
 
 def _options(**values: Any) -> list[str]:
-    """Command-line options for the values that are not the defaults of the single commands."""
+    """Command-line options for the values that differ from the defaults of the commands."""
     given = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 

@@ -14,7 +14,7 @@ def progress(total: int, unit: str, label: str, initial: int = 0) -> tqdm[Any]:
     """A tqdm bar on stderr.
 
     `unit` is the singular of what is counted, or "B" for bytes, which are shown as kB, MB or GB. `initial` of them were
-    done by an earlier run and do not count for the rate.
+    done by an earlier run and do not count towards the rate.
     """
     in_bytes = unit == "B"
     if sys.stderr.isatty():
@@ -35,7 +35,7 @@ def progress(total: int, unit: str, label: str, initial: int = 0) -> tqdm[Any]:
 
 
 class _LogLines(tqdm):
-    """Prints whole lines, without a bar and carriage returns."""
+    """Prints complete lines, without a bar or carriage returns."""
 
     disable: bool  # tqdm's; set once it is closed
 

@@ -39,11 +39,11 @@ _PART_SIZES = tuple(
 
 
 def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = None) -> None:
-    """Upload a set of latent or image shards. After a failure, run it again: files that the store has are skipped.
+    """Upload a set of latent or image shards. After a failure, run it again: it skips files that the store already has.
 
-    The store has a file if the size is equal and the ETag is the MD5 of its bytes, as S3 computes it. The size alone
-    proves nothing, since all shards of a set have the same size. Raises DataError if the set is damaged, the URL holds
-    another set, or the store fails.
+    The store has a file if the size matches and the ETag is the MD5 of its bytes, as S3 computes it. The size alone
+    proves nothing, since all shards of a set have the same size. Raises DataError if the set is damaged, the URL has a
+    different set, or the store fails.
     """
     transfer = transfer or Transfer()
     if not is_remote(url):
@@ -52,7 +52,7 @@ def push(folder: Path, url: str, threads: int = 8, transfer: Transfer | None = N
     _refuse_another_set(url, manifest)
     files = {file.name: file for file in _files_of(folder, manifest)}.values()
 
-    # All files but the manifest, several at once.
+    # All files except the manifest, several at once.
     sent = 0
     bar = progress(sum(file.path.stat().st_size for file in files), "B", "push")
     pool = DaemonPool(threads, "push")
@@ -91,7 +91,7 @@ def _refuse_another_set(url: str, manifest: Manifest | ImageManifest) -> None:
     there = (load_manifest if isinstance(manifest, Manifest) else load_image_manifest)(url)
     if there.dataset_id != manifest.dataset_id:
         raise DataError(
-            f"{redact(url)} holds data set {there.dataset_id[:12]}, not {manifest.dataset_id[:12]}; push to another URL"
+            f"{redact(url)} has data set {there.dataset_id[:12]}, not {manifest.dataset_id[:12]}; push to another URL"
         )
 
 
@@ -147,7 +147,7 @@ def _send(file: _File, folder_url: str, transfer: Transfer) -> bool:
 
 
 def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Transfer) -> bool:
-    """Upload the manifest and read it back. An image manifest then refers to the shards beside it."""
+    """Upload the manifest and read it back. An image manifest then refers to the shards next to it."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(manifest, ImageManifest):
             manifest = dataclasses.replace(manifest, location=None)
@@ -158,7 +158,7 @@ def _send_manifest(manifest: Manifest | ImageManifest, url: str, transfer: Trans
 
 
 def _same_bytes(path: Path, version: ObjectVersion) -> bool | None:
-    """True if the object has the bytes of the file, False if it has not, None if its ETag does not tell.
+    """True if the object has the bytes of the file, False if not, None if its ETag does not tell.
 
     An object that was uploaded in one request has the MD5 of its bytes as ETag. One that was uploaded in parts has the
     MD5 of the MD5s of its parts, and the number of parts. The part size is not recorded, so the usual ones are tried.

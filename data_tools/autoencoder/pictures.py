@@ -1,4 +1,4 @@
-"""The images that an autoencoder is trained on: decoded batches, and some that are held back."""
+"""Decoded batches of the images that an autoencoder is trained on. Some images are held back."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Pictures:
         self._seed = seed
         self._tally = tally
         if len(shards) < 2:
-            raise DataError(f"the set has {len(shards)} image, a training needs at least 2, because some are held back")
+            raise DataError(f"the set has {len(shards)} image, training needs at least 2, because some are held back")
 
-        # The held-back images are a random choice, at least one.
+        # A random choice of images is held back, at least one.
         mixed = sample_indices(np.arange(len(shards)), len(shards), seed)
         number = max(1, min(_HELD_BACK, len(shards) // 10))
         self.held_back = mixed[:number]
         self.training = mixed[number:]
 
     def load(self, indices: np.ndarray) -> torch.Tensor:
-        """The good ones, float32 [G, 3, S, S] in [-1, 1]. Raises DataError if too many are bad."""
-        # Pairs, not a dict: a batch across the end of an epoch may hold an image twice.
+        """Those that can be decoded, float32 [G, 3, S, S] in [-1, 1]. Raises DataError if too many are bad."""
+        # Pairs, not a dict: a batch across the end of an epoch may contain an image twice.
         records = [(index, self._shards.read(index)) for index in map(int, indices) if index not in self.bad]
         blobs = [record.data for _, record in records]
         decoded = self._decoder.separate(blobs, [record for _, record in records], self._image_size)
@@ -59,11 +59,11 @@ class Pictures:
         return from_pixels(decoded.pixels).to(self._device)
 
     def held_back_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """The good ones of those that are not trained on."""
+        """The held-back images that can be decoded."""
         return self._batches(self.held_back, batch_size)
 
     def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """The good ones of those that are, each once."""
+        """The training images that can be decoded, each once."""
         return self._batches(self.training, batch_size)
 
     def _batches(self, indices: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
@@ -73,16 +73,16 @@ class Pictures:
                 yield images
 
     def training_batch(self, step: int, batch_size: int) -> torch.Tensor:
-        """The batch of a step: every epoch has another order, given by the seed."""
+        """The batch of a step. Each epoch has a different order, given by the seed."""
         positions = np.arange(step * batch_size, (step + 1) * batch_size)
         return self.load(self.training[sample_indices(positions, len(self.training), self._seed)])
 
     def recall_bad(self, failures: Iterable[Mapping[str, Any]]) -> None:
-        """Those that an earlier run of the same training found, as its state has them."""
+        """Restore the bad images that an earlier run of the same training has saved in its state."""
         self.bad = {failure["row"]: Failure(**failure) for failure in failures}
 
     def list_bad(self, folder: Path) -> None:
-        """Write errors.jsonl, or remove it if none is bad."""
+        """Write errors.jsonl, or remove it if no image is bad."""
         write_failures(folder / ERRORS_NAME, [self.bad[row] for row in sorted(self.bad)])
 
     def _note_failures(self, records: list[tuple[int, ImageRecord]], failures: dict[int, str]) -> None:

@@ -1,7 +1,7 @@
-"""`ecar-data pyramid-check`: whether the latents of an autoencoder pool as its images do.
+"""`ecar-data pyramid-check`: whether the latents of an autoencoder pool like its images.
 
-The stages of a flow learn pooled latents. Those of a small downsampling resemble the latents of a smaller picture;
-nothing promises that of an autoencoder that packs 32 x 32 pixels into the channels of one latent pixel.
+The stages of a flow learn pooled latents. If the autoencoder downsamples little, these resemble the latents of a
+smaller picture. This is not guaranteed if it packs 32 x 32 pixels into the channels of one latent pixel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ecar_dist.vae.codec import LatentCodec, normalised_mean
 from ecar_dist.vae.pixels import from_pixels
 
 _BATCH = 16  # images that are encoded and decoded at once
-_PEAK = 255.0  # differences are in levels of a byte
+_PEAK = 255.0  # differences are in 8-bit levels
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Distance:
     numbers: int = 0
 
     def add(self, images: torch.Tensor, reference: torch.Tensor) -> None:
-        """[B, 3, H, W] both."""
+        """Both are [B, 3, H, W]."""
         difference = (images - reference).double() * (_PEAK / 2)
         self.squares += difference.square().sum().item()
         self.absolutes += difference.abs().sum().item()
@@ -52,12 +52,12 @@ class Distance:
 
     @property
     def psnr(self) -> float:
-        """In dB; infinite where nothing differs."""
+        """In dB; infinite if the images are equal."""
         return 10.0 * math.log10(_PEAK**2 * self.numbers / self.squares) if self.squares else math.inf
 
     @property
     def mean_absolute(self) -> float:
-        """In levels of a byte, from 0 to 255."""
+        """In 8-bit levels, from 0 to 255."""
         return self.absolutes / self.numbers
 
 
@@ -65,8 +65,8 @@ class Distance:
 class StageCheck:
     """One stage. z: latents of the images x. D and U: down to the size of the stage, and back up to full size.
 
-    pooled: Dec(D(z)) against D(x). enlarged: Dec(U(D(z))) against U(D(x)). encoded: Dec(Enc(D(x))) against D(x), what
-    the autoencoder itself loses at that size.
+    pooled: Dec(D(z)) against D(x). enlarged: Dec(U(D(z))) against U(D(x)). encoded: Dec(Enc(D(x))) against D(x), the
+    error of the autoencoder itself at that size.
     """
 
     latent_size: int  # side of D(z)
@@ -94,8 +94,8 @@ def pyramid_check(
 ) -> None:
     """Print, for each stage of a flow, how far decoded pooled latents are from pooled images.
 
-    Latents are means of the posterior. The images are `count` random ones of the source, the same in every run. Raises
-    ConfigError if the sizes do not fit, DataError if no image can be decoded.
+    Latents are means of the posterior. The images are a random choice of `count` from the source, the same in every
+    run. Raises ConfigError if the sizes do not fit, DataError if no image can be decoded.
     """
     target = torch.device(resolve_device(device))
     codec = open_codec_by_spec(vae, target)
@@ -108,7 +108,7 @@ def pyramid_check(
         )
     checks = [StageCheck(side * 2**k // halvings, image_size * 2**k // halvings) for k in range(stages)]
 
-    # All stages of a batch at once. What indexing says of the source is not the result.
+    # All stages of a batch at once. Messages of the indexing go to stderr: stdout is for the result.
     number = 0
     with contextlib.redirect_stdout(sys.stderr), open_images(source, LabelRule("cls"), flat=flat) as reader:
         left_out = min(count, len(reader.labels))
@@ -123,7 +123,7 @@ def pyramid_check(
         print(json.dumps(_as_dict(codec, number, checks)))
         return
     if left_out:
-        print(f"{counted(left_out, 'image')} left out, which cannot be decoded")
+        print(f"{counted(left_out, 'image')} left out: cannot be decoded")
     _report(codec, number, checks)
 
 
@@ -137,7 +137,7 @@ def check_batch(codec: LatentCodec, images: torch.Tensor, checks: list[StageChec
         again = normalised_mean(codec.identity, codec.encode(resized))
         check.encoded.add(codec.decode(again), resized)
 
-        # Nearest neighbours of nearest neighbours: one enlargement is as many as there are later stages.
+        # With nearest neighbours, one enlargement equals the repeated enlargements of all later stages.
         factor = images.shape[-1] // resized.shape[-1]
         check.enlarged.add(codec.decode(upsample(pooled, factor)), upsample(resized, factor))
 
@@ -157,7 +157,7 @@ def _batches(reader: ImageReader, image_size: int, count: int) -> Iterator[torch
 
 
 def _report(codec: LatentCodec, number: int, checks: list[StageCheck]) -> None:
-    """A row a stage, coarse to fine."""
+    """One row per stage, coarse to fine."""
     identity = codec.identity
     shape = f"{identity.latent_channels} x {checks[-1].latent_size} x {checks[-1].latent_size}"
     print(
@@ -184,7 +184,7 @@ def _report(codec: LatentCodec, number: int, checks: list[StageCheck]) -> None:
 
 
 def _as_dict(codec: LatentCodec, number: int, checks: list[StageCheck]) -> dict[str, Any]:
-    """For JSON, which has no infinity: a PSNR is None where nothing differs."""
+    """For JSON, which has no infinity: a PSNR is None if the images are equal."""
 
     def distance(one: Distance) -> dict[str, float | None]:
         return {"psnr": one.psnr if math.isfinite(one.psnr) else None, "mean_absolute": one.mean_absolute}

@@ -1,4 +1,4 @@
-"""The state of an unfinished training: a file in its folder, from which the same command resumes."""
+"""The state of an unfinished training run: a file in its folder, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Training:
 
 
 class TrainingFolder:
-    """The folder of a training: holds the state during it, and the autoencoder afterwards.
+    """The folder of a training run. It contains the state during the run, and the autoencoder afterwards.
 
-    `settings` identify the training. Raises DataError if OUT holds anything else, or the state of another training.
+    `settings` identify the run. Raises DataError if OUT contains anything else, or the state of a different run.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class TrainingFolder:
             raise DataError(f"{self._out} is not a folder; give another one")
         others = {path.name for path in self._out.iterdir() if not path.name.startswith(".")} - {ERRORS_NAME}
         if others and not self._state.is_file():
-            raise DataError(f"{self._out} exists and holds {min(others)}; remove it or give another folder")
+            raise DataError(f"{self._out} exists and contains {min(others)}; remove it or give another folder")
 
     def restore(self, training: Training) -> tuple[int, list[dict[str, Any]]]:
         """Load the state into `training`. Returns the steps done and the bad images found; (0, []) without a state."""
@@ -71,12 +71,12 @@ class TrainingFolder:
         except Exception as error:  # a damaged file fails in many ways
             raise self._damaged(error) from None
 
-        # Another command would continue to another result.
+        # With different settings, training would continue to a different result.
         changed = [key for key, value in self._settings.items() if theirs.get(key) != value]
         if changed:
             key = changed[0]
             raise DataError(
-                f"{self._out} holds an unfinished training with {key} {theirs.get(key)}, this command has "
+                f"{self._out} contains an unfinished training with {key} {theirs.get(key)}, this command has "
                 f"{self._settings[key]}; repeat the first command, or remove the folder"
             )
 
@@ -87,8 +87,8 @@ class TrainingFolder:
         return step, bad
 
     def save(self, training: Training, step: int, bad: list[dict[str, Any]]) -> None:
-        """Replace the state by the one after `step` steps, atomically."""
-        # All tensors under flat names, as safetensors needs them.
+        """Atomically replace the state with the one after `step` steps."""
+        # All tensors, under the flat names that safetensors needs.
         optimizer = training.optimizer.state_dict()
         tensors = {f"model.{name}": tensor for name, tensor in training.model.state_dict().items()}
         for index, values in optimizer["state"].items():
@@ -112,7 +112,7 @@ class TrainingFolder:
     def finish(self, save: Callable[[Path], None]) -> None:
         """Write the autoencoder and remove the state. If killed in between, the same command does it again.
 
-        save: writes config.json and all else into a folder, which it makes.
+        save: writes config.json and all other files into a folder, which it creates.
         """
         working = self._out / _FINISHED_NAME
         shutil.rmtree(working, ignore_errors=True)
@@ -132,7 +132,7 @@ class TrainingFolder:
 
 def _load(training: Training, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Load into model, optimizer, schedule and random generators."""
-    # The names of `TrainingFolder.save`, taken apart.
+    # Split the flat names of `TrainingFolder.save`.
     model: dict[str, torch.Tensor] = {}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

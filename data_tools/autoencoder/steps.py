@@ -1,4 +1,4 @@
-"""The loop of a training of an autoencoder, whose state is saved on the way."""
+"""The training loop of an autoencoder. It saves its state regularly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAVE_SECONDS = 30.0  # between two saves; longer if saving takes more than 5 % 
 def one_cycle(
     parameters: Iterable[torch.nn.Parameter], learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and a one-cycle schedule that rises for a tenth of the steps to `learning_rate`."""
+    """AdamW, and a one-cycle schedule that rises to `learning_rate` over a tenth of the steps."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     return optimizer, schedule
@@ -46,8 +46,8 @@ def run_steps(
 ) -> None:
     """Do these steps. Save regularly and at the end.
 
-    step: one optimizer step on a batch of images, which returns the error before it, a scalar on the device. label:
-    what the progress bar is called. shown: the error as the bar shows it.
+    step: does one optimizer step on a batch of images, and returns the error before it, a scalar on the device. label:
+    of the progress bar. shown: formats the error for the bar.
     """
     saved_at = time.monotonic()
     pause = _SAVE_SECONDS

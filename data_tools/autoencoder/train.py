@@ -1,7 +1,7 @@
 """`ecar-data train-vae`: train a small KL autoencoder (AutoencoderKL of diffusers) on the user's own image shards.
 
 The state is saved during training. After a kill, the same command resumes, and on a CPU it ends with the same weights,
-bit by bit.
+bit for bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ecar_dist.vae.pretrained import NORM_GROUPS, new_autoencoder, save_autoenco
 
 @dataclass(frozen=True)
 class TrainVaeSettings:
-    """The options that decide the weights. A resumed training must have the same ones.
+    """The options that determine the weights. A resumed run must have the same ones.
 
     Raises ConfigError for sizes that do not fit.
     """
 
     image_size: int  # side in pixels
-    downsample: int  # image pixels per latent pixel side
+    downsample: int  # image pixels per side of a latent pixel
     latent_channels: int
     channels: int  # width of the network at full resolution
     steps: int
@@ -71,16 +71,16 @@ def train_vae(shards: Path, out: Path, *, max_bad: float = MAX_BAD, **settings: 
     """Train on image shards and write an autoencoder to OUT. `settings`: the fields of TrainVaeSettings.
 
     The loss is the squared error per pixel value + kl_weight x KL divergence per latent value. Prints the PSNR on
-    images that were held back. Bad images are left out and listed in OUT/errors.jsonl. Raises DataError if they are
-    more than max_bad x count, and if OUT holds anything but an unfinished training by the same command; ConfigError for
-    settings that do not fit.
+    images that were held back. Bad images are left out and listed in OUT/errors.jsonl. Raises DataError if there
+    are more than max_bad x count of them, or if OUT contains anything but an unfinished run of the same command;
+    ConfigError for settings that do not fit.
     """
     chosen = TrainVaeSettings(**settings)
     colour = parse_background(chosen.background)
     target = torch.device(resolve_device(chosen.device))
     images = ImageShards(shards)
 
-    # What the state of an unfinished training must agree with.
+    # The state of an unfinished run must agree with this.
     identity = {
         **dataclasses.asdict(chosen),
         "source": images.manifest.dataset_id,
@@ -98,7 +98,7 @@ def train_vae(shards: Path, out: Path, *, max_bad: float = MAX_BAD, **settings: 
     done, bad = folder.restore(training)
     pictures.recall_bad(bad)
 
-    # Train, then measure. The list of errors is written even if this ends in an error.
+    # Train, then measure. The list of errors is written even if this fails.
     try:
         run_steps(
             training,
@@ -145,7 +145,7 @@ def _step(training: Training, images: torch.Tensor, kl_weight: float) -> torch.T
 
 @torch.no_grad()
 def _held_back_psnr(model: Any, pictures: Pictures, batch_size: int) -> tuple[float, float]:
-    """PSNR in dB of reconstructions from the mean of the posterior, and from samples of it."""
+    """PSNR in dB of reconstructions from the posterior mean, and from posterior samples."""
     errors = np.zeros(2)
     number = 0
     for images in pictures.held_back_batches(batch_size):
@@ -160,7 +160,7 @@ def _held_back_psnr(model: Any, pictures: Pictures, batch_size: int) -> tuple[fl
 
 @torch.no_grad()
 def _latent_mean_and_std(model: Any, pictures: Pictures, batch_size: int) -> tuple[float, float]:
-    """Of samples of the posterior, over all training images, positions and channels."""
+    """Mean and std of posterior samples, over all training images, positions and channels."""
     number = 0
     total = 0.0
     squares = 0.0

@@ -1,8 +1,8 @@
-"""`ecar-data fit-codebook --hybrid`: tune an autoencoder's decoder to codes as well as to whole latents.
+"""`ecar-data fit-codebook --hybrid`: tune an autoencoder's decoder for codes as well as for latents.
 
 DC-AR (arXiv 2507.04947) tunes the decoder of its tokenizer on either the latents z or their codes z_q, so that both
-decode well. Its loss has perceptual and adversarial terms; here it is L1, the mean absolute difference, alone. The
-encoder and the normalisation stay as they are, and with them all sets of latents and all runs on them.
+decode well. Its loss has perceptual and adversarial terms; here it is only L1, the mean absolute difference. The
+encoder and the normalisation do not change, so existing sets of latents and runs on them stay valid.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import EncoderIdentity, check_same_encoder, denormalise, normalise, normalised_mean
 from ecar_dist.vae.pretrained import PretrainedCodec, save_tuned
 
-CODED_SHARE = 0.5  # of the samples, whose decoder is given z_q
+CODED_SHARE = 0.5  # share of the samples that the decoder receives as z_q
 
 Quantise = Callable[[torch.Tensor], torch.Tensor]  # z -> z_q, both [B, C, h, w]
 
@@ -62,7 +62,7 @@ def decode(codec: PretrainedCodec, latents: torch.Tensor) -> torch.Tensor:
 
 
 def open_tunable(latents: Path, vae: str | None, device: torch.device) -> PretrainedCodec:
-    """The autoencoder of a set. Raises ConfigError for one without weights, DataError if it is another one."""
+    """The autoencoder of a set. Raises ConfigError if it has no weights, DataError if `vae` is a different one."""
     identity = EncoderIdentity.from_dict(load_manifest(latents).encoder)
     codec = open_codec_by_spec(vae or identity.name, device)
     check_same_encoder(identity, codec.identity, str(latents))
@@ -74,7 +74,7 @@ def open_tunable(latents: Path, vae: str | None, device: torch.device) -> Pretra
 
 
 def decoder_folder(latents: Path, size: int, patch_size: int) -> Path:
-    """Where the tuned decoder goes. Raises DataError if there is one."""
+    """The folder of the tuned decoder. Raises DataError if it already has one."""
     folder = latents / f"decoder-p{patch_size}-v{size}"
     if (folder / "config.json").exists():
         raise DataError(f"{folder} exists; remove it to tune the decoder again, or leave out --hybrid")
@@ -84,7 +84,7 @@ def decoder_folder(latents: Path, size: int, patch_size: int) -> Path:
 def tune_decoder(
     latents: Path, size: int, patch_size: int, tuning: DecoderTuning, codec: PretrainedCodec, device: torch.device
 ) -> None:
-    """Tune the decoder of `codec` to a codebook of a set, and write it with the unchanged encoder beside that codebook.
+    """Tune the decoder of `codec` to a codebook of a set. Write it, with the unchanged encoder, next to that codebook.
 
     Prints the L1 error on images that were held back, before and after. The same command resumes after a kill.
     """
@@ -97,13 +97,13 @@ def tune_decoder(
     folder = TrainingFolder(out, _identity(tuning, images, codec, entry, device))
     out.mkdir(exist_ok=True)
 
-    # The images as they were encoded.
+    # The images, prepared as they were for the encoding.
     torch.manual_seed(tuning.seed)
     tally = FailureTally(out, len(images), MAX_BAD)
     pictures = _open_pictures(images, manifest, codec.identity.downsample, device, tuning.seed, tally)
     before = held_back_errors(codec, pictures, quantise, tuning.batch_size)
 
-    # The weights of the decoder alone are trained.
+    # Only the weights of the decoder are trained.
     weights = codec.decoder_parameters()
     for weight in weights:
         weight.requires_grad_(True)
@@ -168,7 +168,7 @@ def _step(
 def _open_pictures(
     images: ImageShards, manifest: Manifest, downsample: int, device: torch.device, seed: int, tally: FailureTally
 ) -> Pictures:
-    """The images at the size, with the resize filter and on the background with which the set was encoded."""
+    """The images, with the size, the resize filter and the background of the encoding of the set."""
     made = manifest.preprocessing
     resize = str(made.get("resize", "")).partition(":")[0]
     background = None if made.get("background") is None else parse_background(str(made["background"]))
@@ -179,7 +179,7 @@ def _open_pictures(
 def _identity(
     tuning: DecoderTuning, images: ImageShards, codec: PretrainedCodec, codebook: CodebookEntry, device: torch.device
 ) -> dict[str, object]:
-    """What the state of an unfinished tuning must agree with."""
+    """The state of an unfinished tuning must agree with this."""
     options = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in ("images", "vae")}
     return {
         **options,

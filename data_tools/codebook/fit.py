@@ -1,4 +1,4 @@
-"""`ecar-data fit-codebook`: k-means on the tokens of a set of latents, by one process or by several at once.
+"""`ecar-data fit-codebook`: k-means on the tokens of a set of latents, in one or several processes.
 
 The tokens are those that a model sees: patches of normalised latents, each a sample of the autoencoder's posterior.
 """
@@ -36,7 +36,7 @@ from ecar_dist.runtime.world import World
 from ecar_dist.storage.remote import file_in
 from ecar_dist.vae.codec import EncoderIdentity, normalise
 
-SAMPLES_PER_BLOCK = 256  # assigned as a whole; blocks go round the processes
+SAMPLES_PER_BLOCK = 256  # a block is assigned in one piece; processes take blocks round-robin
 
 
 def fit_codebook(
@@ -50,12 +50,12 @@ def fit_codebook(
     hybrid: Path | None = None,
     **tuning: Any,
 ) -> None:
-    """Fit `size` codes to the tokens of a finished set, and name them in its manifest.
+    """Fit `size` codes to the tokens of a finished set, and list them in its manifest.
 
-    hybrid: image shards on which the first process then tunes the decoder, with `tuning`, fields of DecoderTuning.
+    hybrid: image shards on which the first process then tunes the decoder. `tuning`: the fields of DecoderTuning.
 
-    The same set, options and kind of machine give the same codes, whatever the number of processes. Raises DataError
-    if the set is damaged, ConfigError if it has fewer tokens than codes or its latents have no whole patches.
+    The same set, options and kind of machine give the same codes, with any number of processes. Raises DataError
+    if the set is damaged, ConfigError if it has fewer tokens than codes or its latents cannot be split into patches.
     """
     with contextlib.ExitStack() as ends:
         world = _open_world(ends)
@@ -88,7 +88,7 @@ def fit_on_ranks(
         if torch.equal(before, codes):
             break
 
-    # The codes as training reads them, and what they are worth.
+    # The codes as training reads them, and how well they fit.
     codes = codes.bfloat16().float()
     found = _assign_all(blocks, codes, seed, iterations, world)
     std = torch.tensor([found.mean_squared_error**0.5]).bfloat16().float()
@@ -98,7 +98,7 @@ def fit_on_ranks(
 
 
 def _open_world(ends: contextlib.ExitStack) -> World:
-    """All processes that torchrun or srun started; one without a launcher."""
+    """All processes that torchrun or srun started; a single one without a launcher."""
     placement = placement_from_environment(os.environ)
     if placement.size == 1:
         return World(placement, local_device(placement))
@@ -118,7 +118,7 @@ def _check(manifest: Manifest, size: int, patch_size: int, max_samples: int) -> 
 
 
 def _used(manifest: Manifest, max_samples: int) -> list[int]:
-    """How many samples of each shard are read: their first ones, which are a random choice, in equal shares."""
+    """How many samples to read from each shard: equal shares. The first ones are read; they are a random choice."""
     share = min(1.0, max_samples / manifest.count)
     return [max(1, int(entry.count * share)) for entry in manifest.shards]
 
@@ -131,7 +131,7 @@ def _num_tokens(manifest: Manifest, patch_size: int, max_samples: int) -> int:
 def _read_blocks(
     out: Path, manifest: Manifest, patch_size: int, max_samples: int, seed: int, world: World
 ) -> Iterator[Block]:
-    """This process's blocks of tokens, in memory. Tokens are numbered over all blocks."""
+    """This process's blocks of tokens, in memory. Tokens are numbered across all blocks."""
     identity = EncoderIdentity.from_dict(manifest.encoder)
     block = 0
     first_token = 0
@@ -173,7 +173,7 @@ def _first_codes(blocks: list[Block], shape: tuple[int, int], num_tokens: int, s
     size, _ = shape
     chosen = torch.from_numpy(np.random.default_rng(seed).choice(num_tokens, size, replace=False)).to(world.device)
 
-    # Each process has the tokens of its own blocks; the sum over processes has all.
+    # Each process fills in the tokens of its own blocks; the sum over processes has all of them.
     codes = torch.zeros(shape, dtype=torch.int64, device=world.device)
     for numbers, tokens in blocks:
         inside = ((chosen >= numbers[0]) & (chosen <= numbers[-1])).nonzero()[:, 0]

@@ -1,7 +1,7 @@
-"""Lloyd's k-means on tokens in blocks, with sums that are exact: any split of the blocks gives the same codes.
+"""Lloyd's k-means on tokens in blocks, with exact sums: any split of the blocks gives the same codes.
 
-Sums of tokens and of errors are int64 in fixed point, so their order does not matter. A block is assigned as a whole,
-so its products are the same whoever computes them.
+Sums of tokens and of errors are int64 in fixed point, so their order does not matter. A block is assigned in
+one piece, so its products are the same on any process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ecar_dist.flow.discrete.nearest_code import nearest_codes
 from ecar_dist.rng import Purpose, uniform
 
-FIXED_POINT = 2.0**24  # 10^9 tokens of normalised latents stay far below the end of int64
+FIXED_POINT = 2.0**24  # 10^9 tokens of normalised latents stay far below the limit of int64
 MAX_RESTARTS = 256  # codes that one pass can replace
 
 Block = tuple[torch.Tensor, torch.Tensor]  # numbers of the tokens int64 [n], tokens float32 [n, c]
@@ -22,7 +22,7 @@ Block = tuple[torch.Tensor, torch.Tensor]  # numbers of the tokens int64 [n], to
 
 @dataclass
 class Assignment:
-    """What one pass over tokens finds; two of them add up.
+    """The result of one pass over tokens. Results of several processes add up.
 
     sums int64 [V, c] and counts int64 [V] of the tokens of each code; error int64 [], the sum of all squared errors.
     keys float64 [r], numbers int64 [r] and tokens int64 [r, c] of candidates for dead codes, best first.
@@ -47,7 +47,7 @@ class Assignment:
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes: how many are used, if all were used equally."""
+        """exp of the entropy of the code usage: the number of codes that, used equally, would have this entropy."""
         shares = self.counts.double() / self.counts.sum()
         return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
 
@@ -61,9 +61,9 @@ def from_fixed(values: torch.Tensor) -> torch.Tensor:
 
 
 def assign(blocks: Iterable[Block], codes: torch.Tensor, seed: int, iteration: int) -> Assignment:
-    """One pass: each token to its nearest code [V, c].
+    """One pass, which assigns each token to its nearest code [V, c].
 
-    Candidates for dead codes are drawn with probability in proportion to their squared error, as k-means++ draws its
+    Candidates for dead codes are drawn with probability proportional to their squared error, as k-means++ draws its
     first codes (Arthur and Vassilvitskii, 2007): the largest log(u) / error, u ~ U(0, 1) keyed by the token's number
     (Efraimidis and Spirakis, 2006).
     """
@@ -83,21 +83,21 @@ def assign(blocks: Iterable[Block], codes: torch.Tensor, seed: int, iteration: i
 
 
 def best_candidates(found: Assignment, keys: torch.Tensor, numbers: torch.Tensor, tokens: torch.Tensor) -> Assignment:
-    """The assignment with the best candidates of its own and of these."""
+    """The assignment with the best of its own candidates and these."""
     keys = torch.cat((found.keys, keys))
     numbers = torch.cat((found.numbers, numbers))
     tokens = torch.cat((found.tokens, tokens))
     useful = keys.isfinite()
     keys, numbers, tokens = keys[useful], numbers[useful], tokens[useful]
 
-    # Equal keys go by the number of the token.
+    # Equal keys are ordered by the number of the token.
     by_number = numbers.argsort()
     best = by_number[keys[by_number].argsort(descending=True, stable=True)][:MAX_RESTARTS]
     return Assignment(found.sums, found.counts, found.error, keys[best], numbers[best], tokens[best])
 
 
 def updated(found: Assignment, codes: torch.Tensor) -> torch.Tensor:
-    """The mean of each code's tokens; dead codes go to the candidates, as far as there are any."""
+    """The mean of each code's tokens; dead codes are replaced with candidates, as far as there are any."""
     means = from_fixed(found.sums.double() / found.counts.clamp(min=1)[:, None])
     new = torch.where(found.counts[:, None] > 0, means, codes)
     dead = (found.counts == 0).nonzero()[:, 0][: len(found.tokens)]

@@ -1,9 +1,9 @@
-"""Which shards of a plan are done, and how a shard becomes done.
+"""Which shards of a plan are done, and how a shard is committed.
 
 A shard is a tar, its DALI index `NNNNNN.idx` and its commit marker `NNNNNN.json`. It is done when the marker exists and
 agrees with the description inside the tar. Workers never overwrite each other: the first tar with the final name stays
-if it is intact. A worker that dies between tar and marker leaves a tar that any other worker checks and completes. A
-tar that fails the check is removed and written again.
+if it is intact. A worker that dies between writing tar and marker leaves a tar that any other worker checks and
+completes. A tar that fails the check is removed and written again.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def marker_from(described: dict[str, Any], entry: LatentEntry) -> Marker:
 
 
 class CommittedFailures:
-    """The number of failures in the finished shards of a folder, also in those of other tasks, for FailureTally.
+    """The number of failures in the finished shards of a folder, including those of other tasks, for FailureTally.
 
-    A listing of a folder with a million files takes seconds, so after one that took t, the next comes after 20 t.
+    A listing of a folder with a million files takes seconds, so after one that took t, the next one waits for 20 t.
     """
 
     def __init__(self, out: Path) -> None:
@@ -74,11 +74,11 @@ class CommittedFailures:
         self._next_listing = -math.inf  # time.monotonic()
 
     def begin(self, shard_index: int) -> None:
-        """The shard that this process works on does not count, also if another worker finishes it first."""
+        """The shard that this process works on does not count, even if another worker finishes it first."""
         self.in_work = shard_index
 
     def note(self, shard_index: int, failures: int) -> None:
-        """A shard that this process has just committed: its failures count without a listing."""
+        """Count the failures of a shard that this process has just committed, without a listing."""
         self._by_shard[shard_index] = failures
         self.in_work = -1
 
@@ -102,7 +102,7 @@ def marked_shards(out: Path) -> Iterator[int]:
 
 
 def failures_of(out: Path, shards: Iterable[int], in_work: Mapping[int, Sequence[Failure]]) -> Iterator[Failure]:
-    """The failures of some shards, from their markers; those in work have no marker yet."""
+    """The failures of some shards, from their markers; shards in work have no marker yet."""
     for shard_index in shards:
         marker = read_marker(out, shard_index)
         yield from marker.failures if marker is not None else in_work.get(shard_index, ())
@@ -116,7 +116,7 @@ def is_committed(out: Path, shard_index: int, plan: EncodePlan) -> bool:
 def committed_marker(out: Path, shard_index: int, plan: EncodePlan) -> Marker | None:
     """The marker, if it belongs to this plan and agrees with the description in the tar; otherwise None.
 
-    Reads the end of the tar, not its samples. Those are checked by `verify` and by every loader.
+    Reads the end of the tar, not its samples. `verify` and every loader check those.
     """
     marker = read_marker(out, shard_index)
     path = out / f"{shard_index:06d}.tar"
@@ -130,7 +130,7 @@ def committed_marker(out: Path, shard_index: int, plan: EncodePlan) -> Marker | 
             described = parse_description(file.read())
             size = file.tell()
 
-        # The marker that this description gives. The hashes in the entry are not computed here.
+        # Compare with the marker that this description gives. The hashes in the entry are not computed here.
         row = described["first_row"]
         missing = tuple(described["missing"])
         wanted = dataclasses.replace(entry, name=path.name, bytes=size, first_index=row, first_row=row, missing=missing)

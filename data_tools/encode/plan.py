@@ -1,4 +1,4 @@
-"""The plan of an encoding, `plan.json`: everything that decides the bytes of its shards.
+"""The plan of an encoding, `plan.json`: everything that determines the bytes of its shards.
 
 It is written before the first image is read. Any worker can then make any shard, with the same bytes.
 """
@@ -34,10 +34,10 @@ from ecar_dist.storage.untrusted import (
 )
 from ecar_dist.vae.codec import EncoderIdentity, hash_config
 
-_HINTS = {"decoder": " (--decoder and --device decide this)", "order": " (--chunk decides this)"}
+_HINTS = {"decoder": " (set by --decoder and --device)", "order": " (set by --chunk)"}
 
 MAX_SHARDS = 1_000_000
-CHUNKED_FROM = 10_000_000  # images in tars; of fewer, a task can keep all tables in memory
+CHUNKED_FROM = 10_000_000  # images in tars; with fewer, a task can keep all tables in memory
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EncodePlan:
 
     @functools.cached_property
     def plan_id(self) -> str:
-        """sha256 of everything that decides the bytes of the shards. Folder names do not."""
+        """sha256 of everything that determines the bytes of the shards. Folder names do not."""
         return hash_config(self.content())
 
     def content(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class EncodePlan:
         return range(first, min(first + self.samples_per_shard, self.count))
 
     def read_order(self, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a shard in the order in which to read them, and the source sample of each: int64 both."""
+        """The rows of a shard in the order in which to read them, and the source sample of each. Both are int64."""
         rows = self.rows(shard_index)
         if self.order is not None:
             return self.order.read_order(rows, shard_index, self.count, self.seed)
@@ -115,7 +115,7 @@ class EncodePlan:
         if self.imported is not None:
             return self._import_command(out)
 
-        # Every option that decides the bytes is written out, so that the command does not depend on defaults.
+        # Every option that affects the bytes is written out, so that the command does not depend on defaults.
         settings = {
             "vae": self.encoder["name"],
             "image-size": self.image_size,
@@ -146,9 +146,9 @@ class EncodePlan:
 def settle_plan(out: Path, plan: EncodePlan, *, keep_order: bool = False) -> EncodePlan:
     """Write the plan if OUT is new, and return the plan that OUT has.
 
-    Raises DataError if OUT holds another plan or anything else. A folder that an old version began continues with
-    transparency dropped, unless another background than white is requested. `keep_order`: whether a folder that was
-    begun with another order, as those of old versions, continues with it.
+    Raises DataError if OUT contains a different plan or anything else. In a folder that an old version has started,
+    transparency is still dropped, unless a background other than white is requested. `keep_order`: whether a folder
+    that was started with a different order, such as one of an old version, keeps that order.
     """
     if plan.num_shards > MAX_SHARDS:
         raise DataError(
@@ -156,7 +156,7 @@ def settle_plan(out: Path, plan: EncodePlan, *, keep_order: bool = False) -> Enc
             f"is {MAX_SHARDS:,}; give a larger --samples-per-shard"
         )
 
-    # Several tasks may come here at once: the first one writes the plan, all of them read it.
+    # Several tasks may get here at once: the first one writes the plan, all of them read it.
     out.mkdir(parents=True, exist_ok=True)
     path = out / PLAN_NAME
     if not path.exists() and any(not name.startswith(".") for name in os.listdir(out)):
@@ -175,7 +175,7 @@ def settle_plan(out: Path, plan: EncodePlan, *, keep_order: bool = False) -> Enc
         name = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
         hint = _HINTS.get(name, "")
         raise DataError(
-            f"{out} holds another plan: its {name} is {theirs.get(name)}, this command has {ours.get(name)}; "
+            f"{out} contains a different plan: its {name} is {theirs.get(name)}, this command has {ours.get(name)}; "
             f"repeat the first command{hint}, or give another folder"
         )
     return settled
@@ -202,7 +202,7 @@ def read_plan(out: Path) -> EncodePlan:
 
 
 def _create(path: Path, tree: dict[str, Any]) -> None:
-    """Write a JSON file unless it exists. If several tasks do so at once, one of them wins and no file is mixed."""
+    """Write a JSON file unless it exists. If several tasks do so at once, one wins, and the file is never mixed."""
     temporary = temporary_beside(path)
     write_json(temporary, tree)
     try:

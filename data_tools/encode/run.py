@@ -1,4 +1,4 @@
-"""`ecar-data encode`: image shards -> latent shards. Run again to resume; any number of tasks share the work."""
+"""`ecar-data encode`: image shards -> latent shards. Run again to resume; any number of tasks can share the work."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def encode(
     max_bad: float = MAX_BAD,
     **settings: Any,
 ) -> None:
-    """Make the shards task, task + tasks, ... of the plan that are not there yet. `settings`: of EncodeSettings.
+    """Make the shards task, task + tasks, ... of the plan that do not exist yet. `settings`: of EncodeSettings.
 
-    Bad images are left out and listed in a file of this task. Raises DataError if those of all tasks are more than
-    max_bad x count, if the source is missing or damaged, and if OUT is occupied; ConfigError for settings that do not
-    fit.
+    Bad images are left out and listed in a file of this task. Raises DataError if all tasks together have more than
+    max_bad x count bad images, if the source is missing or damaged, or if OUT is occupied; ConfigError for settings
+    that do not fit.
     """
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} is outside 0..{tasks - 1} for --tasks {tasks}; count tasks from 0")
@@ -60,7 +60,7 @@ def encode(
     listed = out / errors_name(task, tasks)
     tally = FailureTally(out, len(images), max_bad, committed, listed.name)
 
-    # Settle the plan, or resume the one that is there.
+    # Write the plan, or resume the existing one.
     drafted = chosen.draft(shards, images, codec.identity, decoder)
     plan = settle_plan(out, drafted, keep_order=chosen.chunk is None)
     todo = [index for index in range(task, plan.num_shards, tasks) if not is_committed(out, index, plan)]
@@ -68,12 +68,12 @@ def encode(
         warn_if_enlarged(images, plan.image_size)
     if plan.background is None:
         print(
-            f"{out} was begun by a version that dropped transparency, and continues to drop it; "
+            f"{out} was started by a version that dropped transparency, and continues to drop it; "
             "to use --background, encode into a new folder"
         )
         decoder = chosen.open_decoder(target, drop_transparency=True)
 
-    # Encode shard by shard. This task's list of errors is written even if this ends in an error.
+    # Encode shard by shard. This task's list of errors is written even if this fails.
     with progress(sum(len(plan.rows(index)) for index in todo), "image", "encode") as bar:
         worker = EncodeWorker(images, decoder, codec, target, batch_size, tally, bar)
         with contextlib.closing(worker):
@@ -83,7 +83,7 @@ def encode(
             finally:
                 own = range(task, plan.num_shards, tasks)
                 failures = failures_of(out, own, {committed.in_work: worker.open_failures})
-                # A finalized set has one list of all.
+                # A finalized set has one list of all failures.
                 finalized = (out / MANIFEST_NAME).exists()
                 failed = len(list(failures)) if finalized else write_failures(listed, failures)
 
@@ -91,7 +91,7 @@ def encode(
     summary = f"{out}: task {task} of {tasks} is done, {len(todo)} shards by this run"
     summary += f", failed images in its shards: {failed}" + f" ({listed})" * (failed > 0 and not finalized)
     if decoder.animated:
-        summary += f", animated or multi-page: {decoder.animated}, of which the first picture is used"
+        summary += f", animated or multi-page: {decoder.animated} (the first picture of each is used)"
     print(f"{summary}; {_next_step(out, plan.num_shards, max_bad)}")
 
 
@@ -127,7 +127,7 @@ class _Batch:
 
 
 class EncodeWorker:
-    """Encodes shards one after the other. A thread reads and decodes the next batch meanwhile.
+    """Encodes shards one after the other. Meanwhile, a thread reads and decodes the next batch.
 
     `open_failures` are the bad images of the shard in work.
     """
@@ -157,7 +157,7 @@ class EncodeWorker:
     def encode_shard(self, plan: EncodePlan, shard_index: int) -> ShardContent:
         """Moments and labels of all good images of a shard; the others are in `open_failures`.
 
-        Raises DataError if too many images are bad, if none of the shard is good, and if the source is damaged.
+        Raises DataError if too many images are bad, if none of the shard is good, or if the source is damaged.
         """
         self.open_failures = []
         encoded = [self._encode(batch, plan) for batch in self._ahead.one_ahead(self._batches(plan, shard_index))]
@@ -168,7 +168,7 @@ class EncodeWorker:
                 f"encoded ({self.open_failures[-1].error}); give a larger --samples-per-shard, or repair the source"
             )
 
-        # From the order in which they were read to the order of the rows.
+        # Sort from the order of reading to the order of the rows.
         places = np.argsort(rows)
         self.open_failures.sort(key=lambda failure: failure.row)
         missing = tuple(failure.row for failure in self.open_failures)
@@ -176,8 +176,8 @@ class EncodeWorker:
         return ShardContent(plan.rows(shard_index).start, straight[places], labels[places], flipped, missing)
 
     def close(self) -> None:
-        # Closing the images first ends their reads, which would otherwise retry for minutes. A decoder must not be at
-        # work when the interpreter exits.
+        # Closing the images first ends their reads, which would otherwise retry for minutes. A decoder must not be
+        # running when the interpreter exits.
         self._images.close()
         self._ahead.end(PATIENCE)
 
@@ -198,7 +198,7 @@ class EncodeWorker:
             straight = self._codec.encode(images).cpu().numpy()
             mirrored = self._codec.encode(images.flip(-1)).cpu().numpy() if plan.has_flip else straight
 
-        # Those that fp16 cannot hold count as bad images.
+        # Images whose moments do not fit fp16 count as bad.
         fits = _fits_fp16(straight) & _fits_fp16(mirrored)
         good = np.array(batch.decoded.good, dtype=np.int64)[fits]
         self._note_failures(batch, frozenset(good.tolist()))
@@ -234,5 +234,5 @@ class EncodeWorker:
 
 
 def _fits_fp16(raw: np.ndarray) -> np.ndarray:
-    """Which samples of float32 [B, C, H, W] fp16 can hold, bool [B]."""
+    """Which samples of float32 [B, C, H, W] fit fp16, bool [B]."""
     return (np.abs(raw) <= FP16_MAX).all(axis=(1, 2, 3))  # a NaN compares false

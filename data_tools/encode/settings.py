@@ -28,13 +28,13 @@ from ecar_dist.vae.table import CODECS
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK = 32  # images; docs/scale.md compares sizes
-_LEAST_CHUNKS = 64  # in a shard: from so many places of the source its images come
+_LEAST_CHUNKS = 64  # per shard: its images come from at least so many places of the source
 _SIZED_IMAGES = 64  # images whose size is measured, spread over the first shard
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """The options that decide the bytes of a set. `device` is that of the workers."""
+    """The options that determine the bytes of a set. `device` is that of the workers."""
 
     vae: str
     image_size: int | None = None  # None: an error that proposes one
@@ -46,7 +46,7 @@ class EncodeSettings:
     precision: str = "fp32"
     flip: str = "none"
     background: str = "white"
-    chunk: int | None = None  # None: by the number of images
+    chunk: int | None = None  # None: depends on the number of images
 
     def open_codec(self, device: str | torch.device) -> LatentCodec:
         return open_codec_by_spec(self.vae, device, _PRECISIONS[self.precision])
@@ -152,7 +152,7 @@ def warn_if_enlarged(images: ImageShards, image_size: int) -> None:
 
 
 def _missing_image_size(images: ImageShards, downsample: int) -> ConfigError:
-    """Proposes a size."""
+    """An error that proposes a size, if sizes can be read."""
     sides = _shorter_sides(images)
     if not sides:
         return ConfigError(
@@ -167,7 +167,10 @@ def _missing_image_size(images: ImageShards, downsample: int) -> ConfigError:
 
 
 def propose_image_size(images: ImageShards, downsample: int) -> int:
-    """The largest downsample x 2^n that is at most the median of the shorter sides. Raises ConfigError without any."""
+    """The largest downsample x 2^n that is at most the median of the shorter sides.
+
+    Raises ConfigError if no image size can be read.
+    """
     if not (sides := _shorter_sides(images)):
         raise _missing_image_size(images, downsample)
     return _largest_fitting(sides, downsample)

@@ -45,7 +45,7 @@ def status(out: Path, *, tasks: int | None = None, now: float | None = None) -> 
     listed = ERRORS_NAME if (out / ERRORS_NAME).exists() else TASK_ERRORS
     print(f"failures  {failures}" + (f", listed in {out / listed}" if failures else ""))
 
-    # The recent rate tells the time left; the overall rate includes pauses.
+    # The recent rate determines the time left; the overall rate includes pauses.
     recent = _recent_rate(done, begun, now)
     overall = _rate(done, begun)
     print(f"rate      {recent:.1f} images/s over the last {_RECENT_SECONDS / 60:.0f} min, {overall:.1f} overall")
@@ -82,8 +82,8 @@ def _print_task(task: int, num_shards: int, done: Sequence[_Done], now: float) -
 def _own_rate(done: Sequence[_Done]) -> float:
     """Images per second of one task while it ran, however long ago.
 
-    A shard takes from the previous marker to its own. The first one is left out, because the start of the task is not
-    recorded.
+    The time of a shard is from the previous marker to its own. The first shard is left out, because the start of the
+    task is not recorded.
     """
     shards = sorted(done, key=lambda shard: shard.at)
     recent = [shard for shard in shards if shards[-1].at - shard.at < _RECENT_SECONDS]

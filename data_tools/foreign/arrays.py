@@ -1,7 +1,7 @@
 """Arrays of latents in files of other programs: `.npy`, `.npz`, `.pt` and `.safetensors`. Nothing in them is executed.
 
-A file holds one array, or named ones. The names are those of LightningDiT (`latents`, `latents_flip`, `labels`) and MAR
-(`moments`, `moments_flip`).
+A file contains one array, or several named ones. The names are those of LightningDiT (`latents`, `latents_flip`,
+`labels`) and MAR (`moments`, `moments_flip`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64", "F16", "BF16", "F32", "F
 
 @dataclass(frozen=True)
 class Content:
-    """What one file holds. The arrays are read when rows of them are taken."""
+    """The content of one file. Arrays are read only when rows are taken from them."""
 
     where: str  # the file, in messages
     latents: Any  # [N, C, H, W] or [C, H, W]: an array, a tensor or a slice of a file
@@ -56,19 +56,19 @@ class Content:
 
 
 def open_file(path: Path, where: str) -> Content:
-    """Raises DataError that names the file if it cannot be read, or holds no array of latents."""
+    """Raises DataError that names the file if it cannot be read, or contains no array of latents."""
     try:
         arrays = _arrays(path)
     except DataError:
         raise
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # a damaged file can fail in many ways
         raise DataError(f"{where} cannot be read ({_reason(error)}); write it again") from None
 
     # The arrays by their names.
     latents = _first(arrays, ("", *_LATENTS))
     if latents is None:
         listed = ", ".join(readable(name) for name in sorted(arrays)[:10]) or "nothing"
-        raise DataError(f"{where} holds {listed}, needs an array named {' or '.join(_LATENTS)}; rename it in the file")
+        raise DataError(f"{where} has {listed}, needs an array named {' or '.join(_LATENTS)}; rename it in the file")
     flipped = _first(arrays, _FLIPPED)
     labels = _first(arrays, _LABELS)
 
@@ -85,10 +85,10 @@ def open_file(path: Path, where: str) -> Content:
 
 
 def as_labels(array: np.ndarray, count: int, where: str) -> np.ndarray:
-    """int64 [count]. Raises DataError if it is not one whole number from 0 on for each of `count` samples."""
+    """int64 [count]. Raises DataError unless it has one integer >= 0 for each of `count` samples."""
     flat = array.reshape(-1)
     if flat.dtype.kind not in "iu" or (len(flat) and flat.min() < 0):
-        raise DataError(f"{where} has labels of type {array.dtype}; give whole numbers from 0 on")
+        raise DataError(f"{where} has labels of type {array.dtype}; give integers from 0")
     if len(flat) != count:
         raise DataError(f"{where} has {len(flat)} labels for {count} samples; give one for each")
     return flat.astype(np.int64)
@@ -110,17 +110,17 @@ def read_label_file(path: Path, count: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
+    """The first line of the error message of a library."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{readable(line):.200}"
 
 
 def _arrays(path: Path) -> Mapping[str, Any]:
-    """All arrays of a file by name; "" is the name of the only one."""
+    """All arrays of a file by name; "" is the name of a single unnamed one."""
     if path.suffix == ".npy":
         return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
     if path.suffix == ".npz":
-        with zipfile.ZipFile(path) as archive:  # np.load would also read a pickle of that name
+        with zipfile.ZipFile(path) as archive:  # np.load would also read a pickle under that name
             names = archive.namelist()
         with np.load(path, allow_pickle=False) as file:
             return {name.removesuffix(".npy"): file[name.removesuffix(".npy")] for name in names}
@@ -131,7 +131,7 @@ def _arrays(path: Path) -> Mapping[str, Any]:
     if isinstance(loaded, torch.Tensor):
         return {"": loaded}
     if not isinstance(loaded, dict):
-        raise DataError(f"{readable(str(path))} holds a {type(loaded).__name__}, not a tensor or a dict; save a tensor")
+        raise DataError(f"{readable(str(path))} has a {type(loaded).__name__}, not a tensor or a dict; save a tensor")
     return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
@@ -140,7 +140,7 @@ def _first(arrays: Mapping[str, Any], names: Sequence[str]) -> Any | None:
 
 
 def _check(array: Any, where: str) -> None:
-    """Raises DataError for another type or number of dimensions."""
+    """Raises DataError for an unsupported type or number of dimensions."""
     dtype = str(array.get_dtype() if hasattr(array, "get_dtype") else array.dtype).removeprefix("torch.")
     if dtype not in _FLOATS:
         raise DataError(f"{where} has dtype {readable(dtype)}; save float16, bfloat16, float32 or float64")

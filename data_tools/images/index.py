@@ -36,12 +36,12 @@ def index(
     task: int = 0,
     tasks: int = 1,
 ) -> None:
-    """Write OUT/manifest.json and a table for each tar or class folder. OUT appears only when all is written.
+    """Write OUT/manifest.json and a table for each tar or class folder. OUT appears only once all is written.
 
-    Tars that are done stay so after a kill or an error, and the same command goes on. Several tasks may share the tars.
+    Finished tars survive a kill or an error, and the same command continues. Several tasks may share the tars.
     Raises DataError if OUT is occupied or the source is damaged or ambiguous, ConfigError for a wrong `label` or task.
     """
-    # What can be refused without looking at the source.
+    # Checks that do not need the source.
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} is outside 0..{tasks - 1} for --tasks {tasks}; count tasks from 0")
     rule = LabelRule.parse(label, read_class_names(classes))
@@ -50,7 +50,7 @@ def index(
         return
     refuse_occupied(out)
 
-    # Tars are read in parts that stay after a kill; class folders are listed at once.
+    # Tars are indexed in parts that survive a kill; class folders are listed in one step.
     transfer = Transfer()
     found = find_source(source, transfer, flat=flat)
     if isinstance(found, Tars):
@@ -61,7 +61,7 @@ def index(
         with new_folder(out) as working:
             manifest = _write(source, found, working, *_index_folders(found, working, rule))
 
-    # Report, where this task was the one that finished the set.
+    # Report, if this task is the one that finished the set.
     if manifest is not None:
         places = "tars" if manifest.in_tars else "class folders"
         print(
@@ -87,7 +87,7 @@ def _write(
     """Write the manifest, and print what is left out."""
     _print_left_out(found)
     count = sum(entry.count for entry in entries)
-    # A URL may hold secrets. They are not written down: each reader has credentials of its own.
+    # A URL may contain secrets. They are not stored: each reader has its own credentials.
     manifest = ImageManifest(redact(source), count, len(names), names, entries, redact(found.location))
     write_manifest(folder, manifest)
     return manifest
@@ -97,7 +97,7 @@ def _index_in_parts(
     source: str, found: Tars, out: Path, rule: LabelRule, transfer: Transfer, task: int, tasks: int
 ) -> ImageManifest | None:
     """Index this task's tars that are not done; then, if all tars are, make OUT. None if other tasks have tars left."""
-    # This task has every tasks-th tar, without those that are done.
+    # This task takes every tasks-th tar, except those that are done.
     shared = IndexFolder(out, found, rule, alone=tasks == 1)
     todo = [place for place in range(task, len(found.files), tasks) if shared.record(place) is None]
     try:
@@ -108,11 +108,11 @@ def _index_in_parts(
             print(f"{out}: task {task} of {tasks} is done, {share}; other tasks make the rest")
             return None
 
-        # All tars are done: the last task to see it makes the set of them.
+        # All tars are done. The last task to notice this writes the manifest.
         try:
             manifest = _write(source, found, shared.path, *_of_tars(done, found, rule))
         except DataError:
-            shared.drop()  # no tar is left to be done, so a repetition would end alike
+            shared.drop()  # no tar is left to index, so another run would fail in the same way
             raise
         shared.finish()
     except DataError:
@@ -180,7 +180,7 @@ def _index_tars(
     transfer: Transfer,
     done: Callable[[int, IndexedTar], None],
 ) -> None:
-    """Write the tables of the tars at these places, and call `done(place, what it is)` for each."""
+    """Write the tables of the tars at these places, and call `done(place, tar)` for each."""
 
     def read(place: int) -> None:
         file = found.files[place]
@@ -218,7 +218,7 @@ def _index_folders(found: ClassFolders, folder: Path, rule: LabelRule) -> tuple[
             f"{redact(found.location)}: class folder {listed} is not in --classes; add it to the file, or move it out"
         )
 
-    # The images are not read, so the table holds no hashes of them.
+    # The images are not read, so the table has no hashes of them.
     entries = []
     for place, (name, files) in enumerate(found.classes.items()):
         label = 0 if rule.kind == "none" else names.index(name)
@@ -251,5 +251,5 @@ def _number(entries: list[ImageEntry], location: str) -> list[ImageEntry]:
         numbered.append(dataclasses.replace(entry, first_index=first))
         first += entry.count
     if not numbered:
-        raise DataError(f"{redact(location)} holds no images; check the source")
+        raise DataError(f"{redact(location)} has no images; check the source")
     return numbered

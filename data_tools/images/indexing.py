@@ -1,7 +1,8 @@
-"""The folder in which `ecar-data index` collects the tables of tars, beside OUT, until it is renamed: `.OUT.indexing`.
+"""The folder `.OUT.indexing`, next to OUT: `ecar-data index` collects the tables of tars in it, then renames it to OUT.
 
-It survives a kill or an error, and several tasks share it: each tar has a record once its table is written, and whoever
-finds all records there makes the manifest. The manifest does not depend on who indexed which tar, or in which order.
+It survives a kill or an error, and several tasks share it: each tar has a record once its table is written, and the
+task that finds all records writes the manifest. The manifest does not depend on which task indexed which tar, or in
+which order.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ _IDENTITY = "identity.json"
 
 @dataclass(frozen=True)
 class IndexedTar:
-    """What the manifest needs of one tar. `largest`: its largest label, -1 without images."""
+    """What the manifest needs to know about one tar. `largest`: its largest label, -1 without images."""
 
-    entry: ImageEntry | None  # None: it holds no images
+    entry: ImageEntry | None  # None: it has no images
     largest: Annotated[int, Field(ge=-1)]
 
 
 class IndexFolder:
-    """The shared folder of one index. `found`, `rule`: what is indexed; another command begins again.
+    """The shared folder of one index. `found`, `rule`: what is indexed; a different command starts over.
 
-    alone: whether this process is the only task, and may remove what another command has left. Otherwise raises
-    DataError for that.
+    alone: whether this process is the only task. Then it may remove what a different command has left; otherwise that
+    raises DataError.
     """
 
     def __init__(self, out: Path, found: Tars, rule: LabelRule, *, alone: bool) -> None:
@@ -59,7 +60,7 @@ class IndexFolder:
         if self._read(_IDENTITY) != identity:
             if not alone:
                 raise DataError(
-                    f"{self.path} holds an index of other tars or with other options; remove it, or repeat its command"
+                    f"{self.path} has an index of other tars or with other options; remove it, or repeat its command"
                 )
             shutil.rmtree(self.path)
             self._records.mkdir(parents=True)
@@ -74,7 +75,7 @@ class IndexFolder:
             temporary.unlink(missing_ok=True)
 
     def record(self, place: int) -> IndexedTar | None:
-        """What is known of a tar; None if it is not done, or its record is damaged."""
+        """The record of a tar; None if it is not done, or its record is damaged."""
         try:
             done = adapter_of(IndexedTar).validate_python(self._read(f"{place:06d}.json"))
         except ValueError:
@@ -93,18 +94,18 @@ class IndexFolder:
         return None if None in done else [one for one in done if one is not None]
 
     def number_done(self) -> int:
-        """Of the tars, by their records; 0 if the folder is gone."""
+        """The number of finished tars, by their records; 0 if the folder is gone."""
         with contextlib.suppress(FileNotFoundError):
             return sum(name.endswith(".json") and name != _IDENTITY for name in os.listdir(self._records))
         return 0
 
     def finish(self) -> None:
-        """Give the folder its name. Another task may do so at the same time, with the same content."""
+        """Give the folder its final name. Another task may do so at the same time, with the same content."""
         os.rename(self.path, self._out)
         shutil.rmtree(self._out / _RECORDS, ignore_errors=True)
 
     def drop(self) -> None:
-        """Remove the folder and what it holds."""
+        """Remove the folder and its content."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, name: str) -> Any:
@@ -116,7 +117,7 @@ class IndexFolder:
 
 
 def _identity(found: Tars, rule: LabelRule) -> dict[str, Any]:
-    """What decides the content of an index, without the names of all tars."""
+    """What determines the content of an index, without the names of all tars."""
     listed = json.dumps([[file.name, file.size] for file in found.files]).encode("utf-8", "surrogatepass")
     names: Sequence[str] | None = rule.class_names
     return {

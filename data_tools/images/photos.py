@@ -1,7 +1,7 @@
 """`photos`: crops of the photographs that ship inside packages, one class for each photograph.
 
-Two come with scikit-learn, which is always there, one with matplotlib, fourteen with scikit-image (the extra `photos`).
-The packages are only looked up, not imported.
+Two come with scikit-learn, which is always installed, one with matplotlib, fourteen with scikit-image (the extra
+`photos`). The packages are only looked up, not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.data.images.shards import ImageRecord
 SIDE = 64  # pixels of a crop
 TRAIN_CROPS, HELDOUT_CROPS = 512, 128  # of each photograph
 TRAIN_SHARE, HELDOUT_SHARE = 0.7, 0.25  # of the width of a photograph, from the left and from the right
-GAP = 32  # pixels, at least, between the crops of both parts
+GAP = 32  # minimum pixels between the crops of the two parts
 ATTRIBUTION = (
     "photographs of scikit-learn (by danielbuechele and vultilion, CC-BY 2.0), scikit-image and matplotlib; see the "
     "packages for their licences"
@@ -55,9 +55,9 @@ PHOTOGRAPHS = {
 def read_photos() -> ImageReader:
     """Crops of 64 x 64 pixels as PNGs: 512 to train on from the left of each photograph, 128 held out from its right.
 
-    Their places are random, but the same in every call. Between the two parts of a photograph are at least 32 pixels.
+    Their positions are random, but the same in every call. The two parts of a photograph are at least 32 pixels apart.
     """
-    # A class for each photograph, with as many crops as any other.
+    # One class per photograph, each with the same number of crops.
     files = find_photographs()
     photographs = [np.asarray(Image.open(file).convert("RGB")) for file in files]  # each [H, W, 3]
     each = TRAIN_CROPS + HELDOUT_CROPS
@@ -71,7 +71,7 @@ def read_photos() -> ImageReader:
         name = f"{files[label].name}@{left},{top}"
         return ImageRecord(f"{index:012d}", "photos", label, buffer.getvalue(), lambda: name)
 
-    # Another version of a package may have other photographs: their bytes are in the identity.
+    # Another version of a package may have different photographs, so their bytes are part of the identity.
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return ImageReader(
         "photos",

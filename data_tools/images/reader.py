@@ -36,13 +36,13 @@ class ImageReader:
     class_names: list[str]  # class_names[label]
     labels: np.ndarray  # int64 [count]
     read_many: Callable[[Sequence[int]], list[ImageRecord]]  # indices in [0, count) -> encoded images, in that order
-    identity: str = ""  # changes if the images or their order change; empty: the name says it all
+    identity: str = ""  # changes if the images or their order change; empty: the name is enough
 
     # What only some sources have.
     captions: Sequence[str] = ()  # one for each image, empty where there is none
     groups: np.ndarray | None = None  # int64 [count]; images with the same number are variants of one picture
-    heldout: np.ndarray | None = None  # bool [count]: the source's own split, in place of a random one
-    attribution: str | None = None  # of the pictures, where their licence asks for one
+    heldout: np.ndarray | None = None  # bool [count]: the source's own split, instead of a random one
+    attribution: str | None = None  # of the pictures, if their licence requires one
 
 
 def read_digits() -> ImageReader:
@@ -90,15 +90,15 @@ BUILT_IN_SOURCES: dict[str, Callable[[], ImageReader]] = {
 
 @contextlib.contextmanager
 def open_images(source: str, rule: LabelRule, *, flat: bool = False) -> Iterator[ImageReader]:
-    """Open any source. `rule` and `flat` say where the labels of a folder or of tars are.
+    """Open any source. `rule` and `flat` tell where the labels of a folder or of tars are.
 
-    Raises ConfigError if they are given for a source that has labels already, otherwise the errors of `write_index` and
+    Raises ConfigError if they are given for a source that already has labels, otherwise the errors of `write_index` and
     `ImageShards`.
     """
     built_in = BUILT_IN_SOURCES.get(source)
     labelled = built_in is not None or (not names_tars(source) and _has_manifest(source))
     if labelled and (flat or rule != LabelRule("cls")):
-        raise ConfigError(f"{redact(source)} has its labels already; leave out --label, --classes and --flat")
+        raise ConfigError(f"{redact(source)} already has labels; leave out --label, --classes and --flat")
 
     # A source that is not indexed yet gets an index in a temporary folder.
     if built_in is not None:

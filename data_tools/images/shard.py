@@ -1,7 +1,7 @@
-"""`ecar-data shard`: copy images into WebDataset shards. OUT appears only when all is written. Run again to resume.
+"""`ecar-data shard`: copy images into WebDataset shards. OUT appears only once all is written. Run again to resume.
 
 The bytes of the images are not changed, but every image is decoded once. So bad images are found here, where their file
-names are known. The names are stored beside the tars, for later messages.
+names are known. The names are stored next to the tars, for later messages.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def shard(
     """Write OUT; or, with `holdout` in (0, 1), OUT/train and OUT/heldout.
 
     The two parts are disjoint, and `heldout` gets the share `holdout` of every class; or the images that the source
-    itself holds out, if it does. Variants of one picture stay together. `shuffle` shuffles each part by `seed`;
+    itself holds out, if it does. Variants of one picture stay in one part. `shuffle` shuffles each part by `seed`;
     otherwise source order is kept. Images that cannot be decoded are left out and listed in errors.jsonl, up to
     the share `max_bad` of a part. Raises DataError if OUT is occupied, the source cannot be read or too many images are
     bad, ConfigError for settings outside their range.
@@ -97,7 +97,7 @@ def check_holdout(holdout: float) -> None:
 
 
 def _check_failures(parts: Sequence[_Part]) -> None:
-    """Raises DataError if a part has too many bad images. It names those of all parts, so that one repair is enough."""
+    """Raises DataError if a part has too many bad images. It names those of all parts, to be fixed together."""
     if all(len(part.failures) <= part.allowed and part.count for part in parts):
         return
     errors = [failure["error"] for part in parts for failure in part.failures]
@@ -143,7 +143,7 @@ def _split_groups(labels: np.ndarray, groups: np.ndarray, holdout: float, seed: 
     for label in np.unique(labels):
         members = np.flatnonzero(labels[first] == label)
         room = round(holdout * sizes[members].sum())
-        # A group that is larger than the rest of the share is left to training.
+        # A group that is larger than the rest of the share stays in the training part.
         for place in np.random.default_rng([seed, int(label)]).permutation(members):
             if sizes[place] <= room:
                 held.append(numbers[place])
@@ -152,7 +152,7 @@ def _split_groups(labels: np.ndarray, groups: np.ndarray, holdout: float, seed: 
 
 
 class _Part:
-    """One folder of shards while it is written."""
+    """One folder of shards while it is being written."""
 
     def __init__(
         self, images: ImageReader, checker: PilDecoder, folder: Path, samples_per_shard: int, bar: tqdm[Any]
@@ -167,7 +167,7 @@ class _Part:
         self.failures: list[dict[str, Any]] = []
 
     def write(self, indices: np.ndarray, max_bad: float, records: ShardRecords, name: str) -> None:
-        """Write the shards that are not finished, errors.jsonl and manifest.
+        """Write the shards that are not finished, errors.jsonl and the manifest.
 
         Raises DataError early if far too many images are bad; the caller checks the exact limit over all parts.
         """
@@ -218,7 +218,7 @@ class _Part:
                 writer.write({"__key__": key, extension: record.data, "cls": str(record.label).encode(), **text})
                 names.append((key, record.name))
 
-        # A shard of bad images alone does not exist.
+        # A shard with only bad images is not written.
         if not names:
             path.unlink()
             return None
@@ -242,7 +242,7 @@ class _Part:
             _check_failures([self])
 
     def _read_ahead(self, indices: np.ndarray) -> Iterator[tuple[int, ImageRecord, str | None]]:
-        """(index, image, error or None) in the order of the indices. The next batch is read and decoded meanwhile."""
+        """(index, image, error or None) in the order of the indices. Meanwhile, the next batch is read and decoded."""
         batches = (indices[first : first + _BATCH].tolist() for first in range(0, len(indices), _BATCH))
         with DaemonPool(1, "read-ahead") as pool:
             for batch, records, faults in pool.one_ahead(map(self._read, batches)):

@@ -1,4 +1,4 @@
-"""The files of an image source: tars, or one folder per class; local, or behind a URL.
+"""The files of an image source: tars, or one folder per class; local, or at a URL.
 
 Names are sorted by code point, so the order of the images is the same wherever a source is copied to. Sources that are
 not files, such as `digits`, are listed in `reader.py`.
@@ -42,7 +42,7 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class Tars:
-    location: str  # absolute path or URL of the folder that holds them
+    location: str  # absolute path or URL of their folder
     files: list[FoundFile]
     left_out: Counter[str] = field(default_factory=Counter, compare=False)  # other files, by extension
 
@@ -51,7 +51,7 @@ class Tars:
 class ClassFolders:
     """Images in one folder per class, at any depth below it."""
 
-    location: str  # absolute path or URL of the folder that holds the class folders
+    location: str  # absolute path or URL of the folder that contains the class folders
     classes: dict[str, list[FoundFile]]
     left_out: Counter[str]  # files that are not images, by extension
     empty: list[str]  # class folders without images
@@ -95,7 +95,7 @@ class _Tree:
 def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = False) -> Tars | ClassFolders:
     """Find the files of a tar, a brace or glob pattern of tars, a folder of tars, or a folder of class folders.
 
-    `flat`: all images below the folder are one class. Raises DataError if a folder is neither or both, and if images
+    `flat`: all images below the folder are one class. Raises DataError if a folder is neither or both, or if images
     would be left out. The error names all problems at once.
     """
     transfer = transfer or Transfer()
@@ -115,7 +115,7 @@ def find_source(text: str, transfer: Transfer | None = None, *, flat: bool = Fal
     # A folder of tars or a folder of class folders, but not both: one of them would be left out.
     tars = [file for file in tree.top if file.name.endswith(".tar")]
     if tars and any(is_image(file.name) for files in tree.folders.values() for file in files):
-        raise DataError(f"{text} holds both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
+        raise DataError(f"{text} has both {tars[0].name} and class folders; give `{text}/*.tar`, or move one of them")
     if not tree.folders:
         _refuse_compressed([file.name for file in tree.top])
     if tars:
@@ -152,7 +152,7 @@ def _class_folders(tree: _Tree, text: str) -> ClassFolders:
     if loose:
         more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
         tree.problems.append(
-            f"the image {loose[0]}{more} is beside the class folders; move it into one of them, or give --flat"
+            f"the image {loose[0]}{more} is next to the class folders; move it into one of them, or give --flat"
         )
 
     # The images of each class folder.
@@ -186,7 +186,7 @@ def _one_class(tree: _Tree, text: str) -> ClassFolders:
 
 
 def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
-    """Raises DataError with all problems of a tree, so that one repair is enough."""
+    """Raises DataError with all problems of a tree, so that they can be fixed together."""
     # Images that are too large, and class names that the manifest cannot hold.
     problems = list(tree.problems)
     for name, files in classes.items():
@@ -209,7 +209,7 @@ def _check(tree: _Tree, classes: dict[str, list[FoundFile]], text: str) -> None:
 
 
 def _nesting_notes(classes: dict[str, list[FoundFile]], text: str) -> list[str]:
-    """A folder that holds train/ and val/ is read as two classes, which is rarely intended."""
+    """A folder that contains train/ and val/ is read as two classes, which is rarely intended."""
     if not all("/" in file.name for files in classes.values() for file in files):
         return []
     first = next(iter(classes))
@@ -246,7 +246,7 @@ def _local_tree(root: Path, text: str) -> _Tree:
 
 
 def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, ...]) -> None:
-    """Add all files below a folder, through links too. `above`: the real paths of the folders that contain it."""
+    """Add all files below a folder, also through links. `above`: the real paths of the folders that contain it."""
     for entry in _visible(folder, tree.problems):
         below = (*parts, entry.name)
 
@@ -263,7 +263,7 @@ def _walk(tree: _Tree, folder: Path, parts: tuple[str, ...], above: tuple[str, .
             tree.problems.append(f"cannot read {readable('/'.join(below))} ({error.strerror}); restore or remove it")
             continue
 
-        # A folder: links may go round, so remember the real paths on the way down.
+        # A folder: links may form a cycle, so remember the real paths on the way down.
         real = os.path.realpath(entry.path)
         if real in above:
             tree.problems.append(f"{readable('/'.join(below))} is a link to a folder that contains it; remove it")

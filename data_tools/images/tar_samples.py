@@ -64,7 +64,7 @@ class LabelRule:
             # A name wins over a number: a class may be called "7".
             return self.class_names.index(value)
 
-        # JSON may hold the number as a number or as text; other types, also true and false, are not labels.
+        # JSON may have the label as a number or as text; other types, including true and false, are not labels.
         number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
         limit = len(self.class_names) if self.class_names else MAX_CLASSES
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < limit:
@@ -105,7 +105,7 @@ def index_image_tar(
 
 
 class HashedStream:
-    """A sequence of chunks as a file that can only be read forward. All bytes are hashed on the way."""
+    """A sequence of chunks as a file that can only be read forward. All bytes are hashed as they are read."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self.fast = xxhash.xxh3_128()
@@ -161,7 +161,7 @@ def _rows(
         if not key or key.endswith("/") or not extension:
             continue
 
-        # The members of a sample are adjacent, so another key ends the current sample.
+        # The members of a sample are adjacent, so a different key ends the current sample.
         if sample is None or key != sample.key:
             if sample is not None:
                 yield _row(sample, where, rule, itertools.chain([member], reading))
@@ -197,7 +197,7 @@ def _add(sample: _Sample, member: TarMember, extension: str, stream: HashedStrea
 
 
 def _row(sample: _Sample, where: str, rule: LabelRule, rest: Iterable[TarMember]) -> ImageRow:
-    """The row of a sample. `rest` of the tar is searched only to explain why the sample is incomplete."""
+    """The row of a sample. `rest`: of the tar, searched only to explain why the sample is incomplete."""
     if sample.image is None or (sample.label is None and rule.kind != "none"):
         # The other members may come later in the tar, or the label may be a caption. Each has its own fix.
         needed = f"one image ({', '.join(IMAGE_EXTENSIONS)})" + ("" if rule.kind == "none" else f" and {rule.kind}")

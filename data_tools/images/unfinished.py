@@ -1,7 +1,7 @@
-"""The folder in which `ecar-data shard` writes, beside OUT, until it is renamed to OUT: `.OUT.unfinished`.
+"""The folder `.OUT.unfinished`, next to OUT: `ecar-data shard` writes in it, then renames it to OUT.
 
-It survives a kill. A later command with the same source and options continues after the last finished shard; another
-one begins again.
+It survives a kill. A later command with the same source and options continues after the last finished shard; any other
+command starts over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """What the command must remember of a shard. `entry` is None if all its images are bad."""
+    """What the command must remember about a shard. `entry` is None if all its images are bad."""
 
     entry: ImageEntry | None
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class FinishedShard:
 def unfinished_folder(out: Path) -> Iterator[Path]:
     """The folder is renamed to `out` at the end, and removed after an error.
 
-    After a kill it stays, and after Ctrl-C if a shard is finished. Raises DataError if `out` exists and is not an empty
+    It stays after a kill, and after Ctrl-C if a shard is finished. Raises DataError if `out` exists and is not an empty
     folder, or if another process is writing it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -76,7 +76,7 @@ class ShardRecords:
             write_json(self._folder / "identity.json", identity)
 
     def finished(self, part: str) -> list[FinishedShard]:
-        """The shards of a part from the first one on, as long as they are whole."""
+        """The finished shards of a part, up to the first one that is missing or damaged."""
         found: list[FinishedShard] = []
         while (tree := self._read(f"{part}-{len(found):06d}.json")) is not None:
             try:

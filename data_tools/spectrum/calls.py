@@ -1,12 +1,12 @@
-"""How many velocity calls Gaussian data of a given spectrum need: the exact variance error of a solver.
+"""How many velocity calls Gaussian data with a given spectrum need, from the exact variance error of a solver.
 
-The true velocity of Gaussian data is linear, so it acts on each principal direction alone: a solver multiplies the
-coordinate by a number, and the variance of the samples is exact arithmetic. Data that are not Gaussian need at least as
-many calls in practice; the comparison between spectra, and between numbers of stages, is what this is good for.
+The true velocity of Gaussian data is linear, so it acts on each principal direction separately: a solver multiplies
+the coordinate by a number, and the variance of the samples can be computed exactly. Data that are not Gaussian need at
+least as many calls in practice. Use the result to compare spectra, or numbers of stages.
 
-Coordinates are those of an orthonormal Haar basis. A direction of `level` j is what the step from stage j - 1 to stage
-j adds; at level 0 it is there from the first stage on. In the block means of a coarser stage its variance is 4 times
-smaller per stage, while the noise has unit variance in all stages: that is why stages help with large eigenvalues.
+Coordinates are those of an orthonormal Haar basis. A direction of `level` j is one that the step from stage j - 1 to
+stage j adds; those of level 0 exist from the first stage on. In the block means of a coarser stage its variance is 4
+times smaller per stage, while the noise has unit variance in all stages. So stages help with large eigenvalues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ecar_dist.flow.schedule import GAMMA_EXTREME, StageSchedule, uniform_ends
 from ecar_dist.flow.solvers import SOLVERS
 
 TOLERANCE = 0.05  # of the variance of a direction
-MOST_STEPS = 128  # of a stage that are tried
+MOST_STEPS = 128  # the most steps per stage that are tried
 COARSE_STEPS = (*range(1, 17), 20, 24, 32, 48, 64, 96, MOST_STEPS)  # with several stages
 
 Variances = Sequence[np.ndarray]  # by level: variances of its directions at full size, float64 [directions]
@@ -33,7 +33,7 @@ class Forecast:
     """The cheapest solver whose variance error is at most TOLERANCE in all directions.
 
     steps: of each stage, coarse to fine. error: the largest of all directions. calls: of the network, in all stages.
-    cost: the same in calls at full size; a call of a coarser stage costs a quarter of one of the next.
+    cost: the same in calls at full size; a call in a coarser stage costs a quarter of one in the next.
     """
 
     steps: tuple[int, ...]
@@ -49,7 +49,7 @@ def forecast(variances: Variances, *, time_shift: float = 1.0, solver: str = "mi
     schedule = StageSchedule(uniform_ends(stages), GAMMA_EXTREME)
     each = SOLVERS[solver].calls_per_step
 
-    # What a solver makes of the coordinates in one stage does not depend on the other stages.
+    # What a solver does to the coordinates in one stage does not depend on the other stages.
     gains = {
         (stage, steps): [
             stage_gain(schedule, stage, level, scaled(variances[level], stages - 1 - stage), steps, time_shift, solver)
@@ -59,7 +59,7 @@ def forecast(variances: Variances, *, time_shift: float = 1.0, solver: str = "mi
         for steps in tried
     }
 
-    # From the cheapest on; equal costs by the smaller number of calls.
+    # The cheapest first; of equal costs, the smaller number of calls.
     weights = [0.25 ** (stages - 1 - stage) for stage in range(stages)]
     choices = itertools.product(tried, repeat=stages)
     priced = sorted((each * sum(w * n for w, n in zip(weights, steps, strict=True)), steps) for steps in choices)
@@ -71,20 +71,20 @@ def forecast(variances: Variances, *, time_shift: float = 1.0, solver: str = "mi
 
 
 def scaled(variances: np.ndarray, halvings: int) -> np.ndarray:
-    """Variances of the same directions in the block means of a picture halved so often, in orthonormal coordinates."""
+    """The same variances in the block means of a picture that was halved that often, in orthonormal coordinates."""
     return variances / 4.0**halvings
 
 
 def stage_gain(
     schedule: StageSchedule, stage: int, level: int, variance: np.ndarray, steps: int, time_shift: float, solver: str
 ) -> np.ndarray:
-    """By what the solver multiplies the coordinates of a level in one stage, float64 [directions].
+    """The factors by which the solver multiplies the coordinates of a level in one stage, float64 [directions].
 
     `variance`: of the data at the size of the stage. On the path of eq. (4), x_u = p z + q n for the datum z and unit
     noise n, and p, q linear in u. The velocity is E[dx/du | x_u] = (p p' variance + q q') / (p^2 variance + q^2) x_u.
     """
     start, end = schedule.starts[stage], schedule.ends[stage]
-    first = start if level < stage else 0.0  # a new direction begins as noise alone: U(z_{k-1}) is 0 there
+    first = start if level < stage else 0.0  # a new direction begins as pure noise: U(z_{k-1}) is 0 there
     p_slope, q_slope = end - first, start - end
 
     def velocity(x: Any, u: float, length: float = 0.0, /) -> Any:
@@ -92,7 +92,7 @@ def stage_gain(
         q = 1.0 - start + u * q_slope
         return (p * p_slope * variance + q * q_slope) / (p**2 * variance + q**2) * x
 
-    ones: Any = np.ones_like(variance)  # a solver is plain arithmetic, so an array can take the place of the tensor
+    ones: Any = np.ones_like(variance)  # a solver is plain arithmetic, so an array can replace the tensor
     gain: Any = SOLVERS[solver](velocity, ones, steps, time_shift)
     return gain
 

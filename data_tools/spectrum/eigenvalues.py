@@ -17,8 +17,8 @@ class Spectrum:
 
     @staticmethod
     def of(samples: np.ndarray, freedom: int) -> Spectrum:
-        """Of centred samples [N, D]. `freedom`: N less the number of means that were subtracted."""
-        # Of the two products that have the same eigenvalues, but for zeros, the smaller one.
+        """The spectrum of centred samples [N, D]. `freedom`: N minus the number of means that were subtracted."""
+        # The two products have the same eigenvalues, except for zeros. Take the smaller one.
         flat = samples.reshape(len(samples), -1)
         product = flat.T @ flat if flat.shape[1] <= len(flat) else flat @ flat.T
         found = np.linalg.eigvalsh(product.astype(np.float64) / max(1, freedom))
@@ -26,7 +26,7 @@ class Spectrum:
 
     @property
     def dimensions(self) -> int:
-        """How many directions hold SHARE of the variance."""
+        """How many directions contain SHARE of the variance."""
         return int(np.searchsorted(np.cumsum(self.values), SHARE * self.values.sum()) + 1)
 
     @property
@@ -36,7 +36,7 @@ class Spectrum:
 
 
 def centred(latents: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Latents [N, ...] less their mean, or less that of their class; and the degrees of freedom that are left."""
+    """Latents [N, ...] minus their mean, or minus that of their class; and the remaining degrees of freedom."""
     if labels is None:
         return latents - latents.mean(axis=0), len(latents) - 1
     classes = np.unique(labels)
@@ -60,7 +60,7 @@ def halve(fields: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def level_variances(fields: np.ndarray, freedom: int, stages: int, pooled: int, least: float) -> list[np.ndarray]:
     """Eigenvalues of at least `least` of each level, coarse to fine, for `stages` stages.
 
-    `fields`: centred, and already halved `pooled` times. The finest `pooled` levels are not in them, so they are empty.
+    `fields`: centred, and already halved `pooled` times. They lack the finest `pooled` levels, so these are empty.
     """
     levels: list[np.ndarray] = [np.empty(0)] * min(pooled, stages - 1)
     for _ in range(stages - 1 - pooled):

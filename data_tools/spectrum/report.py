@@ -1,4 +1,4 @@
-"""`ecar-data stats --spectrum`: whether stages can pay on a set of latents, before anything is trained."""
+"""`ecar-data stats --spectrum`: whether stages can pay off on a set of latents, before anything is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_VALUES = 4096  # of a sample; larger ones are halved
 SHOWN = 5  # eigenvalues
 TIME_SHIFTS = (1.0, 2.0, 3.0)
 STAGES = (1, 2, 3)
-WORTH = 1.2  # times fewer calls from which stages are called worth trying
+WORTH = 1.2  # stages are worth trying if they need this many times fewer calls
 
 
 def print_spectrum(folder: Path, manifest: Manifest) -> None:
@@ -34,17 +34,17 @@ def print_spectrum(folder: Path, manifest: Manifest) -> None:
     latents, labels = read_latents(folder, manifest, MAX_SAMPLES)
     channels, height, width = latents.shape[1:]
 
-    # Large latents are halved; what is left out is the finest detail, where the small eigenvalues are.
+    # Large latents are halved. This leaves out the finest detail, where the small eigenvalues are.
     fields, pooled = latents, 0
     while fields[0].size > MAX_VALUES and fields.shape[2] % 2 == fields.shape[3] % 2 == 0:
         fields, _ = halve(fields)
         pooled += 1
 
-    # Eigenvalues of the whole, and within a class.
+    # Eigenvalues of the whole set, and within a class.
     overall = Spectrum.of(*centred(fields))
     within_class, freedom = centred(fields, labels)
     if freedom < 1:
-        raise DataError(f"{folder}: {len(labels)} samples are too few for a spectrum; it needs more than classes")
+        raise DataError(f"{folder}: {len(labels)} samples are too few for a spectrum; give more samples than classes")
     within = Spectrum.of(within_class, freedom)
     print(f"spectrum            {len(latents)} samples of {channels} x {height} x {width}, std {latents.std():.2f}")
     if pooled:
@@ -96,10 +96,10 @@ def _describe(found: Forecast | None) -> str:
 
 
 def _conclude(best: dict[int, float]) -> None:
-    """Whether stages can pay. `best`: the lowest cost by number of stages; infinite where nothing was enough."""
+    """Print whether stages can pay off. `best`: the lowest cost by number of stages; infinite if nothing was enough."""
     stages = min(best, key=lambda stages: (best[stages], stages))
     if not math.isfinite(best[stages]):
         return
     gain = best[1] / best[stages]
-    verdict = "stages can pay here" if gain > WORTH else "stages cannot save much here"
-    print(f"cheapest: {counted(stages, 'stage')}, {gain:.2f} times below the best of 1 stage; {verdict}")
+    verdict = "stages can pay off here" if gain > WORTH else "stages cannot save much here"
+    print(f"cheapest: {counted(stages, 'stage')}, {gain:.2f} times cheaper than the best of 1 stage; {verdict}")

@@ -64,7 +64,7 @@ def test_a_marker_that_is_not_its_tars_counts_as_missing_and_is_made_again(encod
 
 
 def test_a_shard_in_the_place_of_another_is_made_again(encoded):
-    """Equal sizes: only what the tar says of itself tells."""
+    """The sizes are equal: only the description in the tar reveals it."""
     before = content(encoded)
     for kind in ("tar", "idx", "json"):
         (encoded / f"000001.{kind}").write_bytes((encoded / f"000002.{kind}").read_bytes())
@@ -106,7 +106,7 @@ def test_samples_and_failures_must_cover_the_rows_of_a_shard(encoded):
 
 
 def test_finalize_checks_coverage_itself(encoded, monkeypatch):
-    """A marker that agrees with a tar, and yet a row is lost."""
+    """A marker that agrees with a tar, although a row is lost."""
     marker = json.loads((encoded / "000001.json").read_text())
     marker["entry"] = {**marker["entry"], "count": 4, "missing": [7]}
     (encoded / "000001.json").write_text(json.dumps(marker))
@@ -123,7 +123,7 @@ def test_many_shards_have_a_table(encoded, monkeypatch):
     monkeypatch.setattr(finalize_module, "TABLE_SHARDS", 4)
     monkeypatch.setattr(finalize_module, "_MOST_SUMS", 2)
     finalize(encoded)
-    assert load_manifest(encoded) == listed  # a run that has begun finds the same id
+    assert load_manifest(encoded) == listed  # a run that has started finds the same id
     (encoded / "manifest.json").unlink()
     finalize(encoded)
     manifest = load_manifest(encoded)

@@ -49,7 +49,7 @@ def test_verify_finds_damage(sets, which, damage):
     [(700, r"CRC-32 .*000000000000"), (512 + 128 + 1, "CRC-32 .*000000000000")],
 )
 def test_verify_finds_what_hashes_hide(sets, at, message):
-    """A payload changed before the hashes were taken: only the sample's own checksum knows."""
+    """A payload changed before the hashes were taken: only the sample's own checksum reveals it."""
     _, latents = sets
     path = latents / "000000.tar"
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What a user does wrong on the way from pictures to a run: exit status 1, and one line that has the fix."""
+"""Mistakes of a user on the way from pictures to a run: exit status 1, and one line with the fix."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ SIDE = 24
 
 
 def write_pictures(root):
-    """cat and dog with four pictures each, a text file beside them, and what the mistakes below need."""
+    """cat and dog with four pictures each, a text file next to them, and what the mistakes below need."""
     generator = np.random.default_rng(0)
     for name in ("pictures/cat", "pictures/dog", "flat"):
         (root / name).mkdir(parents=True)
@@ -69,7 +69,7 @@ def made(tmp_path_factory):
 
 
 ENCODE = "encode data/images/train out --vae dct-f8 --image-size 16"
-DATA = {  # ecar-data WORDS -> what the line must have
+DATA = {  # ecar-data WORDS -> what the line must contain
     # the folder
     "shard pictres out": "pictres is not a folder; give a folder",
     "shard pictures/cat/0.png out": "not a folder; give a folder",
@@ -77,7 +77,7 @@ DATA = {  # ecar-data WORDS -> what the line must have
     "shard empty --flat out": r"empty has no images \(png, jpg",
     "shard empty-classes out": "none of its 1 class folders has images .*check the source",
     "shard flat out": "flat has no class folders .*--flat",
-    "shard loose out": r"0\.png is beside the class folders; move it .* or give --flat",
+    "shard loose out": r"0\.png is next to the class folders; move it .* or give --flat",
     "shard bad-names out": "bad-names .*rename it",
     "shard set.tar.gz out": "is compressed, .*gunzip it to a .tar",
     "shard pictures/*.tar out": "no file matches .*check the pattern",
@@ -101,10 +101,10 @@ DATA = {  # ecar-data WORDS -> what the line must have
     "shard pictures out --classes names.txt": "dog is not in --classes; add it",
     "shard pictures out --classes twice.txt": "2 names, 1 different; give",
     "shard pictures out --classes nothing.txt": "cannot read --classes nothing.txt .*give a text file",
-    "shard digits out --flat": "has its labels already; leave out .*--flat",
+    "shard digits out --flat": "already has labels; leave out .*--flat",
     "shard pictures occupied": "occupied is not empty; remove it or give another folder",
-    "prepare pictures occupied": r"occupied holds mine\.txt .*remove it or give another folder",
-    "prepare pictures data --image-size 16": "data was begun with --holdout 0.25, .* 0.1; repeat the first command, or",
+    "prepare pictures occupied": r"occupied contains mine\.txt .*remove it or give another folder",
+    "prepare pictures data --image-size 16": "data was started with --holdout 0.25, .* 0.1; repeat the first command",
     "prepare pictures out --image-size 50": "--image-size 50 .*multiple of 8.*give e.g. 48",
     # autoencoders
     f"{ENCODE.replace('dct-f8', 'dct-f16')}": "--vae dct-f16 is not known; give dct-f8, dct-f32",
@@ -123,7 +123,7 @@ DATA = {  # ecar-data WORDS -> what the line must have
     f"{ENCODE} --task 3 --tasks 2": r"--task 3 is outside 0\.\.1 .*count tasks from 0",
     f"{ENCODE} --decoder dali --resize adm": "resize 'adm' with decoder dali: use cubic, or adm with decoder pil",
     f"{ENCODE} --device cuda": "--device cuda, but torch sees no GPU here; use --device cpu",
-    ENCODE.replace("train out", "train data/latents --seed 3"): "another plan: its seed is 0, .*or give another folder",
+    ENCODE.replace("train out", "train data/latents --seed 3"): "different plan: its seed is 0, .*give another folder",
     ENCODE.replace("data/images/train", "data/latents"): "schema ecar-latents-v1.*give the folder made by",
     ENCODE.replace("data/images/train", "pictures"): r"pictures/manifest\.json does not exist; make it with",
     "finalize out": r"out/plan\.json does not exist; make the shards with `ecar-data encode",
@@ -138,7 +138,7 @@ DATA = {  # ecar-data WORDS -> what the line must have
     "import nowhere out --vae dct-f8": "nowhere does not exist; give a file or folder",
     "import pictures out --vae dct-f8": r"pictures has no latents \(\.npy",
 }
-DIST = {  # ecar-dist WORDS -> what the line must have
+DIST = {  # ecar-dist WORDS -> what the line must contain
     "init pictures": "pictures has no latents; make them with `ecar-data prepare pictures OUT`",
     "init pictres": "pictres does not exist; make it with `ecar-data prepare PICTURES pictres`",
     "init unfinished": "unfinished is not finished; repeat the `ecar-data` command",
@@ -151,13 +151,13 @@ DIST = {  # ecar-dist WORDS -> what the line must have
     "check mine.yml": "cannot read config mine.yml: .*give the path of a YAML file",
     "check empty.yaml": r"empty\.yaml is empty; write the sections",
     "check mine.yaml data.num_clases=2": "did you mean data.num_classes",
-    "check mine.yaml data.latents=data/latentz": None,  # not made yet, which `check` allows and says
+    "check mine.yaml data.latents=data/latentz": None,  # not made yet, which `check` allows and reports
 }
 
 
 @pytest.fixture
 def at_home(made, tmp_path, monkeypatch, capsys):
-    """A copy of what was made is the current folder: a mistake must not change it for the next one."""
+    """The current folder has links to what was made, so that each mistake starts from the same files."""
     for path in made.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`ecar-data prepare`: the single commands in a row, each done once, whenever it is killed."""
+"""`ecar-data prepare`: the individual commands in sequence, each done once, no matter when it is killed."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_what_is_complete_is_not_repeated(pictures, tmp_path, capsys):
     capsys.readouterr()
     assert prepare(pictures, out) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done already") == len(RUN)
+    assert printed.count("already done") == len(RUN)
     assert "$ ecar-data" not in printed
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -96,7 +96,7 @@ def test_an_autoencoder_can_be_trained(pictures, tmp_path, monkeypatch, capsys):
     assert encoder["latent_channels"] == 3
     capsys.readouterr()
     assert prepare(pictures, out, *words) == 0
-    assert capsys.readouterr().out.count("done already") == len(RUN) + 1
+    assert capsys.readouterr().out.count("already done") == len(RUN) + 1
 
 
 def test_nothing_is_held_out_on_request(pictures, tmp_path):

@@ -109,7 +109,7 @@ def test_another_set_is_not_overwritten(folder, url, object_store, tmp_path):
     (tmp_path / "other").mkdir()
     write_set(tmp_path / "other", flip=True)
     object_store.break_on()
-    with pytest.raises(DataError, match=r"pushed holds data set \w+, not \w+; push to another URL"):
+    with pytest.raises(DataError, match=r"pushed has data set \w+, not \w+; push to another URL"):
         send(tmp_path / "other", url)
     assert puts(object_store) == []
 

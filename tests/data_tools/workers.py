@@ -1,4 +1,4 @@
-"""Encoding in processes of its own that die at a chosen place, or race each other."""
+"""Encoding in separate processes that die at a chosen place, or race each other."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def start(target: Callable[..., None], *values: object) -> BaseProcess:
 
 
 def ecar_data() -> None:
-    """`ecar-data` with the words of the process, for the ranks of `run_ranks`."""
+    """`ecar-data` with the arguments of the process, for the ranks of `run_ranks`."""
     raise SystemExit(main(sys.argv[1:]))
 
 
@@ -45,7 +45,7 @@ def die_at(place: str, images: Path, out: Path, settings: dict[str, Any]) -> Non
 
 
 def die_in_training(step: int, arguments: list[str]) -> None:
-    """`ecar-data` train-vae that saves after each step; SIGKILL to itself before its step `step`."""
+    """`ecar-data train-vae` that saves after each step; SIGKILL to itself before its step `step`."""
     training_steps._SAVE_SECONDS = 0.0
     training_steps.time = Ticking()  # type: ignore[assignment]
     original = train._step
@@ -97,7 +97,7 @@ def _replacing(name: str) -> Callable[..., bool]:
 
 
 def _kill(owner: Any, name: str, *, when: Callable[..., bool] = lambda *_: True, after: bool = False) -> Any:
-    """Make `owner.name` deadly for the calls `when` picks: before its work, or after it."""
+    """Make the calls of `owner.name` that `when` picks kill the process, before their work or after it."""
 
     def arm() -> None:
         original = getattr(owner, name)

@@ -18,7 +18,7 @@ from tests.data_tools.image_folders import write_image_folder
 
 
 class PackedCodec:
-    """A lossless codec whose latents do not pool: each holds the four pixels of a block, one a channel and colour."""
+    """A lossless codec whose latents do not pool: each has the four pixels of a block, one per channel and colour."""
 
     identity = EncoderIdentity("packed", "packed-f2", "", "", 12, 2, 4.0, 0.5, deterministic=True)
 
@@ -54,8 +54,8 @@ def test_packed_pixels_do_not_pool_by_the_closed_form():
     assert fine.pooled.psnr > 100
     assert coarse.encoded.psnr > 100
 
-    # D(x): means of neighbours. Dec(D(z)): means of every second pixel of 4 x 4, since a channel is one place of a
-    # block.
+    # D(x): means of neighbours. Dec(D(z)): means of every second pixel of 4 x 4, since a channel is one position in
+    # a block.
     x = (images.double().numpy() + 1) * 127.5
     means = x.reshape(3, 3, 8, 2, 8, 2).mean((3, 5))
     decoded = x.reshape(3, 3, 4, 2, 2, 4, 2, 2).mean((3, 6)).reshape(3, 3, 8, 8)
@@ -64,7 +64,7 @@ def test_packed_pixels_do_not_pool_by_the_closed_form():
     assert coarse.lost == pytest.approx(coarse.encoded.psnr - coarse.pooled.psnr)
     assert fine.lost == 0.0
 
-    # Dec(U(D(z))): each decoded block repeats whole, where U(D(x)) repeats each pixel.
+    # Dec(U(D(z))): each decoded block is repeated as a block, while U(D(x)) repeats each pixel.
     blocks = decoded.reshape(3, 3, 4, 2, 4, 2)
     repeated = blocks.repeat(2, axis=2).repeat(2, axis=4).reshape(3, 3, 16, 16)
     enlarged = means.repeat(2, axis=2).repeat(2, axis=3)

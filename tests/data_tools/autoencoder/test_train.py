@@ -100,7 +100,7 @@ def test_one_image_is_too_few(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "in/a/0.png")
     assert main(["shard", str(tmp_path / "in"), str(tmp_path / "images")]) == 0
     assert main(command(tmp_path / "images", tmp_path / "vae")) == 1
-    assert "has 1 image, a training needs at least 2" in capsys.readouterr().err
+    assert "has 1 image, training needs at least 2" in capsys.readouterr().err
 
 
 def test_killed_while_the_autoencoder_is_put_in_place(digits, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_an_occupied_folder_and_odd_sizes_are_refused(digits, tmp_path, capsys):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/mine.txt").write_text("mine")
     assert train_on_digits(digits, tmp_path / "vae") == 1
-    assert "vae exists and holds mine.txt; remove it" in capsys.readouterr().err
+    assert "vae exists and contains mine.txt; remove it" in capsys.readouterr().err
     assert content(tmp_path / "vae") == {"mine.txt": b"mine"}
     assert train_on_digits(digits, tmp_path / "new", "--downsample", "3") == 1
     assert "--downsample 3 must be a power of 2" in capsys.readouterr().err

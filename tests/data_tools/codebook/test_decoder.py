@@ -71,7 +71,7 @@ def test_codes_decode_better_latents_hardly_worse_and_the_encoder_stays_to_the_b
     assert architecture(folder) == architecture(encoded / "vae")
     assert str(encoded) not in (folder / "config.json").read_text()
 
-    # It is the same autoencoder to all who ask: the latents are its own.
+    # It still counts as the same autoencoder, so its latents are accepted.
     ours, theirs = (open_codec_by_spec(str(path)) for path in (folder, encoded / "vae"))
     check_same_encoder(theirs.identity, ours.identity, "here")
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -79,7 +79,7 @@ def test_codes_decode_better_latents_hardly_worse_and_the_encoder_stays_to_the_b
     assert main(["preview", str(latents), "--vae", str(folder), "--out", str(latents.parent / "sheet.png")]) == 0
     assert main(["verify", str(latents)]) == 0
 
-    # A second time, nothing is replaced.
+    # A second run replaces nothing.
     files = content(folder)
     assert main(["fit-codebook", str(latents), *FIT, *tuning]) == 1
     assert "remove it to tune the decoder again" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`ecar-data fit-codebook`: k-means whose codes depend on the set alone, and what stands beside the shards."""
+"""`ecar-data fit-codebook`: k-means whose codes depend only on the set, and the files next to the shards."""
 
 import dataclasses
 import shutil
@@ -33,7 +33,7 @@ def latents(digits, tmp_path):
 
 
 def fitted(folder, ranks=1, **options):
-    """The codes after a fit by so many processes."""
+    """The codes after a fit by `ranks` processes."""
     settings = {"size": SIZE, "patch_size": 1, "iterations": 3, "max_samples": 900, "seed": 0} | options
     together = Ranks(ranks)
     worlds = [SummingWorld(together, rank) for rank in range(ranks)]
@@ -59,12 +59,12 @@ def test_codes_are_numbers_of_bfloat16_and_the_samples_stay_the_same_set(latents
     assert after.dataset_id == before.dataset_id
     assert [(one.size, one.patch_size) for one in after.codebooks] == [(SIZE, 2)]
     fitted(latents, patch_size=1)
-    fitted(latents, patch_size=2, iterations=1)  # in place of the first
+    fitted(latents, patch_size=2, iterations=1)  # replaces the first
     assert [(one.size, one.patch_size) for one in load_manifest(latents).codebooks] == [(SIZE, 1), (SIZE, 2)]
 
 
 def test_each_iteration_lowers_the_error_and_no_code_stays_dead():
-    """Three clouds, two first codes, and one far off: it restarts where nearly all the error is."""
+    """Three clouds, two codes near them and one far off, which restarts where nearly all the error is."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
     tokens = (centres[:, None] + 0.1 * torch.randn(3, 50, 2, generator=generator)).flatten(0, 1)

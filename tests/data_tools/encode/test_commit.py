@@ -1,4 +1,4 @@
-"""A worker may die anywhere, or meet another at the same shard: the finished set is whole, and on the CPU the same."""
+"""A worker may die anywhere, or race another for a shard: the finished set is complete, and on the CPU identical."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """Without any death; three images are bad."""
+    """Encoded without a kill; three images are bad."""
     out = tmp_path_factory.mktemp("whole") / "latents"
     encode_small(images, out, max_bad=0.2)
     finalize(out, max_bad=0.2)
@@ -93,7 +93,7 @@ def test_a_tar_without_marker_that_is_not_whole_is_made_again(images, whole, tmp
 
 @pytest.mark.parametrize("left", ["a whole tar", *DAMAGES])
 def test_a_tar_that_appears_while_the_shard_is_encoded(images, whole, tmp_path, monkeypatch, left):
-    """Another worker was faster and died at once. Its tar is finished, or dropped for ours."""
+    """Another worker was faster and died at once. Its tar is completed, or replaced with ours."""
     out, original = tmp_path / "latents", EncodeWorker.encode_shard
 
     def slow(worker, plan, shard_index):
@@ -120,7 +120,7 @@ def test_a_tar_of_another_plan_is_made_again(images, whole, tmp_path):
 
 
 def test_only_the_file_that_was_found_bad_is_dropped(whole, tmp_path, monkeypatch):
-    """While one worker proves a bad tar, another may put a good one in its place."""
+    """While one worker checks a bad tar, another may replace it with a good one."""
     out = shutil.copytree(whole, tmp_path / "latents")
     path, good = out / f"{SHARD:06d}.tar", (out / f"{SHARD:06d}.tar").read_bytes()
     flip_a_value(path)
@@ -138,7 +138,7 @@ def test_only_the_file_that_was_found_bad_is_dropped(whole, tmp_path, monkeypatc
 
 
 def test_two_workers_at_every_shard_at_once(images, tmp_path):
-    """Their autoencoders differ, as GPUs do: each shard must be one worker's alone, with that worker's marker."""
+    """Their autoencoders differ, as on different GPUs: each shard must be of one worker, with that worker's marker."""
     clean = write_bad_image_shards(tmp_path, bad=())
     encode_small(clean, tmp_path / "calm")
     finalize(tmp_path / "calm")

@@ -1,4 +1,4 @@
-"""Tasks that are killed a thousand times, anywhere: each row of the plan is one sample or one failure, once."""
+"""Tasks that are killed a thousand times, anywhere: each row of the plan is exactly one sample or one failure."""
 
 import os
 import random
@@ -22,11 +22,11 @@ SHAPE = (1, 1, 1)
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: nothing that this process still does reaches the disk."""
+    """Stands in for SIGKILL: nothing that this process does afterwards reaches the disk."""
 
 
 class Worker:
-    """In place of EncodeWorker: the moments of a row are its number; some rows are bad."""
+    """Stands in for EncodeWorker: the moments of a row are its number; some rows are bad."""
 
     def __init__(self, bad):
         self.bad, self.open_failures = bad, []
@@ -41,7 +41,7 @@ class Worker:
 
 
 class Disk:
-    """Links, renames and removals up to a number of them, at which the process is killed: before it, or after it."""
+    """Counts links, renames and removals. At a given number, the process is killed before or after the call."""
 
     CALLS = ("link", "replace", "unlink", "rename")
 
@@ -100,7 +100,7 @@ def make_plan(rng):
         versions={},
         background="white",
     )
-    # Every shard keeps a good row.
+    # Every shard keeps at least one good row.
     bad = {row for index in range(plan.num_shards) for row in plan.rows(index)[1:] if rng.random() < 0.3}
     return plan, bad
 
@@ -115,7 +115,7 @@ def run_task(out, plan, bad, task, tasks):
 
 
 def test_a_thousand_kills_lose_no_row_and_change_no_byte(tmp_path, monkeypatch):
-    """Each encoding goes on, task by task and kill by kill, until it is done."""
+    """Each encoding continues, task by task and kill by kill, until it is done."""
     rng = random.Random(0)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     disk = Disk(monkeypatch)

@@ -273,7 +273,7 @@ def test_a_signed_url_of_the_source_is_not_written(images, tmp_path, capsys):
 
 
 def test_an_autoencoder_from_diffusers(images, tmp_path):
-    """bf16 arithmetic on a 16-channel KL autoencoder: moments fp16, finite, near those of fp32."""
+    """bf16 arithmetic on a 16-channel KL autoencoder: moments are fp16, finite, and close to those of fp32."""
     save_autoencoder(new_autoencoder((8, 8), 16, layers_per_block=1), tmp_path / "vae", 0.5, 0.0)
     found = {}
     for precision in ("fp32", "bf16"):

@@ -113,7 +113,7 @@ def test_failures_of_other_tasks_count(images, tmp_path):
 def test_each_task_lists_the_failures_of_its_shards_and_finalize_those_of_all(images, tmp_path, capsys):
     out = tmp_path / "latents"
     for task in (2, 0, 1):
-        for _ in range(2):  # a repetition reads them in its markers
+        for _ in range(2):  # the second run reads them from the markers
             encode_small(images, out, max_bad=0.2, task=task, tasks=3)
     lists = {path.name: [error["row"] for error in errors_of(out, path.name)] for path in out.glob("errors*")}
     by_task = {task: [row for row in bad_rows(out) if row // 5 % 3 == task] for task in range(3)}
@@ -121,12 +121,12 @@ def test_each_task_lists_the_failures_of_its_shards_and_finalize_those_of_all(im
     assert len(lists) > 1
     finalize(out, max_bad=0.2)
     assert [error["row"] for error in errors_of(out)] == bad_rows(out)
-    encode_small(images, out, max_bad=0.2, task=0, tasks=3)  # a task of the array that comes late
+    encode_small(images, out, max_bad=0.2, task=0, tasks=3)  # a late task of the array
     assert [path.name for path in out.glob("errors*")] == ["errors.jsonl"]
 
 
 def test_the_shard_in_work_counts_once(images, tmp_path):
-    """Another worker commits it while this one has its failures in hand."""
+    """Another worker commits it while this one still has its own failures of it."""
     out = tmp_path / "latents"
     encode_small(images, out, max_bad=0.2)
     committed = CommittedFailures(out)
@@ -171,7 +171,7 @@ def test_a_shard_that_would_be_empty(tmp_path):
 
 
 class Broken(DctCodec):
-    """Gives images with a bright left half moments that fp16 cannot hold."""
+    """Returns moments that do not fit fp16 for images with a bright left half."""
 
     value = 0.0
 

@@ -17,18 +17,18 @@ from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.latent_sets import write_set
 from tests.data.object_store import SECRETS
 
-SECONDS = 15.0  # a retry insists for 600, a request that stalls for 30 or more; the end itself takes one or two
+SECONDS = 15.0  # retries last for 600, a stalled request for 30 or more; the exit itself takes one or two
 
 
 @pytest.fixture
 def listener():
-    """A port, and an event that is set when somebody has connected; `answers` False keeps the connections open."""
+    """A socket that listens on a free local port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server
 
 
 def serve(server, stalls):
-    """Take connections and break them, or keep them; the returned event says that there was one."""
+    """Accept connections and close them, or keep them open; the returned event is set after the first."""
     connected, kept = threading.Event(), []
 
     def take():
@@ -48,7 +48,7 @@ def serve(server, stalls):
 
 
 def index_elsewhere(folder):
-    """An index whose tars are behind a URL."""
+    """An index whose tars are at a URL."""
     (folder / "tars").mkdir()
     write_tar(folder / "tars/0.tar", members_of(samples(20)))
     index(str(folder / "tars"), folder / "index")

@@ -48,7 +48,7 @@ def test_chunks_have_the_same_samples_in_another_order(images, tmp_path, monkeyp
         reads.clear()
         for task in reversed(range(tasks)):
             encode_small(images, tmp_path / f"{tasks}", chunk=4, task=task, tasks=tasks, **chosen)
-    assert len(reads) == 1 + 6 + 1  # to measure sizes, the chunks, and one chunk that lies in two tars
+    assert len(reads) == 1 + 6 + 1  # to measure sizes, the chunks, and one chunk that spans two tars
     for out in tmp_path.iterdir():
         finalize(out, max_bad=0.125)
     assert content(tmp_path / "1") == content(tmp_path / "2")
@@ -62,7 +62,7 @@ def test_chunks_have_the_same_samples_in_another_order(images, tmp_path, monkeyp
 
 
 def test_a_folder_keeps_the_order_in_which_it_was_begun(images, tmp_path, monkeypatch, capsys):
-    """Also if the default for a new one is another; and the printed command says which it is."""
+    """Even if the default for a new folder is different; and the printed command names the order."""
 
     def planned(out, **chosen):
         plan(images, tmp_path / out, vae="dct-f8", image_size=16, decoder="pil", **{"samples_per_shard": 128, **chosen})

@@ -1,4 +1,4 @@
-"""Commands that are run again when all is done do nothing, and say so with status 0."""
+"""Commands that are run again when all is done change nothing, report that, and end with status 0."""
 
 from data_tools.cli import main as ecar_data
 

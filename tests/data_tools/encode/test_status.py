@@ -31,7 +31,7 @@ def set_times(out, **seconds):
 
 @pytest.fixture
 def half(tmp_path, capsys):
-    """Task 0 of 2 is through, task 1 has not begun: shards 0, 2 and 4, of 5, 5 and 4 images."""
+    """Task 0 of 2 is finished, task 1 has not started: shards 0, 2 and 4, of 5, 5 and 4 images."""
     out = tmp_path / "latents"
     encode_small(write_image_shards(tmp_path), out, task=0, tasks=2)
     capsys.readouterr()

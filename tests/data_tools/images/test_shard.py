@@ -155,7 +155,7 @@ def test_a_shard_with_only_bad_files_is_not_written(tmp_path):
 
 
 def test_formats_are_known_by_their_bytes(tmp_path):
-    """ImageNet holds a PNG whose name ends in JPEG."""
+    """ImageNet contains a PNG whose name ends in JPEG."""
     root = write_image_folder(tmp_path / "in")
     (root / "cat/1.png").rename(root / "cat/1.JPEG")
     shard(str(root), tmp_path / "out")
@@ -271,7 +271,7 @@ def test_a_folder_without_classes(tmp_path):
 
 
 def write_source(kind, root):
-    """The same 24 samples as a folder, as a folder behind a URL, as tars, as an index."""
+    """The same 24 samples as a folder, as a folder at a URL, as tars, as an index."""
     folder = write_image_folder(root / "in")
     if kind == "url":
         for path in folder.rglob("*.*"):
@@ -312,7 +312,7 @@ def test_shuffled_by_a_seed(tmp_path):
 
 
 def test_a_reader_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    """Even where the failure comes from the batch read ahead."""
+    """Even if the failure comes from the batch that is read ahead."""
     root = write_image_folder(tmp_path / "in")
     index(str(root), tmp_path / "index")
     (root / "dog/7.png").unlink()

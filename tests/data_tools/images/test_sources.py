@@ -77,7 +77,7 @@ def test_linked_class_folders_count(tmp_path):
     [
         (("a/x.txt", "b/x.svg"), "none of its 2 class folders"),
         (("a/x.png", "loose.png"), r"loose\.png .*--flat"),
-        (("a/x.png", "0.tar"), "holds both 0.tar and class folders"),
+        (("a/x.png", "0.tar"), "has both 0.tar and class folders"),
         (("a.png", "b.png"), "has no class folders .*--flat"),
         (("readme.txt",), "has no class folders"),
     ],
@@ -93,7 +93,7 @@ NESTED = ("cat/x.png", "cat/big/x.png", "cat/big/old/y.gif", "cat.d/z.TIFF", "do
 
 
 def test_images_at_any_depth_belong_to_the_class_at_the_top(tmp_path, bucket):
-    """As torchvision's ImageFolder has it."""
+    """As in torchvision's ImageFolder."""
     for source in (str(touch(tmp_path, *NESTED)), bucket(*NESTED)):
         found = find_source(source)
         assert {name: [file.name for file in files] for name, files in found.classes.items()} == {
@@ -154,7 +154,7 @@ def test_a_file_name_that_is_not_utf8_is_kept(tmp_path):
 
 
 def test_what_lies_beside_tars_is_counted(tmp_path, bucket):
-    """img2dataset's, for one."""
+    """For example, the files of img2dataset."""
     present = ("0.tar", "0.parquet", "0_stats.json", "1.tar", "1.parquet")
     for source in (str(touch(tmp_path, *present)), bucket(*present)):
         assert find_source(source).left_out == {".parquet": 2, ".json": 1}

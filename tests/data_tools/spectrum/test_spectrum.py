@@ -18,7 +18,7 @@ from tests.flow.oracle import GaussianOracle, basis_draws, begin_stages
 
 @pytest.mark.parametrize(("eigenvalue", "calls"), [(0.1, 6), (1, 2), (10, 6), (30, 10), (100, 18), (300, 30)])
 def test_calls_of_one_stage(eigenvalue, calls):
-    """The exact values of an independent derivation."""
+    """The exact values from an independent derivation."""
     found = forecast([np.array([float(eigenvalue)])])
     assert (found.calls, found.cost) == (calls, calls)
     assert found.error <= 0.05
@@ -76,12 +76,12 @@ def test_nothing_is_promised_beyond_the_steps_that_were_tried():
 
 
 def planted(count):
-    """Fields [count, 3, 8, 8]: unit noise, 100 in one direction, 400 in the mean of all values; two classes apart."""
+    """Fields [count, 3, 8, 8]: unit noise, 100 in one direction, 400 in the mean of all values; two distant classes."""
     generator = np.random.default_rng(1)
     labels = np.arange(count) % 2
     direction = np.zeros((3, 8, 8))
     direction[1, ::2, ::4] = 0.25
-    direction[1, ::2, 2::4] = -0.25  # no part in the mean
+    direction[1, ::2, 2::4] = -0.25  # no contribution to the mean
     fields = generator.normal(size=(count, 3, 8, 8))
     fields += generator.normal(size=(count, 1, 1, 1)) * 399**0.5 / 192**0.5
     fields += generator.normal(size=(count, 1, 1, 1)) * 99**0.5 * direction
@@ -168,5 +168,5 @@ def test_large_latents_are_halved_and_the_report_says_so(latents, capsys, monkey
 def test_one_sample_a_class_has_no_spectrum(latents, monkeypatch):
     monkeypatch.setattr(report, "MAX_SAMPLES", 2)
     monkeypatch.setattr(report, "read_latents", lambda *_: (np.zeros((2, 3, 8, 8), np.float32), np.arange(2)))
-    with pytest.raises(DataError, match="more than classes"):
+    with pytest.raises(DataError, match="more samples than classes"):
         stats(latents, spectrum=True)
