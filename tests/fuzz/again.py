@@ -1,6 +1,6 @@
 """Run one case again: `python -m tests.fuzz.again CASE [FOLDER]`, with the case as a failure prints it.
 
-Shows what the command said and what is wrong with it; with FOLDER, which must not exist, what it found is left there.
+Shows the output of the command and what is wrong with it. With FOLDER, which must not exist, the files are kept there.
 """
 
 from __future__ import annotations

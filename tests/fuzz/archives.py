@@ -98,7 +98,7 @@ class Member:
         return bytes(self.header[:100]).rstrip(b"\0")
 
     def seal(self) -> None:
-        """Size and checksum that fit."""
+        """Set the size and the checksum that match."""
         self.header[124:136] = b"%011o\0" % len(self.payload)
         self.check()
 
@@ -111,7 +111,7 @@ class Member:
 
 
 def read_tar(content: bytes) -> list[Member]:
-    """The members as blocks, headers of all types alike. Ends at what is no header."""
+    """The members as blocks, with headers of any type. Stops at the first block that is not a header."""
     members, at = [], 0
     while at + BLOCK <= len(content) and any(content[at : at + BLOCK]):
         try:
@@ -181,7 +181,7 @@ def change_tar(content: bytes, mutation: Mutation, change_json: Callable[[bytes,
 
 
 def _extension(member: Member, mutation: Mutation, choice: int) -> Member:
-    """A PAX or GNU header that says something of the member after it."""
+    """A PAX or GNU header that describes the member after it."""
     header = bytearray(member.header)
     text = STRINGS.get(mutation.value, mutation.value)[:2000]
     if mutation.op == "long_name":
@@ -201,7 +201,7 @@ def _extension(member: Member, mutation: Mutation, choice: int) -> Member:
 
 
 def _npy_with_header(payload: bytes, text: str, *, keep: bool) -> bytes:
-    """The array under another header; with `keep`, of the same length as before."""
+    """The array with a different header; with `keep`, a header of the same length as before."""
     length = struct.unpack("<H", payload[8:10])[0]
     header = text.encode("latin-1") + b"\n"
     header = header[:length].rjust(length) if keep and len(header) > length else header.rjust(length)
@@ -260,7 +260,7 @@ def _numbers(mutation: Mutation) -> tuple[int, ...]:
 
 
 def _as_tree_change(mutation: Mutation) -> Mutation:
-    """The same as a change of a tree: what it does is drawn from the place."""
+    """The mutation as a change of a tree. If `op` is not one, it is chosen by `at`."""
     import dataclasses
 
     from tests.fuzz.mutation import TREE_OPS

@@ -1,13 +1,13 @@
-"""What the cases start from: one small valid thing of each kind, made once, copied for each case.
+"""The starting point of the cases: one small valid artefact of each kind, made once, copied for each case.
 
-    folder/        a directory of images per class          foreign.tar    the same in a tar of another writer's
+    folder/        a directory of images per class          foreign.tar    the same in a tar of another program
     images/        image shards of them                     index/         an index of foreign.tar
-    jsons.tar      the same, the labels in JSON             vae/           an autoencoder, hardly trained
+    jsons.tar      the same, the labels in JSON             vae/           an autoencoder, barely trained
     latents/       latent shards, with the plan and the markers of their encoding
     config.yaml    a run on the latents                     runs/tiny/     that run, finished, by two ranks
-    export/        its export                               bucket/        its newest checkpoint, as a bucket has it
+    export/        its export                               bucket/        its newest checkpoint, as in a bucket
 
-All paths in them are relative: a command runs in the folder that holds its copies.
+All paths in them are relative: a command runs in the folder with its copies.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _call(main: object, words: str) -> None:
 
 
 def _add_what_other_days_leave(run: Path) -> None:
-    """Files that a finished run without misfortune lacks."""
+    """Files that a finished run does not have if nothing went wrong."""
     bad = {"step": 2, "samples_seen": 8, "loss": "nan", "grad_norm": 1.0, "reason": "not finite", "sample_ids": [[1]]}
     (run / "bad_steps.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps({'step': 3, 'pass_over': [1, 2]})}\n")
     files = {
@@ -107,7 +107,7 @@ def _add_what_other_days_leave(run: Path) -> None:
 
 
 def fast_folder() -> str | None:
-    """Where thousands of small folders come and go: in memory, where there is room, else the temporary folder."""
+    """A folder for thousands of short-lived small folders: in memory if there is room; None: the temporary folder."""
     with contextlib.suppress(OSError):
         room = os.statvfs("/dev/shm")
         if room.f_bavail * room.f_frsize > 1 << 29 and os.access("/dev/shm", os.W_OK):
@@ -116,7 +116,7 @@ def fast_folder() -> str | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A file or folder; large files are links, and `own` makes one of them a file by itself."""
+    """Copy a file or folder. Large files become links, which `own` turns into separate files."""
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_copy_file)
     else:
@@ -125,7 +125,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def own(path: Path) -> None:
-    """Part a linked file from the one it was copied from."""
+    """Separate a linked file from the one it was copied from."""
     if path.is_file() and path.stat().st_nlink > 1:
         content = path.read_bytes()
         path.unlink()
@@ -140,7 +140,7 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
 
 
 class Pristine:
-    """The artefacts, made when first asked for, and gone with the process."""
+    """The artefacts, made at first use, and removed with the process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -159,7 +159,7 @@ class Pristine:
             return Path(self._folder.name)
 
     def files(self, *names: str) -> list[str]:
-        """Every file of some artefacts, by its path from the root, sorted."""
+        """Every file of some artefacts, as sorted paths relative to the root."""
         return sorted(str(path.relative_to(self.root)) for name in names for path in self._below(name))
 
     def _below(self, name: str) -> Iterator[Path]:

@@ -1,8 +1,8 @@
-"""One case: a command, what it finds, and the property that every command keeps whatever it finds.
+"""One case: a command, the files that it finds, and the property that every command keeps with any files.
 
-The property: an exit status of the table, what is wrong on one line of stderr at the end, no traceback, within bounds
-of time and memory; no file made, changed or read outside its folder, no program started; no secret and nothing that a
-terminal obeys in what it prints.
+The property: an exit status of the table; the error on one line at the end of stderr; no traceback; time and memory
+within bounds; no file made, changed or read outside its folder; no program started; no secret and no control character
+of a terminal in the output.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tests.fuzz.seals import seal
 from tests.fuzz.zygote import CPU_SECONDS, HEAVY, LIGHT, MEMORY_BYTES, TRAINING_BYTES, Zygote
 
 STATUSES = (0, 1, 75, 93, 130)
-MAX_ERROR = 4_500  # letters of an error
+MAX_ERROR = 4_500  # characters of an error
 MOST_STAGED = 1 << 28  # bytes on disk, or in memory, that a case's own files may take
-MAX_LINES = 60  # of stderr, with what libraries warn of
+MAX_LINES = 60  # of stderr, including warnings of libraries
 LIGHT_COMMANDS = ("check", "plan", "status", "submit")
 _FRAME = re.compile(r'File "[^"]*/((?:ecar_dist|data_tools)/[^"]+)", line (\d+),? in (\S+)')
 _USAGE = re.compile(r"^ecar-(dist|data)[\w -]*: error: ")
@@ -37,7 +37,7 @@ _USAGE = re.compile(r"^ecar-(dist|data)[\w -]*: error: ")
 
 @dataclass(frozen=True)
 class Case:
-    """`words`: the program and its words. `needs`: artefacts that its folder holds."""
+    """`words`: the program and its arguments. `needs`: the artefacts in its folder."""
 
     words: tuple[str, ...]
     needs: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Case:
     sealed: bool = False
     bucket: bool = False  # `checkpoint.dir` of the run is memory://bucket, with the artefact of that name in it
     statuses: tuple[int, ...] = STATUSES
-    damage: bool = False  # bytes that a hash covers were changed: then 0 is wrong
+    damage: bool = False  # bytes that a hash covers were changed, so status 0 is wrong
 
     def dump(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Runner:
-    """Runs cases, each in a folder of its own that is gone afterwards."""
+    """Runs cases, each in its own folder, which is removed afterwards."""
 
     def __init__(self) -> None:
         self._light, self._heavy = Zygote(LIGHT), Zygote(HEAVY)
@@ -84,7 +84,7 @@ class Runner:
         self._root.cleanup()
 
     def run(self, case: Case, keep: Path | None = None) -> Outcome:
-        """`keep`: an empty folder to run in instead."""
+        """`keep`: an empty folder to run in, which is not removed."""
         root = keep or Path(tempfile.mkdtemp(dir=self._root.name))
         given, outside = root / "given", root / "outside"
         for folder in (given, outside, root / "linked", root / "home", root / "tmp"):
@@ -147,7 +147,7 @@ class Runner:
             "environment": environment,
             "writable": [f"{root / name}" for name in ("given", "home", "tmp")]
             + ["/dev/null", "/dev/full", "/dev/shm/torch_", "/proc/"],
-            # an index says where its images lie, and that may be anywhere
+            # an index states where its images are, and that may be anywhere
             "unreadable": [] if "index" in case.needs else [str(root / "outside")],
             "streams": {name: str(root / name) for name in ("stdout", "stderr", "noted")},
             "memory_bytes": TRAINING_BYTES if "train" in words[:2] else MEMORY_BYTES,
@@ -175,7 +175,7 @@ def stage(case: Case, given: Path, outside: Path) -> None:
 
 
 def _move_bucket(given: Path, bucket: Path) -> None:
-    """Out of the command's sight, and filled up with an object under each name that the manifests give."""
+    """Out of the command's sight. `_fill_bucket` adds an object under each name that the manifests give."""
     (given / "bucket").rename(bucket)
 
 
@@ -220,7 +220,7 @@ def _fault_of_lines(case: Case, stderr: str) -> str | None:
     lines = [line for line in re.split(r"[\n\r]", stderr) if line.strip()]
     ours = [line for line in lines if line.startswith(f"{case.words[0]}: ")]
     if case.words[1:2] == ("status",) and not ours:
-        return None  # of several runs: the table says it
+        return None  # of several runs: the table reports it
     if len(ours) != 1:
         return f"{len(ours)} lines of error"
     if lines[-1] != ours[0]:

@@ -1,7 +1,7 @@
 """The two forms of the suite.
 
 quick   80 cases of each family, the same ones every time: part of the tests
-long    FUZZ_CASES of each, others every time, and failures listed by cause at the end: `make fuzz`
+long    FUZZ_CASES of each, different ones every time, and failures listed by cause at the end: `make fuzz`
 """
 
 import os
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tests.fuzz.ledger import COLLECTING
 
 _QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-# A failure is small as it is drawn: one to three changes. Making it smaller takes longer than reading it.
+# A failure is already small when drawn: one to three changes. Shrinking it takes longer than reading it.
 _NEVER_SHRUNK = (Phase.explicit, Phase.generate)
 settings.register_profile(
     "fuzz-quick", max_examples=80, derandomize=True, database=None, phases=_NEVER_SHRUNK, **_QUIET

@@ -18,7 +18,7 @@ class Ledger:
         self.cases = 0
 
     def try_case(self, case: Case) -> None:
-        """Run a case. Raises AssertionError where it breaks the property, unless failures are collected."""
+        """Run a case. Raises AssertionError if it breaks the property, unless failures are collected."""
         self.cases += 1
         found = list(problems(case, self._runner.run(case)))
         for cause, seen in found:
@@ -31,7 +31,7 @@ class Ledger:
             raise AssertionError(f"{cause}: {seen}\n{again(case)}")
 
     def close(self) -> None:
-        """Raises AssertionError listing what was collected; FUZZ_COLLECT names a file that gets it too."""
+        """Raises AssertionError that lists what was collected. The list is also added to the file FUZZ_COLLECT."""
         if not self._first or not COLLECTING:
             return
         lines = [
@@ -45,7 +45,7 @@ class Ledger:
 
 
 def again(case: Case) -> str:
-    """The command that runs one case again and shows what it said."""
+    """The command that runs one case again and shows its output."""
     import shlex
 
     return f"python -m tests.fuzz.again {shlex.quote(case.dump())}"

@@ -1,7 +1,7 @@
 """Changes to files, each small enough to print: what, where, and the name of a value.
 
-`where` leads to a node of a tree: a key, or a number that chooses among the node's children, whatever their number is.
-So a drawn `where` fits every tree, and one from a known case says what it means.
+`where` leads to a node of a tree: a key, or a number that chooses among the node's children, however many there are.
+So a drawn `where` fits every tree, and one from a known case is readable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.fuzz import archives
 from tests.fuzz.artefacts import own
 from tests.fuzz.nasty import FILES, OUTSIDE, STRINGS, VALUES, YAML_VALUES
 
-HUGE = 40 << 30  # bytes of a sparse file: it takes no room, and nobody may read it
+HUGE = 40 << 30  # bytes of a sparse file: it takes no space, and nobody may read it
 LARGEST_COPY = 1 << 26  # bytes
 TREE_OPS = ("replace", "delete", "twice", "rename", "add", "nudge", "wrap", "swap", "repeat", "drop")
 BYTE_OPS = ("flip", "cut", "append", "insert", "zero", "shift")
@@ -49,7 +49,7 @@ _MARK = re.compile(r"[\"']?@@(\w)@@(\w+)@@[\"']?")
 class Mutation:
     """`file`: path in the case's folder, or a number that chooses among the case's files.
 
-    `value`: a name of nasty.py, or `=` and the text itself, as it stands in the file.
+    `value`: a name of nasty.py, or `=` and the literal text for the file.
     """
 
     file: str | int
@@ -60,7 +60,7 @@ class Mutation:
 
 
 def apply(mutation: Mutation, folder: Path, files: list[str], outside: Path) -> None:
-    """Change a file below `folder`. One that is not what the change needs stays as it is."""
+    """Change a file below `folder`. A file that the change does not fit stays as it is."""
     name = mutation.file if isinstance(mutation.file, str) else files[mutation.file % len(files)]
     path = folder / name
     if not os.path.lexists(path) and mutation.op not in ("content", "sparse"):
@@ -90,11 +90,11 @@ def apply(mutation: Mutation, folder: Path, files: list[str], outside: Path) -> 
 
 
 class Unfit(Exception):
-    """The file is not, or not any more, of the form that this change needs."""
+    """The file does not have, or no longer has, the form that this change needs."""
 
 
 _OF_PYTHON = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
-# what reading one's own hostile files meets, after another change of the same file
+# errors when reading our own hostile files, after another change of the same file
 _UNFIT = (Unfit, IsADirectoryError, NotADirectoryError, struct.error, *_OF_PYTHON)
 
 
@@ -135,7 +135,7 @@ def change_bytes(content: bytes, mutation: Mutation) -> bytes:
 
 def _change_kind(mutation: Mutation, path: Path, folder: Path, files: list[str], outside: Path) -> None:
     content = path.read_bytes() if path.is_file() and path.stat().st_size < 1 << 26 else b""
-    if mutation.op == "copy_as":  # the file, or the folder it lies in, once more under another name
+    if mutation.op == "copy_as":  # copy the file, or its folder, under another name
         _copy_beside(path, folder, mutation)
         return
     _remove(path)
@@ -148,7 +148,7 @@ def _change_kind(mutation: Mutation, path: Path, folder: Path, files: list[str],
     elif mutation.op == "pipe":
         os.mkfifo(path)
     elif mutation.op == "link_out":
-        path.symlink_to(outside.with_name("linked") / "kept")  # people link to disks with room: it may be read
+        path.symlink_to(outside.with_name("linked") / "kept")  # people link to larger disks, so reading is allowed
     elif mutation.op == "loop":
         path.symlink_to(path.name)
     elif mutation.op == "device":
@@ -172,7 +172,7 @@ def _copy_beside(path: Path, folder: Path, mutation: Mutation) -> None:
     target = source.parent / (text if len(mutation.where) > 2 else source.name + text)
     parts = [part for part in source.rglob("*") if part.is_file()] if source.is_dir() else [source]
     if any(not part.is_file() or part.is_symlink() or part.stat().st_size > LARGEST_COPY for part in parts):
-        raise Unfit  # what an earlier change has made endless
+        raise Unfit  # an earlier change has made it endless
     with contextlib.suppress(OSError, UnicodeEncodeError, shutil.Error):
         shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copy(source, target)
 
@@ -224,7 +224,7 @@ def _change_json_bytes(content: bytes, mutation: Mutation) -> bytes:
 def _change_yaml(content: bytes, mutation: Mutation) -> bytes:
     try:
         tree = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # PyYAML's own, of `!!timestamp soon`
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # PyYAML itself, for `!!timestamp soon`
         raise Unfit from None
     if not isinstance(tree, dict):
         raise Unfit
@@ -233,7 +233,7 @@ def _change_yaml(content: bytes, mutation: Mutation) -> bytes:
 
 
 def change_tree(tree: Any, mutation: Mutation) -> Any:
-    """The tree with one node changed. Values and keys are marks that `_unmark` turns into text."""
+    """The tree with one node changed. New values and keys are marks that `_unmark` turns into text."""
     parent, key = _find(tree, mutation.where)
     if parent is None:
         return _mark(mutation.value) if mutation.op == "replace" else [tree]
@@ -343,7 +343,7 @@ _OPS: dict[str, Callable[[Any, Any, Mutation], None]] = {
 
 
 def _unmark(text: str, *, quoted: bool) -> str:
-    """Marks become what they stand for: a value's text, or a key a second time."""
+    """Replace marks with what they stand for: the text of a value, or a key a second time."""
 
     def found(match: re.Match[str]) -> str:
         kind, name = match[1], match[2]

@@ -1,6 +1,6 @@
-"""Values that readers stumble over, by name, as the text that stands in a file.
+"""Values that readers stumble over, by name, as the text in a file.
 
-By name, so that a case is short to print and to repeat. `OUTSIDE` stands for a folder that no command may touch.
+The names make a case short to print and to repeat. `OUTSIDE` stands for a folder that no command may touch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STRINGS = {
     **URLS,
 }
 
-# What JSON and YAML both read as it stands.
+# Text that both JSON and YAML can read.
 VALUES = {
     **{name: json.dumps(text) for name, text in STRINGS.items()},
     "none": "null",
@@ -89,7 +89,7 @@ VALUES = {
     "many": json.dumps(list(range(20_000))),
 }
 
-# What YAML alone knows.
+# Text for YAML only.
 YAML_VALUES = {
     "bad_date": "2024-13-45",
     "date": "2024-01-01",
@@ -163,7 +163,7 @@ KEYS = (
     "https_token",
 )
 
-# What a whole file may be, or become.
+# The content of complete files.
 FILES = {
     "nothing": b"",
     "null": b"null",

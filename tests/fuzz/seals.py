@@ -1,4 +1,4 @@
-"""Hashes made right again after a change, as somebody would who wants a reader to believe it."""
+"""Corrects hashes after a change, as an attacker would who wants a reader to accept it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LARGEST = 1 << 26
 
 
 def seal(folder: Path, pristine: Path) -> None:
-    """Of all files below `folder` that differ from those of `pristine`: the new hashes where the old ones stood."""
+    """Replace the old hashes of all files below `folder` that differ from those of `pristine` with new ones."""
     for path in sorted(_plain_files(folder)):
         before = pristine / path.relative_to(folder)
         if path.suffix not in (".json", ".yaml") and path.name != "COMMITTED" and before.is_file():
@@ -59,7 +59,7 @@ def _restate(path: Path, before: Path) -> None:
 
 
 def _seal_manifest(path: Path) -> None:
-    """`dataset_id` of latents or images."""
+    """Correct the `dataset_id` of latents or images."""
     try:
         tree = json.loads(path.read_bytes())
         stated = tree.pop("dataset_id")
@@ -69,4 +69,4 @@ def _seal_manifest(path: Path) -> None:
         if isinstance(stated, str) and len(stated) == 64:
             path.write_bytes(path.read_bytes().replace(stated.encode(), made.encode()))
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        pass  # nothing that could be believed
+        pass  # too damaged to be accepted anyway

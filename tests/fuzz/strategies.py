@@ -1,4 +1,4 @@
-"""Cases of each family, drawn: a command, what it needs, and one to three changes of that."""
+"""Draws cases of each family: a command, the artefacts that it needs, and one to three changes of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIGS = ("digits_cpu", "digits_mar", "imagenet256_xl")
 
 
 def _place(number: int) -> tuple[tuple[int, ...], float]:
-    """Where in a tree, and where in a file. Of one number that is drawn evenly: hypothesis itself prefers the first."""
+    """A place in a tree, and one in a file, from one uniform number: hypothesis itself prefers the first choices."""
     chance = random.Random(number)
     return tuple(chance.randrange(41) for _ in range(chance.randint(1, 5))), round(chance.random(), 3)
 
@@ -30,7 +30,7 @@ _YAML_NAMES = st.sampled_from(sorted({*VALUES, *YAML_VALUES} - {"very_long"}))
 def mutations(
     files: st.SearchStrategy[str], ops: st.SearchStrategy[str], values: st.SearchStrategy[str], most: int = 3
 ):
-    """One to `most` changes. `values`: of a tree's nodes; what is a key, or a whole file, has its own."""
+    """One to `most` changes. `values`: for the nodes of a tree; keys and complete files have their own."""
 
     def one(op: str) -> st.SearchStrategy[Mutation]:
         own = {"content": _FOR_KIND, "line_junk": st.one_of(_FOR_KIND, values), "rename": _FOR_KEYS, "add": _FOR_KEYS}
@@ -43,7 +43,7 @@ def mutations(
 
 
 def weighted(*groups: tuple[int, tuple[str, ...]]) -> st.SearchStrategy[str]:
-    """One of a group; a group is as likely as its weight says."""
+    """A member of one group. Groups are drawn in proportion to their weights."""
     return st.sampled_from([group for weight, group in groups for _ in range(weight)]).flatmap(st.sampled_from)
 
 
@@ -56,7 +56,7 @@ _FOR_KEYS = st.sampled_from(KEYS)
 
 @st.composite
 def configs(draw: st.DrawFn) -> Case:
-    """Of a config: its tree, its text, what kind of file it is, and overrides."""
+    """Changes of a config: its tree, its text, its kind of file, and overrides."""
     verb = draw(st.sampled_from(("check",) * 8 + ("plan", "submit", "job", "list", "status", "sample")))
     words, file, needs = {
         "plan": (("ecar-dist", "plan", "config.yaml", "--world-size", "2", "--device", "H100"), "config.yaml", ()),
@@ -103,7 +103,7 @@ def _override_texts() -> st.SearchStrategy[str]:
 
 
 def _as_word(text: str) -> str:
-    """As the system can hand it over: no NUL, a bound length, odd bytes as Python shows them."""
+    """As the system can pass it: no NUL, a limited length, invalid bytes as Python represents them."""
     return text.replace("\0", "").replace("\ud800", "\udcff")[:50_000]
 
 
@@ -149,7 +149,7 @@ def checkpoints(draw: st.DrawFn) -> Case:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> Case:
-    """Bytes that a hash covers, changed: `verify` must say so."""
+    """Changed bytes that a hash covers: `verify` must report them."""
     words, files = draw(
         st.sampled_from(
             (
@@ -254,7 +254,7 @@ _TARS = {
 
 @st.composite
 def tars(draw: st.DrawFn) -> Case:
-    """Headers, members and payloads of latent shards, of image shards, and of another writer's tar."""
+    """Headers, members and payloads of latent shards, of image shards, and of a tar of another program."""
     file = draw(st.sampled_from(sorted(_TARS)))
     words = ("ecar-data", *draw(st.sampled_from(_TARS[file])))
     needs = {
@@ -262,7 +262,7 @@ def tars(draw: st.DrawFn) -> Case:
         "foreign.tar": ("foreign.tar", "index"),
         "jsons.tar": ("jsons.tar",),
     }.get(file, ("images",))
-    # a tar of 40 GiB in zeros is a tar: indexing it takes its time
+    # a tar with 40 GiB of zeros is valid, but indexing it takes long
     kinds = tuple(op for op in KIND_OPS if op != "sparse" or "/" in file)
     ops = weighted((12, TAR_OPS), (2, BYTE_OPS), (1, kinds))
     values = st.one_of(st.sampled_from(sorted({*STRINGS} - {"very_long"})), _JSON_VALUES)
@@ -286,7 +286,7 @@ _LOGS = (
 
 @st.composite
 def logs(draw: st.DrawFn) -> Case:
-    """What a run, its watchdog, its job and an encoding have noted."""
+    """Files that a run, its watchdog, its job and an encoding have written."""
     words = draw(
         st.sampled_from(
             (("ecar-dist", "status", RUN),) * 4
@@ -307,7 +307,7 @@ def logs(draw: st.DrawFn) -> Case:
 
 @st.composite
 def words(draw: st.DrawFn) -> Case:
-    """A command that would work, with some of its words changed."""
+    """A valid command with some of its words changed."""
     base = draw(st.sampled_from(BASES))
     line = list(base.words)
     for _ in range(draw(st.integers(1, 3))):
@@ -339,7 +339,7 @@ def _change_words(draw: st.DrawFn, line: list[str], place: int) -> None:
         line.insert(place, draw(st.sampled_from(_FLAGS)))
     elif operation == "joined":
         line[place] = f"{line[place]}={value}"
-    elif operation == "cut" and "://" not in line[place]:  # half a password is not known as one
+    elif operation == "cut" and "://" not in line[place]:  # half a password is not recognised as one
         line[place] = line[place][: len(line[place]) // 2]
 
 

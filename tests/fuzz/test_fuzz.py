@@ -1,4 +1,4 @@
-"""Whatever a config, a manifest, a tar, a log or a word is: one line, a status of the table, and nothing besides."""
+"""Any config, manifest, tar, log or command-line word gives one line and a status of the table, and nothing else."""
 
 from hypothesis import given
 

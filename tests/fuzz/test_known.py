@@ -1,6 +1,6 @@
-"""What was found by trying, one case each, so that the suite knows it from the start.
+"""Known findings, one case each, so that the suite always covers them.
 
-The number is that of the finding. Each says the status, and keeps the property of all cases besides.
+The number is that of the finding. Each test checks the status, and the property of all cases.
 """
 
 import json
@@ -104,7 +104,7 @@ def test_b5_fragments_that_are_not_the_parameters(keeps, verb, lie):
     }[lie]
     older = [
         Mutation(f"{RUN}/checkpoints/step-0000000{step}/COMMITTED", "missing") for step in (2, 4)
-    ]  # else one of them is taken instead
+    ]  # otherwise one of them is used instead
     keeps(of_run(mutation, *older, words=READERS[verb], sealed=True, statuses=REFUSED))
 
 
@@ -240,7 +240,7 @@ def test_b11_a_manifest_without_a_field_is_one_line(keeps, field, verb):
 @pytest.mark.parametrize("field", [*FIELDS, "zero_stage"])
 def test_b11_a_manifest_with_an_odd_field_is_one_line(keeps, field, value):
     changed = Mutation(f"{NEWEST}/checkpoint.json", "replace", (field,), value)
-    for verb in ("list", "diff"):  # of the others, each reads as one of these
+    for verb in ("list", "diff"):  # each of the others reads in the same way as one of these
         keeps(of_run(changed, words=READERS[verb], sealed=True))
 
 

@@ -64,7 +64,7 @@ def _base(line: str, *needs: str) -> Base:
 
 
 _ENCODED = "--vae dct-f8 --image-size 16 --samples-per-shard 12 --seed 0 --decoder pil --resize cubic --device cpu"
-# What trains, scores, serves or starts for longer than a case may last is there with something missing.
+# Commands that would run for longer than a case may last lack an input, so that they end early.
 BASES = (
     _base("ecar-dist check config.yaml run.name=x train.total_samples=96", "config.yaml"),
     _base("ecar-dist check config.yaml --job 2 4", "config.yaml"),

@@ -1,8 +1,8 @@
-"""A process that has imported the product once, and forks for each command it is told to run.
+"""A process that has imported the product once, and forks for each command that it receives.
 
-What the parent sends and gets is a line of JSON each. The child has limits of memory, processor time and wall-clock
-time, no network, and an audit hook that refuses, and notes, what no file's content may lead to: a write outside its
-folder, a file read from the folder of secrets, another program started.
+Requests and answers are lines of JSON. The child has limits on memory, CPU time and wall-clock time, no network, and an
+audit hook. The hook refuses and records what no content of a file may cause: a write outside its folder, a read from
+the folder of secrets, the start of another program.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 10
-WALL_SECONDS = 30.0  # a command that waits for something takes none of the processor's time; the machine may be busy
-PATIENCE = 3  # seconds before it is looked whether a command sleeps
+WALL_SECONDS = 30.0  # a command that waits uses no CPU time, and the machine may be busy
+PATIENCE = 3  # seconds before checking whether a command sleeps
 MEMORY_BYTES = 2 << 30
-TRAINING_BYTES = 6 << 30  # DeepSpeed sets a bucket of 2 GB aside, and touches little of it
-FILE_BYTES = 1 << 27  # where cases lie in memory, this is what one can fill of it
+TRAINING_BYTES = 6 << 30  # DeepSpeed reserves a bucket of 2 GB, and touches little of it
+FILE_BYTES = 1 << 27  # cases may be in memory, and this limits how much of it one can fill
 LIGHT = (
     "ecar_dist.cli",
     "ecar_dist.cluster.status",
@@ -73,14 +73,14 @@ HEAVY = (
 
 
 class Zygote:
-    """The parent's side: `run` forks, waits and tells how the command ended."""
+    """The parent's side: `run` forks, waits and returns how the command ended."""
 
     def __init__(self, modules: tuple[str, ...]) -> None:
         self._modules = modules
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """`task`: words, cwd, environment, writable, unreadable, streams. Made again where the process has died."""
+        """`task`: words, cwd, environment, writable, unreadable, streams. Restarts the process if it has died."""
         process = self._started()
         assert process.stdin
         assert process.stdout
@@ -108,7 +108,7 @@ class Zygote:
 def serve(modules: list[str]) -> None:
     """The zygote's side: until its standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an import prints is no answer
+    os.dup2(2, 1)  # the output of imports must not mix with the answers
     for module in modules:
         with contextlib.suppress(ImportError):  # a module that was moved is imported when a command needs it
             importlib.import_module(module)
@@ -122,14 +122,14 @@ def serve(modules: list[str]) -> None:
 
 
 def _insist_briefly() -> None:
-    """A store that cannot be reached is tried for minutes otherwise."""
+    """Retry only briefly. Otherwise an unreachable store is retried for minutes."""
     from ecar_dist.storage.retries import RetryPolicy
 
     RetryPolicy.__init__.__defaults__ = (0.5, 0.5, 1 << 18, 0.01, 0.1)
 
 
 def _fork(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task in a fork of this process; how it ended, and what it took."""
+    """Run one task in a fork of this process. Returns how it ended, and its time."""
     begun = time.monotonic()
     process = os.fork()
     if process == 0:
@@ -140,10 +140,10 @@ def _fork(task: dict[str, Any]) -> dict[str, Any]:
     hung = not _wait(poll, process)
     if hung:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGUSR1)  # faulthandler writes down where it is
+            os.kill(process, signal.SIGUSR1)  # faulthandler prints where it is
         poll.poll(500)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process, signal.SIGKILL)  # and what it has started, if it is its group's leader by now
+        os.killpg(process, signal.SIGKILL)  # with everything that it started, if it leads its process group by now
     with contextlib.suppress(ProcessLookupError):
         if hung:
             os.kill(process, signal.SIGKILL)
@@ -158,7 +158,7 @@ def _fork(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait(poll: select.poll, process: int) -> bool:
-    """Whether the process ends in time. One that sleeps all along, and took no processor's time, waits for ever."""
+    """Whether the process ends in time. One that always sleeps, and uses no CPU time, counts as hung."""
     looks: list[str] = []
     for second in range(int(WALL_SECONDS)):
         if poll.poll(1000):
@@ -171,7 +171,7 @@ def _wait(poll: select.poll, process: int) -> bool:
 
 
 def _state(process: int) -> str:
-    """State and processor time so far."""
+    """State and CPU time so far."""
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return f"{fields[0]} {fields[11]} {fields[12]}"
@@ -179,7 +179,7 @@ def _state(process: int) -> str:
 
 
 def _run(task: dict[str, Any]) -> None:
-    """In the child. Ends the process as the console script does."""
+    """Runs in the child. Ends the process as the console script does."""
     status = 99
     try:
         os.setsid()
@@ -191,7 +191,7 @@ def _run(task: dict[str, Any]) -> None:
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
         os.environ.clear()
         os.environ.update(task["environment"])
-        tempfile.tempdir = None  # what the zygote has found is not the task's
+        tempfile.tempdir = None  # the cached folder of the zygote is not that of the task
         os.chdir(task["cwd"])
         if task.get("bucket"):
             _fill_bucket(Path(task["bucket"]))
@@ -249,11 +249,11 @@ def _states(folder: Path) -> list[bytes]:
 
 
 class _Guard:
-    """An audit hook. What it refuses is an OSError, as if the system had refused it, and is noted."""
+    """An audit hook. It refuses with an OSError, as if the system had refused, and records what it refused."""
 
     WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
-    PROBES = ("gcc", "g++", "cc", "c++", "clang", "ldconfig", "uname")  # libraries look for these, with words of theirs
+    PROBES = ("gcc", "g++", "cc", "c++", "clang", "ldconfig", "uname")  # libraries look for these, with own arguments
     STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn")
 
     def __init__(self, writable: list[str], unreadable: list[str], noted: int) -> None:
@@ -286,7 +286,7 @@ class _Guard:
                 raise FileNotFoundError(2, "No such file or directory", arguments[0])
             self._refuse(f"start {str(arguments[:2])[:200]}")
         elif event in ("socket.connect", "socket.getaddrinfo") and not _is_here(event, arguments):
-            raise OSError(101, "Network is unreachable")  # no fault of the command's
+            raise OSError(101, "Network is unreachable")  # not the fault of the command
 
     def _check_write(self, event: str, path: Any) -> None:
         place = _absolute(path)
@@ -315,11 +315,11 @@ def _absolute(path: Any) -> str | None:
     try:
         return os.path.realpath(os.fsdecode(path))
     except (OSError, ValueError, TypeError):
-        return None  # no path: the system will say so
+        return None  # not a path: the system will report it
 
 
 def _name(path: Any, folder: Any) -> str | None:
-    """Where a name lies that itself is not followed; `folder` is the descriptor that it counts from, or -1."""
+    """The path of a name, without following its last part. `folder`: descriptor of the folder that it is in, or -1."""
     if isinstance(path, int):
         return None
     text = os.fsdecode(path).rstrip("/")
