@@ -195,7 +195,7 @@ def _command(commands: Subparsers, name: str, help_text: str) -> argparse.Argume
 
 def _add_prepare(commands: Subparsers) -> None:
     command = _command(commands, "prepare", "shard, train-vae, encode and finalize in one command; run again to resume")
-    add_source(command, ", or an index, or a built-in source such as `digits`", "new folder, or an unfinished one")
+    add_source(command, ", or an index, or a built-in source such as `digits`", "folder to write, or an unfinished one")
     add_labels(command)
     add_holdout(command, 0.1, "OUT/images/heldout, the rest to OUT/images/train")
     command.add_argument(

@@ -24,7 +24,7 @@ def device(text: str) -> str:
 
 
 def add_source(
-    command: argparse.ArgumentParser, also: str, out: str = "new or empty folder"
+    command: argparse.ArgumentParser, also: str, out: str = "folder to write; it must be new or empty"
 ) -> None:
     what = f"folder of class folders, or tars (a folder of them, or a-{{000..123}}.tar), local or s3://{also}"
     command.add_argument("source", help=what)
