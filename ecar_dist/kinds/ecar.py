@@ -1,4 +1,4 @@
-"""`ecar`: an AR transformer makes a token map for each stage; a velocity network draws each stage under its map."""
+"""`ecar`: an AR transformer makes a token map for each stage; a velocity network draws each stage conditioned on it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Preset:
     base_width: int | None = None
 
     def width_ratio(self, width: int) -> float:
-        """This width over that of the base model of muP; 1 without muP."""
+        """Ratio of this width to that of the base model of muP; 1 without muP."""
         return 1.0 if self.base_width is None else width / self.base_width
 
 

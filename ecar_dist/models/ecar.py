@@ -1,4 +1,4 @@
-"""ECAR: an AR transformer makes a token map for each stage; conditioned on it, a velocity network draws the latent."""
+"""ECAR: an AR transformer makes a token map for each stage; a velocity network conditioned on it draws the latent."""
 
 from __future__ import annotations
 

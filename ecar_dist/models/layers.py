@@ -87,7 +87,7 @@ class StageEmbedding(Embedding):
 
 
 class PositionEmbedding(Embedding):
-    """A row for each token of one or several square grids, one grid after another. `sides`: their sides."""
+    """A row for each token of one or several square grids, one grid after another. `sides`: the grids' sides."""
 
     def __init__(self, sides: Sequence[int], width: int) -> None:
         super().__init__(sum(side**2 for side in sides), width)
@@ -206,7 +206,7 @@ def _position_table(side: int, width: int, device: torch.device) -> torch.Tensor
         # One axis: cos and sin of the token's centre, at frequencies that fall geometrically.
         centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
         axis = sinusoid(centres * POSITION_SPAN, width // 4, POSITION_RATIO)  # [side, D / 2]
-        # Two axes: a token's entry is that of its row, then that of its column.
+        # Two axes: the encoding of a token's row, then that of its column.
         rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
         return torch.cat((rows, columns), dim=-1).reshape(side * side, width)  # [T, D]
 

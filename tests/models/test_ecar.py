@@ -128,7 +128,7 @@ def test_label_and_stage_matter_after_one_step(make_model, make_batch):
 
 
 def test_stage_embedding_reaches_the_velocity(make_model, make_batch):
-    """The same tokens at the same time have another velocity in another stage, even on the same grid."""
+    """The same tokens at the same time have a different velocity in a different stage, even on the same grid."""
     model = make_model(2)
     model.flow.grid_sides = (4, 4)
     contexts, states, times, labels = make_batch(2)

@@ -36,7 +36,7 @@ def small(kind, num_stages):
 
 @pytest.fixture
 def compiler():
-    """Skips where nothing can be compiled, and leaves no compiled code behind."""
+    """Skips if nothing can be compiled, and leaves no compiled code behind."""
     if fault := compiler_fault(CPU):
         pytest.skip(f"COMPILED SAMPLING IS NOT TESTED HERE: {fault}")
     torch.compiler.reset()

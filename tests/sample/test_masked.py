@@ -50,7 +50,7 @@ def test_each_step_reveals_the_scheduled_tokens_in_the_samples_own_order():
 
 
 def test_one_step_is_the_flow_of_every_token_from_its_noise():
-    """All tokens at once, blind: the ODE of the head, by Euler, under conditions from the class alone."""
+    """All tokens at once, none visible: the ODE of the head, by Euler, conditioned on the class alone."""
     model = mar()
     (ours,) = generate(model, plan(ar_steps=1, solver="euler", steps_per_stage=(4,)), LABELS, INDICES, SEED)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding of `par` with n = 1: several tokens per pass, and the same tokens as one by one.
+"""Speculative Jacobi decoding of `par` with n = 1: several tokens per pass, with the same result as one by one.
 
 With fixed random numbers, each token of plain autoregression is a function of the tokens before it,
 
