@@ -2,7 +2,7 @@
 # What only a GPU can show, in one call of at most ten minutes, on a machine with one GPU and no network.
 #
 #   bash benchmarks/gpu.sh                                # all sections, preset XL
-#   bash benchmarks/gpu.sh --sections sampling-compiled   # one alone, with all of the time
+#   bash benchmarks/gpu.sh --sections sampling-compiled   # only this one, with all of the time
 #   bash benchmarks/gpu.sh --device cpu --preset T        # a dry run on CPU
 #
 # PYTHON: the interpreter (default: .venv/bin/python if there is one, else python3)
@@ -14,11 +14,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 [ -n "${PYTHON:-}" ] || { PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; }
 wheels=${WHEELS:-$root/benchmarks/wheels}
 
-# A place for what is installed, compiled and written; it goes at the end.
+# A temporary folder for everything that is installed, compiled and written; it is removed at the end.
 work=$(mktemp -d -t ecar-gpu-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 
-# Packages that the interpreter lacks come from the wheels; those that it has are not replaced.
+# Missing packages come from the wheels; installed packages are not replaced.
 export PYTHONPATH="$root:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" "$root/benchmarks/gpu_packages.py" "$wheels" > "$work/install"
 [ ! -s "$work/install" ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
