@@ -1,6 +1,6 @@
-"""Contexts, solvers and tau in closed form: optimal velocities of a Gaussian field through the production sampler.
+"""Contexts, solvers and tau in closed form: the production sampler with the optimal velocities of a Gaussian field.
 
-The oracle is that of the tests (tests/flow/oracle.py): exact, no training and no Monte Carlo, in seconds.
+The oracle is that of the tests (tests/flow/oracle.py): exact, without training or Monte Carlo, in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.flow.oracle import (
 
 SIDE, NUM_STAGES, TAU = 4, 3, 0.3
 TRUTH = exponential_covariance(SIDE)  # exp(-distance / 1.5), [16, 16]
-LIMIT_STEPS = 1000  # Euler steps a stage, where the steps are to play no part
+LIMIT_STEPS = 1000  # Euler steps per stage, where the number of steps must not matter
 TOLD: tuple[tuple[str, History, float], ...] = (
     ("nothing", "none", TAU),
     ("states + noise,\n$\\tau$ = 1", "all", 1.0),
@@ -43,18 +43,18 @@ def oracle(tau: float) -> GaussianOracle:
 
 
 def sampled(history: History, tau: float, solver: str, steps: int) -> torch.Tensor:
-    """The covariance of what the production sampler makes of the optimal velocities, [16, 16]."""
+    """The covariance of the samples that the production sampler draws with the optimal velocities, [16, 16]."""
     best = oracle(tau)
     return sampled_covariance(best.schedule, begin_stages(best, history), SIDE, tau=tau, solver=solver, steps=steps)
 
 
 def mean_loss(history: History, tau: float) -> float:
-    """The least training loss that there is, over all stages."""
+    """The lowest possible training loss, as a mean over all stages."""
     return float(expected_losses(oracle(tau), oracle(tau), history).mean())
 
 
 def errors(history: History, tau: float, solver: str, calls: int) -> dict[str, Any]:
-    """Of the samples' covariance, by so many velocity calls a stage."""
+    """Errors of the samples' covariance with `calls` velocity calls per stage."""
     covariance = sampled(history, tau, solver, calls // SOLVERS[solver].calls_per_step)
     return {
         "solver": solver,
@@ -65,7 +65,7 @@ def errors(history: History, tau: float, solver: str, calls: int) -> dict[str, A
 
 
 def tau_row(tau: float) -> dict[str, Any]:
-    """What the noise on the contexts costs in loss, and how far 16 calls a stage get with it."""
+    """The loss with this noise on the contexts, and the error that 16 calls per stage leave."""
     return {
         "tau": tau,
         "loss": mean_loss("all", tau),
@@ -75,7 +75,7 @@ def tau_row(tau: float) -> dict[str, Any]:
 
 
 def bands() -> dict[str, torch.Tensor]:
-    """Projections [16, 16] on the field's mean, on what the means of 2 x 2 blocks add to it, and on the rest."""
+    """Projections [16, 16] onto the field's mean, onto what the means of 2 x 2 blocks add to it, and onto the rest."""
     pixels = torch.eye(SIDE**2).double().reshape(-1, 1, SIDE, SIDE)
     means = [upsample(downsample(pixels, side), side).flatten(1) for side in (4, 2, 1)]
     names = ("mean of the field", "2 x 2 blocks", "single pixels")
@@ -83,7 +83,7 @@ def bands() -> dict[str, torch.Tensor]:
 
 
 def trap_picture(path: Path) -> None:
-    """What the stages are told of the coarser ones: the loss that training can reach, and the variance of samples."""
+    """The loss that training can reach, and the variance of samples, by what a stage sees of the coarser stages."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,8 +102,8 @@ def trap_picture(path: Path) -> None:
         group = right.bar(places, shares, width=0.2, label=name, color=plt.get_cmap("viridis")(0.1 + 0.35 * i))
         right.bar_label(group, fmt="%.2f", fontsize=8)
     right.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    right.set(title="Sampling with that very network", ylabel="variance of samples / of data", ylim=(0, 1.5))
-    right.set_xlabel("what a stage is told of the states of the coarser stages")
+    right.set(title="Sampling with that same network", ylabel="variance of samples / of data", ylim=(0, 1.5))
+    right.set_xlabel("what a stage sees of the states of the coarser stages")
     right.legend(ncols=3, loc="upper center", fontsize=9, title="direction, coarse to fine")
     figure.suptitle("Closed form: Gaussian field of 4 x 4 pixels, three stages", fontsize=9, color="gray")
     figure.tight_layout()
