@@ -108,7 +108,7 @@ def test_each_number_of_steps_gets_its_own_shift(monkeypatch):
 
 @pytest.mark.parametrize("group", variants.GROUPS)
 def test_every_variant_is_trained_for_the_same_compute(group, monkeypatch, tmp_path):
-    """What it starts from included."""
+    """Including the run that it starts from."""
     monkeypatch.setattr(pixels, "load_manifest", lambda _: SimpleNamespace(num_classes=17))
     costs = []
     for name, variant in variants.GROUPS[group]().items():

@@ -1,4 +1,4 @@
-"""gpu.sh, dry on CPU at its smallest: its sections, their limits, and packages that come as wheels."""
+"""gpu.sh as a dry run on CPU at the smallest sizes: its sections, their limits, and packages from wheels."""
 
 import importlib
 import json
@@ -46,7 +46,7 @@ def test_a_section_runs_and_what_it_found_is_a_table_and_a_file(tmp_path):
     assert second["planned_gib"] > first["planned_gib"]
     assert first["found"] in done.stdout
     assert "FAILED" not in done.stdout
-    assert not list(tmp_path.glob("ecar-gpu-*"))  # nothing stays but the result
+    assert not list(tmp_path.glob("ecar-gpu-*"))  # only the result remains
 
 
 def test_the_machine_is_described_with_its_rates(benchmark, tmp_path):
@@ -60,7 +60,7 @@ def test_the_machine_is_described_with_its_rates(benchmark, tmp_path):
 
 
 class PatientPopen(subprocess.Popen):
-    """Begins to count its limit when the process has written its row: a busy machine starts Python in seconds."""
+    """Starts its time limit when the process has written its row: on a busy machine, Python takes seconds to start."""
 
     def wait(self, timeout=None):
         if timeout is not None:
@@ -90,7 +90,7 @@ def test_a_section_that_fails_or_is_out_of_time_is_a_line_and_the_others_run(ben
         assert any(expected in " ".join(line.split()) for line in lines), expected
     assert saved(tmp_path)["sections"]["training"]["rows"] == [{"what": "a", "found": "first of training"}]
 
-    # Another call adds to the file of the day; without time its sections do not begin.
+    # A second call adds to the file of the day; with no time left, its sections do not start.
     gpu.main([*common, "--seconds", "0", "--sections", "step"])
     assert "not run" in saved(tmp_path)["sections"]["step"]["failed"]
     assert saved(tmp_path)["sections"]["about"]["rows"][0]["found"] == "first of about"

@@ -1,4 +1,4 @@
-"""benchmarks/mup.py compares trainings that differ by nothing but muP, the width and the rate."""
+"""benchmarks/mup.py compares trainings that differ only in muP, the width and the rate."""
 
 import sys
 from pathlib import Path

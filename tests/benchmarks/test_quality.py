@@ -1,4 +1,4 @@
-"""What makes benchmarks/quality.py a fair comparison; its trainings take an hour and are no test."""
+"""What makes benchmarks/quality.py a fair comparison; its trainings take an hour and are not run here."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_all_kinds_have_as_many_parameters_and_training_macs(tmp_path, share):
     for kind, one in costs.items():
         assert one["training_macs"] == pytest.approx(ecar["training_macs"], rel=2e-3), kind
         assert one["parameters"] == pytest.approx(ecar["parameters"], rel=0.04), kind
-        assert one["samples_seen"] != ecar["samples_seen"]  # what a sample costs is not the same
+        assert one["samples_seen"] != ecar["samples_seen"]  # the cost of a sample differs
     assert {run.load(tmp_path).run.seed for run in runs} == {0, 1}
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of sampling, at its smallest: it runs, and what it reports follows from what it ran."""
+"""The sampling benchmark at its smallest size: it runs, and what it reports follows from what it ran."""
 
 import importlib
 import json
@@ -135,7 +135,7 @@ def test_a_turn_runs_what_it_says(benchmark, guidance, expected):
 
 def test_times_are_those_of_all_steps_and_ratios_those_of_a_round(benchmark, monkeypatch):
     samplers, sampling = benchmark("samplers"), benchmark("sampling")
-    speed = iter([1.0, 1.0, 1.0, *[1.0] * 3, *[3.0] * 3, *[2.0] * 3])  # warm-up, then rounds that something slows
+    speed = iter([1.0, 1.0, 1.0, *[1.0] * 3, *[3.0] * 3, *[2.0] * 3])  # warm-up, then rounds that something slows down
 
     def run(turn, steps, model=None):
         each = 0.05 if turn.contender.kind == "ecar" else 0.01

@@ -1,4 +1,4 @@
-"""What the simulation walks is what real runs have downloaded (docs/scale.md); the benchmark repeats these runs."""
+"""The simulation fetches what real runs have downloaded (docs/scale.md); the benchmark repeats these runs."""
 
 import importlib
 from pathlib import Path

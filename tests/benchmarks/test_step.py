@@ -48,7 +48,7 @@ def test_every_way_to_read_a_number_counts_once_and_says_where():
 
 
 class Clock:
-    """Stands in for `time` in step.py: an average sleeps for 1 s, and a bare step computes for 0.5 s."""
+    """Stands in for `time` in step.py: an EMA update sleeps for 1 s, and a bare step computes for 0.5 s."""
 
     clock = cpu = 0.0
 
@@ -80,7 +80,7 @@ def run_step():
 
 
 def test_both_learn_the_same_and_a_slow_average_is_part_of_the_tax(tmp_path):
-    """What the run does after its optimizer step is in its turn, and not in that of the bare model."""
+    """What the run does after its optimizer step counts in its own turn, not in that of the bare model."""
     words = [*SMALL, "--json", str(tmp_path / "step.json"), "--hardware", "this"]
     (done,) = run_ranks(1, free_port(), *words, before=slow_down_the_average, main=run_step)
     assert done.returncode == 0, done.stderr
