@@ -1,4 +1,4 @@
-"""What a save costs training: the time that training waits, over the time of a bare copy into host memory.
+"""The cost of a save: the time that training waits, over the time of a bare copy into host memory.
 
 `python benchmarks/checkpoint.py` takes about two minutes; `--full` has more rounds. The last line is JSON.
 See benchmarks/README.md.
@@ -77,7 +77,7 @@ class Measurement:
             for name in (OVERLAP, SYNCHRONOUS)
         }
 
-        # Buffers for the bare copy, and those of the stores: their memory exists before the first round.
+        # Buffers for the bare copy, and those of the stores: allocated before the first round.
         self._buffers = [torch.empty_like(tensor, device="cpu").zero_() for tensor in self._state()]
         for store in self._stores.values():
             store.restore(self._engine, self._ema)
@@ -137,7 +137,7 @@ class Measurement:
 
     def _train(self, store: CheckpointStore | None) -> dict[str, float]:
         """Train some steps as the training loop does. With a store, a save begins after the first."""
-        os.sync()  # the last contender's files must not slow this one
+        os.sync()  # the previous contender's files must not slow this one down
         stall_before = store.stall_seconds if store else 0.0
         began = time.perf_counter()
         for number in range(self._steps):
@@ -150,10 +150,10 @@ class Measurement:
         seconds = time.perf_counter() - began
         stall = store.stall_seconds - stall_before if store else 0.0
 
-        # The save must end within these steps, or its stall is not complete.
+        # The save must end within these steps, or its stall is incomplete.
         if store:
             if store.in_flight:
-                print(f"a save took longer than {self._steps} steps: give more --steps", file=sys.stderr)
+                print(f"a save took longer than {self._steps} steps: increase --steps", file=sys.stderr)
             store.finish()
         return {"seconds": seconds, "stall": stall}
 
@@ -197,8 +197,8 @@ def _report(result: dict[str, Any]) -> None:
     )
     for name, stall in result["stall_seconds"].items():
         print(
-            f"{name:24} stall training {stall:.3f} s a save = {result['stall_over_copy'][name]:.2f} x the copy; the "
-            f"steps around it take {result['time_of_steps_with_a_save_over_without'][name]:.3f} x the time of others"
+            f"{name:24} stall training {stall:.3f} s per save = {result['stall_over_copy'][name]:.2f} x the copy; the "
+            f"steps around it take {result['time_of_steps_with_a_save_over_without'][name]:.3f} x as long"
         )
     share = result["stall_share_at_default_interval"]
     stall_over_copy = result["stall_over_copy"][OVERLAP]

@@ -1,7 +1,7 @@
 """The loaders that `loader.py` compares: how each writes the same samples, and how each streams them in batches.
 
-Also imported by interpreters that have a peer and not ecar_dist: so nothing is imported here but numpy and torch, and
-each contender imports its own library.
+Interpreters that have a peer but not ecar_dist also import this module. So it imports only numpy and torch, and each
+contender imports its own library.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Batches = Generator[Batch, None, None]
 
 @dataclass(frozen=True)
 class Contender:
-    """`modules` are imported before anything is timed, the first must be there. `write(arrays, out)` makes the files,
-    `batches(out)` streams for ever."""
+    """`modules` are imported before anything is timed; the first must be installed. `write(arrays, out)` makes the
+    files, `batches(out)` streams forever."""
 
     modules: tuple[str, ...]
-    distributions: tuple[str, ...]  # whose versions to state
+    distributions: tuple[str, ...]  # whose versions are reported
     folder: str
     write: Callable[[Path, Path], None]
     batches: Callable[[Path], Batches]
 
 
 def load_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The samples everybody writes: fp16 [N, *SHAPE] (mapped) and int64 [N]."""
+    """The samples that every contender writes: fp16 [N, *SHAPE] (mapped) and int64 [N]."""
     return np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
 
@@ -81,7 +81,7 @@ def write_ours_in_small_shards(arrays: Path, out: Path) -> None:
 
 
 def ours_at_rest(folder: str | Path, cache: Path | None = None, nodes: int = 1) -> tuple[Any, Any]:
-    """Source and order of a set. With `open_ours` the one place that knows how our loader is put together."""
+    """Source and order of a set. Only this function and `open_ours` know how our loader is put together."""
     from ecar_dist.data.order.stream import SampleStream
     from ecar_dist.data.shards.store import CacheOptions
     from ecar_dist.data.sources import LatentSource
@@ -91,7 +91,7 @@ def ours_at_rest(folder: str | Path, cache: Path | None = None, nodes: int = 1) 
 
 
 def open_ours(folder: str | Path, cache: Path | None = None, node: int = 0, nodes: int = 1, start: int = 0) -> Any:
-    """Node `node` of `nodes`, which has one rank and a cache of its own."""
+    """The loader of node `node` of `nodes`, which has one rank and its own cache."""
     from ecar_dist.data.loader import SampleLoader, Share
 
     source, stream = ours_at_rest(folder, cache, nodes)
@@ -108,11 +108,11 @@ def ours(folder: Path) -> Batches:
 
 
 def already_written(arrays: Path, out: Path) -> None:
-    """Reads the tars that `ours` wrote."""
+    """Nothing to write: reads the tars that `ours` wrote."""
 
 
 def webdataset(folder: Path) -> Batches:
-    """Plain webdataset as its users write it: shard shuffle, sample shuffle, decode, batched."""
+    """Plain webdataset as its users write it: shard shuffle, sample shuffle, decode, batch."""
     import webdataset as wds
 
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -151,7 +151,7 @@ def dali(folder: Path) -> Batches:
     while True:
         moments, labels = running.run()
         texts = labels.as_array().view(f"S{labels.shape()[0][0]}")
-        # The pipeline uses its buffers again, so a batch that outlives the next one is a copy.
+        # The pipeline reuses its buffers, so a batch that must outlive the next one is a copy.
         yield torch.from_numpy(np.array(moments.as_array())), torch.from_numpy(texts.reshape(-1).astype(np.int64))
 
 
@@ -199,7 +199,7 @@ def litdata(folder: Path) -> Batches:
 
 
 def stacked(dataset: Any) -> Batches:
-    """Batches of a dataset of {moments, label}, by the cheapest collation there is."""
+    """Batches of a dataset of {moments, label}, with the cheapest possible collation."""
     while True:
         moments, labels = [], []
         for sample in dataset:
@@ -222,7 +222,7 @@ def write_pyarrow(arrays: Path, out: Path) -> None:
 
 
 def pyarrow(folder: Path) -> Batches:
-    """The honest limit: a mapped Arrow column, gathered at random. No integrity, no resume, no shards."""
+    """The practical limit: a mapped Arrow column, gathered at random. No integrity checks, no resume, no shards."""
     import pyarrow as pa
 
     table = pa.ipc.open_file(pa.memory_map(str(folder / "samples.arrow"))).read_all()
@@ -242,7 +242,7 @@ def write_plain(arrays: Path, out: Path) -> None:
 
 
 def memcpy(folder: Path) -> Batches:
-    """The physical limit: shard after shard into one buffer that is used again. No order, no batches."""
+    """The physical limit: copies shard after shard into one reused buffer. No order, no batches."""
     moments, labels = load_arrays(folder)
     target = np.empty((SHARD_SAMPLES, *SHAPE), dtype=np.float16)
     while True:
@@ -267,7 +267,7 @@ CONTENDERS: dict[str, Contender] = {
 
 WARM_UP = "ours, small shards"
 
-# Without those that no target needs.
+# Without the contenders that no target needs.
 QUICK = ("ours", WARM_UP, "webdataset", "mds", "litdata", "memcpy")
 
 

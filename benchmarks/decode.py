@@ -1,6 +1,6 @@
 """Decoding JPEGs: DALI against PIL and against webdataset's own decoder, in images per second and per core.
 
-`python benchmarks/decode.py` takes about 20 seconds, `--full` some minutes. The last line is JSON. All decoders take
+`python benchmarks/decode.py` takes about 20 seconds, `--full` a few minutes. The last line is JSON. All decoders take
 turns in one process. "Per core" means per second of CPU time, summed over all threads.
 """
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_images(count: int) -> list[bytes]:
-    """Encoded crops of two photographs, each at another offset, so that no two are equal."""
+    """Encoded crops of two photographs, each at a different offset, so that no two are equal."""
     from sklearn.datasets import load_sample_images
 
     generator = np.random.default_rng(0)

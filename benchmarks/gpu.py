@@ -1,7 +1,7 @@
-"""Runs the sections of `gpu_sections.py`, each in a process and with a time of its own; see gpu.sh.
+"""Runs the sections of `gpu_sections.py`, each in its own process with its own time limit; see gpu.sh.
 
 Prints a short table, and writes all numbers to gpu-<date>.json: a section that ran earlier that day stays there until
-it runs again. A section that fails or is out of time is a line of the table.
+it runs again. A section that fails or runs out of time is a line of the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("gpu_sections.py")
 SECONDS = 570  # of all sections together
 
-# Seconds that each may take, in this order.
+# Time limit of each section in seconds; they run in this order.
 LIMITS = {
     "about": 40,
     "tests": 90,
@@ -70,15 +70,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(name: str, options: argparse.Namespace, work: Path, seconds: float) -> dict[str, Any]:
-    """One section: its rows as far as they came, and what went wrong."""
+    """Run one section. Returns the rows that it completed, and what went wrong."""
     limit = min(LIMITS[name], seconds)
     if limit < 1:
-        return {"rows": [], "failed": f"not run, the time was over: --sections {name} runs it alone"}
+        return {"rows": [], "failed": f"not run, no time left: --sections {name} runs it alone"}
     folder = work / name
     folder.mkdir()
     rows, log = folder / "rows.jsonl", folder / "log"
 
-    # Its own process, so that nothing of it stays, neither memory of the GPU nor a compiler.
+    # Its own process, so that nothing of it remains, neither GPU memory nor a compiler.
     command = [sys.executable, str(SCRIPT), name, "--device", options.device, "--preset", options.preset]
     began = time.monotonic()
     with open(log, "w") as output:
@@ -95,7 +95,7 @@ def run(name: str, options: argparse.Namespace, work: Path, seconds: float) -> d
             status = None
         _end(process)
 
-    # What it found, also where it did not come to its end.
+    # What it found, even if it did not finish.
     found: dict[str, Any] = {"at": _now(), "commit": _commit(), "seconds": time.monotonic() - began}
     found["rows"] = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     if status is None:
@@ -106,7 +106,7 @@ def run(name: str, options: argparse.Namespace, work: Path, seconds: float) -> d
 
 
 def _environment(device: str, folder: Path) -> dict[str, str]:
-    """No network; a folder of its own for compiled code, because a process that is killed may leave a torn file."""
+    """No network; a separate folder for compiled code, because a killed process may leave an incomplete file."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if device == "cpu":
@@ -115,7 +115,7 @@ def _environment(device: str, folder: Path) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The process and all that it started."""
+    """Kill the process and everything that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -124,7 +124,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def save(path: Path, options: argparse.Namespace, sections: dict[str, Any]) -> None:
-    """Add these sections to the file of this day, device and preset."""
+    """Add these sections to the file for this day, device and preset."""
     about = {"device": options.device, "preset": options.preset}
     kept: dict[str, Any] = {}
     if path.exists():

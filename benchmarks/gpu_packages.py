@@ -1,6 +1,6 @@
-"""Prints the wheels of a folder that this interpreter needs to run `gpu.sh`, one a line. Imports nothing foreign.
+"""Prints the wheels of a folder that this interpreter needs for `gpu.sh`, one per line. Standard library only.
 
-`python gpu_packages.py FOLDER` prints nothing where all packages are there, and ends with an error where one is neither
+`python gpu_packages.py FOLDER` prints nothing if all packages are installed, and ends with an error if one is neither
 installed nor in the folder.
 """
 
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str]) -> None:
     if not lacking:
         return
 
-    # Every wheel whose package is not installed, because a package that is lacking may need others.
+    # Every wheel whose package is not installed, because a missing package may need others.
     wheels = [path for path in sorted(folder.glob("*.whl")) if not _installed(_package(path))]
     absent = [name for name in lacking if not any(_provides(path, name) for path in wheels)]
     if absent:
         sys.exit(
             f"gpu.sh: {sys.executable} lacks {', '.join(absent)}, and {folder} has no wheel with them; "
-            "fill it as benchmarks/README.md says ('Wheels')"
+            "fill it as described in benchmarks/README.md ('Wheels')"
         )
     print("\n".join(map(str, wheels)))
 

@@ -44,7 +44,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a section is given."""
+    """The input of a section."""
 
     device: torch.device
     preset: str
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """How steps run; to compile on CPU takes too long for a dry run."""
+        """How steps run; compiling on a CPU takes too long for a dry run."""
         return ("eager", "compiled") if self.on_gpu else ("eager",)
 
     def wait(self) -> None:
@@ -66,7 +66,7 @@ class Run:
 
 
 def attempted(what: str, action: Callable[[], Row]) -> Row:
-    """The row of `action`, or one that says why there is none: the measurements after it go on."""
+    """The row of `action`, or one that reports the failure, so that later measurements still run."""
     try:
         return {"what": what, **action()}
     except Exception as error:
@@ -76,8 +76,8 @@ def attempted(what: str, action: Callable[[], Row]) -> Row:
 
 
 def release_memory() -> None:
-    """Give back what earlier runs of this process held on the device."""
-    gc.collect()  # DeepSpeed's engines are in cycles
+    """Release the device memory that earlier runs of this process used."""
+    gc.collect()  # DeepSpeed's engines are in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -109,7 +109,7 @@ def data_sheet_flops(run: Run) -> float | None:
 
 
 def run_command(name: str, words: Sequence[str]) -> None:
-    """Run this interpreter with `words`; raises RuntimeError with the end of what it said if it fails."""
+    """Run this interpreter with `words`; raises RuntimeError with the end of its error output if it fails."""
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, flush=True)
     if done.returncode:

@@ -1,7 +1,7 @@
 """The sections of gpu.sh. Each is a generator of rows: `what` was measured, what was `found` in words, and the numbers.
 
-`python gpu_sections.py SECTION --rows FILE` appends a row to the file as soon as it is known. A row whose measurement
-failed says so, and the section goes on.
+`python gpu_sections.py SECTION --rows FILE` appends a row to the file as soon as it is known. If a
+measurement fails, its row reports it, and the section continues.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here; --device cpu --preset T makes a dry run")
+        sys.exit("torch sees no GPU here; --device cpu --preset T is a dry run")
     die_with_parent()
     run = Run(torch.device(options.device), options.preset, options.work, SIZES[options.device])
     with open(options.rows, "a") as file:
@@ -108,7 +108,7 @@ def tests(run: Run) -> Iterator[Row]:
     if not report.exists():
         raise RuntimeError(" | ".join((done.stdout + done.stderr).strip().splitlines()[-3:]))
 
-    # Each test that failed, then how many did not.
+    # Each test that failed, then the number that passed.
     cases = xml.etree.ElementTree.parse(report).getroot().findall(".//testcase")
     passed = 0
     for case in cases:
@@ -157,8 +157,8 @@ def _step_rows(case: Row) -> Iterator[Row]:
 
 
 def resume(run: Run) -> Iterator[Row]:
-    """Steps after a resume against those of a run that was not stopped, beside a second such run."""
-    # Eight steps twice, and a third run that stops after four and goes on.
+    """Steps after a resume against those of an uninterrupted run, next to a second such run."""
+    # Two runs of eight steps, and a third that stops after four and continues.
     size = run.size
     write_latents(run.work / "latents", size.latent_size)
     losses = {}
@@ -173,7 +173,7 @@ def resume(run: Run) -> Iterator[Row]:
         lines = (run.work / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["train/loss"] for line in lines]
 
-    # The first step after the resume depends on the restored state alone; the later ones also on how the device adds.
+    # The first step after the resume depends only on the restored state; the later ones also on how the device adds.
     first = losses["resumed"][4] == losses["once"][4]
     differences = {
         name: max(abs(a - b) / b for a, b in zip(losses[name][4:], losses["once"][4:], strict=True))
@@ -181,7 +181,7 @@ def resume(run: Run) -> Iterator[Row]:
     }
     yield {
         "what": f"{size.resume_preset}, stopped after 4 of 8 steps",
-        "found": f"{'met   ' if first else 'MISSED'} first loss after it equal to the bit; steps 5 to 8 within "
+        "found": f"{'met   ' if first else 'MISSED'} first loss after the resume bit-identical; steps 5 to 8 within "
         f"{differences['resumed']:.2g}, a second run within {differences['again']:.2g}",
         "losses": losses,
     }
@@ -213,8 +213,8 @@ def _sampling_rows(run: Run, mode: str, batch: int) -> Iterator[Row]:
     for case in json.loads(saved.read_text())["cases"]:
         rates = case["images_per_second"]
         ratio = case["faster"]["dit, 250 steps"]
-        text = f"{ratio['measured']:.2f} x as fast as DiT with 250 steps (MACs say {ratio['macs_predict']:.2f}, calls "
-        text += f"{ratio['calls_predict']:.2f}): {rates['ECAR']:.4g} and {rates['dit, 250 steps']:.4g} images/s"
+        text = f"{ratio['measured']:.2f} x as fast as DiT with 250 steps (MACs predict {ratio['macs_predict']:.2f}, "
+        text += f"calls {ratio['calls_predict']:.2f}): {rates['ECAR']:.4g} and {rates['dit, 250 steps']:.4g} images/s"
         yield {"what": f"{run.preset}, {mode}, batch {batch}, guidance 2", "found": text, **case}
 
 

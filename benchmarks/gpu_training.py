@@ -50,7 +50,7 @@ def _train_row(run: Run, world: World, mode: str, micro_batch: int, attainable: 
     clock = _Clock(run, run.size.warm_up, run.size.seconds)
     driven(config, world, clock)
 
-    # Rates: no step was waited for.
+    # Rates, without waiting for single steps.
     step = clock.seconds / clock.steps
     flops = FLOPS_PER_MAC * kind_of(config).training_macs(config) * micro_batch / step
     peak = data_sheet_flops(run)
@@ -62,7 +62,7 @@ def _train_row(run: Run, world: World, mode: str, micro_batch: int, attainable: 
         row["mfu_of_data_sheet"] = flops / peak
         shown.append(f"{flops / peak:.1%} of the data sheet")
 
-    # Memory, beside what the plan says.
+    # Memory, next to the forecast of the plan.
     planned = device_memory(
         config, 1, zero_stage=config.deepspeed.zero_stage, compiled=mode == "compiled", recompute=False
     ).total(micro_batch)
@@ -76,7 +76,7 @@ def _train_row(run: Run, world: World, mode: str, micro_batch: int, attainable: 
 
 
 class _Clock:
-    """Visits a run: times its steps together, after some that are not timed, and waits for the device at both ends."""
+    """Visits a run: times its steps together, after some untimed ones, and synchronises the device at both ends."""
 
     def __init__(self, run: Run, warm_up: int, seconds: float) -> None:
         self._run = run
@@ -107,7 +107,7 @@ class _Clock:
 
 
 def profile(run: Run) -> Iterator[Row]:
-    """The kernels of a training step that take most of the device's time."""
+    """The kernels of a training step that take the most device time."""
     world = start_world()
     write_latents(run.work / "latents", run.size.latent_size)
     for mode in run.modes:

@@ -1,6 +1,6 @@
-"""What a larger set costs before the first batch and while it streams: seconds, and resident bytes per sample.
+"""The cost of a larger set before the first batch and while it streams: seconds, and resident bytes per sample.
 
-As a script, measures one set in a fresh process: `growth.py plan|read FOLDER` prints a line of JSON.
+As a script, it measures one set in a fresh process: `growth.py plan|read FOLDER` prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import contenders
 import numpy as np
 import rounds
 
-_SAMPLE_BYTES = 1024  # the least that a manifest accepts; the files are sparse
+_SAMPLE_BYTES = 1024  # the minimum that a manifest accepts; the files are sparse
 
 
 def start_up(work: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds and peak memory from the manifest to the first 4096 locations of a run that resumes in mid-epoch.
+    """Seconds and peak memory from the manifest to the first 4096 locations of a run that resumes mid-epoch.
 
-    By size of the set. The sets have real manifests and sparse files, so all steps but reading the content are real.
+    Results are by size of the set. The sets have real manifests and sparse files, so every step is real except reading
+    the content.
     """
     measured = {}
     for size in sizes:
@@ -39,7 +40,7 @@ def start_up(work: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def held_while_reading(work: Path) -> float:
-    """Bytes per sample that the loader holds after it has opened every shard: a whole set minus half of it."""
+    """Bytes per sample that the loader holds after it has opened every shard: a full set minus half of it."""
     from ecar_dist.data.shards.manifest import load_manifest
 
     whole, half = work / "ours", work / "ours_half"
@@ -50,7 +51,7 @@ def held_while_reading(work: Path) -> float:
 
 
 def write_hollow_set(folder: Path, size: int) -> None:
-    """A set of `size` samples with a real manifest and sparse files of zeros in the place of the shards."""
+    """A set of `size` samples with a real manifest and sparse files of zeros instead of the shards."""
     from ecar_dist.data.shards.entries import LatentEntry
     from ecar_dist.data.shards.manifest import Manifest, write_manifest
 
@@ -67,7 +68,7 @@ def write_hollow_set(folder: Path, size: int) -> None:
 
 
 def write_part_of_set(whole: Path, part: Path, shards: int) -> None:
-    """A finished set of the first `shards` shards of another one, without copies."""
+    """A finished set of the first `shards` shards of the set `whole`, without copies."""
     from ecar_dist.data.shards.manifest import load_manifest, write_manifest
 
     manifest = load_manifest(whole)
@@ -87,8 +88,8 @@ def _in_fresh_process(what: str, folder: Path) -> dict[str, float]:
 
 
 def _measure_plan(folder: Path) -> dict[str, float]:
-    """All steps to the first locations of a run that resumes in mid-epoch: manifest, presence, order, next shards."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which importing has raised
+    """All steps to the first locations of a run that resumes mid-epoch: manifest, presence, order, next shards."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have raised
     before, began = _memory("VmRSS"), time.perf_counter()
     source, stream = contenders.ours_at_rest(folder)
     resumed = stream.count // 2
@@ -117,6 +118,6 @@ def _memory(what: str) -> int:
 
 
 if __name__ == "__main__":
-    # Imports first, so that neither their time nor their memory is taken for the set's.
+    # Imports first, so that neither their time nor their memory is counted as the set's.
     contenders.import_all(contenders.CONTENDERS["ours"])
     print(json.dumps({"plan": _measure_plan, "read": _measure_read}[sys.argv[1]](Path(sys.argv[2]))))

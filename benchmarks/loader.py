@@ -1,6 +1,6 @@
 """Our loader against other streaming loaders, as ratios measured in one run.
 
-`python benchmarks/loader.py` takes under two minutes: on a busy machine it takes fewer rounds, and leaves out parts for
+`python benchmarks/loader.py` takes under two minutes: on a busy machine it runs fewer rounds, and skips parts for
 which no time is left. `--full` measures everything, longer and more precisely. `--peers-python` names an interpreter
 with the libraries that this one lacks (benchmarks/peers.txt). The last line is JSON. See benchmarks/README.md.
 """
@@ -89,7 +89,7 @@ def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
     homes, missing = _prepare(work, pythons, plan.names)
     speed = _compare(work, homes, missing, plan, began + plan.compare_until)
 
-    # The other parts, while there is time.
+    # The other parts, as time permits.
     watched = {name: work / CONTENDERS[name].folder for name in (REFERENCE, WARM_UP)}
     parts: dict[str, Callable[[], Any]] = {
         "cold": lambda: _first_pass(work, plan.cold_repeats),
@@ -102,7 +102,7 @@ def _measure(work: Path, plan: Plan, pythons: Sequence[str]) -> dict[str, Any]:
     for name, measure in parts.items():
         in_time = time.monotonic() - began < plan.last_part
         measured[name] = measure() if in_time else None
-        print(f"{name} {'measured' if in_time else 'left out: no time, see --full'}", flush=True)
+        print(f"{name} {'measured' if in_time else 'skipped: no time left, see --full'}", flush=True)
     return {**speed, "not_measured": missing, **measured, "seconds": time.monotonic() - began}
 
 
@@ -165,7 +165,7 @@ def _prepare(work: Path, pythons: Sequence[str], names: Sequence[str]) -> tuple[
         else:
             writers.append(name)
 
-    # The others all at once, because most of their time goes into imports.
+    # The others in parallel, because most of their time goes into imports.
     print(f"writing {', '.join(writers)} ...", flush=True)
     with ThreadPoolExecutor(max(1, len(writers))) as pool:
         written = {name: pool.submit(rounds.write_files, name, homes[name], work) for name in writers}
@@ -179,9 +179,9 @@ def _prepare(work: Path, pythons: Sequence[str], names: Sequence[str]) -> tuple[
 
 
 def _compare(work: Path, homes: dict[str, str], missing: dict[str, str], plan: Plan, deadline: float) -> dict[str, Any]:
-    """Measure all contenders in turns: medians by contender, and ratios to ours within rounds."""
+    """Measure all contenders alternately: medians by contender, and ratios to ours within rounds."""
     with contextlib.ExitStack() as stack:
-        # They open their data beside each other, and are then measured in turns.
+        # They open their data in parallel, and are then measured one at a time.
         contestants = []
         for one in [stack.enter_context(rounds.Contestant(name, python, work)) for name, python in homes.items()]:
             try:
@@ -216,7 +216,7 @@ def _mark_missing(name: str, error: RuntimeError, missing: dict[str, str]) -> No
 
 
 def _targets(result: dict[str, Any]) -> list[Target]:
-    """A speed must be met both by the clock and in CPU time, because a busy machine distorts one of them."""
+    """A speed target must be met both by the clock and in CPU time, because a busy machine distorts one of them."""
     clock = result["times_ours"]
     cpu = result["times_ours_in_cpu"]
     cold_rate = result["cold"]

@@ -1,6 +1,6 @@
-"""Counts what one step asks of the device: kernels, bytes and host reads. It watches the operators that are dispatched.
+"""Counts what one step asks of the device: kernels, bytes and host reads. It watches the dispatched operators.
 
-The counts are those of eager code, on any device. A host read is a place where a GPU would be waited for.
+The counts are those of eager code, on any device. A host read is a place where the host would wait for a GPU.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _ROOT = str(Path(__file__).resolve().parents[1])
 
 
 class OperatorCount:
-    """`with` counts the operators of this thread, and of the backward passes that it starts.
+    """In a `with` block, counts the operators of this thread, and of the backward passes that it starts.
 
-    kernels: operators that read or write memory. A `_foreach_` operator counts once, though a GPU may need several
-        launches for it.
+    kernels: operators that read or write memory. A `_foreach_` operator counts once, although a GPU may need
+        several launches for it.
     bytes: of the tensors that these operators read, and of those that they write. Broadcast elements count once.
-    reads: for each place in the code, how often it reads a number from the device. AdamW's step counters are not among
-        them while they are on the host.
-    synchronisations: calls of `torch.cuda.synchronize`, or of what stands for it on CPU.
-    waits: on a GPU, how often CUDA itself saw an operator wait for the device; else None.
+    reads: for each place in the code, how often it reads a number from the device. AdamW's step counters are
+        excluded while they are on the host.
+    synchronisations: calls of `torch.cuda.synchronize`, or of its counterpart on CPU.
+    waits: on a GPU, how often CUDA itself saw an operator wait for the device; None without a GPU.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class OperatorCount:
         }
 
     def read(self, tensor: Any) -> None:
-        """A number of `tensor` is read. AdamW's step counters do not count while they are on the host."""
+        """Record that a number of `tensor` is read. AdamW's step counters do not count while they are on the host."""
         place = _place()
         on_device = isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu"
         if on_device or not place.startswith("torch/optim/"):
@@ -124,13 +124,13 @@ class _Calls(TorchFunctionMode):
             self._inside = False
 
     def read_below(self, tensor: torch.Tensor) -> None:
-        """An operator read `tensor`. It counts where no method has counted already."""
+        """Record that an operator read `tensor`, unless a method has already counted it."""
         if not self._inside:
             self._count.read(tensor)
 
 
 class _Waits:
-    """Replaces the `synchronize` of CUDA, and of DeepSpeed's accelerator, by one that counts."""
+    """Replaces the `synchronize` of CUDA, and of DeepSpeed's accelerator, with one that counts."""
 
     def __init__(self, count: OperatorCount) -> None:
         self._count = count
@@ -175,7 +175,7 @@ def _bytes(func: Any, inputs: Iterable[Any], outputs: Any) -> int:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes of the elements that have an address of their own."""
+    """Bytes of the elements that have their own address."""
     own = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         own *= size if stride else 1
@@ -183,7 +183,7 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _place() -> str:
-    """File and line of the innermost frame outside torch and this file; the optimizer's for one within torch.optim."""
+    """File and line of the innermost frame outside torch and this file; in torch.optim, the optimizer's file."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""Contenders measured in turns, each in a process of its own, so that what else the machine does hits all alike."""
+"""Contenders measured alternately, each in its own process, so that other load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def interpreter_with(module: str, pythons: Sequence[str]) -> str | None:
 
 
 class Contestant:
-    """A `serving.py serve` (or `epochs`) process, which opens its data at once. Then it is measured on demand.
+    """A `serving.py serve` (or `epochs`) process, which opens its data immediately. Then it is measured on demand.
 
-    Each method raises RuntimeError with the end of what the process said where it died.
+    Each method raises RuntimeError with the end of the process's error output if the process died.
     """
 
     def __init__(self, name: str, python: str, work: Path, action: str = "serve") -> None:
@@ -57,7 +57,7 @@ class Contestant:
         self._opened: dict[str, Any] | None = None
 
     def opened(self) -> dict[str, Any]:
-        """What the process says when its data is open and proven: wait for it before the first measurement."""
+        """What the process reports when its data is open and verified: wait for it before the first measurement."""
         if self._opened is None:
             self._opened = self._answer()
         return self._opened
@@ -87,9 +87,9 @@ class Contestant:
 def take_turns(
     contestants: Sequence[Contestant], rounds: int, seconds: float, deadline: float = math.inf
 ) -> dict[str, list[dict[str, Any]]]:
-    """`rounds` measurements of each, everybody once per round and nobody always after the same neighbour.
+    """`rounds` measurements of each, one per round, in an order that rotates from round to round.
 
-    A first round is thrown away: in it, pages are mapped and first epochs are opened. After `deadline`, a value of
+    The first round is discarded: in it, pages are mapped and first epochs are opened. After `deadline`, a value of
     `time.monotonic`, no round begins once there are LEAST_ROUNDS.
     """
     results: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
@@ -117,7 +117,7 @@ def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def ratio(above: Sequence[dict[str, Any]], below: Sequence[dict[str, Any]], what: str = "wall") -> float:
-    """The median over rounds of the ratio within a round: what slows a whole round drops out."""
+    """The median over rounds of the ratio within a round: what slows down a complete round drops out."""
     pairs = zip(per_sample(above, what), per_sample(below, what), strict=True)
     return statistics.median(one / other for one, other in pairs)
 
@@ -128,20 +128,20 @@ def per_sample(rounds: Sequence[dict[str, Any]], what: str) -> list[float]:
 
 
 def write_files(name: str, python: str, work: Path) -> None:
-    """Raises RuntimeError with the end of what the process said where it failed."""
+    """Write the files of a contender. Raises RuntimeError with the end of the error output if that fails."""
     done = _run([python, str(SCRIPT), "write", name, str(work)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"writing {name} failed: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
 
 
 def environment() -> dict[str, str]:
-    """One thread for each contender's arithmetic, and the project importable from wherever this is run."""
+    """One thread for each contender's arithmetic, and the project importable from any working directory."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def publish(result: dict[str, Any], save: Path | None, *, unprinted: Sequence[str] = ()) -> None:
-    """The result and the command that made it as JSON: in the file, where one is asked for, and as the last line."""
+    """Write the result and the command that made it as JSON: to the file `save`, if given, and as the last line."""
     result = {**result, "command": shlex.join(["python", *sys.argv])}
     if save:
         save.parent.mkdir(parents=True, exist_ok=True)

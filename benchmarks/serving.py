@@ -1,7 +1,7 @@
-"""One contender in a process of its own, in the interpreter that has its library.
+"""One contender in its own process, in the interpreter that has its library.
 
-`serving.py write NAME WORK` lays its files down; `serve` answers each JSON line on stdin, a round, with one on stdout;
-`epochs` takes each line for one pass over everything.
+`serving.py write NAME WORK` writes its files. `serve` runs one round for each JSON line on stdin, and answers with one
+on stdout. `epochs` makes one pass over all samples for each line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNTIMED_BATCHES = 6  # at the start of each round: what was read ahead while oth
 
 
 def prove_same_bytes(arrays: Path, batch: Batch) -> None:
-    """Every sample of the batch is one that was written, to the bit, with its label."""
+    """Check that every sample of the batch is one that was written, bit for bit, with its label."""
     moments, labels = load_arrays(arrays)
     got, got_labels = batch[0].numpy(), batch[1].numpy()
     if batch[0].dtype != torch.float16 or batch[1].dtype != torch.int64 or not batch[0].is_contiguous():
@@ -55,7 +55,7 @@ def measure_round(batches: Iterator[Batch], seconds: float) -> dict[str, Any]:
 
 
 def private_mib() -> float:
-    """Memory of the process's own: pages of mapped files, which the system can take back, do not count."""
+    """Private memory of the process: pages of mapped files, which the system can reclaim, do not count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
@@ -71,7 +71,7 @@ def versions(contender: Contender) -> dict[str, str]:
 
 
 def serve(contender: Contender, work: Path, reply: Any) -> None:
-    """Open the stream, prove its bytes, then one round for each line of stdin until it ends."""
+    """Open the stream, verify its bytes, then run one round for each line of stdin until it ends."""
     torch.set_num_threads(1)
     import_all(contender)
     began = time.perf_counter()
@@ -87,7 +87,7 @@ def serve(contender: Contender, work: Path, reply: Any) -> None:
 
 
 def epochs(contender: Contender, work: Path, reply: Any) -> None:
-    """For each line of stdin one pass over all samples, opening and closing included. In between no file is held."""
+    """For each line of stdin, one pass over all samples, including opening and closing. No file is open in between."""
     import_all(contender)
     total = len(load_arrays(work / "arrays")[1])
     print(json.dumps({"versions": versions(contender)}), file=reply, flush=True)
@@ -97,7 +97,7 @@ def epochs(contender: Contender, work: Path, reply: Any) -> None:
             while seen < total:
                 seen += len(next(batches)[1])
         passed = time.perf_counter() - began
-        gc.collect()  # before the answer: its files must be let go of by then
+        gc.collect()  # before the answer: its files must be closed by then
         print(json.dumps({"seconds": passed}), file=reply, flush=True)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("name", choices=tuple(CONTENDERS))
     parser.add_argument("work", type=Path)
     options = parser.parse_args()
-    # mosaicml-streaming imports torchvision for datasets unused here; beside a CPU build of torch that may not load.
+    # mosaicml-streaming imports torchvision for datasets unused here; with a CPU build of torch that may not load.
     sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
     # Some libraries print to stdout, which carries the replies: give them stderr instead.
     reply = os.fdopen(os.dup(1), "w")
@@ -119,7 +119,7 @@ def main() -> None:
         contender.write(options.work / "arrays", out)
     else:
         {"serve": serve, "epochs": epochs}[options.action](contender, options.work, reply)
-    # Reading threads of some libraries outlive their dataset.
+    # Reader threads of some libraries outlive their dataset.
     reply.flush()
     os._exit(0)
 

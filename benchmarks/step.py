@@ -74,7 +74,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--latent-size", type=int, default=16, help="side of the latents, in patches of 2 (default: 16)"
     )
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each contender (default: 12)")
-    parser.add_argument("--compile", action="store_true", help="compile both; then also eager against compiled")
+    parser.add_argument("--compile", action="store_true", help="compile both; also compare eager with compiled")
     parser.add_argument("--work", help="folder for latents and run directories (default: the temporary one)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
@@ -118,9 +118,9 @@ def measure(folder: Path, world: World, options: argparse.Namespace, zero_stage:
 
 
 class Bare:
-    """The same objective, with equal initial weights, trained by PyTorch alone.
+    """The same objective, with the same initial weights, trained by PyTorch alone.
 
-    Weights are fp32; under bf16 autocast rounds them. AdamW is fused, and blocks are compiled, as in the run.
+    Weights are fp32; with bf16, autocast rounds them. AdamW is fused, and blocks are compiled, as in the run.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -183,7 +183,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of the run and then one of the bare model, in seconds; `phases` of the host, without waiting."""
+    """One step of the run and then one of the bare model, in seconds; phases are host time, without waiting."""
 
     mode: str  # of the run's step
     ours: Span
@@ -195,8 +195,8 @@ class Turn:
 class Turns:
     """Visits a run: after each of its steps the bare model takes one on the same batch. The first steps are not timed.
 
-    Last comes one step of each under the counter of operators, which is not timed either. With `both_modes` every
-    second turn of both, which are compiled, is made eagerly.
+    The last step of each runs under the operator counter and is not timed either. With `both_modes` both are compiled,
+    and every second turn runs eagerly.
     """
 
     def __init__(self, config: RunConfig, world: World, steps: int, *, both_modes: bool) -> None:
@@ -258,7 +258,7 @@ class Turns:
 
     @property
     def _mode(self) -> str:
-        """Of the run's step at hand; the counted one is eager."""
+        """The mode of the run's current step; the counted one is eager."""
         return "eager" if self._number == self._counted_at else self._modes[self._number % len(self._modes)]
 
     def _now(self) -> Span:
@@ -267,7 +267,7 @@ class Turns:
         return Span(time.perf_counter(), time.process_time())
 
     def summary(self) -> dict[str, Any]:
-        """Ratios within a turn, over the mean of the bare step before and the one after; their median and quartiles."""
+        """Ratios within a turn, over the mean of the bare steps before and after; their median and quartiles."""
         timed = range(self._timed_from, self._timed_to)
         found: dict[str, Any] = {}
         for mode in self._modes:
@@ -284,7 +284,7 @@ class Turns:
         return {**found, "counts": counts, "largest_relative_difference_of_losses": self._largest_difference()}
 
     def _taxes(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Of these turns, by the clock and in CPU time."""
+        """The tax of these turns, by the clock and in CPU time."""
         found = {}
         for name, pick in (("tax", "clock"), ("tax_in_cpu_time", "cpu")):
             ours = [getattr(self._turns[number].ours, pick) for number in numbers]
@@ -307,7 +307,7 @@ class Turns:
         return (number + 1) % self._config.log.every_steps == 0
 
     def _largest_difference(self) -> float:
-        """Of the losses that the run has logged from the bare model's: both learn the same thing."""
+        """The largest relative difference between the logged losses and the bare model's: both learn the same."""
         path = self._config.run_directory / "metrics.jsonl"
         logged = [json.loads(line) for line in path.read_text().splitlines()]
         bare = [float(loss) for loss in self._losses]
@@ -334,7 +334,7 @@ def _shown(spread: dict[str, Any]) -> str:
 
 
 def report(found: dict[str, Any]) -> None:
-    """The case for a person."""
+    """Print the case in readable form."""
     print(
         f"\npreset {found['preset']}, ZeRO {found['zero_stage']}, {found['precision']}, "
         f"{found['parameters'] / 1e6:.1f} M parameters, micro-batch {found['micro_batch']}, {found['tokens']} tokens"
@@ -349,7 +349,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def _report_mode(mode: str, found: dict[str, Any], device: str) -> None:
-    # Other processes affect the clock more than the CPU time; on a GPU the latter is that of the launches alone.
+    # Other processes affect the clock more than the CPU time; on a GPU the latter only covers the launches.
     judged = ("tax", "tax_in_cpu_time") if device == "cpu" else ("tax",)
     verdict = "met   " if all(found[name]["median"] <= TARGET for name in judged) else "MISSED"
     print(

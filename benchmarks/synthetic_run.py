@@ -1,7 +1,7 @@
-"""A real training run on random latents, built and driven by the product's own code; a benchmark sees all its steps.
+"""A real training run on random latents, built and driven by the product's own code; a benchmark sees every step.
 
-`driven` runs `train` itself. The loop asks its reader for samples once a step, so what lies between two of these calls
-is one step: a `Visitor` is called there. On a GPU the host still works on the step before.
+`driven` runs `train` itself. The loop asks its reader for samples once per step, so two of these calls delimit one
+step: a `Visitor` is called there. On a GPU, the host is then still working on the previous step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ecar_dist.vae.dct import DctCodec
 
 CHANNELS, PATCH, CLASSES = 12, 2, 1000
 SAMPLES, SHARDS = 2048, 2
-LONG = 10**12  # samples: neither the end of the run nor a checkpoint comes
+LONG = 10**12  # samples: neither the end of the run nor a checkpoint is reached
 
 
 class Enough(Exception):
@@ -43,10 +43,10 @@ class Visitor(Protocol):
     """What `driven` calls between two steps."""
 
     def begin(self, parts: Parts) -> None:
-        """The run is built, and no step is done."""
+        """Called when the run is built, before the first step."""
 
     def between(self, batches: Sequence[MicroBatch] | None) -> None:
-        """A step on `batches` is over and the next one has not begun; None before the first."""
+        """Called after a step on `batches` and before the next one; None before the first."""
 
 
 def write_latents(folder: Path, latent_size: int, samples: int = SAMPLES, shards: int = SHARDS) -> None:
@@ -72,7 +72,7 @@ def write_latents(folder: Path, latent_size: int, samples: int = SAMPLES, shards
 
 
 def run_tree(folder: Path, name: str, preset: str, latent_size: int, micro_batch: int) -> dict[str, Any]:
-    """The config of a run of one rank, without accumulation, on `folder`/latents."""
+    """The config of a single-rank run, without accumulation, on `folder`/latents."""
     return {
         "run": {"name": name, "dir": str(folder / "runs")},
         "model": {"preset": preset, "patch_size": PATCH},
@@ -98,7 +98,7 @@ def run_config(folder: Path, name: str, preset: str, latent_size: int, micro_bat
 
 
 def driven(config: RunConfig, world: World, visitor: Visitor) -> None:
-    """`ecar-dist train` of this process, from building the parts on, until the visitor has enough. Prints nothing."""
+    """Run `ecar-dist train` in this process, including its construction, until the visitor raises `Enough`; silent."""
     with contextlib.ExitStack() as ends:
         ends.enter_context(contextlib.redirect_stdout(io.StringIO()))
         ends.enter_context(contextlib.suppress(Enough))
@@ -111,7 +111,7 @@ def driven(config: RunConfig, world: World, visitor: Visitor) -> None:
         )
         visitor.begin(parts)
         begin = parts.reader.begin
-        batches: list[Sequence[MicroBatch] | None] = [None]  # of the step before
+        batches: list[Sequence[MicroBatch] | None] = [None]  # of the previous step
 
         def visited(progress: Progress) -> Sequence[MicroBatch] | None:
             visitor.between(batches[0])

@@ -1,7 +1,7 @@
 """The cost of detecting shards that change: the time of reads with the checks of `shards/watch.py`, over that without.
 
-One source reads the same batches in turns, some with and as many without checks, so that other load on the machine
-affects both equally. By itself: `python benchmarks/watching.py [--save results.json]`, half a minute.
+One source reads the same batches alternately with and without checks, so that other load on the machine affects both
+equally. On its own: `python benchmarks/watching.py [--save results.json]`, half a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import contenders
 import rounds
 
 SAMPLES = 20_480
-ROUNDS, BATCHES = 60, 10  # of both, in each of two orders, after one round that is thrown away
+ROUNDS, BATCHES = 60, 10  # of both, in each of two orders, after one round that is discarded
 AT_MOST = 1.03
 
 
@@ -46,15 +46,15 @@ def _cost(folder: Path) -> dict[str, float]:
     source, stream = contenders.ours_at_rest(folder)
     watch = source.watch
     sides, clock, cpu, shards = (watch, NoWatch()), [], [], []
-    for first in range(0, stream.count, contenders.BATCH):  # opens and proves all there is
+    for first in range(0, stream.count, contenders.BATCH):  # opens and verifies everything
         source.read(stream.locate(np.arange(first, first + contenders.BATCH)), None)
     at, left = 0, time.perf_counter()
     for number in range(ROUNDS + 1):
         spent = np.zeros((2, 2))  # [with, without], [clock, CPU]
-        for order in ((0, 1), (1, 0)):  # whoever comes second finds the caches filled
+        for order in ((0, 1), (1, 0)):  # the second side finds the caches filled
             for side in order:
                 source.watch = sides[side]
-                if side == 0:  # the time of the others is not its own: its pause between checks is longer by that
+                if side == 0:  # the other side's time does not count: extend the pause between checks by it
                     watch._next_check += time.perf_counter() - left
                 for first in range(at, at + BATCHES * contenders.BATCH, contenders.BATCH):
                     places = stream.locate(np.arange(first, first + contenders.BATCH))
