@@ -1,9 +1,10 @@
-"""What a checkpoint of many ranks costs: `scale_checkpoints.py [--ranks 64 512] [--preset 7B] [--zero-stage 3]`.
+"""The cost of a checkpoint of many ranks: `scale_checkpoints.py [--ranks 64 512] [--preset 7B] [--zero-stage 3]`.
 
-All tensors of the preset, each reduced to a few values a rank, because the laws depend on fragments and files, not on
-bytes. A few ranks write with the product's code, the others' files are made from a template with the same format. Then
-rank 0 commits, and the checkpoint is listed, verified and restored. Seconds are CPU seconds of one process. What a node
-copies from a bucket under another ZeRO stage or number of ranks is computed for the true sizes.
+All tensors of the preset, each reduced to a few values per rank, because the costs depend on fragments and files, not
+on bytes. A few ranks write with the product's code; the files of the others are made from a template with the same
+format. Then rank 0 commits, and the checkpoint is listed, verified and restored. Seconds are CPU seconds of one
+process. The bytes that a node copies from a bucket under a different ZeRO stage or number of ranks are computed for
+the true sizes.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict
     target = Target(storage.new_checkpoint(8, "attempt"), KINDS)
     found: dict[str, float] = {}
 
-    # Some ranks write with the product's code; what a rank tells the others is pickled, as the collective does it.
+    # Some ranks write with the product's code; a rank's message to the others is pickled, as in the collective.
     written_by_code = sorted({*range(0, ranks, -(-ranks // WRITERS)), ranks - 1})
     with cpu_seconds(found, "write, a rank", len(written_by_code)):
         entries = {rank: write(target, shapes, rank, ranks, zero_stage) for rank in written_by_code}
@@ -107,7 +108,7 @@ def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict
     with cpu_seconds(found, "list"):
         assert storage.complete()
 
-    # A rank proves its share and reads what it needs.
+    # A rank verifies its share and reads what it needs.
     fragments = fragments_of(shapes, ranks // 2, ranks, zero_stage)
     with cpu_seconds(found, "prove, a rank"):
         verify(path, ranks // 2, ranks)
@@ -117,7 +118,7 @@ def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict
             for kind in KINDS:
                 reader.read(kind, fragment.name, fragment.start, fragment.numel)
 
-    # One process proves all files.
+    # One process verifies all files.
     with cpu_seconds(found, "verify"):
         verify(path)
     return {key: round(value, 4) for key, value in found.items()}
@@ -126,9 +127,9 @@ def measure(folder: Path, names: list[str], ranks: int, zero_stage: int) -> dict
 def copied_over_own(
     shapes: dict[str, tuple[int, ...]], written_stage: int, written_by: int, stage: int, ranks: int
 ) -> dict[str, float]:
-    """Bytes that a node of 8 ranks copies from a bucket over those of its own state: in parts, and in whole files.
+    """Bytes that a node of 8 ranks copies from a bucket over those of its own state: by parts, and by complete files.
 
-    It is the node in the middle. The files are laid out as a save does it, without their values.
+    It is the node in the middle. The files are laid out as in a save, without their values.
     """
     from ecar_dist.runtime.checkpoint.restore import intervals_of
 
@@ -143,12 +144,12 @@ def copied_over_own(
 
 
 def copied_of_file(fragments: list[Any], wanted: Any) -> tuple[int, int]:
-    """Bytes that are copied of the file with these fragments: in parts, and whole; 0 if nothing of it is wanted."""
+    """Bytes that are copied from the file with these fragments: by parts, and in full; 0 if none of it is needed."""
     from ecar_dist.runtime.checkpoint.bucket import _MOSTLY, PART_BYTES
     from ecar_dist.runtime.checkpoint.manifest import Piece, overlaps
     from ecar_dist.storage.parts import PartTable, table_bytes
 
-    # Where the needed values are, every kind of each fragment after the other.
+    # Where the needed values are: fragment by fragment, kind by kind.
     header, needed, ranges, end = 8, 0, [], 0
     for fragment in fragments:
         piece = Piece(fragment.name, fragment.start, fragment.numel)
@@ -162,7 +163,7 @@ def copied_of_file(fragments: list[Any], wanted: Any) -> tuple[int, int]:
     if not needed:
         return 0, 0
 
-    # The header, the table, and whole parts; or the file.
+    # The header, the table, and complete parts; or the complete file.
     size = header + end + table_bytes(end, PART_BYTES)
     if needed > _MOSTLY * sum(fragment.numel for fragment in fragments):
         return size, size
@@ -191,7 +192,7 @@ def write(target: Any, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int
 
 
 def imitate(path: Path, fragments: list[Any], like: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """The same for zeros, without the work for each tensor."""
+    """The same for zeros, without the work per tensor."""
     header, end = {}, 0
     for fragment in fragments:
         for kind in KINDS:

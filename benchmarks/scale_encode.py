@@ -1,4 +1,4 @@
-"""What the order of an encoding costs in reads, and how well it mixes: 10^9 images in tars that are sorted by class.
+"""The reads that an encoding order costs, and how well it mixes: 10^9 images in tars that are sorted by class.
 
 `scale_encode.py [--chunks 16 32 64 256] [--shards 20] [--save FILE]`: one permutation of all images (`--chunk 1`),
 chunks of several sizes, and blocks of 64 permuted tars whose images are permuted together. Computed from the orders
@@ -83,7 +83,7 @@ def table_of_a_tar() -> tuple[int, float]:
 
 
 def reads(order: ReadOrder, shards: int, table: int, seconds: float) -> dict[str, float]:
-    """Means over the shards task 0 makes one after the other, with the tables that it keeps."""
+    """Means over the shards that task 0 makes one after another, with the tables that it keeps."""
     kept: dict[int, None] = {}
     pieces = requests = tables = 0
     touched = []
@@ -94,7 +94,7 @@ def reads(order: ReadOrder, shards: int, table: int, seconds: float) -> dict[str
         pieces += len(lengths)
         requests += int((-(-lengths // (image_shards._TOGETHER // IMAGE))).sum())
 
-        # The oldest tables go first.
+        # The oldest tables are dropped first.
         tars = np.unique(images // TAR).tolist()
         touched.append(len(tars))
         new = [tar for tar in tars if tar not in kept]
@@ -113,14 +113,14 @@ def reads(order: ReadOrder, shards: int, table: int, seconds: float) -> dict[str
 
 
 def mixing(order: ReadOrder, shards: int) -> dict[str, float]:
-    """Of the same shards: the share of the most frequent tar, and the classes; then the classes of a batch."""
+    """For the same shards: the share of the most frequent tar, and the classes; then the classes of a batch."""
     shares, in_shard = [], []
     for shard in range(0, shards * TASKS, TASKS):
         images = order(shard)[1]
         shares.append(np.unique(images // TAR, return_counts=True)[1].max() / SHARD)
         in_shard.append(excess(images))
 
-    # A batch of training: some rows of the shards of as many windows as there are lanes.
+    # A training batch: some rows of the shards of as many windows as there are lanes.
     generator = np.random.default_rng(0)
     chosen = generator.choice(COUNT // SHARD, LANES * 4, replace=False)
     pooled = np.concatenate([order(int(shard))[1] for shard in chosen])

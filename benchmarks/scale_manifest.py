@@ -1,7 +1,7 @@
-"""What a large set costs a rank before its first batch: `scale_manifest.py [--samples 1e8 1e9 1e10] [--form table]`.
+"""The cost of a large set before a rank's first batch: `scale_manifest.py [--samples 1e8 1e9 1e10] [--form table]`.
 
-The set has an entry for each shard of 4,096 samples, and no files. In a process of its own, one of 1,024 ranks reads
-the manifest, makes the order, and finds its first 4,096 samples, its shards of an epoch, and those of its node. `--form
+The set has an entry for each shard of 4,096 samples, and no files. In a separate process, one of 1,024 ranks reads the
+manifest, makes the order, and finds its first 4,096 samples, its shards of an epoch, and those of its node. `--form
 list` writes the manifest of earlier releases, which lists the shards in JSON.
 """
 
@@ -38,7 +38,7 @@ CACHED = 1000  # files in the node's cache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=float, nargs="+", default=[1e8, 1e9, 1e10], help="in the sets")
+    parser.add_argument("--samples", type=float, nargs="+", default=[1e8, 1e9, 1e10], help="samples in the sets")
     parser.add_argument("--form", choices=("table", "list"), default="table", help="of the manifest (default: table)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
@@ -83,7 +83,7 @@ def made_entries(shards: int) -> Iterator[LatentEntry]:
 
 def start(folder: Path) -> dict[str, float]:
     """CPU seconds of each part, and resident bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which importing has raised
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports have raised
     before = memory("VmRSS")
     found: dict[str, float] = {}
     clock = time.process_time()

@@ -1,6 +1,6 @@
-"""What the sample order costs many nodes: bytes fetched over bytes needed in an epoch, and CPU time for a sample.
+"""The cost of the sample order on many nodes: bytes fetched over bytes needed in an epoch, and CPU time per sample.
 
-`scale_order.py [--nodes 1 8 64 512] [--batch 131072]`: one set, and two sets mixed by sample, of 24,414 shards in all.
+`scale_order.py [--nodes 1 8 64 512] [--batch 131072]`: one set, and two sets mixed by sample, 24,414 shards in total.
 Computed from the plans of the loader, for nodes that keep their shards for the epoch. `--first-version` computes it for
 the order of earlier releases.
 """
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def over_fetch(stream: SampleStream, batch: int, nodes: int) -> float:
-    """Shards that all nodes read in an epoch over those of the set, from the plans of some nodes."""
+    """Shards that all nodes read in an epoch over those of the set, estimated from the plans of some nodes."""
     stop = stream.count * 99 // 100 // batch * batch
     needed = sum(map(len, stream.upcoming(0, stop, [0], 1)))
     some = sorted({round(part * (nodes - 1) / (LOOKED_AT - 1)) for part in range(LOOKED_AT)})
@@ -63,7 +63,7 @@ def over_fetch(stream: SampleStream, batch: int, nodes: int) -> float:
 
 
 def cost(stream: SampleStream, batch: int, nodes: int) -> dict[str, float]:
-    """CPU time to find a rank's samples: microseconds for each sample, in blocks of 64 steps as the loader does it."""
+    """CPU time to find a rank's samples: microseconds per sample, in blocks of 64 steps as in the loader."""
     world = nodes * RANKS_PER_NODE
     samples, began = 0, time.process_time()
     while time.process_time() - began < 0.5:

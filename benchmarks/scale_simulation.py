@@ -1,8 +1,8 @@
-"""Whether the shards that `ecar-dist plan --simulate` walks are those that a real run downloads, byte for byte.
+"""Whether `ecar-dist plan --simulate` fetches the same shards as a real run, byte for byte.
 
 `scale_simulation.py [--ranks 4 8]`: 1,024 samples in 128 shards of 20 kB behind an S3 stand-in (moto), batch 16. One
-epoch is trained by gloo ranks on this machine, each with a cache of its own as if it were a node. Then the bytes in
-each cache are compared with the walk of the simulation, and the bytes of all requests with both. Some minutes.
+epoch is trained by gloo ranks on this machine, each with its own cache, as if it were a node. Then the bytes in each
+cache are compared with those of the simulation, and the bytes of all requests with both. This takes some minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import synthetic_run
 
 SAMPLES, SHARDS, BATCH = 1024, 128, 16
 SECONDS = 900.0  # for a run
-LAST_SECONDS = 5.0  # in the last step, for downloads that the run does not wait for
+LAST_SECONDS = 5.0  # delay of the last step, for downloads that the run does not wait for
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def compare(work: Path, ranks: int) -> dict[str, Any]:
-    """Bytes in the cache of each node, walked and real; and of all requests for shards."""
+    """Bytes in the cache of each node, simulated and real; and of all requests for shards."""
     walked, forecast = walk(work / "set", ranks)
     real, requested = train(work, ranks)
     shard = max(path.stat().st_size for path in (work / "set").glob("*.tar"))
@@ -56,13 +56,13 @@ def compare(work: Path, ranks: int) -> dict[str, Any]:
         "equal": walked == real,
         "forecast of the epoch": forecast,
         "requested": requested,
-        # The preflight of a node reads the beginning of one shard, which may be in no cache.
+        # The preflight of a node reads the beginning of one shard, which may not be in any cache.
         "requested beside the caches, in shards": round((requested - sum(real)) / shard, 2),
     }
 
 
 def walk(folder: Path, ranks: int) -> tuple[list[int], int]:
-    """Bytes that each node fetches, for an epoch and to look into the next; the forecast of the epoch, of all."""
+    """Bytes that each node fetches, for an epoch and to read ahead into the next; the forecast of the epoch for all."""
     from ecar_dist.data.order.stream import SampleStream
     from ecar_dist.data.shards.manifest import load_manifest
     from ecar_dist.plan.reliability import SaveTimes
@@ -102,7 +102,7 @@ def train(work: Path, ranks: int) -> tuple[list[int], int]:
         slow = {"ECAR_FAILPOINT": f"train.step:step={SAMPLES // BATCH}:delay={LAST_SECONDS:g}"}
         shared = {**rounds.environment(), **address, **account, **alone, **slow, "AWS_DEFAULT_REGION": "us-east-1"}
 
-        # One process a rank, each on a node of its own.
+        # One process per rank, each as its own node.
         processes = []
         for rank in range(ranks):
             own = f"data.cache.dir={cache(work, ranks, rank)}"
