@@ -1,4 +1,4 @@
-"""The result of ablations.py as tables in markdown, and as a picture."""
+"""The result of ablations.py as Markdown tables and as a plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def with_seeds(values: Sequence[float], form: str) -> str:
-    """The mean, and the seeds in brackets where there are several."""
+    """The mean, and the values of the seeds in brackets if there are several."""
     mean, seeds = format(statistics.mean(values), form), ", ".join(format(value, form) for value in values)
     return f"{mean} ({seeds})" if len(values) > 1 else mean
 

@@ -1,8 +1,8 @@
-"""Ablations of ECAR on digits and in closed form: each sign that is expected, and whether it was found.
+"""Ablations of ECAR on digits and in closed form: each expected sign, and whether it was found.
 
-`python benchmarks/ablations.py` takes about an hour on two cores and goes on where it was stopped; `--share 0.01
---seeds 1` tries it out in minutes. It uses the data and the full-length runs that benchmarks/quality.py has left in the
-same folder. The last line is JSON. See benchmarks/README.md.
+`python benchmarks/ablations.py` takes about an hour on two cores and continues where it was stopped; `--share 0.01
+--seeds 1` is a trial run of some minutes. It uses the data and the full-length runs that benchmarks/quality.py has left
+in the same folder. The last line is JSON. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ecar_dist.flow.solvers import SOLVERS
 from ecar_dist.kinds.table import kind_of
 from ecar_dist.runtime.run.directory import RunDirectory
 
-GUIDANCE = 1.0  # none: it trades variance for distance, and variance is what is looked at
+GUIDANCE = 1.0  # none: it trades variance for distance, and variance is what is measured
 VARIANTS: dict[str, tuple[str, ...]] = {
     "noisy states": ("flow.context.mode=noisy_state", "flow.context.tau=0.3"),
     "exact states": ("flow.context.mode=noisy_state", "flow.context.tau=0", "flow.context.allow_unsafe=true"),
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asking = parser(__doc__, seeds=2)
-    asking.add_argument("--trap-plot", type=Path, help="also draw the trap of docs/ecar.md, in closed form, into this")
+    asking.add_argument("--trap-plot", type=Path, help="also plot the trap of docs/ecar.md, closed form, to this file")
     options = asking.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, list[Run]]:
-    """Every variant's runs, one a seed; a run's name tells its share, so that another share is another run.
+    """The runs of every variant, one per seed; a run's name contains its share, so each share is a separate run.
 
-    The reference at the config's full length is quality.py's own `ecar`, which may be trained already.
+    The reference at the config's full length is quality.py's own `ecar`, which may already be trained.
     """
     budget = macs_of(Run("ecar", 0, ECAR).load(work)) * share
     names = {name: f"{name.replace(' ', '-')}-x{share:g}" for name in VARIANTS}
@@ -98,13 +98,13 @@ def unguided(changes: Row) -> Draw:
 
 
 def matched_draw(config: RunConfig, macs: float) -> Draw:
-    """As many solver steps a stage as come nearest to `macs` a sample."""
+    """The number of solver steps per stage that comes closest to `macs` per sample."""
     draws = [unguided({"steps_per_stage": steps}) for steps in range(1, 65)]
     return min(draws, key=lambda draw: abs(kind_of(config).sampling_macs(draw.of(config)) - macs))
 
 
 def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
-    """Scores of the trained reference by solver and calls a stage, and how long the runs were."""
+    """Scores of the trained reference by solver and calls per stage, and the names of its runs."""
     full = [Run("ecar", run.seed, ECAR) for run in own]
     runs = full if all(stands_in_full(work, run) for run in full) else own
     draws = [
@@ -125,14 +125,14 @@ def solvers(work: Path, own: Sequence[Run], jobs: int) -> dict[str, Any]:
 
 
 def stands_in_full(work: Path, run: Run) -> bool:
-    """Whether the run is there and has the config's own length: quality.py may have made a shorter one."""
+    """Whether the run exists and has the full length of its config: quality.py may have made a shorter one."""
     config = run.load(work)
     stored = RunDirectory(config.run_directory)
     return is_trained(work, run) and stored.load_config().train.total_samples == config.train.total_samples
 
 
 def real_variances(work: Path) -> dict[str, float]:
-    """By band, of the held-out images, to which the scores' ratios are."""
+    """Variance of the held-out images by band: the denominators of the ratios in the scores."""
     return band_variances(read_images(str(work / "images/heldout"), IMAGE_SIZE)[0].pixels, DEVICE)
 
 
@@ -153,7 +153,7 @@ def sign(expected: str, smaller: Sequence[float], larger: Sequence[float]) -> Ro
 
 
 def context_signs(variants: dict[str, Row]) -> list[Row]:
-    """What the trap and the use of a context lead to expect of the variants, and the claim of stages."""
+    """The signs that the trap, the use of a context, and the claim about stages predict for the variants."""
     noisy, exact, label = (variants[name] for name in (REFERENCE, "exact states", "class only"))
     coarse = list(noisy["band variance ratio"])[-2:]
 
@@ -187,7 +187,7 @@ def solver_signs(result: dict[str, Any]) -> list[Row]:
     limit = trained["midpoint", 16]["variance share"]["seeds"]
 
     def off(solver: str, calls: int) -> list[float]:
-        """How far the variance is from where it ends."""
+        """How far the variance is from its limit."""
         shares = trained[solver, calls]["variance share"]["seeds"]
         return [abs(share - end) for share, end in zip(shares, limit, strict=True)]
 

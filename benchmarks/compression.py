@@ -1,8 +1,8 @@
 """Quantisation and token merging on a trained run: python benchmarks/compression.py runs/mine [--images 64]
 
 Prints three tables: the ladder of ViDiT-Q, token merging by ratio on the run, and the CPU time of one velocity call
-with merged tokens by grid, on random weights. All differences are from the samples of the same noise without
-quantisation and merging.
+with merged tokens by grid, on random weights. All differences are from samples with the same noise, without
+quantisation or merging.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATIOS = (0.0, 0.25, 0.5, 0.75)
 
 
 class StaticLinear(nn.Module):
-    """Weights per output, activations with one scale for all that calibration has seen: simulated, the lowest rung."""
+    """The lowest rung, simulated: one scale per output for weights, one scale for all activations in calibration."""
 
     def __init__(self, linear: nn.Linear, bits: int, largest: float) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory, or an export that is not quantised")
     parser.add_argument("--images", type=int, default=64, help="samples to compare (default: 64)")
     parser.add_argument("--preset", default="S", help="size of the model with random weights (default: S)")
-    parser.add_argument("--sides", default="8,16,32", help="its grids (default: 8,16,32)")
+    parser.add_argument("--sides", default="8,16,32", help="sides of its token grids (default: 8,16,32)")
     parsed = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_trained(parsed.run, device)

@@ -1,6 +1,6 @@
-"""Do the stages pay on data that needs many solver steps? `ecar`, `pyramid` and `dit` at equal training compute.
+"""Do stages pay off on data that needs many solver steps? `ecar`, `pyramid` and `dit` at equal training compute.
 
-`python benchmarks/decisive.py` takes one to two hours on two quiet cores, and goes on where it was stopped; `--share`
+`python benchmarks/decisive.py` takes one to two hours on two idle cores, and continues where it was stopped; `--share`
 makes the trainings shorter, `--full` is the long form for a GPU. The rule that decides was fixed before the first run:
 docs/claim.md, "The decisive experiment". The last line is JSON.
 
@@ -38,7 +38,7 @@ from scipy.sparse.linalg import svds
 
 from ecar_dist.data.shards.manifest import load_manifest
 
-KINDS: dict[str, tuple[str, ...]] = {  # at about equal parameters
+KINDS: dict[str, tuple[str, ...]] = {  # with about equal numbers of parameters
     "ecar": ("model.kind=ecar",),
     "pyramid": ("model.kind=pyramid", "model.flow_depth=6"),
     "dit": ("model.kind=dit", "model.flow_depth=6", "flow.num_stages=1"),
@@ -57,7 +57,7 @@ STEPS: dict[int, tuple[dict[str, Any], ...]] = {
         *({"steps_per_stage": list(steps)} for steps in ((1, 1, 1), (2, 2, 2), (4, 2, 1), (6, 4, 2), (8, 8, 8))),
     ),
 }
-TYPICAL = {1: {"steps_per_stage": [8]}, 3: {"steps_per_stage": [2, 2, 2]}}  # for which the guidance is chosen
+TYPICAL = {1: {"steps_per_stage": [8]}, 3: {"steps_per_stage": [2, 2, 2]}}  # at which the guidance is chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,13 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = options.work.resolve()
     prepare(work, options.data)
 
-    # A set without large eigenvalues needs few calls of any model, and decides nothing.
+    # On a set without large eigenvalues, every model needs few calls, so the set decides nothing.
     spectrum = spectrum_of(work, options.data)
     print(f"largest eigenvalue within a class: {spectrum['largest_within_class']:.1f}")
     if spectrum["largest_within_class"] < rule.SMALLEST_EIGENVALUE and not options.any_spectrum:
-        raise SystemExit(
-            f"below {rule.SMALLEST_EIGENVALUE}: this set cannot decide; --any-spectrum runs it all the same"
-        )
+        raise SystemExit(f"below {rule.SMALLEST_EIGENVALUE}: this set cannot decide; --any-spectrum runs it anyway")
 
     # Train, choose, score, and apply the rule.
     classifier(work, options.data)
@@ -107,17 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = pixel_parser(__doc__)
     options.add_argument("--full", action="store_true", help="ten times the training; for a GPU")
-    options.add_argument("--any-spectrum", action="store_true", help="run although the set needs few calls")
+    options.add_argument("--any-spectrum", action="store_true", help="run even if the set needs few calls")
     return options.parse_args(arguments)
 
 
 def spectrum_of(work: Path, data: str) -> dict[str, float]:
-    """The largest eigenvalue of the covariance of the latents at unit variance, of all and within a class."""
+    """The largest eigenvalue of the covariance of the latents at unit variance, overall and within a class."""
     images, _ = pictures(work, data, "train")
     values = images.pixels.reshape(len(images.labels), -1).astype(np.float32)
     values = (values - values.mean()) / values.std()
 
-    # Within a class: around the mean of each.
+    # Within a class: around the mean of the class.
     within = values.copy()
     for label in np.unique(images.labels):
         within[images.labels == label] -= within[images.labels == label].mean(0)
@@ -128,13 +126,13 @@ def spectrum_of(work: Path, data: str) -> dict[str, float]:
 
 
 def largest_eigenvalue(centred: np.ndarray) -> float:
-    """Of the covariance of centred values [N, d]."""
+    """The largest eigenvalue of the covariance of centred values [N, d]."""
     (singular_value,) = svds(centred, k=1, return_singular_vectors=False, random_state=0)
     return float(singular_value**2 / len(centred))
 
 
 def runs_at_equal_compute(work: Path, data: str, seeds: int, budget: float) -> list[PixelRun]:
-    """Every seed and kind; each sees as many samples, in whole steps, as the budget in MACs pays for."""
+    """Every seed and kind; each sees as many samples, in whole steps, as the budget in MACs allows."""
     runs = [PixelRun(kind, seed, CONFIG, data=data, model=KINDS[kind]) for seed, kind in product(range(seeds), KINDS)]
     return [at_compute(work, run, budget) for run in runs]
 

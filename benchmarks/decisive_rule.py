@@ -1,11 +1,11 @@
 """The rule of `decisive.py`, fixed before the first run, and how its rows are shown.
 
-The stages are **confirmed** where, in every training,
+The stages are **confirmed** if, in every training,
   1. `dit` on a uniform grid needs at least 16 calls to come within 5 % of its best FD and its best bands, and
   2. a staged kind reaches `dit`'s best FD plus two standard errors with at most 1 / 1.4 of the MACs that `dit` needs
      with its best time shift.
-They are **refuted** where, in every training, no staged setting is better than `dit` at the same MACs or fewer by more
-than two standard errors. All else is **undecided**.
+They are **refuted** if, in every training, no staged setting is better than `dit` at the same MACs or fewer by more
+than two standard errors. Everything else is **undecided**.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def row(kind: str, grid: str, training: int, setting: dict[str, Any], scores: Se
 
 
 def band_error(bands: dict[str, float]) -> float:
-    """The largest factor between the variance of an octave in the samples and in real images, either way."""
+    """The largest factor between the variance of an octave in the samples and in real images, in either direction."""
     return max(max(ratio, 1.0 / ratio) if ratio > 0 else math.inf for ratio in bands.values())
 
 
 def decide(rows: Sequence[Row]) -> dict[str, Any]:
-    """`confirmed`, `refuted` or `undecided`, with what each training says."""
+    """`confirmed`, `refuted` or `undecided`, with the findings of each training."""
     trainings = [
         one_training([one for one in rows if one["training"] == seed])
         for seed in sorted({one["training"] for one in rows})
@@ -71,10 +71,10 @@ def decide(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def one_training(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the rule asks of one training.
+    """The values of one training that the rule uses.
 
     saving: MACs of the cheapest setting of `dit` that reaches the threshold, over those of the cheapest staged one; 0
-    where no staged one does.
+    if no staged one does.
     """
     dit = [one for one in rows if one["kind"] == "dit"]
     staged = [one for one in rows if one["kind"] in STAGED]
@@ -83,10 +83,10 @@ def one_training(rows: Sequence[Row]) -> dict[str, Any]:
     uniform = [one for one in dit if one["grid"] == "uniform"]
     least = {key: min(one[key] for one in uniform) for key in ("FD", "band error")}
     near = [one["calls"] for one in uniform if all(one[key] <= NEAR * least[key] for key in least)]
-    # No setting may be near both minima: then not even the largest number of calls is enough.
+    # If no setting is near both minima, not even the largest number of calls is enough.
     needed = min(near, default=max(one["calls"] for one in uniform))
 
-    # What the best FD costs, whatever the shift.
+    # The cost of the best FD, with any shift.
     best = min(dit, key=lambda one: one["FD"])
     threshold = best["FD"] + 2.0 * best["SE"]
     cheapest = {
@@ -112,7 +112,7 @@ def one_training(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a kind and setting, over trainings and sampling seeds, in markdown."""
+    """One line per kind and setting, over trainings and sampling seeds, in Markdown."""
     columns = "kind | grid | steps | shift | guidance | calls | MMAC a sample | FD | sd over trainings | over samplings"
     lines = [f"| {columns} | band error | accuracy |", "|---" * 12 + "|"]
     settings: dict[tuple[str, str, str], list[Row]] = {}
@@ -123,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(some: Sequence[Row]) -> list[str]:
-    """Of one setting, over its trainings."""
+    """The cells of one setting, over its trainings."""
     setting = some[0]["setting"]
     steps = ", ".join(map(str, setting["steps_per_stage"]))
 

@@ -1,6 +1,6 @@
-"""Trainings on scikit-learn's digits to be compared: data as in the demo, runs through the command line, scores.
+"""Training runs on scikit-learn's digits for comparisons: data as in the demo, runs through the command line, scores.
 
-Everything is kept in a work folder and done once: a comparison that was stopped goes on where it was.
+Everything is kept in a work folder and done only once: a comparison that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ecar_dist.vae.build import open_codec
 from ecar_dist.vae.pixels import to_pixels
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cpu")  # ranks and samplers alike: many small runs side by side, one thread each
+DEVICE = torch.device("cpu")  # for ranks and samplers: many small runs side by side, one thread each
 IMAGE_SIZE, BATCH_SIZE = 32, 256
 
 
@@ -64,7 +64,7 @@ class Run:
         return load_config(self.config, self.words(work))
 
     def words(self, work: Path) -> list[str]:
-        """The config's overrides on the command line: where everything is, one rank, and what the comparison sets."""
+        """The config's overrides on the command line: paths, one rank, and the settings of the comparison."""
         images = work / "images"
         return [
             f"run.dir={work / 'runs'}",
@@ -102,17 +102,17 @@ def parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
     """The options of a comparison."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, help="trainings of each row")
-    parser.add_argument("--share", type=float, default=1.0, help="of the configs' length of training")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the training length in the configs")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "demo/quality", help="folder that keeps data and runs")
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
-    parser.add_argument("--plot", type=Path, help="also draw quality against what sampling costs into this file")
+    parser.add_argument("--plot", type=Path, help="also plot quality against sampling cost to this file")
     parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
     return parser
 
 
 def prepare(work: Path) -> None:
-    """Image shards, autoencoder, latents: what `make demo` does before it trains. What stands is left alone."""
+    """Image shards, autoencoder, latents: what `make demo` does before it trains. Existing results are kept."""
     images, vae, latents = work / "images", work / "vae", work / "latents"
     steps = [
         (images / "heldout/manifest.json", ["shard", "digits", images, "--holdout", "0.2"]),
@@ -126,7 +126,7 @@ def prepare(work: Path) -> None:
 
 
 def train(work: Path, run: Run) -> Path:
-    """The run's directory, trained to the end by the command. A run that stands is not trained again."""
+    """The run's directory, trained to the end by the command. A finished run is not trained again."""
     if not is_trained(work, run):
         call(["-m", "ecar_dist", "train", str(run.config), *run.words(work)], threads=1)
     return run.load(work).run_directory
@@ -146,7 +146,7 @@ def final_loss(directory: Path) -> float:
 
 
 def measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]:
-    """The scores of a trained run, one a draw, with what a sample costs. Kept beside the run."""
+    """The scores of a trained run, one per draw, with the cost of a sample. Kept in the run directory."""
     trained, found = None, []
     for draw in draws:
         file = run.load(work).run_directory / "compared" / f"{draw.name}.json"
@@ -160,7 +160,7 @@ def measure(work: Path, run: Run, draws: Sequence[Draw]) -> list[dict[str, Any]]
 
 
 def cost(config: RunConfig, draw: Draw) -> dict[str, float]:
-    """What a run and a sample of it cost; guidance is counted with its null passes."""
+    """The cost of a run and of one of its samples, including the null passes of guidance."""
     return {
         "parameters": kind_of(config).parameters(config).total,
         "training_macs": kind_of(config).training_macs(config) * config.train.total_samples,
@@ -179,7 +179,7 @@ def _score(work: Path, trained: TrainedModel, draw: Draw) -> dict[str, Any]:
 
 
 def score_of_codes(work: Path, size: int, patch_size: int) -> dict[str, Any]:
-    """The scores of training images whose tokens are their nearest codes: the best that a model over them can do."""
+    """The scores of training images whose tokens are their nearest codes: the best that a model over codes can do."""
     folder = work / "latents"
     scorer, _ = _scorer(work)
     manifest = load_manifest(folder)
@@ -200,7 +200,7 @@ def _scorer(work: Path) -> tuple[Scorer, np.ndarray]:
 
 
 def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], jobs: int, what: str) -> list[Any]:
-    """The results of action(*item), in the order of the items, by `jobs` processes of one thread."""
+    """The results of action(*item), in the order of the items, by `jobs` processes with one thread each."""
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(action, *item) for item in items]
@@ -208,7 +208,7 @@ def side_by_side(action: Callable[..., Any], items: Iterable[tuple[Any, ...]], j
 
 
 def call(words: Sequence[str], threads: int) -> None:
-    """Python with these words. Raises RuntimeError with the end of what it said where it failed."""
+    """Run Python with these arguments. Raises RuntimeError with the end of its error output if it fails."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *words],

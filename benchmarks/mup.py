@@ -1,7 +1,7 @@
-"""Does the best learning rate stay where the width grows? ECAR on 8 x 8 digits, with and without `optim.mup`.
+"""Does the best learning rate stay the same as the width grows? ECAR on 8 x 8 digits, with and without `optim.mup`.
 
-`python benchmarks/mup.py` trains 6 rates x 3 widths x 2 ways with one thread, in a few minutes; `--steps 4` tries
-it out. The last line is JSON.
+`python benchmarks/mup.py` trains 6 rates x 3 widths x 2 ways with one thread, in a few minutes; `--steps 4` is a
+trial run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WARM_UP_SHARE = 0.1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of each training (default: 60)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each training run (default: 60)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (default: 1)")
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
     parser.add_argument("--hardware", help="what to call the machine (default: its cores and processor)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
-    # All trainings, narrow ones first.
+    # All training runs, narrow models first.
     images, labels = digits()
     todo = [(mup, width, rate) for width in WIDTHS for mup in (True, False) for rate in RATES]
     losses = {
@@ -89,7 +89,7 @@ def run_config(mup: bool, width: int, rate: float, seed: int) -> RunConfig:
 def final_loss(config: RunConfig, images: torch.Tensor, labels: torch.Tensor, steps: int) -> float:
     """The mean loss of the last steps; the batches and all noise are the same for every width and rate.
 
-    inf where the loss is not finite.
+    inf if a loss is not finite.
     """
     kind = kind_of(config)
     torch.manual_seed(config.run.seed)

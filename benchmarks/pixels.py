@@ -1,7 +1,8 @@
-"""Trainings on the pixels of pictures to be compared: runs through the command line, choices, scores.
+"""Training runs on the pixels of pictures for comparisons: runs through the command line, choices, scores.
 
 The pictures of 32 x 32 pixels are their own latents (codec `identity`). Every variant chooses its guidance and its time
-shift on one half of the held-out pictures and is scored on the other. All is kept in a work folder and done once.
+shift on one half of the held-out pictures and is scored on the other. Everything is kept in a work folder and done only
+once.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def pixel_parser(description: str | None) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class PixelRun(Run):
-    """One training. data: the built-in source of images. model: the overrides that make its kind."""
+    """One training. data: the built-in source of images. model: the overrides that select its kind."""
 
     data: str = "photos"
     model: tuple[str, ...] = ()
@@ -83,7 +84,7 @@ class PixelRun(Run):
 
 
 def prepare(work: Path, data: str) -> None:
-    """Image shards and latents, which are the pixels. What stands is left alone."""
+    """Image shards and latents, which are the pixels. Existing results are kept."""
     images, latents = work / data / "images", work / data / "latents"
     encode = ["encode", images / "train", latents, "--vae", "identity-f1", "--image-size", str(IMAGE_SIZE)]
     steps = [
@@ -99,22 +100,22 @@ def prepare(work: Path, data: str) -> None:
 
 
 def require_all_photographs(folder: Path, found: int) -> None:
-    """A class is a photograph. Raises SystemExit where the packages that hold some of them were not installed."""
+    """Each class is one photograph. Raises SystemExit if the packages with some of them were not installed."""
     wanted = sum(len(names) for _, names in PHOTOGRAPHS.values())
     if found != wanted:
         raise SystemExit(
-            f"{folder} has crops of {found} photographs, and results are for {wanted}; "
+            f"{folder} has crops of {found} photographs, but results are for {wanted}; "
             "pip install 'ecar-dist[photos]', then remove that folder"
         )
 
 
 def at_compute(work: Path, run: PixelRun, budget: float) -> PixelRun:
-    """With as many samples as the budget in MACs pays for; warm-up, EMA and saves are in proportion."""
+    """The run with as many samples as the budget in MACs allows; warm-up, EMA and saves are in proportion."""
     config = run.load(work)
     batch = config.batch.global_batch_size
     samples = max(1, round(budget / kind_of(config).training_macs(config) / batch)) * batch
     lengths = {
-        "run.name": f"{run.name}-{samples}",  # a run of another length is another run
+        "run.name": f"{run.name}-{samples}",  # a run of a different length is a different run
         "train.total_samples": samples,
         "optim.warmup_samples": samples // 12,
         "ema.half_life_samples": max(batch, samples // 8),
@@ -136,7 +137,7 @@ def choose(
     samples: int,
     jobs: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each variant: the guidance, and the time shift of each of its `steps`; on the first half of the held-out.
+    """For each variant: the guidance, and the time shift of each of its `steps`, on the first half.
 
     The guidance is chosen at the `typical` number of steps.
     """
@@ -144,7 +145,7 @@ def choose(
     found = _distances(work, runs, sweep, samples, jobs, "guidance")
     guidance = {name: GUIDANCE[means.index(min(means))] for name, means in found.items()}
 
-    # Then the shift, for each number of steps. It changes nothing where a stage is one step.
+    # Then the shift, for each number of steps. It changes nothing if a stage is one step.
     shifts = {name: [SHIFTS if max(one["steps_per_stage"]) > 1 else (1.0,) for one in steps[name]] for name in typical}
     shifted = {
         name: [
@@ -214,7 +215,7 @@ def score(
 
 
 def measure(work: Path, run: PixelRun, draws: Sequence[Draw], samples: int) -> list[dict[str, Any]]:
-    """Scores of a trained run, one a draw, with what a sample costs. Kept beside the run."""
+    """Scores of a trained run, one per draw, with the cost of a sample. Kept in the run directory."""
     trained, found = None, []
     for draw in draws:
         name = draw.name.replace(" ", "").replace("/", "_")
@@ -237,20 +238,20 @@ def measure(work: Path, run: PixelRun, draws: Sequence[Draw], samples: int) -> l
 
 
 def calls(config: RunConfig, draw: Draw) -> int:
-    """Velocity calls in a row, without the null passes of guidance, which a batch has beside them."""
+    """Sequential velocity calls, without the null passes of guidance, which run in the same batch."""
     from ecar_dist.kinds.flops import velocity_calls
 
     return sum(velocity_calls(draw.of(config)))
 
 
 def labels_of(work: Path, data: str, samples: int) -> np.ndarray:
-    """The labels of the training images, in a fixed random order: the classes as often as they are."""
+    """The labels of the training images, in a fixed random order: classes as frequent as in the set."""
     labels = labels_of_training(work, data)
     return np.random.default_rng(0).permutation(np.resize(labels, samples))
 
 
 def scores_of(work: Path, data: str, pixels: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Against both halves of the held-out images: Frechet distance and the least and largest band; and accuracy."""
+    """Against both halves of the held-out images: Frechet distance and variance ratios by band; and accuracy."""
     features, predictions = features_and_predictions(classifier(work, data), pixels)
     halves, bands = heldout_halves(work, data)
     of_samples = band_variances(pixels, DEVICE)
@@ -262,7 +263,7 @@ def scores_of(work: Path, data: str, pixels: np.ndarray, labels: np.ndarray) -> 
 
 
 def floor(work: Path, data: str, samples: int) -> dict[str, Any]:
-    """The distance of real training images to the second half, over random choices of as many as there are samples."""
+    """The distance of real training images to the second half, over random subsets with as many images as samples."""
     images, _ = pictures(work, data, "train")
     features, _ = features_and_predictions(classifier(work, data), images.pixels)
     halves, _ = heldout_halves(work, data)
@@ -295,7 +296,7 @@ def classifier(work: Path, data: str) -> ScoringClassifier:
 
 @cache
 def labels_of_training(work: Path, data: str) -> np.ndarray:
-    """Without decoding an image."""
+    """The labels of the training images, read without decoding an image."""
     shards = ImageShards(str(work / data / "images/train"))
     return np.array([shards.read(index).label for index in range(len(shards))], dtype=np.int64)
 

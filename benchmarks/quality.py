@@ -1,7 +1,8 @@
 """Quality against sampling compute: ECAR and its relatives on digits, at equal parameters and equal training MACs.
 
-`python benchmarks/quality.py` compares those of the claim in one to two hours on two cores; `--kinds` takes others. It
-goes on where it was stopped; `--share 0.02` tries it out in minutes. The last line is JSON. See benchmarks/README.md.
+`python benchmarks/quality.py` compares the kinds of the claim in one to two hours on two cores; `--kinds` selects
+others. It continues where it was stopped; `--share 0.02` is a trial run of some minutes. The last line is JSON. See
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ GUIDANCE = (1.0, 1.15, 1.3, 1.6, 2.0)
 CHOOSING, SCORING = 0, (1, 2, 3)  # seeds of the samples by which the guidance is chosen, and of those that are reported
 SCORES = ("FD-digits", "ratio to floor", "class accuracy", "neighbour ratio")
 OF_SAMPLES = "FD-digits of each sampling seed"
-CODES, PATCH = 512, 2  # of kinds over codes: with so many they have about as many parameters as the others
+CODES, PATCH = 512, 2  # of kinds over codes: with this many, they have about as many parameters as the others
 
 
 @dataclass(frozen=True)
 class Contender:
     """One row of the comparison: how a kind is trained, and with which settings it is sampled, cheap ones first.
 
-    typical: place of the setting at which the guidance is chosen.
+    typical: index of the setting at which the guidance is chosen.
     """
 
     config: Path
@@ -48,7 +49,7 @@ def over_codes(kind: str, *overrides: str) -> tuple[str, ...]:
 
 ECAR, PYRAMID, DIT, MAR = (ROOT / f"configs/digits_{name}.yaml" for name in ("cpu", "pyramid", "dit", "mar"))
 STAGED = tuple({"steps_per_stage": steps} for steps in (1, 2, 4, 8))
-DEEPER = "model.ar_depth=8"  # a block in place of the head that `par` does not have
+DEEPER = "model.ar_depth=8"  # one more block, because `par` has no head
 CLAIMED = ("ecar", "pyramid", "dit", "mar")  # those that docs/claim.md compares
 KINDS = {
     "ecar": Contender(ECAR, STAGED, typical=1),
@@ -71,7 +72,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parser(__doc__, seeds=3)
     given.add_argument("--kinds", nargs="+", choices=KINDS, default=CLAIMED, help="rows of the table of contenders")
-    given.add_argument("--settings", type=int, default=9, help="how many of each kind's settings, cheap ones first")
+    given.add_argument("--settings", type=int, default=9, help="number of settings of each kind, cheap ones first")
     options = given.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
@@ -90,20 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fit_codes(work: Path) -> None:
-    """The codebook beside the latents, which stay the same set. One that stands is left alone."""
+    """Fit the codebook next to the latents, which stay the same set. An existing one is kept."""
     if not (work / f"latents/codebook-p{PATCH}-v{CODES}.safetensors").exists():
         words = ["fit-codebook", str(work / "latents"), "--size", str(CODES), "--patch-size", str(PATCH)]
         call(["-m", "data_tools", *words], threads=2)
 
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float, kinds: Sequence[str] = CLAIMED) -> list[Run]:
-    """Every kind and seed, seed by seed; each sees as many samples as ECAR's training MACs pay for."""
+    """Every kind and seed, seed by seed; each sees as many samples as ECAR's training MACs allow."""
     budget = macs_of(KINDS["ecar"].run("ecar", 0).load(work)) * share
     return [at_equal_compute(work, KINDS[kind].run(kind, seed), budget) for seed in range(seeds) for kind in kinds]
 
 
 def at_equal_compute(work: Path, run: Run, budget: float) -> Run:
-    """The run with as many samples, in whole steps, as the budget in MACs pays for; its warm-up is in proportion."""
+    """The run with as many samples, in whole steps, as the budget in MACs allows; its warm-up is in proportion."""
     config = run.load(work)
     steps = round(budget / kind_of(config).training_macs(config) / config.batch.global_batch_size)
     samples = steps * config.batch.global_batch_size
@@ -133,7 +134,7 @@ def compare(work: Path, runs: Sequence[Run], jobs: int, settings: int) -> dict[s
     to_score = [(work, run, draws[run.variant]) for run in runs]
     scored = by_kind(side_by_side(measure_often, to_score, jobs, "scored"))
 
-    # Speed does not depend on the seed of the training. Nothing else runs beside it.
+    # Speed does not depend on the seed of the training. Nothing else runs at the same time.
     first = {run.variant: run for run in reversed(runs)}
     rows = [(kind, number) for kind in kinds for number in range(len(draws[kind]))]
     drawn = [(first[kind], Draw(SCORING[0], draws[kind][i])) for kind, i in rows]
@@ -168,7 +169,7 @@ def measure_often(work: Path, run: Run, settings: Sequence[dict[str, Any]]) -> l
 
 
 def mean_over_samples(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one training and setting. What does not depend on the samples is that of the first."""
+    """Scores of one training and setting. Values that do not depend on the samples are those of the first set."""
     bands = scores[0]["band variance ratio"]
     return {
         **scores[0],
@@ -181,7 +182,7 @@ def mean_over_samples(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def best_guidance(found: Sequence[Sequence[dict[str, Any]]]) -> float:
-    """Of all seeds together: found[seed][i] are the scores at GUIDANCE[i]."""
+    """The best over all seeds together: found[seed][i] are the scores at GUIDANCE[i]."""
     means = [statistics.mean(distance_of(one[i]) for one in found) for i in range(len(GUIDANCE))]
     return GUIDANCE[means.index(min(means))]
 
@@ -218,7 +219,7 @@ def summary(scores: Sequence[dict[str, Any]], guidance_scale: float) -> dict[str
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row a setting, in markdown."""
+    """One row per setting, in Markdown."""
     first = next(iter(result["kinds"].values()))[0]
     bands = list(first["band variance ratio"])
     lines = [

@@ -1,4 +1,4 @@
-"""The contenders of `sampling.py`: the product's own sampler on untrained models, and how their turns are clocked."""
+"""The contenders of `sampling.py`: the product's own sampler on untrained models, and how their turns are timed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Contender:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-# Every kind has a row. The first one is that with which the others are compared.
+# Every kind has a row. The others are compared with the first one.
 CONTENDERS = {
     "ECAR": Contender("ecar", 3),
     "dit, 250 steps": Contender("dit", solver="euler", steps=250),
@@ -65,7 +65,7 @@ def of_kinds(kinds: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured; `batches` has the images that each contender draws at once, and names the contenders."""
+    """What is measured; `batches` maps each contender to the number of images that it draws at once."""
 
     preset: str
     latent_size: int
@@ -79,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a batch of each round, with what arithmetic and calls predict; the rest is of the case itself."""
+    """Seconds per batch in each round, with what arithmetic and calls predict; the rest describes the case."""
 
     case: Case
     seconds: dict[str, list[float]]
@@ -93,7 +93,7 @@ class Measured:
 
 
 def measure(case: Case, rounds: int) -> Measured:
-    """`rounds` turns of each contender, nobody always after the same neighbour. Halves batches that do not fit."""
+    """`rounds` turns of each contender, in an order that rotates every round. Halves batches that do not fit."""
     try:
         return _measure(case, rounds)
     except torch.OutOfMemoryError:
@@ -130,9 +130,9 @@ def _measure(case: Case, rounds: int) -> Measured:
 
 
 def model_sizes(config: RunConfig) -> dict[str, dict[str, float]]:
-    """MiB in memory and on disk, in fp32 and with 8-bit and 4-bit weights, as `ecar-dist quantize` has them.
+    """MiB in memory and on disk, in fp32 and with 8-bit and 4-bit weights, as `ecar-dist quantize` makes them.
 
-    They follow from the shapes alone, so nothing is allocated.
+    Computed from the shapes alone, so nothing is allocated.
     """
     found: dict[str, dict[str, float]] = {"memory MiB": {}, "file MiB": {}}
     for name, bits in {"fp32": None, "W8A8": 8, "W4A8": 4}.items():
@@ -146,7 +146,7 @@ def model_sizes(config: RunConfig) -> dict[str, dict[str, float]]:
 
 
 class Turn:
-    """One contender with its model, ready to draw one batch after the other."""
+    """One contender with its model, ready to draw one batch after another."""
 
     def __init__(self, contender: Contender, case: Case, batch: int, model: Any = None) -> None:
         self.contender, self._device = contender, case.device
@@ -159,7 +159,7 @@ class Turn:
         self._indices = torch.arange(batch, device=case.device)
 
     def run(self, steps: int, model: Any = None) -> float:
-        """Seconds until a batch is drawn, with so many steps a stage."""
+        """Seconds until a batch is drawn, with `steps` steps per stage."""
         each = (min(steps, self.contender.steps),) * self.contender.num_stages
         plan = dataclasses.replace(self._plan, steps_per_stage=each)
         self._wait()
@@ -169,7 +169,7 @@ class Turn:
         return time.perf_counter() - began
 
     def shares(self) -> dict[str, float]:
-        """What part of the time the AR transformer and the velocity take; each is waited for, so in runs of its own."""
+        """Time shares of the AR transformer and the velocity, from separate runs that synchronise after each part."""
         found: dict[str, list[float]] = {"AR": [], "velocity": []}
         for _ in range(SHARE_RUNS):
             clocked = _Clocked(self.model, self._wait)
@@ -189,11 +189,11 @@ class Turn:
 
 
 class _Clocked:
-    """A model whose two parts are clocked, in calls and seconds."""
+    """A model whose two parts are timed, in seconds."""
 
     def __init__(self, model: Any, wait: Callable[[], None]) -> None:
         self.start_cache, self._wait = model.start_cache, wait
-        self.modulations = model.modulations  # of all calls of a stage at once: in neither part's share
+        self.modulations = model.modulations  # for all calls of a stage at once: in neither part's share
         self.seconds = {"begin_stage": 0.0, "velocity": 0.0}
         for name in self.seconds:
             setattr(self, name, self._clock(name, getattr(model, name)))
@@ -233,7 +233,7 @@ def largest_batches(case: Case, bound: int | None) -> Case:
 
 
 def doubled_while(fits: Callable[[int], bool], bound: int | None) -> int:
-    """The largest power of two up to `bound` that fits; 1 is taken to."""
+    """The largest power of two up to `bound` that fits; 1 is assumed to fit."""
     batch = 1
     while (bound is None or 2 * batch <= bound) and fits(2 * batch):
         batch *= 2
@@ -241,7 +241,7 @@ def doubled_while(fits: Callable[[int], bool], bound: int | None) -> int:
 
 
 def _turns(case: Case) -> dict[str, Turn]:
-    """The contenders of a case; those of one kind and sections share a model. All are of one preset."""
+    """The contenders of a case; those with the same kind and sections share a model. All have the same preset."""
     turns: dict[str, Turn] = {}
     models: dict[tuple[str, str], Any] = {}
     for name, batch in case.batches.items():
@@ -275,7 +275,7 @@ def config_of(contender: Contender, case: Case) -> RunConfig:
 
 
 def _untrained(config: RunConfig) -> nn.Module:
-    """Nothing is zero, as after training: a GPU is faster at multiplying zeros."""
+    """An untrained model without zero weights, as after training: a GPU is faster at multiplying zeros."""
     torch.manual_seed(0)
     model = kind_of(config).build_model(config)
     for parameter in model.parameters():

@@ -1,9 +1,9 @@
-"""Sampling speed of ECAR against other kinds of the same preset: untrained weights, one process, turn by turn.
+"""Sampling speed of ECAR against other kinds of the same preset: untrained weights, one process, alternating.
 
 `python benchmarks/sampling.py` compares with `dit` and takes under two minutes on two cores; `--kinds` names others,
-`--full` has more rounds. On a GPU it measures preset XL in bf16, compiled. A table has the sizes of the models, also
-after `ecar-dist quantize`; `--sizes` measures nothing else. The last line is JSON. Decoding by the autoencoder is left
-out. See benchmarks/README.md.
+`--full` has more rounds. On a GPU it measures preset XL in bf16, compiled. A table has the sizes of the models, before
+and after `ecar-dist quantize`; `--sizes` prints only this table. The last line is JSON. Decoding by the autoencoder is
+not included. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="20 rounds on CPU too; on a GPU, no bound on the batch")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["dit"], help="what ECAR is compared with")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["dit"], help="kinds to compare ECAR with")
     parser.add_argument("--preset", help="row of kinds/presets.py (default: T on CPU, XL on a GPU)")
     parser.add_argument("--latent-size", type=int, default=32, help="side of the latents, in patches of 2")
     parser.add_argument("--batches", nargs="+", help=f"images at once; `{MAX}` on a GPU: as many as fit (default: 1 4)")
-    parser.add_argument("--largest-batch", type=int, help="where the doubling of `max` ends (default: 256)")
-    parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 2.0], help="scales; 1 is none")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="(default: compiled on a GPU alone)")
+    parser.add_argument("--largest-batch", type=int, help="upper bound of `max` (default: 256)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 2.0], help="guidance scales; 1 is none")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="(default: eager, on a GPU compiled)")
     parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {CPU_ROUNDS} on CPU, else 20)")
     parser.add_argument(
         "--dit-share", type=float, default=1.0, help="run this share of dit's steps and divide its time by it"
     )
-    parser.add_argument("--sizes", action="store_true", help="sizes of the models alone, in fp32 and quantised")
-    parser.add_argument("--plot", type=Path, help="draw the ratios into this PNG")
+    parser.add_argument("--sizes", action="store_true", help="only print sizes of the models, in fp32 and quantised")
+    parser.add_argument("--plot", type=Path, help="plot the ratios to this PNG")
     parser.add_argument("--save", type=Path, help="also write the result to this JSON file")
     parser.add_argument("--hardware", help="what to call the machine (default: its cores, processor and GPU)")
     return parser.parse_args(arguments)
@@ -88,7 +88,7 @@ def _fill_in(options: argparse.Namespace, device: torch.device) -> None:
     if gpu and not options.full:
         options.largest_batch = options.largest_batch or GPU_LARGE
     if MAX in options.batches and not gpu:
-        sys.exit("--batches max needs a GPU: main memory would be swapped long before it is full; give a number")
+        sys.exit("--batches max needs a GPU: the machine would swap long before main memory is full; give a number")
 
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def _report(found: dict[str, Any]) -> None:
 
 
 def _report_kinds(cases: Sequence[dict[str, Any]]) -> None:
-    """What all contenders cost, one row each: latency in the first case at batch 1, throughput in the last that is
-    larger, both of the mode and guidance that come last."""
+    """Print the cost of all contenders, one row each: latency from the first case at batch 1, throughput from the last
+    case. Both have the mode and guidance of the last case."""
     last = cases[-1]
     alike = [one for one in cases if (one["mode"], one["guidance"]) == (last["mode"], last["guidance"])]
     single = next((one for one in alike if set(one["batches"].values()) == {1}), None)
@@ -206,7 +206,7 @@ def _report_kinds(cases: Sequence[dict[str, Any]]) -> None:
 
 
 def _sizes(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict[str, float]]]:
-    """Print and return what each model takes in memory and on disk, before and after `ecar-dist quantize`."""
+    """Print and return the size of each model in memory and on disk, before and after `ecar-dist quantize`."""
     alone = dict.fromkeys(of_kinds(options.kinds), 1)
     case = Case(options.preset, options.latent_size, "eager", 1.0, alone, 1.0, False, device)
     found = {name: model_sizes(config_of(CONTENDERS[name], case)) for name in alone}
@@ -218,7 +218,7 @@ def _sizes(options: argparse.Namespace, device: torch.device) -> dict[str, dict[
 
 
 def _report_targets(cases: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Met or missed where the targets are meant; elsewhere what was found. They are against one baseline."""
+    """Print whether targets are met; on CPU, where they do not apply, only the ratio. They have one baseline."""
     print()
     for found in cases:
         if BASELINE not in found["faster"]:

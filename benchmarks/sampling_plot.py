@@ -11,13 +11,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = ("#33658a", "#a23b52", *plt.get_cmap("Set2").colors)
-SPACE = 0.72  # of the bars of a case
+SPACE = 0.72  # width of the bars of a case
 PREDICTIONS: dict[str, Literal["-", ":"]] = {"macs_predict": "-", "calls_predict": ":"}
 LABELS = {"macs_predict": "ratio of MACs", "calls_predict": "ratio of calls"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """One group of bars a case, one bar a baseline; a line for the ratio of MACs, a dotted one for that of calls."""
+    """One group of bars per case, one bar per baseline; a line for the ratio of MACs, a dotted one for calls."""
     cases = result["cases"]
     names = list(cases[0]["faster"])
     width = SPACE / len(names)

@@ -1,4 +1,7 @@
-"""How fast trained runs draw: latency with one image, throughput with many, in turns, one process, torch's threads."""
+"""Sampling speed of trained runs: latency with one image, throughput with many.
+
+All runs alternate in one process, with torch's threads.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ LATENCY, THROUGHPUT = "seconds at batch 1", f"images/s at batch {LARGE}"
 
 
 def speeds(work: Path, rows: Sequence[tuple[Run, Draw]], classes: int = 10) -> list[dict[str, float]]:
-    """Medians over rounds, without the autoencoder. In each round every row has a turn; one round is not timed."""
+    """Medians over rounds, without the autoencoder. Every row runs once per round; one round is not timed."""
     models = {run.name: open_trained(run.load(work).run_directory, DEVICE) for run, _ in rows}
     seconds: list[dict[int, list[float]]] = [{1: [], LARGE: []} for _ in rows]
     for number in range(ROUNDS + 1):

@@ -1,9 +1,9 @@
 """Variants of ECAR at equal training compute on pixels of photographs: average velocities, and other choices.
 
 `python benchmarks/variants.py few-calls` asks how good samples of few calls are. The runs of `decisive.py` with one
-stage (`dit`) and three (`ecar`) go on: with velocities, or with average velocities, at equal compute. `from-scratch`
-trains the latter alone. `choices` changes one choice of ECAR at a time. Data and rules are those of `decisive.py`, and
-so is `--share`. Each goes on where it was stopped. The last line is JSON.
+stage (`dit`) and three (`ecar`) continue: with velocities, or with average velocities, at equal compute. `from-scratch`
+trains only the latter. `choices` changes one choice of ECAR at a time. Data, rules and `--share` are those of
+`decisive.py`. Each continues where it was stopped. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def typical(self) -> dict[str, Any]:
-        """The number of steps for which the guidance is chosen: the last but one."""
+        """The number of steps at which the guidance is chosen: the second to last."""
         return self.steps[-2]
 
     def run(self, name: str, seed: int, data: str) -> PixelRun:
@@ -59,7 +59,7 @@ def settings(*pairs: tuple[str, tuple[int, ...]]) -> tuple[dict[str, Any], ...]:
     return tuple({"solver": solver, "steps_per_stage": list(steps)} for solver, steps in pairs)
 
 
-# Calls of one, three, six and 48; with three stages at least three.
+# Settings with one, three, six and 48 calls; three stages need at least three.
 VELOCITY = {
     "dit": settings(("euler", (1,)), ("euler", (3,)), ("midpoint", (3,)), ("midpoint", (24,))),
     "ecar": settings(("euler", (1, 1, 1)), ("midpoint", (1, 1, 1)), ("midpoint", (8, 8, 8))),
@@ -72,7 +72,7 @@ MEAN = "flow.objective=mean_velocity"
 
 
 def few_calls() -> dict[str, Variant]:
-    """A velocity network goes on as it is, or learns average velocities, for the same compute."""
+    """A velocity network continues as it is, or learns average velocities, for the same compute."""
     rows = {}
     for kind in ("ecar", "dit"):
         rows[f"{kind}-velocity"] = Variant(kind, VELOCITY[kind], (CONTINUED_RATE,), CONTINUED, continues=True)
@@ -82,7 +82,7 @@ def few_calls() -> dict[str, Variant]:
 
 
 def from_scratch() -> dict[str, Variant]:
-    """Average velocities from the first step, as long as a run and its continuation."""
+    """Average velocities from the first step, for as long as a run and its continuation together."""
     return {
         f"{kind}-average-from-scratch": Variant(kind, AVERAGE[kind], (MEAN,), 1.0 + CONTINUED)
         for kind in ("ecar", "dit")
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare(work, options.data)
     classifier(work, options.data)
 
-    # Train: first what others start from.
+    # Train, beginning with the runs that others start from.
     variants = GROUPS[options.group]()
     variants = {name: variants[name] for name in options.rows or variants}
     budget = TRAINING_MACS * options.share
@@ -159,14 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def started_from(work: Path, run: PixelRun, base: PixelRun) -> PixelRun:
-    """The run with the final EMA weights of another one as its initial weights."""
+    """The run with the final EMA weights of `base` as its initial weights."""
     folder = base.load(work).run_directory
     return replace(run, overrides=(*run.overrides, f"train.init_from={folder}"))
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = pixel_parser(__doc__)
-    options.add_argument("group", choices=GROUPS, help="which rows")
+    options.add_argument("group", choices=GROUPS, help="group of rows")
     options.add_argument("--rows", nargs="+", help="names of rows of the group (default: all)")
     return options.parse_args(arguments)
 
