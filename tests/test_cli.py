@@ -236,7 +236,7 @@ def test_checkpoint_verbs(trained, capsys):
 
 def test_check_names_what_is_not_a_default(tree, write_config, capsys):
     assert main(["check", str(write_config()), "flow.context.tau=0.4"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("# not the defaults: "))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("# non-default values: "))
     assert "run.name=tiny, " in line
     assert ", flow.context.tau=0.4, " in line
     assert "flow.gamma" not in line

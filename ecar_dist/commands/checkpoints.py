@@ -31,22 +31,22 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     # Verbs that read.
     add("list", checkpoint_list, "list the committed checkpoints, newest first")
     add("verify", checkpoint_verify, "check every file of every checkpoint against its hash")
-    inspecting = add("inspect", checkpoint_inspect, "print what a checkpoint holds")
+    inspecting = add("inspect", checkpoint_inspect, "print the contents of a checkpoint")
     inspecting.add_argument(
         "--step", type=int, help="optimizer step of the checkpoint (default: the newest complete one)"
     )
     inspecting.add_argument("--json", action="store_true", help="print the manifest of the checkpoint as JSON")
-    add("diff", checkpoint_diff, "compare two checkpoints; of a run, its newest one", "A", "B")
+    add("diff", checkpoint_diff, "compare two checkpoints; for a run, its newest one", "A", "B")
 
     # Export.
-    exporting = add("export", checkpoint_export, "write EMA weights of a checkpoint as safetensors")
+    exporting = add("export", checkpoint_export, "write the EMA weights of a checkpoint as safetensors")
     exporting.add_argument("--step", help="optimizer step of the checkpoint or EMA snapshot (default: the newest)")
     exporting.add_argument("--out", type=Path, help="folder to create (default: export in the run directory)")
     wanted = exporting.add_mutually_exclusive_group()
     wanted.add_argument(
         "--half-life",
         type=positive,
-        help="half-life of the EMA in samples, post hoc if not tracked (default: the first of the config)",
+        help="half-life of the EMA in samples, computed post hoc if not tracked (default: the first one in the config)",
     )
     wanted.add_argument(
         "--sigma-rel", type=float, help="relative width of a power-function EMA, as in EDM2 (default: use a half-life)"
@@ -54,16 +54,17 @@ def add_verbs(checkpoint: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--ema",
         metavar="NAME",
-        help="weights: ema, ema1, ... of the checkpoint, or raw for those without an EMA (default: ema, the first one)",
+        help="weights: ema, ema1, ... of the checkpoint, or raw for the weights without an EMA (default: ema, the "
+        "first one)",
     )
     exporting.add_argument(
         "--push-to-hub",
         metavar="OWNER/NAME",
-        help="upload the export to this repository of the Hugging Face hub, made private if new; RUN may then be an "
-        "export (default: none)",
+        help="upload the export to this repository on the Hugging Face hub, created as private if new; RUN may then be "
+        "an export (default: none)",
     )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="data type of the weights")
-    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="largest size of one weight file, in GiB")
+    exporting.add_argument("--max-shard-gib", type=float, default=5.0, help="maximum size of one weight file, in GiB")
 
 
 def checkpoint_list(parsed: argparse.Namespace) -> int:
@@ -105,13 +106,13 @@ def checkpoint_diff(parsed: argparse.Namespace) -> int:
 def checkpoint_verify(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.checkpoint.files import DamagedError
 
-    # All are verified, also after a damaged one. Those in a bucket are downloaded one at a time.
+    # All are verified, even after a damaged one. Those in a bucket are downloaded one at a time.
     damaged = 0
     storage, names = _committed(parsed.run_directory)
     for name in names:
         try:
             storage.fetch(name)
-            print(f"{storage.where}/{name}  whole")
+            print(f"{storage.where}/{name}  intact")
         except DamagedError as damage:
             damaged += 1
             print(f"{storage.where}/{name}  damaged: {damage.problem}")
@@ -140,7 +141,7 @@ def _committed(run: Path) -> tuple[CheckpointStorage, list[str]]:
 
 
 def _refuse_exports(*paths: Path) -> None:
-    """Raises ConfigError for an export, which has a config.yaml as a run has."""
+    """Raises ConfigError for an export, which has a config.yaml like a run."""
     from ecar_dist.runtime.export.files import is_export
 
     for path in paths:
@@ -157,7 +158,7 @@ def checkpoint_export(parsed: argparse.Namespace) -> int:
     from ecar_dist.sample.options import parse_step
     from ecar_dist.sample.parity import parity_report
 
-    # An export that exists may still be pushed.
+    # An existing export can still be pushed.
     if parsed.push_to_hub is not None:
         check_hub(parsed.push_to_hub)
     if is_export(parsed.run_directory):
@@ -178,7 +179,7 @@ def checkpoint_export(parsed: argparse.Namespace) -> int:
         max_shard_gib=parsed.max_shard_gib,
     )
 
-    # Compare the export with the checkpoint before anybody uses it.
+    # Compare the export with the checkpoint before anyone uses it.
     print(exported.summary)
     print(parity_report(exported))
     print(exported.path)

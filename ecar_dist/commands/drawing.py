@@ -1,4 +1,4 @@
-"""What `sample` and `evaluate` share: the options, opening the model, and drawing with a progress bar."""
+"""Shared by `sample` and `evaluate`: the options, opening the model, and drawing with a progress bar."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
-    """Which weights draw, and how."""
+    """Options that choose the weights and set the sampler."""
     command.add_argument(
-        "model", type=Path, metavar="MODEL", help="run directory, folder of one of its checkpoints, or of an export"
+        "model", type=Path, metavar="MODEL", help="run directory, or folder of a checkpoint or an export"
     )
     command.add_argument("--step", help="optimizer step of the checkpoint or EMA snapshot (default: the newest)")
     command.add_argument(
         "--ema",
         metavar="NAME",
-        help="weights: ema, ema1, ... of the checkpoint; half-life=SAMPLES or sigma-rel=WIDTH, rebuilt if not kept; "
-        "raw for those without an EMA (default: ema, the first one)",
+        help="weights: ema, ema1, ... of the checkpoint; half-life=SAMPLES or sigma-rel=WIDTH, reconstructed if "
+        "not stored; raw for the weights without an EMA (default: ema, the first one)",
     )
     for option, knob in SAMPLING_KNOBS.items():
         command.add_argument(f"--{option}", metavar="VALUE", help=_help_of(knob))
     command.add_argument("--seed", type=int, default=0, help="seed of the noise, a whole number")
-    command.add_argument("--batch-size", type=positive, default=64, help="images drawn at once")
+    command.add_argument("--batch-size", type=positive, default=64, help="number of images drawn at once")
     command.add_argument(
         "--compile", action="store_true", help="compile the model first: takes minutes, then batches are faster"
     )
@@ -49,7 +49,7 @@ def _help_of(knob: Knob) -> str:
 
 
 def with_private_cache(command: Command) -> Command:
-    """Give a command a compiler cache of its own for `--compile`."""
+    """Give a command its own compiler cache for `--compile`."""
 
     @functools.wraps(command)
     def run(parsed: argparse.Namespace) -> int:
@@ -64,7 +64,7 @@ def with_private_cache(command: Command) -> Command:
 
 
 def open_model(parsed: argparse.Namespace, **other: str) -> TrainedModel:
-    """The model of the command line, with its options; `other`: values of single options, which win."""
+    """The model of the command line, with its options; `other`: values that override single options."""
     import torch
 
     from ecar_dist.sample.load import open_trained
@@ -79,7 +79,7 @@ def open_model(parsed: argparse.Namespace, **other: str) -> TrainedModel:
 
 
 def settings(parsed: argparse.Namespace) -> dict[str, str]:
-    """The settings of the sampler that the command line gives, by option."""
+    """The sampler settings given on the command line, by option."""
     given = {option: getattr(parsed, option.replace("-", "_")) for option in SAMPLING_KNOBS}
     return {option: value for option, value in given.items() if value is not None}
 
@@ -89,11 +89,11 @@ def draw(
 ) -> Iterator[Any]:
     """The stages of each batch, with a progress bar. Errors are raised by the call, not with the first batch.
 
-    seed: of the noise; None: that of --seed.
+    seed: of the noise; None: the value of --seed.
     """
     seed = parsed.seed if seed is None else seed
     if not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"--seed {seed} is outside of 64 bits; give a smaller number")
+        raise ConfigError(f"--seed {seed} does not fit in 64 bits; give a smaller number")
     batches = trained.draw(labels, seed, parsed.batch_size, compiles=parsed.compile)
     return _with_progress(batches, len(labels))
 

@@ -31,19 +31,19 @@ def add_commands(add: AddCommand) -> None:
     drawing.add_argument(
         "--count",
         type=positive,
-        help="number of images, over the labels in turn (default: 8 per label; with --sweep 1 per label and row)",
+        help="number of images, cycling through the labels (default: 8 per label; with --sweep 1 per label and row)",
     )
     drawing.add_argument(
         "--sweep",
         metavar="OPTION=V1,V2,...",
-        help="draw the same noise with several values of one option of the sampler, of step or of ema: one row for "
-        "each in sweep.png; colons in a value that is a list (default: one value)",
+        help="draw the same noise with several values of one sampler option, of step or of ema: one row per value in "
+        "sweep.png; separate the items of a list with colons (default: one value)",
     )
     drawing.add_argument(
         "--out", required=True, type=Path, help="new folder for grid.png and stages.png, or sweep.png, and images/"
     )
 
-    previewing = add("preview", preview, "draw the previews of checkpoints that have none, beside a training or later")
+    previewing = add("preview", preview, "draw the previews of checkpoints that have none, during training or later")
     previewing.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
     previewing.add_argument(
         "--watch",
@@ -68,15 +68,15 @@ def preview(parsed: argparse.Namespace) -> int:
 
 
 def _watch(directory: RunDirectory, seconds: int) -> int:
-    """Draw each checkpoint once it is there, up to the last one of the run."""
+    """Draw each checkpoint as soon as it exists, up to the last one of the run."""
     failed: set[str] = set()
     if not directory.config.exists():
-        print("waiting for the run to begin", flush=True)
+        print("waiting for the run to start", flush=True)
     while True:
         try:
             if directory.config.exists() and _draw_new(directory, failed):
                 return 1 if failed else 0
-        except (EcarError, OSError) as error:  # a storage that is away may come back
+        except (EcarError, OSError) as error:  # unavailable storage may come back
             print(error_line(error), file=sys.stderr, flush=True)
         time.sleep(seconds)
 
@@ -84,7 +84,7 @@ def _watch(directory: RunDirectory, seconds: int) -> int:
 def _draw_new(directory: RunDirectory, failed: set[str]) -> bool:
     """Draw the checkpoints without a picture, oldest first; True if the last one of the run is among those drawn.
 
-    One that cannot be drawn is added to `failed`, with a message, and not tried again.
+    A checkpoint that cannot be drawn is reported, added to `failed`, and not tried again.
     """
     import torch
 
@@ -106,7 +106,7 @@ def _draw_new(directory: RunDirectory, failed: set[str]) -> bool:
                 path = log_preview(directory, step, picture, config.log.tensorboard)
                 print(f"step {step:,}: {path}", flush=True)
             except (EcarError, OSError) as error:
-                if name in storage.committed():  # else it was removed meanwhile (checkpoint.keep)
+                if name in storage.committed():  # otherwise it was removed in the meantime (checkpoint.keep)
                     failed.add(name)
                     print(error_line(error), file=sys.stderr, flush=True)
             finally:
@@ -116,7 +116,7 @@ def _draw_new(directory: RunDirectory, failed: set[str]) -> bool:
 
 @with_private_cache
 def sample(parsed: argparse.Namespace) -> int:
-    # Everything that can fail comes before the folder.
+    # Everything that can fail comes before the folder is created.
     if parsed.out.exists() and (not parsed.out.is_dir() or any(parsed.out.iterdir())):
         raise ConfigError(f"{parsed.out} is not empty; choose another --out, or remove it")
     if parsed.sweep is not None:
@@ -138,7 +138,7 @@ def _draw_grid(trained: TrainedModel, batches: Iterator[Any], classes: list[int]
     from ecar_dist.sample.pictures import GRID_COLUMNS, GRID_ROWS, decode_stages, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE, stage_strip
 
-    # Batch after batch. Every image is a file; the first of each class are also columns of the grid.
+    # Batch by batch. Every image is a file; the first ones of each class are also a column of the grid.
     columns: dict[int, list[Any]] = {label: [] for label in list(dict.fromkeys(classes))[:GRID_COLUMNS]}
     first_stages: list[Any] = []
     done = 0
@@ -164,15 +164,15 @@ def _draw_grid(trained: TrainedModel, batches: Iterator[Any], classes: list[int]
 
 
 def _sample_sweep(parsed: argparse.Namespace) -> int:
-    """Draw the same samples with each value of one option, a row of the sheet for each."""
+    """Draw the same samples with each value of one option, one row of the sheet per value."""
     from ecar_dist.sample.pictures import GRID_COLUMNS, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE
     from ecar_dist.vae.pixels import to_pixels
 
-    # Everything that can fail comes before the folder.
+    # Everything that can fail comes before the folder is created.
     option, values = parse_sweep(parsed.sweep)
     if parsed.compile:
-        raise ConfigError("--sweep changes the model that is compiled in each row; leave --compile out")
+        raise ConfigError("--sweep changes the compiled model in each row; leave --compile out")
     rows = _swept(parsed, option, values)
     first = rows[0]
     classes = _classes(first, parsed.labels)
@@ -198,7 +198,7 @@ def _sample_sweep(parsed: argparse.Namespace) -> int:
 
 
 def _swept(parsed: argparse.Namespace, option: str, values: list[str]) -> list[TrainedModel]:
-    """The model of each row; one and the same, with other settings, unless the weights are swept."""
+    """The model of each row: the same one with different settings, unless the weights are swept."""
     if option in WEIGHTS:
         return [open_model(parsed, **{option: value}) for value in values]
     trained = open_model(parsed)

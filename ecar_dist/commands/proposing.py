@@ -17,15 +17,15 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument(
         "folder",
         nargs="?",
-        help="folder of `ecar-data prepare`, or folder or URL of latents (default: no config)",
+        help="output folder of `ecar-data prepare`, or folder or URL of latents (default: no config)",
     )
     command.add_argument("--name", help="run.name (default: the name of the folder)")
-    command.add_argument("--preset", choices=tuple(PRESETS), help="size of the model (default: by samples and device)")
+    command.add_argument("--preset", choices=tuple(PRESETS), help="size of the model (default: by data and device)")
     command.add_argument(
         "--device",
         choices=("auto", "cpu", "A100", "H100", "H200"),
         default="auto",
-        help="hardware to fit: auto (the GPU that nvidia-smi lists, else the CPU), cpu or a GPU model (default: auto)",
+        help="target hardware: auto (the GPU that nvidia-smi lists, else the CPU), cpu or a GPU model (default: auto)",
     )
     command.add_argument(
         "--slurm",
@@ -40,7 +40,7 @@ def init(parsed: argparse.Namespace) -> int:
     from ecar_dist.data.prepared import find_latents
     from ecar_dist.plan.proposal import Hardware, propose_config, run_name
 
-    # Files to change. What is printed to stdout is the config alone.
+    # Files for the user to edit. Only the config is printed to stdout.
     copies = {SLURM: parsed.slurm, CONFIGS: parsed.examples}
     if parsed.folder is None and not any(copies.values()):
         raise ConfigError("init needs the folder of latents, or --slurm DIR, or --examples DIR; give one of them")

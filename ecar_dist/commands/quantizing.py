@@ -1,4 +1,4 @@
-"""quantize and sensitivity: integers for the weights of a trained model. Each imports what it needs when it runs."""
+"""quantize and sensitivity: integer weights for a trained model. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ def add_commands(add: AddCommand) -> None:
         "--mean-bits",
         type=float,
         metavar="B",
-        help="bits per weight in place of --weights, over layers with 4, 8 or 16, by their sensitivity (default: none)",
+        help="mean bits per weight, instead of --weights: layers get 4, 8 or 16 by their sensitivity (default: none)",
     )
     quantizing.add_argument(
         "--sensitivity",
         type=Path,
         metavar="DIR",
-        help="with --mean-bits: folder of the sensitivities; what is missing is measured (default: OUT.sensitivity)",
+        help="with --mean-bits: folder of the sensitivities; missing ones are measured (default: OUT.sensitivity)",
     )
     _add_recipe(quantizing)
     quantizing.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="file of the calibration, read if it is there, else written (default: none is kept)",
+        help="calibration file, read if it exists, otherwise written (default: none is kept)",
     )
     quantizing.add_argument(
         "--dtype",
         choices=("fp32", "bf16"),
-        help="data type of the layers that are not quantised (default: that of the export, fp32 of a run)",
+        help="data type of the layers that are not quantised (default: that of the export; fp32 for a run)",
     )
 
     measuring = add(
-        "sensitivity", sensitivity, "measure what the rounding of each layer changes, for quantize --mean-bits; resumes"
+        "sensitivity", sensitivity, "measure the effect of rounding each layer, for quantize --mean-bits; resumable"
     )
     _add_model(measuring)
     measuring.add_argument("folder", type=Path, metavar="DIR", help="folder of the sensitivities; tasks may share it")
-    measuring.add_argument("--task", type=int, default=0, help="number of this task of an array, from 0 on")
-    measuring.add_argument("--tasks", type=positive, default=1, help="tasks of the array")
+    measuring.add_argument("--task", type=int, default=0, help="index of this task in the array, starting at 0")
+    measuring.add_argument("--tasks", type=positive, default=1, help="number of tasks in the array")
     _add_recipe(measuring)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", type=Path, metavar="MODEL", help="run directory, folder of one of its checkpoints, or of an export"
+        "model", type=Path, metavar="MODEL", help="run directory, or folder of a checkpoint or an export"
     )
     command.add_argument("--step", help="optimizer step of the checkpoint or EMA snapshot (default: the newest)")
-    command.add_argument("--ema", metavar="NAME", help="weights, as of `ecar-dist sample` (default: ema)")
+    command.add_argument("--ema", metavar="NAME", help="weights, as in `ecar-dist sample` (default: ema)")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--alpha", type=float, default=0.3, help="share of the activations' range that the balance moves to the weights"
+        "--alpha", type=float, default=0.3, help="share of the activations' range that balancing moves to the weights"
     )
-    command.add_argument("--no-balance", action="store_true", help="leave the channels of the activations as they are")
-    command.add_argument("--no-rotation", action="store_true", help="do not rotate")
-    command.add_argument("--images", type=positive, default=16, help="images drawn to calibrate, and to compare")
-    command.add_argument("--batch-size", type=positive, default=16, help="images drawn at once")
+    command.add_argument("--no-balance", action="store_true", help="do not balance the channels of the activations")
+    command.add_argument("--no-rotation", action="store_true", help="do not rotate the activations and weights")
+    command.add_argument("--images", type=positive, default=16, help="images drawn for calibration and comparison")
+    command.add_argument("--batch-size", type=positive, default=16, help="number of images drawn at once")
     command.add_argument("--seed", type=int, default=0, help="seed of the noise and of the rotation's signs")
 
 
@@ -119,7 +119,7 @@ def _wish(parsed: argparse.Namespace) -> Wish:
 
 
 def _in_world(action: Callable[[World], None]) -> None:
-    """Run an action on all ranks of the launcher, or alone."""
+    """Run an action on all ranks of the launcher, or in this process alone."""
     import os
 
     from ecar_dist.runtime.placement import placement_from_environment

@@ -18,12 +18,12 @@ def add_config(command: argparse.ArgumentParser) -> None:
     """The arguments of every command that takes a config: see `load_run_config`."""
     command.add_argument("config", help="YAML file of the run")
     command.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=c", help="other values for single keys of the config"
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="overrides of single keys of the config"
     )
 
 
 def load_run_config(parsed: argparse.Namespace) -> RunConfig:
-    """The config given on the command line. Raises ConfigError, also if `flow.context.tau` is too small.
+    """The config given on the command line. Raises ConfigError, for example if `flow.context.tau` is too small.
 
     If the run has already started, a small tau is only a warning. The config of an export or of a run directory is read
     with `load_config`, which does not check tau.

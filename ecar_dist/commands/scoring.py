@@ -29,17 +29,17 @@ def add_commands(add: AddCommand) -> None:
     add_drawing(scoring)
     scoring.add_argument("--train-images", help="image shards to train the classifier on (default: data.train_images)")
     scoring.add_argument("--heldout-images", help="image shards to compare with (default: data.heldout_images)")
-    scoring.add_argument("--count", type=positive, help="number of samples to draw (default: as many as train images)")
+    scoring.add_argument("--count", type=positive, help="number of samples to draw (default: one per training image)")
     scoring.add_argument(
         "--background",
-        help="color behind transparent pixels: white, black or #rrggbb (default: as the latents were encoded)",
+        help="color behind transparent pixels: white, black or #rrggbb (default: that of the latents)",
     )
     scoring.add_argument(
         "--features",
         action="append",
         default=[],
         metavar="NETWORK",
-        help="also score in the features of a frozen network, effnet-lite0 or inception (FID); may be given twice",
+        help="also score with the features of a frozen network, effnet-lite0 or inception (FID); may be given twice",
     )
     scoring.add_argument(
         "--feature-weights", type=Path, help="file with the weights of the network (default: those of its package)"
@@ -47,21 +47,20 @@ def add_commands(add: AddCommand) -> None:
     scoring.add_argument(
         "--reference",
         type=Path,
-        help=".npz with mu and sigma in place of the held-out images, as ADM's (default: none)",
+        help=".npz file with mu and sigma to use instead of the held-out images, as from ADM (default: none)",
     )
     scoring.add_argument(
         "--sampling-seeds",
         type=positive,
         default=3,
-        help="sets of samples to draw, with --seed and the seeds after it: scores are means over them, and distances "
-        "have a spread (default: 3)",
+        help="number of sample sets to draw, with --seed and the seeds after it: scores are means over the sets, and "
+        "distances have a spread (default: 3)",
     )
     scoring.add_argument(
         "--neighbours",
         type=Path,
         metavar="PNG",
-        help="also write a picture: a sample of each class above the three training images that are nearest to it "
-        "(default: none)",
+        help="also write a picture: a sample of each class above its three nearest training images (default: none)",
     )
     scoring.add_argument("--out", type=Path, help="file for the scores (default: scores.json in the run or export)")
 
@@ -75,14 +74,14 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from ecar_dist.runtime.run.metrics import log_scores
     from ecar_dist.storage.atomic import write_json
 
-    # The model, the networks to score with, and the real images: what is missing is an error before anything is drawn.
+    # The model, the networks to score with, and the real images. Missing ones are reported before anything is drawn.
     if parsed.neighbours and parsed.neighbours.suffix.lower() != ".png":
-        raise ConfigError(f"--neighbours {parsed.neighbours} is a picture; give a name that ends in .png")
+        raise ConfigError(f"--neighbours {parsed.neighbours}: the picture is a PNG; give a name that ends in .png")
     trained = open_model(parsed)
     networks = _open_networks(parsed, trained.device)
     real, heldout, source = _real_images(trained, parsed)
 
-    # Samples of the same classes in the same shares, once for each seed. Only one set is in memory.
+    # Samples of the same classes in the same shares, one set per seed. Only one set is in memory at a time.
     number, count = len(real.labels), parsed.count or len(real.labels)
     labels = [int(real.labels[i * number // count]) for i in range(count)]
     seeds = range(parsed.seed, parsed.seed + parsed.sampling_seeds)
@@ -152,7 +151,7 @@ def _real_images(trained: TrainedModel, parsed: argparse.Namespace) -> tuple[Lab
 
 
 def _origin(trained: TrainedModel, parsed: argparse.Namespace) -> dict[str, Any]:
-    """What was scored: weights, guidance, seed, and the settings that are not the run's."""
+    """What was scored: weights, guidance, seed, and the settings that differ from the run's."""
     return {
         "guidance_scale": trained.config.sample.guidance_scale,
         "seed": parsed.seed,
@@ -168,14 +167,14 @@ def _open_networks(parsed: argparse.Namespace, device: torch.device) -> list[tup
     from ecar_dist.evaluate.frozen import read_reference
     from ecar_dist.evaluate.networks import NETWORKS
 
-    # Options that need a network, and one that two cannot share.
+    # Unknown names, and options that need exactly one network.
     names = list(dict.fromkeys(parsed.features))
     for name in names:
         if name not in NETWORKS:
             raise ConfigError(f"--features {name} is not known; use one of {', '.join(NETWORKS)}")
     for flag, value in (("--feature-weights", parsed.feature_weights), ("--reference", parsed.reference)):
         if value is not None and len(names) != 1:
-            raise ConfigError(f"{flag} belongs to one network, --features names {len(names)}; name one")
+            raise ConfigError(f"{flag} needs exactly one network, --features names {len(names)}; name one")
 
     opened = [NETWORKS[name](parsed.feature_weights, device) for name in names]
     return [(each, read_reference(parsed.reference, each) if parsed.reference else None) for each in opened]
@@ -192,7 +191,7 @@ def _drawn_images(trained: TrainedModel, parsed: argparse.Namespace, labels: lis
 
 
 def _draw_neighbours(path: Path, samples: LabelledImages, train: LabelledImages, trained: TrainedModel) -> None:
-    """A sheet with a column for each class: its first sample, and the training images that are nearest to that one."""
+    """A sheet with a column for each class: its first sample, and its nearest training images."""
     import numpy as np
 
     from ecar_dist.evaluate.classifier import inputs_of
@@ -200,7 +199,7 @@ def _draw_neighbours(path: Path, samples: LabelledImages, train: LabelledImages,
     from ecar_dist.sample.pictures import GRID_COLUMNS, labelled_grid, save_picture
     from ecar_dist.sample.preview import SMALLEST_SIDE
 
-    # The samples, and which training images of any class are nearest to them.
+    # The samples, and their nearest training images of any class.
     classes, first = np.unique(samples.labels, return_index=True)
     chosen = samples.pixels[first[:GRID_COLUMNS]]
     seen, references = (inputs_of(pixels, trained.device) for pixels in (chosen, train.pixels))

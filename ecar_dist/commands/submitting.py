@@ -33,7 +33,7 @@ def add_commands(add: AddCommand) -> None:
     showing = add(
         "tensorboard",
         tensorboard,
-        "run TensorBoard for several runs, here or as a job, and print the ssh command that reaches it",
+        "run TensorBoard for several runs, here or as a job, and print the ssh command to reach it",
     )
     showing.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
     showing.add_argument("--port", type=positive, help="port to listen on (default: any free port)")
@@ -52,7 +52,7 @@ def add_commands(add: AddCommand) -> None:
             action="append",
             default=[],
             metavar="--ARG",
-            help="further option of sbatch, e.g. --sbatch=--partition=gpu; may be repeated",
+            help="additional option for sbatch, e.g. --sbatch=--partition=gpu; may be repeated",
         )
         command.add_argument(
             "--scripts",
@@ -65,7 +65,7 @@ def add_commands(add: AddCommand) -> None:
 def _add_resources(command: argparse.ArgumentParser) -> None:
     command.add_argument("--nodes", type=positive, required=True, help="number of nodes")
     command.add_argument(
-        "--min-nodes", type=positive, help="start on this many nodes if --nodes are not free (default: --nodes)"
+        "--min-nodes", type=positive, help="start on this many nodes if --nodes nodes are not free (default: --nodes)"
     )
     command.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs of each node; 0: train on CPU")
     command.add_argument("--ranks-per-node", type=positive, help="processes per node (default: one per GPU)")
@@ -75,7 +75,7 @@ def _add_resources(command: argparse.ArgumentParser) -> None:
         help="time limit of one job as HH:MM:SS, e.g. 12:00:00; a requeued job continues (default: as in train.sbatch)",
     )
     command.add_argument(
-        "--device", help="GPU model (A100, H100, H200) to check memory and forecast the time on (default: neither)"
+        "--device", help="GPU model (A100, H100, H200) for the memory check and the time forecast (default: neither)"
     )
 
 
@@ -101,7 +101,7 @@ def _add_scheduling(command: argparse.ArgumentParser) -> None:
         help="L jobs in a row, for sites that do not allow requeueing (default: one job that is requeued)",
     )
     command.add_argument(
-        "--max-requeues", type=_count, help="most restarts of the job (default: 50, as in train.sbatch)"
+        "--max-requeues", type=_count, help="maximum number of restarts of the job (default: 50, as in train.sbatch)"
     )
 
     command.add_argument(
@@ -117,10 +117,10 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
         "--pipeline", metavar="SOURCE", help="folder with a directory per class, or tars (default: train only)"
     )
     pipeline.add_argument(
-        "--holdout", type=float, default=0.05, help="fraction of the images to score against, in (0, 1)"
+        "--holdout", type=float, default=0.05, help="fraction of the images to hold out for scoring, in (0, 1)"
     )
     pipeline.add_argument(
-        "--label", help="where the label of a sample in tars is: cls, json:FIELD or none (default: cls)"
+        "--label", help="where to find the label of a sample in a tar: cls, json:FIELD or none (default: cls)"
     )
     pipeline.add_argument(
         "--classes",
@@ -143,7 +143,7 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="--ARG",
-        help="further option of `ecar-data encode`, e.g. --encode-option=--flip=store; may be repeated",
+        help="additional option for `ecar-data encode`, e.g. --encode-option=--flip=store; may be repeated",
     )
 
 
@@ -162,7 +162,7 @@ def submit(parsed: argparse.Namespace) -> int:
     from ecar_dist.cluster.slurm import require_slurm
     from ecar_dist.cluster.submission import dry_run_text, submitted_lines
 
-    # Whatever can be wrong is found before a job waits in the queue.
+    # Errors are found before a job waits in the queue.
     config = load_run_config(parsed)
     resources = _resources(parsed)
     print("\n".join(fitness_lines(config, resources, parsed.device)))

@@ -40,10 +40,10 @@ def add_commands(add: AddCommand) -> None:
         help="for job scripts: print the run directory and the number of nodes to use (default: check the config)",
     )
     planning.add_argument(
-        "--world-size", type=positive, help="number of ranks (default: 8, or as many as the batch divides on)"
+        "--world-size", type=positive, help="number of ranks (default: the largest of 1, 2, 4, 8 that fits the batch)"
     )
     planning.add_argument(
-        "--device", help="GPU model (A100, H100, H200) to check memory and forecast the time on (default: neither)"
+        "--device", help="GPU model (A100, H100, H200) for the memory check and the time forecast (default: neither)"
     )
     planning.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs of each node (default: 8)")
     planning.add_argument(
@@ -51,7 +51,7 @@ def add_commands(add: AddCommand) -> None:
         type=above_zero,
         default=50.0,
         metavar="GB/S",
-        help="rate between nodes in GB/s per GPU (default: 50, one 400 Gb/s adapter for each)",
+        help="bandwidth between nodes in GB/s per GPU (default: 50, one 400 Gb/s adapter per GPU)",
     )
     planning.add_argument(
         "--ladder",
@@ -60,9 +60,9 @@ def add_commands(add: AddCommand) -> None:
     )
     _add_machines(planning)
     training.add_argument(
-        "--new-data-order", action="store_true", help="resume although the data or its order has changed"
+        "--new-data-order", action="store_true", help="resume even if the data or its order has changed"
     )
-    training.add_argument("--adopt", action="store_true", help="start from checkpoints that another run saved")
+    training.add_argument("--adopt", action="store_true", help="start from checkpoints that a different run saved")
 
 
 def _add_machines(planning: argparse.ArgumentParser) -> None:
@@ -72,27 +72,27 @@ def _add_machines(planning: argparse.ArgumentParser) -> None:
         type=above_zero,
         default=2.0,
         metavar="GB/S",
-        help="rate of a node to and from the storage of data and checkpoints (default: 2)",
+        help="bandwidth between a node and the storage of data and checkpoints, in GB/s (default: 2)",
     )
     planning.add_argument(
         "--failure-hours",
         type=above_zero,
         default=50_000.0,
         metavar="H",
-        help="GPU hours between two failures (default: 50000, as on 16,384 GPUs of Llama 3)",
+        help="GPU hours between two failures (default: 50000, as for Llama 3 on 16,384 GPUs)",
     )
     planning.add_argument(
         "--simulate",
         action="store_true",
-        help="walk one epoch of order, cache and saves, with failures; needs --device",
+        help="simulate one epoch of sample order, cache and saves, with failures; needs --device",
     )
     planning.add_argument(
         "--samples",
         type=positive,
-        help="with --simulate: size of the set, in shards of 4,096 (default: as it is)",
+        help="with --simulate: samples in the data set, in shards of 4,096 (default: as many as there are)",
     )
     planning.add_argument(
-        "--cache-gib", type=above_zero, help="with --simulate: cache of a node (default: data.cache.gib)"
+        "--cache-gib", type=above_zero, help="with --simulate: cache per node in GiB (default: data.cache.gib)"
     )
 
 
@@ -118,7 +118,7 @@ def check(parsed: argparse.Namespace) -> int:
 
     # What a reader of the config should know: the changed values, and data that could not be checked.
     given = redact_tree(config.model_dump(mode="json", exclude_defaults=True))
-    print(f"# not the defaults: {', '.join(_leaves(given))}")
+    print(f"# non-default values: {', '.join(_leaves(given))}")
     for folder in absent_sets(config):
         print(f"# {redact(folder)} has no manifest.json yet: the config was not compared with it")
 
@@ -129,7 +129,7 @@ def check(parsed: argparse.Namespace) -> int:
         if divides(batch.global_batch_size, batch.micro_batch_size, world_size):
             product = f"{batch.micro_batch_size} x {config.grad_accum_steps(world_size)} x {world_size}"
             images = batch.global_batch_size // world_size
-            few = f", {images} a rank: too few for a GPU" if images < FEW_IMAGES and world_size > 1 else ""
+            few = f", {images} per rank: too few for a GPU" if images < FEW_IMAGES and world_size > 1 else ""
             print(f"#   R = {world_size}: {batch.global_batch_size} = {product}{few}")
     return 0
 
@@ -160,14 +160,14 @@ def plan(parsed: argparse.Namespace) -> int:
 
 
 def _job_lines(parsed: argparse.Namespace, config: RunConfig, ranks: int) -> list[str]:
-    """What depends on storage and failures. Raises ConfigError for a simulation without the time of a step."""
+    """The lines about storage and failures. Raises ConfigError if --simulate is given and the step time is unknown."""
     from ecar_dist.plan.large import Job, large_lines, simulation_lines
     from ecar_dist.plan.report import forecast_step
 
     step = forecast_step(config, ranks, parsed.device, gpus_per_node=parsed.gpus_per_node, bandwidth=parsed.bandwidth)
     if step is None:
         if parsed.simulate:
-            raise ConfigError("--simulate needs the time of a step; give --device, and a precision other than fp32")
+            raise ConfigError("--simulate needs the time per step; give --device, and a precision other than fp32")
         return []
     job = Job(
         config,
@@ -247,7 +247,7 @@ def _on_all_ranks(parsed: argparse.Namespace, action: Callable[[RunConfig, World
             raise
         problem = str(error)
 
-    # Imported late, because they import torch: a wrong config is reported without it.
+    # Imported late, because they import torch: an invalid config is reported without it.
     from ecar_dist.runtime.peers import RemoteError, lost_peer
     from ecar_dist.runtime.signals import StoppedEarlyError, die_with_parent
     from ecar_dist.runtime.start.agreement import agree_on_settings

@@ -1,4 +1,4 @@
-"""status and compare: what the files of runs say, without torch."""
+"""status and compare: read the files of runs, without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_commands(add: AddCommand) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="run directory, or folder of run directories; several make a table",
+        help="run directory, or folder of run directories; several are shown as a table",
     )
     looking.add_argument("--json", action="store_true", help="print one line of JSON per run, with times in seconds")
     looking.add_argument(
@@ -38,7 +38,7 @@ def add_commands(add: AddCommand) -> None:
     comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; two or more")
     comparing.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     comparing.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the curves to this PNG file (default: no picture)"
+        "--plot", type=Path, metavar="FILE", help="also plot the curves to this PNG file (default: no plot)"
     )
 
 
@@ -47,7 +47,7 @@ def compare(parsed: argparse.Namespace) -> int:
     from ecar_dist.compare.plot import plot_curves
     from ecar_dist.compare.table import comparison, comparison_lines
 
-    # One run alone is a table of its curves too.
+    # A single run also makes a table of its curves.
     runs = [read_curves(run) for run in parsed.runs]
     tree = comparison(runs, differences(runs))
     print(json.dumps(tree) if parsed.json else "\n".join(comparison_lines(tree)))

@@ -1,4 +1,4 @@
-"""`ecar-dist sample` as a user meets it: which weights, which labels, which settings."""
+"""`ecar-dist sample` as a user sees it: weights, labels and settings."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_a_sweep_is_one_sheet_with_a_row_for_each_value(run, draw, tmp_path, swe
     assert sheet.height == 14 + margin + len(values) * (side + margin)
     assert 0 < sheet.width - (margin + 2 * (side + margin)) < 200  # the names of the rows
 
-    # Each row is what the option alone draws.
+    # Each row equals what is drawn with that option value alone.
     names = ["000000-class1-faces.png", "000001-class0-flags.png"]
     for value in values:
         folder = out / "images" / f"{option}-{value.replace(':', '_')}"

@@ -52,7 +52,7 @@ def test_every_option_has_a_help_text_and_names_its_default(program):
 
 
 def words_of(example):
-    """An example without its launcher and without what it redirects, as the words of a command line."""
+    """An example without its launcher and redirection, as the words of a command line."""
     line = example.partition(" > ")[0]
     return shlex.split(line.partition("-m ecar_dist ")[2] if "-m ecar_dist " in line else line.partition(" ")[2])
 

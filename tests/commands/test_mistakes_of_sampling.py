@@ -1,4 +1,4 @@
-"""What a user gets wrong with a trained model: exit status 1, one line, and in it the fix."""
+"""User mistakes with a trained model: exit status 1, and one line that contains the fix."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     (folder / "full/mine.txt").write_text("")
     (folder / "file").write_text("")
 
-    # A run without a checkpoint, one with an EMA snapshot alone, a damaged export, and one of another model.
+    # A run without a checkpoint, one with only an EMA snapshot, a damaged export, and an export of a different model.
     shutil.copytree(run, folder / "untrained", ignore=lambda path, names: [n for n in names if n.startswith("step-")])
     shutil.copytree(folder / "untrained", folder / "snapshot")
     state = {"ema": {"weight": torch.zeros(2)}}

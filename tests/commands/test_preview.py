@@ -1,4 +1,4 @@
-"""`ecar-dist preview`: what training would have drawn, from its checkpoints."""
+"""`ecar-dist preview`: draws from checkpoints what training would have drawn."""
 
 import shutil
 import time
@@ -29,7 +29,7 @@ def test_the_preview_of_a_checkpoint_is_that_of_the_training_to_the_bit(write_co
     assert sorted(drawn) == [f"step-{step:08d}.png" for step in STEPS]
     assert len(set(drawn.values())) == len(STEPS)
 
-    # All but the first are gone; it is left as it is.
+    # Remove all but the first one, which is left unchanged.
     board = strips(run / "tb")
     for step in STEPS[1:]:
         (run / f"samples/step-{step:08d}.png").unlink()

@@ -1,4 +1,4 @@
-"""A tau that loses variance is refused where a run is planned or begun, and nowhere else."""
+"""A tau that loses variance is refused when a run is planned or started, and nowhere else."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def test_training_refuses_it_before_it_makes_a_directory(write_config, tmp_path)
         [SMALL, "flow.context.mode=class_only"],
         [SMALL, "flow.num_stages=1"],
         [SMALL, "model.kind=pyramid"],
-        [SMALL, "flow.gamma=-0.2"],  # the jump noise gives the start a spread
+        [SMALL, "flow.gamma=-0.2"],  # the jump noise adds variance at the start
         [SMALL, "flow.context.allow_unsafe=true"],
         ["flow.context.tau=0", "flow.context.mode=gamma_relaxed", "flow.gamma=-0.2"],
     ],
@@ -69,7 +69,7 @@ def test_the_word_that_allows_it_is_no_part_of_the_model(write_config):
 
 
 def test_a_run_from_before_the_rule_goes_on_and_can_be_read(make_tree, tmp_path, capsys):
-    """Its config.yaml has a small tau, and not the word that allows it."""
+    """Its config.yaml has a small tau, and not the key that allows it."""
     tree = make_tree(tmp_path)
     tree["flow"] = {"context": {"tau": 0.01}}
     config, run = write_yaml(tree, tmp_path), tmp_path / "runs/tiny"

@@ -61,7 +61,7 @@ def test_each_verb_prints_one_line_and_the_older_checkpoint_is_used(run, capsys,
         status, out, error = asked(capsys, "verify", run)
         assert (status, len(out), len(error)) == (1, 2, 1)
         assert "damaged" in out[0]
-        assert out[1].endswith("whole")
+        assert out[1].endswith("intact")
         for words in (["inspect", folder / NEW], ["diff", folder / OLD, folder / NEW]):
             status, out, error = asked(capsys, *words)
             assert (status, out, len(error)) == (1, [], 1)

@@ -31,7 +31,7 @@ def run(tmp_path):
     ("verb", "said"),
     [
         ("list", f"checkpoints/{NAME}  64 samples  0.0 MiB  2 files"),
-        ("verify", f"checkpoints/{NAME}  whole"),
+        ("verify", f"checkpoints/{NAME}  intact"),
         ("inspect", "step 4, 64 samples, written by 2 ranks with ZeRO-2; 2 files"),
     ],
 )
