@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing a drill looks at."""
+    """One check of a drill."""
 
     expected: str
     seen: str
@@ -26,7 +26,7 @@ class Finding:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or of another log, without a line that a kill has cut; empty if it is not there."""
+    """The lines of a metrics.jsonl or similar log, without a line cut off by a kill; empty if there is no file."""
     try:
         with JsonLines(path, parse_object, tail=_MOST_BYTES) as lines:
             return list(lines)
@@ -35,16 +35,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The loss by step, the later one for a step that is logged twice. A loss that is not finite is logged as null."""
+    """The loss by step; the later one if a step is logged twice. A loss that is not finite is logged as null."""
     return {entry["step"]: math.nan if (loss := entry["train/loss"]) is None else loss for entry in metrics}
 
 
 def same_losses(
     found: Mapping[int, float], quiet: Mapping[int, float], tolerance: float, whose: str = "the quiet run's"
 ) -> Finding:
-    """Every loss of the quiet run is found, and equal. Other steps are ignored."""
+    """Every loss of the quiet run is present and equal. Other steps are ignored."""
     if not quiet:
-        return Finding(f"the losses equal {whose}", "there is none to compare with", False)
+        return Finding(f"the losses equal {whose}", "there are none to compare with", False)
     expected = f"the losses of steps {min(quiet)} to {max(quiet)} equal {whose}, to {tolerance:g} relative"
     missing = sorted(quiet.keys() - found.keys())
     if missing:
@@ -56,7 +56,7 @@ def same_losses(
 
 
 def _difference(a: float, b: float) -> float:
-    """Relative; infinite where one is not finite."""
+    """Relative difference; infinite if one of the two is not finite."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
@@ -98,11 +98,11 @@ def rank_statuses(ended: Ended, expected: int, *allowed: int) -> Finding:
 
 
 def one_line_with(ended: Ended, expected: str, *parts: str, beginning: str = "ecar-dist: ") -> Finding:
-    """Exactly one of our lines holds all the parts."""
+    """Exactly one of our lines contains all the parts."""
     found = [line for line in ended.lines(beginning) if all(part in line for part in parts)]
     if len(found) == 1:
         return Finding(expected, found[0].removeprefix("ecar-dist: "), True)
-    return Finding(expected, f"{len(found)} such lines; the last word: {last_words(ended.text)}", False)
+    return Finding(expected, f"{len(found)} such lines; the last line: {last_words(ended.text)}", False)
 
 
 def whole_checkpoints(folder: Path, found: Sequence[Path]) -> Finding:
@@ -111,10 +111,10 @@ def whole_checkpoints(folder: Path, found: Sequence[Path]) -> Finding:
         for path in found:
             verify(path)
     except CheckpointError as error:
-        return Finding("every checkpoint is whole", str(error), False)
+        return Finding("every checkpoint is intact", str(error), False)
     unfinished = [path.name for path in folder.glob("tmp-*")]
-    seen = f"{len(found)} whole" + (f", {unfinished[0]} was left" if unfinished else "")
-    return Finding("every checkpoint is whole, none is unfinished", seen, bool(found) and not unfinished)
+    seen = f"{len(found)} intact" + (f", {unfinished[0]} was left" if unfinished else "")
+    return Finding("every checkpoint is intact, none is unfinished", seen, bool(found) and not unfinished)
 
 
 def _status(ended: Ended) -> str:

@@ -10,7 +10,7 @@ GET /__control__ returns the log of requests. POST to it sets the faults, a list
     match    only requests whose path contains this text (default: all)
     method   only requests of this method (default GET)
     skip     number of matching requests that pass first (default 0)
-    times    number of requests that fail after them (default 1; null: all)
+    times    number of requests that fail after those (default 1; null: all)
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Proxy:
         writer.close()
 
     async def pass_on(self, request: Request, writer: StreamWriter) -> None:
-        """Log the request and answer it: with an error where a fault says so, else as the server does."""
+        """Log the request and answer it: with an error if a fault applies, otherwise with the server's answer."""
         fault = self.fault_of(request)
         span = request.headers.get("range")
         entry = {"method": request.method, "path": request.target, "range": span, "fault": fault["kind"], "bytes": 0}
@@ -88,11 +88,11 @@ class Proxy:
         await self.reply(fault, request, answer, writer)
 
     async def reply(self, fault: Fault, request: Request, answer: Answer, writer: StreamWriter) -> None:
-        """Send the server's answer. A subclass may break it, by the kind of the fault."""
+        """Send the server's answer. A subclass may corrupt it, depending on the kind of fault."""
         send(writer, answer)
 
     def fault_of(self, request: Request) -> Fault:
-        """The fault that strikes this request; of kind None where there is none."""
+        """The fault for this request; its kind is None if there is no fault."""
         for fault in self.faults:
             if fault.get("match", "") in request.target and fault.get("method", "GET") == request.method:
                 met = fault["met"] = fault.get("met", -1) + 1
@@ -121,7 +121,7 @@ class Proxy:
 
 
 async def read_head(reader: StreamReader) -> tuple[str, dict[str, str]]:
-    """First line and headers of a request or an answer; the names of headers are in lower case."""
+    """First line and headers of a request or an answer; header names are in lower case."""
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     return lines[0], {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])}
 

@@ -1,4 +1,4 @@
-"""The ground of a set of drills: a small copy of the user's run in its own folder, and a quiet run to compare with."""
+"""The common ground of the drills: a small copy of the user's run in its own folder, and a quiet run to compare."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ecar_dist.runtime.checkpoint.files import committed, step_of
 from ecar_dist.runtime.run.directory import RunDirectory
 
 STEPS, SAVE_EVERY, STRIKE_AT = 30, 10, 15
-TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}  # relative, of a loss
-SHORTEST_STEP = 0.05  # seconds; faster steps are slowed down where a fault must strike at a chosen step
-FIRST_PATIENCE = 600.0  # seconds for the quiet run, when the speed of the run is not known yet
+TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}  # relative, for losses
+SHORTEST_STEP = 0.05  # seconds; faster steps are slowed down if a fault must strike at a chosen step
+FIRST_PATIENCE = 600.0  # seconds for the quiet run, while the speed of the run is not known yet
 
 
 class CannotRunError(Exception):
@@ -61,12 +61,12 @@ class Ground:
 
     @functools.cached_property
     def quiet(self) -> Quiet:
-        """The undisturbed run, made when it is first needed. Raises TrainingError if it fails."""
+        """The undisturbed run, made on first use. Raises TrainingError if it fails."""
         # Train to the end.
         trial = Trial(self, "quiet")
         began = time.monotonic()
         with trial.start() as job:
-            with contextlib.suppress(UnexpectedError):  # its exit status tells why
+            with contextlib.suppress(UnexpectedError):  # its exit status shows why
                 job.reach(1)
             startup = time.monotonic() - began
             ended = job.end()
@@ -120,7 +120,7 @@ class Trial:
         self.checkpoints = checkpoints or RunDirectory(self.path).checkpoints
 
     def start(self, *overrides: str, failpoint: str = "", ranks: int | None = None, prefix: Sequence[str] = ()) -> Job:
-        """Launch it. `prefix`: words before the command of the launcher."""
+        """Launch the run. `prefix`: words in front of the launcher's command."""
         self._launches += 1
         ground = self._ground
         log = ground.folder / "logs" / f"{self._name}-{self._launches}.txt"
@@ -137,7 +137,7 @@ class Trial:
     def slow_steps(self, action: str = "delay") -> str:
         """A failpoint that makes steps long enough for a signal to hit a chosen one.
 
-        action: `delay` or, for ranks whose speed is compared, `burn`, which takes longer where a rank gets less time.
+        action: `delay` or, for ranks whose speed is compared, `burn`, which takes longer if a rank gets less time.
         """
         return f"train.step:{action}={SHORTEST_STEP}" if self._ground.quiet.step_seconds < SHORTEST_STEP else ""
 
@@ -148,7 +148,7 @@ class Trial:
         job.wait_for(lambda: self.newest_step() >= due, f"checkpoint of step {due}")
 
     def train(self, *overrides: str, failpoint: str = "", prefix: Sequence[str] = ()) -> Ended:
-        """Launch it and wait for its end."""
+        """Launch the run and wait until it ends."""
         with self.start(*overrides, failpoint=failpoint, prefix=prefix) as job:
             return job.end()
 
@@ -156,11 +156,11 @@ class Trial:
         return read_metrics(self.path / "metrics.jsonl")
 
     def newest_step(self) -> int:
-        """The step of the newest committed checkpoint; 0 where there is none."""
+        """The step of the newest committed checkpoint; 0 if there is none."""
         return max((step_of(path.name) for path in committed(self.checkpoints)), default=0)
 
     def resumed_from(self) -> int | None:
-        """The step that the last attempt resumed from, 0 for the start; None if it did not come so far."""
+        """The step that the last attempt resumed from, 0 for the start; None if it did not get that far."""
         last = ([{}, *RunDirectory(self.path).attempts()])[-1]
         return (last["resumed_from_step"] or 0) if "resumed_from_step" in last else None
 

@@ -18,7 +18,7 @@ from ecar_dist.drills.fault_proxy import CONTROL
 from ecar_dist.drills.processes import free_port
 
 START_SECONDS = 30.0
-# The server wants a signature, and accepts any.
+# The server requires a signature, and accepts any.
 SIGNED = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
 HEADERS = {"Content-Type": "application/octet-stream", "Authorization": SIGNED}
 
@@ -40,7 +40,7 @@ class ObjectStore:
         return [entry for entry in entries if entry["method"] == method and match in entry["path"]]
 
     def put(self, name: str, body: bytes) -> None:
-        """Write an object, not through the proxy."""
+        """Write an object, bypassing the proxy."""
         call("PUT", f"{self.server}/{self.url.removeprefix('s3://')}/{name}", body)
 
     def put_folder(self, folder: Path, prefix: str = "") -> str:
@@ -51,9 +51,9 @@ class ObjectStore:
 
 
 class StoreServers:
-    """The two processes; `server` and `endpoint` are their URLs. As a context manager it ends them.
+    """The two processes; `server` and `endpoint` are their URLs. As a context manager, it ends them on exit.
 
-    proxy: words of Python's command line that start the proxy.
+    proxy: arguments for Python that start the proxy.
     """
 
     def __init__(self, proxy: Sequence[str] = ("-m", "ecar_dist.drills.fault_proxy")) -> None:
@@ -94,7 +94,7 @@ def call(method: str, url: str, body: bytes | None = None) -> bytes:
 
 def _start(stdout: int, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, *words]
-    # A session of its own: Ctrl-C reaches only the drill, which ends these two.
+    # Its own session: Ctrl-C reaches only the drill, which then ends these two processes.
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
 
 

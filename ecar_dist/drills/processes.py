@@ -18,9 +18,9 @@ from types import TracebackType
 
 MARK = "ECAR_DRILL"
 POLL_SECONDS = 0.02
-TIDY_SECONDS = 5.0  # for processes that outlive the launcher to end
+TIDY_SECONDS = 5.0  # time for processes that outlive the launcher to end
 _STEP = re.compile(r"^step (\d+)/", re.MULTILINE)
-_RANK_STATUS = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")  # of torchrun's report
+_RANK_STATUS = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)")  # in torchrun's report
 
 
 class UnexpectedError(Exception):
@@ -29,11 +29,11 @@ class UnexpectedError(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended. `status` is that of the launcher, None if it had to be killed; `text` is its whole log."""
+    """How a launch ended. `status` is that of the launcher, None if it had to be killed; `text` is its full log."""
 
     status: int | None
     text: str
-    seconds: float  # since the fault, or since the launch where none struck
+    seconds: float  # since the fault, or since the launch if there was no fault
     orphans: tuple[str, ...] = ()  # processes that outlived the launcher
 
     @property
@@ -78,11 +78,11 @@ class Job:
         return self._launcher.pid
 
     def reach(self, step: int) -> None:
-        """Wait until this step was logged."""
+        """Wait until this step has been logged."""
         self.wait_for(lambda: any(int(found) >= step for found in _STEP.findall(self.text)), f"step {step}")
 
     def wait_for(self, happened: Callable[[], bool], what: str) -> None:
-        """Raises UnexpectedError if the job ends before, or takes too long."""
+        """Raises UnexpectedError if the job ends first, or takes too long."""
         while not happened():
             if self._launcher.poll() is not None:
                 raise UnexpectedError(f"the job ended before {what}: {last_words(self.text)}")
@@ -91,14 +91,14 @@ class Job:
             time.sleep(POLL_SECONDS)
 
     def strike(self, number: signal.Signals, *ranks: int) -> None:
-        """Send a signal to these ranks. The seconds of `end` count from here."""
+        """Send a signal to these ranks. `Ended.seconds` counts from here."""
         processes = [self._process_of(rank) for rank in ranks]
         self._struck = time.monotonic()
         for process in processes:
             _send(process, number)
 
     def hobble(self, rank: int, stopped: float, running: float) -> None:
-        """Until the job ends, stop this rank for `stopped` seconds and let it run for `running` seconds, in turn."""
+        """Until the job ends, alternately stop this rank for `stopped` seconds and let it run for `running` seconds."""
         process = self._process_of(rank)
         while self._launcher.poll() is None and time.monotonic() - self._began < self._patience:
             _send(process, signal.SIGSTOP)
@@ -165,11 +165,11 @@ def last_words(text: str) -> str:
     ours = re.findall(r"^ecar-dist: .*", text, re.MULTILINE)
     raised = re.findall(r"^(?:\[rank\d+\]: )?(\w*(?:Error|Exception): .*)", text, re.MULTILINE)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (ours[-1:] or raised[:1] or lines[-1:] or ["it said nothing"])[0]
+    return (ours[-1:] or raised[:1] or lines[-1:] or ["it printed nothing"])[0]
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes whose environment holds the mark. A zombie has no environment."""
+    """Live processes whose environment contains the mark. A zombie has no environment."""
     wanted = f"{MARK}={mark}".encode()
     return [
         int(entry.name)
@@ -196,7 +196,7 @@ def _command(pid: int) -> str:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return "gone since"
+        return "already gone"
     return b" ".join(words[:6]).decode(errors="replace")
 
 

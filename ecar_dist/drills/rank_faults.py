@@ -30,7 +30,7 @@ DEATH_SECONDS = 15.0  # a job must end within this time after a rank has died
 GRACE_SECONDS = 25.0  # a job that is asked to end must end within this time; Slurm allows 30 by default
 SHORTEST_HANG = 5.0
 HANG_MARGIN = 15.0  # seconds for the reports of the watchdog, the kill, and the end of the launcher
-# Seconds in turn: the rank runs for a third of the time.
+# Alternating, in seconds: the rank runs for a third of the time.
 STOPPED = 0.02
 RUNNING = 0.01
 
@@ -62,7 +62,7 @@ def hang_rank(ground: Ground) -> Iterator[Finding]:
 
 def slow_rank(ground: Ground) -> Iterator[Finding]:
     if ground.ranks < 2:
-        raise CannotRunError("a rank is slow beside others; use --ranks 2")
+        raise CannotRunError("a rank is slow only compared with others; use --ranks 2")
     trial, victim = Trial(ground, "slow-rank"), ground.ranks - 1
     with trial.start(failpoint=trial.slow_steps("burn")) as job:
         job.reach(1)
@@ -71,7 +71,7 @@ def slow_rank(ground: Ground) -> Iterator[Finding]:
     yield ended_well(ended)
     found = re.findall(r"rank \d+ is [0-9.]+x slow.*", ended.text)
     named = {line.split()[1] for line in found} == {str(victim)}
-    yield Finding(f"the log says that rank {victim} is slow, and no other", found[-1] if found else "not a word", named)
+    yield Finding(f"the log names rank {victim} as slow, and no other", found[-1] if found else "no such line", named)
     yield no_orphans(ended)
     yield from as_quiet(ground, trial)
 
@@ -87,12 +87,12 @@ def preempt(ground: Ground) -> Iterator[Finding]:
     yield no_orphans(ended)
     last = max((entry["step"] for entry in trial.metrics()), default=0)
     saved = trial.newest_step()
-    yield Finding(f"the step it ended with, {last}, is committed", f"step {saved} is", saved == last)
+    yield Finding(f"its last step, {last}, is committed", f"newest: step {saved}", saved == last)
     yield from resumed_as_quiet(ground, trial)
 
 
 def resize(ground: Ground) -> Iterator[Finding]:
-    """Started on all ranks, resumed on another number of ranks in another ZeRO stage, then again as at first."""
+    """Started on all ranks, resumed on a different number of ranks in a different ZeRO stage, then as at the start."""
     trial = Trial(ground, "resize")
     was = ground.config.deepspeed.zero_stage
     stage = 3 if was != 3 else 1
@@ -101,7 +101,7 @@ def resize(ground: Ground) -> Iterator[Finding]:
     if ranks > 1:
         changed.append("batch.micro_batch_size=1")
 
-    # Kill it on each number of ranks.
+    # Kill it with each number of ranks.
     for step, number, overrides in ((STRIKE_AT, ground.ranks, []), (2 * STEPS // 3 + 2, ranks, changed)):
         with trial.start(*overrides, ranks=number, failpoint=trial.slow_steps()) as job:
             trial.reach(job, step)
@@ -109,7 +109,7 @@ def resize(ground: Ground) -> Iterator[Finding]:
             ended = job.end()
         yield no_orphans(ended)
 
-    # Train to the end. Both resumed launches name the two ways of sharding.
+    # Train to the end. Both resumed launches name the old and the new way of sharding.
     ways = [(ground.ranks, was, ranks, stage), (ranks, stage, ground.ranks, was)]
     saved = trial.newest_step()
     last = trial.train()
@@ -117,7 +117,7 @@ def resize(ground: Ground) -> Iterator[Finding]:
         writer, reader = counted(old, "rank"), counted(new, "rank")
         words = f"written by {writer} with ZeRO-{old_stage}, read by {reader} with ZeRO-{new_stage}"
         found = [line for line in said.text.splitlines() if words in line]
-        yield Finding(f"one line: {words}", found[0] if found else "not a word", len(found) == 1)
+        yield Finding(f"one line: {words}", found[0] if found else "no such line", len(found) == 1)
     yield ended_well(last)
     yield from_step(trial, saved)
     yield from as_quiet(ground, trial)
@@ -136,7 +136,7 @@ def nan(ground: Ground) -> Iterator[Finding]:
     skipped = metrics[-1].get("train/skipped_steps") if metrics else None
     yield Finding("one step is skipped, by all ranks", f"train/skipped_steps is {skipped}", skipped == 1)
     steps = [entry.get("step") for entry in read_metrics(trial.path / "bad_steps.jsonl")]
-    yield Finding(f"its samples are written down for step {STRIKE_AT}", f"steps {steps}", steps == [STRIKE_AT])
+    yield Finding(f"its samples are recorded for step {STRIKE_AT}", f"steps {steps}", steps == [STRIKE_AT])
     yield whole_checkpoints(trial.checkpoints, committed(trial.checkpoints))
 
 
@@ -146,7 +146,7 @@ def learnt_nothing(ground: Ground, found: dict[int, float], step: int) -> Iterat
     trial.path.mkdir(parents=True)
     write_json(trial.path / "lineage.json", [])  # a run directory without an attempt
     (trial.path / "bad_steps.jsonl").write_text(roll_back_record(step, (step, step)))
-    whose = f"those of a run that passes over step {step}"
+    whose = f"those of a run that skips step {step}"
     ended = trial.train()
     yield same_losses(found, losses(trial.metrics()) if ended.status == 0 else {}, ground.tolerance, whose)
 
@@ -156,7 +156,7 @@ def names_rank(ended: Ended, rank: int) -> Finding:
 
 
 def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -> Iterator[Finding]:
-    """The same command resumes from the newest checkpoint, and the whole run is as without the fault."""
+    """The same command resumes from the newest checkpoint, and the complete run equals one without the fault."""
     saved = trial.newest_step()
     ended = trial.train(prefix=prefix)
     yield ended_well(ended)
@@ -166,8 +166,8 @@ def resumed_as_quiet(ground: Ground, trial: Trial, prefix: Sequence[str] = ()) -
 
 def from_step(trial: Trial, saved: int) -> Finding:
     found = trial.resumed_from()
-    seen = "it did not come so far" if found is None else f"step {found}"
-    return Finding(f"the same command goes on from the newest checkpoint, step {saved}", seen, found == saved)
+    seen = "it did not get that far" if found is None else f"step {found}"
+    return Finding(f"the same command continues from the newest checkpoint, step {saved}", seen, found == saved)
 
 
 def as_quiet(ground: Ground, trial: Trial) -> Iterator[Finding]:

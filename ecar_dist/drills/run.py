@@ -28,7 +28,7 @@ from ecar_dist.storage.atomic import atomic_write, write_json
 
 @dataclass(frozen=True)
 class Drill:
-    """A fault in words, and the function that injects it and checks what follows."""
+    """The description of a fault, and the function that injects it and checks the outcome."""
 
     fault: str
     run: Callable[[Ground], Iterator[Finding]]
@@ -39,12 +39,12 @@ DRILLS = {
     "hang-rank": Drill("SIGSTOP of a rank in a step", rank_faults.hang_rank),
     "slow-rank": Drill("a rank gets a third of its time", rank_faults.slow_rank),
     "nan": Drill("the loss of one rank is NaN", rank_faults.nan),
-    "torn-checkpoint": Drill("SIGKILL of a rank in a save; then the newest is cut", storage_faults.torn_checkpoint),
-    "corrupt-shard": Drill("a byte of a latent shard flipped", storage_faults.corrupt_shard),
+    "torn-checkpoint": Drill("SIGKILL of a rank in a save, then a truncated file", storage_faults.torn_checkpoint),
+    "corrupt-shard": Drill("a flipped byte in a latent shard", storage_faults.corrupt_shard),
     "s3-503": Drill("bursts of 503 from an S3 server", storage_faults.s3_503),
-    "disk-full": Drill("no room for the second checkpoint", storage_faults.disk_full),
+    "disk-full": Drill("no space for the second checkpoint", storage_faults.disk_full),
     "preempt": Drill("SIGTERM to all ranks in a step", rank_faults.preempt),
-    "resize": Drill("killed, then other ranks and ZeRO stage, twice", rank_faults.resize),
+    "resize": Drill("killed, then different ranks and ZeRO stage, twice", rank_faults.resize),
 }
 ALL = "all"
 
@@ -65,10 +65,10 @@ def run_drills(
     Args:
         names: names of drills, or `all`.
         keep: an empty folder for runs and logs; None: a temporary one.
-        skip: drills to leave out; they do not count.
+        skip: drills to skip; they do not count.
 
     Returns the exit status: 0 if everything is as expected.
-    Raises ConfigError for an unknown drill, and for a config or a number of ranks that it does not allow.
+    Raises ConfigError for an unknown drill, an invalid config, and a number of ranks that the config does not allow.
     """
     # Check everything before anything starts.
     chosen = _chosen(names)
@@ -84,7 +84,7 @@ def run_drills(
         print(f"{counted(ranks, 'rank')} on {ground.device}, {ground.precision}; runs and logs in {folder}", flush=True)
         rows = [_row(name, ground, name in skip, keep is not None) for name in chosen]
 
-    # Report. Logs of drills that went wrong are kept.
+    # Report. Logs of failed drills are kept.
     command = shlex.join(["ecar-dist", "drill", *names, str(config_path), *overrides])
     facts = circumstances(command, f"{ranks} on {ground.device}, {ground.precision}")
     print("\n".join(["", *text_lines(rows), summary(rows)]), flush=True)
@@ -104,16 +104,16 @@ def _chosen(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in (ALL, *DRILLS):
             close = difflib.get_close_matches(name, DRILLS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {ALL}, {', '.join(DRILLS)}"
+            hint = f"did you mean {close[0]}?" if close else f"choose from {ALL}, {', '.join(DRILLS)}"
             raise ConfigError(f"there is no drill {name!r}; {hint}")
     return [name for name in DRILLS if name in names or ALL in names]
 
 
 def _row(name: str, ground: Ground, skipped: bool, keep: bool) -> Row:
-    """Run one drill. The quiet run comes first if it does not exist yet, and does not count for the drill's time."""
+    """Run one drill. The quiet run comes first if it does not exist yet; it does not count towards the drill's time."""
     fault = DRILLS[name].fault
     if skipped:
-        return Row(name, fault, (), 0.0, "skipped", "left out by --skip")
+        return Row(name, fault, (), 0.0, "skipped", "skipped by --skip")
     print(f"{name}: {fault} ...", flush=True)
     ground.prepare()
     findings: list[Finding] = []
@@ -124,7 +124,7 @@ def _row(name: str, ground: Ground, skipped: bool, keep: bool) -> Row:
     except CannotRunError as reason:
         return Row(name, fault, (), 0.0, "not run", str(reason))
     except UnexpectedError as surprise:
-        findings.append(Finding("the job goes on until the fault strikes", str(surprise), False))
+        findings.append(Finding("the job continues until the fault strikes", str(surprise), False))
     row = Row.of(name, fault, [_anonymous(one, ground) for one in findings], time.monotonic() - began)
     print(f"{name}: {row.outcome} after {row.seconds:.0f} s", flush=True)
     if not keep:
@@ -156,7 +156,7 @@ def _dropped_on_interrupt(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it ends the processes it started."""
+    """SIGTERM and SIGHUP end the block like Ctrl-C, so that it ends the processes it started."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

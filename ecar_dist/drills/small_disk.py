@@ -1,4 +1,4 @@
-"""A disk of a chosen size: a tmpfs in its own mount namespace. It needs no root where user namespaces are allowed."""
+"""A disk of a chosen size: a tmpfs in its own mount namespace. Needs no root if user namespaces are allowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-# Options of unshare: as root; as a user, where the kernel allows user namespaces.
+# Options of unshare: as root; as a user, if the kernel allows user namespaces.
 WAYS = (("--mount",), ("--mount", "--map-root-user"))
 
 
@@ -32,7 +32,7 @@ class SmallDisk:
 
     @property
     def prefix(self) -> list[str]:
-        """Words before a command that run it where the disk is mounted, in this working directory."""
+        """Words in front of a command that make it run where the disk is mounted, in this working directory."""
         return [*self._enter, "sh", "-c", 'cd "$0" && exec "$@"', os.getcwd()]
 
     @property
@@ -41,7 +41,7 @@ class SmallDisk:
         return Path(f"/proc/{self._holder.pid}/root{self.folder}")
 
     def resize(self, size: int) -> None:
-        # With the source given, mount leaves out the current options, whose user id may not exist in the namespace.
+        # With the source given, mount drops the current options, whose user id may not exist in the namespace.
         command = ["mount", "-o", f"remount,size={size}", "tmpfs", str(self.folder)]
         subprocess.run([*self._enter, *command], check=True, capture_output=True)
 

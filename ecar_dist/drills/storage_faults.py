@@ -1,4 +1,4 @@
-"""Drills of storage faults: torn and cut checkpoints, a flipped byte, 503s of an object store, a full disk."""
+"""Drills of storage faults: torn and cut checkpoints, a flipped byte, 503s from an object store, a full disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ecar_dist.runtime.checkpoint.files import committed, readable
 from ecar_dist.storage.remote import file_in, is_remote, local_path
 from ecar_dist.train.sources import check_data, open_stream
 
-ENDED_BY_LAUNCHER = -SIGTERM  # torchrun ends the others once one has failed
+ENDED_BY_LAUNCHER = -SIGTERM  # torchrun ends the other ranks once one has failed
 LARGEST_BUCKET = 1 << 30  # bytes: the S3 server keeps them in memory
 BURSTS = {MANIFEST_NAME: 2, ".tar": 6}  # part of the path -> number of consecutive 503s
 ACCOUNT = {
@@ -65,21 +65,21 @@ def torn_checkpoint(ground: Ground) -> Iterator[Finding]:
     yield names_rank(ended, victim)
     yield no_orphans(ended)
 
-    # The save is as if it had never begun.
+    # The unfinished save has left no checkpoint.
     saved = trial.newest_step()
     yield Finding(f"the checkpoint of step {SAVE_EVERY} is the newest", f"step {saved}", saved == SAVE_EVERY)
     yield from resumed_as_quiet(ground, trial)
 
     # Truncate a file of the newest checkpoint: the one before it is used.
     if len(found := committed(trial.checkpoints)) < 2:
-        raise UnexpectedError(f"{len(found)} checkpoints are there, and two are needed to cut the newer one")
+        raise UnexpectedError(f"there are {len(found)} checkpoints, and two are needed to cut the newer one")
     newest, before = found[:2]
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     again = trial.train()
     yield ended_well(again)
     named = (newest.name, largest.name)
-    yield one_line_with(again, f"one warning names {newest.name} and its cut file", *named, beginning="warning: ")
+    yield one_line_with(again, f"one warning names {newest.name} and its truncated file", *named, beginning="warning: ")
     yield from_step(trial, int(before.name.removeprefix("step-")))
     yield from as_quiet(ground, trial)
 
@@ -97,17 +97,17 @@ def corrupt_shard(ground: Ground) -> Iterator[Finding]:
     yield said
     found = re.search(r"byte (\d+)", said.seen)
     near = found is not None and damaged.sample_begins <= int(found[1]) <= damaged.flipped
-    place = f"its sample, {damaged.sample_begins} to {damaged.flipped}"
-    yield Finding(f"it gives the byte: in {place}", f"byte {found[1]}" if found else "no byte", near)
+    place = f"the damaged sample, {damaged.sample_begins} to {damaged.flipped}"
+    yield Finding(f"it names a byte in {place}", f"byte {found[1]}" if found else "no byte", near)
 
-    # With the byte restored the same command trains as the quiet run did.
+    # With the byte restored, the same command trains like the quiet run.
     flip(damaged.path, damaged.flipped)
     yield from resumed_as_quiet(ground, trial)
 
 
 @dataclass(frozen=True)
 class DamagedShard:
-    """A shard with one byte flipped, beside links to all other files of its set."""
+    """A shard with one flipped byte, next to links to all other files of its set."""
 
     path: Path
     sample_begins: int
@@ -141,7 +141,7 @@ def damage(config: RunConfig, folder: Path) -> DamagedShard:
 
 
 def flip(path: Path, offset: int) -> None:
-    """Flip all bits of one byte. Twice restores the file."""
+    """Flip all bits of one byte. A second call restores the file."""
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -160,11 +160,11 @@ def s3_503(ground: Ground) -> Iterator[Finding]:
     """The latents are read from an S3 server that answers bursts of requests with 503."""
     # It needs the server, and latents that are small enough for it.
     if not all(importlib.util.find_spec(name) for name in ("moto", "flask")):
-        raise CannotRunError("pip install 'ecar_dist[dev]' for its S3 server")
+        raise CannotRunError("its S3 server is not installed; pip install 'ecar_dist[dev]'")
     home = local_latents(ground.config)
     shards = load_manifest(home).shards
     if (size := sum(shard.bytes for shard in shards)) > LARGEST_BUCKET:
-        raise CannotRunError(f"the set has {size / 2**30:.1f} GiB, the S3 server takes 1; give a smaller data.latents")
+        raise CannotRunError(f"the set has {size / 2**30:.1f} GiB, the S3 server allows 1; give a smaller data.latents")
 
     # Upload the latents, then train from the bucket.
     with StoreServers() as servers:
@@ -182,28 +182,28 @@ def s3_503(ground: Ground) -> Iterator[Finding]:
 
 
 def requests(bucket: ObjectStore) -> Iterator[Finding]:
-    """What the proxy logged: every 503 was repeated, and nothing was downloaded twice because of it.
+    """What the proxy logged: every 503 led to a retry, and nothing was downloaded twice because of it.
 
-    The first request for a shard is that of the preflight, which reads its beginning without the cache of the node.
+    The first request for a shard comes from the preflight, which reads its beginning without the node's cache.
     """
     entries = bucket.log()
     burst = sum(BURSTS.values())
     met = sum(entry["fault"] == "status" for entry in entries)
-    yield Finding(f"{burst} requests are answered with 503 and made again", f"{met} were", met == burst)
+    yield Finding(f"{burst} requests are answered with 503 and retried", f"{met} were", met == burst)
     fetched = [(entry["path"], entry["range"]) for entry in bucket.log(match=".tar") if entry["fault"] is None]
     looks = fetched[:1]
     reads = fetched[1:]
-    seen = f"{counted(len(looks), 'look')}, then {len(reads)} requests for {len(set(reads))} ranges of shards"
-    expected = "one look of the preflight at a shard; then no part of a shard is fetched twice"
+    seen = f"{counted(len(looks), 'preflight read')}, then {len(reads)} requests for {len(set(reads))} ranges of shards"
+    expected = "one preflight read of a shard; then no part of a shard is downloaded twice"
     yield Finding(expected, seen, bool(reads) and len(reads) == len(set(reads)))
 
 
 def says_room(ended: Ended, size: int) -> Finding:
     """The last error gives the size of a checkpoint, to a tenth, and the free space."""
     said = re.findall(r"^ecar-dist: (.* needs (\S+) ([MG])iB, and .* free.*)$", ended.text, re.MULTILINE)
-    line, number, unit = said[-1] if said else ("not a word", "0", "M")
+    line, number, unit = said[-1] if said else ("no such line", "0", "M")
     ok = abs(float(number) * 2 ** {"M": 20, "G": 30}[unit] - size) < 0.1 * size
-    return Finding(f"it says what is free and needed: {readable(size)}", line, ok)
+    return Finding(f"it reports the free space and the space needed: {readable(size)}", line, ok)
 
 
 def disk_full(ground: Ground) -> Iterator[Finding]:
@@ -211,7 +211,7 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
     folder = ground.folder / "disk"
     size = ground.quiet.checkpoint_bytes
     with contextlib.ExitStack() as stack:
-        # A real small disk, or a failpoint where it cannot be mounted.
+        # A real small disk, or a failpoint if it cannot be mounted.
         try:
             disk = stack.enter_context(SmallDisk(folder, size + size // 2))
             checkpoints, prefix, failpoint = disk.seen_from_outside / "disk-full", disk.prefix, ""
@@ -220,7 +220,7 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
             failpoint = ",".join(f"checkpoint.write:nth={save}:enospc" for save in range(2, STEPS // SAVE_EVERY + 1))
             yield Finding("a disk that is full", f"{reason}: the error comes from a failpoint", True)
 
-        # Training continues without the second checkpoint and ends with an error, because the last is not saved.
+        # Training continues without the second checkpoint and ends with an error, because the last one is not saved.
         trial = Trial(ground, "disk-full", (f"checkpoint.dir={folder}",), checkpoints=checkpoints)
         ended = trial.train(failpoint=failpoint, prefix=prefix)
         yield every_step_once(trial.metrics(), STEPS)

@@ -25,7 +25,7 @@ LONGEST = 240  # characters of a finding in a table; the JSON file has all of th
 
 @dataclass(frozen=True)
 class Row:
-    """One drill. `findings` is empty where it did not run; `reason` then says why."""
+    """One drill. `findings` is empty if it did not run; `reason` then says why."""
 
     name: str
     fault: str
@@ -48,7 +48,7 @@ class Row:
 
 
 def text_lines(rows: Sequence[Row]) -> list[str]:
-    """A table in columns. A cell that is too long for its column goes on in the lines below."""
+    """A table in columns. A cell that is too long for its column continues in the lines below."""
     lines: list[Sequence[str]] = [HEADINGS, ["-" * width for width in WIDTHS]]
     for row in rows:
         for number, (expected, seen) in enumerate(row.pairs):
@@ -72,7 +72,7 @@ def passed(rows: Sequence[Row]) -> bool:
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
-    """The whole document: how it was made, then the table."""
+    """The complete document: how it was made, then the table."""
     table = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
     for row in rows:
         for number, (expected, seen) in enumerate(row.pairs):
@@ -81,7 +81,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
             table.append(f"| {' | '.join((*first, _escaped(expected), _escaped(seen), *last))} |")
     head = [f"- {name}: {value}" for name, value in facts.items()]
     how = (
-        "Each drill trains a small copy of a run on real ranks, injects a fault, and compares with a quiet run. "
+        "Each drill trains a small copy of a run on real ranks, injects a fault, and compares it with a quiet one. "
         "Everything here was measured by the command below, which wrote this file."
     )
     return "\n".join(["# Fault drills", "", how, "", *head, f"- result: {summary(rows)}", "", *table, ""])
@@ -92,7 +92,7 @@ def _escaped(text: str) -> str:
 
 
 def tree(rows: Sequence[Row], facts: dict[str, str]) -> dict[str, Any]:
-    """For JSON."""
+    """The results as JSON values."""
     return {**facts, "passed": passed(rows), "drills": [dataclasses.asdict(row) for row in rows]}
 
 

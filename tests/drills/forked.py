@@ -1,8 +1,8 @@
-"""Drills on ranks that are forked instead of launched: what torchrun does for a drill, without seconds of imports.
+"""Drills on ranks that are forked instead of launched: like torchrun, but without seconds of imports.
 
 The fork server's child is the launcher: it leads a session, forks the ranks, ends all once one has failed, and reports
-as torchrun does. A forked process shows the fork server's environment in /proc, not its own, so what belongs to a job
-is found by its session; what the ranks start by themselves carries the mark, as always.
+like torchrun. A forked process shows the fork server's environment in /proc, not its own, so the processes of a job are
+found by their session; processes that the ranks start themselves carry the mark, as always.
 """
 
 import os
@@ -38,7 +38,7 @@ class ForkedJob(Job):
 
 
 class Launcher:
-    """As much of a Popen as a Job uses."""
+    """The part of Popen that a Job uses."""
 
     def __init__(self, command, environment, log):
         ranks, port = (command[command.index(option) + 1] for option in ("--nproc-per-node", "--master-port"))
@@ -63,7 +63,7 @@ by_environment = processes.marked
 
 
 def marked(mark):
-    """In the place of `processes.marked`."""
+    """Replaces `processes.marked`."""
     session = SESSIONS.get(mark)  # None: a job that was launched
     ours = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and in_session(entry, session)]
     return sorted({*ours, *by_environment(mark)})
@@ -110,7 +110,7 @@ def rank_main(rank, words):
 
 
 def wait_for_all(pids):
-    """Exit status by process, in the order of their ends. Once one has failed the others are ended."""
+    """Exit status by process, in the order in which they end. Once one has failed, the others are ended."""
     statuses, until = {}, float("inf")
     while len(statuses) < len(pids):
         pid, code = os.waitpid(-1, os.WNOHANG)

@@ -1,6 +1,6 @@
-"""Every drill in its shortest form: real ranks, forked from one server, on one small set, beside one quiet run.
+"""Every drill in its shortest form: real ranks, forked from one server, on one small set, with one quiet run.
 
-What the drills look at is also what docs/drills.md shows, so that page cannot go stale.
+The checks of the drills must be those that docs/drills.md shows, so that page cannot become stale.
 """
 
 import re
@@ -18,12 +18,12 @@ from ecar_dist.drills.small_disk import NoSmallDiskError
 from tests.drills import forked
 
 PAGE = (Path(__file__).parents[2] / "docs/drills.md").read_text()
-HURT_BY_OTHERS = ("slow-rank",)  # on a busy machine another rank may be the slow one: once
+HURT_BY_OTHERS = ("slow-rank",)  # on a busy machine another rank may be the slow one: retried once
 NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
 
 
 def no_small_disk(folder, size):
-    """The ranks are forked in this process's mount namespace: they cannot be put into another one."""
+    """The ranks are forked in this process's mount namespace: they cannot be moved to another one."""
     raise NoSmallDiskError("ranks are forked")
 
 
@@ -35,13 +35,13 @@ def ground(make_tree, tmp_path_factory):
         patch.setattr(processes, "marked", forked.marked)
         patch.setattr(storage_faults, "SmallDisk", no_small_disk)
         tree = make_tree(folder)
-        tree["batch"]["micro_batch_size"] = 8  # one of each rank a step
+        tree["batch"]["micro_batch_size"] = 8  # one per rank and step
         yield Ground(config_from_dict(tree), folder / "drills", 2)
     shutil.rmtree(folder)
 
 
 def rows_of(page):
-    """Drill -> (what it expects, in order); each drill's outcome; the page's count of those as expected."""
+    """By drill: what it expects, in order; and its outcome."""
     expected, outcomes, name = {}, {}, ""
     for line in page.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]

@@ -1,4 +1,4 @@
-"""The small copy of a user's run, and the faults that are put into its data."""
+"""The small copy of a user's run, and the faults that are injected into its data."""
 
 import json
 
@@ -75,11 +75,11 @@ def test_where_a_run_went_on_from_is_not_known_of_one_that_did_not_get_so_far(tr
     assert from_step(trial, 20).ok
     (trial.path / "lineage.json").write_text(json.dumps([{"attempt": "a", "resumed_from_step": 20}, {"attempt": "b"}]))
     assert not from_step(trial, 20).ok
-    assert not from_step(trial, 0).ok, "a run that never began to train"
+    assert not from_step(trial, 0).ok, "a run that never started to train"
 
 
 class AtStep:
-    """A job that is where it is asked for; each look at it brings the next checkpoint nearer."""
+    """A job that is always at the step asked for; each poll commits the next checkpoint."""
 
     def __init__(self, checkpoints):
         self.checkpoints, self.asked = checkpoints, []

@@ -11,14 +11,14 @@ import pytest
 
 from ecar_dist.drills.processes import Ended, Job, UnexpectedError, last_words, marked
 
-# with a child that ends with it, as a watchdog's monitor does
+# with a child that ends with it, like a watchdog's monitor
 RANK = """
 import subprocess, sys, time
 child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 print("up", flush=True)
 time.sleep(float(sys.argv[1]))
 """
-# two ranks; their death is the launcher's, with the signal's number
+# two ranks; when they die, the launcher exits with the signal's number
 LAUNCHER = f"""
 import os, subprocess, sys
 ranks = [subprocess.Popen([sys.executable, "-c", {RANK!r}, sys.argv[1]], env={{**os.environ, "RANK": str(r)}},
@@ -34,7 +34,7 @@ sys.exit(-status)
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start the launcher; whatever is left of it at the end of the test is killed."""
+    """Start the launcher; what is left of it at the end of the test is killed."""
     jobs = []
 
     def start(seconds="60", manner="tidy", patience=30.0):
@@ -122,7 +122,7 @@ def test_the_last_words_are_those_that_help():
     assert last_words(f"{gloo}ecar-dist: disk full\n====\n") == "ecar-dist: disk full"
     assert last_words(f"step 1\n{gloo}Traceback\ntorch.ChildFailedError: \n====\n") == "RuntimeError: connection closed"
     assert last_words("step 1\nstep 2\n\n") == "step 2"
-    assert last_words("") == "it said nothing"
+    assert last_words("") == "it printed nothing"
 
 
 REPORT = """

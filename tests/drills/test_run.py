@@ -1,4 +1,4 @@
-"""Drills from the outside: one real one, and what becomes of those that go wrong."""
+"""Drills from the outside: one real drill, and drills that fail."""
 
 import dataclasses
 import json
@@ -30,13 +30,13 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """What a drill that fails leaves for the user to look at goes with the test's own folder."""
+    """What a failed drill keeps for the user is removed with the test's own folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def killed(make_tree, tmp_path_factory):
-    """A real kill-rank drill on two ranks, of which torchrun starts those that are struck: config, status, folder,
+    """A real kill-rank drill on two ranks; torchrun starts those that are struck. Returns config, status, folder,
     result."""
 
     def start(command, environment, log, patience):
@@ -46,7 +46,7 @@ def killed(make_tree, tmp_path_factory):
 
     folder, kinds = tmp_path_factory.mktemp("drill"), []
     tree = make_tree(folder)
-    tree["batch"]["micro_batch_size"] = 8  # one of each rank a step
+    tree["batch"]["micro_batch_size"] = 8  # one per rank and step
     config = write_yaml(tree, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ground_module, "Job", start)
@@ -65,11 +65,11 @@ def test_a_killed_rank_is_survived_as_expected(killed):
     attempts = json.loads((folder / "runs/kill-rank/lineage.json").read_text())
     begun, resumed = (attempt["resumed_from_step"] for attempt in attempts)
     assert begun is None
-    assert resumed in (10, 20), "20 where the machine was slow to strike"
+    assert resumed in (10, 20), "20 if the machine was slow to strike"
 
 
 def test_a_run_that_is_not_the_quiet_one_is_found_out(killed, monkeypatch, tmp_path, capsys):
-    """The real run's metrics, against a quiet run in which one loss is another."""
+    """The real run's metrics, against a quiet run in which one loss differs."""
     config, _, folder, _ = killed
 
     def compare(ground):
@@ -89,7 +89,7 @@ def test_a_run_that_is_not_the_quiet_one_is_found_out(killed, monkeypatch, tmp_p
 
 
 def offer(monkeypatch, drill):
-    """Let `nan` be this drill, without a quiet run."""
+    """Replace `nan` with this drill, without a quiet run."""
     monkeypatch.setitem(DRILLS, "nan", Drill("a fault", drill))
     monkeypatch.setattr(Ground, "prepare", lambda ground: None)
 

@@ -1,4 +1,4 @@
-"""A disk that is full for those who were started on it."""
+"""A disk that is full for the processes that were started on it."""
 
 import subprocess
 
@@ -24,7 +24,7 @@ def test_it_fills_up_and_grows_and_is_seen_from_outside(way, tmp_path, monkeypat
             assert (disk.seen_from_outside / "file").stat().st_size == min(size, 3 << 20)
         monkeypatch.chdir(tmp_path)
         assert subprocess.run([*disk.prefix, "pwd"], capture_output=True, text=True).stdout == f"{tmp_path}\n"
-        assert not list(folder.iterdir()), "mounted for nobody else"
+        assert not list(folder.iterdir()), "visible to no other process"
     assert not disk.seen_from_outside.exists()
 
 

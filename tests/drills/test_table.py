@@ -1,4 +1,4 @@
-"""What is said about drills."""
+"""The results of drills as text, Markdown and JSON."""
 
 import json
 
