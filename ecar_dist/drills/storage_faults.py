@@ -227,7 +227,7 @@ def disk_full(ground: Ground) -> Iterator[Finding]:
         yield rank_statuses(ended, 1, ENDED_BY_LAUNCHER)
         yield no_orphans(ended)
         unsaved = f"step {2 * SAVE_EVERY} was not saved"
-        yield one_line_with(ended, f"{unsaved}; training goes on", unsaved, "continues", beginning="warning: ")
+        yield one_line_with(ended, f"{unsaved}; training continues", unsaved, "continues", beginning="warning: ")
         yield says_room(ended, size)
         yield whole_checkpoints(checkpoints, committed(checkpoints))
         saved = trial.newest_step()
