@@ -71,12 +71,12 @@ def runs_at_equal_compute(work: Path, seeds: int, share: float) -> dict[str, lis
 
     The reference at the config's full length is quality.py's own `ecar`, which may already be trained.
     """
-    budget = macs_of(Run("ecar", 0, ECAR).load(work)) * share
+    full = macs_of(Run("ecar", 0, ECAR).load(work))
     names = {name: f"{name.replace(' ', '-')}-x{share:g}" for name in VARIANTS}
     if share == 1:
         names[REFERENCE] = "ecar"
     return {
-        name: [at_equal_compute(work, Run(names[name], seed, ECAR, changes), budget) for seed in range(seeds)]
+        name: [at_equal_compute(work, Run(names[name], seed, ECAR, changes), full, share) for seed in range(seeds)]
         for name, changes in VARIANTS.items()
     }
 

@@ -99,17 +99,24 @@ def fit_codes(work: Path) -> None:
 
 def runs_at_equal_compute(work: Path, seeds: int, share: float, kinds: Sequence[str] = CLAIMED) -> list[Run]:
     """Every kind and seed, seed by seed; each sees as many samples as ECAR's training MACs allow."""
-    budget = macs_of(KINDS["ecar"].run("ecar", 0).load(work)) * share
-    return [at_equal_compute(work, KINDS[kind].run(kind, seed), budget) for seed in range(seeds) for kind in kinds]
+    full = macs_of(KINDS["ecar"].run("ecar", 0).load(work))
+    return [at_equal_compute(work, KINDS[kind].run(kind, seed), full, share) for seed in range(seeds) for kind in kinds]
 
 
-def at_equal_compute(work: Path, run: Run, budget: float) -> Run:
-    """The run with as many samples, in whole steps, as the budget in MACs allows; its warm-up is in proportion."""
+def at_equal_compute(work: Path, run: Run, full: float, share: float) -> Run:
+    """The run with as many samples, in whole steps, as `share` of the `full` MACs allows.
+
+    Its warm-up is in proportion to the samples, its EMA to the share: a long one would still average early weights.
+    """
     config = run.load(work)
-    steps = round(budget / kind_of(config).training_macs(config) / config.batch.global_batch_size)
+    steps = round(full * share / kind_of(config).training_macs(config) / config.batch.global_batch_size)
     samples = steps * config.batch.global_batch_size
-    warmup = round(config.optim.warmup_samples * samples / config.train.total_samples)
-    return replace(run, overrides=(*run.overrides, f"train.total_samples={samples}", f"optim.warmup_samples={warmup}"))
+    lengths = {
+        "train.total_samples": samples,
+        "optim.warmup_samples": round(config.optim.warmup_samples * samples / config.train.total_samples),
+        "ema.half_life_samples": [round(one * share) for one in config.ema.half_life_samples],
+    }
+    return replace(run, overrides=(*run.overrides, *(f"{key}={value}" for key, value in lengths.items())))
 
 
 def macs_of(config: RunConfig) -> int:

@@ -26,6 +26,7 @@ def test_all_kinds_have_as_many_parameters_and_training_macs(tmp_path, share):
         assert one["parameters"] == pytest.approx(ecar["parameters"], rel=0.04), kind
         assert one["samples_seen"] != ecar["samples_seen"]  # the cost of a sample differs
     assert {run.load(tmp_path).run.seed for run in runs} == {0, 1}
+    assert {tuple(run.load(tmp_path).ema.half_life_samples) for run in runs} == {(10_000 * share,)}
 
 
 def test_the_guidance_is_the_best_over_all_seeds():
