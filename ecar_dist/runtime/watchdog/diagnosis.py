@@ -1,4 +1,4 @@
-"""Which rank is at fault: from the reports of all ranks to one sentence.
+"""Finds the rank at fault: turns the reports of all ranks into one sentence.
 
 Standard library only: the monitor imports this module.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 # Why a monitor reports a rank.
 HUNG = "hung"  # it stayed in one phase for too long
-GONE = "gone"  # its process ended without a word
-FAILED = "failed"  # it met an error, and prints it itself
+GONE = "gone"  # its process ended without reporting it
+FAILED = "failed"  # it raised an error, and prints it itself
 LOST = "lost"  # its connection to another rank broke
 CALLED = "called"  # nothing is wrong with it, but another rank was reported
 
@@ -35,8 +35,8 @@ class RankReport:
     beat: int
     seconds: float  # in this phase, while the monitor watched
     state: str = ""  # of the process, as in /proc: R, S, D, T, t; empty if it is gone
-    words: str = ""  # what the rank, or the kernel, said
-    stacks: str = ""  # path of the file with its stacks, if there is one
+    words: str = ""  # details: the transport's error, or a note on the out-of-memory killer
+    stacks: str = ""  # path of the file with its stacks; empty if there is none
     innermost: str = ""  # innermost line of the main thread's stack
 
     @property
@@ -53,16 +53,16 @@ class RankReport:
 
 
 def diagnose(reports: Sequence[RankReport], size: int, folder: str) -> str | None:
-    """One sentence on the ranks at fault among `size` ranks; None if a rank failed, which prints its own error.
+    """One sentence about the ranks at fault among `size` ranks; None if a rank failed, because it prints its own error.
 
-    The causes are tried from the surest to the least sure: a rank that is gone, that failed, that was stopped, that
-    lost a connection, that hangs.
+    The causes are checked in order of certainty: a rank is gone, it failed, it was stopped, it lost a connection, it
+    hangs.
     """
     # a rank that ended
     if gone := [report for report in reports if report.kind == GONE]:
         first = gone[0]
         words = f" ({first.words})" if first.words else ""
-        return f"{_subject(gone)} is gone since {first.where}: killed, or crashed{words}; {AGAIN}"
+        return f"{_subject(gone)} has been gone since {first.where}: killed or crashed{words}; {AGAIN}"
     if any(report.kind == FAILED for report in reports):
         return None
 
@@ -81,20 +81,20 @@ def diagnose(reports: Sequence[RankReport], size: int, folder: str) -> str | Non
     silent = f" ({_named(missing)} gave no sign of life)" if missing else ""
     if len(odd) == len(reports) > 1:
         same = f"{_named([one.rank for one in odd])} have all been in {odd[0].where} for {odd[0].seconds:.0f} s"
-        return f"{same}, none is behind: their stacks are in {folder}; {AGAIN}"
+        return f"{same}, and none is behind: their stacks are in {folder}; {AGAIN}"
     return f"{_staying(odd, '', reports)}{silent}: {_stacks(odd)}; {AGAIN}"
 
 
 def suspects(reports: Sequence[RankReport]) -> list[RankReport]:
     """The ranks that the others wait for.
 
-    Those furthest behind; among them, those outside a collective; if all or none are in one, those with a main thread
-    on another line than most.
+    Those furthest behind; among them, those outside a collective; if all or none of them are in one, those whose main
+    thread is on a different line from most.
     """
     first = min((report.step, report.beat) for report in reports)
     behind = [report for report in reports if (report.step, report.beat) == first]
 
-    # who computes while the others wait in a collective is who they wait for
+    # a rank that computes while the others are in a collective is the one that they wait for
     if working := [one for one in behind if not any(part in one.innermost for part in _COLLECTIVES)]:
         behind = working
 
@@ -119,12 +119,12 @@ def _stacks(odd: Sequence[RankReport]) -> str:
     first = odd[0]
     if first.stacks:
         return f"its stacks are in {first.stacks}"
-    return f"it gave no stacks (process state {first.state or 'unknown'})"
+    return f"it wrote no stacks (process state {first.state or 'unknown'})"
 
 
 def _subject(found: Sequence[RankReport]) -> str:
     others = [report.rank for report in found[1:]]
-    return found[0].who + (f", as {_named(others)}," if others else "")
+    return found[0].who + (f", like {_named(others)}," if others else "")
 
 
 def _named(ranks: Iterable[int]) -> str:

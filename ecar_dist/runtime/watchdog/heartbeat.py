@@ -1,4 +1,4 @@
-"""The heartbeat: where a rank is, in memory that it shares with its monitor.
+"""The heartbeat: the current position of a rank, in memory that it shares with its monitor.
 
 Standard library only: the monitor imports this module.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-# Phase -> how many times hang_seconds it may last. The slow phases are those that all ranks are in at the same time. If
-# one rank could be slow in a phase while the others wait for it in a shorter one, their limit would end the job.
+# Phase -> how many times hang_seconds it may last. Only phases that all ranks enter together get more than 1. If one
+# rank were slow in a long phase while the others waited for it in a shorter one, their limit would end the job.
 PHASES = {
     "start": 3,
     "load": 3,
@@ -33,7 +33,7 @@ _PHASE_NAMES = tuple(PHASES)
 
 
 class Heartbeat(NamedTuple):
-    """One beat. Ranks that do the same work have the same beats in a step, so (step, beat) shows who is behind."""
+    """One beat. Ranks that do the same work have the same beats in a step, so (step, beat) shows which is behind."""
 
     step: int
     beat: int
@@ -41,7 +41,7 @@ class Heartbeat(NamedTuple):
     first_step: int
 
     def limit(self, hang_seconds: float) -> float:
-        """Seconds without another beat after which the rank hangs."""
+        """Seconds without a new beat after which the rank counts as hung."""
         in_first_steps = self.first_step != NO_STEP and self.step < self.first_step + FIRST_STEPS
         return hang_seconds * max(PHASES[self.phase], FIRST_STEPS_FACTOR if in_first_steps else 1)
 

@@ -1,8 +1,8 @@
-"""Where the ranks of a node meet their monitor: a name that the kernel gives to the first rank that asks for it.
+"""How the ranks of a node find their monitor: by a name that the kernel gives to the first rank that asks for it.
 
-The name is an abstract Unix socket (unix(7)): it lasts as long as the monitor that listens there, and leaves no file.
-Every network namespace has its own names. The user and the PID namespace are parts of the name, so that a monitor sees
-the process of every rank that comes.
+The name is that of an abstract Unix socket (unix(7)): it exists as long as the monitor listens on it, and leaves no
+file. Every network namespace has its own names. The user and the PID namespace are part of the name, so that a monitor
+can see the process of every rank that connects.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import socket
 
 from ecar_dist.runtime.watchdog.watched import owner
 
-SEARCH_SECONDS = 2.0  # for a rank to find the monitor of its node, or to take its place
+SEARCH_SECONDS = 2.0  # for a rank to find the monitor of its node, or to take the name and start one
 PAUSE_SECONDS = 0.01
-_WAITING = 1024  # ranks that may have come before the monitor has started
+_WAITING = 1024  # ranks that may connect before the monitor has started
 
 
 def name_for(folder: str) -> bytes:
-    """The name that ranks with this folder of reports share on a node."""
+    """The name shared by all ranks of a node that use this folder for their reports."""
     whose = f"{os.getuid()} {os.readlink('/proc/self/ns/pid')} {folder}"
     return b"\0ecar-dist-watchdog-" + hashlib.sha256(whose.encode()).hexdigest()[:32].encode()
 
 
 def take(name: bytes) -> socket.socket | None:
-    """The socket on which the monitor that this rank now starts listens; None if another rank was first.
+    """The listening socket for the monitor that this rank will start; None if another rank was first.
 
-    Raises OSError where there are no such names.
+    Raises OSError where such names are not supported.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -44,7 +44,7 @@ def take(name: bytes) -> socket.socket | None:
 
 
 def join(name: bytes) -> socket.socket | None:
-    """A connection to the monitor that has the name; None if it has just ended, does not listen yet, or is not ours."""
+    """A connection to the monitor with this name; None if it has just ended, does not listen yet, or is not ours."""
     link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with contextlib.suppress(OSError):
         link.connect(name)
@@ -55,7 +55,7 @@ def join(name: bytes) -> socket.socket | None:
 
 
 def introduce(link: socket.socket, rank: int, heartbeat_file: int, stacks_file: int) -> bool:
-    """Give the monitor what the rank shares with it; False if it has ended."""
+    """Send the monitor the rank's number and the files that it shares; False if the monitor has ended."""
     try:
         socket.send_fds(link, [str(rank).encode()], [heartbeat_file, stacks_file])
     except OSError:

@@ -1,9 +1,9 @@
-"""The small process of a node that sees what its ranks themselves cannot: that one hangs, is stopped or is gone.
+"""The monitor: a small process on each node that notices when a rank hangs, is stopped or is gone.
 
-A thread of a rank would not do: it needs Python's lock, and stops together with its process. The monitor is started by
-`watchdog.Watchdog` of one rank; the others of the node come to it, see `meeting`. It imports the standard library only,
-outlives each of its ranks, and ends with the last one. It looks at their heartbeats and at the folder of reports. Once
-it has something to report, or another monitor has, it ends its ranks within `Duty.end_seconds`, whatever the file
+A thread of a rank could not do this: it needs the GIL, and stops together with its process. The `watchdog.Watchdog` of
+one rank starts the monitor; the other ranks of the node connect to it, see `meeting`. It imports only the standard
+library, outlives each of its ranks, and ends with the last one. It checks their heartbeats and the folder of reports.
+Once it or another monitor has something to report, it ends its ranks within `Duty.end_seconds`, whatever the file
 system does.
 """
 
@@ -30,29 +30,29 @@ from ecar_dist.storage.atomic import write_json
 
 _POLL_SECONDS = 0.2
 VERDICT = "verdict.txt"
-MOST_SPEAKERS = 8  # monitors that read the reports of all others
+MOST_SPEAKERS = 8  # monitors that read the reports of all others and may print the verdict
 _MOST_REPORT = 1 << 20  # bytes
 _MOST_NAME = 32  # bytes of a rank's number
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # they are for the ranks
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # meant for the ranks
 
 
 @dataclass(frozen=True)
 class Duty:
-    """What a monitor is told at its start."""
+    """The settings that a monitor receives when it starts."""
 
     size: int  # ranks of the world
     folder: str
     hang_seconds: float
-    link: int  # descriptors: to the rank that started it,
-    listener: int = -1  # and where the others of the node come; -1: it watches one rank
-    look_seconds: float = 0.5  # between two looks at the ranks
-    folder_seconds: float = 1.0  # between two looks at the folder of reports
+    link: int  # file descriptor of the connection to the rank that started it
+    listener: int = -1  # file descriptor to which the node's other ranks connect; -1: it watches one rank
+    look_seconds: float = 0.5  # between two checks of the ranks
+    folder_seconds: float = 1.0  # between two checks of the folder of reports
     stacks_seconds: float = 2.0  # for the ranks to write their stacks
-    gather_seconds: float = 4.0  # for the reports of the other monitors: their look, their stacks, their file
+    gather_seconds: float = 4.0  # for the reports of the other monitors: their check, their stacks, their file
     end_seconds: float = 8.0  # from the first sign of a fault to the end of the ranks
 
     def has_speaker(self, ranks: list[int]) -> bool:
-        """Whether the monitor of these ranks gathers all reports and prints the verdict: a few do, far apart."""
+        """Whether the monitor of these ranks is one of the few, spread evenly, that read all reports and may print."""
         return any(rank % -(-self.size // MOST_SPEAKERS) == 0 for rank in ranks)
 
 
@@ -62,7 +62,7 @@ class Monitor:
         self.folder = Path(duty.folder)
         self.ranks: list[Watched] = []
         self._listener = socket.socket(fileno=duty.listener) if duty.listener >= 0 else None
-        self._arriving = [socket.socket(fileno=duty.link)] if duty.link >= 0 else []  # they have not said who they are
+        self._arriving = [socket.socket(fileno=duty.link)] if duty.link >= 0 else []  # not yet introduced
         self._called = threading.Event()  # another monitor has reported
         self._oom_kills = _oom_kills()
         self._reports: dict[str, list[RankReport]] = {}  # by file name: each file is read once
@@ -78,7 +78,7 @@ class Monitor:
         limit.daemon = True
         limit.start()
 
-        # who prints its own error does not wait for a verdict
+        # a rank that prints its own error does not wait for a verdict
         mine = self._report()
         self._answer(FAILED)
 
@@ -91,14 +91,14 @@ class Monitor:
         self._end()
 
     def _watch(self) -> bool:
-        """Whether the ranks must be ended: True once there is a fault, False once all have ended well."""
+        """Watch until there is a fault, or until all ranks have ended cleanly. True if the ranks must be ended."""
         before = time.monotonic()
         while True:
             self._look(self.duty.look_seconds)
             if self._all_are(CLEAN):
                 return False
 
-            # Time in which this process did not run is not counted: the whole job was suspended, or the host was.
+            # Time in which this process did not run is not counted: the job or the host was suspended.
             now = time.monotonic()
             for rank in self.ranks:
                 rank.count(min(now - before, 2 * self.duty.look_seconds))
@@ -109,8 +109,8 @@ class Monitor:
                 return True
 
     def _look(self, seconds: float) -> None:
-        """Take what the ranks say for at most `seconds`, and note those that are gone."""
-        # their own words, and ranks that come
+        """Receive messages from the ranks for at most `seconds`, and note the ranks that are gone."""
+        # messages of ranks, and new connections
         links = {rank.link: rank for rank in self.ranks if rank.listening}
         doors = [self._listener] if self._listener else []
         for source in select.select([*links, *self._arriving, *doors], [], [], seconds)[0]:
@@ -121,15 +121,15 @@ class Monitor:
             else:
                 self._admit(source)
 
-        # their silent ends
+        # ranks that ended without a message
         for rank in self.ranks:
             if not rank.ending and not rank.alive:
                 killed = _oom_kills() > self._oom_kills
-                rank.miss("the kernel's out-of-memory killer struck on this host" if killed else "")
+                rank.miss("the kernel's out-of-memory killer ended a process on this host" if killed else "")
         self._answer(CLEAN)
 
     def _admit(self, link: socket.socket) -> None:
-        """Watch the rank that has introduced itself; others are sent away."""
+        """Watch a rank that introduces itself; close any other connection."""
         self._arriving.remove(link)
         with contextlib.suppress(OSError, ValueError):
             text, files, _, _ = socket.recv_fds(link, _MOST_NAME, 2)
@@ -145,14 +145,14 @@ class Monitor:
         return not self._arriving and all(rank.ending in endings for rank in self.ranks)
 
     def _answer(self, ending: str) -> None:
-        """Answer the ranks that have ended like this. The last one also waits for the end of this process."""
+        """Answer the ranks with this ending. The last one also waits for the end of this process."""
         word = LAST if self._all_are(CLEAN) else DONE
         for rank in self.ranks:
             if rank.ending == ending:
                 rank.answer(word)
 
     def _wait_for_reports(self) -> None:
-        """In a thread of its own: a file system that hangs must not stop `_watch`."""
+        """Runs in its own thread: a file system that hangs must not block `_watch`."""
         while not any(self._report_files()):
             time.sleep(self.duty.folder_seconds)
         self._called.set()
@@ -162,16 +162,16 @@ class Monitor:
             yield from self.folder.glob("rank*.json")
 
     def _report(self) -> list[RankReport]:
-        """Write what is known about the ranks: first their stacks, so that a report names only a file that exists."""
-        # Since the last look a rank may have continued, and the signal for its stacks may wake it.
+        """Write what is known about the ranks. Stacks come first, so that a report names only a file that exists."""
+        # The state is read first: the signal that requests the stacks may wake a rank.
         ranks = sorted(self.ranks, key=lambda rank: rank.rank)
         seen = [(rank.read(), rank.state) for rank in ranks]
         stacks = self._take_stacks(ranks)
 
-        # The stacks of a node are in one file, and the reports in another.
+        # All stacks of a node are in one file, and all its reports in another.
         path = self.folder / _stem([rank.rank for rank in ranks])
         stacks_path = ""
-        with contextlib.suppress(OSError):  # a full disk: the sentence is then on stderr alone
+        with contextlib.suppress(OSError):  # a full disk: the sentence is then only on stderr
             self.folder.mkdir(parents=True, exist_ok=True)
             if stacks:
                 path.with_suffix(".stacks.txt").write_text(_together(stacks))
@@ -200,12 +200,12 @@ class Monitor:
         return reports
 
     def _take_stacks(self, ranks: list[Watched]) -> dict[int, str]:
-        """The stacks of the ranks that can write them, by rank. If one prints its own error, nobody reads them."""
+        """The stacks of the ranks that can write them, by rank. Empty if a rank prints its own error instead."""
         if self._any_is(FAILED):
             return {}
         asked = [rank for rank in ranks if rank.ask_for_stacks()]
 
-        # Meanwhile a rank may prove to be gone: one that lost the connection to it may be heard first.
+        # Meanwhile a rank may turn out to be gone: the message of a rank that lost the connection to it may come first.
         until = time.monotonic() + self.duty.stacks_seconds
         waiting = asked
         while waiting and time.monotonic() < until:
@@ -215,9 +215,9 @@ class Monitor:
         return {rank.rank: text for rank in asked if (text := rank.stacks())}
 
     def _gather(self, mine: list[RankReport]) -> list[RankReport]:
-        """The reports of all ranks, or of those that come in time.
+        """The reports of all ranks, or those that arrive within `gather_seconds`.
 
-        If one rank failed and prints its own error, the others get that time to end by themselves.
+        If a rank failed and prints its own error, the others have the same time to end by themselves.
         """
         until = time.monotonic() + self.duty.gather_seconds
         while True:
@@ -229,7 +229,7 @@ class Monitor:
             self._look(_POLL_SECONDS)
 
     def _await_verdict(self) -> list[RankReport]:
-        """Wait as long as `_gather` would: for the verdict of a monitor that speaks, or for the end of the ranks."""
+        """Wait as long as `_gather` would: for the verdict of another monitor, or for the end of the ranks."""
         until = time.monotonic() + self.duty.gather_seconds
         while not (all(rank.ending for rank in self.ranks) or time.monotonic() > until):
             if (self.folder / VERDICT).exists():
@@ -270,7 +270,7 @@ class Monitor:
 
 
 def read_reports(path: Path, size: int) -> list[RankReport]:
-    """The reports of another monitor in a world of `size` ranks; none for a torn or hostile file.
+    """The reports of another monitor in a world of `size` ranks; empty for a torn or hostile file.
 
     Checked by hand: `storage/untrusted.py` needs more than the standard library.
     """
@@ -293,7 +293,7 @@ def _is_known(report: RankReport, size: int) -> bool:
 
 
 def _stem(ranks: list[int]) -> str:
-    """Of the names of a node's files: the first and the last rank of it."""
+    """The stem of a node's file names: its first and last rank."""
     return f"rank-{ranks[0]:05d}" if len(ranks) == 1 else f"ranks-{ranks[0]:05d}-{ranks[-1]:05d}"
 
 
@@ -315,4 +315,4 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     Monitor(Duty(**json.loads(sys.argv[-1]))).run()
     sys.stderr.flush()
-    os._exit(0)  # the thread that looks at the folder may hang there
+    os._exit(0)  # the thread that reads the folder may hang

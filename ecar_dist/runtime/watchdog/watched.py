@@ -18,14 +18,14 @@ from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, Heartbeat, read_heartbe
 
 CLEAN = "clean"
 STACKS_SIGNAL = signal.SIGUSR2
-MOST_WORDS = 1 << 16  # bytes of what a rank says at its end
-# What a rank hears once its monitor has done all that is to be done for it.
+MOST_WORDS = 1 << 16  # bytes of a rank's final message
+# The answer to a rank, once its monitor has done all its work for it.
 DONE = b"done"
 LAST = b"last"  # the monitor ends now
 _MOST_STACKS = 1 << 20  # bytes
 _STOPPED_STATES = ("T", "t")
 _ENDED_STATES = ("Z", "X")
-_BORN = 19  # of the fields in /proc/PID/stat after the name: when the process started
+_BORN = 19  # index of the process's start time in the fields of /proc/PID/stat after the name
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
@@ -40,22 +40,22 @@ class Watched:
         os.close(heartbeat_file)
         self._heartbeat = self.read()
         self.seconds = 0.0  # since that heartbeat, while the monitor ran
-        self.ending = ""  # what the rank said last, or GONE
+        self.ending = ""  # how the rank ended, by its final message, or GONE
         self.words = ""
         self.listening = True  # the rank has not closed its end of the link
         self._answered = False
-        self._stacks_start = 0  # where in its file the stacks begin that it was asked for
+        self._stacks_start = 0  # where the requested stacks begin in its file
         self._stacks_end = 0
 
     def read(self) -> Heartbeat:
-        """The rank may be writing: what reads the same twice is whole."""
+        """Read until two reads agree, because the rank may be writing at the same time."""
         first = self._memory[:]
         while (second := self._memory[:]) != first:
             first = second
         return read_heartbeat(first)
 
     def count(self, elapsed: float) -> None:
-        """Add the seconds since the last look, or begin anew after a beat."""
+        """Add the seconds since the last check, or start over after a beat."""
         heartbeat = self.read()
         self.seconds = self.seconds + elapsed if heartbeat == self._heartbeat else 0.0
         self._heartbeat = heartbeat
@@ -67,12 +67,12 @@ class Watched:
         return not self.ending and self.seconds > self._heartbeat.limit(hang_seconds)
 
     def kind(self, hang_seconds: float) -> str:
-        """Why it is reported."""
+        """Why the rank is reported."""
         return self.ending or (HUNG if self.hangs(hang_seconds) else CALLED)
 
     @property
     def alive(self) -> bool:
-        """Its number may have gone to another process, which was born later."""
+        """Its process ID may have been reused by a process that started later."""
         fields = _stat(self.process)
         return bool(fields) and fields[0] not in _ENDED_STATES and fields[_BORN:][:1] == self._born
 
@@ -81,7 +81,7 @@ class Watched:
         return process_state(self.process) if self.alive else ""
 
     def hear(self) -> None:
-        """Take its last word, where there is one."""
+        """Receive the rank's final message, if there is one."""
         try:
             text = self.link.recv(MOST_WORDS).decode(errors="replace")
         except OSError:  # reset
@@ -89,21 +89,21 @@ class Watched:
         if text and not self.ending:
             self.ending, _, self.words = text.partition(" ")
         elif not text:
-            self.listening = False  # closed: it is about to be gone, or something closed all of its files
+            self.listening = False  # closed: the rank is about to end, or something closed all of its files
 
     def miss(self, words: str) -> None:
-        """It has ended without a word; `words` says what is known about it."""
+        """Mark the rank as gone without a final message. `words`: what is known about the cause."""
         self.ending, self.words = GONE, words
 
     def answer(self, word: bytes) -> None:
-        """Tell it, once, that all is done that it waits for."""
+        """Tell the rank, once, that everything it waits for is done."""
         if not self._answered:
             self._answered = True
             with contextlib.suppress(OSError):
                 self.link.send(word, socket.MSG_DONTWAIT)
 
     def ask_for_stacks(self) -> bool:
-        """Have faulthandler write its stacks, in a C signal handler without Python's lock; False if it cannot."""
+        """Have faulthandler write the rank's stacks, in a C signal handler without the GIL; False if it cannot."""
         self._stacks_start = self._stacks_end = self._stacks_size()  # somebody may have sent the signal before
         if self.ending or self.state in ("", *_STOPPED_STATES):
             return False
@@ -112,13 +112,13 @@ class Watched:
         return True
 
     def has_written(self) -> bool:
-        """Whether the stacks have stopped growing since the last call: then they are whole."""
+        """Whether the stacks have stopped growing since the last call: then they are complete."""
         before = self._stacks_end
         self._stacks_end = self._stacks_size()
         return self._stacks_start < before == self._stacks_end
 
     def stacks(self) -> str:
-        """What it has written since it was asked."""
+        """What the rank has written since it was asked."""
         return os.pread(self._stacks_file, _MOST_STACKS, self._stacks_start).decode(errors="replace")
 
     def _stacks_size(self) -> int:
@@ -143,7 +143,7 @@ def process_state(process: int) -> str:
 
 
 def innermost_line(stacks: str) -> str:
-    """Where the main thread is. faulthandler writes the main thread last, and of each thread the last call first."""
+    """The current line of the main thread. faulthandler writes that thread last, and of each the last call first."""
     last = stacks.rpartition("hread 0x")[2].splitlines()
     return last[1].strip() if len(last) > 1 else ""
 

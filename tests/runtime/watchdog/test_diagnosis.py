@@ -47,8 +47,8 @@ def test_else_the_one_on_another_line_than_most():
 
 def test_if_no_rank_is_behind_all_are_named():
     assert diagnose([report(0), report(1)], 2, "/logs") == (
-        f'ranks 0 and 1 have all been in phase "backward" of step 9 for 600 s, none is behind: their stacks are in '
-        f"/logs; {AGAIN}"
+        f'ranks 0 and 1 have all been in phase "backward" of step 9 for 600 s, and none is behind: their stacks are '
+        f"in /logs; {AGAIN}"
     )
 
 
@@ -64,15 +64,15 @@ def test_a_rank_without_a_report_is_the_odd_one_if_the_others_are_alike():
 def test_a_stopped_rank_comes_before_one_behind(state):
     line = diagnose([report(0, step=8), report(1, state=state, stacks="")], 2, "/logs")
     assert "rank 1 (host gpu07, process 4001) has been stopped by a signal or a debugger in" in line
-    assert f"it gave no stacks (process state {state})" in line
+    assert f"it wrote no stacks (process state {state})" in line
 
 
 def test_a_rank_that_is_gone_comes_first():
-    gone = report(2, kind=GONE, state="", stacks="", words="the kernel's out-of-memory killer struck on this host")
+    gone = report(2, kind=GONE, state="", stacks="", words="the kernel's out-of-memory killer ended a process")
     line = diagnose([report(0, state="T"), report(1, kind=LOST, words="closed"), gone], 3, "/logs")
     assert line == (
-        'rank 2 (host gpu07, process 4002) is gone since phase "backward" of step 9: killed, or crashed (the kernel\'s '
-        f"out-of-memory killer struck on this host); {AGAIN}"
+        'rank 2 (host gpu07, process 4002) has been gone since phase "backward" of step 9: killed or crashed (the '
+        f"kernel's out-of-memory killer ended a process); {AGAIN}"
     )
 
 
@@ -91,4 +91,4 @@ def test_a_lost_connection_without_a_cause():
 
 def test_a_line_about_many_ranks_is_short():
     gone = [report(rank, kind=GONE) for rank in range(20)]
-    assert "process 4000), as ranks 1, 2, 3, 4, 5, 6, 7 and 12 more, is gone" in diagnose(gone, 20, "/logs")
+    assert "process 4000), like ranks 1, 2, 3, 4, 5, 6, 7 and 12 more, has been gone" in diagnose(gone, 20, "/logs")

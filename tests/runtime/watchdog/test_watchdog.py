@@ -30,7 +30,7 @@ QUICK = {"look_seconds": 0.1, "folder_seconds": 0.1}
 
 
 def start(folder, size, hang_seconds, failpoint="", waiting=40.0, nodes=1, **duty):
-    """Fake ranks, one process each. Their monitors look often, and `duty` has other limits of theirs."""
+    """Fake ranks, one process each. Their monitors check often; `duty` sets their other limits."""
     numbers = [str(hang_seconds), str(waiting), json.dumps({**QUICK, **duty})]
     command = [sys.executable, str(HERE / "watched_rank.py"), str(folder), *numbers]
     shared = {**os.environ, "ECAR_FAILPOINT": failpoint, "SIZE": str(size), "NODES": str(nodes)}
@@ -42,7 +42,7 @@ def start(folder, size, hang_seconds, failpoint="", waiting=40.0, nodes=1, **dut
 
 
 def end(ranks, within):
-    """Exit statuses and the lines that were said, once all have ended by themselves."""
+    """Exit statuses and the lines that were printed, once all have ended by themselves."""
     until = time.monotonic() + within
     try:
         said = [rank.communicate(timeout=max(0.1, until - time.monotonic()))[1] for rank in ranks]
@@ -58,7 +58,7 @@ def reports(folder):
 
 
 def monitor_of(*ranks):
-    """The process beside one rank or several, once it ignores what is sent to the ranks."""
+    """The monitor process of one rank or several, once it ignores the signals meant for the ranks."""
     until = time.monotonic() + 2 * SLACK
     while len(found := [child for child in children_of(*ranks) if is_alive(child)]) != 1 and time.monotonic() < until:
         time.sleep(0.02)
@@ -76,7 +76,7 @@ def is_alive(process):
 
 
 def children_of(*ranks):
-    """Of all threads: a thread that replaces a monitor is its parent."""
+    """The children of all threads: a thread that replaces a monitor is the parent of the new one."""
     lists = [path.read_text() for rank in ranks for path in Path(f"/proc/{rank.pid}/task").glob("*/children")]
     return [int(child) for child in " ".join(lists).split()]
 
@@ -98,8 +98,8 @@ def test_a_stopped_rank_is_named_and_the_job_ended(tmp_path):
     assert [seconds_out(line) for line in lines] == [
         (
             f"ecar-dist: rank 1 (host {host}, process {ranks[1].pid}) has been stopped by a signal or a debugger in "
-            f'phase "data" of step 3 for N s while the others wait in "backward" of step 5; it gave no stacks (process '
-            f"state T); {AGAIN}"
+            f'phase "data" of step 3 for N s while the others wait in "backward" of step 5; it wrote no stacks '
+            f"(process state T); {AGAIN}"
         )
     ]
     assert (tmp_path / "first/verdict.txt").read_text() == lines[0].removeprefix("ecar-dist: ") + "\n"
@@ -125,12 +125,12 @@ def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_long_before_they_hang(tmp_path):
-    slow = "data:rank=0:step=2:delay=0.2"  # the monitor looks, and then not again before the end
+    slow = "data:rank=0:step=2:delay=0.2"  # the monitor checks, and then not again before the end
     ranks = start(tmp_path, 3, 600, f"{slow},forward:rank=0:step=2:kill")
     statuses, lines = end(ranks, Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 3
     assert len(lines) == 1
-    assert f'process {ranks[0].pid}) is gone since phase "forward" of step 2: killed, or crashed;' in lines[0]
+    assert f'process {ranks[0].pid}) has been gone since phase "forward" of step 2: killed or crashed;' in lines[0]
     assert reports(tmp_path)[0]["stacks"] == ""
 
 
@@ -156,14 +156,14 @@ def test_a_hang_of_one_rank_is_ended_even_if_nothing_can_be_written(tmp_path):
     statuses, lines = end(start(tmp_path / "file", 1, 1), 1 + Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL]
     assert len(lines) == 1
-    assert 'has been in phase "backward" of step 5 for N s: it gave no stacks (process state S);' in seconds_out(
+    assert 'has been in phase "backward" of step 5 for N s: it wrote no stacks (process state S);' in seconds_out(
         lines[0]
     )
 
 
 def test_a_file_system_that_hangs_does_not_keep_the_rank_alive(tmp_path):
     (tmp_path / "first").mkdir()
-    os.mkfifo(tmp_path / "first/rank-00000.stacks.txt")  # to open it for writing takes for ever
+    os.mkfifo(tmp_path / "first/rank-00000.stacks.txt")  # opening it for writing blocks forever
     statuses, _ = end(start(tmp_path, 1, 1, end_seconds=1), 2 + SLACK)
     assert statuses == [-signal.SIGKILL]
 
@@ -176,7 +176,7 @@ def test_a_slow_first_step_and_a_slow_save_are_not_a_hang(tmp_path):
 
 
 def test_a_job_that_was_suspended_goes_on(tmp_path):
-    """Stopped with its monitor, as by a scheduler: the time is not counted. The monitor's own signals are ignored."""
+    """Stopped with its monitor, as by a scheduler: the time is not counted. The monitor ignores its own signals."""
     (rank,) = start(tmp_path, 1, 1.5, "alive:nan")
     assert rank.stdout.readline() == "waiting\n"
     monitor = monitor_of(rank)
@@ -205,7 +205,7 @@ def test_a_clean_end_leaves_no_process_and_no_file(tmp_path):
 
 
 def test_an_agreed_error_is_a_clean_end(tmp_path):
-    """Every rank meets it, so there is nobody to end; the monitors keep quiet."""
+    """Every rank raises it, so there is no rank to end, and the monitors print nothing."""
     statuses, lines = end(start(tmp_path, 1, 600, "agreed error:nan"), SLACK)
     assert (statuses, lines[-1]) == ([1], "ecar_dist.errors.DataError: said by this rank")
     assert not list(tmp_path.iterdir())
@@ -252,11 +252,11 @@ def test_a_survivor_of_a_killed_rank_ends_with_status_and_without_a_traceback(tm
     statuses = [rank.returncode for rank in ranks]
     lines = "".join(rank.stderr for rank in ranks).splitlines()
     assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] in (3, -signal.SIGKILL)  # its own end, or its monitor's, whichever is first
+    assert statuses[0] in (3, -signal.SIGKILL)  # it ends by itself, or its monitor ends it, whichever is first
     said = [line for line in lines if line.startswith("ecar-dist")]
     assert len(said) == 1
     assert said[0].startswith("ecar-dist: rank 1 (host ")
-    assert 'is gone since phase "data" of step 40' in said[0]
+    assert 'has been gone since phase "data" of step 40' in said[0]
     assert not any("Traceback" in line for line in lines)
 
 
@@ -334,7 +334,7 @@ def test_a_monitor_outlives_the_rank_that_started_it(tmp_path):
     starter.kill()
     statuses, (line,) = end(ranks, Duty.end_seconds + SLACK)
     assert statuses == [-signal.SIGKILL] * 2
-    assert f'process {starter.pid}) is gone since phase "backward" of step 5' in line
+    assert f'process {starter.pid}) has been gone since phase "backward" of step 5' in line
     assert process_state(monitor) in ("", "Z")
 
 
@@ -349,7 +349,7 @@ def test_a_rank_that_ends_well_leaves_the_monitor_to_the_others(tmp_path):
     other.kill()
     statuses, (line,) = end([starter, other], SLACK)
     assert statuses == [0, -signal.SIGKILL]
-    assert f"process {other.pid}) is gone" in line
+    assert f"process {other.pid}) has been gone" in line
 
 
 def test_a_killed_monitor_is_replaced_and_the_ranks_continue(tmp_path):
@@ -367,7 +367,7 @@ def test_a_killed_monitor_is_replaced_and_the_ranks_continue(tmp_path):
     statuses, lines = end(ranks, SLACK)
     assert statuses == [0, 0]
     (line,) = lines
-    assert re.match(r"warning: the watchdog process of rank \d ended with signal 9; another one is started", line)
+    assert re.match(r"warning: the watchdog process of rank \d ended with signal 9; a new one was started", line)
 
 
 def test_a_replaced_monitor_ends_a_hang(tmp_path):
@@ -394,11 +394,11 @@ def test_monitors_that_die_one_after_another_are_replaced_a_few_times(tmp_path):
     statuses, lines = end([rank], SLACK)
     assert statuses == [0]
     assert len(lines) == MAX_MONITORS
-    assert lines[-1].endswith("nobody watches this rank any more")
+    assert lines[-1].endswith("this rank is no longer watched")
 
 
 def test_monitors_that_turn_a_rank_away_are_not_counted(tmp_path):
-    """A monitor that is killed may take the rank's connection with its listener a moment after its link."""
+    """A killed monitor may still accept the rank's new connection, because its listener closes after its link."""
     listener = take(name_for(f"{tmp_path / 'first'} 0"))  # of node 0
     (rank,) = start(tmp_path, 1, 600)
     with listener:
@@ -413,7 +413,7 @@ def test_monitors_that_turn_a_rank_away_are_not_counted(tmp_path):
     rank.send_signal(signal.SIGUSR1)
     statuses, (line,) = end([rank], SLACK)
     assert statuses == [0]
-    assert line.endswith("another one is started")
+    assert line.endswith("a new one was started")
 
 
 def test_a_file_that_is_not_a_report_is_not_read(tmp_path):
@@ -437,7 +437,7 @@ def test_a_file_that_is_not_a_report_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 16, 128])
 def test_the_cost_of_a_fault_is_linear_in_the_nodes(tmp_path, monkeypatch, nodes):
-    """All ranks are called because one hangs: a few monitors read the file of each node once, and one prints."""
+    """All ranks are reported because one hangs: a few monitors read the file of each node once, and one prints."""
     size, written = 8 * nodes, {}
     for node in range(nodes):
         written[node] = [
@@ -457,7 +457,7 @@ def test_the_cost_of_a_fault_is_linear_in_the_nodes(tmp_path, monkeypatch, nodes
         if monitor.duty.has_speaker(ranks):
             found = monitor._gather(written[node])
             assert [one.rank for one in found] == list(range(size))
-            assert monitor._gather(written[node]) == found  # a second look reads no file again
+            assert monitor._gather(written[node]) == found  # a second call reads no file again
             monitor._say(diagnose(found, size, "reports"))
         else:
             assert monitor._await_verdict() == []

@@ -2,7 +2,7 @@
 
     RANK=... SIZE=... NODES=... watched_rank.py FOLDER HANG_SECONDS WAITING FIELDS_OF_DUTY
 
-Ranks of different nodes do not meet, as if each node had its own kernel; with NODES=0 no names are given at all.
+Ranks of different nodes do not meet, as if each node had its own kernel; with NODES=0 no rank gets a name.
 It takes four steps, with a failpoint in every phase. Then it waits in "backward" as if for the others, for WAITING
 seconds or until SIGUSR1.
 """

@@ -1,4 +1,4 @@
-"""Two real ranks that only reduce: what the watchdog and the transport make of a peer that stops or dies."""
+"""Two real ranks that only reduce: how the watchdog and the transport handle a peer that stops or dies."""
 
 import sys
 from pathlib import Path
