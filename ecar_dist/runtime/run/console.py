@@ -1,6 +1,6 @@
 """A copy of what a rank prints, in the run directory: logs/console-ATTEMPT.log. In a Slurm job srun writes it instead.
 
-Knows one process only.
+Code for a single process.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any, TextIO
 
 from ecar_dist.runtime.placement import job_logs
 
-HELD_CHARACTERS = 1 << 20  # before the run directory is open
+HELD_CHARACTERS = 1 << 20  # kept at most, before the run directory is open
 
 
 class ConsoleLog:
     """Copies standard output and standard error from now on, until the process ends.
 
-    What is printed before `open` is held, and written with it. A disk error ends the copy, and nothing else.
+    Text that is printed before `open` is kept, and written by it. A disk error ends only the copy.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ConsoleLog:
             sys.stderr = _Copied(sys.stderr, self)
 
     def open(self, logs: Path, attempt: str, rank: int) -> None:
-        """Write to the folder `logs` from now on. Ranks but the first have a file only once they print something."""
+        """Write to the folder `logs` from now on. Ranks other than the first get a file once they print something."""
         self._path = logs / (f"console-{attempt}.log" if rank == 0 else f"console-{attempt}.rank-{rank:05d}.log")
         held = "".join(self._held)
         self._held = []
@@ -38,7 +38,7 @@ class ConsoleLog:
             self.add(held)
 
     def add(self, text: str) -> None:
-        """A part of what was printed."""
+        """Add a piece of printed text."""
         if self._ended or not text:
             return
         if self._path is None:

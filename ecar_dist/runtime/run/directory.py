@@ -1,6 +1,7 @@
 """The run directory: config.yaml, lineage.json, metrics.jsonl, bad_steps.jsonl; tb/, logs/, checkpoints/, jobs/ ...
 
-Knows one process only: rank 0 calls it. Does not import torch, so that a command that only reads a run starts fast.
+Code for a single process: only rank 0 calls it. Does not import torch, so that a command that only reads a run starts
+fast.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ BEFORE_THE_START = ("jobs", "logs")  # a job script writes there before the run 
 _WITH_KEY = re.compile(r"://\S*[?@]")  # a signature, or a user's name and password
 GOOD_ENDS = ("done", "signal")
 MAX_FRUITLESS = 3  # attempts of one job that are cut short before they save anything
-# The wait for an earlier attempt of the same job: its node was lost and it does not know yet, or the file system
-# does not know yet that it is dead (NFS gives a silent client 90 s by default).
+# The wait for an earlier attempt of the same job: its node was lost and it has not noticed yet, or the file system
+# has not noticed yet that it is dead (NFS gives a silent client 90 s by default).
 LOCK_SECONDS = 120.0
 _LOCK_POLL = 0.5
-_MAX_OWNER_BYTES = 1024  # the line in the lock file that says who holds it
+_MAX_OWNER_BYTES = 1024  # of the line in the lock file that names its owner
 
 
 class RunDirectory:
-    """Paths of one run. Reading needs no more than the path; `open_for_training` claims it."""
+    """The paths of one run. Reading needs only the path; `open_for_training` claims the directory."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -56,21 +57,21 @@ class RunDirectory:
         self._record = LineageFile(self.lineage)
         self._lock: BinaryIO | None = None
         self._attempt: str | None = None
-        self._written: list[dict[str, Any]] = []  # what this process last wrote to lineage.json,
-        self._written_inode = 0  # and the file that this made
+        self._written: list[dict[str, Any]] = []  # the attempts that this process last wrote to lineage.json
+        self._written_inode = 0  # the inode of the file that it wrote
 
     def preview(self, step: int) -> Path:
-        """The picture of a step."""
+        """The path of the picture of a step."""
         return self.samples / f"step-{step:08d}.png"
 
     def open_for_training(self) -> None:
-        """Make the directory, or take over the one that an earlier attempt left. Call on rank 0 only.
+        """Create the directory, or take over the one that an earlier attempt left. Call on rank 0 only.
 
         It belongs to this process until the process ends. A damaged lineage.json is set aside and replaced by its copy;
-        if the copy is damaged too, `record_lost` is set. Raises ConfigError if the directory holds something that is
-        not a run, or if another process trains there.
+        if the copy is damaged too, `record_lost` is set. Raises ConfigError if the directory contains something that is
+        not a run, or if another process is training there.
         """
-        # refuse what is not ours, before anything is written
+        # refuse a directory that is not ours, before anything is written
         ours = (TEMPORARY_SUFFIX, LOCK_NAME)
         found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
         if not self._record.exists() and any(not path.name.endswith(ours) for path in found):
@@ -91,7 +92,7 @@ class RunDirectory:
                 raise ConfigError(f"{folder} is not a folder; move it away, the run keeps its files there") from None
 
     def _hold(self) -> None:
-        """Lock the directory. The kernel drops the lock when its owner ends; the file says who that is."""
+        """Lock the directory. The kernel releases the lock when its owner ends; the file names the owner."""
         if self._lock is not None:
             return
         file = _open_lock(self.path / LOCK_NAME)
@@ -138,7 +139,7 @@ class RunDirectory:
         return self._attempt
 
     def note_attempt(self, **facts: Any) -> None:
-        """Add to the entry of this attempt in lineage.json. Does nothing in a process that began none."""
+        """Add to the entry of this attempt in lineage.json. Does nothing in a process that has begun no attempt."""
         if self._attempt is None:
             return
         try:
@@ -185,9 +186,9 @@ class RunDirectory:
         self._written_inode = _inode(self.lineage)
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the resolved config of the run; only its owner may read it if a URL has a key. Call on rank 0 only."""
+        """Write the resolved config of the run, readable only by its owner if a URL has a key. Call on rank 0 only."""
         text = config_to_yaml(config)
-        if self.config.is_dir():  # a rename does not replace it, as it does whatever else stands there
+        if self.config.is_dir():  # a rename replaces everything else, but not a folder
             set_aside(self.config)
         with atomic_write(self.config) as file:
             if _WITH_KEY.search(text):
@@ -210,7 +211,7 @@ def _inode(path: Path) -> int:
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """The lock file of a run. Raises ConfigError for what is not a regular file, and for a link."""
+    """The lock file of a run. Raises ConfigError for anything but a regular file, and for a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fix = "make sure that nobody trains there, and remove it"
     try:
@@ -230,21 +231,21 @@ def _refuse_strangers(path: Path) -> None:
     by_all = bool(found.st_mode & stat.S_IWOTH)
     strange = found.st_uid != os.getuid() and bool(parent.st_mode & stat.S_IWOTH)
     if by_all or strange:
-        what = "everybody may write there" if by_all else "somebody else made it, where everybody may write"
+        what = "everybody may write to it" if by_all else "another user made it, where everybody may write"
         raise ConfigError(f"{path} is not safe to write to: {what}; `chmod o-w` it, or choose another run.dir")
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
     """Take the lock; wait at most LOCK_SECONDS for an earlier attempt of the same Slurm job.
 
-    Raises ConfigError if another job has it, NodeError if that time is over, OSError if there are no locks.
+    Raises ConfigError if another job has it, NodeError after that time, OSError if locks are not supported.
     """
     until = None
     while not try_lock(file):
         file.seek(0)
         owner = printable(file.read(_MAX_OWNER_BYTES).decode(errors="replace").strip()) or "another process"
         if not _slurm_job() or not owner.endswith(_slurm_job()):
-            raise ConfigError(f"{owner} trains in {path}; wait for its end, or choose another run.name")
+            raise ConfigError(f"{owner} is training in {path}; wait for its end, or choose another run.name")
 
         if until is None:
             until = time.monotonic() + LOCK_SECONDS
@@ -255,9 +256,9 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _slurm_job() -> str:
-    """How the line in the lock file ends, the same for all attempts of one job; empty outside Slurm.
+    """The end of the line in the lock file, the same for all attempts of one job; empty outside Slurm.
 
-    The tasks of an array that run one after another have their own job numbers, and count as one job.
+    The tasks of an array that run one after another have different job numbers, but count as one job.
     """
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return f", Slurm job {job}" if job else ""
@@ -270,7 +271,7 @@ def _now() -> str:
 def _refuse_fruitless(attempts: list[dict[str, Any]]) -> None:
     """Raises FruitlessError if the last attempts of this Slurm job all ended early at the same newest checkpoint.
 
-    Counts one job, or one chain of jobs: a person who starts again by hand may have fixed the cause.
+    Only attempts of one job, or one chain of jobs, count: a user who starts again by hand may have fixed the cause.
     """
     now = attempts[-1]
     earlier = attempts[-1 - MAX_FRUITLESS : -1]

@@ -1,7 +1,7 @@
-"""Compares the config of a resumed run with that of the attempt before: what differs, and what each change means.
+"""Compares the config of a resumed run with that of the previous attempt: what differs, and what each change means.
 
-Nothing is refused here. The checkpoint itself refuses another model or another order of the data; these lines tell the
-user what has changed before training continues.
+Nothing is refused here. The checkpoint itself refuses a different model or a different order of the data; these lines
+tell the user what has changed before training continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ecar_dist.storage.redaction import redact_tree
 
 @dataclass(frozen=True)
 class Difference:
-    """One knob whose value has changed, with both values as JSON has them."""
+    """One knob whose value has changed, with both values as in JSON."""
 
     key: str
     old: Any
@@ -33,9 +33,9 @@ class Difference:
 
 
 def shared_settings(config: RunConfig) -> dict[str, str]:
-    """The values that all ranks of a run must share, as text without credentials: all knobs but those `per_node`.
+    """The values that all ranks of a run must share, as text without credentials: all knobs that are not `per_node`.
 
-    Of a mixture only the weights are compared.
+    For a mixture, only the weights are compared.
     """
     per_node = {knob.key for knob in RunConfig.knobs() if knob.per_node}
     values = {key: value for key, value in config.values() if key not in per_node}
@@ -46,7 +46,7 @@ def shared_settings(config: RunConfig) -> dict[str, str]:
 def drift(old: RunConfig, new: RunConfig, *, same_data: bool = False) -> list[Difference]:
     """Every knob whose value differs, in the order of their definition.
 
-    same_data: the data sets have the same ids under both configs, so that another path does not change the order.
+    same_data: the data sets have the same ids in both configs, so a different path does not change the order.
     """
     before, after = dict(old.values()), dict(new.values())
     defined = {knob.key: knob.on_resume for knob in RunConfig.knobs()}
@@ -58,8 +58,8 @@ def drift(old: RunConfig, new: RunConfig, *, same_data: bool = False) -> list[Di
 
 
 def _special_case(key: str, old: RunConfig, new: RunConfig, same_data: bool) -> OnResume | None:
-    """What a change means where that depends on other knobs too; None: what the knob's definition says."""
-    # another path to the same data
+    """What a change means if that also depends on other knobs; None: as in the knob's definition."""
+    # a different path to the same data
     if same_data and key in ("data.latents", "data.images"):
         return OnResume.SAFE
     if same_data and key == "data.mixture" and _weights(old) == _weights(new):
@@ -80,9 +80,9 @@ def _weights(config: RunConfig) -> list[float]:
 
 
 def resume_lines(old_config: Path, new: RunConfig, *, same_data: bool = False) -> list[str]:
-    """What to print when a run resumes: a line for each difference from the config.yaml of before, if there is one.
+    """What to print when a run resumes: a line for each difference from the previous config.yaml, if there is one.
 
-    A file that cannot be read, e.g. from a release with other knobs, gives a warning: the checkpoint has its own
+    A file that cannot be read, e.g. from a release with other knobs, only gives a warning: the checkpoint has its own
     identity.
     """
     if not old_config.exists():
@@ -93,7 +93,7 @@ def resume_lines(old_config: Path, new: RunConfig, *, same_data: bool = False) -
         return [f"warning: the config of the last attempt cannot be compared with this one: {error}"]
     lines = [str(difference) for difference in drift(old, new, same_data=same_data)]
 
-    # config.yaml of a release without the knob
+    # a config.yaml from a release without the knob
     if new.data.images is not None and "background" not in old.data.model_fields_set:
         lines.append(
             "warning: the release that began this run dropped the transparency of images; from here on transparent "
@@ -103,6 +103,6 @@ def resume_lines(old_config: Path, new: RunConfig, *, same_data: bool = False) -
 
 
 def _shown(value: Any) -> str:
-    """On one line, and without the credentials that a URL may hold."""
+    """On one line, and without the credentials that a URL may contain."""
     shown = redact_tree(value)
     return shown if isinstance(shown, str) and shown.isprintable() else json.dumps(shown, sort_keys=True)

@@ -1,9 +1,9 @@
-"""TensorBoard event files that training never waits for. Knows one process only.
+"""TensorBoard event files that training never waits for. Code for a single process.
 
-torch's SummaryWriter blocks its caller when its queue is full, and raises there when the disk is. Even in a thread of
-our own it would open, append to and close the file for every event, and its thread would die with a traceback on
-stderr, with an unknown number of events. Here what does not get through is dropped and counted; metrics.jsonl has the
-same numbers.
+torch's SummaryWriter blocks its caller when its queue is full, and raises in the caller when the disk is full. Even in
+a thread of our own it would open, append to and close the file for every event, and its own thread would die with a
+traceback on stderr and an unknown number of lost events. Here, events that cannot be written are dropped and counted;
+metrics.jsonl has the same numbers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None, dropped: int = 0) -> None:
-        """purge_step: readers hide all older events of the folder from here on. dropped: where the count begins."""
-        # Here, because two threads that import parts of one package at the same time may each see a half of it.
+        """purge_step: readers hide all older events of the folder from this step on. dropped: the initial count."""
+        # Imported here, because two threads that import parts of one package at the same time may each see half of it.
         import torch.utils.tensorboard.summary  # noqa: F401
 
         self.dropped = dropped
         self._said = False
-        self._lock = threading.Lock()  # of dropped and _said
+        self._lock = threading.Lock()  # guards dropped and _said
         self._folder = folder
         self._purge_step = purge_step
         self._file: BinaryIO | None = None
@@ -92,13 +92,13 @@ class EventFile:
             if self._file is None:
                 self._file = self._begin()
             _write_all(self._file, records)
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # no error here is worth ending a run
             self._failed_at = time.monotonic()
             self._file = None
             self._drop(len(batch), str(error))
 
     def _begin(self) -> BinaryIO:
-        """A new file with its head. Its name sorts after those of older files, because readers go by the name."""
+        """A new file with its header. Its name sorts after those of older files: readers take files in this order."""
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06d}"
         head = _record(file_version="brain.Event:2", wall_time=time.time())
@@ -120,14 +120,14 @@ class EventFile:
             self._said = self._said or bool(why)
         if is_first:
             print(
-                f"ecar-dist: TensorBoard events are dropped ({why}); training goes on, metrics.jsonl has the numbers",
+                f"ecar-dist: TensorBoard events are dropped ({why}); training continues, metrics.jsonl has the numbers",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Unbuffered: after an error the file has a torn end, and nothing is written behind it later."""
+    """Unbuffered: after an error the file has a torn end, and nothing is written after it later."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

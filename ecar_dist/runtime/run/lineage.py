@@ -1,12 +1,12 @@
 """lineage.json: the attempts at a run, oldest first. It is both state and log, so it is kept twice.
 
-As state: its first entry names the run, its last entry says which attempt owns the run directory. So it is read
+As state: its first entry names the run, its last entry shows which attempt owns the run directory. So it is read
 strictly. A file that breaks the rules, or is not a continuation of its copy (.lineage.json.copy, written after it, with
 a hash), is set aside as lineage.json.damaged-N and never overwritten, and the copy takes its place. If both are damaged
-the run continues with a new record, and with the name that its checkpoints know (`train/record.py`). As a log: a
-command that only reads a run takes the copy, or nothing.
+the run continues with a new record, and with the name in its checkpoints (`train/record.py`). As a log: if the file is
+damaged, a command that only reads a run uses the copy, or nothing.
 
-Knows one process only: rank 0 calls it.
+Code for a single process: only rank 0 calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ecar_dist.errors import reason_of
 from ecar_dist.storage.atomic import set_aside, write_json
 from ecar_dist.storage.untrusted import UntrustedError, first_violation, parse_json, plain_name, read_plain_file
 
-MAX_LINEAGE_BYTES = 1 << 26  # MAX_ATTEMPTS of them have about 5 MiB
+MAX_LINEAGE_BYTES = 1 << 26  # MAX_ATTEMPTS entries take about 5 MiB
 MAX_ATTEMPTS = 10_000  # on record: the first, and the newest
 MAX_REASON = 2000  # characters
 
@@ -72,7 +72,7 @@ _ENTRIES = TypeAdapter(list[AttemptEntry])
 
 
 class LineageFile:
-    """lineage.json at `path`, and its copy beside it."""
+    """lineage.json at `path`, and its copy next to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +95,7 @@ class LineageFile:
         return []
 
     def write(self, attempts: Attempts) -> None:
-        """Write the file, then its copy: one of the two is whole at any moment."""
+        """Write the file, then its copy: one of the two is intact at any moment."""
         if len(attempts) > MAX_ATTEMPTS:
             attempts = [attempts[0], *attempts[1 - MAX_ATTEMPTS :]]
         write_json(self.path, attempts)
@@ -108,9 +108,9 @@ class LineageFile:
         return os.path.lexists(self.path) or os.path.lexists(self.copy)
 
     def repair(self) -> bool:
-        """Replace a damaged or missing file by its copy, and say so. For the owner of the run only.
+        """Replace a damaged or missing file by its copy, with a warning. For the owner of the run only.
 
-        False if the copy is damaged too: then nothing is known of the run any more, and the file holds no attempt.
+        False if the copy is damaged too: then nothing is known about the run any more, and the file has no attempts.
         """
         try:
             attempts = self.read()
@@ -135,7 +135,7 @@ class LineageFile:
             set_aside(self.copy)
             attempts = []
         self.write(attempts)
-        outcome = "its copy has taken its place" if attempts else "there is no whole copy, so a new record begins"
+        outcome = "its copy has taken its place" if attempts else "there is no intact copy, so a new record begins"
         print(f"warning: {what}; {outcome}", file=sys.stderr)
         return bool(attempts)
 

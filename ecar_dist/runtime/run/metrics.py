@@ -1,6 +1,6 @@
 """metrics.jsonl and TensorBoard: the same tags in both, and one curve across restarts.
 
-Knows one process only: rank 0 has the writer.
+Code for a single process: only rank 0 has the writer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class MetricsWriter:
             self._board.add(step, partial(summary.text, tag, text))
 
     def _lay_out(self, step: int) -> None:
-        """The charts of the dashboard "custom scalars"."""
+        """Define the charts of the dashboard "custom scalars"."""
         from torch.utils.tensorboard import summary
 
         assert self._board is not None
@@ -144,7 +144,7 @@ class MetricsWriter:
             tracker.close()
 
     def _drop_after(self, step: int) -> None:
-        """Whatever the file holds, training continues: a file that cannot be read is set aside."""
+        """Whatever the file contains, training continues: a file that cannot be read is set aside."""
         path = self._directory.metrics
         try:
             damaged = _keep_up_to(path, step)
@@ -158,11 +158,11 @@ class MetricsWriter:
             return
         if damaged:
             lines = counted(damaged, "damaged line")
-            print(f"warning: {path} had {lines}, left out; no other line is lost", file=sys.stderr)
+            print(f"warning: {path} had {lines}, now removed; no other line is lost", file=sys.stderr)
 
 
 class _LineFile:
-    """Appends lines. What the disk does not take waits, up to HELD_BYTES; an error is printed once."""
+    """Appends lines. Lines that cannot be written wait, up to HELD_BYTES; an error is printed once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -190,7 +190,7 @@ class _LineFile:
         if not self._said:
             self._said = True
             print(
-                f"ecar-dist: {self._path} takes no more lines ({reason_of(error)}); training goes on, the lines wait",
+                f"ecar-dist: {self._path} cannot be written ({reason_of(error)}); training continues, the lines wait",
                 file=sys.stderr,
                 flush=True,
             )
@@ -215,10 +215,10 @@ def log_scores(directory: RunDirectory, step: int, scores: Mapping[str, Any]) ->
 
 
 def log_preview(directory: RunDirectory, step: int, picture: np.ndarray, tensorboard: bool) -> Path:
-    """Write a picture as `MetricsWriter.image` does, beside a training that may go on; returns its path.
+    """Write a picture as `MetricsWriter.image` does, while training may be running; returns its path.
 
-    The TensorBoard file is in a folder of its own: a reader leaves the file of the training for good once there is a
-    newer one beside it. The PNG file comes last, and whole: it says that the step is done. Raises OSError.
+    The TensorBoard file is in its own folder: a reader abandons the training's file for good once there is a newer one
+    next to it. The PNG file is written last and atomically: it shows that the step is done. Raises OSError.
     """
     if tensorboard:
         from torch.utils.tensorboard import summary
@@ -236,7 +236,7 @@ def log_preview(directory: RunDirectory, step: int, picture: np.ndarray, tensorb
 def _keep_up_to(path: Path, step: int) -> int:
     """Rewrite the file without later steps and without damaged lines; returns the number of damaged lines.
 
-    Raises UntrustedError for what is not a log or cannot be read, FileNotFoundError, and OSError of the writing.
+    Raises UntrustedError if it is not a log or cannot be read, FileNotFoundError, and OSError if writing fails.
     """
     try:
         lines = JsonLines(path, _step_and_line)
@@ -253,7 +253,7 @@ def _keep_up_to(path: Path, step: int) -> int:
 
 
 def _step_and_line(line: bytes) -> tuple[int, bytes]:
-    """Raises UntrustedError for what is not a line of a step."""
+    """Raises UntrustedError if this is not the line of a step."""
     step = parse_object(line).get("step")
     if not isinstance(step, int) or isinstance(step, bool):
         raise UntrustedError("it is not a line of a step")

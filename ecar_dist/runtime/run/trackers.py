@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow: they get what TensorBoard gets, if the config names them.
+"""Weights & Biases and MLflow: they receive what TensorBoard receives, if the config names them.
 
 metrics.jsonl in the run directory stays the record of the run. A tracker that fails is left out from then on; it never
 ends training. Both continue the same curve when a run is resumed: they find it by the id of the run.
@@ -90,9 +90,9 @@ class _Careful:
             return
         try:
             action(self._tracker)
-        except Exception as error:  # whatever the service raises: training goes on without it
+        except Exception as error:  # whatever the service raises: training continues without it
             self._tracker = None
-            line = f"warning: log.{self._name} gets nothing more ({_reason(error)}); metrics.jsonl has everything"
+            line = f"warning: log.{self._name} is no longer updated ({_reason(error)}); metrics.jsonl has everything"
             print(line, file=sys.stderr, flush=True)
 
 
@@ -111,7 +111,7 @@ class _Wandb:
             dir=str(directory.path),
             config=_shown(config),
         )
-        # The x-axis is our step. Steps of wandb itself only rise, but a resumed run repeats some of ours.
+        # The x-axis is our step. wandb's own steps can only increase, but a resumed run repeats some of ours.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -100,7 +100,7 @@ def test_an_interrupted_start_can_be_repeated(tmp_path):
 
 
 def start(path, step=None):
-    """One more attempt, whose owner has gone without a word."""
+    """One more attempt, whose owner has ended without recording it."""
     directory = RunDirectory(path)
     directory.open_for_training()
     directory._lock.close()
@@ -269,7 +269,7 @@ def test_without_a_lineage_the_owner_of_the_lock_owns_the_run(tmp_path):
     first.begin_attempt(newest_step=None)
     first.lineage.unlink()
     assert first.is_ours()
-    (tmp_path / ".lock").unlink()  # the whole folder was removed, and another run has begun there
+    (tmp_path / ".lock").unlink()  # the folder was removed, and another run has begun there
     assert not first.is_ours()
     (tmp_path / ".lock").touch()
     assert not first.is_ours()
@@ -312,7 +312,7 @@ def test_a_directory_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.getuid", lambda: 12345)
     with pytest.raises(ConfigError, match=f"{run} "):
         RunDirectory(run).open_for_training()
-    tmp_path.chmod(0o775)  # a group's folder: a colleague goes on with the run
+    tmp_path.chmod(0o775)  # a group's folder: a colleague continues the run
     owner._lock.close()
     RunDirectory(run).open_for_training()
 

@@ -1,4 +1,4 @@
-"""One run directory, one owner: of two that start at once one is refused, and one that slept does not commit."""
+"""One run directory, one owner: of two that start at once one is refused, and one that was suspended cannot commit."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ def test_of_two_starts_at_the_same_time_one_is_refused(tmp_path):
 
 
 def test_an_owner_that_wakes_up_after_another_took_over_commits_nothing(tmp_path):
-    """Where nothing locks (some network file systems), the record of attempts still says whose turn it is."""
+    """Where locks have no effect (some network file systems), the record of attempts still shows who owns the run."""
     slept, config = RunDirectory(tmp_path / "tiny"), make_config(tmp_path)
     for trial in range(20):
         slept.open_for_training()

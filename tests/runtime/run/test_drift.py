@@ -1,4 +1,4 @@
-"""Config on resume: each difference is printed with what it changes."""
+"""Config on resume: each difference is printed with its effect."""
 
 import pytest
 import yaml

@@ -26,7 +26,7 @@ def points(folder, tag="x"):
 
 
 def tags(folder):
-    """Of the scalars that have reached the disk."""
+    """The tags of the scalars that have reached the disk."""
     if not folder.exists() or not list(folder.iterdir()):
         return []
     events = EventAccumulator(str(folder))
@@ -91,7 +91,7 @@ def test_after_an_error_events_are_dropped_and_counted_until_a_new_file_begins(t
 
     monkeypatch.setattr(module, "_write_all", write_all)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(module, "_numbers", itertools.count(9))  # readers go by the name: 9 comes before 10
+    monkeypatch.setattr(module, "_numbers", itertools.count(9))  # readers sort files by name: 9 comes before 10
     board = EventFile(tmp_path)
     board.add(1, scalar(1.0))
     wait_for(lambda: tags(tmp_path))
@@ -150,4 +150,4 @@ def test_events_that_come_together_are_one_write(tmp_path, monkeypatch, count):
     held.set()
     board.close()
     assert len(points(tmp_path)) == count + 1
-    assert len(writes) <= 3  # the head, the one that was held up, the rest
+    assert len(writes) <= 3  # the header, the event that was held up, the rest

@@ -24,7 +24,7 @@ def directory(tmp_path):
 
 
 def start(directory):
-    """What train/start.py does before it makes the writer."""
+    """The same calls as in train/start.py before it makes the writer."""
     directory.open_for_training()
     directory.begin_attempt(world_size=2, zero_stage=1, device="cpu", newest_step=None)
     directory.write_config(make_config(num_stages=2))
@@ -115,7 +115,7 @@ def test_a_roll_back_drops_what_came_after_the_checkpoint(directory):
         for step in range(1, 9):
             writer.log(step, 16 * step, {"train/loss": 1.0})
         writer.rewind(3)
-        for step in range(6, 10):  # steps 4 and 5 are passed over
+        for step in range(6, 10):  # steps 4 and 5 are skipped
             writer.log(step, 16 * step, {"train/loss": 2.0})
     expected = [(1, 1.0), (2, 1.0), (3, 1.0), *((step, 2.0) for step in range(6, 10))]
     assert [(line["step"], line["train/loss"]) for line in lines(directory)] == expected
@@ -164,7 +164,7 @@ def test_a_value_that_is_not_finite_is_null(directory):
 
 
 class FullDisk:
-    """A file that takes so many bytes more, and then none until there is room again."""
+    """A file that accepts `room` more bytes, and then none until there is room again."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room

@@ -30,7 +30,7 @@ def open_run(tmp_path):
 
 
 class FakeWandb(ModuleType):
-    """Records what it gets; `broken` makes its log fail."""
+    """Records what it receives; `broken` makes its `log` fail."""
 
     def __init__(self):
         super().__init__("wandb")
