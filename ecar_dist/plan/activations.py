@@ -15,7 +15,7 @@ GRADIENT_SHARE = 0.4
 
 
 def activation_bytes(config: RunConfig, precision: str, *, compiled: bool, recompute: bool) -> int:
-    """The most that one image needs at a time: what is kept for the backward pass, and gradients inside one block.
+    """The peak for one image: what is kept for the backward pass, and the gradients inside one block.
 
     `compiled`: each transformer block is compiled. `recompute`: the inputs of all blocks are kept, and the rest of one
     block at a time.

@@ -1,6 +1,6 @@
 """Bytes that a rank exchanges in one optimizer step, by ZeRO stage, and the time that takes.
 
-Read in the code of DeepSpeed 0.19, with the settings of runtime/deepspeed_config.py:
+From the code of DeepSpeed 0.19, with the settings of runtime/deepspeed_config.py:
     stages 0 and 1 all-reduce the gradients once a step;
     stage 2 all-reduces them at every micro-batch, since it cuts buckets by rank only after the reduction;
     stage 3 reduce-scatters them at every micro-batch, and gathers the weights in the forward and the backward pass;
@@ -18,7 +18,7 @@ from ecar_dist.kinds.table import kind_of
 from ecar_dist.plan.memory import precision_of
 from ecar_dist.runtime.devices import Device
 
-BUS_EFFICIENCY = 0.8  # an assumption, of the wires' rate; NCCL's own benchmark prints it as busbw
+BUS_EFFICIENCY = 0.8  # share of the links' rate, an assumption; NCCL's own benchmark prints that rate as busbw
 GPUS_PER_NODE = 8
 NODE_BANDWIDTH = 50.0  # GB/s per GPU between nodes: one 400 Gb/s adapter for each
 
@@ -28,7 +28,7 @@ class Traffic:
     """Bytes through each rank in one optimizer step.
 
     gradients: sent during the backward pass, where communication may be hidden.
-    weights: gathered during the passes (stage 3), likewise.
+    weights: gathered during the passes (stage 3), where communication may also be hidden.
     update: gathered after the optimizer step, which nothing hides.
     """
 
@@ -42,13 +42,13 @@ class Traffic:
 
 
 def step_traffic(config: RunConfig, world_size: int, zero_stage: int) -> Traffic:
-    """Of a step of the config's batch, on ranks that divide it."""
+    """The traffic of a step of the config's batch, on a number of ranks that divides it."""
     parameters = kind_of(config).parameters(config)
     number = number_bytes(precision_of(config))
     once = number * parameters.total * (world_size - 1) / world_size
     micro_steps = config.grad_accum_steps(world_size)
 
-    # The gradients are whole on every rank before they are reduced.
+    # Every rank has the full gradients before they are reduced.
     if zero_stage <= 1:
         return Traffic(2 * once, 0.0, once if zero_stage else 0.0)
     if zero_stage == 2:
@@ -59,8 +59,8 @@ def step_traffic(config: RunConfig, world_size: int, zero_stage: int) -> Traffic
 def bus_bandwidth(device: Device, world_size: int, gpus_per_node: int, bandwidth: float) -> float:
     """Bytes/s per rank of a collective over all ranks. `bandwidth` is in GB/s per GPU between nodes.
 
-    Rings leave a node through all of its adapters at once, so the node's rate counts. Inside a node, and at most, it is
-    the rate of the links between its GPUs.
+    Rings leave a node through all of its adapters at once, so the node's rate counts. The rate of the links between the
+    GPUs of a node is the upper limit, and the rate if all ranks are on one node.
     """
     inside = device.link_bandwidth
     if world_size <= gpus_per_node:

@@ -1,8 +1,8 @@
 """A forecast of the time of an optimizer step, from a device's rates and assumptions that are printed with it.
 
-The compute of a micro-batch is its matrix products at a share of the attainable rate, after the memory traffic of all
-other kernels. Where that is shorter than the host needs to launch the kernels, the launches count. The shares, bytes
-and kernels below are estimates by a roofline of preset XL, not measurements.
+The compute time of a micro-batch is that of its matrix products at a share of the attainable rate, plus that of the
+memory traffic of all other kernels. If the host needs longer to launch the kernels, the launches count instead. The
+shares, bytes and kernels below are roofline estimates for preset XL, not measurements.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ecar_dist.runtime.devices import ATTAINABLE_SHARE, DEVICES, Device, find_de
 
 GEMM_SHARE = 0.85  # of the attainable rate: attention is slower; all stages are in one pass, so matrices are large
 KEPT_BYTES = 60  # that an eager block keeps for the backward pass, per token and width, bf16
-POINTWISE_BYTES = {False: 460, True: 156}  # that kernels besides matrix products move for them, by whether compiled
+POINTWISE_BYTES = {False: 460, True: 156}  # moved per KEPT_BYTES by kernels other than matrix products; key: compiled
 MEMORY_SHARE = 0.85  # of the data sheet's memory bandwidth
-ROOFLINE_SHARE = 0.85  # what a roofline leaves out
-# Forward and backward, by whether compiled: of a block, and for each segment of its tokens that has a conditioning of
-# its own. The eager ones are counted on a CPU in bf16, to 20 %; the compiled ones are an estimate.
+ROOFLINE_SHARE = 0.85  # for what a roofline leaves out
+# Forward and backward, key: compiled. Kernels of a block, and of each segment of its tokens that has its own
+# conditioning. The eager ones were counted on a CPU in bf16, to within 20 %; the compiled ones are an estimate.
 BLOCK_KERNELS = {False: 40, True: 27}
 SEGMENT_KERNELS = {False: 60, True: 8}
-OTHER_KERNELS = 540  # of a micro-batch of three stages, likewise
+OTHER_KERNELS = 540  # of a micro-batch of three stages, counted likewise
 LAUNCH_SECONDS = 4e-6
 RECOMPUTED_PASSES = 4 / 3  # one more forward pass
-HIDDEN_SHARE = 0.7  # of the traffic that overlaps, as long as the compute lasts
+HIDDEN_SHARE = 0.7  # of the time of overlapping traffic, at most the time of the compute
 
-# Memory traffic of ZeRO-2 in bf16, in bytes, as read in DeepSpeed 0.19 and in torch's fused AdamW.
+# Memory traffic of ZeRO-2 in bf16, in bytes, from the code of DeepSpeed 0.19 and of torch's fused AdamW.
 WHOLE_BYTES = {  # of a micro-batch, per parameter
     "copy of a gradient to its bucket": 2 + 2,
     "division of the bucket by the ranks": 2 + 2,
@@ -67,7 +67,7 @@ class StepTime:
 
 
 def model_flops_utilisation(config: RunConfig, world_size: int, seconds: float, flops: float) -> float:
-    """FLOPs of a step, without recomputation, over what `world_size` devices of `flops` FLOP/s could do meanwhile."""
+    """FLOPs of a step, without recomputation, over the most that `world_size` devices of `flops` FLOP/s could do."""
     step = FLOPS_PER_MAC * kind_of(config).training_macs(config) * config.batch.global_batch_size
     return step / (seconds * flops * world_size)
 
@@ -104,7 +104,7 @@ def step_time(
     launches = config.grad_accum_steps(world_size) * _kernels(kept, compiled) * LAUNCH_SECONDS
     compute = passes * max(on_device, launches)
 
-    # What gradients go through, and the optimizer step of this rank's partition.
+    # The copies and sums of gradients, and the optimizer step of this rank's partition.
     optimizer = _optimizer_bytes(config, world_size, zero_stage) / memory_rate
 
     # Communication, and the part of it that nothing hides.
@@ -122,7 +122,7 @@ def _kernels(calls: Activations, compiled: bool) -> int:
 
 
 def _optimizer_bytes(config: RunConfig, world_size: int, zero_stage: int) -> float:
-    """Memory traffic of a rank besides forward and backward, in one step. Other stages than 2 are taken to be alike."""
+    """Memory traffic of a rank besides forward and backward, in one step. Other stages are treated like stage 2."""
     total = kind_of(config).parameters(config).total
     partition = total / (world_size if zero_stage else 1)
     micro_batch = sum(WHOLE_BYTES.values()) * total + sum(PARTITION_BYTES.values()) * partition
@@ -131,11 +131,11 @@ def _optimizer_bytes(config: RunConfig, world_size: int, zero_stage: int) -> flo
 
 
 def assumptions(compiled: bool) -> str:
-    """What the forecast rests on, in one line."""
+    """The assumptions of the forecast, in one line."""
     buckets, partition, step = (sum(each.values()) for each in (WHOLE_BYTES, PARTITION_BYTES, STEP_BYTES))
     return (
         f"matrix products at {GEMM_SHARE:.0%} of the attainable rate, which is {ATTAINABLE_SHARE:.0%} of the data "
-        f"sheet's (measured on an H200 alone); {POINTWISE_BYTES[compiled]} bytes of other traffic per token, block and "
+        f"sheet's (measured only on an H200); {POINTWISE_BYTES[compiled]} bytes of other traffic per token, block and "
         f"width at {MEMORY_SHARE:.0%} of the memory bandwidth; both at {ROOFLINE_SHARE:.0%} of that roofline; "
         f"{buckets} bytes of traffic per parameter and micro-batch for buckets, and per parameter of a rank's "
         f"partition {partition} a micro-batch, {step} a step and {EMA_BYTES} an EMA; collectives at "

@@ -1,7 +1,7 @@
 """`ecar-dist plan --ladder`: short runs of narrow models that find the learning rate of a wide one by muP.
 
-Under muP (Yang et al., arXiv 2203.03466) the best learning rate does not depend on the width, so it is looked for where
-a run is cheap. Depth, batch and data are those of the wide model.
+Under muP (Yang et al., arXiv 2203.03466) the best learning rate does not depend on the width, so it is searched for at
+widths where a run is cheap. Depth, batch and data are those of the wide model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARE = 0.1  # of the samples of the wide run
 
 
 def ladder_lines(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
-    """The runs, what each costs, and how to start them. Raises ConfigError without muP, or without a narrower model.
+    """The runs, their costs, and how to start them. Raises ConfigError without muP, or without a narrower model.
 
     `path` and `overrides`: the config as given on the command line, which the commands repeat.
     """
@@ -32,7 +32,7 @@ def ladder_lines(config: RunConfig, path: str, overrides: Sequence[str]) -> list
     optim, width = config.optim, preset_of(config).flow_width
     if not optim.mup:
         raise ConfigError(
-            "optim.mup=false: learning rates of narrow models say little of wide ones; set optim.mup=true"
+            "optim.mup=false: learning rates of narrow models say little about wide ones; set optim.mup=true"
         )
     widths = [optim.mup_base_width << rung for rung in range(RUNGS) if optim.mup_base_width << rung < width]
     if not widths:
@@ -40,14 +40,14 @@ def ladder_lines(config: RunConfig, path: str, overrides: Sequence[str]) -> list
             f"optim.mup_base_width={optim.mup_base_width} leaves no model narrower than {width}; set a smaller one"
         )
 
-    # What each costs, in training FLOPs.
+    # The cost of each, in training FLOPs.
     batch = config.batch.global_batch_size
     samples = max(1, round(config.train.total_samples * SHARE / batch)) * batch
     runs = [with_overrides(config, _changes(config, each, samples)) for each in widths]
     costs = [kind_of(run).training_macs(run) * samples * FLOPS_PER_MAC for run in runs]
     whole = kind_of(config).training_macs(config) * config.train.total_samples * FLOPS_PER_MAC
 
-    # A row for each width, the sum, and the loop that starts all.
+    # A row for each width, the total, and the loop that starts all runs.
     parameters = [kind_of(run).parameters(run).total for run in runs]
     rows = [("width", "parameters", "FLOP a run", "of the wide run")]
     rows += [
@@ -62,7 +62,7 @@ def ladder_lines(config: RunConfig, path: str, overrides: Sequence[str]) -> list
         f"{counted(len(widths) * len(rates), 'run')} of {samples:,} samples, for a model of width {width}:",
         *columns(rows),
         f"learning rates: {', '.join(rates)}",
-        f"in all {total:.3g} FLOP, {total / whole:.1%} of the wide run; the best rate should be the same in each width",
+        f"total {total:.3g} FLOP, {total / whole:.1%} of the wide run; the best rate should be the same at each width",
         f"for width in {' '.join(map(str, widths))}; do for rate in {' '.join(rates)}; do",
         f"  ecar-dist train {given} model.width=$width optim.learning_rate=$rate train.total_samples={samples} \\",
         f"    {lengths} run.name={config.run.name}-w$width-lr$rate",
@@ -75,6 +75,6 @@ def _changes(config: RunConfig, width: int, samples: int) -> dict[str, Any]:
 
 
 def _schedule(config: RunConfig) -> dict[str, int]:
-    """Warm-up and cooldown in proportion; at least one sample where there is one."""
+    """Warm-up and cooldown in proportion; at least one sample if the config has one."""
     lengths = {key: getattr(config.optim, key) for key in ("warmup_samples", "cooldown_samples")}
     return {f"optim.{key}": min(length, max(1, round(length * SHARE))) for key, length in lengths.items()}

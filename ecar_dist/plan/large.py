@@ -1,6 +1,6 @@
-"""What `ecar-dist plan` prints about a job of many GPUs: traffic, checkpoints, failures, energy; and a simulation.
+"""What `ecar-dist plan` prints about a job on many GPUs: traffic, checkpoints, failures, energy; and a simulation.
 
-Rates of storage and failures are assumptions, which options change and each line states.
+Rates of storage and failures are assumptions. Options change them, and each line states them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ecar_dist.plan.reliability import (
 )
 from ecar_dist.plan.simulation import Cluster, simulate_epoch
 
-FEW_IMAGES = 4  # of a rank in a step: fewer are a matter of launches, not of arithmetic
-SHARD_SAMPLES = 4096  # of a set whose size alone is given
+FEW_IMAGES = 4  # of a rank in a step: with fewer, launches take longer than arithmetic
+SHARD_SAMPLES = 4096  # of a set if only its size is given
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run on some ranks, and what is assumed of the machines.
+    """A run on some ranks, and what is assumed about the machines.
 
     storage: GB/s of a node to and from the storage of data and checkpoints. failure_hours: GPU hours between failures.
-    samples: of a set whose manifest is not there. cache_gib: of a node; None: as the config says.
+    samples: of a set without a manifest. cache_gib: of a node; None: as in the config.
     """
 
     config: RunConfig
@@ -74,19 +74,19 @@ def large_lines(job: Job) -> list[str]:
         size = sample_bytes(config)
         rate = config.batch.global_batch_size / job.step_seconds * size / 1e9
         each = f"{rate / job.nodes:.3g} GB/s for each of {counted(job.nodes, 'node')}"
-        lines.append(f"data: {rate:.3g} GB/s in all, {each}, if no shard is fetched twice ({size:,} bytes a sample)")
+        lines.append(f"data: {rate:.3g} GB/s in all, {each}, if no shard is read twice ({size:,} bytes a sample)")
     whole = checkpoint_bytes(kind_of(config).parameters(config).total, num_emas(config)) / 1e9
     own = f"{whole / job.nodes:.3g} GB a node, {saves.restore:.3g} s at {job.storage:g} GB/s"
-    lines.append(f"restore: {own}; into another ZeRO stage up to {whole:.3g} GB a node")
+    lines.append(f"restore: {own}; into a different ZeRO stage up to {whole:.3g} GB a node")
 
-    # What goes wrong meanwhile, and the energy.
+    # Failures in that time, and the energy.
     rate_line = f"one in {failures / 3600:.3g} h on {counted(job.world_size, 'GPU')}, each {job.failure_hours:g} h"
     costs = f"{saves.stall:.2g} s a checkpoint and {RESTART_SECONDS:g} s a restart"
-    best = f"least loss with a checkpoint every {best_interval(saves, failures):.3g} s"
+    best = f"least time lost with a checkpoint every {best_interval(saves, failures):.3g} s"
     lines.append(f"failures: {rate_line}, {expected:.2g} in this run; goodput {useful:.1%} with {costs}; {best}")
     if watts := next((each for name, each in WATTS.items() if name in job.device.upper()), None):
         energy = hours * job.world_size * watts / 1e6 / max(useful, 0.01)
-        lines.append(f"energy: at most {energy:.3g} MWh, at {watts:g} W for each GPU with its part of the node")
+        lines.append(f"energy: at most {energy:.3g} MWh, at {watts:g} W for each GPU with its share of the node")
     return [f"{line} (forecast)" for line in lines] + few_images(config, job.world_size)
 
 
@@ -101,7 +101,7 @@ def few_images(config: RunConfig, world_size: int) -> list[str]:
 
 
 def sample_bytes(config: RunConfig) -> int:
-    """Bytes of one stored sample, with the headers of the tar: of the first local set, or by the config's shape."""
+    """Bytes of one stored sample, with its tar headers: from the first local set, or from the config's shape."""
     data = config.data
     for _, manifest in local_sets(config, absent_ok=True):
         assert isinstance(manifest, Manifest)
@@ -126,9 +126,9 @@ def simulation_lines(job: Job) -> list[str]:
     )
     gpus = min(job.gpus_per_node, job.world_size)
     if job.world_size % gpus:
-        raise ConfigError(f"--world-size {job.world_size} is not whole nodes of {gpus} GPUs; change one of them")
+        raise ConfigError(f"--world-size {job.world_size} is not a multiple of {gpus} GPUs a node; change one of them")
     if batch > stream.count:
-        raise ConfigError(f"the data has {stream.count} samples, less than a batch of {batch}; give more --samples")
+        raise ConfigError(f"the data has {stream.count} samples, fewer than a batch of {batch}; give more --samples")
 
     # The cluster and its epoch.
     gib = config.data.cache.gib if job.cache_gib is None else job.cache_gib
@@ -158,7 +158,7 @@ def data_shape(job: Job) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Samples and bytes of each shard of each source, from the manifests or from `samples`. Raises ConfigError."""
     config = job.config
     if config.data.images is not None:
-        raise ConfigError("--simulate knows the traffic of latents, not of images; give a config with data.latents")
+        raise ConfigError("--simulate models the traffic of latents, not of images; give a config with data.latents")
     if job.samples is not None:
         number = len(config.data.latent_sources)
         shards = max(1, job.samples // number // SHARD_SAMPLES)

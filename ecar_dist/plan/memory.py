@@ -1,8 +1,8 @@
-"""Bytes on a device and in host memory, as DeepSpeed 0.19 lays them out by the settings of deepspeed_config.py.
+"""Bytes on a device and in host memory, as DeepSpeed 0.19 lays them out with the settings of deepspeed_config.py.
 
 ZeRO (Rajbhandari et al., arXiv 1910.02054) divides optimizer state (stage 1), gradients (2) and weights (3) over the
 ranks. Three things differ from the paper's 16 bytes per parameter. Gradients are added up in fp32. Stage 1 in bf16
-keeps them in full on every rank, beside the bf16 gradients. And the EMAs are divided like the optimizer state.
+keeps them in full on every rank, in addition to the bf16 gradients. And the EMAs are divided like the optimizer state.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters
 PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
 UNSHARDED_BUCKET = 500_000_000  # of the all-reduce of stages 0 and 1
 
-# CUDA context, NCCL and libraries. For fragmentation there is no further term: a device of N GB reports about N GiB,
-# which is 7 % more than is counted here.
+# CUDA context, NCCL and libraries. Fragmentation has no term of its own: a device of N GB reports about N GiB, which is
+# 7 % more than is counted here.
 RESERVE = 3 << 29
 
 
@@ -63,14 +63,14 @@ class DeviceMemory:
         return self.state.total + max(self.backward + self.image * micro_batch, self.after)
 
     def largest_micro_batch(self, capacity: int) -> int:
-        """The most images of a micro-batch that `capacity` bytes suffice for; 0 where nothing fits."""
+        """The largest micro-batch, in images, that fits in `capacity` bytes; 0 if nothing fits."""
         if self.total(0) > capacity:
             return 0
         return (capacity - self.state.total - self.backward) // self.image
 
 
 def capacity(device: Device) -> int:
-    """Bytes of a device that a training can use."""
+    """Bytes of a device that training can use."""
     return device.memory - RESERVE
 
 
@@ -88,7 +88,7 @@ def zero_setting(config: RunConfig, name: str, default: int) -> int:
 def fills_buckets(config: RunConfig, zero_stage: int) -> bool:
     """Whether DeepSpeed reduces gradients in buckets, as the backward pass makes them.
 
-    Without ZeRO, and in bf16 with ZeRO-1 but without offload, it has another optimizer, which reduces all of them
+    Without ZeRO, and in bf16 with ZeRO-1 but without offload, it uses a different optimizer, which reduces all of them
     after the backward pass.
     """
     if zero_stage == 1:
@@ -97,7 +97,7 @@ def fills_buckets(config: RunConfig, zero_stage: int) -> bool:
 
 
 def overlaps(config: RunConfig, zero_stage: int) -> bool:
-    """Whether communication runs beside compute."""
+    """Whether communication overlaps with compute."""
     return fills_buckets(config, zero_stage) and bool(zero_setting(config, "overlap_comm", True))
 
 
@@ -130,7 +130,7 @@ def model_state(num_parameters: int, world_size: int, zero_stage: int, precision
 def device_memory(
     config: RunConfig, world_size: int, *, zero_stage: int, compiled: bool, recompute: bool
 ) -> DeviceMemory:
-    """What a training needs on each device, by the config but for the three settings that are given."""
+    """What training needs on each device, from the config except for the three settings that are passed."""
     precision = precision_of(config)
     parameters = kind_of(config).parameters(config)
     state = model_state(parameters.total, world_size, zero_stage, precision, num_emas(config))
@@ -154,12 +154,12 @@ def _without_offload(config: RunConfig, state: ModelState, zero_stage: int) -> M
 
 
 def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
-    """Beside the activations: gradients on their way to a bucket, buckets and gathered weights."""
+    """Bytes besides the activations: gradients on their way to a bucket, buckets and gathered weights."""
     number = number_bytes(precision)
     parameters = kind_of(config).parameters(config)
 
-    # Each weight has one gradient, which is copied to the bucket, or added to its sum, as soon as it is there. A
-    # compiled block makes its gradients together.
+    # Each weight has one gradient, which is copied to the bucket, or added to its sum, as soon as it exists. A compiled
+    # block produces all its gradients together.
     block = number * parameters.block
     if not fills_buckets(config, zero_stage):
         return block
@@ -172,16 +172,16 @@ def _backward_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
         live = zero_setting(config, "stage3_max_live_parameters", LIVE_PARAMETERS)
         live += zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH)
         return block + number * (bucket + sent + min(live, parameters.total))
-    # ZeRO-2 fills another one meanwhile, if it overlaps. The buckets of ZeRO-1 are of the sums, which are fp32.
+    # ZeRO-2 fills a second one meanwhile, if it overlaps. The buckets of ZeRO-1 contain the sums, which are fp32.
     filled = 2 if overlaps(config, zero_stage) else 1
     return block + (number if zero_stage == 2 else FP32) * (filled * bucket + sent)
 
 
 def _after_bytes(config: RunConfig, zero_stage: int, precision: str) -> int:
-    """What the optimizer step needs, when the activations are gone.
+    """What the optimizer step needs, after the activations have been freed.
 
-    AdamW is one kernel, and the gathered weights are written in place: both need no copy. Nor does a preview, for which
-    weights and EMA change places.
+    AdamW is one kernel, and the gathered weights are written in place: neither needs a copy. Nor does a preview, for
+    which weights and EMA are swapped.
     """
     total = kind_of(config).parameters(config).total
     number = number_bytes(precision)

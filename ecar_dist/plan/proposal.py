@@ -27,17 +27,17 @@ from ecar_dist.runtime.devices import DEVICES
 from ecar_dist.storage.bounded_yaml import parse_yaml
 from ecar_dist.vae.table import CODECS
 
-# The largest preset for a number of samples on a GPU, and learning rates that were stable at these sizes.
+# The largest preset for each number of samples on a GPU, and learning rates that were stable at these sizes.
 PRESETS_BY_SAMPLES = ((0, "T"), (4_000, "S"), (100_000, "B"), (500_000, "L"), (1_000_000, "XL"))
 LEARNING_RATES = {"T": 1.5e-3, "S": 4e-4, "B": 2e-4}
 SMALLEST_LEARNING_RATE = 1e-4  # of all larger presets
 
 GPU_EPOCHS = 100
 GPU_SAMPLES = (200_000, 100_000_000)  # the shortest and the longest run on a GPU
-CPU_FLOPS = 25e9  # FLOP/s that a preset T reached on one or two cores
+CPU_FLOPS = 25e9  # FLOP/s that preset T reached on one or two cores
 CPU_SECONDS = 300.0
 CPU_SAMPLES = (6_400, 102_400)
-SMALLEST_MICRO_BATCH = 8  # before a smaller preset is taken
+SMALLEST_MICRO_BATCH = 8  # if not even this fits, a smaller preset is chosen
 SHOWN_CLASSES = 20
 _SMI = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
@@ -63,7 +63,7 @@ def propose_config(found: PreparedLatents, hardware: Hardware, *, name: str, pre
         height, width = found.manifest.moments_shape[1:]
         raise DataError(f"{found.folder} has latents of {height} x {width}, the models need squares; encode squares")
 
-    # Presets from the largest that fits the number of samples on, until a micro-batch fits the memory.
+    # Presets, from the largest that suits the number of samples downwards, until a micro-batch fits in memory.
     fitting = [row for least, row in PRESETS_BY_SAMPLES if found.manifest.count >= least] if hardware.memory else ["T"]
     for row in [preset] if preset else reversed(fitting):
         chosen = _choose(found, hardware, name, row)
@@ -73,7 +73,7 @@ def propose_config(found: PreparedLatents, hardware: Hardware, *, name: str, pre
         if fits >= min(SMALLEST_MICRO_BATCH, chosen["micro"]):
             break
 
-    # A smaller micro-batch of the same global batch, where the memory needs it.
+    # A smaller micro-batch of the same global batch, if memory requires it.
     while chosen["micro"] > max(1, fits):
         chosen["micro"] //= 2
     text = _text(found, hardware, chosen)
@@ -105,9 +105,9 @@ def _choose(found: PreparedLatents, hardware: Hardware, name: str, preset: str) 
 
 
 def _stages(side: int, downsample: int) -> tuple[int, int]:
-    """Side of a token, and number of stages, for latents of `side`: three stages where they divide.
+    """Side of a token, and number of stages, for latents of `side`: three stages if `side` is divisible.
 
-    Pixels get larger tokens than the latents of an autoencoder, which has already made one of several pixels.
+    Pixels get larger tokens than the latents of an autoencoder, which has already merged several pixels into one.
     """
     patch = 4 if downsample == 1 and side % 16 == 0 else 2 if side % 8 == 0 else 1
     stages = max(k for k in (1, 2, 3) if side % (patch << (k - 1)) == 0)
@@ -119,7 +119,7 @@ def _within(limits: tuple[int, int], value: float) -> float:
 
 
 def _flops_per_sample(found: PreparedLatents, chosen: Mapping[str, Any]) -> int:
-    """Of the forward and backward pass."""
+    """FLOPs of the forward and backward pass."""
     trial = dict(chosen) | {"total": 20, "fifth": 4, "tenth": 2, "warmup": 1}
     config = config_from_dict(parse_yaml(_text(found, Hardware("CPU"), trial)))
     return FLOPS_PER_MAC * kind_of(config).training_macs(config)
@@ -137,7 +137,7 @@ def _text(found: PreparedLatents, hardware: Hardware, chosen: Mapping[str, Any])
     steps = chosen["total"] // chosen["batch"]
     epochs = chosen["total"] / manifest.count
 
-    # What is scored against, if it is there.
+    # The data to score against, if there is any.
     scored = [("train_images", found.train_images), ("heldout_images", found.heldout_images)]
     scored += [("heldout_latents", found.heldout_latents)]
     images = "".join(f"  {key}: {_scalar(folder)}\n" for key, folder in scored if folder)
@@ -188,7 +188,7 @@ def _sides(side: int, stages: int) -> str:
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML: plain if it stays a text, quoted otherwise."""
+    """A string as YAML: plain if it is read back as the same string, quoted otherwise."""
     if re.fullmatch(r"[\w./~-]+", text) and parse_yaml(text) == text:
         return text
     return json.dumps(text, ensure_ascii=False)

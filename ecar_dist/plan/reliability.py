@@ -1,7 +1,7 @@
 """What a long job on many GPUs loses to checkpoints and failures, and the energy that it needs at most.
 
 With a checkpoint every T seconds that stops training for d seconds, and a failure every M seconds that loses half an
-interval and r seconds until training goes on, the share of useful time is to first order
+interval and r seconds until training continues, the share of useful time is to first order
 
     goodput = 1 - d / T - (T / 2 + r) / M                         (Young, CACM 17(9), 1974)
 
@@ -22,13 +22,13 @@ GPU_HOURS_A_FAILURE = 50_000.0
 RESTART_SECONDS = 300.0  # to notice a failure, requeue the job and start it; an assumption
 COPY_RATE = 20e9  # bytes/s from a GPU to pinned host memory; an assumption, PCIe 4 x16 has 32
 STORAGE_RATE = 2.0  # GB/s of a node to and from storage; an assumption
-# Of a node's data sheet, per GPU: DGX A100 6.5 kW, DGX H100 and H200 10.2 kW at most, for 8 GPUs.
+# Watts per GPU, from a node's data sheet: DGX A100 6.5 kW, DGX H100 and H200 10.2 kW at most, for 8 GPUs.
 WATTS = {"A100": 812.0, "H100": 1275.0, "H200": 1275.0}
 
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """Seconds of checkpoints: between two of them, that training stops for one, of its writing, and of a restore."""
+    """Seconds between two checkpoints, that training stops for one, to write one, and to restore one."""
 
     between: float
     stall: float
@@ -39,15 +39,15 @@ class SaveTimes:
 def save_times(
     config: RunConfig, world_size: int, step_seconds: float, gpus_per_node: int, storage_rate: float
 ) -> SaveTimes:
-    """For a run on `world_size` ranks. `storage_rate` is in bytes/s of a node.
+    """The times for a run on `world_size` ranks. `storage_rate` is in bytes/s of a node.
 
-    A restore reads each node's part; one into another ZeRO stage reads nearly everything on each node.
+    In a restore each node reads its part; into a different ZeRO stage, each node reads nearly everything.
     """
     batch = config.batch.global_batch_size
     by_samples = -(-config.checkpoint.every_samples // batch) * step_seconds
     between = max(by_samples, config.checkpoint.min_seconds)
 
-    # The ranks copy their parts to the host. Then the nodes write them, while training goes on.
+    # The ranks copy their parts to the host. Then the nodes write them, while training continues.
     nbytes = checkpoint_bytes(kind_of(config).parameters(config).total, num_emas(config))
     nodes = math.ceil(world_size / gpus_per_node)
     transfer = nbytes / nodes / storage_rate
@@ -68,5 +68,5 @@ def goodput(saves: SaveTimes, failures: float) -> float:
 
 
 def best_interval(saves: SaveTimes, failures: float) -> float:
-    """Seconds between checkpoints that lose least, by the formula above."""
+    """Seconds between checkpoints with the least loss, by the formula above."""
     return math.sqrt(2 * saves.stall * failures)

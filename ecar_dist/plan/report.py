@@ -40,7 +40,7 @@ def plan_lines(
     gpus_per_node: int = GPUS_PER_NODE,
     bandwidth: float = NODE_BANDWIDTH,
 ) -> list[str]:
-    """One fact per line. `device` is a key of DEVICES, or None for neither fit nor time.
+    """One fact per line. `device` is a key of DEVICES, or None to leave out fit and time.
 
     `bandwidth` is in GB/s per GPU between nodes. Raises ConfigError for an unknown device, or batch numbers that do not
     multiply out.
@@ -53,7 +53,7 @@ def plan_lines(
     named = zip((parameters.ar, parameters.flow), kind.parts, strict=True)
     sizes = " + ".join(f"{_count(number)} {part}" for number, part in named if part)
 
-    # From what the model is to what a run of it costs.
+    # From the size of the model to the cost of a run.
     lines = [
         f"model {config.model.kind} {config.model.preset}: {_count(parameters.total)} parameters = {sizes}",
         f"tokens per stage: {' + '.join(map(str, tokens))} = {sum(tokens)}",
@@ -66,7 +66,7 @@ def plan_lines(
         *_quantized_lines(parameters),
     ]
 
-    # What depends on the device.
+    # The lines that depend on the device.
     if device is None:
         return lines
     known = known_device(device)
@@ -78,7 +78,7 @@ def plan_lines(
 
 
 def _quantized_lines(parameters: ParameterCount) -> list[str]:
-    """Files of `ecar-dist quantize`, whose other layers are fp32; without the scales, one number for each row."""
+    """Files of `ecar-dist quantize`. Other layers are fp32; the scales, one number for each row, are not counted."""
     rounded, rest = parameters.quantized, parameters.total - parameters.quantized
     if not rounded:
         return []
@@ -98,7 +98,7 @@ def _batch_line(config: RunConfig, world_size: int) -> str:
 def _training_line(config: RunConfig) -> str:
     macs = kind_of(config).training_macs(config)
     total = macs * FLOPS_PER_MAC * config.train.total_samples
-    return f"training: {_compute(macs)} per image, forward and backward; {total:.3g} FLOP in all"
+    return f"training: {_compute(macs)} per image, forward and backward; {total:.3g} FLOP in total"
 
 
 def _sampling_lines(config: RunConfig) -> list[str]:
@@ -137,8 +137,8 @@ def _memory_lines(config: RunConfig, parameters: ParameterCount, world_size: int
     building, saving = host_bytes(parameters, world_size, config.deepspeed.zero_stage, num_emas(config))
     kept = f"{gib(eager)} eager, {gib(compiled)} compiled, {gib(recomputed)} recomputed"
     return [
-        f"activations per image, {precision}: {kept} (of compiled blocks {COMPILED_SHARE:.0%}, as one was measured)",
-        f"in the backward pass besides: {gib(memory.backward)} of gradients of a block, buckets and gathered weights",
+        f"activations per image, {precision}: {kept} (a compiled block keeps {COMPILED_SHARE:.0%}, measured on one)",
+        f"also in the backward pass: {gib(memory.backward)} of gradients of a block, buckets and gathered weights",
         f"host memory per rank: {gib(building)} while the model is built, {gib(saving)} for the copy of a save",
     ]
 
@@ -223,7 +223,7 @@ def _communication_line(config: RunConfig, world_size: int, zero_stage: int, tim
     gigabytes = step_traffic(config, world_size, zero_stage).total / 1e9
     chosen = "  <- this config" if zero_stage == config.deepspeed.zero_stage else ""
     return (
-        f"  zero_stage {zero_stage}: {gigabytes:.3g} GB, {_seconds(time.communication)} beside "
+        f"  zero_stage {zero_stage}: {gigabytes:.3g} GB, {_seconds(time.communication)} alongside "
         f"{_seconds(time.compute)} of compute, {_seconds(time.exposed)} not hidden{chosen}"
     )
 
@@ -237,19 +237,19 @@ def _step_lines(config: RunConfig, world_size: int, name: str, device: Device, s
     hours = config.total_steps * step.total / 3600
     lines = [
         f"step: {_seconds(step.total)} = {' + '.join(f'{_seconds(each)} {part}' for part, each in parts.items())}",
-        f"MFU: {by_sheet}, as perf/mfu counts, and {by_attainable}",
+        f"MFU: {by_sheet}, as in perf/mfu, and {by_attainable}",
         f"time: {hours:.3g} h, {hours * world_size:.3g} GPU hours on {world_size} x {name.upper()}, training alone",
     ]
     return [f"{line} (forecast)" for line in [*lines, _save_line(config, step.total)]]
 
 
 def _save_line(config: RunConfig, step_seconds: float) -> str:
-    """Seconds between two checkpoints, with a warning where saving would never end."""
+    """Seconds between two checkpoints, with a warning if the run would be saving all the time."""
     section = config.checkpoint
     batch = config.batch.global_batch_size
     by_samples = -(-section.every_samples // batch) * step_seconds
     between = max(by_samples, section.min_seconds)
-    warning = "; that is often: set checkpoint.min_seconds=600" if between < _FREQUENT_SAVES else ""
+    warning = "; that is too often: set checkpoint.min_seconds=600" if between < _FREQUENT_SAVES else ""
     return f"checkpoints: one every {_seconds(between)}{warning}"
 
 

@@ -1,16 +1,16 @@
 """`ecar-dist plan CONFIG --simulate`: one epoch of a run, with the real order of its samples and a model of the rest.
 
-The shards that each node fetches, and when, come from the plans of the loader (`data/loader.py`): the same blocks of
-steps, the same look-ahead, the same rule of the cache. What is modelled:
+The shards that each node downloads, and when, come from the plans of the loader (`data/loader.py`): the same blocks of
+steps, the same look-ahead, the same cache policy. What is modelled:
 
-    network     each node fetches its shards one after the other, in the order of their first use, at a fixed rate
+    network     each node downloads its shards one after the other, in the order of their first use, at a fixed rate
     training    a step takes the seconds of the forecast (`duration.py`); a block of steps waits for all shards of the
                 windows that it reads, which is more than its first step needs
-    saves       as in `reliability.py`: a stall every so often; writing takes its time, and training goes on
-    failures    at random times (exponential, seeded). Each loses the work since the last whole checkpoint, the restart
-                and the restore, and one node comes back with an empty cache
+    saves       as in `reliability.py`: a stall at each interval; writing takes time, but training continues
+    failures    at random times (exponential, seeded). Each costs the work since the last complete checkpoint, the
+                restart and the restore, and one node comes back with an empty cache
 
-Some nodes are walked, and the slowest of them is what all wait for.
+Only some nodes are simulated; all nodes wait for the slowest of these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ecar_dist.data.order.stream import SampleStream
 from ecar_dist.plan.reliability import RESTART_SECONDS, SaveTimes
 
 MAX_BLOCK = 16384  # positions of a rank that the loader locates together
-WALKED = 4  # nodes at most
+WALKED = 4  # nodes that are simulated, at most
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Cluster:
 
 @dataclass
 class Epoch:
-    """What one epoch took. Bytes are of all nodes, seconds of the job."""
+    """The times and traffic of one epoch. Bytes are of all nodes, seconds of the job."""
 
     steps: int = 0
-    training: float = 0.0  # of steps alone
+    training: float = 0.0  # of steps only
     data_stall: float = 0.0
     save_stall: float = 0.0
     lost: float = 0.0  # work that was repeated, restarts and restores
@@ -80,9 +80,9 @@ class NodeTraffic:
     queue: dict[tuple[int, int], float] = field(default_factory=dict)  # bytes left, in the order of first use
 
     def request(self, soon: Sequence[Sequence[int]], future: Sequence[Mapping[int, int]]) -> None:
-        """As a source's plan: make room, then ask for the shards of `soon` that are not there.
+        """Like a source's plan: make room, then request the shards of `soon` that are missing.
 
-        future: of each source, the rank of each shard in the order of next use. Empty without a budget.
+        future: for each source, the position of each shard in the order of next use. Empty without a budget.
         """
         for source, shards in enumerate(soon):
             order = future[source] if self.budget is not None else {}
@@ -93,7 +93,7 @@ class NodeTraffic:
             self._evict(source, order)
 
     def transfer(self, nbytes: float) -> None:
-        """Download so many bytes of the queue, the first ones first."""
+        """Download `nbytes` bytes of the queue, in order."""
         while self.queue and nbytes > 0:
             key, left = next(iter(self.queue.items()))
             part = min(left, nbytes)
@@ -103,9 +103,9 @@ class NodeTraffic:
                 self._arrived(key)
 
     def complete(self, now: Sequence[Sequence[int]]) -> float:
-        """Bytes that must still come before the shards of `now` are there; they come."""
+        """Download the missing shards of `now`; returns the bytes that were still missing."""
         wanted = {(source, shard) for source, shards in enumerate(now) for shard in shards}
-        for source, shard in sorted(wanted - self.cached.keys() - self.queue.keys()):  # evicted, or too many for it
+        for source, shard in sorted(wanted - self.cached.keys() - self.queue.keys()):  # evicted, or did not fit
             self.queue[source, shard] = float(self.sizes[source][shard])
         waited = 0.0
         for key in [key for key in self.queue if key in wanted]:
@@ -127,7 +127,7 @@ class NodeTraffic:
         return shard in order and (order[shard] + 1) * largest <= self.budget
 
     def _evict(self, source: int, order: Mapping[int, int]) -> None:
-        """Drop the shards that are used last, until the others fit into the budget."""
+        """Drop the shards whose next use is furthest away, until the others fit into the budget."""
         if self.budget is None:
             return
         mine = [key for key in self.cached if key[0] == source]
@@ -148,7 +148,7 @@ def simulate_epoch(
     *,
     seed: int = 0,
 ) -> Epoch:
-    """Walk the first epoch, from an empty cache. `sizes`: bytes of each shard of each source."""
+    """Simulate the first epoch, from an empty cache. `sizes`: bytes of each shard of each source."""
     walked = sorted({round(part * (cluster.nodes - 1) / max(1, WALKED - 1)) for part in range(WALKED)})
     nodes = {node: NodeTraffic(sizes, cluster.cache) for node in walked}
     epoch = Epoch(needed=float(sum(each.sum() for each in sizes)))
@@ -157,7 +157,7 @@ def simulate_epoch(
     since_save = 0.0
 
     for begin, end, soon in blocks(stream, batch, cluster.world_size):
-        # The slowest node is what all wait for.
+        # All nodes wait for the slowest one.
         slowest = 0.0
         for node, traffic in nodes.items():
             plan_node(stream, traffic, node, cluster, begin, soon)
@@ -165,7 +165,7 @@ def simulate_epoch(
             slowest = max(slowest, waited / cluster.network)
         epoch.data_stall += slowest
 
-        # The steps of the block and its saves; downloads go on meanwhile.
+        # The steps of the block and its saves; downloads continue meanwhile.
         steps = (end - begin) // batch
         training = steps * step_seconds
         count, since_save = divmod(since_save + training, saves.between)
@@ -177,7 +177,7 @@ def simulate_epoch(
         epoch.saves += int(count)
         epoch.save_stall += stall
 
-        # A failure loses what is not in a whole checkpoint, and one node's cache.
+        # A failure loses what is not in a complete checkpoint, and one node's cache.
         while next_failure < epoch.seconds:
             epoch.failures += 1
             epoch.lost += chance.uniform(0, saves.between) + saves.write + RESTART_SECONDS + saves.restore
@@ -189,9 +189,9 @@ def simulate_epoch(
 
 
 def blocks(stream: SampleStream, batch: int, world_size: int) -> Iterator[tuple[int, int, int]]:
-    """The blocks of whole steps that a loader plans together, for one epoch: begin, end, and how far each looks.
+    """The blocks of whole steps that a loader plans together, for one epoch: begin, end, and end of the look-ahead.
 
-    A loader also looks into the next epoch, whose traffic is not counted here.
+    A loader also looks ahead into the next epoch, whose traffic is not counted here.
     """
     size = min(MAX_BLOCK * world_size, stream.window // 2)
     steps = max(1, size // batch)
@@ -202,7 +202,7 @@ def blocks(stream: SampleStream, batch: int, world_size: int) -> Iterator[tuple[
 
 
 def plan_node(stream: SampleStream, traffic: NodeTraffic, node: int, cluster: Cluster, begin: int, soon: int) -> None:
-    """What the ranks of a node plan before a block: see SampleLoader."""
+    """Request what the ranks of a node plan before a block: see SampleLoader."""
     future: list[dict[int, int]] = []
     if traffic.budget is not None:
         later = _shards(stream, begin, begin + stream.count, node, cluster)

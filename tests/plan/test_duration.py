@@ -63,7 +63,7 @@ def test_a_step_is_compute_optimizer_and_the_communication_that_nothing_hides(ma
     time = time_of(config)
     assert time.total == time.compute + time.optimizer + time.exposed
 
-    # Two thirds of the bytes of ZeRO-2 are gradients, of whose time 70 % is hidden. ZeRO-1 in bf16 hides nothing.
+    # Two thirds of the bytes of ZeRO-2 are gradients, and 70 % of their time is hidden. ZeRO-1 in bf16 hides nothing.
     assert time.exposed == pytest.approx((0.3 * 2 / 3 + 1 / 3) * time.communication)
     first = time_of(config, zero_stage=1)
     assert first.exposed == first.communication
@@ -110,12 +110,12 @@ class KernelCount(TorchDispatchMode):
 
 
 def kernels_of(config):
-    """As planned and as counted, in one eager micro-batch in bf16."""
+    """Kernels as planned and as counted, in one eager micro-batch in bf16."""
     kind = kind_of(config)
     model = kind.build_model(config).bfloat16()
     objective = kind.objective(model, lambda values, noise: values, config, "bf16")
     inputs = (torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    objective(*inputs)  # the first call makes tables as well
+    objective(*inputs)  # the first call also builds tables
     with KernelCount() as counted:
         loss, *_ = objective(*inputs)
         loss.backward()
@@ -135,11 +135,11 @@ def test_eager_kernels_are_those_that_a_micro_batch_runs(monkeypatch, make_confi
             )
         )
 
-    # All of them.
+    # All kernels.
     planned, counted = counts("ecar", 3)
     assert planned == pytest.approx(counted, rel=0.1)
 
-    # Those of two further blocks, of a velocity network of three stages and of one, and of an AR transformer.
+    # The kernels of two more blocks, in a velocity network of three stages and of one, and in an AR transformer.
     for kind, num_stages, depth in (("pyramid", 3, "flow_depth"), ("dit", 1, "flow_depth"), ("ecar", 3, "ar_depth")):
         fewer, more = (counts(kind, num_stages, **{depth: blocks}) for blocks in (1, 3))
         assert more[0] - fewer[0] == pytest.approx(more[1] - fewer[1], rel=0.2), (kind, more, fewer)

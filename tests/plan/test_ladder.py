@@ -1,4 +1,4 @@
-"""The ladder of learning rates: what it costs, and that its commands are those of narrower models."""
+"""The ladder of learning rates: its cost, and that its commands train narrower models."""
 
 import shlex
 

@@ -61,7 +61,7 @@ def test_checkpoint_holds_master_moments_and_emas(emas):
 
 
 def test_the_backward_pass_adds_buckets_and_the_gradients_of_one_block(make_config):
-    """A weight has one gradient, which leaves for its bucket at once; those of a compiled block come together."""
+    """A weight has one gradient, which goes to its bucket at once; those of a compiled block come together."""
     block = 2 * (18 * 1152**2 + 15 * 1152 + 2 * 72)  # attention, MLP and adaLN with biases, and two gains
     bucket = 50_000_000 * 2
     config = make_config("XL")
@@ -77,7 +77,7 @@ def test_the_backward_pass_adds_buckets_and_the_gradients_of_one_block(make_conf
     weights = 2 * 911_557_168
     assert memory_of(config, zero_stage=3).backward == block + 2 * bucket + weights
 
-    # ZeRO-1 has fp32 buckets, but in bf16 none, as without ZeRO.
+    # ZeRO-1 has fp32 buckets, but none in bf16, as without ZeRO.
     fp32 = make_config("XL", deepspeed={"precision": "fp32"})
     assert memory_of(fp32, zero_stage=1).backward == 2 * (block + 3 * bucket)
     assert memory_of(config, zero_stage=1).backward == memory_of(config, zero_stage=0).backward == block

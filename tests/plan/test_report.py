@@ -25,7 +25,7 @@ def test_report_states_the_run(make_config):
     assert line(lines, "host").startswith("host memory per rank: 3.4 GiB while the model is built, 1.7 GiB")
     state, traffic = (text for text in lines if "<- this config" in text)
     assert state.startswith("  zero_stage 2: 3.82 GiB")
-    assert traffic.startswith("  zero_stage 2: 4.79 GB, 13.3 ms beside 114 ms of compute, 7.09 ms not hidden")
+    assert traffic.startswith("  zero_stage 2: 4.79 GB, 13.3 ms alongside 114 ms of compute, 7.09 ms not hidden")
 
 
 def test_what_the_device_decides_is_a_forecast_that_names_both_rates(make_config):

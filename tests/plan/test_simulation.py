@@ -28,7 +28,7 @@ NEVER = 1e30  # seconds between failures
 
 
 class Recorded:
-    """A source that only notes what the loader plans."""
+    """A source that only records what the loader plans."""
 
     can_flip = False
 
@@ -68,7 +68,7 @@ def test_the_plans_are_those_of_real_loaders(sources):
                 pass
         asked[rank] = [source.plans for source in recorded]
     for block, (begin, _, soon) in enumerate(walked):
-        whole = begin + max(stream.window, soon - begin)  # the walk does not look into the next epoch
+        whole = begin + max(stream.window, soon - begin)  # the simulation does not look ahead into the next epoch
         if whole > walked[-1][1]:
             break
         for node in range(2):
