@@ -1,4 +1,4 @@
-"""torch.compile: where its files go, whether it works here, and what of a model is compiled for training."""
+"""torch.compile: where its files go, whether it works here, and which parts of a model are compiled for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from ecar_dist.errors import ConfigError
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-MAX_GRAPHS = 64  # of one kind of block: one for each shape that it is called with; torch gives up after 8
+MAX_GRAPHS = 64  # of one kind of block: one for each input shape; torch's default limit is 8
 
 
 @contextlib.contextmanager
@@ -22,9 +22,9 @@ def private_cache() -> Iterator[None]:
     """Compile in a temporary folder, unless the user has chosen one.
 
     All processes of a user share the compiler's default folder. A process that is killed while it compiles leaves
-    truncated libraries there, which make later ones fail.
+    truncated libraries there, which make later processes fail.
     """
-    # The compiler takes as long to import as the rest of torch, so a command that compiles nothing does without.
+    # The compiler takes as long to import as the rest of torch, so a command that compiles nothing does not import it.
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     before = os.environ.get(CACHE_VARIABLE)
@@ -56,7 +56,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None, backend: str = "inductor") -> Callable[..., Any]:
-    """`function` as one graph for each set of shapes; what cannot be in one graph is an error."""
+    """`function`, compiled as one graph for each set of shapes; code that does not fit in one graph is an error."""
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
 
@@ -67,10 +67,10 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile each repeated block, in place. Blocks that differ in weights alone share their graphs.
+    """Compile each repeated block, in place. Blocks that differ only in their weights share their graphs.
 
-    Not the whole model: its backward pass would be one function, so all gradients would live until its end, and none
-    could be sent while others are computed. Not the call of the module either, which holds DeepSpeed's hooks.
+    The model as a whole is not compiled: its backward pass would be one function, so all gradients would live until its
+    end, and none could be sent while others are computed. Nor is the module's `__call__`, which runs DeepSpeed's hooks.
     """
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in repeated_blocks(model):

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, made from the run's. Imports no torch: `ecar-dist plan` reads the sizes of the buckets."""
+"""DeepSpeed's configuration, derived from the run's. Does not import torch: `ecar-dist plan` reads the bucket sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ecar_dist.runtime.world import World
 
 # Elements of the bucket in which gradients are sent: 100 MB in bf16. DeepSpeed's default of 5e8 would send the 1.8 GB
-# of XL in two pieces, so that nearly nothing is on its way while the backward pass computes.
+# of XL in two pieces, so that almost no communication would overlap with the backward pass.
 REDUCE_BUCKET = 50_000_000
 
 
@@ -19,7 +19,7 @@ def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[st
     zero_stage = config.deepspeed.zero_stage
     bf16 = precision == "bf16"
 
-    # Sharding. Small buckets, so that the first can be on its way while the backward pass fills the next.
+    # Sharding. Small buckets, so that one can be sent while the backward pass fills the next.
     zero: dict[str, Any] = {
         "stage": zero_stage,
         "overlap_comm": world.device.type == "cuda",
@@ -32,8 +32,8 @@ def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[st
     if config.deepspeed.offload_params:
         zero["offload_param"] = {"device": "cpu"}
 
-    # The three batch numbers multiply out, else `grad_accum_steps` raises. What DeepSpeed would do with the norm of the
-    # gradients, to clip them and to look for those that are not finite, the guarded optimizer does without a host read.
+    # The three batch numbers multiply out, or `grad_accum_steps` raises. DeepSpeed would use the gradient norm to clip,
+    # and to look for gradients that are not finite. The guarded optimizer does both without a host read.
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
@@ -47,7 +47,7 @@ def deepspeed_config(config: RunConfig, world: World, precision: str) -> dict[st
         "timers": {"throughput": {"enabled": False}},
     }
 
-    # Micro-batches are added up in fp32, which ZeRO 0 cannot do.
+    # Gradients of micro-batches are accumulated in fp32, which ZeRO 0 cannot do.
     if bf16 and zero_stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(settings, config.deepspeed.raw)

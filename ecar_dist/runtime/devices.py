@@ -1,17 +1,17 @@
-"""What is known of GPU models. An unknown one has no MFU and no time estimate, rather than a wrong one."""
+"""What is known about GPU models. An unknown one has no MFU and no time estimate, rather than a wrong one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense bf16 matrix products reach 790e12 FLOP/s of the 989e12 that the data sheet of an H200 states. That was measured
-# on large square matrices. For the other models the same share is assumed.
+# Dense bf16 matrix products reach 790e12 of the 989e12 FLOP/s in the data sheet of an H200, measured on large square
+# matrices. The same share is assumed for the other models.
 ATTAINABLE_SHARE = 790 / 989
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU model, by NVIDIA's data sheet of its SXM form.
+    """A GPU model, from NVIDIA's data sheet of its SXM version.
 
     peak_flops: dense bf16 FLOP/s.
     memory: bytes.
@@ -26,7 +26,7 @@ class Device:
 
     @property
     def attainable_flops(self) -> float:
-        """FLOP/s that large matrix products reach; measured on an H200 alone."""
+        """FLOP/s that large matrix products reach; measured only on an H200."""
         return self.peak_flops * ATTAINABLE_SHARE
 
 
@@ -43,6 +43,6 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the data sheet, of a known device; else None."""
+    """Dense bf16 FLOP/s of a known device, from its data sheet; else None."""
     device = find_device(device_name)
     return None if device is None else device.peak_flops

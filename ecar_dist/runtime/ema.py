@@ -16,14 +16,14 @@ def tracked_decays(section: EmaSection) -> dict[str, Decay]:
 
     Samples are drawn from `ema`, the first one, and an export contains it by default.
     """
-    # The order is that of the config's lists, and the names count along it.
+    # The order is that of the config's lists, and the names are numbered in this order.
     decays: list[Decay] = [functools.partial(half_life_decay, h, section.rampup) for h in section.half_life_samples]
     decays += [functools.partial(power_decay, sigma_rel_to_gamma(sigma_rel)) for sigma_rel in section.sigma_rel]
     return {f"ema{index or ''}": decay for index, decay in enumerate(decays)}
 
 
 def ema_kinds(section: EmaSection) -> dict[str, str]:
-    """A description of each EMA, by kind. Checkpoints store it, because an edit of the config moves the kinds."""
+    """A description of each EMA, by kind. Checkpoints store it, because a config edit may renumber the kinds."""
     texts = [f"half-life {half_life}, ramp-up {section.rampup}" for half_life in section.half_life_samples]
     texts += [f"sigma_rel {sigma_rel}" for sigma_rel in section.sigma_rel]
     return dict(zip(tracked_decays(section), texts, strict=True))
@@ -51,14 +51,14 @@ class ShardedEma:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin anew at the current master weights, as at the start of a run."""
+        """Start over from the current master weights, as at the start of a run."""
         for average in self.by_kind.values():
             for partition, master in zip(average, self._masters, strict=True):
                 partition.copy_(master)
 
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int) -> None:
-        """Move towards the current master weights. Call it once after every step, also after a refused one."""
+        """Move towards the current master weights. Call it once after every step, including a refused one."""
         # e <- decay * e + (1 - decay) * w, for all partitions in one call.
         for name, average in self.by_kind.items():
             decay = float(self._decays[name](samples_seen, batch))

@@ -1,7 +1,7 @@
-"""The DeepSpeed engine, and a plain view of what this rank holds of the model. The only module that imports deepspeed.
+"""The DeepSpeed engine, and a plain view of this rank's part of the model. The only module that imports deepspeed.
 
-In every ZeRO stage a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` says which
-slice of which parameter lies where in them. The EMA and the checkpoints see that view alone.
+In every ZeRO stage a rank's share is a list of flat fp32 partitions (the master weights), and `fragments` maps slices
+of parameters to their places in the partitions. The EMA and the checkpoints use only that view.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Engine:
         *,
         backend: str | None = None,
     ) -> None:
-        """`backend`: of torch.compile, for the blocks of the model; None: they are not compiled."""
+        """`backend`: torch.compile's backend for the blocks of the model; None: they are not compiled."""
         deepspeed = import_deepspeed(world)
 
-        # ZeRO-3 gathers the weights of a compiled block in one go: a gather within it would cut its graph.
+        # ZeRO-3 gathers the weights of a compiled block in one go: a gather inside the block would break its graph.
         if backend is not None and config.deepspeed.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(
                 model, sorted({type(block) for block in repeated_blocks(model)}, key=str)
@@ -86,7 +86,7 @@ class Engine:
             compile_blocks(model, backend)
         self._compiles_next = backend is not None
 
-        # From here on the optimizer asks before each step.
+        # From here on the optimizer asks for a judgement before each step.
         self._is_good = is_good
         self._max_norm = optim.clip_grad_norm
         self._sums = torch.zeros(1)
@@ -95,7 +95,7 @@ class Engine:
         self._replicated_norm = torch.zeros(())
         self._adam.judge = self._judge
 
-        # The view of what this rank holds.
+        # The view of this rank's part.
         self.objective = objective
         self._model = model
         self._parameters = dict(model.named_parameters())
@@ -107,7 +107,7 @@ class Engine:
         if not self._compiles_next:
             return self._engine(*inputs)
 
-        # The first call compiles, for minutes in a large model.
+        # The first call compiles, which takes minutes for a large model.
         began = time.monotonic()
         outputs = self._engine(*inputs)
         self._compiles_next = False
@@ -121,10 +121,10 @@ class Engine:
     def step(self, sums: torch.Tensor) -> PendingStatus | None:
         """End a micro-batch; after the last one of a global batch, move the weights if the step is good.
 
-        `sums` (float64, [n]) holds the losses of the global batch, summed over ranks, and other finite numbers that the
-        caller wants to read with them. Their total is finite only if every loss is, so `is_good` gets it as the loss.
+        `sums` (float64, [n]) contains the losses of the global batch, summed over ranks, and other finite numbers that
+        the caller wants to read with them. The total is finite only if every loss is, so `is_good` gets it as the loss.
         Before the last micro-batch `sums` is not read, and the result is None. On a GPU nothing here waits for the
-        device: the step is judged there.
+        device: the step is judged on the device.
 
         A refused step changes no weight and no moment, and its gradients are dropped. Adam's step counter still
         advances, because it counts the steps of the run.
@@ -133,13 +133,13 @@ class Engine:
             self._engine.step()
             return None
 
-        # The gradients are averaged over ranks already. All ranks take rank 0's norm, so that they judge one number.
+        # The gradients are already averaged over ranks. All ranks use rank 0's norm, so they judge the same number.
         if self._keeps_no_norm:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             self._replicated_norm = self.world.sum(norm * self.world.is_first)
 
-        # DeepSpeed calls the optimizer, which asks `_judge`.
+        # DeepSpeed calls the optimizer, which calls `_judge`.
         self._sums = sums
         self._judgement = None
         self._status = None
@@ -147,20 +147,20 @@ class Engine:
         if self._status is not None:
             return self._status
 
-        # In bf16 without ZeRO it reads the gradients on the host, and drops a step where they are not finite.
+        # In bf16 without ZeRO, DeepSpeed reads the gradients on the host, and drops the step if they are not finite.
         for partition in self.partitions:
             self._adam.state_of(partition)["step"] += 1
         return PendingStatus(torch.cat([sums, sums.new_tensor([math.inf, 0.0])]))
 
     def _judge(self) -> Judgement:
-        """Judge the step at hand, on the device. ZeRO-3 asks for each of its sub-groups, and gets the same answer.
+        """Judge the current step, on the device. ZeRO-3 asks once per sub-group, and gets the same answer each time.
 
-        A norm above LARGEST_NORM counts as inf: its square overflows fp32, in which all stages but ZeRO-3 sum squares.
+        A norm above LARGEST_NORM counts as inf: its square overflows fp32, and all stages but ZeRO-3 sum squares in it.
         """
         if self._judgement is not None:
             return self._judgement
 
-        # DeepSpeed says -1, or inf, where a gradient is not finite.
+        # DeepSpeed reports -1 or inf if a gradient is not finite.
         reported = self._replicated_norm if self._keeps_no_norm else self._optimizer._global_grad_norm
         found = torch.as_tensor(reported).reshape(())
         norm = found.to(self._sums.device, torch.float64)
@@ -171,17 +171,17 @@ class Engine:
         clip = ((found + 1e-6) / self._max_norm).clamp(min=1.0) if self._max_norm > 0 else None
         self._judgement = Judgement(good, clip)
 
-        # Off to the host, ahead of the update.
+        # Start the transfer to the host, ahead of the update.
         self._status = PendingStatus(torch.cat([self._sums, torch.stack([norm, good.double()])]))
         return self._judgement
 
     @property
     def _keeps_no_norm(self) -> bool:
-        """Whether DeepSpeed takes no norm of the gradients: without ZeRO, in fp32."""
+        """Whether DeepSpeed computes no gradient norm: without ZeRO, in fp32."""
         return self._optimizer is self._adam
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of all parameter groups, each times its `rate` if it has one."""
+        """Set the learning rate of all parameter groups, times a group's `rate` if it has one."""
         for group in self._adam.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
 
@@ -192,25 +192,25 @@ class Engine:
 
     @property
     def splits_weights(self) -> bool:
-        """Whether no rank holds the weights that the forward pass reads (ZeRO stage 3)."""
+        """Whether no rank holds all of the weights that the forward pass reads (ZeRO stage 3)."""
         return self.zero_stage == 3
 
     def replicas(self) -> list[torch.Tensor]:
-        """The tensors that every rank holds in full, equal to the bit between steps. Views, not copies.
+        """The tensors that every rank holds in full, bitwise equal between steps. Views, not copies.
 
         ZeRO 0: weights as the forward pass reads them, master weights, moments. ZeRO 1 and 2: the first of these, which
-        each step gathers from the ranks' shares. ZeRO 3: the small parameters that it does not split; none before a
-        new run's first step.
+        each step gathers from the ranks' shares. ZeRO 3: the small parameters that it does not split; none before the
+        first step of a new run.
         """
         read = [parameter.data for parameter in self._parameters.values() if self._is_whole(parameter)]
         if not self.replicated:
             return read
-        # In fp32 the forward pass reads the master weights themselves.
+        # In fp32, the forward pass reads the master weights themselves.
         masters = [] if self._keeps_no_norm else self.partitions
         return [*read, *masters, *(flat for name in ADAM_MOMENTS for flat in self.moments(name))]
 
     def _is_whole(self, parameter: Any) -> bool:
-        # ZeRO-3 keeps small parameters whole once it has gathered them.
+        # ZeRO-3 keeps small parameters in full once it has gathered them.
         if self.zero_stage < 3:
             return True
         return parameter.ds_persist and parameter.numel() == parameter.ds_numel
@@ -225,11 +225,11 @@ class Engine:
 
     @contextlib.contextmanager
     def weights_of(self, partitions: Sequence[torch.Tensor]) -> Iterator[nn.Module]:
-        """The model with `partitions` (an EMA's) as its weights; then again with its own, to the bit. Collective.
+        """The model with `partitions` (an EMA's) as its weights; afterwards its own are restored bitwise. Collective.
 
-        No second model is built: its weights are made anew from the fp32 master weights, which change places with
-        `partitions` meanwhile. In ZeRO 3 all ranks have to run the model, because each holds a part of it. Its blocks
-        run as they are, since they were compiled for the shapes of training. After an error the model is of no use.
+        No second model is built: the fp32 master weights are swapped with `partitions`, and the model's weights are
+        rewritten from them. In ZeRO 3 all ranks have to run the model, because each holds a part of it. Its blocks run
+        uncompiled, because they were compiled for the shapes of training. After an error the model is unusable.
         """
         self._exchange(partitions)
         with self.own_weights() as model:
@@ -238,7 +238,7 @@ class Engine:
 
     @contextlib.contextmanager
     def own_weights(self) -> Iterator[nn.Module]:
-        """The model as it is, to be run outside of a training step; see `weights_of`."""
+        """The model with its own weights, to be run outside a training step; see `weights_of`."""
         with torch.compiler.set_stance("force_eager"):
             yield self._model
 
@@ -251,27 +251,28 @@ class Engine:
     def publish_master_weights(self) -> None:
         """Copy the fp32 master weights into the (bf16, maybe sharded) parameters that the forward pass reads.
 
-        Collective. What a rank receives is what each step sends as well: in ZeRO 1 and 2 the shares of the others in
-        the type of the forward pass, in ZeRO 3 the small parameters that are not split.
+        Collective. A rank receives the same data as in each step: in ZeRO 1 and 2 the shares of the other ranks in the
+        dtype of the forward pass, in ZeRO 3 the small parameters that are not split.
         """
         # ZeRO 1 and 2.
         if self.zero_stage in (1, 2):
             self._optimizer.update_lp_params()
             return
 
-        # ZeRO 0 and 3: this rank has the masters of all that it holds. In fp32 ZeRO 0 reads the masters themselves.
+        # ZeRO 0 and 3: this rank has the masters of everything it holds. In fp32, ZeRO 0 reads the masters themselves.
         for fragment in () if self._keeps_no_norm else self.fragments:
             parameter: Any = self._parameters[fragment.name]
             held = parameter.data if self.zero_stage == 0 else parameter.ds_tensor.data
             held.view(-1).narrow(0, 0, fragment.numel).copy_(fragment.of(self.partitions))
 
-        # ZeRO 3 keeps small parameters whole, and gathers them anew after each step.
+        # ZeRO 3 keeps small parameters in full, and gathers them again after each step.
         if self.zero_stage == 3 and (small := self._optimizer.persistent_parameters):
             small[0].partition(small)
             small[0].all_gather(small)
 
     def _master_partitions(self) -> list[torch.Tensor]:
-        # Each of DeepSpeed's optimizers has its own name for them; without ZeRO, in fp32, they are the parameters.
+        # Each of DeepSpeed's optimizers has its own name for the partitions; without ZeRO, in fp32, they are the
+        # parameters.
         optimizer = self._optimizer
         for attribute in (
             "single_partition_of_fp32_groups",  # ZeRO 1 and 2
@@ -291,7 +292,7 @@ class Engine:
 
     def _replicated_fragments(self) -> list[Fragment]:
         """ZeRO 0: one partition for each parameter, in the optimizer's order; in bf16 it is an fp32 copy."""
-        # DeepSpeed's bf16 optimizer lists the parameters beside their copies; in fp32 they are the partitions.
+        # DeepSpeed's bf16 optimizer lists the parameters as well as their copies; in fp32 they are the partitions.
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         trained = getattr(self._optimizer, "fp16_groups", None) or [self.partitions]
         in_order = [parameter for group in trained for parameter in group]
@@ -314,8 +315,8 @@ class Engine:
 
 
 def import_deepspeed(world: World) -> Any:
-    """The library, quiet and ready for this rank's device."""
-    # DeepSpeed looks for its accelerator, and says much, while it is imported.
+    """Import DeepSpeed, with little output, for this rank's device."""
+    # DeepSpeed looks for its accelerator, and prints a lot, while it is imported.
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -331,8 +332,8 @@ def import_deepspeed(world: World) -> Any:
     # which every later start waits forever. Only inference uses it, so it is disabled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    # DeepSpeed would read the norm of the gradients on the host, to drop a step by it; the guarded optimizer does that
-    # on the device.
+    # DeepSpeed would read the gradient norm on the host to decide whether to drop a step; the guarded optimizer decides
+    # that on the device.
     for module in (bf16_optimizer, stage3, stage_1_and_2):
         module.is_invalid_grad_norm = lambda norm: False
 

@@ -1,4 +1,4 @@
-"""AdamW that a judgement of the step keeps from moving, and what the host learns of a step."""
+"""AdamW with steps that can be refused on the device, and what the host learns about a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What the host knows of one optimizer step; the same on every rank."""
+    """What the host knows about one optimizer step; the same on every rank."""
 
     sums: tuple[float, ...]  # as passed to `Engine.step`
     grad_norm: float  # before clipping, over all ranks
@@ -30,7 +30,7 @@ class PendingStatus:
         self._row = row
         self._arrived: Any = None
 
-        # From a GPU they travel beside the computation, into pinned memory.
+        # From a GPU they are copied to pinned memory, overlapped with the computation.
         if row.is_cuda:
             self._row = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
             self._row.copy_(row, non_blocking=True)
@@ -46,7 +46,7 @@ class PendingStatus:
 
 
 class Judgement(NamedTuple):
-    """What becomes of a step, on the device."""
+    """The decision about a step, on the device."""
 
     good: torch.Tensor  # bool []: whether weights may move
     clip: torch.Tensor | None  # []: what the gradients are divided by, at least 1; None: they are not clipped
@@ -55,17 +55,17 @@ class Judgement(NamedTuple):
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradients, and moves nothing in a step that is not good. DeepSpeed's inner optimizer.
 
-    In every ZeRO stage DeepSpeed averages the gradients and takes their norm over all ranks before it calls `step`, and
-    afterwards only copies master weights. So a step can be refused here at no cost, by numbers that are the same on all
-    ranks. `step` counts the steps of the run: a refused one as well.
+    In every ZeRO stage DeepSpeed averages the gradients and computes their norm over all ranks before it calls `step`,
+    and afterwards only copies master weights. So a step can be refused here at no cost, based on numbers that are the
+    same on all ranks. `step` counts the steps of the run, including refused ones.
 
-    One kernel clips, decides and updates, so that the host need not know the judgement: torch's fused AdamW, whose
-    arguments for a gradient scaler are what clipping and refusing need.
+    One kernel clips, decides and updates, so the host does not need to know the judgement. It is torch's fused AdamW,
+    whose arguments for a gradient scaler are exactly what clipping and refusing need.
     """
 
     def __init__(self, parameter_groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(parameter_groups, fused=True, **options)
-        # While the engine is built ZeRO 0 in bf16 takes a step, with zero gradients but with weight decay.
+        # While the engine is built, ZeRO 0 in bf16 takes a step with zero gradients, but with weight decay.
         self.judge: Callable[[], Judgement | None] = lambda: None
 
     def step(self, closure: Any = None) -> Any:
@@ -77,7 +77,7 @@ class GuardedAdamW(torch.optim.AdamW):
             return None
         counters = [self.state_of(parameter)["step"] for parameter in parameters]
 
-        # The kernel divides the gradients by `grad_scale`. Where `found_inf` is 1 it moves nothing, nor the counters.
+        # The kernel divides the gradients by `grad_scale`. If `found_inf` is 1 it moves nothing, not even the counters.
         # Both are moved to offloaded weights here, because torch would not wait until they have arrived there.
         device = parameters[0].device
         self.grad_scale = None if judged.clip is None else judged.clip.float().to(device)
@@ -87,7 +87,7 @@ class GuardedAdamW(torch.optim.AdamW):
         return None
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Counter and moments of one parameter, as AdamW makes them in its first step, but also before it.
+        """Counter and moments of one parameter, as AdamW creates them in its first step, but available before it.
 
         A checkpoint may be loaded, or a step refused, before the first step.
         """

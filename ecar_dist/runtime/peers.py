@@ -1,10 +1,10 @@
-"""What a rank knows about the end of another: an error that all agree on, or a connection that breaks."""
+"""How a rank learns about the end of another: by an error that all agree on, or by a connection that breaks."""
 
 from __future__ import annotations
 
 import re
 
-# What gloo, NCCL and torch's store say when the other end is gone or silent. Most are plain RuntimeErrors.
+# Messages of gloo, NCCL and torch's store when the other end is gone or silent. Most are plain RuntimeErrors.
 _TRANSPORT = re.compile(r"gloo|nccl|c10d|TCPStore", re.IGNORECASE)
 _LOST = re.compile(
     r"closed by (remote )?peer|reset by peer|broken pipe|timed out|timeout"
@@ -16,9 +16,9 @@ _SOURCE_LOCATION = re.compile(r"^\[\S+\]\s*")  # gloo begins with its C++ source
 
 
 class RemoteError(Exception):
-    """Another rank met an error and prints it; this one ends without a message.
+    """Another rank raised an error and prints it; this one ends without a message.
 
-    `again`: the same command may run again as it is, because a rank or a node was lost and nothing has to be fixed.
+    `again`: the same command can be run again unchanged, because a rank or a node was lost and nothing has to be fixed.
     """
 
     def __init__(self, message: str, *, again: bool = False) -> None:
@@ -27,7 +27,7 @@ class RemoteError(Exception):
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """What the transport said, in a few words, if `error` means that another rank is gone; else None.
+    """The transport's message, shortened, if `error` means that another rank is gone; else None.
 
     DeepSpeed's own collectives raise inside forward, backward and step, so this looks at any RuntimeError and at its
     causes.
@@ -43,5 +43,5 @@ def lost_peer(error: BaseException) -> str | None:
 
 
 def _of_torch(error: RuntimeError) -> bool:
-    """By name, because the watchdog imports this module and must not import torch."""
+    """Compares names, because the watchdog imports this module and must not import torch."""
     return any(kind.__name__ == "DistError" for kind in type(error).__mro__)

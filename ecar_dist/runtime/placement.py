@@ -1,4 +1,4 @@
-"""Where the launcher put this process, by the variables of torchrun, deepspeed, srun and the job script."""
+"""Where the launcher put this process, from the variables of torchrun, deepspeed, srun and the job script."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
 def threads_of_rank(environment: Mapping[str, str], local_size: int, cores: int) -> int | None:
     """Threads for torch on the CPU: the rank's share of the `cores` that this process may use.
 
-    None where OMP_NUM_THREADS has been set, by a person, by torchrun (1 for several ranks) or by the job script.
+    None if OMP_NUM_THREADS has been set: by the user, by torchrun (1 for several ranks) or by the job script.
     """
     return None if environment.get("OMP_NUM_THREADS") else max(1, cores // local_size)
 
@@ -62,7 +62,7 @@ def threads_of_rank(environment: Mapping[str, str], local_size: int, cores: int)
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Tasks of node number `node`, from Slurm's compressed list: in `8(x2),4` the first two nodes have 8 tasks each.
 
-    A node beyond the list has its last number.
+    For a node beyond the list, the last number counts.
     """
     counts = []
     for part in tasks_per_node.split(","):
@@ -72,7 +72,7 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def port_of_job(environment: Mapping[str, str]) -> int:
-    """The rendezvous port of a Slurm step: the same on all nodes, another one in each attempt and step.
+    """The rendezvous port of a Slurm step: the same on all nodes, a different one in each attempt and step.
 
     In 20000..31999, below the ports that Linux gives to outgoing connections (from 32768).
     """
@@ -94,7 +94,7 @@ def node_name() -> str:
 
 
 def job_nodes(size: int) -> tuple[str, ...]:
-    """The node of each rank, if the job script lists the nodes, which have the same number of ranks; else empty."""
+    """The node of each rank, if the job script lists the nodes; else empty. All nodes have the same number of ranks."""
     nodes = os.environ.get("ECAR_JOB_NODES", "").split(",")
     return tuple(nodes[rank * len(nodes) // size] for rank in range(size)) if all(nodes) else ()
 
@@ -106,9 +106,9 @@ def job_logs() -> Path | None:
 
 
 def allow_many_files() -> None:
-    """Raise the limit of open files, which is 1,024 by default on many systems.
+    """Raise the limit on open files, which is 1,024 by default on many systems.
 
-    A mapped shard takes one, and on rank 0 each rank of the job takes one in the rendezvous.
+    Each mapped shard uses one, and on rank 0 the rendezvous uses one for each rank of the job.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # if it is refused, the limit stays

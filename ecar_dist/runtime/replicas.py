@@ -1,6 +1,6 @@
-"""Numbers that all ranks hold a copy of: a cheap hash of them, and the ranks whose copy differs.
+"""Tensors that all ranks hold a copy of: a cheap hash of them, and the ranks whose copy differs.
 
-The copies start equal and take the same steps, so they stay equal to the bit. A flipped bit or a wrong sum on one rank
+The copies start equal and take the same steps, so they stay bitwise equal. A flipped bit or a wrong sum on one rank
 makes them drift apart, and no collective notices. ZeRO's shares are on one rank only, so they cannot be compared.
 """
 
@@ -17,8 +17,8 @@ from ecar_dist.runtime.start.agreement import odd_ranks
 from ecar_dist.runtime.start.roll_call import Decision, enforce, ranks_on_nodes
 from ecar_dist.runtime.world import World
 
-_CAUSE = "memory or a processor there is bad"
-_CHUNK = 1 << 22  # elements in one pass, which takes two int64 of memory for each
+_CAUSE = "memory or a processor there is faulty"
+_CHUNK = 1 << 22  # elements in one pass; each needs two int64 of memory
 _FACTOR = 0x5851F42D4C957F2D  # odd, from Knuth's MMIX generator
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 
@@ -26,8 +26,8 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by 
 def fingerprint(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """A hash of the bits of all tensors, in order: an int64 [] on `device`. The host does not wait for the device.
 
-    It is the sum, modulo 2^64, of the elements as integers, each times its own odd number. So it sees every change of a
-    single element, and misses any other change with a probability of about 2^-64. One pass at the speed of memory.
+    It is the sum, modulo 2^64, of the elements as integers, each times its own odd number. So it detects every change
+    of a single element, and misses any other change with a probability of about 2^-64. One pass, at memory speed.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     flats = [tensor.detach().reshape(-1) for tensor in tensors]
@@ -42,15 +42,15 @@ def fingerprint(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.
 
 
 def check_replicas(world: World, engine: Engine, ema: ShardedEma, step: int) -> None:
-    """Check that the ranks' copies are equal to the bit after `step`. Collective: one small sum over ranks.
+    """Check that the ranks' copies are bitwise equal after `step`. Collective: one small sum over ranks.
 
-    Raises NodeError on rank 0, which names the ranks that differ, and RemoteError on the others: the same command may
-    run again without their nodes. A single rank has nothing to compare.
+    Raises NodeError on rank 0, which names the ranks that differ, and RemoteError on the others: the same command can
+    be run again without the nodes of the named ranks. A single rank has nothing to compare.
     """
     if world.size == 1:
         return
 
-    # Without ZeRO the EMA is on every rank, too.
+    # Without ZeRO, every rank also has all of the EMA.
     emas = [flat for flats in ema.by_kind.values() for flat in flats] if engine.replicated else []
     rows = world.of_each(fingerprint([*engine.replicas(), *emas], world.device).view(1))
     enforce(world, judge_replicas([row[0] for row in rows], world.nodes, step))
@@ -59,8 +59,8 @@ def check_replicas(world: World, engine: Engine, ema: ShardedEma, step: int) -> 
 def judge_replicas(hashes: Sequence[int], nodes: Sequence[str], step: int) -> Decision:
     """Which ranks differ from the others. `hashes` and `nodes` are by rank. Pure.
 
-    Most ranks are right. Without a majority nobody knows which are, and all are named. As in `decide`, no node is unfit
-    if most of them are, so that a common fault does not empty a cluster.
+    The majority is right. Without a majority it is unknown which ranks are right, so all are named. As in `decide`, no
+    node counts as unfit if most of them would, so that a common fault does not empty a cluster.
     """
     if len(set(hashes)) == 1:
         return Decision(tuple(nodes))
@@ -78,11 +78,11 @@ def judge_replicas(hashes: Sequence[int], nodes: Sequence[str], step: int) -> De
     # The nodes of the odd ranks are left out, if enough others remain.
     theirs = tuple(dict.fromkeys(nodes[rank] for rank in odd))
     unfit = theirs if 2 * len(theirs) <= len(set(nodes)) else ()
-    then = "the job goes on without" if unfit and job_logs() else "run the same command again without"
+    then = "the job continues without" if unfit and job_logs() else "run the same command again without"
     verb = "holds" if len(odd) == 1 else "hold"
     pronoun = "it" if len(theirs) == 1 else "them"
     problem = (
-        f"{ranks_on_nodes(odd, nodes)} {verb} other weights than the other ranks at step {step}; {_CAUSE}; {then} "
+        f"{ranks_on_nodes(odd, nodes)} {verb} different weights from the other ranks at step {step}; {_CAUSE}; {then} "
         f"{pronoun}"
     )
     return Decision(tuple(nodes), unfit, problem, again=True)

@@ -1,4 +1,4 @@
-"""Build a model of which no rank ever holds the whole: ZeRO 3 from the first module on."""
+"""Build a model that no rank ever holds in full: ZeRO 3 from the first module on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ecar_dist.runtime.world import World
 
 @contextlib.contextmanager
 def sharded_build(config: RunConfig, world: World, precision: str) -> Iterator[None]:
-    """Within it, in ZeRO 3, this rank keeps only its share of each module that becomes part of another. Collective.
+    """In this context, with ZeRO 3, this rank keeps only its share of each registered submodule. Collective.
 
-    A module has its initial weights before its parent registers it; then they are cast to `precision`, and split over
-    the ranks. So they are drawn on the CPU in fp32, and are those of a model that is built whole, to the bit.
-    DeepSpeed's `zero.Init` as a context would draw them on the device, in the type of the forward pass.
+    A module gets its initial weights before its parent registers it; then they are cast to `precision`, and split over
+    the ranks. So they are drawn on the CPU in fp32, and are bitwise equal to those of a model that is built in full.
+    DeepSpeed's `zero.Init` as a context would draw them on the device, in the dtype of the forward pass.
     """
     if config.deepspeed.zero_stage < 3:
         yield
@@ -33,7 +33,7 @@ def sharded_build(config: RunConfig, world: World, precision: str) -> Iterator[N
     first: list[Any] = []  # the first parameter that was split; it has DeepSpeed's settings for the others
 
     def split(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        # What is whole still: a module's own parameters, because its parts were registered before it.
+        # The parameters that are not split yet: the module's own, because its submodules were registered before it.
         whole = [one for one in module.parameters() if not hasattr(one, "ds_id")] if module else []
         for parameter in whole:
             parameter.data = parameter.data.to(dtype)

@@ -1,8 +1,8 @@
-"""The signals that end a rank: those that ask for an early, clean end, and the one that its launcher's death sends.
+"""The signals that end a rank: those that ask for an early, clean end, and the one that is sent when its launcher dies.
 
 Until training begins there is nothing to save, so a stop signal ends the process at once. From then on the handler only
-sets a flag, and the loop reads it between two steps. A launcher or a scheduler may send many signals in a burst; they
-ask for no more than one does.
+sets a flag, and the loop reads it between two steps. A launcher or a scheduler may send many signals in a burst; a
+burst counts as one signal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-BURST_SECONDS = 10.0  # in which an end that began before the first step is not begun again
+BURST_SECONDS = 10.0  # after a signal has ended a run before its first step, further ones are ignored for this time
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -25,7 +25,7 @@ class StoppedEarlyError(BaseException):
 
 
 class StopRequest:
-    """True once this process was asked to stop. A second SIGINT ends the run at once, without a checkpoint."""
+    """True once this process has been asked to stop. A second SIGINT ends the run at once, without a checkpoint."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -81,8 +81,8 @@ def die_with_parent() -> None:
 def outlive_parent() -> None:
     """Undo `die_with_parent`, in the thread that called it: this process is about to end by itself.
 
-    torchrun passes a signal on to its ranks and waits for them, but its third signal ends it. The last step that was
-    asked for, and its checkpoint, are made all the same.
+    torchrun forwards a signal to its ranks and waits for them, but a third signal ends torchrun itself. The ranks still
+    complete the last step and its checkpoint.
     """
     if sys.platform == "linux":
         _set_parent_death_signal(0)

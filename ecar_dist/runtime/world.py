@@ -1,6 +1,6 @@
 """Which process this is, and the few collectives that the rest of the code needs.
 
-`start/rendezvous.py` makes a World; torch.distributed is imported here and there alone.
+`start/rendezvous.py` makes a World; only that module and this one import torch.distributed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ecar_dist.runtime.peers import RemoteError
 from ecar_dist.runtime.placement import Placement, node_name
 
 T = TypeVar("T")
-_DECISION_SECONDS = 30.0  # for rank 0's decision, once its own time is over
+_DECISION_SECONDS = 30.0  # for rank 0's decision, once its wait for the answers is over
 _HEARD_SECONDS = 10.0  # for the others to read it
-_LONGEST_POLL = 0.25  # seconds, of up to _POLLS_A_SECOND / 4 ranks
+_LONGEST_POLL = 0.25  # seconds between polls, for up to _POLLS_A_SECOND / 4 ranks
 _POLLS_A_SECOND = 2000  # of all ranks together: rank 0's store answers in one thread
 
 
@@ -36,7 +36,7 @@ class World:
         first = placement.rank - placement.local_rank
         self.node_ranks = tuple(range(first, min(first + placement.local_size, placement.size)))
         self.nodes = (node_name(),) * placement.size  # by rank; the rendezvous sets the true names
-        self.met = time.time()  # when all ranks had come, by the clock of this node; the rendezvous sets it
+        self.met = time.time()  # when all ranks had joined, by the clock of this node; the rendezvous sets it
         self._store = store
 
     @property
@@ -63,7 +63,7 @@ class World:
         return numbers.pin_memory().to(self.device, non_blocking=True)
 
     def of_each(self, values: torch.Tensor) -> list[list[int]]:
-        """The int64 [n] of every rank, by rank, on all ranks: one sum over ranks, one read of the device."""
+        """The int64 [n] of every rank, by rank, on all ranks: one sum over ranks, one read from the device."""
         rows = torch.zeros(self.size, len(values), dtype=torch.int64, device=self.device)
         rows[self.rank] = values
         return self.sum(rows).tolist()
@@ -97,11 +97,11 @@ class World:
             dist.barrier()
 
     def roll_call(self, name: str, text: str, seconds: float, decide: Callable[[Sequence[str | None]], str]) -> str:
-        """What rank 0 decides from the `text` of every rank, on all ranks.
+        """Rank 0's decision, based on the `text` of every rank, on all ranks.
 
-        `decide` is given None for a rank that was silent for `seconds`. `name` is new in every call. The texts go
-        through the store instead of a collective: so the call ends in time whoever hangs, and works before there is a
-        process group. Raises RemoteError if rank 0 is silent or gone.
+        `decide` receives None for a rank that was silent for `seconds`. Every call needs a new `name`. The texts go
+        through the store instead of a collective, so the call ends in time even if a rank hangs, and works before there
+        is a process group. Raises RemoteError if rank 0 is silent or gone.
         """
         if self.size == 1:
             return decide([text])
@@ -117,14 +117,14 @@ class World:
     def _decide_for_all(self, name: str, seconds: float, decide: Callable[[Sequence[str | None]], str]) -> str:
         assert self._store is not None
 
-        # who has answered by then
+        # the ranks that have answered by then
         answers = [f"{name}/answer/{rank}" for rank in range(self.size)]
         all_came = _await_keys(self._store, answers, seconds)
         came = [all_came or self._store.check([key]) for key in answers]
         found = iter(self._store.multi_get([key for key, here in zip(answers, came, strict=True) if here]))
         texts = [next(found).decode() if here else None for here in came]
 
-        # The store is part of this process, which may end now: wait until those that came have read the decision.
+        # The store is part of this process, which may end now: wait until the ranks that answered have read it.
         decision = decide(texts)
         self._store.set(f"{name}/decision", decision)
         others = [f"{name}/heard/{rank}" for rank in range(1, self.size) if came[rank]]
@@ -158,8 +158,8 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank has an error: the first such rank its own, all others RemoteError."""
-        # One error is reported in full, by the rank that met it; the others only say where to look.
+        """Raise on every rank if any rank has an error: the first such rank raises its own, all others RemoteError."""
+        # One error is reported in full, by the rank that raised it; the others only name that rank.
         failed = [rank for rank, message in enumerate(self.gather(error and str(error))) if message is not None]
         if failed and error is not None and failed[0] == self.rank:
             raise error
@@ -183,9 +183,9 @@ class World:
 
 
 def _await_keys(store: dist.Store, keys: Sequence[str], seconds: float, ranks: int = 1) -> bool:
-    """Whether all keys were set in time. `ranks`: how many wait like this one at the same time.
+    """Whether all keys were set in time. `ranks`: how many ranks wait at the same time.
 
-    Polls: `store.wait` blocks signals, and fills stderr when it gives up.
+    Polls, because `store.wait` blocks signals, and fills stderr when it times out.
     """
     longest = max(_LONGEST_POLL, ranks / _POLLS_A_SECOND)
     until = time.monotonic() + seconds

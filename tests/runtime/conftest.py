@@ -1,4 +1,4 @@
-"""A bucket on a real S3 server, with little patience; and a real disk that is soon full."""
+"""A bucket on a real S3 server, with few and short retries; and a real disk that fills up soon."""
 
 import subprocess
 
@@ -18,7 +18,7 @@ def bucket(object_store, monkeypatch):
 
 @pytest.fixture
 def small_disk(request, tmp_path):
-    """A folder on a disk of its own. `request.param`: the size of the disk, as mount takes it."""
+    """A folder on its own disk. `request.param`: the size of the disk, in mount's notation."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(disk)]

@@ -1,4 +1,4 @@
-"""Run directories made without training: checkpoints of given numbers, cut as ranks would cut them."""
+"""Run directories made without training: checkpoints of given tensors, split as ranks would split them."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def make_run(folder, **sections):
 
 
 def make_checkpoint(folder, step, state, *, ranks=2, identity=None, batch=16, ema=None, since=None, notes=None):
-    """`folder`/step-..., committed. state: kind -> name -> tensor; each rank gets an even cut of every parameter."""
+    """`folder`/step-..., committed. state: kind -> name -> tensor; each rank gets an equal slice of every parameter."""
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
     files = [

@@ -25,7 +25,7 @@ MEASURED = (torch.float32, torch.bfloat16)
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors of floating-point numbers, made within it, held at once."""
+    """The peak number of bytes in floating-point tensors that are created in this context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._alive[StorageWeakRef(storage)] = storage.nbytes()
 
-        # What is gone is left out of the sum only where it could matter: looking for it takes long.
+        # Freed storages are left out of the sum only where that could matter, because the search for them is slow.
         if sum(self._alive.values()) > self.peak:
             self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
             self.peak = max(self.peak, sum(self._alive.values()))
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def compare_builds(config: RunConfig, world: World) -> dict[str, object]:
-    """The peak of a build in shards over that of a whole build, and whether each share is that part of the whole."""
+    """The peak of a sharded build over that of a full build, and whether each share is its part of the full model."""
     precision, kind = config.deepspeed.precision, kind_of(config)
     torch.manual_seed(config.run.seed)
     with LiveBytes() as whole_bytes:
@@ -70,12 +70,12 @@ def losses(config: RunConfig, world: World, steps: list[list[Micro]]) -> list[fl
 
 
 def build_on_ranks() -> None:
-    """Read the config that the first word names, write the report to the second."""
+    """Read the config named by the first argument, and write the report to the second."""
     config_path, report_path = sys.argv[1:]
     world = start_world()
     reports = {name: compare_builds(load_config(config_path, changes), world) for name, changes in SETTINGS.items()}
 
-    # The same run, built in shards and as a whole.
+    # The same run, built in shards and in full.
     config = load_config(config_path, [])
     steps = read_batches(config, world)[:3]
     ours = losses(config, world, steps)

@@ -33,13 +33,13 @@ def recomputing(config):
     return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": True})})
 
 
-# All kinds share what precision and recomputation change; ECAR stands for them there.
+# Precision and recomputation affect all kinds in the same way; ECAR represents them here.
 CASES = [("fp32", "plain", KINDS), ("bf16", "recompute", KINDS[:1])]
 
 
 @pytest.mark.parametrize(("precision", "activations", "kinds"), CASES)
 def test_losses_and_gradients_are_those_of_the_eager_blocks_to_the_bit(precision, activations, kinds):
-    """As one graph for each kind of block, without a break."""
+    """As one graph for each kind of block, without a graph break."""
     for kind, num_stages in kinds:
         torch._dynamo.reset()
         counters.clear()
@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_those_of_the_eager_blocks_to_the_bit(precision
 
 
 def test_a_preview_runs_the_blocks_as_they_are():
-    """They were compiled for the shapes of training, and a sampler has others."""
+    """They were compiled for the shapes of training, and a sampler uses other shapes."""
     config = make_config("ecar", num_stages=2)
     model, preview = make_model(config), StripPreview(config, None, torch.device("cpu"))
     expected = preview.draw(model)

@@ -56,7 +56,7 @@ def test_gradients_are_divided_by_the_clip_factor(parameter):
 
 
 class OneStep:
-    """Stands for DeepSpeed where it keeps no norm: every micro-batch ends a step; `asks` the optimizer, or does not."""
+    """Replaces DeepSpeed where it keeps no norm. Every micro-batch ends a step. `asks`: it calls the optimizer."""
 
     def __init__(self, optimizer, asks=True, boundary=True):
         self.optimizer, self.asks, self.boundary = optimizer, asks, boundary
@@ -99,7 +99,7 @@ def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_count
     limit = [math.inf]
     engine = make_engine(parameter, ALONE, limit)
     said = [engine.step(LOSSES), engine.step(LOSSES * math.nan), engine.step(LOSSES)]
-    limit[0] = 0.5  # the norm is the root of 0.5
+    limit[0] = 0.5  # the norm is the square root of 0.5
     said.append(engine.step(LOSSES))
     limit[0] = 0.75
     said.append(engine.step(LOSSES))
@@ -117,7 +117,7 @@ def test_a_step_is_refused_for_its_loss_or_its_norm_or_by_deepspeed_and_is_count
 
 
 def test_a_norm_that_deepspeed_reports_as_invalid_is_infinite(parameter):
-    """ZeRO 0 in bf16 says -1 where a gradient is not finite."""
+    """ZeRO 0 in bf16 reports -1 if a gradient is not finite."""
     status = make_engine(parameter, Second(-1.0), [math.inf]).step(LOSSES).read()
     assert (status.applied, status.grad_norm) == (False, math.inf)
 
@@ -125,7 +125,7 @@ def test_a_norm_that_deepspeed_reports_as_invalid_is_infinite(parameter):
 def test_a_norm_above_the_largest_is_clipped(parameter):
     engine = make_engine(parameter, ALONE, [math.inf])
     engine._max_norm = math.sqrt(0.5) / 4
-    assert engine.step(LOSSES).read().grad_norm == pytest.approx(math.sqrt(0.5))  # as it was
+    assert engine.step(LOSSES).read().grad_norm == pytest.approx(math.sqrt(0.5))  # before clipping
     assert engine._adam.state[parameter]["exp_avg"].tolist() == pytest.approx([0.1 * 0.5 / 4] * 2, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The hash of what ranks hold in copy, and who is odd by it; train/test_unlike_ranks.py flips bits on real ranks."""
+"""The hash of replicated tensors, and the odd ranks; train/test_unlike_ranks.py flips bits on real ranks."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_it_is_of_the_bits_alone():
     a, *_ = tensors()
     wide = torch.zeros(3, 80)
     wide[:, ::2] = a
-    assert hash_of(wide[:, ::2]) == hash_of(a)  # however it lies in memory
+    assert hash_of(wide[:, ::2]) == hash_of(a)  # whatever its memory layout
     assert hash_of() == hash_of(torch.empty(0))
     assert hash_of(torch.tensor([0.0])) != hash_of(torch.tensor([-0.0]))
     assert hash_of(torch.tensor([float("nan")])) == hash_of(torch.tensor([float("nan")]))
@@ -66,9 +66,9 @@ def test_large_tensors_are_hashed_in_parts_that_do_not_show(monkeypatch):
     [
         ("aaaaaa", None, ()),
         ("aaabaa", "rank 3 on n2 holds", ("n2",)),
-        ("baaaab", "rank 0 on n1; rank 5 on n3 hold", ()),  # two of three nodes: that empties no cluster
+        ("baaaab", "rank 0 on n1; rank 5 on n3 hold", ()),  # two of three nodes: none is unfit
         ("aaaabb", "ranks 4, 5 on n3 hold", ("n3",)),
-        ("aaabbb", "ranks 0, 1 on n1; ranks 2, 3 on n2; ranks 4, 5 on n3 hold", ()),  # nobody knows who is right
+        ("aaabbb", "ranks 0, 1 on n1; ranks 2, 3 on n2; ranks 4, 5 on n3 hold", ()),  # unknown which ranks are right
         ("aaabbc", "ranks 0, 1 on n1; ranks 2, 3 on n2; ranks 4, 5 on n3 hold", ()),
     ],
 )

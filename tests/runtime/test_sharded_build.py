@@ -1,4 +1,4 @@
-"""ZeRO 3 on two ranks: neither ever holds a whole model, and both hold the numbers of one."""
+"""ZeRO 3 on two ranks: neither ever holds a full model, and their shares have the values of a full one."""
 
 import json
 

@@ -62,8 +62,8 @@ def test_a_burst_of_signals_before_training_is_one(stop):
     with pytest.raises(StoppedEarlyError, match="SIGTERM before the first step"):
         os.kill(os.getpid(), signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(os.getpid(), number)  # while the first is on its way out
-    stop._ends_since -= BURST_SECONDS + 1  # somebody has swallowed it
+        os.kill(os.getpid(), number)  # while the first is still being handled
+    stop._ends_since -= BURST_SECONDS + 1  # some code has swallowed the error
     with pytest.raises(StoppedEarlyError):
         os.kill(os.getpid(), signal.SIGTERM)
 

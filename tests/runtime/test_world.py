@@ -44,7 +44,7 @@ def test_together_gives_the_value_or_the_error():
 
 
 def in_threads(*actions):
-    """Each in a thread; what they gave, or raised."""
+    """Run each in a thread; what they returned or raised."""
     found = [None] * len(actions)
 
     def run(index):
@@ -62,7 +62,7 @@ def in_threads(*actions):
 
 
 def worlds(size):
-    """Of ranks that have met, without a process group."""
+    """The worlds of ranks that have met, without a process group."""
     store = dist.HashStore()
     return [World(Placement(rank, size), torch.device("cpu"), store) for rank in range(size)]
 
@@ -86,7 +86,7 @@ class CountedStore:
 
 
 def test_a_thousand_ranks_meet(monkeypatch):
-    """With a bounded number of requests for each, and although the last one comes later."""
+    """With a bounded number of requests for each, even if the last rank arrives late."""
     size, store = 1024, CountedStore()
     made = [World(Placement(rank, size), torch.device("cpu"), store) for rank in range(size)]
     monkeypatch.setattr("ecar_dist.runtime.world._LONGEST_POLL", 0.005)
