@@ -163,7 +163,7 @@ class Monitor:
 
     def _report(self) -> list[RankReport]:
         """Write what is known about the ranks. Stacks come first, so that a report names only a file that exists."""
-        # The state is read first: the signal that requests the stacks may wake a rank.
+        # A rank may have continued since the last check, and the signal that requests its stacks may wake it.
         ranks = sorted(self.ranks, key=lambda rank: rank.rank)
         seen = [(rank.read(), rank.state) for rank in ranks]
         stacks = self._take_stacks(ranks)
