@@ -345,7 +345,7 @@ def test_a_label_outside_the_range(write_config, tree, digits, tmp_path, capsys)
 def test_an_occupied_directory(write_config, tmp_path, capsys):
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/thesis.tex").write_text("mine")
-    assert "is not empty and holds no run" in fails(capsys, "train", write_config())
+    assert "is not empty and contains no run" in fails(capsys, "train", write_config())
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["thesis.tex"]
 
 
@@ -423,7 +423,7 @@ def test_a_loss_that_is_never_finite_ends_the_run_with_93(write_config, tmp_path
 
 
 def test_sampling_what_is_no_run(tmp_path, capsys):
-    assert "holds no config.yaml" in fails(capsys, "sample", tmp_path, "--out", tmp_path / "out")
+    assert "contains no config.yaml" in fails(capsys, "sample", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -76,7 +76,7 @@ class RunDirectory:
         found = [path for path in self.path.glob("*") if path.name not in BEFORE_THE_START]
         if not self._record.exists() and any(not path.name.endswith(ours) for path in found):
             raise ConfigError(
-                f"{self.path} is not empty and holds no run (no lineage.json); choose another run.name or run.dir"
+                f"{self.path} is not empty and contains no run (no lineage.json); choose another run.name or run.dir"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(self.path)
@@ -198,7 +198,7 @@ class RunDirectory:
     def load_config(self) -> RunConfig:
         """The resolved config of the run. Raises ConfigError if this is not a run directory."""
         if not self.config.exists():
-            raise ConfigError(f"{self.path} holds no config.yaml; give a run directory, or an export made from one")
+            raise ConfigError(f"{self.path} contains no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
 
 

@@ -116,7 +116,7 @@ def test_a_checkpoint_is_found_by_itself_by_its_run_and_by_its_step(tmp_path):
     assert find_checkpoint(paths[4]) == paths[4]
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; available steps: \[4, 8\]"):
         find_checkpoint(run, 5)
-    with pytest.raises(ConfigError, match="holds no config"):
+    with pytest.raises(ConfigError, match="contains no config"):
         find_checkpoint(tmp_path)
     with (paths[4] / "state-00000-of-00002.safetensors").open("r+b") as file:
         file.seek(-1, 2)
