@@ -1,6 +1,6 @@
 """The cost of a save: the time that training waits, over the time of a bare copy into host memory.
 
-`python benchmarks/checkpoint.py` takes about two minutes; `--full` has more rounds. The last line is JSON.
+`python benchmarks/checkpoint.py` takes two to three minutes; `--full` has more rounds. The last line is JSON.
 See benchmarks/README.md.
 """
 

@@ -73,7 +73,7 @@ def ladder(trained: TrainedModel, images: int) -> Iterator[str]:
     rungs |= {"+ rotation": Recipe(None, True)}
     rungs |= {f"+ both, a = {alpha}": Recipe(alpha, True) for alpha in BALANCES}
 
-    yield "| bits | rung | SQNR of the velocity, dB | SQNR of the latents, dB | PSNR, dB | SSIM |"
+    yield "| bits | variant | SQNR of the velocity, dB | SQNR of the latents, dB | PSNR, dB | SSIM |"
     yield "|---|---|---|---|---|---|"
     for bits in (8, 4):
         for rung, recipe in rungs.items():
