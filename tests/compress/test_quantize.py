@@ -156,8 +156,8 @@ def test_an_older_reader_refuses_it_in_one_line(quantized, run, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"schema": "ecar-export-v1"}, "does not fit"),
-        ({"quantization": None}, "does not fit"),
+        ({"schema": "ecar-export-v1"}, "does not match"),
+        ({"quantization": None}, "does not match"),
         ({"quantization": {"layers": {}}}, "layers"),
         ({"quantization": {"layers": {"flow.output": {"weights": 8, "rotated": True}}}}, "is not F32"),
         ({"quantization": {"layers": {"nothing": {"weights": 3, "rotated": True}}}}, "weights"),

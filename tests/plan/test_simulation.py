@@ -192,4 +192,4 @@ def test_the_command_line(capsys):
     assert "one in 0.0156 h on 64 GPUs" in said
     assert "a cache of 9 GiB, one failure in 0.0156 h" in said
     assert ecar_dist(["check", path, "batch.micro_batch_size=2"]) == 0
-    assert "R = 1024: 2048 = 2 x 1 x 1024, 2 a rank" in capsys.readouterr().out
+    assert "R = 1024: 2048 = 2 x 1 x 1024, 2 per rank" in capsys.readouterr().out
