@@ -138,7 +138,7 @@ def assumptions(compiled: bool) -> str:
         f"sheet's (measured only on an H200); {POINTWISE_BYTES[compiled]} bytes of other traffic per token, block and "
         f"width at {MEMORY_SHARE:.0%} of the memory bandwidth; both at {ROOFLINE_SHARE:.0%} of that roofline; "
         f"{buckets} bytes of traffic per parameter and micro-batch for buckets, and per parameter of a rank's "
-        f"partition {partition} a micro-batch, {step} a step and {EMA_BYTES} an EMA; collectives at "
+        f"partition {partition} per micro-batch, {step} per step and {EMA_BYTES} per EMA; collectives at "
         f"{BUS_EFFICIENCY:.0%} of the links, {HIDDEN_SHARE:.0%} of their time hidden where DeepSpeed overlaps; "
         f"{BLOCK_KERNELS[compiled]} kernels a block and {SEGMENT_KERNELS[compiled]} for each segment of its tokens, "
         f"{LAUNCH_SECONDS * 1e6:g} us for each; no wait for data"

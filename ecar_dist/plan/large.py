@@ -74,14 +74,14 @@ def large_lines(job: Job) -> list[str]:
         size = sample_bytes(config)
         rate = config.batch.global_batch_size / job.step_seconds * size / 1e9
         each = f"{rate / job.nodes:.3g} GB/s for each of {counted(job.nodes, 'node')}"
-        lines.append(f"data: {rate:.3g} GB/s in all, {each}, if no shard is read twice ({size:,} bytes a sample)")
+        lines.append(f"data: {rate:.3g} GB/s in total, {each}, if no shard is read twice ({size:,} bytes per sample)")
     whole = checkpoint_bytes(kind_of(config).parameters(config).total, num_emas(config)) / 1e9
-    own = f"{whole / job.nodes:.3g} GB a node, {saves.restore:.3g} s at {job.storage:g} GB/s"
-    lines.append(f"restore: {own}; into a different ZeRO stage up to {whole:.3g} GB a node")
+    own = f"{whole / job.nodes:.3g} GB per node, {saves.restore:.3g} s at {job.storage:g} GB/s"
+    lines.append(f"restore: {own}; into a different ZeRO stage up to {whole:.3g} GB per node")
 
     # Failures in that time, and the energy.
     rate_line = f"one in {failures / 3600:.3g} h on {counted(job.world_size, 'GPU')}, each {job.failure_hours:g} h"
-    costs = f"{saves.stall:.2g} s a checkpoint and {RESTART_SECONDS:g} s a restart"
+    costs = f"{saves.stall:.2g} s per checkpoint and {RESTART_SECONDS:g} s per restart"
     best = f"least time lost with a checkpoint every {best_interval(saves, failures):.3g} s"
     lines.append(f"failures: {rate_line}, {expected:.2g} in this run; goodput {useful:.1%} with {costs}; {best}")
     if watts := next((each for name, each in WATTS.items() if name in job.device.upper()), None):
@@ -96,7 +96,7 @@ def few_images(config: RunConfig, world_size: int) -> list[str]:
     images = batch / world_size
     if images >= FEW_IMAGES or world_size == 1:
         return []
-    few = f"gives each of {world_size} ranks {images:g} images a step, too few to keep a GPU busy"
+    few = f"gives each of {world_size} ranks {images:g} images per step, too few to keep a GPU busy"
     return [f"warning: batch.global_batch_size={batch} {few}; use fewer ranks or a larger batch"]
 
 
@@ -126,7 +126,7 @@ def simulation_lines(job: Job) -> list[str]:
     )
     gpus = min(job.gpus_per_node, job.world_size)
     if job.world_size % gpus:
-        raise ConfigError(f"--world-size {job.world_size} is not a multiple of {gpus} GPUs a node; change one of them")
+        raise ConfigError(f"--world-size {job.world_size} is not a multiple of {gpus} GPUs per node; change one")
     if batch > stream.count:
         raise ConfigError(f"the data has {stream.count} samples, fewer than a batch of {batch}; give more --samples")
 
@@ -142,7 +142,7 @@ def simulation_lines(job: Job) -> list[str]:
     size = f"{stream.count:,} samples in {sum(map(len, counts)):,} shards"
     ranks = f"{counted(job.nodes, 'node')} x {counted(gpus, 'rank')}"
     limit = "without a limit" if gib is None else f"of {gib:g} GiB"
-    machines = f"{job.storage:g} GB/s a node, a cache {limit}, one failure in {failures / 3600:.3g} h"
+    machines = f"{job.storage:g} GB/s per node, a cache {limit}, one failure in {failures / 3600:.3g} h"
     fetched = f"{epoch.fetched / 1e9:.4g} GB by all nodes, {epoch.fetched / epoch.needed:.3f} times the set"
     saving = f"{epoch.save_stall:.3g} s for {counted(epoch.saves, 'save')}"
     failing = f"{epoch.lost:.3g} s for {counted(epoch.failures, 'failure')}"

@@ -152,9 +152,9 @@ def test_what_a_plan_says_of_a_large_job(make_config):
     lines = large_lines(Job(config, 128, "H100", step_seconds=0.25))
     data, restore, failures, energy = lines
     rate = 4096 / 0.25 * sample_bytes(config) / 1e9
-    assert f"{rate:.3g} GB/s in all, {rate / 16:.3g} GB/s for each of 16 nodes" in data
+    assert f"{rate:.3g} GB/s in total, {rate / 16:.3g} GB/s for each of 16 nodes" in data
     checkpoint = 911.6e6 * 16 / 1e9
-    assert f"restore: {checkpoint / 16:.3g} GB a node" in restore
+    assert f"restore: {checkpoint / 16:.3g} GB per node" in restore
     assert f"one in {GPU_HOURS_A_FAILURE / 128:.3g} h on 128 GPUs" in failures
     hours = math.ceil(1_000_000 / 4096) * 0.25 / 3600
     assert f"{hours * 128 * 1275 / 1e6:.3g} MWh" in energy

@@ -148,7 +148,7 @@ def local_device(placement: Placement) -> torch.device:
     if 1 < count <= placement.local_rank:
         raise ConfigError(
             f"rank {placement.rank} is number {placement.local_rank + 1} on its node, which has {count} GPUs; start at "
-            f"most {count} ranks a node, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+            f"most {count} ranks per node, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
         )
     device = torch.device("cuda", placement.local_rank % count)
     torch.cuda.set_device(device)
