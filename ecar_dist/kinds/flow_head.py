@@ -1,9 +1,9 @@
-"""The trunk size of `mar`, `par`, `par_cont` and `hybrid`, and the cost of their flow head."""
+"""What `mar`, `par`, `par_cont` and `hybrid` share: the size of their trunk, and the cost of their flow head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecar_dist.kinds.activations import FP32, NORM_ROW, number_bytes, time_embedding_bytes
 from ecar_dist.kinds.parameters import block_weights, linear, time_embedding_parameters
@@ -34,6 +34,17 @@ def trunk_size_of(config: RunConfig) -> TrunkSize:
     depth = row.ar_depth + row.flow_depth
     head_depth = model.flow_depth or max(3, depth // 4)
     return TrunkSize(model.ar_depth or depth, row.flow_width, row.flow_heads, head_depth)
+
+
+def token_network_arguments(config: RunConfig) -> dict[str, Any]:
+    """The arguments that all networks over tokens take after the size of their trunk."""
+    return {
+        "latent_size": config.data.latent_size,
+        "latent_channels": config.data.latent_channels,
+        "patch_size": config.model.patch_size,
+        "num_classes": config.data.num_classes,
+        "recompute": config.train.activation_checkpointing,
+    }
 
 
 def quantized_weights(size: TrunkSize) -> int:

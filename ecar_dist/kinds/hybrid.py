@@ -22,6 +22,7 @@ from ecar_dist.kinds.flow_head import (
     head_macs,
     head_parameters,
     quantized_weights,
+    token_network_arguments,
     trunk_size_of,
 )
 from ecar_dist.kinds.kind import Kind
@@ -114,15 +115,8 @@ class HybridKind(Kind):
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.tokens.hybrid import Hybrid
 
-        return Hybrid(
-            trunk_size_of(config),
-            num_codes=config.model.codebook_size,
-            latent_size=config.data.latent_size,
-            latent_channels=config.data.latent_channels,
-            patch_size=config.model.patch_size,
-            num_classes=config.data.num_classes,
-            recompute=config.train.activation_checkpointing,
-        )
+        codes = config.model.codebook_size
+        return Hybrid(trunk_size_of(config), num_codes=codes, **token_network_arguments(config))
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
         from ecar_dist.train.tokens.objectives import HybridObjective

@@ -26,6 +26,7 @@ from ecar_dist.kinds.flow_head import (
     head_macs,
     head_parameters,
     quantized_weights,
+    token_network_arguments,
     trunk_size_of,
 )
 from ecar_dist.kinds.kind import Kind
@@ -125,14 +126,7 @@ class MarKind(Kind):
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.mar import MAR
 
-        return MAR(
-            trunk_size_of(config),
-            latent_size=config.data.latent_size,
-            latent_channels=config.data.latent_channels,
-            patch_size=config.model.patch_size,
-            num_classes=config.data.num_classes,
-            recompute=config.train.activation_checkpointing,
-        )
+        return MAR(trunk_size_of(config), **token_network_arguments(config))
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
         from ecar_dist.train.objective import MaskedObjective

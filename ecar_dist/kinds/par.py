@@ -24,6 +24,7 @@ from ecar_dist.kinds.flow_head import (
     head_macs,
     head_parameters,
     quantized_weights,
+    token_network_arguments,
     trunk_size_of,
 )
 from ecar_dist.kinds.kind import Kind
@@ -133,7 +134,8 @@ class ParKind(GroupedKind):
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.tokens.par import PAR
 
-        return PAR(trunk_size_of(config), num_codes=config.model.codebook_size, **_shape(config))
+        codes = config.model.codebook_size
+        return PAR(trunk_size_of(config), group=config.par.group, num_codes=codes, **token_network_arguments(config))
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
         from ecar_dist.train.tokens.objectives import CodeObjective
@@ -222,7 +224,7 @@ class ParContinuousKind(GroupedKind):
     def build_model(self, config: RunConfig) -> nn.Module:
         from ecar_dist.models.tokens.par import ContinuousPAR
 
-        return ContinuousPAR(trunk_size_of(config), **_shape(config))
+        return ContinuousPAR(trunk_size_of(config), group=config.par.group, **token_network_arguments(config))
 
     def objective(self, model: nn.Module, normalise: Normalise, config: RunConfig, precision: str) -> Objective:
         from ecar_dist.train.tokens.objectives import GroupedFlowObjective
@@ -252,18 +254,6 @@ def _group_sizes(config: RunConfig) -> tuple[int, ...]:
 def _in_groups(config: RunConfig) -> str:
     group = config.par.group
     return "" if group == 1 else f" ({group} of single tokens, then {group} tokens each)"
-
-
-def _shape(config: RunConfig) -> dict[str, Any]:
-    """The arguments that both networks have in common."""
-    return {
-        "group": config.par.group,
-        "latent_size": config.data.latent_size,
-        "latent_channels": config.data.latent_channels,
-        "patch_size": config.model.patch_size,
-        "num_classes": config.data.num_classes,
-        "recompute": config.train.activation_checkpointing,
-    }
 
 
 def _ends_macs(size: TrunkSize, tokens: int, token_channels: int) -> int:

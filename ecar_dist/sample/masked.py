@@ -84,15 +84,19 @@ def _take(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return values.gather(1, _places(chosen, values))
 
 
+def keyed_tokens(
+    plan: SamplingPlan, patch_size: int, indices: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise that stands in for clean tokens and for states, each [B, T, c], where networks are compared."""
+    clean, states = (normal(seed, indices, purpose, plan.shape(0)) for purpose in (Purpose.CONTEXT, Purpose.NOISE))
+    return patchify(clean, patch_size), patchify(states, patch_size)
+
+
 def token_velocities(
     model: MAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The velocity of every token at keyed tokens, mask, states and times: one of [B, C, h, w]."""
-    # Noise stands in for clean tokens and for states.
-    tokens, states = (
-        patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, T, c]
-        for purpose in (Purpose.CONTEXT, Purpose.NOISE)
-    )
+    tokens, states = keyed_tokens(plan, model.patch_size, indices, seed)  # [B, T, c]
     shape = (tokens.shape[1],)
     ratio = mask_ratio(uniform(seed, indices, Purpose.MASK_RATIO))
     mask = random_mask(uniform(seed, indices, Purpose.MASK_ORDER, shape), ratio)  # [B, T]

@@ -20,6 +20,7 @@ from ecar_dist.models.layers import patchify, unpatchify
 from ecar_dist.models.tokens.par import PAR, ContinuousPAR, GroupedTransformer, index_on
 from ecar_dist.rng import Draw, Purpose, draw_all, normal, uniform
 from ecar_dist.sample.guided import branches, guided_head, guided_output, is_doubled
+from ecar_dist.sample.masked import keyed_tokens
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
 
@@ -33,7 +34,7 @@ def draw_grouped(
     cache = model.trunk.start_cache()
     codes = torch.empty(len(labels), 0, dtype=torch.int64, device=labels.device)  # [B, start]
     for start, stop, scale in _steps(model.trunk, plan):
-        logits = guided_logits(model, plan, codes, labels, start, stop, cache, scale)
+        logits = guided_output(plan, next_logits(model, plan, codes, labels, start, stop, cache), scale)
         u = code_noise(seed, indices, start, stop, logits.shape[-1])
         drawn = draw_codes(logits, u, temperature=plan.temperature, top_k=plan.top_k)
         codes = torch.cat((codes, drawn), dim=1)
@@ -67,21 +68,13 @@ def _steps(trunk: GroupedTransformer, plan: SamplingPlan) -> Iterator[tuple[int,
         yield start, stop, scale
 
 
-def guided_logits(
-    model: PAR,
-    plan: SamplingPlan,
-    codes: torch.Tensor,
-    labels: torch.Tensor,
-    start: int,
-    stop: int,
-    cache: KVCache,
-    scale: float,
+def next_logits(
+    model: PAR, plan: SamplingPlan, codes: torch.Tensor, labels: torch.Tensor, start: int, stop: int, cache: KVCache
 ) -> torch.Tensor:
-    """The guided logits of tokens start .. stop - 1, float32 [B, stop - start, V], after codes [B, ..]."""
+    """The logits of tokens start .. stop - 1 after codes [B, ..], [B or 2 B, stop - start, V], the null half last."""
     shown = torch.cat((codes, codes)) if is_doubled(plan) else codes
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=plan.bf16):
-        logits = model.next_logits(shown, branches(plan, labels), start, stop, cache)
-    return guided_output(plan, logits, scale)
+        return model.next_logits(shown, branches(plan, labels), start, stop, cache)
 
 
 def code_noise(seed: int, indices: torch.Tensor, start: int, stop: int, num_codes: int) -> torch.Tensor:
@@ -122,10 +115,7 @@ def token_velocities(
     model: ContinuousPAR, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The velocity of every token at keyed tokens, states and times, one of [B, C, h, w]."""
-    tokens, states = (
-        patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, N, c]
-        for purpose in (Purpose.CONTEXT, Purpose.NOISE)
-    )
+    tokens, states = keyed_tokens(plan, model.patch_size, indices, seed)  # [B, N, c]
     times = model_time(plan.schedule, 0, uniform(seed, indices, Purpose.TIME, (tokens.shape[1],)))  # [B, N]
     velocity = model(tokens, states[:, None], times[:, None], labels)[:, 0]
     return [unpatchify(velocity, model.patch_size)]

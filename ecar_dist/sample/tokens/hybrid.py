@@ -18,6 +18,7 @@ from ecar_dist.models.layers import patchify, unpatchify
 from ecar_dist.models.tokens.hybrid import Hybrid
 from ecar_dist.rng import Purpose, normal, uniform
 from ecar_dist.sample.guided import branches, guided_head, guided_output, is_doubled
+from ecar_dist.sample.masked import keyed_tokens
 from ecar_dist.sample.sampling_plan import SamplingPlan
 
 LOWEST_TEMPERATURE = 0.5
@@ -98,10 +99,7 @@ def hybrid_outputs(
     model: Hybrid, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """The logits and the velocities at keyed tokens, mask, noise and times, side by side: [B, T, V + c]."""
-    tokens, noise = (
-        patchify(normal(seed, indices, purpose, plan.shape(0)), model.patch_size)  # [B, T, c]
-        for purpose in (Purpose.CONTEXT, Purpose.NOISE)
-    )
+    tokens, noise = keyed_tokens(plan, model.patch_size, indices, seed)  # [B, T, c]
     shape = (tokens.shape[1],)
     ratio = arccosine_ratio(uniform(seed, indices, Purpose.MASK_RATIO))
     mask = random_mask(uniform(seed, indices, Purpose.MASK_ORDER, shape), ratio)  # [B, T]

@@ -24,9 +24,9 @@ from ecar_dist.flow.unmasking import masked_guidance_scales
 from ecar_dist.models.attention import KVCache
 from ecar_dist.models.layers import unpatchify
 from ecar_dist.models.tokens.par import PAR
-from ecar_dist.sample.guided import branches, is_doubled
+from ecar_dist.sample.guided import is_doubled
 from ecar_dist.sample.sampling_plan import SamplingPlan
-from ecar_dist.sample.tokens.grouped import code_noise
+from ecar_dist.sample.tokens.grouped import code_noise, next_logits
 
 
 def draw_jacobi(
@@ -95,9 +95,7 @@ def _window_logits(
     scales: tuple[float, ...],
 ) -> torch.Tensor:
     """The guided logits of tokens start .. stop - 1, float32 [B, stop - start, V], each with the scale of its step."""
-    shown = torch.cat((codes, codes)) if is_doubled(plan) else codes
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=plan.bf16):
-        logits = model.next_logits(shown[:, : stop - 1], branches(plan, labels), start, stop, cache)
+    logits = next_logits(model, plan, codes[:, : stop - 1], labels, start, stop, cache)
     if not is_doubled(plan):
         return logits
     conditional, null = logits.chunk(2)
