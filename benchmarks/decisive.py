@@ -27,6 +27,7 @@ from pixels import (
     choose,
     classifier,
     floor,
+    measured,
     pictures,
     pixel_parser,
     prepare,
@@ -90,14 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rule.plot(rows, floor(work, options.data, options.samples)["mean"], options.plot)
     result = {
         "verdict": verdict,
-        "data": options.data,
         "training images": load_manifest(str(work / options.data / "latents")).count,
         "spectrum": spectrum,
-        "floor": floor(work, options.data, options.samples),
-        "chosen": chosen,
-        "rows": rows,
-        "samples": options.samples,
-        "hardware": options.hardware or rounds.hardware(),
+        **measured(work, options, chosen, rows),
     }
     rounds.publish(result, options.save)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import decisive_rule as rule
 import numpy as np
+import rounds
 import torch
 from digits import DEVICE, ROOT, Draw, Run, call, cost, final_loss, is_trained, parser, side_by_side
 
@@ -262,6 +263,21 @@ def scores_of(work: Path, data: str, pixels: np.ndarray, labels: np.ndarray) -> 
     }
 
 
+def measured(
+    work: Path, options: argparse.Namespace, chosen: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The part of a result that all comparisons on pixels have."""
+    return {
+        "data": options.data,
+        "floor": floor(work, options.data, options.samples),
+        "chosen": chosen,
+        "rows": rows,
+        "samples": options.samples,
+        "hardware": options.hardware or rounds.hardware(),
+    }
+
+
+@cache
 def floor(work: Path, data: str, samples: int) -> dict[str, Any]:
     """The distance of real training images to the second half, over random subsets with as many images as samples."""
     images, _ = pictures(work, data, "train")

@@ -72,7 +72,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parser(__doc__, seeds=3)
     given.add_argument("--kinds", nargs="+", choices=KINDS, default=CLAIMED, help="rows of the table of contenders")
-    given.add_argument("--settings", type=int, default=9, help="number of settings of each kind, cheap ones first")
+    given.add_argument("--settings", type=int, help="settings of each kind, cheap ones first (default: all)")
     options = given.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
@@ -123,7 +123,7 @@ def macs_of(config: RunConfig) -> int:
     return kind_of(config).training_macs(config) * config.train.total_samples
 
 
-def compare(work: Path, runs: Sequence[Run], jobs: int, settings: int) -> dict[str, Any]:
+def compare(work: Path, runs: Sequence[Run], jobs: int, settings: int | None) -> dict[str, Any]:
     """Train all; choose each kind's guidance on one set of samples; score its first settings on others."""
     kinds = list(dict.fromkeys(run.variant for run in runs))
 

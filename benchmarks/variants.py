@@ -24,7 +24,7 @@ from pixels import (
     at_compute,
     choose,
     classifier,
-    floor,
+    measured,
     pixel_parser,
     prepare,
     score,
@@ -146,16 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = score(work, runs, drawn, options.samples, options.jobs)
 
     print(rule.table(rows))
-    result = {
-        "group": options.group,
-        "data": options.data,
-        "floor": floor(work, options.data, options.samples),
-        "chosen": chosen,
-        "rows": rows,
-        "samples": options.samples,
-        "hardware": options.hardware or rounds.hardware(),
-    }
-    rounds.publish(result, options.save)
+    rounds.publish({"group": options.group, **measured(work, options, chosen, rows)}, options.save)
 
 
 def started_from(work: Path, run: PixelRun, base: PixelRun) -> PixelRun:
