@@ -58,7 +58,7 @@ class RunDirectory:
         self._lock: BinaryIO | None = None
         self._attempt: str | None = None
         self._written: list[dict[str, Any]] = []  # the attempts that this process last wrote to lineage.json
-        self._written_inode = 0  # the inode of the file that it wrote
+        self._written_file: BinaryIO | None = None  # kept open, so that its inode is not reused
 
     def preview(self, step: int) -> Path:
         """The path of the picture of a step."""
@@ -172,18 +172,18 @@ class RunDirectory:
                 return bool(attempts) and attempts[-1].get("attempt") == self._attempt
             return self._holds_the_lock()
         except (UntrustedError, OSError):
-            return _inode(self.lineage) == self._written_inode
+            return _is_open_as(self._written_file, self.lineage)
 
     def _holds_the_lock(self) -> bool:
         """Whether the lock file is still the one that this process has locked."""
-        if self._lock is None or self._lock.closed:
-            return False
-        return os.fstat(self._lock.fileno()).st_ino == _inode(self.path / LOCK_NAME)
+        return _is_open_as(self._lock, self.path / LOCK_NAME)
 
     def _write(self, attempts: list[dict[str, Any]]) -> None:
         self._record.write(attempts)
         self._written = attempts
-        self._written_inode = _inode(self.lineage)
+        if self._written_file is not None:
+            self._written_file.close()
+        self._written_file = self.lineage.open("rb")
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config of the run, readable only by its owner if a URL has a key. Call on rank 0 only."""
@@ -202,12 +202,14 @@ class RunDirectory:
         return load_config(self.config)
 
 
-def _inode(path: Path) -> int:
-    """The inode at `path`, 0 if there is nothing."""
+def _is_open_as(file: BinaryIO | None, path: Path) -> bool:
+    """Whether `file` is open, and is still the file at `path`."""
+    if file is None or file.closed:
+        return False
     try:
-        return path.lstat().st_ino
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except OSError:
-        return 0
+        return False
 
 
 def _open_lock(path: Path) -> BinaryIO:

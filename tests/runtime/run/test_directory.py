@@ -11,6 +11,7 @@ import torch
 
 from ecar_dist.errors import ConfigError, FruitlessError, NodeError
 from ecar_dist.runtime.run.directory import RunDirectory
+from ecar_dist.storage.atomic import atomic_write
 from tests.train.test_objective import make_config
 
 OWNER = """
@@ -261,6 +262,16 @@ def test_damage_while_it_runs_neither_ends_an_attempt_nor_hides_a_later_one(tmp_
         first.note_attempt(reason="mine")
         second.end_attempt("done")
         assert [one.get("reason") for one in second.attempts()] == [None, "done"], case
+
+
+def test_a_later_file_never_passes_for_the_one_that_was_written(tmp_path):
+    first = start(tmp_path)
+    first.lineage.write_text("{")
+    assert first.is_ours()
+    for _ in range(50):  # file systems give the inode number of a replaced file to one of the next
+        with atomic_write(first.lineage) as file:
+            file.write(b"{")
+        assert not first.is_ours()
 
 
 def test_without_a_lineage_the_owner_of_the_lock_owns_the_run(tmp_path):
