@@ -220,7 +220,7 @@ def measure(work: Path, run: PixelRun, draws: Sequence[Draw], samples: int) -> l
     trained, found = None, []
     for draw in draws:
         name = draw.name.replace(" ", "").replace("/", "_")
-        file = run.load(work).run_directory / "compared" / f"{name}-{samples}.json"
+        file = run.load(work).run_directory / "scored" / f"{name}-{samples}.json"
         if not file.exists():
             trained = trained or open_trained(run.load(work).run_directory, DEVICE)
             labels = labels_of(work, run.data, samples)
@@ -246,9 +246,14 @@ def calls(config: RunConfig, draw: Draw) -> int:
 
 
 def labels_of(work: Path, data: str, samples: int) -> np.ndarray:
-    """The labels of the training images, in a fixed random order: classes as frequent as in the set."""
-    labels = labels_of_training(work, data)
-    return np.random.default_rng(0).permutation(np.resize(labels, samples))
+    """Labels for the samples: classes as frequent as in the training set, in a fixed random order."""
+    return in_proportion(labels_of_training(work, data), samples)
+
+
+def in_proportion(labels: np.ndarray, count: int) -> np.ndarray:
+    """`count` labels in the proportions of `labels`, which may be sorted by class; in a fixed random order."""
+    places = np.arange(count) * len(labels) // count
+    return np.random.default_rng(0).permutation(np.sort(labels)[places])
 
 
 def scores_of(work: Path, data: str, pixels: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -127,3 +128,13 @@ def test_a_set_without_all_photographs_is_refused(monkeypatch, tmp_path):
     pixels.prepare(tmp_path, "emoji")
     monkeypatch.setattr(pixels, "load_manifest", lambda _: SimpleNamespace(num_classes=17))
     pixels.prepare(tmp_path, "photos")
+
+
+@pytest.mark.parametrize("count", [300, 500, 20_000])
+def test_samples_have_the_classes_of_the_training_set_however_it_is_sorted(count):
+    labels = np.repeat(np.arange(17), 512)
+    drawn = pixels.in_proportion(labels, count)
+    counts = np.bincount(drawn, minlength=17)
+    assert (len(drawn), counts.max() - counts.min()) == (count, 1)
+    assert (drawn != np.sort(drawn)).any()
+    assert np.array_equal(pixels.in_proportion(labels[::-1], count), drawn)
