@@ -28,12 +28,13 @@ def sample_stages(
     solver: Solver,
     steps_per_stage: Sequence[int],
     time_shift: float = 1.0,
+    given: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
     """Draw a batch. Returns X^e_k of every stage, [B, C, h_k, w_k] coarse to fine. The last one is the latent.
 
     `begin_stage` is called once per stage, in order, with the context C_{k-1} = X^e_{k-1} + tau xi. The context is None
     in stage 0, and in every stage of a model that is fed no states (tau is None). The solver's grid is shifted within
-    each stage (`time_grid`).
+    each stage (`time_grid`). `given`: X^e_k of the first stages, for instance of real images; the others are drawn.
     """
     # Start from pure noise at the coarsest resolution, eq. (3).
     x = draw(Purpose.GENERATE_START, 0)
@@ -49,6 +50,7 @@ def sample_stages(
             x = stage_jump(x, draw(Purpose.GENERATE_JUMP, stage), stage, schedule)
 
         # Integrate dx/du = v from X^s_k at u = 0 to X^e_k at u = 1.
-        x = solver(begin_stage(stage, context), x, steps_per_stage[stage], time_shift)
+        velocity = begin_stage(stage, context)
+        x = given[stage] if stage < len(given) else solver(velocity, x, steps_per_stage[stage], time_shift)
         ends.append(x)
     return ends

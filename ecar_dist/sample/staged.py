@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,9 +23,17 @@ MOST_MODULATIONS = 1024
 
 
 def draw_stages(
-    model: StagedModel, plan: SamplingPlan, labels: torch.Tensor, indices: torch.Tensor, seed: int
+    model: StagedModel,
+    plan: SamplingPlan,
+    labels: torch.Tensor,
+    indices: torch.Tensor,
+    seed: int,
+    given: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
-    """X^e_k of every stage, [B, C, h_k, w_k]; section 8 of docs/ecar.md. Labels and indices int64 [B]."""
+    """X^e_k of every stage, [B, C, h_k, w_k]; section 8 of docs/ecar.md. Labels and indices int64 [B].
+
+    given: X^e_k of the first stages, which are then not drawn.
+    """
     batch = labels.shape[0]
     schedule = plan.schedule
     scales = stage_guidance_scales(plan.guidance_scale, schedule.num_stages, plan.guidance_ramp)
@@ -66,6 +74,7 @@ def draw_stages(
         solver=SOLVERS[plan.solver],
         steps_per_stage=plan.steps_per_stage,
         time_shift=plan.time_shift,
+        given=given,
     )
 
 

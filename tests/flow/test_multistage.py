@@ -266,6 +266,30 @@ def test_context_is_the_end_plus_fresh_noise() -> None:
         assert not bool((ends[2][noise.flatten(1).any(1)] != 0).any())  # the noise is on the context, not on the path
 
 
+def test_stages_after_given_ends_continue_from_them() -> None:
+    schedule, contexts = StageSchedule(uniform_ends(3)), []
+
+    def begin_stage(stage: int, context: torch.Tensor | None) -> VelocityFn:
+        contexts.append(context)
+        return contract
+
+    def run(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        return sample_stages(
+            schedule, begin_stage, draw, tau=TAU, solver=SOLVERS["euler"], steps_per_stage=(4, 4, 4), given=given
+        )
+
+    draw = basis_draws(schedule, 4)
+    own = run([])
+    for count in (1, 2, 3):
+        for repeated, end in zip(run(own[:count]), own, strict=True):
+            assert torch.equal(repeated, end)
+    contexts.clear()
+    ends = run([torch.ones_like(own[0])])
+    assert len(contexts) == 3  # the AR network also reads the given stage
+    torch.testing.assert_close(contexts[1], 1 + TAU * draw(Purpose.GENERATE_CONTEXT, 0))
+    assert not torch.equal(ends[1], own[1])
+
+
 def test_every_random_number_is_drawn_once() -> None:
     schedule, drawn = StageSchedule(uniform_ends(3)), []
     fields = basis_draws(schedule, 4)
