@@ -18,7 +18,7 @@ from typing import Any
 from ecar_dist.data.shards.entries import ImageEntry
 from ecar_dist.errors import DataError
 from ecar_dist.storage.atomic import write_json
-from ecar_dist.storage.node_lock import try_lock
+from ecar_dist.storage.node_lock import is_open_as, try_lock
 from ecar_dist.storage.untrusted import MAX_JSON_BYTES, adapter_of, parse_json, read_plain_file
 
 _RECORDS = ".shards"  # one file for each finished shard, and the identity of the command
@@ -41,18 +41,19 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
     It stays after a kill, and after Ctrl-C if a shard is finished. Raises DataError if `out` exists and is not an empty
     folder, or if another process is writing it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is not empty; remove it or give another folder")
+    _refuse_occupied(out)
     working = out.with_name(f".{out.name}.unfinished")
     working.mkdir(parents=True, exist_ok=True)
     with open(working / _LOCK, "ab") as lock:
-        if not try_lock(lock):
+        # Another command may have renamed or removed the folder with this lock after it was opened.
+        if not try_lock(lock) or not is_open_as(lock, working / _LOCK):
             raise DataError(f"another command is writing {out}; wait for it, or give another folder")
         try:
+            _refuse_occupied(out)  # again: another command may have finished in the meantime
             yield working
             shutil.rmtree(working / _RECORDS, ignore_errors=True)
-            (working / _LOCK).unlink()
-            os.rename(working, out)
+            os.rename(working, out)  # with the lock: without it, another command could write in the folder
+            (out / _LOCK).unlink()
         except BaseException as error:
             # What an interrupted command has finished is worth keeping.
             if isinstance(error, Exception) or not any((working / _RECORDS).glob("*-*.json")):
@@ -60,6 +61,11 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
             if isinstance(error, OSError) and not error.filename:
                 raise OSError(error.errno, error.strerror, str(out)) from None  # that of a full disk names no path
             raise
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty; remove it or give another folder")
 
 
 class ShardRecords:

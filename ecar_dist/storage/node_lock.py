@@ -57,6 +57,16 @@ def try_lock(file: BinaryIO) -> bool:
     return True
 
 
+def is_open_as(file: BinaryIO | None, path: Path) -> bool:
+    """Whether `file` is open, and is still the file at `path`."""
+    if file is None or file.closed:
+        return False
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def owned_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """A new file next to `path`, opened without a buffer. It is removed at the end unless it was renamed."""

@@ -24,7 +24,7 @@ from ecar_dist.config.run import RunConfig
 from ecar_dist.errors import ConfigError, FruitlessError, NodeError, reason_of
 from ecar_dist.runtime.run.lineage import MAX_REASON, LineageFile
 from ecar_dist.storage.atomic import TEMPORARY_SUFFIX, atomic_write, naming, set_aside
-from ecar_dist.storage.node_lock import try_lock
+from ecar_dist.storage.node_lock import is_open_as, try_lock
 from ecar_dist.storage.untrusted import UntrustedError, printable
 
 LOCK_NAME = ".lock"
@@ -172,11 +172,11 @@ class RunDirectory:
                 return bool(attempts) and attempts[-1].get("attempt") == self._attempt
             return self._holds_the_lock()
         except (UntrustedError, OSError):
-            return _is_open_as(self._written_file, self.lineage)
+            return is_open_as(self._written_file, self.lineage)
 
     def _holds_the_lock(self) -> bool:
         """Whether the lock file is still the one that this process has locked."""
-        return _is_open_as(self._lock, self.path / LOCK_NAME)
+        return is_open_as(self._lock, self.path / LOCK_NAME)
 
     def _write(self, attempts: list[dict[str, Any]]) -> None:
         self._record.write(attempts)
@@ -200,16 +200,6 @@ class RunDirectory:
         if not self.config.exists():
             raise ConfigError(f"{self.path} contains no config.yaml; give a run directory, or an export made from one")
         return load_config(self.config)
-
-
-def _is_open_as(file: BinaryIO | None, path: Path) -> bool:
-    """Whether `file` is open, and is still the file at `path`."""
-    if file is None or file.closed:
-        return False
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except OSError:
-        return False
 
 
 def _open_lock(path: Path) -> BinaryIO:
