@@ -33,7 +33,7 @@ from ecar_dist.vae.pixels import to_pixels
 
 KINDS = ("ecar", "pyramid")
 NUM_STAGES = 3
-SETTING = {"solver": "midpoint", "steps_per_stage": [8, 8, 8], "guidance_scale": 1.0, "time_shift": 1.0}
+SETTING = {"solver": "midpoint", "steps_per_stage": [4, 4, 4], "guidance_scale": 1.0, "time_shift": 1.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
