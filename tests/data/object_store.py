@@ -16,7 +16,7 @@ from ecar_dist.storage.retries import RetryPolicy, Transfer
 
 # time-outs are long enough for a busy machine; IMPATIENT is for faults that only a time-out ends
 QUICK = RetryPolicy(deadline=30.0, request_seconds=10.0, slowest=1 << 20, first_delay=0.01, longest_delay=0.1)
-IMPATIENT = dataclasses.replace(QUICK, request_seconds=1.0)
+IMPATIENT = dataclasses.replace(QUICK, request_seconds=3.0)
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIASECRETNAMEXX",
     "AWS_SECRET_ACCESS_KEY": "verysecretvalue0123456789",

@@ -217,7 +217,7 @@ def test_close_is_prompt_with_a_full_queue_and_ends_iteration(latents):
     began = time.perf_counter()
     loader.close()
     loader.close()
-    assert time.perf_counter() - began < 1.0
+    assert time.perf_counter() - began < 10
     assert not loader._thread.is_alive()
     assert list(loader) == []
 
@@ -230,40 +230,51 @@ def test_close_does_not_wait_for_what_its_sources_can_end(tmp_path):
 
     def read(places, flip):
         reading.set()
-        closed.wait(20)
+        closed.wait(120)
         raise DataError("was stopped")
 
     source.read, source.close = read, closed.set
     stream = SampleStream([COUNTS], seed=SEED, global_batch_size=BATCH)
     loader = SampleLoader([source], stream, Share(BATCH, 4), seed=SEED)
-    assert reading.wait(10)
+    assert reading.wait(60)
     began = time.perf_counter()
     loader.close()
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 60
     assert list(loader) == []
 
 
 def test_prefetch_is_bounded_and_waiting_is_counted(latents, monkeypatch):
-    calls = []
+    calls, allowed, polls = [], threading.Semaphore(0), []
     real = LatentSource.read
 
-    def slow(*values):
+    def held_up(*values):
         calls.append(1)
-        time.sleep(0.05)
+        assert allowed.acquire(timeout=120)
         return real(*values)
 
-    monkeypatch.setattr(LatentSource, "read", slow)
+    def allow_one():
+        polls.append(1)
+        allowed.release()
+        return False
+
+    monkeypatch.setattr(LatentSource, "read", held_up)
+    monkeypatch.setattr(loader_module, "_POLL_SECONDS", 0.05)
     with open_loader(latents[0], prefetch=2) as loader:
-        next(loader)
-        assert loader.wait_seconds > 0.03
-        time.sleep(0.5)
+        loader.take(1, allow_one)  # nothing is read before the consumer has waited for a poll
+        assert loader.wait_seconds >= 0.05
+        allowed.release(1000)
+        wait_until(lambda: len(calls) == 4 and loader._queue.full())
+        time.sleep(0.1)
         assert len(calls) == 4  # one consumed, two queued, one waiting for room
-        before = loader.wait_seconds
-        next(loader)
-        assert loader.wait_seconds - before < 0.03
-        for _ in range(6):
-            next(loader)
-        assert loader.wait_seconds - before > 0.08, "the waits add up"
+        polls.clear()
+        loader.take(1, allow_one)
+        assert not polls, "it did not wait"
+    allowed = threading.Semaphore(0)
+    with open_loader(latents[0], prefetch=2) as loader:
+        for _ in range(3):
+            loader.take(1, allow_one)
+        assert loader.wait_seconds >= 0.05 * len(polls) > 0.1, "the waits add up"
+        allowed.release(1000)
 
 
 def test_batch_numbers_must_multiply_out():
@@ -422,5 +433,5 @@ def test_a_consumer_may_give_up_waiting(latents, monkeypatch):
         asked = iter([False, False, True])
         began = time.perf_counter()
         assert loader.take(2, lambda: next(asked)) is None
-        assert 0.1 < time.perf_counter() - began < 2
+        assert 0.1 < time.perf_counter() - began < 60
         assert loader.wait_seconds > 0.1

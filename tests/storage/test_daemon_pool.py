@@ -11,9 +11,9 @@ from ecar_dist.storage.daemon_pool import DaemonPool
 
 def test_results_and_errors_come_back():
     pool = DaemonPool(2, "test")
-    assert pool.submit(divmod, 7, 2).result(5) == (3, 1)
+    assert pool.submit(divmod, 7, 2).result(60) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        pool.submit(divmod, 7, 0).result(5)
+        pool.submit(divmod, 7, 0).result(60)
     pool.end()
 
 
@@ -21,7 +21,7 @@ def test_first_come_first_served():
     pool, order = DaemonPool(1, "test"), []
     futures = [pool.submit(order.append, number) for number in range(20)]
     for future in futures:
-        future.result(5)
+        future.result(60)
     assert order == list(range(20))
     pool.end()
 
@@ -36,15 +36,16 @@ def test_a_map_keeps_the_order():
 
 
 def test_the_end_of_a_block_waits_a_moment_for_what_runs():
-    done = []
+    done, running = [], threading.Event()
     with DaemonPool(1, "test") as pool:
-        pool.submit(lambda: time.sleep(0.2) or done.append(1))
-        time.sleep(0.1)
+        pool.submit(lambda: running.set() or time.sleep(0.2) or done.append(1))
+        assert running.wait(60)
     assert done == [1]
     stuck, began = threading.Event(), time.monotonic()
+    running.clear()
     with DaemonPool(1, "test") as pool:
-        pool.submit(stuck.wait, 60)
-        time.sleep(0.1)
+        pool.submit(lambda: running.set() or stuck.wait(60))
+        assert running.wait(60)
     assert time.monotonic() - began < 20
     stuck.set()
 
@@ -54,17 +55,17 @@ def test_the_end_cancels_what_waits_and_does_not_wait_for_what_runs():
 
     def work():
         running.set()
-        return go.wait(5)
+        return go.wait(60)
 
     first, second = pool.submit(work), pool.submit(work)
-    assert running.wait(5)
+    assert running.wait(60)
     pool.end()
     pool.end()
     assert second.cancelled()
     assert pool.submit(work).cancelled()
     assert not first.done()
     go.set()
-    assert first.result(5)
+    assert first.result(60)
 
 
 def test_the_program_does_not_wait():
@@ -87,8 +88,8 @@ def test_a_waiting_thread_does_not_keep_the_last_result():
         pass
 
     pool = DaemonPool(1, "test")
-    result = weakref.ref(pool.submit(Result).result(5))
-    deadline = time.monotonic() + 5
+    result = weakref.ref(pool.submit(Result).result(60))
+    deadline = time.monotonic() + 60
     while result() is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert result() is None

@@ -38,7 +38,7 @@ def test_one_at_a_time_and_nothing_left(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(60)
     assert counter.read_text() == "50"
     assert os.listdir(tmp_path) == ["counter"]
 
@@ -47,7 +47,7 @@ def test_a_killed_holder_frees_it(tmp_path):
     held = FORK.Event()
     holder = FORK.Process(target=hold, args=(tmp_path / "lock", held))
     holder.start()
-    assert held.wait(10)
+    assert held.wait(60)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with node_lock(tmp_path / "lock", threading.Event()):
@@ -71,7 +71,7 @@ def test_waiting_ends_when_told(tmp_path):
     stopping, held = threading.Event(), FORK.Event()
     holder = FORK.Process(target=hold, args=(tmp_path / "lock", held), daemon=True)
     holder.start()
-    assert held.wait(10)
+    assert held.wait(60)
     threading.Timer(0.1, stopping.set).start()
     with pytest.raises(DataError, match=str(tmp_path / "lock")), node_lock(tmp_path / "lock", stopping):
         pass

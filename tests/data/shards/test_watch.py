@@ -22,6 +22,7 @@ from ecar_dist.errors import DataError
 from tests.data.image_sets import encoded, write_class_directory
 from tests.data.latent_sets import COUNTS, write_set
 from tests.data.object_store import QUICK
+from tests.data.process import wait_until
 
 TOTAL = sum(COUNTS)
 
@@ -187,11 +188,14 @@ def test_a_run_ends_with_the_name_of_the_shard(tmp_path):
     """All shards are rewritten in place at step 5 of 100; no batch that is handed out contains a new value."""
     moments, _ = write_set(tmp_path)
     truth = {row.tobytes() for row in moments}
-    source = LatentSource(tmp_path)
+    source, batches = LatentSource(tmp_path), []
+    read = source.read
+    source.read = lambda *where: (batches.append(read(*where)), batches[-1])[1]
     stream = SampleStream([source.shard_counts], seed=0, global_batch_size=8)
     with SampleLoader([source], stream, Share(8, 8), seed=0) as loader:
         for _ in range(5):
             next(loader)
+        wait_until(lambda: len(batches) == 8)  # two are queued, and one waits for room
         time.sleep(2 * shard_watch.LONGEST_PAUSE)
         for number in range(len(COUNTS)):
             by_write_and_old_times(tmp_path / f"{number:06d}.tar")
