@@ -83,9 +83,15 @@ def write_yaml(tree, folder):
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody uses. It is bound seconds later, so the workers of pytest-xdist choose from different ones."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port // 2 % workers == worker:  # Linux offers only odd ones
+            return port
 
 
 def start_ranks(ranks, config, *overrides, **environment):

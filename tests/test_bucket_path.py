@@ -22,6 +22,7 @@ from tests.conftest import losses, train_on_ranks
 from tests.data.image_sets import members_of, samples, write_tar
 from tests.data.object_store import object_store, s3_server
 from tests.fork_server import Forked
+from tests.train.struck_ranks import is_stopped
 
 __all__ = ["object_store", "s3_server"]
 
@@ -105,13 +106,14 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket(object_store, write_config, tmp
 def test_a_stop_signal_ends_a_run_that_waits_for_data(bucket, tree, write_config, tmp_path):
     tree["data"]["latents"] = prepare(bucket, tmp_path)
     bucket.break_on({"kind": "status", "status": 503, "match": ".tar", "skip": 1, "times": None})  # not the preflight
-    job = Forked(("train", str(write_config())))
-    while "from the start" not in job.text() and job.process.is_alive():
+    job = Forked(("train", str(write_config())), {"ECAR_FAILPOINT": "data.take:step=1:stop"})
+    while not is_stopped(job.process.pid) and job.process.is_alive():
         time.sleep(0.05)
+    os.kill(job.process.pid, signal.SIGCONT)
     time.sleep(1)
     assert job.process.is_alive()
     os.kill(job.process.pid, signal.SIGTERM)
-    job.process.join(20)
+    job.process.join(60)
     ended = job.end()
     assert ended.returncode == 75, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"stopped on a signal at step 0: {tmp_path}/runs/tiny"

@@ -75,7 +75,7 @@ def test_a_killed_push_leaves_no_manifest(folder, url, object_store):
     object_store.break_on({"kind": "stall", "match": "000001.tar", "method": "PUT", "times": None})
     script = f"from pathlib import Path; from data_tools.push import push; push(Path({str(folder)!r}), {url!r})"
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not object_store.log("PUT", "000001.tar"):
             assert time.monotonic() < deadline
             time.sleep(0.05)

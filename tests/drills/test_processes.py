@@ -21,10 +21,10 @@ time.sleep(float(sys.argv[1]))
 # two ranks; when they die, the launcher exits with the signal's number
 LAUNCHER = f"""
 import os, subprocess, sys
-ranks = [subprocess.Popen([sys.executable, "-c", {RANK!r}, sys.argv[1]], env={{**os.environ, "RANK": str(r)}},
-                          start_new_session=True) for r in range(2)]
 print("step 1/9  loss 1", flush=True)
 print("step 12/9  loss 1", flush=True)
+ranks = [subprocess.Popen([sys.executable, "-c", {RANK!r}, sys.argv[1]], env={{**os.environ, "RANK": str(r)}},
+                          start_new_session=True) for r in range(2)]
 status = ranks[1].wait()
 if sys.argv[2] == "tidy":
     ranks[0].kill()
@@ -37,7 +37,7 @@ def launch(tmp_path):
     """Start the launcher; what is left of it at the end of the test is killed."""
     jobs = []
 
-    def start(seconds="60", manner="tidy", patience=30.0):
+    def start(seconds="60", manner="tidy", patience=120.0):
         command = [sys.executable, "-c", LAUNCHER, seconds, manner]
         jobs.append(Job(command, os.environ, tmp_path / f"log-{len(jobs)}.txt", patience))
         return jobs[-1]
@@ -76,8 +76,9 @@ def test_what_outlives_the_launcher_is_named_and_killed(launch, monkeypatch):
 
 
 def test_a_job_without_end_is_killed_with_all_it_started(launch):
-    job = launch(patience=1.0)
+    job = launch()
     wait_for_ranks(job)
+    job._patience = 1.0
     os.kill(job.rank_processes()[0], signal.SIGSTOP)
     assert job.end().status is None
     assert not marked(job._mark)
@@ -104,7 +105,7 @@ def test_a_step_that_never_comes_is_not_awaited_for_ever(launch):
 
 
 def test_a_hobbled_rank_is_stopped_most_of_the_time_and_runs_at_the_end(launch):
-    job = launch(seconds="1.5")
+    job = launch(seconds="4")
     pid = wait_for_ranks(job)[1]
     seen = subprocess.Popen(
         ["sh", "-c", f"for i in $(seq 40); do cut -d' ' -f3 /proc/{pid}/stat; sleep 0.02; done"],

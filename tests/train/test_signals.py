@@ -24,6 +24,9 @@ def test_fifty_signals_to_the_launcher_cost_no_step(run, tmp_path):
     with launch(run.config, tmp_path / "log.txt", "checkpoint.every_samples=100000", failpoint=slow) as job:
         job.reach(2)
         burst(job.pid)
+        until = time.monotonic() + 60
+        while process_state(job.pid) not in ("", "Z") and time.monotonic() < until:
+            time.sleep(0.01)
         assert process_state(job.pid) in ("", "Z")
         ended = job.end()
     assert not ended.orphans

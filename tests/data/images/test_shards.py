@@ -136,7 +136,7 @@ def test_remote_reads_overlap(tmp_path, bucket, monkeypatch):
     content = write_tars(tmp_path)
     url = upload(tmp_path / "tars", f"{bucket}/tars")
     index(f"{url}/*.tar", tmp_path / "remote")
-    together, true_read = threading.Barrier(8, timeout=10), remote.read_range
+    together, true_read = threading.Barrier(8, timeout=60), remote.read_range
 
     def read(*arguments):
         together.wait()
@@ -268,7 +268,7 @@ def test_closing_ends_reads_that_are_retried(tmp_path, object_store):
     began = time.monotonic()
     with pytest.raises(DataError, match="stopped"):
         shards.read_many(range(12))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     with pytest.raises(DataError, match="stopped"):
         shards.read_many(range(12))
 

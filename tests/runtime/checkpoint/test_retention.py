@@ -1,6 +1,6 @@
 """What is kept as checkpoints are committed one by one, as in the store."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecar_dist.runtime.checkpoint.store import names_to_keep
@@ -29,6 +29,7 @@ def test_a_step_over_several_multiples_is_kept_once():
     assert history([10, 350, 360, 370, 380], keep=2, every=100) == [380, 370, 350]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(2, 4), st.integers(0, 120))
 def test_removal_after_each_save_keeps_the_same_as_one_removal_at_the_end(gaps, keep, every):
     steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]

@@ -75,7 +75,7 @@ class Ranks:
 
     def __init__(self, size, per_node=None):
         self.size, self.per_node = size, per_node or size
-        self._barrier = threading.Barrier(size, timeout=20)
+        self._barrier = threading.Barrier(size, timeout=60)
         self._box = [None] * size
 
     def __call__(self, action):

@@ -4,12 +4,14 @@ import resource
 import socket
 import subprocess
 import sys
-import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ecar_dist.errors import ConfigError, FruitlessError, NodeError
+from ecar_dist.runtime.run import directory as directory_module
 from ecar_dist.runtime.run.directory import RunDirectory
 from ecar_dist.storage.atomic import atomic_write
 from tests.train.test_objective import make_config
@@ -48,14 +50,13 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path, monkeypatch,
     command = [sys.executable, "-c", OWNER, run]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **job})
     assert owner.stdout.readline() == "held\n"
-    killer = threading.Timer(2.0, owner.kill)
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     if "SLURM_ARRAY_JOB_ID" in job:
         monkeypatch.setenv("SLURM_JOB_ID", "79")
-    killer.start()
+    pause = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: (owner.kill(), owner.wait()))
+    monkeypatch.setattr(directory_module, "time", pause)  # it is killed while it is waited for
     RunDirectory(run).open_for_training()
-    owner.wait()
     number = job.get("SLURM_ARRAY_JOB_ID", "77")
     said = f"Slurm job {number}, an earlier attempt, still holds {run}; waiting 120 s at most"
     assert capsys.readouterr().out.count(said) == 1

@@ -35,7 +35,7 @@ def tags(folder):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -119,18 +119,18 @@ def test_a_folder_that_cannot_be_made_costs_only_the_events(tmp_path, capfd):
 
 def test_a_slow_folder_does_not_block_training(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(module, "QUEUED", 10)
-    go_on, board = threading.Event(), EventFile(tmp_path)
+    reached, go_on, board = threading.Event(), threading.Event(), EventFile(tmp_path)
     try:
-        board.add(0, lambda: go_on.wait(30) and summary.scalar("x", 0.0))
-        wait_for(board._queue.empty)
+        board.add(0, lambda: (reached.set(), go_on.wait(60)) and summary.scalar("x", 0.0))
+        assert reached.wait(60)  # an empty queue is not enough: the thread may still take what comes next
         began = time.perf_counter()
         for step in range(1, 1001):
             board.add(step, scalar(1.0))
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 20
         assert board.dropped == 990
         began = time.perf_counter()
         board.close(patience=0.1)
-        assert time.perf_counter() - began < 1.0
+        assert time.perf_counter() - began < 20
         assert capfd.readouterr().err.count(str(tmp_path)) == 1
     finally:
         go_on.set()
@@ -141,10 +141,10 @@ def test_a_slow_folder_does_not_block_training(tmp_path, monkeypatch, capfd):
 def test_events_that_come_together_are_one_write(tmp_path, monkeypatch, count):
     writes, whole = [], module._write_all
     monkeypatch.setattr(module, "_write_all", lambda file, data: (writes.append(len(data)), whole(file, data)))
-    held = threading.Event()
+    reached, held = threading.Event(), threading.Event()
     board = EventFile(tmp_path)
-    board.add(0, lambda: held.wait(10) and summary.scalar("x", 0.0))
-    wait_for(board._queue.empty)
+    board.add(0, lambda: (reached.set(), held.wait(60)) and summary.scalar("x", 0.0))
+    assert reached.wait(60)
     for step in range(1, count + 1):
         board.add(step, scalar(1.0))
     held.set()

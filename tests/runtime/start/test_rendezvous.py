@@ -45,7 +45,7 @@ def test_a_node_without_a_gpu_is_unfit_if_others_have_one():
 
 
 UNDER_SRUN = """
-import os, socket, sys
+import os, pathlib, sys, time
 from ecar_dist.errors import NodeError
 from ecar_dist.runtime.start import rendezvous as home
 from ecar_dist.runtime.peers import RemoteError
@@ -64,7 +64,11 @@ if rank == 0:
     except NodeError as error:
         print("taken:", error)
 os.environ["ECAR_JOB_LOGS"] = sys.argv[4]
-home.RENDEZVOUS_SECONDS = 8  # for a slow machine, where the second rank arrives late
+logs = pathlib.Path(sys.argv[4])
+(logs / f"{rank}-is-here").touch()
+while len(list(logs.glob("*-is-here"))) < 2:  # a slow machine takes seconds to import torch
+    time.sleep(0.01)
+home.RENDEZVOUS_SECONDS = 8
 try:
     start(4, "2", port)  # ranks 2 and 3 do not exist
 except (NodeError, RemoteError) as error:

@@ -16,7 +16,7 @@ from ecar_dist.runtime.watchdog import monitor as monitor_module
 from ecar_dist.runtime.watchdog.diagnosis import AGAIN, CALLED, HUNG, RankReport, diagnose
 from ecar_dist.runtime.watchdog.heartbeat import LAYOUT, NO_STEP, PHASE_INDEX, PHASES, Heartbeat, read_heartbeat
 from ecar_dist.runtime.watchdog.meeting import name_for, take
-from ecar_dist.runtime.watchdog.monitor import MOST_SPEAKERS, Duty, Monitor, read_reports
+from ecar_dist.runtime.watchdog.monitor import _IGNORED, MOST_SPEAKERS, Duty, Monitor, read_reports
 from ecar_dist.runtime.watchdog.watchdog import KEPT_ATTEMPTS, MAX_MONITORS, Watchdog, _limits, longest_wait
 from ecar_dist.runtime.watchdog.watched import innermost_line, process_state
 from tests.conftest import free_port
@@ -24,7 +24,7 @@ from tests.fork_server import run_ranks
 from tests.runtime.watchdog import watched_world
 
 HERE = Path(__file__).parent
-SLACK = 5.0  # for starting processes on a busy machine
+SLACK = 20.0  # for starting processes on a busy machine; with all limits less than the 40 s that a rank waits
 ALONE = SimpleNamespace(rank=0, size=1, is_first=True, nodes=("here",))
 QUICK = {"look_seconds": 0.1, "folder_seconds": 0.1}
 
@@ -59,11 +59,11 @@ def reports(folder):
 
 def monitor_of(*ranks):
     """The monitor process of one rank or several, once it ignores the signals meant for the ranks."""
-    until = time.monotonic() + 2 * SLACK
+    until = time.monotonic() + SLACK
     while len(found := [child for child in children_of(*ranks) if is_alive(child)]) != 1 and time.monotonic() < until:
         time.sleep(0.02)
     (monitor,) = found
-    while not int(status_of(monitor, "SigIgn"), 16) >> (signal.SIGTERM - 1) & 1:
+    while not all(int(status_of(monitor, "SigIgn"), 16) >> (number - 1) & 1 for number in _IGNORED):
         time.sleep(0.02)
     return monitor
 
@@ -177,7 +177,7 @@ def test_a_slow_first_step_and_a_slow_save_are_not_a_hang(tmp_path):
 
 def test_a_job_that_was_suspended_goes_on(tmp_path):
     """Stopped with its monitor, as by a scheduler: the time is not counted. The monitor ignores its own signals."""
-    (rank,) = start(tmp_path, 1, 1.5, "alive:nan")
+    (rank,) = start(tmp_path, 1, 3, "alive:nan")
     assert rank.stdout.readline() == "waiting\n"
     monitor = monitor_of(rank)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -185,7 +185,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path):
     os.kill(rank.pid, signal.SIGSTOP)
     time.sleep(0.3)  # until the monitor has seen its last beat
     os.kill(monitor, signal.SIGSTOP)
-    time.sleep(2)
+    time.sleep(4)
     os.kill(monitor, signal.SIGCONT)
     time.sleep(0.1)
     os.kill(rank.pid, signal.SIGCONT)
@@ -237,18 +237,18 @@ def two_ranks(folder, hang_seconds, failpoint):
 
 def test_under_torchrun_a_stopped_rank_ends_the_job_with_one_line(tmp_path):
     began = time.monotonic()
-    _, lines = end([two_ranks(tmp_path, 2, "data:rank=1:step=40:stop")], 40)
+    _, lines = end([two_ranks(tmp_path, 2, "data:rank=1:step=40:stop")], 120)
     said = [line for line in lines if line.startswith("ecar-dist")]
     assert len(said) == 1
     assert "rank 1" in said[0]
     assert 'in phase "data" of step 40 for N s while the others wait in "data"' in seconds_out(said[0])
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60  # the transport itself waits for longer
     assert "in all_reduce" in reports(tmp_path)[0]["innermost"]
 
 
 def test_a_survivor_of_a_killed_rank_ends_with_status_and_without_a_traceback(tmp_path):
     strike = {1: {"ECAR_FAILPOINT": "data:rank=1:step=40:kill"}}
-    ranks = run_ranks(2, free_port(), str(tmp_path), "600", more=strike, main=watched_world.main, timeout=60)
+    ranks = run_ranks(2, free_port(), str(tmp_path), "600", more=strike, main=watched_world.main, timeout=120)
     statuses = [rank.returncode for rank in ranks]
     lines = "".join(rank.stderr for rank in ranks).splitlines()
     assert statuses[1] == -signal.SIGKILL
@@ -358,10 +358,9 @@ def test_a_killed_monitor_is_replaced_and_the_ranks_continue(tmp_path):
     killed = monitor_of(*ranks)
     os.kill(killed, signal.SIGKILL)
     until = time.monotonic() + SLACK
-    while killed in (found := children_of(*ranks)) or not found:
+    while killed in (found := children_of(*ranks)) or len(found) != 1:
         assert time.monotonic() < until
         time.sleep(0.02)
-    assert len(found) == 1
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
     statuses, lines = end(ranks, SLACK)
@@ -388,7 +387,7 @@ def test_monitors_that_die_one_after_another_are_replaced_a_few_times(tmp_path):
         os.kill(killed, signal.SIGKILL)
         while killed in children_of(rank):
             time.sleep(0.02)
-    time.sleep(0.3)
+    time.sleep(0.3)  # for a fourth one, which must not come
     assert children_of(rank) == []
     rank.send_signal(signal.SIGUSR1)
     statuses, lines = end([rank], SLACK)
@@ -402,7 +401,7 @@ def test_monitors_that_turn_a_rank_away_are_not_counted(tmp_path):
     listener = take(name_for(f"{tmp_path / 'first'} 0"))  # of node 0
     (rank,) = start(tmp_path, 1, 600)
     with listener:
-        listener.settimeout(2 * SLACK)
+        listener.settimeout(SLACK)
         for _ in range(MAX_MONITORS + 2):
             listener.accept()[0].close()
     killed = monitor_of(rank)
