@@ -86,12 +86,15 @@ class IndexFolder:
         write_json(self._records / f"{place:06d}.json", dataclasses.asdict(done))
 
     def all_done(self) -> list[IndexedTar] | None:
-        """The records of all tars in their order; None if some are missing."""
+        """The records of all tars in their order; None if some are missing. Raises OSError if the folder is gone."""
         names = set(os.listdir(self._records))
         if any(f"{place:06d}.json" not in names for place in range(self._count)):
             return None
         done = [self.record(place) for place in range(self._count)]
-        return None if None in done else [one for one in done if one is not None]
+        if None in done:
+            os.stat(self._records)  # perhaps another task has just given the folder its final name
+            return None
+        return [one for one in done if one is not None]
 
     def number_done(self) -> int:
         """The number of finished tars, by their records; 0 if the folder is gone."""
