@@ -85,14 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = score(work, runs, settings, options.samples, options.jobs)
     verdict = rule.decide(rows)
 
+    # Guidance doubles the cost of a call, and was chosen for quality alone. So also without it, outside of the rule.
+    plain = {kind: unguided_settings(kind, best) for kind, best in chosen.items()}
+    plain_runs = [run for run in runs if plain[run.variant]]
+    plain_rows = score(work, plain_runs, plain, options.samples, options.jobs)
+
     print(rule.table(rows))
     print("\n".join(verdict["lines"]))
+    print(rule.table(plain_rows))
     if options.plot:
         rule.plot(rows, floor(work, options.data, options.samples)["mean"], options.plot)
     result = {
         "verdict": verdict,
         "training images": load_manifest(str(work / options.data / "latents")).count,
         "spectrum": spectrum,
+        "rows without guidance": plain_rows,
         **measured(work, options, chosen, rows),
     }
     rounds.publish(result, options.save)
@@ -145,6 +152,13 @@ def chosen_settings(kind: str, best: dict[str, Any]) -> list[tuple[str, dict[str
     steps = STEPS[stages(kind)]
     uniform = [("uniform", one | best["guidance"] | {"time_shift": 1.0}) for one in steps]
     return shifted_settings(steps, best) + (uniform if kind == "dit" else [])
+
+
+def unguided_settings(kind: str, best: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The shifted settings of a kind without its guidance; none if it has chosen no guidance."""
+    if best["guidance"]["guidance_scale"] == 1.0:
+        return []
+    return shifted_settings(STEPS[stages(kind)], best | {"guidance": {"guidance_scale": 1.0}})
 
 
 if __name__ == "__main__":
