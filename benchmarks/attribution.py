@@ -19,14 +19,14 @@ import rounds
 import torch
 from decisive import TRAINING_MACS, runs_at_equal_compute
 from digits import DEVICE, Draw, is_trained, side_by_side
-from pixels import BATCH_SIZE, SCORING, PixelRun, floor, labels_of, pixel_parser, scores_of
+from pixels import BATCH_SIZE, SCORING, PixelRun, labels_of, measured, pixel_parser, scores_of
 
 from data_tools.spectrum.report import read_latents
 from ecar_dist.data.shards.manifest import load_manifest
 from ecar_dist.flow.path import stage_endpoints
 from ecar_dist.flow.pyramid import latent_pyramid, noise_pyramid
 from ecar_dist.flow.schedule import StageSchedule
-from ecar_dist.sample.load import open_trained
+from ecar_dist.sample.load import TrainedModel, open_trained
 from ecar_dist.sample.sampling_plan import SamplingPlan
 from ecar_dist.sample.staged import draw_stages
 from ecar_dist.vae.pixels import to_pixels
@@ -44,42 +44,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [run.name for run in runs if not is_trained(work, run)]:
         raise SystemExit(f"{', '.join(missing)}: not trained yet; run decisive.py with these options first")
 
-    measured = side_by_side(measure, [(work, run, options.samples) for run in runs], options.jobs, "scored")
-    rows = [row for kind in KINDS for row in rows_of(kind, runs, measured)]
+    scores = side_by_side(measure, [(work, run, options.samples) for run in runs], options.jobs, "scored")
+    rows = []
+    for kind in KINDS:
+        rows += rows_of(kind, [one for run, one in zip(runs, scores, strict=True) if run.variant == kind])
     print(table(rows))
-    result = {
-        "data": options.data,
-        "floor": floor(work, options.data, options.samples),
-        "setting": SETTING,
-        "rows": rows,
-        "samples": options.samples,
-        "hardware": options.hardware or rounds.hardware(),
-    }
-    rounds.publish(result, options.save)
+    rounds.publish({"setting": SETTING, **measured(work, options, rows)}, options.save)
 
 
 def measure(work: Path, run: PixelRun, samples: int) -> list[list[dict[str, Any]]]:
     """Scores by number of given stages, one for each sampling seed. Kept in the run directory."""
     file = run.load(work).run_directory / f"attribution-{samples}.json"
     if not file.exists():
-        scores = [[score(work, run, given, seed, samples) for seed in SCORING] for given in range(NUM_STAGES + 1)]
+        trained = open_trained(run.load(work).run_directory, DEVICE)
+        labels = labels_of(work, run.data, samples)
+        scores: list[list[dict[str, Any]]] = [[] for _ in range(NUM_STAGES + 1)]
+        for seed in SCORING:
+            ends = real_ends(trained.config.flow.schedule, latents_of(work, run.data, labels, seed), seed)
+            for given, of_given in enumerate(scores):
+                pixels = drawn_after(trained, ends[:given], torch.from_numpy(labels), seed)
+                of_given.append(scores_of(work, run.data, pixels, labels))
         file.write_text(json.dumps(scores))
     return json.loads(file.read_text())
 
 
-def score(work: Path, run: PixelRun, given: int, seed: int, samples: int) -> dict[str, Any]:
-    """The scores of one set of samples whose first `given` stages are those of training images."""
-    trained = open_trained(run.load(work).run_directory, DEVICE)
+def drawn_after(trained: TrainedModel, given: Sequence[torch.Tensor], labels: torch.Tensor, seed: int) -> np.ndarray:
+    """Samples of these labels whose first stages are given (each [N, C, h_k, w_k]), uint8 [N, H, W, 3]."""
     plan = SamplingPlan.from_config(Draw(seed, SETTING).of(trained.config), DEVICE)
-    labels = labels_of(work, run.data, samples)
-    real = real_ends(plan.schedule, latents_of(work, run.data, labels, seed), seed)[:given]
-
     pixels = []
-    for chunk in torch.arange(samples).split(BATCH_SIZE):
-        given_ends = [end[chunk] for end in real]
-        stages = draw_stages(trained.model, plan, torch.from_numpy(labels)[chunk], chunk, seed, given_ends)
+    for chunk in torch.arange(len(labels)).split(BATCH_SIZE):
+        stages = draw_stages(trained.model, plan, labels[chunk], chunk, seed, [end[chunk] for end in given])
         pixels.append(to_pixels(trained.codec.decode(stages[-1])))
-    return scores_of(work, run.data, np.concatenate(pixels), labels)
+    return np.concatenate(pixels)
 
 
 def real_ends(schedule: StageSchedule, latents: torch.Tensor, seed: int) -> list[torch.Tensor]:
@@ -103,12 +99,14 @@ def all_latents(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return read_latents(folder, manifest, manifest.count)
 
 
-def rows_of(kind: str, runs: Sequence[PixelRun], measured: Sequence[Any]) -> list[dict[str, Any]]:
-    """A row for each number of given stages: distance to the second half of the held-out images, with both spreads."""
-    of_kind = [scores for run, scores in zip(runs, measured, strict=True) if run.variant == kind]
+def rows_of(kind: str, trainings: Sequence[list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """A row for each number of given stages: distance to the second half of the held-out images, with both spreads.
+
+    trainings: the scores of each training, by number of given stages and sampling seed.
+    """
     rows = []
     for given in range(NUM_STAGES + 1):
-        distances = [[one["FD"][1] for one in scores[given]] for scores in of_kind]
+        distances = [[one["FD"][1] for one in scores[given]] for scores in trainings]
         means = [statistics.mean(seeds) for seeds in distances]
         rows.append(
             {
@@ -117,7 +115,7 @@ def rows_of(kind: str, runs: Sequence[PixelRun], measured: Sequence[Any]) -> lis
                 "FD": statistics.mean(means),
                 "sd over trainings": statistics.stdev(means) if len(means) > 1 else None,
                 "sd over samplings": statistics.mean(statistics.stdev(seeds) for seeds in distances),
-                "accuracy": statistics.mean(one["accuracy"] for scores in of_kind for one in scores[given]),
+                "accuracy": statistics.mean(one["accuracy"] for scores in trainings for one in scores[given]),
             }
         )
     return rows

@@ -85,22 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = score(work, runs, settings, options.samples, options.jobs)
     verdict = rule.decide(rows)
 
-    # Guidance doubles the cost of a call, and was chosen for quality alone. So also without it, outside of the rule.
-    plain = {kind: unguided_settings(kind, best) for kind, best in chosen.items()}
-    plain_runs = [run for run in runs if plain[run.variant]]
-    plain_rows = score(work, plain_runs, plain, options.samples, options.jobs)
+    # Guidance doubles the cost of a call, but is chosen for quality alone: score without it too, outside of the rule.
+    unguided = {kind: unguided_settings(kind, best) for kind, best in chosen.items()}
+    unguided_runs = [run for run in runs if unguided[run.variant]]
+    unguided_rows = score(work, unguided_runs, unguided, options.samples, options.jobs)
 
     print(rule.table(rows))
     print("\n".join(verdict["lines"]))
-    print(rule.table(plain_rows))
+    print(rule.table(unguided_rows))
     if options.plot:
         rule.plot(rows, floor(work, options.data, options.samples)["mean"], options.plot)
     result = {
         "verdict": verdict,
         "training images": load_manifest(str(work / options.data / "latents")).count,
         "spectrum": spectrum,
-        "rows without guidance": plain_rows,
-        **measured(work, options, chosen, rows),
+        "chosen": chosen,
+        "rows without guidance": unguided_rows,
+        **measured(work, options, rows),
     }
     rounds.publish(result, options.save)
 

@@ -268,14 +268,11 @@ def scores_of(work: Path, data: str, pixels: np.ndarray, labels: np.ndarray) -> 
     }
 
 
-def measured(
-    work: Path, options: argparse.Namespace, chosen: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def measured(work: Path, options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The part of a result that all comparisons on pixels have."""
     return {
         "data": options.data,
         "floor": floor(work, options.data, options.samples),
-        "chosen": chosen,
         "rows": rows,
         "samples": options.samples,
         "hardware": options.hardware or rounds.hardware(),

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = score(work, runs, drawn, options.samples, options.jobs)
 
     print(rule.table(rows))
-    rounds.publish({"group": options.group, **measured(work, options, chosen, rows)}, options.save)
+    rounds.publish({"group": options.group, "chosen": chosen, **measured(work, options, rows)}, options.save)
 
 
 def started_from(work: Path, run: PixelRun, base: PixelRun) -> PixelRun:

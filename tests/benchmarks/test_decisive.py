@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import decisive
 import decisive_rule as rule
 import pixels
 import variants
@@ -138,3 +139,12 @@ def test_samples_have_the_classes_of_the_training_set_however_it_is_sorted(count
     assert (len(drawn), counts.max() - counts.min()) == (count, 1)
     assert (drawn != np.sort(drawn)).any()
     assert np.array_equal(pixels.in_proportion(labels[::-1], count), drawn)
+
+
+def test_only_a_kind_that_chose_guidance_is_scored_without_it():
+    shifts = [1.0, 1.0, 3.0, 2.0, 3.0, 2.0]
+    guided = {"guidance_scale": 1.7, "guidance_ramp": "constant", "guidance_interval": (0.0, 1.0)}
+    assert decisive.unguided_settings("pyramid", {"guidance": {"guidance_scale": 1.0}, "shifts": shifts}) == []
+    settings = [one for _, one in decisive.unguided_settings("ecar", {"guidance": guided, "shifts": shifts})]
+    assert {one["guidance_scale"] for one in settings} == {1.0}
+    assert [one["time_shift"] for one in settings] == shifts
